@@ -1,0 +1,107 @@
+"""Groups and features as padded tensors: what the policy is trained and judged on.
+
+n queries, N candidates in all, K pool, G rollouts, S shots, D embedding. Masks: True is real; padded sequence
+positions are −1.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lever_lm.data import Group
+from lever_lm.errors import LeverError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """query (B, D), candidates (B, K, D), pool_mask (B, K) or None, sequences (B, G, S), mask and rewards (B, G)."""
+
+    query: Tensor
+    candidates: Tensor
+    pool_mask: Tensor | None
+    sequences: Tensor
+    mask: Tensor
+    rewards: Tensor
+    query_ids: list[int]
+
+
+@dataclass(frozen=True)
+class GroupTensors:
+    """All groups of a split: features are looked up per batch, so the pools' embeddings are never copied whole."""
+
+    queries: Tensor  # (N, D) features of the training examples as queries
+    icds: Tensor  # (N, D) the same examples as ICDs
+    rows: Tensor  # (n,) row of each query
+    pools: Tensor  # (n, K) rows of its candidates
+    pool_mask: Tensor | None  # (n, K), None where no pool is padded
+    sequences: Tensor  # (n, G, S)
+    mask: Tensor  # (n, G)
+    rewards: Tensor  # (n, G)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, index: Tensor) -> Batch:
+        """The groups at these places."""
+        return Batch(
+            query=self.queries[self.rows[index]],
+            candidates=self.icds[self.pools[index]],
+            pool_mask=None if self.pool_mask is None else self.pool_mask[index],
+            sequences=self.sequences[index],
+            mask=self.mask[index],
+            rewards=self.rewards[index],
+            query_ids=self.rows[index].tolist(),
+        )
+
+    def chunks(self, size: int) -> Iterator[tuple[Tensor, Batch]]:
+        """(places, batch) over all groups, in order."""
+        for index in torch.arange(len(self), device=self.rows.device).split(size):
+            yield index, self.batch(index)
+
+    def to(self, device: torch.device) -> "GroupTensors":
+        """The same on another device."""
+        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
+
+
+def to_tensors(groups: Sequence[Group], queries: Tensor, icds: Tensor) -> GroupTensors:
+    """Groups over feature matrices (N, D). Raises LeverError when a group points outside them or a feature is not
+    finite."""
+    if not groups:
+        raise LeverError(
+            "no group of rollouts is left to work with: the file has too few queries (rollout.num_queries)"
+        )
+    for group in groups:
+        top = max(group.query_id, *group.pool)
+        if top >= len(icds):
+            raise LeverError(
+                f"query {group.query_id} refers to row {top}, but the embeddings have {len(icds)} rows: "
+                "rollouts and embeddings are of different data"
+            )
+    for name, matrix in (("query", queries), ("ICD", icds)):
+        if not torch.isfinite(matrix).all():
+            row = int((~torch.isfinite(matrix)).any(-1).nonzero()[0])
+            raise LeverError(f"the {name} feature of row {row} is NaN or infinite")
+    pool_size = max(len(group.pool) for group in groups)
+    group_size = max(len(group.sequences) for group in groups)
+    shots = max(len(sequence) for group in groups for sequence in group.sequences)
+    pools = torch.tensor([_pad(group.pool, pool_size, 0) for group in groups])
+    pool_mask = torch.tensor([_pad([True] * len(group.pool), pool_size, False) for group in groups])
+    empty = [-1] * shots
+    sequences = [_pad([_pad(s, shots, -1) for s in group.sequences], group_size, empty) for group in groups]
+    return GroupTensors(
+        queries=queries.float(),
+        icds=icds.float(),
+        rows=torch.tensor([group.query_id for group in groups]),
+        pools=pools,
+        pool_mask=None if pool_mask.all() else pool_mask,
+        sequences=torch.tensor(sequences),
+        mask=torch.tensor([_pad([True] * len(group.rewards), group_size, False) for group in groups]),
+        rewards=torch.tensor([_pad(group.rewards, group_size, 0.0) for group in groups], dtype=torch.float32),
+    )
+
+
+def _pad(values: list, length: int, filler) -> list:
+    return list(values) + [filler] * (length - len(values))

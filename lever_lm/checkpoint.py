@@ -1,0 +1,199 @@
+"""Checkpoints: v3 and v2 files, the key map between them, and the resume state. A checkpoint is data, never code.
+
+v3: {epoch (0-based), phase, model_state_dict, kl_beta, metrics} + our config and format.
+v2: the older Lightning-shaped file {state_dict, epoch, global_step, pytorch-lightning_version, hyper_parameters}.
+"""
+
+import pickle
+import re
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lever_lm.decoder import STATE_UPDATES
+from lever_lm.errors import LeverError
+from lever_lm.policy import PointerSelector
+from lever_lm.runs import atomic_file
+
+FORMAT = "lever_lm/v3"
+OWN_KEY = "lever_lm_config"
+V2_PREFIX = "lever_lm.pointer_selector."
+V2_HYPER_PARAMETERS = {"lr": 1e-4, "weight_decay": 1e-3, "warm_steps": 0.05}
+# v2 knows a single cross-attention layer, without an index.
+_LAYER_KEYS = {
+    "cross_attn_layers.0.": "cross_attn.",
+    "attn_norms.0.": "attn_norm.",
+}
+
+
+def save_torch(path: Path, content: dict) -> None:
+    """torch.save, atomically."""
+    with atomic_file(path) as file:
+        torch.save(content, file)
+
+
+def load_torch(path: str | Path, expect: type = dict):
+    """torch.load of tensors and plain values only. Raises LeverError when the file is missing or anything else."""
+    path = Path(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise LeverError(f"cannot read the checkpoint {path}: {error.strerror or error}") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise LeverError(
+            f"{path} is not a checkpoint of tensors and plain values ({reason}); it was not executed"
+        ) from error
+    if not isinstance(content, expect):
+        raise LeverError(f"{path}: expected a {expect.__name__}, found a {type(content).__name__}")
+    return content
+
+
+def v3_content(policy: PointerSelector, *, epoch: int, phase: str, kl_beta: float, metrics: dict, config: dict) -> dict:
+    """The content of a v3 file. epoch counts from 0, as the lineage's do; config says what the policy was made for."""
+    state = {name: tensor.detach().cpu().clone() for name, tensor in policy.state_dict().items()}
+    own = {"policy": policy.shape, **config}
+    return {
+        "epoch": epoch,
+        "phase": phase,
+        "model_state_dict": state,
+        "kl_beta": kl_beta,
+        "metrics": metrics,
+        "config": own,
+        "format": FORMAT,
+    }
+
+
+# ---------------------------------------------------------------------- loading
+
+
+def load_policy(path: str | Path, num_heads: int = 1) -> PointerSelector:
+    """The policy of a v3 or v2 file, in eval mode.
+
+    Its shape is read from our config where the file carries one, else from the weights; heads and the logit
+    temperature are not in those: num_heads is taken as given and the temperature is 0.1. Raises LeverError when the
+    file is no checkpoint, or its weights do not fit exactly.
+    """
+    content = load_torch(path)
+    state, config = weights_of(content, path), own_config(content)
+    shape = config.get("policy") or infer_shape(state, num_heads, path)
+    try:
+        policy = PointerSelector(**shape)
+        policy.load_state_dict(state)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise LeverError(f"{path} does not hold the weights of a PointerSelector: {_one_line(error)}") from error
+    broken = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise LeverError(f"{path}: NaN or infinite weights in {', '.join(broken[:3])}; use an earlier checkpoint")
+    return policy.eval()
+
+
+def own_config(content: dict) -> dict:
+    """What a file of ours says of itself ({} for a file of the lineage)."""
+    config = content.get(OWN_KEY) or content.get("config")
+    return config if isinstance(config, dict) else {}
+
+
+def weights_of(content: dict, path: str | Path) -> dict[str, Tensor]:
+    """The policy's weights under their v3 names. Raises LeverError when there are none."""
+    if isinstance(content.get("model_state_dict"), dict):
+        state = content["model_state_dict"]
+    elif isinstance(content.get("state_dict"), dict):
+        state = v2_to_v3_keys(content["state_dict"])
+    else:
+        raise LeverError(f"{path} holds neither a model_state_dict (v3) nor a state_dict (v2): not a policy checkpoint")
+    if not state or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+        raise LeverError(f"{path} holds no policy weights")
+    return state
+
+
+def infer_shape(state: dict[str, Tensor], num_heads: int, path: str | Path = "checkpoint") -> dict:
+    """Constructor arguments of the policy whose weights these are."""
+    if "query_proj.weight" not in state:
+        raise LeverError(f"{path} holds no query_proj.weight: not the weights of a PointerSelector")
+    hidden = state["query_proj.weight"].shape[0]
+    entry = state.get("input_proj.weight")
+    layers = {int(match[1]) for key in state if (match := re.match(r"cross_attn_layers\.(\d+)\.", key))}
+    update = next(
+        (name for name, spec in STATE_UPDATES.items() if spec and f"{spec[0]}.weight" in state),
+        "none",
+    )
+    return {
+        "d_model": hidden if entry is None else entry.shape[1],
+        "hidden_dim": hidden,
+        "num_layers": len(layers),
+        "num_heads": num_heads,
+        "state_update": update,
+    }
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+# ---------------------------------------------------------------------- conversion
+
+
+def v3_to_v2_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """v3 names → v2 names; weights of further layers keep their index and have no place in v2."""
+    return {V2_PREFIX + _rename(key, _LAYER_KEYS): tensor for key, tensor in state.items()}
+
+
+def v2_to_v3_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """v2 names → v3 names, with or without the outer prefix."""
+    back = {new: old for old, new in _LAYER_KEYS.items()}
+    inner = V2_PREFIX.split(".", 1)[1]
+    return {_rename(key.removeprefix(V2_PREFIX).removeprefix(inner), back): tensor for key, tensor in state.items()}
+
+
+def _rename(key: str, prefixes: dict[str, str]) -> str:
+    for old, new in prefixes.items():
+        if key.startswith(old):
+            return new + key.removeprefix(old)
+    return key
+
+
+def to_v2(content: dict, path: str | Path, *, allow_truncate: bool = False) -> tuple[dict, list[str]]:
+    """The v2 content of a v3 file, and the names of weights that were left out.
+
+    Raises LeverError when v2 cannot express the policy: more than one layer, unless allow_truncate drops them.
+    """
+    state = weights_of(content, path)
+    extra = [key for key in state if re.match(r"(cross_attn_layers|attn_norms)\.[1-9]", key)]
+    if extra and not allow_truncate:
+        layers = infer_shape(state, 1)["num_layers"]
+        raise LeverError(
+            f"{path} has {layers} cross-attention layers and v2 has one: the converted policy would choose otherwise. "
+            "--allow-truncate keeps the first layer all the same"
+        )
+    kept = {key: tensor.clone() for key, tensor in state.items() if key not in extra}
+    own = dict(own_config(content))
+    if own.get("policy") and extra:
+        own["policy"] = {**own["policy"], "num_layers": 1}
+    converted = {
+        "state_dict": v3_to_v2_keys(kept),
+        "epoch": content.get("epoch", 0),
+        "global_step": 0,
+        "pytorch-lightning_version": "2.0.0",
+        "hyper_parameters": dict(V2_HYPER_PARAMETERS),
+    }
+    if own:
+        converted[OWN_KEY] = own
+    return converted, extra
+
+
+def to_v3(content: dict, path: str | Path) -> dict:
+    """The v3 content of a v2 file; phase and metrics are not in v2 and stay empty."""
+    state = weights_of(content, path)
+    own = own_config(content)
+    return {
+        "epoch": content.get("epoch", 0),
+        "phase": own.get("phase", "grpo"),
+        "model_state_dict": {key: tensor.clone() for key, tensor in state.items()},
+        "kl_beta": own.get("kl_beta", 0.0),
+        "metrics": {},
+        "config": own or {"policy": infer_shape(state, 1, path)},
+        "format": FORMAT,
+    }

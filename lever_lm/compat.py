@@ -1,0 +1,54 @@
+"""Getting at transformers on every machine: late, offline-safe, and beside a torch without CUDA."""
+
+import importlib
+import sys
+
+_declared = []  # keeps the operator library alive
+
+
+def import_transformers():
+    """The transformers module, with torchvision importable first.
+
+    The registry's torchvision wheel is built for a CUDA torch; beside a CPU one its operators do not load and the
+    import fails on their missing schemas. Declaring these is enough for the pure-Python part used here. Active only
+    where the plain import fails.
+    """
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise
+        _declare_operators()
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()  # progress is shown by console.py alone
+    return transformers
+
+
+def _declare_operators() -> None:
+    import torch
+
+    library = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _declared.append(library)
+    for name in [module for module in sys.modules if module.split(".")[0] == "torchvision"]:
+        del sys.modules[name]
+    importlib.import_module("torchvision")
+
+
+def resolve_device(name: str):
+    """`auto`, `cpu`, `cuda`, `cuda:1` → torch.device. Raises LeverError for a GPU that is not there."""
+    import torch
+
+    from lever_lm.errors import LeverError
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise LeverError(f"unknown device {name!r}: expected auto, cpu, cuda or cuda:N (--device)") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise LeverError(f"no GPU is visible to torch, but the device is {name!r}: use --device cpu")
+    return device

@@ -1,0 +1,256 @@
+"""Every default of the package, as frozen dataclasses. How YAML, environment and flags change them: settings.py."""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lever_lm.errors import UsageError
+
+PACKAGE = Path(__file__).parent
+ASSET_PREFIX = "asset:"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the questions, annotations and images are. A path `asset:NAME` means what the package ships."""
+
+    name: str = "digits"  # folder below results/
+    okvqa_path: str = "asset:digits"  # folder of the questions and annotations files
+    coco_path: str = "asset:digits"  # folder of train2014/ and val2014/, with or without mscoco2014/ above them
+    skip_bad_examples: bool = False  # go on without examples that cannot be read, and count them
+
+
+@dataclass(frozen=True)
+class FeatureConfig:
+    """CLIP embeddings of queries and candidates."""
+
+    encoder: str = "openai/clip-vit-large-patch14"  # hub id, directory, or asset:NAME
+    name: str = "query_img_text_icd_img_text"  # what the query and the ICDs are encoded by
+    batch_size: int = 64
+
+    def __post_init__(self):
+        self.parts()
+
+    def parts(self) -> tuple[frozenset[str], frozenset[str]]:
+        """What (queries, ICDs) are encoded by, as sets of `img` and `text`."""
+        choices = {"img": frozenset({"img"}), "text": frozenset({"text"}), "img_text": frozenset({"img", "text"})}
+        for query, query_parts in choices.items():
+            for icd, icd_parts in choices.items():
+                if self.name == f"query_{query}_icd_{icd}":
+                    return query_parts, icd_parts
+        raise UsageError(
+            f"unknown features {self.name!r}: expected query_X_icd_Y with X and Y of img, text, img_text (--features)"
+        )
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """How the pool of a query is drawn from the training examples (its size is rollout.pool_size)."""
+
+    name: str = "rand_sampler"
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    """How ICDs and a query become a conversation."""
+
+    style: str = "interleaved"  # interleaved: one user turn; dialogue: one user/assistant turn per ICD
+    order: str = "first_pick_last"  # the first pick stands nearest the query; or first_pick_first
+    system: str = "You are a helpful assistant."
+
+    def __post_init__(self):
+        _one_of("prompt.style", self.style, ("interleaved", "dialogue"))
+        _one_of("prompt.order", self.order, ("first_pick_last", "first_pick_first"))
+
+
+@dataclass(frozen=True)
+class LvlmConfig:
+    """The frozen vision-language model and how it answers."""
+
+    path: str = "Qwen/Qwen2.5-VL-3B-Instruct"  # hub id, directory, or asset:NAME
+    dtype: str = "auto"  # auto: bfloat16 on a GPU, float32 on a CPU
+    batch_size: int = 16
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    max_new_tokens: int = 5
+    min_pixels: int = 3136
+    max_pixels: int = 1003520
+
+    def __post_init__(self):
+        _one_of("lvlm.dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+        _positive(self, "lvlm", "batch_size", "num_beams", "max_new_tokens", "min_pixels", "max_pixels")
+        if self.min_pixels > self.max_pixels:
+            raise UsageError(f"lvlm.min_pixels {self.min_pixels} exceeds lvlm.max_pixels {self.max_pixels}")
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """The rollouts of a query: how many queries, how large a pool, how many sequences of each kind."""
+
+    num_queries: int = 5000  # training examples that get a group; all of them if there are fewer
+    pool_size: int = 64
+    shots: int = 2
+    beam: int = 4  # beams of the initial policy
+    sample: int = 2  # samples of the initial policy, at each temperature
+    temperatures: tuple[float, ...] = (1.0, 1.3)
+    retrieval: int = 4  # by similarity to the query
+    random: int = 3
+
+    def __post_init__(self):
+        _positive(self, "rollout", "num_queries", "pool_size", "shots")
+        if self.pool_size < self.shots:
+            raise UsageError(f"rollout.pool_size {self.pool_size} is smaller than rollout.shots {self.shots}")
+        if self.num_queries < 2:
+            raise UsageError(
+                "rollout.num_queries (--limit) must be 2 or more: one group to learn from, one to judge by"
+            )
+        if any(t <= 0 for t in self.temperatures):
+            raise UsageError(f"rollout.temperatures must be positive, found {list(self.temperatures)}")
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """How a scored rollout becomes a number (rewards.py), and which rollouts are dropped on loading."""
+
+    mode: str = "hard_plus_soft"
+    hard_weight: float = 1.0
+    soft_weight: float = 1.0
+    rel_weight: float = 0.1
+    skip_fallback: bool = True  # drop rollouts scored by the fallback metric
+    require_positive: bool = False  # drop queries without a correct rollout
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """Shape of the PointerSelector; its input size is that of the features."""
+
+    hidden_dim: int = 256
+    num_layers: int = 1
+    num_heads: int = 1
+    dropout: float = 0.5
+    attn_dropout: float = 0.1
+    state_update: str = "none"
+
+    def __post_init__(self):
+        _positive(self, "policy", "hidden_dim", "num_layers", "num_heads")
+        for name in ("dropout", "attn_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UsageError(f"policy.{name} must lie in [0, 1), found {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class RceConfig:
+    """Reward-weighted cross-entropy: the warm-up."""
+
+    epochs: int = 5
+    lr: float = 1e-3
+    batch_size: int = 64
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    temperature_start: float = 2.0
+    temperature_end: float = 0.5
+    normalize: str = "none"  # rewards in the weights: none, zscore or rank within the group
+    label_smoothing: float = 0.0
+
+    def __post_init__(self):
+        _positive(self, "rce", "batch_size", "lr", "temperature_start", "temperature_end")
+        _not_negative(self, "rce", "epochs")
+        _one_of("rce.normalize", self.normalize, ("none", "zscore", "rank"))
+
+
+@dataclass(frozen=True)
+class GrpoConfig:
+    """Group-relative policy optimisation on the logged groups."""
+
+    epochs: int = 50
+    lr: float = 3e-4
+    batch_size: int = 64
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    clip_epsilon: float = 0.2
+    kl_beta: float = 0.1
+    adaptive_kl: bool = False  # β × 1.5 above KL 0.1, ÷ 1.5 below 0.01
+    advantage: str = "zscore"  # or rank
+    advantage_min_std: float = 0.1
+    advantage_clip: float = 5.0
+    top_k: tuple[int, ...] = ()  # keep only the k best rollouts of a group; one entry an epoch, the last for the rest
+    refresh_every: int = 5  # epochs between refreshes of the old policy; 0 never
+    anchor: str = "rce"  # old and reference policy at the start: after RCE (rce) or before it (init)
+    reference: str = "start"  # KL against the policy at GRPO's start, or against the `old` one
+    dropout: str = "off"  # off, both (old and new log-probs alike), or new_only as in the lineage
+    freeze_backbone: bool = False  # train the attention layers only: input_proj, query_proj, cand_proj stay
+
+    def __post_init__(self):
+        _positive(self, "grpo", "batch_size", "lr", "clip_epsilon")
+        _not_negative(self, "grpo", "epochs", "kl_beta", "refresh_every")
+        _one_of("grpo.advantage", self.advantage, ("zscore", "rank"))
+        _one_of("grpo.anchor", self.anchor, ("rce", "init"))
+        _one_of("grpo.dropout", self.dropout, ("off", "both", "new_only"))
+        _one_of("grpo.reference", self.reference, ("start", "old"))
+
+
+@dataclass(frozen=True)
+class InferConfig:
+    """Which evaluation queries are answered."""
+
+    num_queries: int = 0  # 0: all of the evaluation split
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run. Each stage gets its own part."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    features: FeatureConfig = field(default_factory=FeatureConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    lvlm: LvlmConfig = field(default_factory=LvlmConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    rce: RceConfig = field(default_factory=RceConfig)
+    grpo: GrpoConfig = field(default_factory=GrpoConfig)
+    infer: InferConfig = field(default_factory=InferConfig)
+    seed: int = 0
+    device: str = "auto"  # auto: the first GPU if there is one, else the CPU
+
+    def __post_init__(self):
+        if self.rce.epochs + self.grpo.epochs == 0:
+            raise UsageError("nothing to train: rce.epochs and grpo.epochs are both 0 (--rce-epochs, --grpo-epochs)")
+
+
+def _one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UsageError(f"{key} is {value!r}: expected one of {', '.join(choices)}")
+
+
+def _positive(part, prefix: str, *names: str) -> None:
+    for name in names:
+        if getattr(part, name) <= 0:
+            raise UsageError(f"{prefix}.{name} must be greater than 0, found {getattr(part, name)}")
+
+
+def _not_negative(part, prefix: str, *names: str) -> None:
+    for name in names:
+        if getattr(part, name) < 0:
+            raise UsageError(f"{prefix}.{name} must not be negative, found {getattr(part, name)}")
+
+
+def asset_path(path: str) -> Path:
+    """A path as the user wrote it, or that of a shipped asset (`asset:NAME`). A hub id comes back as it is."""
+    if path.startswith(ASSET_PREFIX):
+        return PACKAGE / "assets" / path.removeprefix(ASSET_PREFIX)
+    return Path(path).expanduser()
+
+
+def to_dict(config) -> dict:
+    """Plain nested values of a config or of a part of it, as YAML and JSON hold them."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def fingerprint(*parts) -> str:
+    """16 hex digits that change when any of the parts (configs, strings, numbers, lists of those) does."""
+    plain = [to_dict(part) if dataclasses.is_dataclass(part) else part for part in parts]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:16]

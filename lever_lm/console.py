@@ -1,0 +1,44 @@
+"""What a person sees: lines, progress and tables on the terminal. With --json all of it goes to stderr."""
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+
+class Screen:
+    """Where a command talks to. `quiet` leaves only results and errors."""
+
+    def __init__(self, to_stderr: bool = False, quiet: bool = False):
+        self.out = Console(file=sys.stderr if to_stderr else sys.stdout, highlight=False, soft_wrap=True)
+        self.quiet = quiet
+
+    def say(self, text: str) -> None:
+        """One line, printed as it is: text from data files is never markup."""
+        if not self.quiet:
+            self.out.print(Text(text))
+
+    def track(self, items: Iterable, what: str, total: int) -> Iterator:
+        """Yield the items under a progress bar; on anything but a terminal, under one line at the start."""
+        if self.quiet or not self.out.is_terminal:
+            self.say(f"{what}: {total}")
+            yield from items
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.out) as progress:
+            task = progress.add_task(what, total=total)
+            for item in items:
+                yield item
+                progress.advance(task)
+
+    def table(self, title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        """A result table; the first column is left-aligned, the others are numbers."""
+        table = Table(title=Text(title), title_justify="left")
+        for i, name in enumerate(header):
+            table.add_column(Text(name), justify="left" if i == 0 else "right")
+        for row in rows:
+            table.add_row(*(Text(cell) for cell in row))
+        self.out.print(table)

@@ -1,0 +1,139 @@
+"""The rollout file: groups of scored sequences, in Lever-Plus's two JSON layouts, read and written.
+
+One object; keys are query ids (rows of the embedding matrix) as decimal strings, other keys are ignored. In the
+present layout a query names its pool (`candidate_pool_ids`) and trajectories point into it; in the old one
+trajectories hold global rows and the pool is the sorted set of them.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from lever_lm.errors import LeverError
+from lever_lm.rewards import reward
+
+POOL_LIMIT = 64
+
+
+@dataclass(frozen=True)
+class Group:
+    """All rollouts of one query: pool (K global rows), sequences (G lists of pool positions), rewards (G, raw)."""
+
+    query_id: int
+    pool: list[int]
+    sequences: list[list[int]]
+    rewards: list[float]
+
+
+def load_groups(
+    path: str | Path,
+    *,
+    reward_mode: str = "hard_plus_soft",
+    hard_weight: float = 1.0,
+    soft_weight: float = 1.0,
+    rel_weight: float = 0.1,
+    skip_fallback: bool = True,
+    require_positive: bool = False,
+) -> list[Group]:
+    """Groups of a rollout file, in the file's order of queries and rollouts.
+
+    Rollouts are dropped where the evaluation failed or, with skip_fallback, fell back; queries with none left, and
+    with require_positive those without a correct rollout, are dropped. Raises LeverError naming file, query and
+    trajectory when a number is not finite, a position is out of range or the schema is another.
+    """
+    content = read_rollouts(path)
+    weights = {"hard_weight": hard_weight, "soft_weight": soft_weight, "rel_weight": rel_weight}
+    groups = []
+    for key, entry in content.items():
+        if not is_query(key):
+            continue
+        where = f"{path}, query {key}"
+        kept = _usable(entry, skip_fallback, where)
+        if not kept or (require_positive and not any(trajectory.get("vqa_correct") == 1 for _, trajectory in kept)):
+            continue
+        pool, sequences = _pool_and_sequences(entry, kept, where)
+        rewards = [_reward(t, reward_mode, weights, f"{where}, trajectory {i}") for i, t in kept]
+        groups.append(Group(int(key), pool, sequences, rewards))
+    return groups
+
+
+def split_ids(query_ids: list[int]) -> tuple[set[int], set[int]]:
+    """Training and validation queries: the first 80 % by sorted id, and the rest. Taken before anything is dropped."""
+    ordered = sorted(query_ids)
+    cut = int(0.8 * len(ordered))
+    return set(ordered[:cut]), set(ordered[cut:])
+
+
+def is_query(key: str) -> bool:
+    """Whether a top-level key of a rollout file is a query id."""
+    return key.isascii() and key.isdigit()
+
+
+def read_rollouts(path: str | Path) -> dict:
+    """The JSON object of a rollout file. Raises LeverError when it is missing or not one."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise LeverError(
+            f"cannot read the rollout file {path}: {error.strerror}; make it with `lever rollout`"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise LeverError(
+            f"{path} is not JSON ({error}): expected a rollout file of `lever rollout` or Lever-Plus"
+        ) from error
+    if not isinstance(content, dict) or not any(is_query(key) for key in content):
+        raise LeverError(f"{path} holds no queries: expected an object whose keys are query ids")
+    return content
+
+
+def _usable(entry, skip_fallback: bool, where: str) -> list[tuple[int, dict]]:
+    trajectories = entry.get("pointer_candidates") if isinstance(entry, dict) else None
+    if not isinstance(trajectories, list) or not all(isinstance(t, dict) for t in trajectories):
+        raise LeverError(f"{where}: expected an object with a list 'pointer_candidates' of objects")
+    dropped_modes = {"error", "fallback"} if skip_fallback else {"error"}
+    return [
+        (i, t)
+        for i, t in enumerate(trajectories)
+        if not t.get("eval_failed") and t.get("vqa_eval_mode") not in dropped_modes
+    ]
+
+
+def _pool_and_sequences(entry: dict, kept: list[tuple[int, dict]], where: str) -> tuple[list[int], list[list[int]]]:
+    if "pointer_global" in kept[0][1]:
+        pool = _integers(entry.get("candidate_pool_ids"), f"{where}, candidate_pool_ids")[:POOL_LIMIT]
+        if len(set(pool)) != len(pool):
+            raise LeverError(f"{where}: candidate_pool_ids repeats an id")
+        sequences = [_integers(t.get("pointer"), f"{where}, trajectory {i}, pointer") for i, t in kept]
+    else:
+        rows = [_integers(t.get("pointer_pos", t.get("pointer")), f"{where}, trajectory {i}, pointer") for i, t in kept]
+        pool = sorted({row for sequence in rows for row in sequence})[:POOL_LIMIT]
+        position = {row: i for i, row in enumerate(pool)}
+        sequences = [[position.get(row, -1) for row in sequence] for sequence in rows]
+    for (i, _), sequence in zip(kept, sequences, strict=True):
+        if not sequence or not all(0 <= position < len(pool) for position in sequence):
+            raise LeverError(f"{where}, trajectory {i}: positions {sequence} do not lie in a pool of {len(pool)}")
+    return pool, sequences
+
+
+def _integers(value, where: str) -> list[int]:
+    if not isinstance(value, list) or not all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in value):
+        raise LeverError(f"{where}: expected a list of non-negative integers, found {value!r:.60}")
+    return value
+
+
+def _reward(trajectory: dict, mode: str, weights: dict, where: str) -> float:
+    names = {
+        "correct": "vqa_correct",
+        "accuracy": "vqa_acc_score",
+        "gt_prob": "vqa_gt_prob",
+        "relevance": "vqa_rel_score",
+        "beam_score": "beam_score",
+        "logprob_score": "logprob_score",
+    }
+    scores = {name: trajectory.get(field) for name, field in names.items()}
+    for name, score in scores.items():
+        number = isinstance(score, (int, float)) and math.isfinite(score)
+        if score is not None and not number:
+            raise LeverError(f"{where}: {names[name]} is {score!r}, expected a finite number or null")
+    return reward(mode, **scores, **weights)

@@ -1,0 +1,9 @@
+"""The one exception a user is meant to read: what is wrong, what was found, and the command or flag that mends it."""
+
+
+class LeverError(Exception):
+    """A run cannot go on for a reason the user can mend. The CLI prints the message alone and exits with 1."""
+
+
+class UsageError(LeverError):
+    """The command line itself is wrong (unknown key, name or value). The CLI exits with 2."""

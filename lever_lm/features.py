@@ -1,0 +1,147 @@
+"""CLIP embeddings of every example, computed once and cached; the features of queries and ICDs made from them.
+
+N examples of a split, D the encoder's projection size. Rows are unit vectors.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lever_lm.compat import import_transformers, resolve_device
+from lever_lm.config import FeatureConfig, asset_path, fingerprint
+from lever_lm.data import VqaData, open_image
+from lever_lm.errors import LeverError
+from lever_lm.runs import file_digest, write_tensors
+
+Track = Callable[[Iterable, str, int], Iterable]
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """One split: image (N, D) and text (N, D)."""
+
+    image: Tensor
+    text: Tensor
+
+    def combine(self, parts: frozenset[str]) -> Tensor:
+        """The feature of each example: the normalised sum of the embeddings that `parts` names, (N, D)."""
+        chosen = [self.image] * ("img" in parts) + [self.text] * ("text" in parts)
+        return F.normalize(torch.stack(chosen).sum(0), dim=-1)
+
+
+@dataclass(frozen=True)
+class Features:
+    """Embeddings of both splits, and under which encoder, setting and data they hold."""
+
+    train: Embeddings
+    val: Embeddings
+    encoder: str
+    name: str
+    fingerprint: str
+
+    def queries(self, split: str, config: FeatureConfig) -> Tensor:
+        """Features of the examples of a split as queries, (N, D)."""
+        return getattr(self, split).combine(config.parts()[0])
+
+    def icds(self, config: FeatureConfig) -> Tensor:
+        """Features of the training examples as ICDs, (N, D)."""
+        return self.train.combine(config.parts()[1])
+
+
+def compute_features(data: VqaData, config: FeatureConfig, path: Path, device: str, track: Track) -> Features:
+    """The features of a dataset, from the cache file `path` if it holds those of the same data and encoder."""
+    encoder_id = encoder_fingerprint(config.encoder)
+    stamp = fingerprint(data.fingerprint, list(data.skipped), encoder_id)
+    tensors = _read_cache(path, stamp)
+    if tensors is None:
+        tensors = _encode_splits(data, config, device, track)
+        write_tensors(path, tensors, {"fingerprint": stamp, "encoder": config.encoder})
+    splits = {split: Embeddings(tensors[f"{split}_image"], tensors[f"{split}_text"]) for split in ("train", "val")}
+    return Features(encoder=encoder_id, name=config.name, fingerprint=stamp, **splits)
+
+
+def encoder_fingerprint(encoder: str) -> str:
+    """What identifies an encoder: its name and, for a local directory, the digest of its weights."""
+    weights = asset_path(encoder) / "model.safetensors"
+    name = Path(encoder.removeprefix("asset:").rstrip("/")).name
+    return f"{name}@{file_digest(weights) if weights.is_file() else 'hub'}"
+
+
+def _read_cache(path: Path, stamp: str) -> dict[str, Tensor] | None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("fingerprint") == stamp:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (OSError, SafetensorError):
+        return None  # missing, or cut by a full disk: made again
+    return None
+
+
+def _encode_splits(data: VqaData, config: FeatureConfig, device: str, track: Track) -> dict[str, Tensor]:
+    encoder = ClipEncoder(config.encoder, device, config.batch_size)
+    tensors = {}
+    for split, examples in (("train", data.train_examples), ("val", data.val_examples)):
+        images = list(dict.fromkeys(example.image for example in examples))
+        row = {image: i for i, image in enumerate(images)}
+        of_image = encoder.images(track(images, f"CLIP images, {split}", len(images)))
+        tensors[f"{split}_image"] = of_image[[row[example.image] for example in examples]].contiguous()
+        tensors[f"{split}_text"] = encoder.texts([example.question for example in examples])
+    return tensors
+
+
+class ClipEncoder:
+    """A CLIPModel with its processor. Raises LeverError when it cannot be loaded."""
+
+    def __init__(self, path: str, device: str, batch_size: int):
+        transformers = import_transformers()
+        self.device, self.batch_size = resolve_device(device), batch_size
+        where = str(asset_path(path))
+        try:
+            self.model = transformers.CLIPModel.from_pretrained(where, dtype=torch.float32).eval().to(self.device)
+            self.processor = transformers.CLIPProcessor.from_pretrained(where)
+        except (OSError, ValueError) as error:
+            raise LeverError(
+                f"cannot load the CLIP encoder {path}: {str(error).splitlines()[0]} (features.encoder: a "
+                "cached hub id or a directory)"
+            ) from error
+
+    @torch.inference_mode()
+    def images(self, paths: Iterable[str]) -> Tensor:
+        """Image files → unit embeddings (N, D), in batches."""
+        rows = []
+        for batch in _batches(paths, self.batch_size):
+            pixels = self.processor.image_processor(images=[open_image(path) for path in batch], return_tensors="pt")
+            rows.append(self._unit(self.model.get_image_features(pixel_values=pixels["pixel_values"].to(self.device))))
+        return torch.cat(rows)
+
+    @torch.inference_mode()
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """Texts → unit embeddings (N, D); each distinct text is encoded once."""
+        distinct = sorted(set(texts))
+        row, rows = {text: i for i, text in enumerate(distinct)}, []
+        for batch in _batches(distinct, self.batch_size):
+            tokens = self.processor.tokenizer(batch, padding=True, truncation=True, return_tensors="pt")
+            rows.append(self._unit(self.model.get_text_features(**tokens.to(self.device))))
+        return torch.cat(rows)[[row[text] for text in texts]]
+
+    @staticmethod
+    def _unit(output) -> Tensor:
+        embedding = output if isinstance(output, Tensor) else output.pooler_output
+        return F.normalize(embedding.float(), dim=-1).cpu()
+
+
+def _batches(items: Iterable, size: int) -> Iterable[list]:
+    batch = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

@@ -1,0 +1,256 @@
+"""N-shot inference: a policy or a baseline chooses ICDs for the evaluation queries, the LVLM answers, VQA scores.
+
+A choice is a list of training rows per query in pick order, best first; the prompt's order is prompt.build_prompt's.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lever_lm.checkpoint import load_policy, load_torch, own_config
+from lever_lm.config import Config
+from lever_lm.data import Example, VqaData
+from lever_lm.errors import LeverError
+from lever_lm.features import Features
+from lever_lm.lvlm import CachedLvlm, build_prompt
+from lever_lm.metrics import vqa_accuracy
+from lever_lm.policy import PointerSelector
+from lever_lm.runs import RunFolder, write_json, write_text
+from lever_lm.samplers import allowed, nearest, query_rng, sample_pools, similarities
+from lever_lm.selection import STRATEGIES, best_row, read_history
+from lever_lm.stats import bootstrap_interval, paired_test
+
+BASELINES = ("zero_shot", "random", "text_sim", "img_sim", "img_text_sim", "oracle")
+_SIMILARITY_PARTS = {
+    "text_sim": frozenset({"text"}),
+    "img_sim": frozenset({"img"}),
+    "img_text_sim": frozenset({"img", "text"}),
+}
+_CHUNK = 256
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One method at one number of shots: predictions and scores, query by query."""
+
+    method: str
+    shots: int
+    predictions: list[str]
+    scores: list[float]
+    raw_scores: list[float]
+
+    def summary(self) -> dict:
+        """Accuracy as a fraction with its 95 % bootstrap interval; raw_accuracy is against the unreduced answers."""
+        return {
+            "method": self.method,
+            "shots": self.shots,
+            "accuracy": float(np.mean(self.scores)),
+            "ci": list(bootstrap_interval(self.scores)),
+            "raw_accuracy": float(np.mean(self.raw_scores)),
+            "n": len(self.scores),
+        }
+
+
+class Evaluation:
+    """The evaluation queries of a config with their pools, and what every method chooses for them."""
+
+    def __init__(self, config: Config, data: VqaData, features: Features):
+        self.config, self.data, self.features = config, data, features
+        total = len(data.val_examples)
+        count = min(config.infer.num_queries or total, total)
+        # A subset of a larger one, and in the order of the file.
+        self.rows = sorted(np.random.default_rng([config.seed, 2]).permutation(total)[:count].tolist())
+        self.queries: list[Example] = [data.val_examples[row] for row in self.rows]
+        self.embeddings = type(features.val)(features.val.image[self.rows], features.val.text[self.rows])
+        self.pools = sample_pools(
+            config.sampler,
+            self.queries,
+            data.train_examples,
+            (self.embeddings, features.train),
+            size=config.rollout.pool_size,
+            seed=config.seed,
+        )
+
+    def choose(self, policy: PointerSelector, shots: int) -> list[list[int]]:
+        """Greedy picks of a policy from each query's pool."""
+        queries = self.features.queries("val", self.config.features)[self.rows]
+        icds = self.features.icds(self.config.features)
+        size = max(map(len, self.pools))
+        picks: list[list[int]] = []
+        for start in range(0, len(self.queries), _CHUNK):
+            pools = self.pools[start : start + _CHUNK]
+            rows = torch.tensor([pool + [0] * (size - len(pool)) for pool in pools])
+            mask = torch.tensor([[True] * len(pool) + [False] * (size - len(pool)) for pool in pools])
+            try:
+                places = policy.select(queries[start : start + _CHUNK], icds[rows], shots, mask)
+            except ValueError as error:
+                raise LeverError(f"{error}: lower --shots or raise rollout.pool_size") from error
+            picks += rows.gather(1, places).tolist()
+        return picks
+
+    def baseline(self, name: str, shots: int) -> list[list[int]]:
+        """What a baseline shows: random and similarities over the whole training split; the oracle ranks the pool by
+        the accuracy of each ICD's own answer against the query's references, by similarity among equals."""
+        if name == "zero_shot":
+            return [[] for _ in self.queries]
+        train = self.data.train_examples
+        ids, images = np.array([e.question_id for e in train]), np.array([e.image_id for e in train])
+        parts = _SIMILARITY_PARTS.get(name, _SIMILARITY_PARTS["img_text_sim"])
+        scores = similarities(self.embeddings, self.features.train, parts).numpy()
+        picks = []
+        for query, pool, row in zip(self.queries, self.pools, scores, strict=True):
+            rng, rows = query_rng(self.config.seed, query), allowed(query, ids, images)
+            if name == "oracle":
+                rows = np.array(pool)
+                # Similarities lie within ±2, so an accuracy step of 0.1 always outweighs them.
+                row = row.copy()
+                row[rows] += 100 * np.array([vqa_accuracy(train[i].answer, query.answers) for i in pool])
+            chosen = rng.permutation(rows)[:shots].tolist() if name == "random" else nearest(row, rows, shots, rng)
+            picks.append(chosen)
+        return picks
+
+    def run(self, choices: dict[str, list[list[int]]], shots: Sequence[int], lvlm: CachedLvlm) -> list[Outcome]:
+        """Answer and score every method at every number of shots, as one list of work. zero_shot runs once."""
+        train = self.data.train_examples
+        jobs = [(m, k) for m in choices for k in ([0] if m == "zero_shot" else shots)]
+        prompts = [
+            build_prompt([train[i] for i in picks[:k]], query, self.config.prompt)
+            for method, k in jobs
+            for query, picks in zip(self.queries, choices[method], strict=True)
+        ]
+        answers = lvlm.answer(prompts, "inference")
+        outcomes = []
+        for i, (method, k) in enumerate(jobs):
+            predictions = answers[i * len(self.queries) : (i + 1) * len(self.queries)]
+            pairs = list(zip(predictions, self.queries, strict=True))
+            scores = [vqa_accuracy(answer, query.answers) for answer, query in pairs]
+            raw = [vqa_accuracy(answer, query.raw_answers) for answer, query in pairs]
+            outcomes.append(Outcome(method, k, predictions, scores, raw))
+        return outcomes
+
+    def write(self, folder: Path, outcomes: list[Outcome], choices: dict[str, list[list[int]]], facts: dict) -> dict:
+        """Predictions (official result JSON), per-sample JSONL and ICDs of each method, and metrics.json."""
+        train = self.data.train_examples
+        for outcome in outcomes:
+            stem = f"{outcome.method}_{outcome.shots}shot"
+            rows = [
+                {"question_id": query.question_id, "answer": answer}
+                for query, answer in zip(self.queries, outcome.predictions, strict=True)
+            ]
+            write_json(folder / f"predictions_{stem}.json", rows, indent=None)
+            samples = [
+                {
+                    **row,
+                    "question": query.question,
+                    "image_id": query.image_id,
+                    "accuracy": round(score, 6),
+                    "references": list(query.answers),
+                    "icds": [train[i].question_id for i in picks[: outcome.shots]],
+                }
+                for row, query, score, picks in zip(
+                    rows, self.queries, outcome.scores, choices[outcome.method], strict=True
+                )
+            ]
+            write_text(folder / f"samples_{stem}.jsonl", _json_lines(samples))
+        for method, picks in choices.items():
+            lines = [
+                {"question_id": query.question_id, "icds": [train[i].question_id for i in chosen]}
+                for query, chosen in zip(self.queries, picks, strict=True)
+            ]
+            write_text(folder / (f"icds_{method}.jsonl" if len(choices) > 1 else "icds.jsonl"), _json_lines(lines))
+        metrics = {**facts, "results": [outcome.summary() for outcome in outcomes]}
+        write_json(folder / "metrics.json", metrics)
+        return metrics
+
+
+def _json_lines(rows: list[dict]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def compare(ours: Outcome, others: list[Outcome]) -> list[dict]:
+    """Paired tests of one method against others at the same number of shots (zero_shot at any)."""
+    same = [other for other in others if other.shots in (ours.shots, 0) and other.method != ours.method]
+    return [
+        {"method": ours.method, "against": other.method, "shots": ours.shots, **paired_test(ours.scores, other.scores)}
+        for other in same
+    ]
+
+
+# ---------------------------------------------------------------------- checkpoints
+
+
+def find_checkpoint(run: RunFolder, wanted: str | None, environ: dict, default: str = "best") -> tuple[Path, str]:
+    """Which checkpoint to infer with, and why: `wanted` (a path, best or latest), then LEVER_LM_CHECKPOINT_PATH, then
+    the run's best.json, then the best by val_reward where it was logged, else by val_loss."""
+    from_environment = environ.get("LEVER_LM_CHECKPOINT_PATH", "").strip()
+    if wanted and wanted not in ("best", "latest"):
+        return _existing(Path(wanted), "--ckpt"), "named by --ckpt"
+    if not wanted and from_environment:
+        return _existing(Path(from_environment), "LEVER_LM_CHECKPOINT_PATH"), "named by LEVER_LM_CHECKPOINT_PATH"
+    if (wanted or default) == "latest":
+        return latest_checkpoint(run), "the latest of the run"
+    if run.best.is_file():
+        answer = read_best(run)
+        path = Path(answer["checkpoint"])
+        if path.is_file():
+            return path, f"best.json of the run (strategy {answer['strategy']})"
+    history = read_history(run, None)
+    strategy = "val_reward" if any("val_reward" in row for row in history.rows) else "val_loss"
+    row = best_row(history.rows, STRATEGIES[strategy])
+    if row is None:
+        raise LeverError(f"no epoch of {run.path} has a finite {strategy}; name one: --ckpt PATH")
+    return _existing(run.checkpoint(history.phase, row["epoch"]), run.path), f"best by {strategy}"
+
+
+def read_best(run: RunFolder) -> dict:
+    """The content of best.json. Raises LeverError when it is not what `lever best-ckpt` writes."""
+    try:
+        answer = json.loads(run.best.read_text(encoding="utf-8"))
+        if isinstance(answer["checkpoint"], str) and isinstance(answer["strategy"], str):
+            return answer
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise LeverError(f"{run.best} is not an answer of `lever best-ckpt`: run that again, or delete the file")
+
+
+def latest_checkpoint(run: RunFolder) -> Path:
+    """The last epoch of the last phase in a run folder. Raises LeverError when there is none."""
+    for phase in ("grpo", "rce"):
+        found = [
+            (int(p.stem.rsplit("epoch", 1)[1]), p)
+            for p in run.path.glob(f"{phase}_epoch*.pt")
+            if p.stem.rsplit("epoch", 1)[1].isdigit()
+        ]
+        if found:
+            return max(found)[1]
+    raise LeverError(f"no checkpoint in {run.path}: train first (`lever train`), or name one with --ckpt PATH")
+
+
+def _existing(path: Path, named_by) -> Path:
+    if not path.is_file():
+        raise LeverError(f"no checkpoint {path} (from {named_by}): check the path, or train first (`lever train`)")
+    return path
+
+
+def load_for(path: Path, config: Config, features: Features) -> PointerSelector:
+    """The policy of a checkpoint, if it goes with these features. Raises LeverError when it was made for others."""
+    policy = load_policy(path, config.policy.num_heads)
+    own = own_config(load_torch(path))
+    for key, here in (("encoder", features.encoder), ("features", features.name)):
+        there = own.get(key)
+        if there is not None and there != here:
+            raise LeverError(
+                f"{path} was trained on the {key} {there!r} and would be given {here!r}: pass the same --features and "
+                "--dataset (features.encoder) as in training"
+            )
+    width = features.train.image.shape[1]
+    if policy.d_model != width:
+        raise LeverError(
+            f"{path} expects features of {policy.d_model} dimensions, these have {width}: set features.encoder "
+            "to the encoder it was trained with"
+        )
+    return policy

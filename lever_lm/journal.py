@@ -1,0 +1,164 @@
+"""The memory of a training run: what an epoch leaves behind, and how a killed run goes on where it was.
+
+`state.pt` is written first and holds everything of the epoch it ends with, its row and its weights included; the
+checkpoint, metrics.jsonl and train.log are then made from it. Whatever a kill left out is made up for on resume.
+"""
+
+import json
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lever_lm.checkpoint import load_torch, save_torch, v3_content
+from lever_lm.errors import LeverError
+from lever_lm.policy import PointerSelector
+from lever_lm.runs import RunFolder, append_line, write_text
+
+# Column name, key, width, precision. The GRPO columns and both headings are what existing scripts parse.
+_COLUMNS = {
+    "rce": [
+        ("Train Loss", "train_loss", 12, 5),
+        ("Val Loss", "val_loss", 12, 5),
+        ("Temperature", "temperature", 12, 3),
+    ],
+    "grpo": [
+        ("Train Loss", "train_loss", 12, 5),
+        ("Val Loss", "val_loss", 12, 5),
+        ("PPO Loss", "ppo_loss", 12, 5),
+        ("KL", "kl", 10, 5),
+        ("Adv Std", "adv_std", 10, 4),
+        ("Adv Max", "adv_max", 10, 4),
+        ("Beta", "beta", 8, 4),
+    ],
+}
+_HEADINGS = {"rce": "阶段2：RCE预热", "grpo": "阶段3：GRPO训练"}
+
+
+def table_header(phase: str) -> list[str]:
+    """Marker line, column names and rule of a phase's table."""
+    names = "".join(f" {name:>{width}}" for name, _, width, _ in _COLUMNS[phase])
+    return [_HEADINGS[phase], f"{'Epoch':>6}{names}", "-" * (6 + len(names))]
+
+
+def table_row(row: dict) -> str:
+    """One epoch of a phase's table."""
+    cells = (f" {row[key]:>{width}.{precision}f}" for _, key, width, precision in _COLUMNS[row["phase"]])
+    return f"{row['epoch']:>6}{''.join(cells)}"
+
+
+class Journal:
+    """Records epochs of one run. `config` is what its checkpoints carry; `inputs` are the fingerprints of its data,
+    which a resumed run must find unchanged."""
+
+    def __init__(self, run: RunFolder, config: dict, inputs: dict[str, str], say: Callable[[str], None]):
+        self.run, self.config, self.inputs, self.say = run, config, inputs, say
+        self.rows: list[dict] = []
+        self.state: dict | None = None
+
+    def resume(self) -> None:
+        """Load the state of an earlier process, if there is one, and bring the files beside it up to date."""
+        if self.run.state.is_file():
+            self.state = load_torch(self.run.state)
+            self._check_inputs(self.state.get("inputs"))
+            self.rows = self.state["rows"]
+            self._publish_checkpoint()
+            last = self.rows[-1]
+            self.say(f"going on after {last['phase']} epoch {last['epoch']} in {self.run.path}")
+        # Rows of metrics.jsonl and train.log that a kill cut short or left out are written again, from the state.
+        write_text(self.run.metrics, "".join(json.dumps(row) + "\n" for row in self.rows))
+        lines = []
+        for i, row in enumerate(self.rows):
+            lines += [*(table_header(row["phase"]) if self._opens_phase(i) else []), table_row(row)]
+        write_text(self.run.log, "".join(line + "\n" for line in lines))
+
+    def _check_inputs(self, there) -> None:
+        changed = [
+            name for name, value in self.inputs.items() if not isinstance(there, dict) or there.get(name) != value
+        ]
+        if changed:
+            raise LeverError(
+                f"the {' and '.join(changed)} of the run in {self.run.path} have changed since it was begun; "
+                "choose another folder with --run-name NAME, or start over with --overwrite"
+            )
+
+    def _opens_phase(self, i: int) -> bool:
+        return i == 0 or self.rows[i]["phase"] != self.rows[i - 1]["phase"]
+
+    def done(self, phase: str) -> int:
+        """Epochs of a phase that are finished."""
+        return sum(row["phase"] == phase for row in self.rows)
+
+    def restore(self, phase: str, policy: PointerSelector, optimizer: torch.optim.Optimizer) -> dict | None:
+        """Put weights, optimizer and random state where the last epoch of `phase` left them. Returns the phase's
+        extra state, None where the phase has not begun."""
+        if self.state is None:
+            return None
+        policy.load_state_dict(self.state["policy"])
+        _set_rng(self.state["rng"])
+        if self.state["phase"] != phase:
+            return None
+        optimizer.load_state_dict(self.state["optimizer"])
+        return self.state["extra"]
+
+    def commit(self, row: dict, policy: PointerSelector, optimizer: torch.optim.Optimizer, extra: dict) -> None:
+        """An epoch is finished: state, then checkpoint, then the metrics and log lines. Raises LeverError when a
+        metric is not finite, before anything is written."""
+        for name, value in row.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise LeverError(
+                    f"{row['phase']} epoch {row['epoch']}: {name} is {value}. Nothing of this epoch was written; "
+                    f"lower {row['phase']}.lr and run the command again"
+                )
+        self.rows.append(row)
+        self.state = {
+            "phase": row["phase"],
+            "epoch": row["epoch"],
+            "policy": {name: tensor.detach().cpu() for name, tensor in policy.state_dict().items()},
+            "optimizer": optimizer.state_dict(),
+            "rng": _get_rng(),
+            "extra": extra,
+            "rows": self.rows,
+            "inputs": self.inputs,
+        }
+        save_torch(self.run.state, self.state)
+        self._publish_checkpoint(policy)
+        append_line(self.run.metrics, json.dumps(row))
+        header = table_header(row["phase"]) if self._opens_phase(len(self.rows) - 1) else []
+        for line in [*header, table_row(row)]:
+            append_line(self.run.log, line)
+            self.say(line)
+
+    def _publish_checkpoint(self, policy: PointerSelector | None = None) -> None:
+        """Write the checkpoint of the last epoch unless it is there."""
+        row = self.rows[-1]
+        path = self.run.checkpoint(row["phase"], row["epoch"])
+        if path.exists():
+            return
+        if policy is None:
+            policy = PointerSelector(**self.config["policy"])
+            policy.load_state_dict(self.state["policy"])
+        metrics = {name: value for name, value in row.items() if name not in ("phase", "epoch")}
+        content = v3_content(
+            policy,
+            epoch=row["epoch"] - 1,
+            phase=row["phase"],
+            kl_beta=row.get("beta", 0.0),
+            metrics=metrics,
+            config=self.config,
+        )
+        save_torch(path, content)
+
+
+def _get_rng() -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_rng(state: dict[str, Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

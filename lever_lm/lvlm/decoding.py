@@ -1,0 +1,90 @@
+"""Greedy and beam decoding over a language model's own layers and cache, one prefill per prompt.
+
+B prompts, N beams, L prompt length, V vocabulary. Prompts are padded on the left. Both equal the library's
+`generate` for the same logits; beams share their prompt's prefill instead of repeating it N times.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NEVER = -1.0e9
+
+
+@dataclass
+class Prefilled:
+    """Prompts after their prefill: logits (B, V) of the first new token, cache, attention mask (B, L), next position
+    (B,). `step(tokens (B, 1), positions (B, 1), mask)` gives the logits (B, V) after one more token."""
+
+    logits: Tensor
+    cache: object
+    mask: Tensor
+    position: Tensor
+    step: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def greedy(prefilled: Prefilled, max_new_tokens: int, eos: Tensor, pad: int) -> Tensor:
+    """The likeliest token, again and again: (B, T) long with T ≤ max_new_tokens, `pad` after an end-of-turn."""
+    logits, mask = prefilled.logits, prefilled.mask
+    finished = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+    tokens = []
+    for t in range(max_new_tokens):
+        token = logits.argmax(-1).masked_fill(finished, pad)
+        tokens.append(token)
+        finished |= torch.isin(token, eos)
+        if finished.all() or t + 1 == max_new_tokens:
+            break
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        logits = prefilled.step(token[:, None], prefilled.position[:, None] + t, mask)
+    return torch.stack(tokens, 1)
+
+
+def beam_search(prefilled: Prefilled, num_beams: int, max_new_tokens: int, eos: Tensor, pad: int, penalty: float):
+    """The best of `num_beams` beams: (B, T) long. Scores are summed log-probabilities over length^penalty.
+
+    Semantics of the library (early_stopping=False): of each step's (1 + |eos|)·N best continuations those that end
+    among the first N may enter the finished ones, and the best N others run on; a prompt is settled once its best
+    running beam, at the present length, falls below its worst finished one.
+    """
+    batch, device = len(prefilled.logits), prefilled.logits.device
+    keep = max(2, 1 + len(eos)) * num_beams
+    running = torch.full((batch, num_beams, max_new_tokens), pad, device=device)
+    finished = running.clone()
+    running_scores = torch.zeros(batch, num_beams, device=device)
+    running_scores[:, 1:] = NEVER  # all beams start as the same prompt: only the first may branch
+    finished_scores = torch.full((batch, num_beams), NEVER, device=device)
+    is_finished = torch.zeros(batch, num_beams, dtype=torch.bool, device=device)
+    open_ = torch.ones(batch, 1, dtype=torch.bool, device=device)
+    among_first = torch.arange(keep, device=device) < num_beams
+    prefilled.cache.batch_repeat_interleave(num_beams)
+    mask = prefilled.mask.repeat_interleave(num_beams, 0)
+    position = prefilled.position.repeat_interleave(num_beams, 0)
+    logits = prefilled.logits.repeat_interleave(num_beams, 0)
+    first_row = torch.arange(batch, device=device)[:, None] * num_beams
+    for t in range(max_new_tokens):
+        log_probs = logits.float().log_softmax(-1).view(batch, num_beams, -1) + running_scores[..., None]
+        scores, flat = log_probs.flatten(1).topk(keep, -1)
+        parent, token = flat // log_probs.shape[-1], flat % log_probs.shape[-1]
+        grown = running.gather(1, parent[..., None].expand(-1, -1, max_new_tokens))
+        grown[..., t] = token
+        ends = torch.isin(token, eos) | (t + 1 == max_new_tokens)
+        # the best beams that have not ended run on
+        running_scores, survivors = (scores + ends * NEVER).topk(num_beams, -1)
+        running = grown.gather(1, survivors[..., None].expand(-1, -1, max_new_tokens))
+        # those that ended among the first N compete with the finished ones
+        ended = ends & among_first
+        candidate = scores / (t + 1) ** penalty + ~open_ * NEVER + ~ended * NEVER
+        finished_scores, best = torch.cat([finished_scores, candidate], 1).topk(num_beams, -1)
+        finished = torch.cat([finished, grown], 1).gather(1, best[..., None].expand(-1, -1, max_new_tokens))
+        is_finished = torch.cat([is_finished, ended], 1).gather(1, best)
+        worst = torch.where(is_finished, finished_scores.amin(1, keepdim=True), NEVER)
+        open_ &= (running_scores[:, :1] / (t + 1) ** penalty > worst).any(-1, keepdim=True)
+        if not open_.any() or ends.all():
+            break
+        rows = (first_row + parent.gather(1, survivors)).flatten()
+        prefilled.cache.reorder_cache(rows)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        logits = prefilled.step(running[..., t].reshape(-1, 1), position[:, None] + t, mask)
+    return finished[:, 0]

@@ -1,0 +1,59 @@
+"""From chosen ICDs and a query to a conversation, and from what the model wrote back to an answer."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lever_lm.config import PromptConfig
+from lever_lm.data import Example
+
+# What ends an answer: the model going on with the next question, or listing alternatives.
+_END_OF_ANSWER = re.compile(r"\n|Question|Answer|Short|, ")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """ICDs in the order they stand in the prompt, then the query."""
+
+    icds: tuple[Example, ...]
+    query: Example
+
+    @property
+    def images(self) -> list[str]:
+        """Image paths in the order of the prompt; the query's is the last."""
+        return [example.image for example in (*self.icds, self.query)]
+
+
+def build_prompt(picks: Sequence[Example], query: Example, config: PromptConfig) -> Prompt:
+    """The prompt of a sequence of picks, first pick first. By default the first pick stands nearest the query: the
+    model trusts that place most, and a policy that never sees its earlier picks cannot learn to put its best last."""
+    icds = tuple(reversed(picks)) if config.order == "first_pick_last" else tuple(picks)
+    return Prompt(icds, query)
+
+
+def to_messages(prompt: Prompt, config: PromptConfig) -> list[dict]:
+    """The conversation of a prompt for a chat template; images are left as placeholders of their own."""
+    messages = [{"role": "system", "content": [_text(config.system)]}]
+    if config.style == "interleaved":
+        content = []
+        for icd in prompt.icds:
+            content += [{"type": "image"}, _text(f"{_question(icd)} {icd.answer}\n")]
+        content += [{"type": "image"}, _text(_question(prompt.query))]
+        return [*messages, {"role": "user", "content": content}]
+    for icd in prompt.icds:
+        messages.append({"role": "user", "content": [{"type": "image"}, _text(_question(icd))]})
+        messages.append({"role": "assistant", "content": [_text(icd.answer)]})
+    return [*messages, {"role": "user", "content": [{"type": "image"}, _text(_question(prompt.query))]}]
+
+
+def _question(example: Example) -> str:
+    return f"Question: {example.question} Short answer:"
+
+
+def _text(text: str) -> dict:
+    return {"type": "text", "text": text}
+
+
+def cut_answer(text: str) -> str:
+    """The answer in what the model wrote: up to the first newline, further question or comma list, stripped."""
+    return _END_OF_ANSWER.split(text.lstrip(), maxsplit=1)[0].strip()

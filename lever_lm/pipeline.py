@@ -1,0 +1,263 @@
+"""Which stages a command needs, what is already there, and in what order: data → features → rollouts → training →
+selection → conversion → inference → report."""
+
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lever_lm.batches import GroupTensors, to_tensors
+from lever_lm.checkpoint import load_torch, save_torch, to_v2, to_v3
+from lever_lm.compat import resolve_device
+from lever_lm.config import Config
+from lever_lm.console import Screen
+from lever_lm.data import VqaData, load_dataset
+from lever_lm.data.groups import is_query, load_groups, read_rollouts, split_ids
+from lever_lm.errors import LeverError
+from lever_lm.features import Features, compute_features
+from lever_lm.inference import BASELINES, Evaluation, compare, find_checkpoint, load_for, read_best
+from lever_lm.journal import Journal
+from lever_lm.lvlm import CachedLvlm, load_lvlm
+from lever_lm.report import write_report
+from lever_lm.rollouts import make_rollouts, new_policy
+from lever_lm.runs import Layout, RunFolder, environment, file_digest, write_json
+from lever_lm.selection import choose, read_history
+from lever_lm.training import train_grpo, train_rce
+
+
+class Pipeline:
+    """The stages of one config over one results folder. Data, features and LVLM are made when first needed."""
+
+    def __init__(
+        self,
+        config: Config,
+        screen: Screen,
+        *,
+        results: Path | str = "results",
+        run_name: str | None = None,
+        run_dir: Path | None = None,
+    ):
+        self.config, self.screen = config, screen
+        self.layout = Layout(config, results, run_name)
+        self.run = RunFolder(run_dir or self.layout.run)
+
+    @cached_property
+    def data(self) -> VqaData:
+        """The dataset; examples that were left out are counted aloud."""
+        data = load_dataset(self.config.data)
+        self.screen.say(f"data: {data.name}, {len(data.train)} training and {len(data.val)} evaluation examples")
+        if data.skipped:
+            self.screen.say(f"data: {len(data.skipped)} bad examples left out, the first: {data.skipped[0]}")
+        return data
+
+    @cached_property
+    def features(self) -> Features:
+        """CLIP features of both splits."""
+        return compute_features(
+            self.data, self.config.features, self.layout.features, self.config.device, self.screen.track
+        )
+
+    @cached_property
+    def lvlm(self) -> CachedLvlm:
+        """The LVLM behind the answer cache."""
+        return load_lvlm(
+            self.config.lvlm,
+            self.config.prompt,
+            device=self.config.device,
+            cache=self.layout.answers,
+            track=self.screen.track,
+        )
+
+    @cached_property
+    def evaluation(self) -> Evaluation:
+        """The evaluation queries with their pools."""
+        return Evaluation(self.config, self.data, self.features)
+
+    # ------------------------------------------------------------------ rollouts
+
+    def rollouts(self) -> dict:
+        """The rollout file, made where needed. Returns the group report with the file's path."""
+        path = self.layout.rollouts
+        report = make_rollouts(self.config, self.data, self.features, self.lvlm, path, self.screen.say)
+        self.screen.say(
+            f"rollouts: {report['groups']} groups, {report['rollouts']} rollouts, mean accuracy {report['accuracy']:.3f}; "
+            f"{report['tied']} groups tied (nothing to learn), {report['all_right']} all right, "
+            f"{report['all_wrong']} all wrong"
+        )
+        return {**report, "path": str(path)}
+
+    # ------------------------------------------------------------------ training
+
+    def train(self, *, rl_data: Path | None = None, embeddings: Path | None = None, overwrite: bool = False) -> dict:
+        """RCE, then GRPO, resuming what is there; converts the recommended checkpoint. Returns what was recommended."""
+        if not overwrite:
+            self.run.check(self.config)  # before the costly part, not after it
+        if rl_data is None:
+            self.rollouts()
+            queries, icds = (
+                self.features.queries("train", self.config.features),
+                self.features.icds(self.config.features),
+            )
+            made_for = {"encoder": self.features.encoder, "features": self.features.name}
+            rl_data, feature_stamp = self.layout.rollouts, self.features.fingerprint
+        else:
+            queries = icds = read_embeddings(embeddings)
+            made_for, feature_stamp = {}, file_digest(embeddings)
+        train, val = self._groups(rl_data, queries, icds)
+        device = resolve_device(self.config.device)
+        initial = new_policy(self.config, icds.shape[1])
+        policy = new_policy(self.config, icds.shape[1]).to(device)
+        inputs = {"rollouts": file_digest(rl_data), "features": feature_stamp}
+        self.run.open(self.config, overwrite=overwrite)
+        write_json(self.run.path / "env.json", environment(self.config, inputs))
+        own = {"policy": policy.shape, **made_for, "dataset": self.config.data.name, "seed": self.config.seed}
+        journal = Journal(self.run, own, inputs, self.screen.say)
+        journal.resume()
+        torch.manual_seed(self.config.seed)
+        train, val = train.to(device), val.to(device)
+        train_rce(policy, train, val, self.config.rce, journal)
+        train_grpo(
+            policy, initial, train, val, self.config.grpo, journal, val_temperature=self.config.rce.temperature_end
+        )
+        answer = self.recommend()
+        converted = self.convert(Path(answer["checkpoint"]), allow_truncate=True)
+        return {"run": str(self.run.path), "recommended": answer, "converted": converted["output"]}
+
+    def _groups(self, path: Path, queries: Tensor, icds: Tensor) -> tuple[GroupTensors, GroupTensors]:
+        reward = self.config.reward
+        groups = load_groups(
+            path,
+            reward_mode=reward.mode,
+            hard_weight=reward.hard_weight,
+            soft_weight=reward.soft_weight,
+            rel_weight=reward.rel_weight,
+            skip_fallback=reward.skip_fallback,
+            require_positive=reward.require_positive,
+        )
+        train_ids, val_ids = split_ids([int(key) for key in read_rollouts(path) if is_query(key)])
+        groups = sorted(groups, key=lambda group: group.query_id)
+        parts = [[g for g in groups if g.query_id in ids] for ids in (train_ids, val_ids)]
+        self.screen.say(f"training on {len(parts[0])} groups, validating on {len(parts[1])}")
+        if not all(parts):
+            raise LeverError(
+                f"{path}: {len(parts[0])} training and {len(parts[1])} validation groups are left after filtering; both "
+                "are needed. Raise rollout.num_queries (--limit), or relax reward.require_positive, reward.skip_fallback"
+            )
+        return to_tensors(parts[0], queries, icds), to_tensors(parts[1], queries, icds)
+
+    def recommend(self) -> dict:
+        """The checkpoint that `train` and `demo` recommend: the best by val_reward."""
+        answer = choose(read_history(self.run, None), "val_reward", self.run)
+        if answer["epoch"] is None:
+            raise LeverError(f"no checkpoint of {self.run.path} can be recommended: {answer['why']}")
+        self.screen.say(f"recommended: {answer['checkpoint']} ({answer['why']})")
+        return answer
+
+    # ------------------------------------------------------------------ conversion
+
+    def convert(
+        self, path: Path | None = None, *, output: Path | None = None, to: str = "v2", allow_truncate: bool = False
+    ) -> dict:
+        """A v3 file to `<stem>_v2format.ckpt`, or a v2 file back to `<stem>.pt`. Without a path, the run's best."""
+        if path is None:
+            path = Path(read_best(self.run)["checkpoint"]) if self.run.best.is_file() else self._best_checkpoint()
+        content = load_torch(path)
+        stem = path.stem.removesuffix("_v2format")
+        if to == "v3":
+            converted, dropped = to_v3(content, path), []
+            output = output or path.with_name(f"{stem}_v3format.pt")
+        else:
+            converted, dropped = to_v2(content, path, allow_truncate=allow_truncate)
+            output = output or path.with_name(f"{stem}_v2format.ckpt")
+        if output.resolve() == path.resolve():
+            raise LeverError(f"{output} is the file to convert: choose another --output")
+        save_torch(output, converted)
+        self.screen.say(f"converted {path} → {output}")
+        if dropped:
+            self.screen.say(f"warning: v2 has one layer; left out {', '.join(dropped)}: its choices will differ")
+        return {"input": str(path), "output": str(output), "to": to, "dropped": dropped}
+
+    def _best_checkpoint(self) -> Path:
+        return find_checkpoint(self.run, "best", {})[0]
+
+    # ------------------------------------------------------------------ inference
+
+    def infer(self, shots: Sequence[int], *, ckpt: str | None = None, default: str = "best", baselines: bool = False):
+        """Answer the evaluation queries with a checkpoint's choices. Returns results and paired tests, and writes them."""
+        path, why = find_checkpoint(self.run, ckpt, dict(os.environ), default)
+        self.screen.say(f"checkpoint: {path} ({why})")
+        policy = load_for(path, self.config, self.features)
+        method = "rce" if path.stem.startswith("rce") else "grpo"
+        choices = {method: self.evaluation.choose(policy, max(shots))}
+        if baselines:
+            choices = {**{name: self.evaluation.baseline(name, max(shots)) for name in BASELINES}, **choices}
+        outcomes = self.evaluation.run(choices, shots, self.lvlm)
+        ours = [outcome for outcome in outcomes if outcome.method == method]
+        tests = [test for outcome in ours for test in compare(outcome, outcomes)]
+        folder = self.layout.inference / path.stem
+        facts = {"checkpoint": str(path), "why": why, "tests": tests}
+        metrics = self.evaluation.write(folder, outcomes, choices, facts)
+        self.screen.say(f"predictions and metrics: {folder}")
+        return {**metrics, "folder": str(folder)}
+
+    def report(self) -> dict:
+        """The page of the run, from its evaluation: the demo's, else that of the checkpoint last inferred with."""
+        folders = [self.layout.inference, *self.layout.inference.glob("*/")]
+        evaluated = [folder for folder in folders if (folder / "metrics.json").is_file()]
+        if not evaluated:
+            raise LeverError(
+                f"no results in {self.layout.inference}: run `lever infer --baselines` or `lever demo` first"
+            )
+        newest = max(evaluated, key=lambda folder: (folder / "metrics.json").stat().st_mtime)
+        return {"report": str(write_report(self.run, newest, self.data))}
+
+    # ------------------------------------------------------------------ demo
+
+    def demo(self, shots: Sequence[int], *, overwrite: bool = False) -> dict:
+        """Everything on one page: train, then every method on the same evaluation queries, then the report."""
+        trained = self.train(overwrite=overwrite)
+        best = Path(trained["recommended"]["checkpoint"])
+        rce = self.run.checkpoint("rce", self.config.rce.epochs)
+        policies = {"rce": rce, "grpo": best}
+        choices = {name: self.evaluation.baseline(name, max(shots)) for name in BASELINES if name != "oracle"}
+        for name, path in policies.items():
+            choices[name] = self.evaluation.choose(load_for(path, self.config, self.features), max(shots))
+        choices["oracle"] = self.evaluation.baseline("oracle", max(shots))
+        outcomes = self.evaluation.run(choices, shots, self.lvlm)
+        grpo = [outcome for outcome in outcomes if outcome.method == "grpo"]
+        tests = [test for outcome in grpo for test in compare(outcome, outcomes)]
+        facts = {"checkpoint": str(best), "tests": tests}
+        metrics = self.evaluation.write(self.layout.inference, outcomes, choices, facts)
+        report = write_report(self.run, self.layout.inference, self.data)
+        return {
+            "table": metrics["results"],
+            "report": str(report),
+            "tests": tests,
+            "recommended": trained["recommended"],
+            "run": str(self.run.path),
+        }
+
+
+def read_embeddings(path: Path | None) -> Tensor:
+    """An (N, D) matrix from `.safetensors` or a torch file of one tensor. Raises LeverError on anything else."""
+    if path is None:
+        raise LeverError("rollouts of your own need their features: --embeddings FILE, an (N, D) matrix")
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            tensors = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise LeverError(f"cannot read the embeddings {path}: {error}") from error
+        if len(tensors) != 1:
+            raise LeverError(f"{path} holds {len(tensors)} tensors, expected one (N, D) matrix")
+        (matrix,) = tensors.values()
+    else:
+        matrix = load_torch(path, expect=Tensor)
+    if matrix.ndim != 2 or not matrix.is_floating_point():
+        raise LeverError(f"{path} holds a {matrix.dtype} tensor of shape {tuple(matrix.shape)}, expected (N, D) floats")
+    return matrix.float()

@@ -1,0 +1,105 @@
+"""Candidate pools: which K training examples a query may choose its demonstrations from.
+
+Q queries, N training examples, K pool size. Each query has its own random generator, so a pool depends on the seed
+and the query alone, never on the order of calls. Neither a query nor its image is ever among its candidates: that is
+decided in `allowed`, and only there.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lever_lm.config import SamplerConfig
+from lever_lm.data import Example
+from lever_lm.errors import LeverError, UsageError
+from lever_lm.features import Embeddings
+
+# Breaks ties of repeated questions; far under any difference that means something.
+_JITTER = 1e-6
+_CHUNK = 512
+# Where each sampler takes its candidates from: shares of random, text-similar and image-similar ones.
+SAMPLERS: dict[str, tuple[float, float, float]] = {
+    "rand_sampler": (1.0, 0.0, 0.0),
+    "text_sim_sampler": (0.0, 1.0, 0.0),
+    "img_sim_sampler": (0.0, 0.0, 1.0),
+    "mix_sampler": (0.5, 0.25, 0.25),
+}
+
+
+def query_rng(seed: int, query: Example) -> np.random.Generator:
+    """The query's own generator: a function of the seed and the question alone."""
+    return np.random.default_rng([seed, query.question_id])
+
+
+def allowed(query: Example, train_ids: np.ndarray, train_images: np.ndarray) -> np.ndarray:
+    """Rows of `train` that may stand before this query: not the question itself, not another one on its image."""
+    return np.flatnonzero((train_ids != query.question_id) & (train_images != query.image_id))
+
+
+def similarities(queries: Embeddings, train: Embeddings, parts: frozenset[str]) -> Tensor:
+    """Sum of the cosine similarities that `parts` names, (Q, N)."""
+    total = torch.zeros(len(queries.image), len(train.image))
+    if "img" in parts:
+        total += queries.image @ train.image.T
+    if "text" in parts:
+        total += queries.text @ train.text.T
+    return total
+
+
+def sample_pools(
+    config: SamplerConfig,
+    queries: Sequence[Example],
+    train: Sequence[Example],
+    embeddings: tuple[Embeddings, Embeddings] | None,
+    *,
+    size: int,
+    seed: int,
+) -> list[list[int]]:
+    """The pool of each query, as rows of `train`; smaller than `size` only where fewer examples are allowed.
+
+    embeddings: those of (queries, train), row for row; rand_sampler takes None. Source of the mixture: Lever-Plus.
+    """
+    if config.name not in SAMPLERS:
+        raise UsageError(f"unknown sampler {config.name!r}: one of {', '.join(SAMPLERS)} (--sampler)")
+    _, text_share, image_share = SAMPLERS[config.name]
+    if embeddings is None and text_share + image_share:
+        raise ValueError(f"{config.name} needs embeddings")
+    ids, images = np.array([e.question_id for e in train]), np.array([e.image_id for e in train])
+    pools = []
+    for start in range(0, len(queries), _CHUNK):
+        chunk = queries[start : start + _CHUNK]
+        text = image = [None] * len(chunk)
+        if embeddings is not None:
+            rows = slice(start, start + len(chunk))
+            part = Embeddings(embeddings[0].image[rows], embeddings[0].text[rows])
+            text = similarities(part, embeddings[1], frozenset({"text"})).numpy() if text_share else text
+            image = similarities(part, embeddings[1], frozenset({"img"})).numpy() if image_share else image
+        for query, by_text, by_image in zip(chunk, text, image, strict=True):
+            rng, rows = query_rng(seed, query), allowed(query, ids, images)
+            if rows.size == 0:
+                raise LeverError(f"question {query.question_id}: no training example is left to show before it")
+            sources = [(by_text, int(text_share * size)), (by_image, int(image_share * size))]
+            pools.append(_one_pool(rows, sources, size, rng))
+    return pools
+
+
+def _one_pool(rows: np.ndarray, sources, size: int, rng: np.random.Generator) -> list[int]:
+    """The most similar rows of each source, topped up at random, in random order."""
+    chosen: list[int] = []
+    for scores, count in sources:
+        if count:
+            chosen += nearest(scores, rows, count, rng, exclude=chosen)
+    rest = rows if not chosen else np.setdiff1d(rows, chosen)
+    chosen += rng.permutation(rest)[: size - len(chosen)].tolist()
+    return [chosen[i] for i in rng.permutation(len(chosen))]
+
+
+def nearest(scores: np.ndarray, rows: np.ndarray, count: int, rng: np.random.Generator, exclude=()) -> list[int]:
+    """The `count` rows of highest score, best first; ties in random order. scores (N,), rows a subset of 0..N−1."""
+    rows = np.setdiff1d(rows, exclude) if len(exclude) else rows
+    noisy = scores[rows].astype(np.float64) + _JITTER * rng.random(rows.size)
+    count = min(count, rows.size)
+    top = np.argpartition(-noisy, count - 1)[:count] if count < rows.size else np.arange(rows.size)
+    return rows[top[np.argsort(-noisy[top], kind="stable")]].tolist()

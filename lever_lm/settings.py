@@ -1,0 +1,218 @@
+"""From YAML files, environment variables and flags to one Config.
+
+Precedence: dataclass default < named YAMLs < --config < environment < --set < flag. YAML files hold only differences.
+"""
+
+import dataclasses
+import difflib
+import os
+import types
+import typing
+from pathlib import Path
+
+import yaml
+
+from lever_lm.config import ASSET_PREFIX, PACKAGE, Config, DataConfig
+from lever_lm.errors import UsageError
+
+
+def configs_root() -> Path:
+    """`configs/`: inside the installed package, else beside it in the checkout."""
+    installed = PACKAGE / "configs"
+    return installed if installed.is_dir() else PACKAGE.parent / "configs"
+
+
+def named_yaml(kind: str, name: str) -> dict:
+    """The YAML `configs/<kind>/<name>.yaml`. Raises UsageError with the nearest name when there is none."""
+    folder = configs_root() / kind
+    known = sorted(file.stem for file in folder.glob("*.yaml"))
+    if name not in known:
+        raise UsageError(f"unknown {kind} {name!r}{_nearest(name, known)}: one of {', '.join(known)} (--{kind})")
+    return read_yaml(folder / f"{name}.yaml")
+
+
+def read_yaml(path: Path) -> dict:
+    """A YAML mapping, read with safe_load. Raises UsageError naming the file when it is missing or no mapping."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read the config {path}: {error.strerror or error} (--config)") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} must hold a mapping of config keys, found {type(content).__name__}")
+    return content
+
+
+# ---------------------------------------------------------------------- merging
+
+
+def _nearest(name: str, known) -> str:
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {match[0]!r}?)" if match else ""
+
+
+def merge(base: dict, update: dict) -> dict:
+    """`update` over `base`, section by section; neither is changed."""
+    merged = dict(base)
+    for key, value in update.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def dotted(key: str, value) -> dict:
+    """`a.b`, v → {"a": {"b": v}}."""
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def parse_set(item: str) -> dict:
+    """One `--set key=value`; the value is read as YAML."""
+    key, equals, text = item.partition("=")
+    if not equals or not key:
+        raise UsageError(f"--set takes key=value, found {item!r}")
+    try:
+        return dotted(key.strip(), yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        raise UsageError(f"--set {key}: {text!r} is not a YAML value") from error
+
+
+def build(values: dict) -> Config:
+    """A Config from nested plain values. Unknown keys and wrong types raise UsageError and name the key."""
+    return _build(Config, values, "")
+
+
+def _build(cls, values: dict, prefix: str):
+    if not isinstance(values, dict):
+        raise UsageError(f"{prefix.rstrip('.')} must be a mapping of keys, found {values!r}")
+    hints = typing.get_type_hints(cls)
+    arguments = {}
+    for key, value in values.items():
+        if key not in hints:
+            raise UsageError(f"unknown config key '{prefix}{key}'{_suggest(f'{prefix}{key}')}")
+        hint = hints[key]
+        nested = dataclasses.is_dataclass(hint)
+        arguments[key] = _build(hint, value, f"{prefix}{key}.") if nested else _cast(hint, value, f"{prefix}{key}")
+    return cls(**arguments)
+
+
+def all_keys(cls=Config, prefix: str = "") -> list[str]:
+    """Every dotted key of the config."""
+    keys = []
+    for name, hint in typing.get_type_hints(cls).items():
+        keys += all_keys(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else [f"{prefix}{name}"]
+    return keys
+
+
+def _suggest(key: str) -> str:
+    """The known key whose last part, or whole, is nearest."""
+    keys = all_keys()
+    by_leaf = {known.rsplit(".", 1)[-1]: known for known in keys}
+    match = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
+    leaf = difflib.get_close_matches(key.rsplit(".", 1)[-1], list(by_leaf), n=1, cutoff=0.6)
+    found = match[0] if match else by_leaf[leaf[0]] if leaf else None
+    return f" (did you mean {found!r}?)" if found else ""
+
+
+def _cast(hint, value, key: str):
+    origin = typing.get_origin(hint)
+    if origin is tuple:
+        item = typing.get_args(hint)[0]
+        values = value if isinstance(value, (list, tuple)) else [value]
+        return tuple(_cast(item, entry, key) for entry in values)
+    if origin in (types.UnionType, typing.Union):
+        return None if value is None else _cast(typing.get_args(hint)[0], value, key)
+    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            number = float(value)  # YAML 1.1 reads 1e-4 as a string
+        except ValueError:
+            number = float("nan")
+        if number == number and abs(number) != float("inf"):
+            return number
+    elif (hint is int and isinstance(value, int) and not isinstance(value, bool)) or (
+        hint in (bool, str) and isinstance(value, hint)
+    ):
+        return value
+    elif hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    raise UsageError(f"{key} must be of type {hint.__name__}, found {value!r}")
+
+
+# ---------------------------------------------------------------------- environment
+
+_TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
+
+
+def _flag(text: str) -> bool:
+    if text.strip().lower() in (*_TRUE, *_FALSE):
+        return text.strip().lower() in _TRUE
+    raise ValueError("expected true or false")
+
+
+# Variables that the lineage's job scripts export: name → (parser, config values it stands for).
+ENVIRONMENT = {
+    "GRPO_EPOCHS": (int, lambda v: {"grpo.epochs": v}),
+    "RCE_EPOCHS": (int, lambda v: {"rce.epochs": v}),
+    "BATCH_SIZE": (int, lambda v: {"rce.batch_size": v, "grpo.batch_size": v}),
+    "RCE_LR": (float, lambda v: {"rce.lr": v}),
+    "GRPO_LR": (float, lambda v: {"grpo.lr": v}),
+    "KL_BETA": (float, lambda v: {"grpo.kl_beta": v}),
+    "NUM_LAYERS": (int, lambda v: {"policy.num_layers": v}),
+    "USE_RANK_ADVANTAGE": (_flag, lambda v: {"grpo.advantage": "rank" if v else "zscore"}),
+    "REWARD_MODE": (str, lambda v: {"reward.mode": v}),
+    "HARD_WEIGHT": (float, lambda v: {"reward.hard_weight": v}),
+    "SOFT_WEIGHT": (float, lambda v: {"reward.soft_weight": v}),
+    "REL_WEIGHT": (float, lambda v: {"reward.rel_weight": v}),
+    "RCE_USE_RAW_REWARD": (_flag, lambda v: {"rce.normalize": "none" if v else "zscore"}),
+    "FREEZE_BACKBONE_IN_GRPO": (_flag, lambda v: {"grpo.freeze_backbone": v}),
+    "SKIP_FALLBACK_REWARD": (_flag, lambda v: {"reward.skip_fallback": v}),
+    "REQUIRE_POSITIVE_QUERY": (_flag, lambda v: {"reward.require_positive": v}),
+    "OKVQA_PATH": (str, lambda v: {"data.okvqa_path": v}),
+    "COCO_PATH": (str, lambda v: {"data.coco_path": v}),
+}
+
+
+def environment_values(values: dict, environ=os.environ) -> tuple[dict, list[str]]:
+    """Config values that the environment sets, and the variables in effect as NAME=value.
+
+    Paths of OK-VQA leave the embedded dataset alone. An empty variable is none. Raises UsageError on a bad value.
+    """
+    embedded = str(values.get("data", {}).get("okvqa_path", DataConfig.okvqa_path)).startswith(ASSET_PREFIX)
+    found, in_effect = {}, []
+    for name, (parse, to_values) in ENVIRONMENT.items():
+        text = environ.get(name, "")
+        if not text.strip() or (embedded and name in ("OKVQA_PATH", "COCO_PATH")):
+            continue
+        try:
+            parsed = parse(text)
+        except ValueError as error:
+            raise UsageError(f"the environment variable {name} is {text!r}: {error}; unset it or mend it") from error
+        for key, value in to_values(parsed).items():
+            found = merge(found, dotted(key, value))
+        in_effect.append(f"{name}={text}")
+    return found, in_effect
+
+
+# ---------------------------------------------------------------------- resolving
+
+
+def resolve(names: dict[str, str | None], config_file: Path | None, sets: list[str], flags: dict):
+    """The Config of a command line, and the environment variables in effect as NAME=value.
+
+    names: kind → name of a YAML in configs/ (None to leave out); flags: nested values of the command's own options.
+    """
+    values: dict = {}
+    for kind, name in names.items():
+        if name is not None:
+            values = merge(values, named_yaml(kind, name))
+    if config_file is not None:
+        values = merge(values, read_yaml(config_file))
+    found, in_effect = environment_values(values)
+    values = merge(values, found)
+    for item in sets:
+        values = merge(values, parse_set(item))
+    return build(merge(values, flags)), in_effect
