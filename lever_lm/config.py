@@ -92,11 +92,11 @@ class RolloutConfig:
     num_queries: int = 5000  # training examples that get a group; all of them if there are fewer
     pool_size: int = 64
     shots: int = 2
-    beam: int = 4  # beams of the initial policy
-    sample: int = 2  # samples of the initial policy, at each temperature
+    beam: int = 2  # beams of the initial policy
+    sample: int = 3  # samples of the initial policy, at each temperature
     temperatures: tuple[float, ...] = (1.0, 1.3)
-    retrieval: int = 4  # by similarity to the query
-    random: int = 3
+    retrieval: int = 2  # by similarity to the query
+    random: int = 5
 
     def __post_init__(self):
         _positive(self, "rollout", "num_queries", "pool_size", "shots")
@@ -165,7 +165,7 @@ class GrpoConfig:
     """Group-relative policy optimisation on the logged groups."""
 
     epochs: int = 50
-    lr: float = 3e-4
+    lr: float = 1e-4
     batch_size: int = 64
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0

@@ -13,13 +13,13 @@ class Screen:
     """Where a command talks to. `quiet` leaves only results and errors."""
 
     def __init__(self, to_stderr: bool = False, quiet: bool = False):
-        self.out = Console(file=sys.stderr if to_stderr else sys.stdout, highlight=False, soft_wrap=True)
+        self.out = Console(file=sys.stderr if to_stderr else sys.stdout, highlight=False)
         self.quiet = quiet
 
     def say(self, text: str) -> None:
         """One line, printed as it is: text from data files is never markup."""
         if not self.quiet:
-            self.out.print(Text(text))
+            self.out.print(Text(text), soft_wrap=True)
 
     def track(self, items: Iterable, what: str, total: int) -> Iterator:
         """Yield the items under a progress bar; on anything but a terminal, under one line at the start."""
@@ -38,7 +38,7 @@ class Screen:
         """A result table; the first column is left-aligned, the others are numbers."""
         table = Table(title=Text(title), title_justify="left")
         for i, name in enumerate(header):
-            table.add_column(Text(name), justify="left" if i == 0 else "right")
+            table.add_column(Text(name), justify="left" if i == 0 else "right", no_wrap=True)
         for row in rows:
             table.add_row(*(Text(cell) for cell in row))
         self.out.print(table)

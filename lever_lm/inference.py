@@ -132,8 +132,11 @@ class Evaluation:
             outcomes.append(Outcome(method, k, predictions, scores, raw))
         return outcomes
 
-    def write(self, folder: Path, outcomes: list[Outcome], choices: dict[str, list[list[int]]], facts: dict) -> dict:
-        """Predictions (official result JSON), per-sample JSONL and ICDs of each method, and metrics.json."""
+    def write(
+        self, folder: Path, outcomes: list[Outcome], choices: dict[str, list[list[int]]], ours: str, facts: dict
+    ) -> dict:
+        """Predictions (official result JSON) and per-sample JSONL of each method, icds.jsonl of `ours` in pick order,
+        and metrics.json."""
         train = self.data.train_examples
         for outcome in outcomes:
             stem = f"{outcome.method}_{outcome.shots}shot"
@@ -156,12 +159,11 @@ class Evaluation:
                 )
             ]
             write_text(folder / f"samples_{stem}.jsonl", _json_lines(samples))
-        for method, picks in choices.items():
-            lines = [
-                {"question_id": query.question_id, "icds": [train[i].question_id for i in chosen]}
-                for query, chosen in zip(self.queries, picks, strict=True)
-            ]
-            write_text(folder / (f"icds_{method}.jsonl" if len(choices) > 1 else "icds.jsonl"), _json_lines(lines))
+        icds = [
+            {"question_id": query.question_id, "icds": [train[i].question_id for i in picks]}
+            for query, picks in zip(self.queries, choices[ours], strict=True)
+        ]
+        write_text(folder / "icds.jsonl", _json_lines(icds))
         metrics = {**facts, "results": [outcome.summary() for outcome in outcomes]}
         write_json(folder / "metrics.json", metrics)
         return metrics
@@ -195,7 +197,7 @@ def find_checkpoint(run: RunFolder, wanted: str | None, environ: dict, default: 
         return latest_checkpoint(run), "the latest of the run"
     if run.best.is_file():
         answer = read_best(run)
-        path = Path(answer["checkpoint"])
+        path = run.path / Path(answer["checkpoint"]).name  # the folder may have been moved since
         if path.is_file():
             return path, f"best.json of the run (strategy {answer['strategy']})"
     history = read_history(run, None)

@@ -44,8 +44,13 @@ def table_header(phase: str) -> list[str]:
 
 def table_row(row: dict) -> str:
     """One epoch of a phase's table."""
-    cells = (f" {row[key]:>{width}.{precision}f}" for _, key, width, precision in _COLUMNS[row["phase"]])
+    cells = (_cell(row.get(key), width, precision) for _, key, width, precision in _COLUMNS[row["phase"]])
     return f"{row['epoch']:>6}{''.join(cells)}"
+
+
+def _cell(value, width: int, precision: int) -> str:
+    """A number, or `-` where a checkpoint of somebody else's does not carry it."""
+    return f" {value:>{width}.{precision}f}" if isinstance(value, (int, float)) else f" {'-':>{width}}"
 
 
 class Journal:

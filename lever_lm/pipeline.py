@@ -18,12 +18,12 @@ from lever_lm.data import VqaData, load_dataset
 from lever_lm.data.groups import is_query, load_groups, read_rollouts, split_ids
 from lever_lm.errors import LeverError
 from lever_lm.features import Features, compute_features
-from lever_lm.inference import BASELINES, Evaluation, compare, find_checkpoint, load_for, read_best
+from lever_lm.inference import BASELINES, Evaluation, compare, find_checkpoint, load_for
 from lever_lm.journal import Journal
 from lever_lm.lvlm import CachedLvlm, load_lvlm
 from lever_lm.report import write_report
 from lever_lm.rollouts import make_rollouts, new_policy
-from lever_lm.runs import Layout, RunFolder, environment, file_digest, write_json
+from lever_lm.runs import Layout, RunFolder, environment, file_digest, inference_folder, write_json
 from lever_lm.selection import choose, read_history
 from lever_lm.training import train_grpo, train_rce
 
@@ -43,6 +43,7 @@ class Pipeline:
         self.config, self.screen = config, screen
         self.layout = Layout(config, results, run_name)
         self.run = RunFolder(run_dir or self.layout.run)
+        self.inference = inference_folder(run_dir) if run_dir else self.layout.inference
 
     @cached_property
     def data(self) -> VqaData:
@@ -83,9 +84,9 @@ class Pipeline:
         path = self.layout.rollouts
         report = make_rollouts(self.config, self.data, self.features, self.lvlm, path, self.screen.say)
         self.screen.say(
-            f"rollouts: {report['groups']} groups, {report['rollouts']} rollouts, mean accuracy {report['accuracy']:.3f}; "
-            f"{report['tied']} groups tied (nothing to learn), {report['all_right']} all right, "
-            f"{report['all_wrong']} all wrong"
+            f"rollouts: {report['groups']} groups, {report['rollouts']} rollouts, mean accuracy "
+            f"{report['accuracy']:.3f}; {report['tied']} groups tied (nothing to learn), "
+            f"{report['all_right']} all right, {report['all_wrong']} all wrong"
         )
         return {**report, "path": str(path)}
 
@@ -143,8 +144,9 @@ class Pipeline:
         self.screen.say(f"training on {len(parts[0])} groups, validating on {len(parts[1])}")
         if not all(parts):
             raise LeverError(
-                f"{path}: {len(parts[0])} training and {len(parts[1])} validation groups are left after filtering; both "
-                "are needed. Raise rollout.num_queries (--limit), or relax reward.require_positive, reward.skip_fallback"
+                f"{path}: {len(parts[0])} training and {len(parts[1])} validation groups are left after filtering; "
+                "both are needed. Raise rollout.num_queries (--limit), or relax reward.require_positive and "
+                "reward.skip_fallback"
             )
         return to_tensors(parts[0], queries, icds), to_tensors(parts[1], queries, icds)
 
@@ -163,7 +165,7 @@ class Pipeline:
     ) -> dict:
         """A v3 file to `<stem>_v2format.ckpt`, or a v2 file back to `<stem>.pt`. Without a path, the run's best."""
         if path is None:
-            path = Path(read_best(self.run)["checkpoint"]) if self.run.best.is_file() else self._best_checkpoint()
+            path = find_checkpoint(self.run, "best", {})[0]
         content = load_torch(path)
         stem = path.stem.removesuffix("_v2format")
         if to == "v3":
@@ -180,37 +182,32 @@ class Pipeline:
             self.screen.say(f"warning: v2 has one layer; left out {', '.join(dropped)}: its choices will differ")
         return {"input": str(path), "output": str(output), "to": to, "dropped": dropped}
 
-    def _best_checkpoint(self) -> Path:
-        return find_checkpoint(self.run, "best", {})[0]
-
     # ------------------------------------------------------------------ inference
 
     def infer(self, shots: Sequence[int], *, ckpt: str | None = None, default: str = "best", baselines: bool = False):
-        """Answer the evaluation queries with a checkpoint's choices. Returns results and paired tests, and writes them."""
+        """Answer the evaluation queries with a checkpoint's choices; writes and returns results and paired tests."""
         path, why = find_checkpoint(self.run, ckpt, dict(os.environ), default)
         self.screen.say(f"checkpoint: {path} ({why})")
         policy = load_for(path, self.config, self.features)
-        method = "rce" if path.stem.startswith("rce") else "grpo"
+        method = next((phase for phase in ("rce", "grpo") if path.stem.startswith(phase)), "policy")
         choices = {method: self.evaluation.choose(policy, max(shots))}
         if baselines:
             choices = {**{name: self.evaluation.baseline(name, max(shots)) for name in BASELINES}, **choices}
         outcomes = self.evaluation.run(choices, shots, self.lvlm)
         ours = [outcome for outcome in outcomes if outcome.method == method]
         tests = [test for outcome in ours for test in compare(outcome, outcomes)]
-        folder = self.layout.inference / path.stem
+        folder = self.inference / path.stem
         facts = {"checkpoint": str(path), "why": why, "tests": tests}
-        metrics = self.evaluation.write(folder, outcomes, choices, facts)
+        metrics = self.evaluation.write(folder, outcomes, choices, method, facts)
         self.screen.say(f"predictions and metrics: {folder}")
         return {**metrics, "folder": str(folder)}
 
     def report(self) -> dict:
         """The page of the run, from its evaluation: the demo's, else that of the checkpoint last inferred with."""
-        folders = [self.layout.inference, *self.layout.inference.glob("*/")]
+        folders = [self.inference, *self.inference.glob("*/")]
         evaluated = [folder for folder in folders if (folder / "metrics.json").is_file()]
         if not evaluated:
-            raise LeverError(
-                f"no results in {self.layout.inference}: run `lever infer --baselines` or `lever demo` first"
-            )
+            raise LeverError(f"no results in {self.inference}: run `lever infer --baselines` or `lever demo` first")
         newest = max(evaluated, key=lambda folder: (folder / "metrics.json").stat().st_mtime)
         return {"report": str(write_report(self.run, newest, self.data))}
 
@@ -230,8 +227,8 @@ class Pipeline:
         grpo = [outcome for outcome in outcomes if outcome.method == "grpo"]
         tests = [test for outcome in grpo for test in compare(outcome, outcomes)]
         facts = {"checkpoint": str(best), "tests": tests}
-        metrics = self.evaluation.write(self.layout.inference, outcomes, choices, facts)
-        report = write_report(self.run, self.layout.inference, self.data)
+        metrics = self.evaluation.write(self.inference, outcomes, choices, "grpo", facts)
+        report = write_report(self.run, self.inference, self.data)
         return {
             "table": metrics["results"],
             "report": str(report),

@@ -129,6 +129,12 @@ class Layout:
         self.inference = self.dataset / "inference" / (run_name or f"v3_{self.setting}")
 
 
+def inference_folder(run_dir: Path) -> Path:
+    """Where the inferences of a run folder named by path are: beside model_cpk/, else inside the folder itself."""
+    parent = run_dir.resolve().parent
+    return parent.parent / "inference" / run_dir.name if parent.name == "model_cpk" else run_dir / "inference"
+
+
 # ---------------------------------------------------------------------- runs
 
 # Settings that may change when a run goes on: they do not change what is already there.

@@ -1,0 +1,175 @@
+"""Options that every command takes, and the way from them to a pipeline."""
+
+import inspect
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lever_lm.errors import LeverError, UsageError
+
+DEFAULT_DATASET, DEFAULT_LVLM = "digits", "tiny_qwen2.5_vl"
+
+
+@dataclass
+class Common:
+    """Options that every command takes."""
+
+    config: Annotated[Path | None, typer.Option(help="YAML of config keys, over the named ones.")] = None
+    dataset: Annotated[str | None, typer.Option(help="configs/dataset/NAME.yaml: digits, okvqa_local")] = None
+    lvlm: Annotated[str | None, typer.Option(help="configs/lvlm/NAME.yaml: tiny_qwen2.5_vl, qwen2.5_vl_3B, …")] = None
+    sampler: Annotated[
+        str | None, typer.Option(help="rand_sampler, text_sim_sampler, img_sim_sampler, mix_sampler")
+    ] = None
+    recipe: Annotated[str | None, typer.Option(help="configs/recipe/NAME.yaml, for example classic")] = None
+    features: Annotated[
+        str | None, typer.Option(help="What queries and ICDs are encoded by: query_img_text_icd_img_text, …")
+    ] = None
+    set_: Annotated[list[str] | None, typer.Option("--set", help="One config key: grpo.kl_beta=0.05 (repeatable)")] = (
+        None
+    )
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1")] = None
+    limit: Annotated[int | None, typer.Option(min=2, help="Use N queries only, for a quick look.")] = None
+    results: Annotated[Path, typer.Option(help="Folder for everything that is made.")] = Path("results")
+    run_name: Annotated[str | None, typer.Option(help="Name of the run's folder.")] = None
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Go on with a run, or refuse one that is there.")
+    ] = True
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start the run over; its checkpoints are deleted.")] = (
+        False
+    )
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and with which config.")] = False
+    json_: Annotated[bool, typer.Option("--json", help="The result as JSON on stdout; all else goes to stderr.")] = (
+        False
+    )
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Results and errors only.")] = False
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False
+
+
+def command(app: typer.Typer, name: str) -> Callable:
+    """Register a function as a command: its first parameter becomes the Common options, the others are its own."""
+
+    def register(function: Callable) -> Callable:
+        signature = inspect.signature(function, eval_str=True)
+        own = [p.replace(kind=p.KEYWORD_ONLY) for p in list(signature.parameters.values())[1:]]
+        shared = [
+            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
+            for f in fields(Common)
+        ]
+
+        @wraps(function)
+        def run(**values: Any) -> None:
+            common = Common(**{f.name: values.pop(f.name) for f in fields(Common)})
+            _in_force.append(common)
+            function(common, **values)
+
+        run.__signature__ = signature.replace(parameters=[*own, *shared])
+        run.__annotations__ = {p.name: p.annotation for p in [*own, *shared]}
+        app.command(name)(run)
+        return function
+
+    return register
+
+
+_in_force: list[Common] = []
+
+
+def debugging() -> bool:
+    """Whether the command that ran asked for tracebacks."""
+    return bool(_in_force) and _in_force[-1].debug
+
+
+def parse_shots(text: str) -> list[int]:
+    """`5`, `1,2,4`, `1-5` → numbers. Raises UsageError on anything else, zero included."""
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise UsageError(f"--shots takes 5, 1,2,4 or 1-5, found {text!r}")
+        numbers += range(int(first), int(last if dash else first) + 1)
+    if not numbers or min(numbers) < 1 or max(numbers) > 1000:
+        raise UsageError(f"--shots must be between 1 and the pool size, found {text!r}; zero-shot is among --baselines")
+    return sorted(set(numbers))
+
+
+def epochs(rce: int | None, grpo: int | None) -> dict:
+    values: dict = {}
+    if rce is not None:
+        values["rce"] = {"epochs": rce}
+    if grpo is not None:
+        values["grpo"] = {"epochs": grpo}
+    return values
+
+
+def make_pipeline(common: Common, flags: dict | None = None, run_dir: Path | None = None):
+    """The pipeline of a command line: named YAMLs < --config < environment < --set < flags."""
+    from lever_lm.console import Screen
+    from lever_lm.settings import resolve
+
+    screen = Screen(to_stderr=common.json_, quiet=common.quiet)
+    if common.run_name is not None and Path(common.run_name).name != common.run_name:
+        raise UsageError(f"--run-name takes a folder name, found {common.run_name!r}")
+    flags = dict(flags or {})
+    for key, value in (("seed", common.seed), ("device", common.device)):
+        if value is not None:
+            flags[key] = value
+    if common.features is not None:
+        flags["features"] = {"name": common.features}
+    if common.limit is not None:
+        flags["rollout"], flags["infer"] = {"num_queries": common.limit}, {"num_queries": common.limit}
+    names = {
+        "dataset": common.dataset or DEFAULT_DATASET,
+        "lvlm": common.lvlm or DEFAULT_LVLM,
+        "sampler": common.sampler,
+        "recipe": common.recipe,
+    }
+    config, in_effect = resolve(names, common.config, common.set_ or [], flags)
+    for variable in in_effect:
+        screen.say(f"from the environment: {variable}")
+    from lever_lm.pipeline import Pipeline
+
+    pipeline = Pipeline(config, screen, results=common.results, run_name=common.run_name, run_dir=run_dir)
+    if not common.resume and pipeline.run.config.is_file():
+        raise LeverError(
+            f"{pipeline.run.path} holds a run already: drop --no-resume to go on with it, or --overwrite it"
+        )
+    return pipeline
+
+
+def planned(common: Common, pipeline) -> bool:
+    """With --dry-run: show the plan instead of doing it."""
+    if not common.dry_run:
+        return False
+    from lever_lm.config import to_dict
+
+    layout = pipeline.layout
+    places = {
+        "features": layout.features,
+        "rollouts": layout.rollouts,
+        "run": pipeline.run.path,
+        "inference": pipeline.inference,
+    }
+    for name, path in places.items():
+        pipeline.screen.say(f"{name}: {path} ({'there' if path.exists() else 'to be made'})")
+    emit(common, {"config": to_dict(pipeline.config), "paths": {name: str(path) for name, path in places.items()}})
+    return True
+
+
+def emit(common: Common, result: dict) -> None:
+    if common.json_:
+        sys.stdout.write(json.dumps(finite(result), ensure_ascii=False) + "\n")
+
+
+def finite(value):
+    """NaN and infinity as null: JSON has neither."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and (value != value or abs(value) == float("inf")) else value

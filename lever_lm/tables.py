@@ -1,0 +1,44 @@
+"""Results and choices as a person reads them on the terminal."""
+
+from lever_lm.console import Screen
+from lever_lm.journal import table_header, table_row
+from lever_lm.selection import History
+
+
+def show_results(screen: Screen, results: list[dict], tests: list[dict]) -> None:
+    """Methods down, shots across: accuracy and its 95 % interval."""
+    methods = list(dict.fromkeys(row["method"] for row in results))
+    shots = sorted({row["shots"] for row in results if row["shots"]}) or [0]
+    cells = {
+        (row["method"], row["shots"]): f"{row['accuracy']:.3f} [{row['ci'][0]:.2f}, {row['ci'][1]:.2f}]"
+        for row in results
+    }
+    rows = [
+        [m, *(cells.get((m, k), cells.get((m, 0), "") if i == 0 else "") for i, k in enumerate(shots))] for m in methods
+    ]
+    header = ["method", *(f"{k} shot{'s' * (k > 1)}" for k in shots)]
+    screen.table(f"VQA accuracy on {results[0]['n']} queries, with 95 % intervals", header, rows)
+    for test in tests:
+        if test["against"] in ("img_text_sim", "rce"):
+            screen.say(
+                f"{test['method']} − {test['against']} at {test['shots']} shots: {test['difference']:+.3f} "
+                f"[{test['low']:+.3f}, {test['high']:+.3f}], p = {test['p']:.4f} (paired)"
+            )
+
+
+def show_choice(screen: Screen, history: History, answer: dict, show_all: bool) -> None:
+    """The chosen epoch, why, what was left out, and what the other strategies would choose."""
+    for note in history.notes:
+        screen.say(f"note: {note}")
+    if show_all:
+        for line in [*table_header(history.phase), *(table_row(row) for row in history.rows)]:
+            screen.say(line)
+    for item in answer["excluded"]:
+        screen.say(f"excluded: epoch {item['epoch']} ({item['why']})")
+    if answer["epoch"] is not None:
+        place = f": {answer['checkpoint']}" if answer["checkpoint"] else ""
+        screen.say(f"{answer['strategy']}: epoch {answer['epoch']}{place} ({answer['why']}; from {answer['source']})")
+        if answer["checkpoint"] and not answer["exists"]:
+            screen.say("warning: that checkpoint file is not there")
+    others = ", ".join(f"{name} {epoch if epoch is not None else 'none'}" for name, epoch in answer["others"].items())
+    screen.say(f"other strategies: {others}")
