@@ -226,16 +226,32 @@ class Pipeline:
         outcomes = self.evaluation.run(choices, shots, self.lvlm)
         grpo = [outcome for outcome in outcomes if outcome.method == "grpo"]
         tests = [test for outcome in grpo for test in compare(outcome, outcomes)]
-        facts = {"checkpoint": str(best), "tests": tests}
+        facts = {"checkpoint": str(best), "tests": tests, "learned": self._learned(choices)}
         metrics = self.evaluation.write(self.inference, outcomes, choices, "grpo", facts)
         report = write_report(self.run, self.inference, self.data)
         return {
             "table": metrics["results"],
             "report": str(report),
             "tests": tests,
+            "learned": facts["learned"],
             "recommended": trained["recommended"],
             "run": str(self.run.path),
         }
+
+    def _learned(self, choices: dict[str, list[list[int]]]) -> dict:
+        """What GRPO changed after RCE: the share of evaluation queries with another first pick, and val_reward."""
+        changed = sum(ours[0] != theirs[0] for ours, theirs in zip(choices["grpo"], choices["rce"], strict=True))
+        last_rce = [row for row in self.run.rows() if row["phase"] == "rce"][-1]
+        learned = {
+            "first_picks_changed": changed / len(choices["grpo"]),
+            "val_reward_rce": last_rce["val_reward"],
+            "val_reward_grpo": max(row["val_reward"] for row in self.run.rows() if row["phase"] == "grpo"),
+        }
+        self.screen.say(
+            f"GRPO changed the first pick of {learned['first_picks_changed']:.0%} of the queries; validation reward "
+            f"{learned['val_reward_rce']:.3f} after RCE, {learned['val_reward_grpo']:.3f} after GRPO"
+        )
+        return learned
 
 
 def read_embeddings(path: Path | None) -> Tensor:
