@@ -97,6 +97,7 @@ class RolloutConfig:
     temperatures: tuple[float, ...] = (1.0, 1.3)
     retrieval: int = 2  # by similarity to the query
     random: int = 5
+    gt_prob: bool = False  # also score P(reference answers), which the reward modes with gtprob need
 
     def __post_init__(self):
         _positive(self, "rollout", "num_queries", "pool_size", "shots")

@@ -113,7 +113,9 @@ def make_pipeline(common: Common, flags: dict | None = None, run_dir: Path | Non
     from lever_lm.settings import resolve
 
     screen = Screen(to_stderr=common.json_, quiet=common.quiet)
-    if common.run_name is not None and Path(common.run_name).name != common.run_name:
+    if common.run_name is not None and (
+        common.run_name in (".", "..") or Path(common.run_name).name != common.run_name
+    ):
         raise UsageError(f"--run-name takes a folder name, found {common.run_name!r}")
     flags = dict(flags or {})
     for key, value in (("seed", common.seed), ("device", common.device)):

@@ -15,8 +15,8 @@ from lever_lm.compat import resolve_device
 from lever_lm.config import Config
 from lever_lm.console import Screen
 from lever_lm.data import VqaData, load_dataset
-from lever_lm.data.groups import is_query, load_groups, read_rollouts, split_ids
-from lever_lm.errors import LeverError
+from lever_lm.data.groups import check_reward_mode, is_query, load_groups, read_rollouts, split_ids
+from lever_lm.errors import LeverError, UsageError
 from lever_lm.features import Features, compute_features
 from lever_lm.inference import BASELINES, Evaluation, compare, find_checkpoint, load_for
 from lever_lm.journal import Journal
@@ -94,9 +94,12 @@ class Pipeline:
 
     def train(self, *, rl_data: Path | None = None, embeddings: Path | None = None, overwrite: bool = False) -> dict:
         """RCE, then GRPO, resuming what is there; converts the recommended checkpoint. Returns what was recommended."""
+        check_reward_mode(self.config.reward.mode)
         if not overwrite:
             self.run.check(self.config)  # before the costly part, not after it
         if rl_data is None:
+            if "gtprob" in self.config.reward.mode and not self.config.rollout.gt_prob:
+                raise UsageError(f"reward.mode {self.config.reward.mode} needs --set rollout.gt_prob=true")
             self.rollouts()
             queries, icds = (
                 self.features.queries("train", self.config.features),
@@ -124,8 +127,12 @@ class Pipeline:
             policy, initial, train, val, self.config.grpo, journal, val_temperature=self.config.rce.temperature_end
         )
         answer = self.recommend()
-        converted = self.convert(Path(answer["checkpoint"]), allow_truncate=True)
-        return {"run": str(self.run.path), "recommended": answer, "converted": converted["output"]}
+        try:
+            converted = self.convert(Path(answer["checkpoint"]))["output"]
+        except LeverError as error:  # the run is sound; only the older format cannot hold its policy
+            self.screen.say(f"not converted: {error}")
+            converted = None
+        return {"run": str(self.run.path), "recommended": answer, "converted": converted}
 
     def _groups(self, path: Path, queries: Tensor, icds: Tensor) -> tuple[GroupTensors, GroupTensors]:
         reward = self.config.reward

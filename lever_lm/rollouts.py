@@ -4,6 +4,8 @@ K pool, S shots. A group holds sequences of several kinds (`gen_method`): beams 
 policy, similarity, random. Sequences with the same ICDs in another order count as the same.
 """
 
+import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,9 +16,9 @@ from torch import Tensor
 from lever_lm.config import Config, RolloutConfig, fingerprint
 from lever_lm.data import Example, Group, VqaData
 from lever_lm.data.groups import is_query, load_groups, read_rollouts
-from lever_lm.errors import LeverError
+from lever_lm.errors import LeverError, UsageError
 from lever_lm.features import Features
-from lever_lm.lvlm import CachedLvlm, build_prompt, cut_answer
+from lever_lm.lvlm import CachedLvlm, Prompt, build_prompt, cut_answer
 from lever_lm.metrics import normalize_answer, relevance, vqa_accuracy
 from lever_lm.policy import PointerSelector
 from lever_lm.runs import write_json
@@ -34,7 +36,10 @@ def new_policy(config: Config, d_model: int) -> PointerSelector:
     """The untrained policy of a config: the same weights for the same seed, whatever was drawn before."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return PointerSelector(d_model=d_model, **vars(config.policy))
+        try:
+            return PointerSelector(d_model=d_model, **vars(config.policy))
+        except ValueError as error:
+            raise UsageError(f"policy: {error}") from error
 
 
 def query_rows(count: int, total: int, seed: int) -> list[int]:
@@ -84,9 +89,10 @@ def make_rollouts(
         for trajectory in group
     ]
     texts = iter(lvlm.generate(prompts, "rollouts"))
+    probs = iter(_reference_probs(prompts, lvlm) if config.rollout.gt_prob else [None] * len(prompts))
     content: dict = {"_meta": {"fingerprint": stamp, "version": STAGE_VERSION, "n_train": len(train)}}
     for row, query, pool, group in zip(rows, queries, pools, groups, strict=True):
-        scored = [_score(trajectory, pool, next(texts), query) for trajectory in group]
+        scored = [_score(trajectory, pool, next(texts), next(probs), query) for trajectory in group]
         content[str(row)] = {"query": _query(row, query), "candidate_pool_ids": pool, "pointer_candidates": scored}
     write_json(path, content, indent=None)
     return group_report(path)
@@ -157,7 +163,21 @@ def propose(
 # ---------------------------------------------------------------------- scoring
 
 
-def _score(trajectory: dict, pool: list[int], text: str, query: Example) -> dict:
+def _reference_probs(prompts: list[Prompt], lvlm: CachedLvlm) -> list[float]:
+    """Σ over a query's distinct reference answers of min(count / 3, 1) · P(answer | prompt), for each prompt."""
+    pairs = [
+        (i, answer, min(count / 3, 1.0))
+        for i, prompt in enumerate(prompts)
+        for answer, count in Counter(prompt.query.answers).items()
+    ]
+    log_probs = lvlm.answer_log_prob([prompts[i] for i, _, _ in pairs], [answer for _, answer, _ in pairs], "gt_prob")
+    totals = [0.0] * len(prompts)
+    for (i, _, weight), log_prob in zip(pairs, log_probs, strict=True):
+        totals[i] += weight * math.exp(log_prob)
+    return totals
+
+
+def _score(trajectory: dict, pool: list[int], text: str, gt_prob: float | None, query: Example) -> dict:
     answer = cut_answer(text)
     accuracy = round(vqa_accuracy(answer, query.answers), 6)
     f1, edit = relevance(answer, query.answers)
@@ -170,6 +190,7 @@ def _score(trajectory: dict, pool: list[int], text: str, query: Example) -> dict
         "vqa_pred_answer": answer,
         "vqa_correct": int(accuracy > 0),
         "vqa_acc_score": accuracy,
+        **({} if gt_prob is None else {"vqa_gt_prob": round(gt_prob, 6)}),
         "vqa_rel_token_f1": round(f1, 6),
         "vqa_rel_edit_sim": round(edit, 6),
         "vqa_rel_score": round(max(f1, edit), 6),

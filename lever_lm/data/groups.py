@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from lever_lm.errors import LeverError
+from lever_lm.errors import LeverError, UsageError
 from lever_lm.rewards import reward
 
 POOL_LIMIT = 64
@@ -42,6 +42,7 @@ def load_groups(
     with require_positive those without a correct rollout, are dropped. Raises LeverError naming file, query and
     trajectory when a number is not finite, a position is out of range or the schema is another.
     """
+    check_reward_mode(reward_mode)
     content = read_rollouts(path)
     weights = {"hard_weight": hard_weight, "soft_weight": soft_weight, "rel_weight": rel_weight}
     groups = []
@@ -137,3 +138,11 @@ def _reward(trajectory: dict, mode: str, weights: dict, where: str) -> float:
         if score is not None and not number:
             raise LeverError(f"{where}: {names[name]} is {score!r}, expected a finite number or null")
     return reward(mode, **scores, **weights)
+
+
+def check_reward_mode(mode: str) -> None:
+    """Raise UsageError unless `mode` is a reward mode."""
+    try:
+        reward(mode)
+    except ValueError as error:
+        raise UsageError(f"{error} (reward.mode)") from error
