@@ -24,7 +24,7 @@ class Screen:
     def track(self, items: Iterable, what: str, total: int) -> Iterator:
         """Yield the items under a progress bar; on anything but a terminal, under one line at the start."""
         if self.quiet or not self.out.is_terminal:
-            self.say(f"{what}: {total}")
+            self.say(what)
             yield from items
             return
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())

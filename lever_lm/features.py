@@ -89,7 +89,7 @@ def _encode_splits(data: VqaData, config: FeatureConfig, device: str, track: Tra
     for split, examples in (("train", data.train_examples), ("val", data.val_examples)):
         images = list(dict.fromkeys(example.image for example in examples))
         row = {image: i for i, image in enumerate(images)}
-        of_image = encoder.images(track(images, f"CLIP images, {split}", len(images)))
+        of_image = encoder.images(track(images, f"CLIP, {split}: {len(images)} images", len(images)))
         tensors[f"{split}_image"] = of_image[[row[example.image] for example in examples]].contiguous()
         tensors[f"{split}_text"] = encoder.texts([example.question for example in examples])
     return tensors

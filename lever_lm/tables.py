@@ -16,14 +16,19 @@ def show_results(screen: Screen, results: list[dict], tests: list[dict]) -> None
     rows = [
         [m, *(cells.get((m, k), cells.get((m, 0), "") if i == 0 else "") for i, k in enumerate(shots))] for m in methods
     ]
-    header = ["method", *(f"{k} shot{'s' * (k > 1)}" for k in shots)]
+    header = ["method", *map(count_shots, shots)]
     screen.table(f"VQA accuracy on {results[0]['n']} queries, with 95 % intervals", header, rows)
     for test in tests:
         if test["against"] in ("img_text_sim", "rce"):
             screen.say(
-                f"{test['method']} − {test['against']} at {test['shots']} shots: {test['difference']:+.3f} "
+                f"{test['method']} − {test['against']} at {count_shots(test['shots'])}: {test['difference']:+.3f} "
                 f"[{test['low']:+.3f}, {test['high']:+.3f}], p = {test['p']:.4f} (paired)"
             )
+
+
+def count_shots(shots: int) -> str:
+    """`1 shot`, `4 shots`."""
+    return f"{shots} shot{'s' * (shots != 1)}"
 
 
 def show_choice(screen: Screen, history: History, answer: dict, show_all: bool) -> None:

@@ -8,9 +8,11 @@ check   measures both models of --out as they stand, through `from_pretrained` a
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the package's compat.py, also where the package is not installed
 
 
 def parse_args() -> argparse.Namespace:

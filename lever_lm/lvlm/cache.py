@@ -111,9 +111,8 @@ class CachedLvlm:
         self.known += len(first) - len(pending)
         if pending:
             batches = self.backend.batches([prompts[i] for i in pending])
-            for batch in self.track(
-                batches, f"{what} (batches; {len(first) - len(pending)} prompts known)", len(batches)
-            ):
+            label = f"{what}: {len(pending)} prompts to ask, {len(first) - len(pending)} known"
+            for batch in self.track(batches, label, len(batches)):
                 rows = [pending[j] for j in batch]
                 new = dict(zip((keys[i] for i in rows), ask(rows), strict=True))
                 self.cache.put(new)

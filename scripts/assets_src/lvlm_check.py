@@ -17,7 +17,7 @@ from assets_src.knowledge import NUM_TRAIN_PARAPHRASES, QUESTION_TYPES, TYPE_NAM
 from assets_src.lvlm_model import encode_images, hidden_states, patchify
 from assets_src.lvlm_processor import STYLES, chat_messages
 from assets_src.lvlm_sequences import Cell, Encoder, Sequence, collate
-from assets_src.torchvision_mend import mend_torchvision
+from lever_lm.compat import import_transformers
 
 HELD_OUT = NUM_TRAIN_PARAPHRASES
 BATCH_SIZE = 50
@@ -108,7 +108,7 @@ def fast_first_words(model, tokenizer, sequences: list[Sequence], greys: np.ndar
 
 def check(folder: Path, count: int = 200, device: str = "cpu", smudged: bool = False) -> dict[str, float]:
     """Accuracy by condition and style; `agreement` is how often library and training path begin with the same word."""
-    mend_torchvision()
+    import_transformers()
     from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).to(device).eval()

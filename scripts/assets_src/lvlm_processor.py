@@ -119,7 +119,7 @@ def build_tokenizer():
 
 
 def build_processor():
-    """The real Qwen2.5-VL processor around the tiny tokenizer; needs `mend_torchvision()` before."""
+    """The real Qwen2.5-VL processor around the tiny tokenizer; needs `import_transformers()` before."""
     from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessorPil, Qwen2VLVideoProcessor
 
     patches = {"patch_size": PATCH_SIZE, "merge_size": MERGE_SIZE}

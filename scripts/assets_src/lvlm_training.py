@@ -18,7 +18,7 @@ from assets_src.digit_images import load_digits, split_by_image
 from assets_src.lvlm_model import build_config, encode_images, hidden_states, patchify
 from assets_src.lvlm_processor import build_processor
 from assets_src.lvlm_sequences import NUM_TYPES, Batch, Encoder, TrainingBatches
-from assets_src.torchvision_mend import mend_torchvision
+from lever_lm.compat import import_transformers
 
 PROBED_LAYER = 1
 AUX_WEIGHT = 0.3
@@ -124,7 +124,7 @@ def build(
     workers: int = 0,
     peak_lr: float = 7e-4,
 ) -> dict:
-    mend_torchvision()
+    import_transformers()
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     from assets_src.lvlm_check import check

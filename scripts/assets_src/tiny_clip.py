@@ -19,7 +19,7 @@ from torch import Tensor
 
 from assets_src.digit_images import load_digits, smudge, split_by_image
 from assets_src.knowledge import DIGIT_WORDS, NUM_TRAIN_PARAPHRASES, QUESTION_TYPES
-from assets_src.torchvision_mend import mend_torchvision
+from lever_lm.compat import import_transformers
 
 PIXELS = 28
 EMBEDDING = 64
@@ -193,7 +193,7 @@ def linear_probe(train: Tensor, train_labels: Tensor, test: Tensor, test_labels:
 @torch.inference_mode()
 def check(folder: Path) -> dict[str, float]:
     """What a policy can read off the shipped model, measured on val images and held-out wordings."""
-    mend_torchvision()
+    import_transformers()
     from transformers import CLIPModel, CLIPProcessor
 
     model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
@@ -225,7 +225,7 @@ def check(folder: Path) -> dict[str, float]:
 
 
 def build(out: Path, seed: int = 0, steps: int = 600) -> dict:
-    mend_torchvision()
+    import_transformers()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # sums in another order would make other weights
     torch.manual_seed(seed)
