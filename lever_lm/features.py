@@ -27,6 +27,10 @@ class Embeddings:
     image: Tensor
     text: Tensor
 
+    def take(self, rows) -> "Embeddings":
+        """Those of some rows: a slice or a list."""
+        return Embeddings(self.image[rows], self.text[rows])
+
     def combine(self, parts: frozenset[str]) -> Tensor:
         """The feature of each example: the normalised sum of the embeddings that `parts` names, (N, D)."""
         chosen = [self.image] * ("img" in parts) + [self.text] * ("text" in parts)

@@ -65,7 +65,7 @@ class Evaluation:
         # A subset of a larger one, and in the order of the file.
         self.rows = sorted(np.random.default_rng([config.seed, 2]).permutation(total)[:count].tolist())
         self.queries: list[Example] = [data.val_examples[row] for row in self.rows]
-        self.embeddings = type(features.val)(features.val.image[self.rows], features.val.text[self.rows])
+        self.embeddings = features.val.take(self.rows)
         self.pools = sample_pools(
             config.sampler,
             self.queries,

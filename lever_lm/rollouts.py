@@ -75,7 +75,7 @@ def make_rollouts(
     train = data.train_examples
     rows = query_rows(config.rollout.num_queries, len(train), config.seed)
     queries = [train[row] for row in rows]
-    embeddings = (_take(features, rows), features.train)
+    embeddings = (features.train.take(rows), features.train)
     pools = sample_pools(config.sampler, queries, train, embeddings, size=config.rollout.pool_size, seed=config.seed)
     policy = new_policy(config, features.train.image.shape[1]).eval()
     query_features, icd_features = features.queries("train", config.features), features.icds(config.features)
@@ -96,10 +96,6 @@ def make_rollouts(
         content[str(row)] = {"query": _query(row, query), "candidate_pool_ids": pool, "pointer_candidates": scored}
     write_json(path, content, indent=None)
     return group_report(path)
-
-
-def _take(features: Features, rows: list[int]):
-    return type(features.train)(features.train.image[rows], features.train.text[rows])
 
 
 # ---------------------------------------------------------------------- proposing

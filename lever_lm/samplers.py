@@ -72,8 +72,7 @@ def sample_pools(
         chunk = queries[start : start + _CHUNK]
         text = image = [None] * len(chunk)
         if embeddings is not None:
-            rows = slice(start, start + len(chunk))
-            part = Embeddings(embeddings[0].image[rows], embeddings[0].text[rows])
+            part = embeddings[0].take(slice(start, start + len(chunk)))
             text = similarities(part, embeddings[1], frozenset({"text"})).numpy() if text_share else text
             image = similarities(part, embeddings[1], frozenset({"img"})).numpy() if image_share else image
         for query, by_text, by_image in zip(chunk, text, image, strict=True):
