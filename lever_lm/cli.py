@@ -163,23 +163,25 @@ def _root(
         raise typer.Exit
 
 
+# What a wrong command line raises. Typer carries a click of its own in some versions and uses click's in others.
+_CommandLineError = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
+
+
 def main() -> None:
     """Entry point: exit status 0 done, 1 could not, 2 usage, 130 interrupted; one message on stderr, no traceback."""
     sys.exit(_run(sys.argv[1:]))
 
 
 def _run(arguments: list[str]) -> int:
-    import click
-
     try:
         status = app(args=arguments, prog_name="lever", standalone_mode=False)
         return status if isinstance(status, int) else 0
-    except click.exceptions.Exit as stop:
+    except typer.Exit as stop:
         return stop.exit_code
-    except click.exceptions.ClickException as error:
+    except _CommandLineError as error:
         error.show(sys.stderr)
         return error.exit_code
-    except (KeyboardInterrupt, click.exceptions.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted; run the same command again to go on", 130)
     except UsageError as error:
         return _fail(str(error), 2)

@@ -172,8 +172,8 @@ def best_rollouts(rewards: Tensor, mask: Tensor, k: int | None) -> Tensor:
     """The mask of each group's k best rollouts, earlier ones first among equals; all of them for None. (B, G)."""
     if k is None:
         return mask
-    order = rewards.masked_fill(~mask, -torch.inf).argsort(-1, descending=True, stable=True)
-    rank = order.argsort(-1)
+    order = rewards.masked_fill(~mask, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+    rank = order.argsort(dim=-1)
     return mask & (rank < k)
 
 
