@@ -10,7 +10,18 @@ import typer
 
 from lever_lm import __version__
 from lever_lm.errors import LeverError, UsageError
-from lever_lm.options import Common, command, debugging, emit, epochs, finite, make_pipeline, parse_shots, planned
+from lever_lm.options import (
+    Common,
+    command,
+    debugging,
+    emit,
+    epochs,
+    finite,
+    make_pipeline,
+    parse_shots,
+    planned,
+    refuse_resuming,
+)
 
 app = typer.Typer(
     name="lever",
@@ -46,6 +57,7 @@ def demo(
         return
     from lever_lm.tables import show_results
 
+    refuse_resuming(common, pipeline)
     result = pipeline.demo(numbers, overwrite=common.overwrite)
     show_results(pipeline.screen, result["table"], result["tests"])
     pipeline.screen.say(f"report: {result['report']}")
@@ -68,6 +80,7 @@ def train(
         rl_data = Path(path)
     if planned(common, pipeline):
         return
+    refuse_resuming(common, pipeline)
     emit(common, pipeline.train(rl_data=rl_data, embeddings=embeddings, overwrite=common.overwrite))
 
 

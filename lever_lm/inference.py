@@ -107,7 +107,7 @@ class Evaluation:
             if name == "oracle":
                 rows = np.array(pool)
                 # Similarities lie within ±2, so an accuracy step of 0.1 always outweighs them.
-                row = row.copy()
+                row = row.astype(np.float64)
                 row[rows] += 100 * np.array([vqa_accuracy(train[i].answer, query.answers) for i in pool])
             chosen = rng.permutation(rows)[:shots].tolist() if name == "random" else nearest(row, rows, shots, rng)
             picks.append(chosen)

@@ -90,15 +90,17 @@ def parse_shots(text: str) -> list[int]:
     numbers: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
+        last = last if dash else first
+        if not (first.isdecimal() and last.isdecimal() and len(first) < 5 and len(last) < 5):
             raise UsageError(f"--shots takes 5, 1,2,4 or 1-5, found {text!r}")
-        numbers += range(int(first), int(last if dash else first) + 1)
-    if not numbers or min(numbers) < 1 or max(numbers) > 1000:
+        numbers += range(int(first), int(last) + 1)
+    if not numbers or min(numbers) < 1:
         raise UsageError(f"--shots must be between 1 and the pool size, found {text!r}; zero-shot is among --baselines")
     return sorted(set(numbers))
 
 
 def epochs(rce: int | None, grpo: int | None) -> dict:
+    """Config values of --rce-epochs and --grpo-epochs."""
     values: dict = {}
     if rce is not None:
         values["rce"] = {"epochs": rce}
@@ -136,12 +138,15 @@ def make_pipeline(common: Common, flags: dict | None = None, run_dir: Path | Non
         screen.say(f"from the environment: {variable}")
     from lever_lm.pipeline import Pipeline
 
-    pipeline = Pipeline(config, screen, results=common.results, run_name=common.run_name, run_dir=run_dir)
-    if not common.resume and pipeline.run.config.is_file():
+    return Pipeline(config, screen, results=common.results, run_name=common.run_name, run_dir=run_dir)
+
+
+def refuse_resuming(common: Common, pipeline) -> None:
+    """With --no-resume: raise LeverError where the run's folder holds a run already."""
+    if not common.resume and not common.overwrite and pipeline.run.config.is_file():
         raise LeverError(
             f"{pipeline.run.path} holds a run already: drop --no-resume to go on with it, or --overwrite it"
         )
-    return pipeline
 
 
 def planned(common: Common, pipeline) -> bool:
@@ -164,6 +169,7 @@ def planned(common: Common, pipeline) -> bool:
 
 
 def emit(common: Common, result: dict) -> None:
+    """With --json: the result on stdout, one line."""
     if common.json_:
         sys.stdout.write(json.dumps(finite(result), ensure_ascii=False) + "\n")
 
