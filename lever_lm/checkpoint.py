@@ -36,9 +36,12 @@ def load_torch(path: str | Path, expect: type = dict):
     """torch.load of tensors and plain values only. Raises LeverError when the file is missing or anything else."""
     path = Path(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        file = open(path, "rb")  # noqa: SIM115 - an OSError from here on means a file cut short, not a missing one
     except OSError as error:
         raise LeverError(f"cannot read the checkpoint {path}: {error.strerror or error}") from error
+    try:
+        with file:
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a file of anybody's making: its bytes can fail the unpickler in any way
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise LeverError(
@@ -111,6 +114,10 @@ def infer_shape(state: dict[str, Tensor], num_heads: int, path: str | Path = "ch
     """Constructor arguments of the policy whose weights these are."""
     if "query_proj.weight" not in state:
         raise LeverError(f"{path} holds no query_proj.weight: not the weights of a PointerSelector")
+    for name in ("query_proj.weight", "input_proj.weight"):
+        if name in state and (state[name].ndim != 2 or not state[name].numel()):
+            found = tuple(state[name].shape)
+            raise LeverError(f"{path}: {name} has shape {found}: not the weights of a PointerSelector")
     hidden = state["query_proj.weight"].shape[0]
     entry = state.get("input_proj.weight")
     layers = {int(match[1]) for key in state if (match := re.match(r"cross_attn_layers\.(\d+)\.", key))}

@@ -158,6 +158,9 @@ class RceConfig:
     def __post_init__(self):
         _positive(self, "rce", "batch_size", "lr", "temperature_start", "temperature_end")
         _not_negative(self, "rce", "epochs")
+        _not_negative(self, "rce", "weight_decay")
+        if not 0 <= self.label_smoothing < 1:
+            raise UsageError(f"rce.label_smoothing must lie in [0, 1), found {self.label_smoothing}")
         _one_of("rce.normalize", self.normalize, ("none", "zscore", "rank"))
 
 
@@ -185,7 +188,9 @@ class GrpoConfig:
 
     def __post_init__(self):
         _positive(self, "grpo", "batch_size", "lr", "clip_epsilon")
-        _not_negative(self, "grpo", "epochs", "kl_beta", "refresh_every")
+        _not_negative(self, "grpo", "epochs", "kl_beta", "refresh_every", "weight_decay")
+        if any(k < 1 for k in self.top_k):
+            raise UsageError(f"grpo.top_k must hold numbers of 1 or more, found {list(self.top_k)}")
         _one_of("grpo.advantage", self.advantage, ("zscore", "rank"))
         _one_of("grpo.anchor", self.anchor, ("rce", "init"))
         _one_of("grpo.dropout", self.dropout, ("off", "both", "new_only"))

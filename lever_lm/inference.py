@@ -20,7 +20,7 @@ from lever_lm.lvlm import CachedLvlm, build_prompt
 from lever_lm.metrics import vqa_accuracy
 from lever_lm.policy import PointerSelector
 from lever_lm.runs import RunFolder, write_json, write_text
-from lever_lm.samplers import allowed, nearest, query_rng, sample_pools, similarities
+from lever_lm.samplers import allowed, nearest, query_rng, sample_pools, similarity_rows
 from lever_lm.selection import STRATEGIES, best_row, read_history
 from lever_lm.stats import bootstrap_interval, paired_test
 
@@ -100,14 +100,13 @@ class Evaluation:
         train = self.data.train_examples
         ids, images = np.array([e.question_id for e in train]), np.array([e.image_id for e in train])
         parts = _SIMILARITY_PARTS.get(name, _SIMILARITY_PARTS["img_text_sim"])
-        scores = similarities(self.embeddings, self.features.train, parts).numpy()
+        scores = similarity_rows(self.embeddings, self.features.train, parts)
         picks = []
         for query, pool, row in zip(self.queries, self.pools, scores, strict=True):
             rng, rows = query_rng(self.config.seed, query), allowed(query, ids, images)
             if name == "oracle":
                 rows = np.array(pool)
                 # Similarities lie within ±2, so an accuracy step of 0.1 always outweighs them.
-                row = row.astype(np.float64)
                 row[rows] += 100 * np.array([vqa_accuracy(train[i].answer, query.answers) for i in pool])
             chosen = rng.permutation(rows)[:shots].tolist() if name == "random" else nearest(row, rows, shots, rng)
             picks.append(chosen)

@@ -66,6 +66,9 @@ class Journal:
         """Load the state of an earlier process, if there is one, and bring the files beside it up to date."""
         if self.run.state.is_file():
             self.state = load_torch(self.run.state)
+            missing = {"phase", "policy", "optimizer", "rng", "extra", "rows", "inputs"} - self.state.keys()
+            if missing:
+                raise LeverError(f"{self.run.state} is no state of a run (no {min(missing)}): --overwrite starts over")
             self._check_inputs(self.state.get("inputs"))
             self.rows = self.state["rows"]
             self._publish_checkpoint()

@@ -199,6 +199,7 @@ class PointerSelector(nn.Module):
         """The `width` likeliest sequences by beam search, best first: sequences (B, W, S), log-probs (B, W) and sums of
         step probabilities (B, W). W is smaller than `width` where there are fewer sequences."""
         batch, pool = candidates.shape[:2]
+        _check_shots(shots, candidates, pool_mask)
         state, cands = self.encode(query, candidates, pool_mask)
         state = state.unsqueeze(1)
         taken = _unavailable(batch, 1, pool, pool_mask, query.device)
@@ -207,7 +208,8 @@ class PointerSelector(nn.Module):
         for _ in range(shots):
             steps = self._score(state, cands, taken).log_softmax(-1).masked_fill(taken, -torch.inf)
             total = (log_probs.unsqueeze(-1) + steps).flatten(1)
-            log_probs, flat = total.topk(min(width, total.shape[1]), -1)
+            possible = int((~taken).flatten(1).sum(-1).min())
+            log_probs, flat = total.topk(min(width, possible), -1)
             parent, pick = flat // pool, flat % pool
             probs = probs.gather(1, parent) + steps.flatten(1).gather(1, flat).exp()
             picks = torch.cat([_gather(picks, parent), pick.unsqueeze(-1)], -1)
@@ -217,9 +219,7 @@ class PointerSelector(nn.Module):
 
     def _roll(self, query, candidates, shots, pool_mask, num_samples, choose) -> Tensor:
         """Pick step by step with `choose`: logits (B, M, K) → (B, M)."""
-        sizes = candidates.shape[1] if pool_mask is None else int(pool_mask.sum(-1).min())
-        if not 1 <= shots <= sizes:
-            raise ValueError(f"cannot pick {shots} shots from a pool of {sizes} candidates")
+        _check_shots(shots, candidates, pool_mask)
         start, cands = self.encode(query, candidates, pool_mask)
         state = start.unsqueeze(1).expand(-1, num_samples, -1)
         taken = _unavailable(query.shape[0], num_samples, candidates.shape[1], pool_mask, query.device)
@@ -230,6 +230,12 @@ class PointerSelector(nn.Module):
             taken = taken | F.one_hot(pick, taken.shape[-1]).bool()
             state = self._update(state, _gather(cands, pick))
         return torch.stack(picks, -1)
+
+
+def _check_shots(shots: int, candidates: Tensor, pool_mask: Tensor | None) -> None:
+    size = candidates.shape[1] if pool_mask is None else int(pool_mask.sum(-1).min())
+    if not 1 <= shots <= size:
+        raise ValueError(f"cannot pick {shots} shots from a pool of {size} candidates")
 
 
 def _unavailable(batch: int, group: int, pool: int, pool_mask: Tensor | None, device) -> Tensor:

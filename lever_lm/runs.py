@@ -191,7 +191,9 @@ class RunFolder:
         try:
             there = yaml.safe_load(self.config.read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-            raise LeverError(f"cannot read {self.config}: {error}; --overwrite starts the run over") from error
+            raise LeverError(
+                f"cannot read {self.config}: {' '.join(str(error).split())}; --overwrite starts over"
+            ) from error
         return _differences(there if isinstance(there, dict) else {}, to_dict(config), ())
 
     def rows(self) -> list[dict]:

@@ -5,11 +5,10 @@ and the query alone, never on the order of calls. Neither a query nor its image 
 decided in `allowed`, and only there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from lever_lm.config import SamplerConfig
 from lever_lm.data import Example
@@ -38,14 +37,20 @@ def allowed(query: Example, train_ids: np.ndarray, train_images: np.ndarray) -> 
     return np.flatnonzero((train_ids != query.question_id) & (train_images != query.image_id))
 
 
-def similarities(queries: Embeddings, train: Embeddings, parts: frozenset[str]) -> Tensor:
-    """Sum of the cosine similarities that `parts` names, (Q, N)."""
-    total = torch.zeros(len(queries.image), len(train.image))
-    if "img" in parts:
-        total += queries.image @ train.image.T
-    if "text" in parts:
-        total += queries.text @ train.text.T
-    return total
+def similarity_rows(queries: Embeddings, train: Embeddings, parts: frozenset[str]) -> Iterator[np.ndarray]:
+    """For each query its similarity (N,) to every training example: the sum of the cosines that `parts` names.
+
+    In float64, whose rounding lies far under the jitter that breaks ties: a pool does not depend on how many queries
+    were computed with it. Memory is that of one chunk of queries.
+    """
+    for start in range(0, len(queries.image), _CHUNK):
+        chunk = queries.take(slice(start, start + _CHUNK))
+        total = torch.zeros(len(chunk.image), len(train.image), dtype=torch.float64)
+        if "img" in parts:
+            total += chunk.image.double() @ train.image.double().T
+        if "text" in parts:
+            total += chunk.text.double() @ train.text.double().T
+        yield from total.numpy()
 
 
 def sample_pools(
@@ -67,21 +72,21 @@ def sample_pools(
     if embeddings is None and text_share + image_share:
         raise ValueError(f"{config.name} needs embeddings")
     ids, images = np.array([e.question_id for e in train]), np.array([e.image_id for e in train])
+    by_text = _rows_or_none(embeddings, "text", text_share, len(queries))
+    by_image = _rows_or_none(embeddings, "img", image_share, len(queries))
     pools = []
-    for start in range(0, len(queries), _CHUNK):
-        chunk = queries[start : start + _CHUNK]
-        text = image = [None] * len(chunk)
-        if embeddings is not None:
-            part = embeddings[0].take(slice(start, start + len(chunk)))
-            text = similarities(part, embeddings[1], frozenset({"text"})).numpy() if text_share else text
-            image = similarities(part, embeddings[1], frozenset({"img"})).numpy() if image_share else image
-        for query, by_text, by_image in zip(chunk, text, image, strict=True):
-            rng, rows = query_rng(seed, query), allowed(query, ids, images)
-            if rows.size == 0:
-                raise LeverError(f"question {query.question_id}: no training example is left to show before it")
-            sources = [(by_text, int(text_share * size)), (by_image, int(image_share * size))]
-            pools.append(_one_pool(rows, sources, size, rng))
+    for query, text, image in zip(queries, by_text, by_image, strict=True):
+        rng, rows = query_rng(seed, query), allowed(query, ids, images)
+        if rows.size == 0:
+            raise LeverError(f"question {query.question_id}: no training example is left to show before it")
+        sources = [(text, int(text_share * size)), (image, int(image_share * size))]
+        pools.append(_one_pool(rows, sources, size, rng))
     return pools
+
+
+def _rows_or_none(embeddings, part: str, share: float, count: int) -> Iterable[np.ndarray | None]:
+    """Similarities for a source that is asked for, None per query for one that is not."""
+    return similarity_rows(*embeddings, frozenset({part})) if share else [None] * count
 
 
 def _one_pool(rows: np.ndarray, sources, size: int, rng: np.random.Generator) -> list[int]:
@@ -98,7 +103,7 @@ def _one_pool(rows: np.ndarray, sources, size: int, rng: np.random.Generator) ->
 def nearest(scores: np.ndarray, rows: np.ndarray, count: int, rng: np.random.Generator, exclude=()) -> list[int]:
     """The `count` rows of highest score, best first; ties in random order. scores (N,), rows a subset of 0..N−1."""
     rows = np.setdiff1d(rows, exclude) if len(exclude) else rows
-    noisy = scores[rows].astype(np.float64) + _JITTER * rng.random(rows.size)
+    noisy = scores[rows] + _JITTER * rng.random(rows.size)
     count = min(count, rows.size)
     top = np.argpartition(-noisy, count - 1)[:count] if count < rows.size else np.arange(rows.size)
     return rows[top[np.argsort(-noisy[top], kind="stable")]].tolist()

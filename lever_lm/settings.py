@@ -114,7 +114,8 @@ def _suggest(key: str) -> str:
     by_leaf = {known.rsplit(".", 1)[-1]: known for known in keys}
     match = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
     leaf = difflib.get_close_matches(key.rsplit(".", 1)[-1], list(by_leaf), n=1, cutoff=0.6)
-    found = match[0] if match else by_leaf[leaf[0]] if leaf else None
+    section = difflib.get_close_matches(key, {known.split(".")[0] for known in keys}, n=1, cutoff=0.6)
+    found = match[0] if match else by_leaf[leaf[0]] if leaf else section[0] if section else None
     return f" (did you mean {found!r}?)" if found else ""
 
 
@@ -129,7 +130,7 @@ def _cast(hint, value, key: str):
     if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
             number = float(value)  # YAML 1.1 reads 1e-4 as a string
-        except ValueError:
+        except (ValueError, OverflowError):
             number = float("nan")
         if number == number and abs(number) != float("inf"):
             return number
@@ -181,7 +182,9 @@ def environment_values(values: dict, environ=os.environ) -> tuple[dict, list[str
 
     Paths of OK-VQA leave the embedded dataset alone. An empty variable is none. Raises UsageError on a bad value.
     """
-    embedded = str(values.get("data", {}).get("okvqa_path", DataConfig.okvqa_path)).startswith(ASSET_PREFIX)
+    data = values.get("data", {})
+    path = data.get("okvqa_path", DataConfig.okvqa_path) if isinstance(data, dict) else ""  # build() refuses it
+    embedded = str(path).startswith(ASSET_PREFIX)
     found, in_effect = {}, []
     for name, (parse, to_values) in ENVIRONMENT.items():
         text = environ.get(name, "")

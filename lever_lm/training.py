@@ -45,9 +45,7 @@ def train_rce(
             )
             rewards = normalize_group(batch.rewards, batch.mask, method=config.normalize)
             loss = rce_loss(log_probs, rewards, batch.mask, temperature)
-            norms.append(
-                update(policy, optimizer, loss, config.max_grad_norm, batch, f"RCE epoch {epoch}, step {i + 1}")
-            )
+            norms.append(update(optimizer, loss, config.max_grad_norm, batch, f"RCE epoch {epoch}, step {i + 1}"))
             losses.append(float(loss.detach()))
         row = {
             "phase": "rce",
@@ -112,7 +110,7 @@ def train_grpo(
                 kl_beta=beta,
                 ref_log_probs=reference_log_probs[index] if config.reference == "start" else None,
             )
-            norm = update(policy, optimizer, loss, config.max_grad_norm, batch, f"GRPO epoch {epoch}, step {i + 1}")
+            norm = update(optimizer, loss, config.max_grad_norm, batch, f"GRPO epoch {epoch}, step {i + 1}")
             history.append({"train_loss": float(loss.detach()), "grad_norm": norm, **_floats(metrics)})
             if config.adaptive_kl:
                 beta = adapt_kl_beta(beta, history[-1]["kl"])
@@ -138,12 +136,13 @@ def train_grpo(
 # ---------------------------------------------------------------------- steps
 
 
-def update(policy, optimizer, loss: Tensor, max_grad_norm: float, batch: Batch, where: str) -> float:
+def update(optimizer, loss: Tensor, max_grad_norm: float, batch: Batch, where: str) -> float:
     """One optimizer step; returns the gradient's norm before clipping. Raises LeverError, with the weights as they
     were, when loss or gradient is not finite."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    norm = float(torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm))
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    norm = float(torch.nn.utils.clip_grad_norm_(trained, max_grad_norm))
     if not (math.isfinite(norm) and bool(torch.isfinite(loss.detach()))):
         what = "loss" if not bool(torch.isfinite(loss.detach())) else "gradient"
         raise LeverError(

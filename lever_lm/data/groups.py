@@ -6,7 +6,7 @@ trajectories hold global rows and the pool is the sorted set of them.
 """
 
 import json
-import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from lever_lm.errors import LeverError, UsageError
 from lever_lm.rewards import reward
 
 POOL_LIMIT = 64
+_LARGEST = sys.float_info.max  # a longer integer is JSON, but no float
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def _usable(entry, skip_fallback: bool, where: str) -> list[tuple[int, dict]]:
     return [
         (i, t)
         for i, t in enumerate(trajectories)
-        if not t.get("eval_failed") and t.get("vqa_eval_mode") not in dropped_modes
+        if not t.get("eval_failed") and str(t.get("vqa_eval_mode")) not in dropped_modes
     ]
 
 
@@ -134,7 +135,7 @@ def _reward(trajectory: dict, mode: str, weights: dict, where: str) -> float:
     }
     scores = {name: trajectory.get(field) for name, field in names.items()}
     for name, score in scores.items():
-        number = isinstance(score, (int, float)) and math.isfinite(score)
+        number = isinstance(score, (int, float)) and -_LARGEST <= score <= _LARGEST  # false for NaN
         if score is not None and not number:
             raise LeverError(f"{where}: {names[name]} is {score!r}, expected a finite number or null")
     return reward(mode, **scores, **weights)

@@ -49,12 +49,13 @@ def _load_split(questions_root, images_root, split, skip_bad, skipped, digest) -
     annotations = _read_list(annotations_path, "annotations", digest)
     folder = images_folder(images_root, split)
     sizes = {entry.name: entry.stat().st_size for entry in os.scandir(folder) if entry.is_file()}
-    _check_unique(questions_path, questions)
-    _check_unique(annotations_path, annotations)
+    questions = _unique(questions_path, questions, skip_bad, skipped)
+    annotations = _unique(annotations_path, annotations, skip_bad, skipped)
     annotated = {item["question_id"]: item for item in annotations}
     orphans = annotated.keys() - {item["question_id"] for item in questions}
-    if orphans:
-        raise LeverError(f"{annotations_path}: annotation {min(orphans)} has no question in {questions_path.name}")
+    for orphan in sorted(orphans):
+        problem = f"{annotations_path}: annotation {orphan} has no question in {questions_path.name}"
+        _refuse_or_skip(problem, skip_bad, skipped)
     examples = []
     for item in questions:
         problem = example = None
@@ -70,10 +71,8 @@ def _load_split(questions_root, images_root, split, skip_bad, skipped, digest) -
             problem = str(error)
         if problem is None:
             examples.append(example)
-        elif skip_bad:
-            skipped.append(problem)
         else:
-            raise LeverError(f"{problem}; to go on without such examples: --set data.skip_bad_examples=true")
+            _refuse_or_skip(problem, skip_bad, skipped)
     if not examples:
         raise LeverError(f"{questions_path} holds no usable example")
     return examples
@@ -87,25 +86,37 @@ def _read_list(path: Path, key: str, digest) -> list[dict]:
     digest.update(content)
     try:
         rows = json.loads(content)[key]
-        if all(isinstance(row["question_id"], int) and isinstance(row["image_id"], int) for row in rows):
+        if all(_is_id(row["question_id"]) and _is_id(row["image_id"]) for row in rows):
             return rows
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise LeverError(
             f"{path} is not an official VQA file ({_reason(error)}): expected an object with a list "
             f"'{key}' of objects with integer question_id and image_id"
         ) from error
-    raise LeverError(f"{path}: every entry of '{key}' needs an integer question_id and image_id")
+    raise LeverError(f"{path}: every entry of '{key}' needs a question_id and image_id of 0 to 2**63 - 1")
+
+
+def _is_id(value) -> bool:
+    return isinstance(value, int) and 0 <= value < 2**63
 
 
 def _reason(error: Exception) -> str:
     return f"no key {error}" if isinstance(error, KeyError) else str(error)
 
 
-def _check_unique(path: Path, rows: list[dict]) -> None:
-    counts = Counter(row["question_id"] for row in rows)
-    repeated = [question_id for question_id, count in counts.items() if count > 1]
-    if repeated:
-        raise LeverError(f"{path}: question_id {repeated[0]} appears {counts[repeated[0]]} times, expected once")
+def _refuse_or_skip(problem: str, skip_bad: bool, skipped: list[str]) -> None:
+    if not skip_bad:
+        raise LeverError(f"{problem}; to go on without such examples: --set data.skip_bad_examples=true")
+    skipped.append(problem)
+
+
+def _unique(path: Path, rows: list[dict], skip_bad: bool, skipped: list[str]) -> list[dict]:
+    """The rows, the first of those with the same id."""
+    for question_id, count in Counter(row["question_id"] for row in rows).items():
+        if count > 1:
+            problem = f"{path}: question_id {question_id} appears {count} times, expected once"
+            _refuse_or_skip(problem, skip_bad, skipped)
+    return list({row["question_id"]: row for row in reversed(rows)}.values())[::-1] if skip_bad else rows
 
 
 def _example(item, annotated, questions_path, annotations_path, folder, split) -> Example:

@@ -1,9 +1,10 @@
 """Answers already given, in SQLite: a question that was asked before is never asked again, across runs and kills."""
 
+import contextlib
 import hashlib
 import json
 import sqlite3
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -20,30 +21,33 @@ class AnswerCache:
 
     def __init__(self, path: Path):
         self.path = path
-        try:
+        with self._explained():
             path.parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(path, timeout=60)
             self._db.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID")
             self._db.commit()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
         except (sqlite3.Error, OSError) as error:
-            raise LeverError(f"cannot use the answer cache {path}: {error}; if it is broken, delete it") from error
+            raise LeverError(f"cannot use the answer cache {self.path}: {error}; if it is broken, delete it") from error
 
     def get(self, keys: Sequence[str]) -> dict[str, str]:
         """The known ones of these keys."""
         found: dict[str, str] = {}
-        for start in range(0, len(keys), _SQL_VARIABLES):
-            part = keys[start : start + _SQL_VARIABLES]
-            marks = ",".join("?" * len(part))
-            found |= dict(self._db.execute(f"SELECT key, value FROM answers WHERE key IN ({marks})", part))
+        with self._explained():
+            for start in range(0, len(keys), _SQL_VARIABLES):
+                part = keys[start : start + _SQL_VARIABLES]
+                marks = ",".join("?" * len(part))
+                found |= dict(self._db.execute(f"SELECT key, value FROM answers WHERE key IN ({marks})", part))
         return found
 
     def put(self, items: dict[str, str]) -> None:
         """Store a batch whole."""
-        try:
-            with self._db:
-                self._db.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?)", items.items())
-        except sqlite3.Error as error:
-            raise LeverError(f"cannot write the answer cache {self.path}: {error}") from error
+        with self._explained(), self._db:
+            self._db.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?)", items.items())
 
     def close(self) -> None:
         """Close the file; a later use is an error."""

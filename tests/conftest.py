@@ -1,0 +1,13 @@
+"""Shared by all tests: the fixtures of helpers.py, one thread, the same drawn examples on every machine."""
+
+import torch
+from hypothesis import settings
+
+pytest_plugins = ["helpers"]
+
+settings.register_profile("repeatable", derandomize=True, deadline=None, database=None, max_examples=100)
+settings.load_profile("repeatable")
+
+
+def pytest_configure(config):
+    torch.set_num_threads(1)

@@ -1,0 +1,164 @@
+"""What the tests of the real parts share: the embedded digits and models, and one small trained run.
+
+Everything is made once a session from the shipped assets; a test that writes gets a copy of its own.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's client: no test may need the network
+
+RUN = Path("results/digits/model_cpk/v3_MixSampler_tiny-qwen2_5-vl")
+INFERENCE = Path("results/digits/inference/v3_MixSampler_tiny-qwen2_5-vl")
+ROLLOUTS = Path("results/digits/generated_data/rl_data_MixSampler_tiny-qwen2_5-vl.json")
+SMALL = ("--limit", "24", "--rce-epochs", "2", "--grpo-epochs", "4")
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished command: exit status, stdout, stderr."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict:
+        return json.loads(self.out)
+
+
+def clean_environment(**extra: str) -> dict[str, str]:
+    """The environment without the variables that change a config."""
+    from lever_lm.settings import ENVIRONMENT
+
+    ours = (*ENVIRONMENT, "RL_DATA_PATH", "LEVER_LM_CHECKPOINT_PATH")
+    return {**{name: value for name, value in os.environ.items() if name not in ours}, **extra}
+
+
+def run_lever(*arguments, cwd: Path, prefix: tuple[str, ...] = (), **extra: str) -> Done:
+    """`python -m lever_lm …` in a process of its own."""
+    command = [*prefix, sys.executable, "-m", "lever_lm", *map(str, arguments)]
+    done = subprocess.run(command, cwd=cwd, env=clean_environment(**extra), capture_output=True, text=True, timeout=300)
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def files_in(folder: Path) -> dict[str, tuple[int, int]]:
+    """Every file below a folder with its size and time of change."""
+    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns) for path in found}
+
+
+def small_digits(folder: Path, train: int = 12, val: int = 6) -> Path:
+    """The first questions of the embedded digits in a folder of their own, in the official layout."""
+    from lever_lm.config import asset_path
+    from lever_lm.data.okvqa import YEARS, annotations_file, questions_file
+
+    source = asset_path("asset:digits")
+    for split, count in (("train", train), ("val", val)):
+        images = folder / YEARS[split]
+        images.mkdir(parents=True)
+        questions = json.loads(questions_file(source, split).read_text())
+        annotations = json.loads(annotations_file(source, split).read_text())
+        questions["questions"] = questions["questions"][:count]
+        kept = {question["question_id"] for question in questions["questions"]}
+        annotations["annotations"] = [a for a in annotations["annotations"] if a["question_id"] in kept]
+        questions_file(folder, split).write_text(json.dumps(questions))
+        annotations_file(folder, split).write_text(json.dumps(annotations))
+        for question in questions["questions"]:
+            shutil.copy2(source / YEARS[split] / f"COCO_{YEARS[split]}_{question['image_id']:012d}.jpg", images)
+    return folder
+
+
+def track(items, what: str, total: int):
+    """No progress bar."""
+    return items
+
+
+# ---------------------------------------------------------------------- fixtures
+
+
+@pytest.fixture(autouse=True)
+def _own_environment(monkeypatch):
+    for name in os.environ.keys() - clean_environment().keys():
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def digits_config():
+    """The config that a bare `lever` command gets."""
+    from lever_lm.settings import resolve
+
+    return resolve({"dataset": "digits", "lvlm": "tiny_qwen2.5_vl"}, None, [], {})[0]
+
+
+@pytest.fixture(scope="session")
+def digits(digits_config):
+    """The embedded dataset."""
+    from lever_lm.data import load_dataset
+
+    return load_dataset(digits_config.data)
+
+
+@pytest.fixture(scope="session")
+def features_file(digits, digits_config, tmp_path_factory) -> Path:
+    """The cache file of the digits' features."""
+    from lever_lm.features import compute_features
+
+    path = tmp_path_factory.mktemp("features") / "features_tiny-clip.safetensors"
+    compute_features(digits, digits_config.features, path, "cpu", track)
+    return path
+
+
+@pytest.fixture(scope="session")
+def digits_features(digits, digits_config, features_file):
+    """The features of the digits under the shipped CLIP."""
+    from lever_lm.features import compute_features
+
+    return compute_features(digits, digits_config.features, features_file, "cpu", track)
+
+
+@pytest.fixture
+def lever(tmp_path, monkeypatch, capsys):
+    """The command line in this process, in an empty folder: arguments → Done."""
+    from lever_lm.cli import _run
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments) -> Done:
+        capsys.readouterr()
+        status = _run([str(argument) for argument in arguments])
+        return Done(status, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def trained_once(features_file, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    cache = folder / "results/digits/cache"
+    cache.mkdir(parents=True)
+    shutil.copy2(features_file, cache)
+    done = run_lever("train", *SMALL, "--json", cwd=folder)
+    assert done.status == 0, done.err
+    return folder
+
+
+@pytest.fixture
+def trained(trained_once, tmp_path) -> Path:
+    """A folder of the test's own in which `lever train` (SMALL) has been run."""
+    shutil.copytree(trained_once, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+@pytest.fixture
+def warm(trained_once, tmp_path) -> Path:
+    """A folder of the test's own with the caches of features and answers, and no run."""
+    shutil.copytree(trained_once / "results/digits/cache", tmp_path / "results/digits/cache")
+    return tmp_path

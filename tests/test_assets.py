@@ -1,0 +1,121 @@
+"""What is shipped: small, loadable by the libraries' own means, in the official layout."""
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+from PIL import Image
+
+from lever_lm.compat import import_transformers
+from lever_lm.config import PACKAGE, asset_path
+
+ASSETS = PACKAGE / "assets"
+MEGABYTE = 2**20
+
+
+def test_everything_shipped_is_at_most_12_mb():
+    sizes = {path: path.stat().st_size for path in ASSETS.rglob("*") if path.is_file()}
+    assert 0 < sum(sizes.values()) <= 12 * MEGABYTE
+
+
+def test_nothing_shipped_is_code():
+    suffixes = {path.suffix for path in ASSETS.rglob("*") if path.is_file()}
+    assert suffixes <= {".json", ".jpg", ".safetensors", ".jinja", ".md"}
+
+
+def test_the_tiny_lvlm_is_a_qwen2_5_vl_with_its_own_processor():
+    transformers = import_transformers()
+    folder = asset_path("asset:tiny-qwen2.5-vl")
+    model, info = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    processor = transformers.AutoProcessor.from_pretrained(folder)
+    assert type(model).__name__ == "Qwen2_5_VLForConditionalGeneration"
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert type(processor).__name__ == "Qwen2_5_VLProcessor"
+    assert all(torch.isfinite(weight).all() for weight in model.state_dict().values())
+    vocabulary = processor.tokenizer.get_vocab()
+    assert vocabulary["<|image_pad|>"] == model.config.image_token_id
+    assert vocabulary["<|im_end|>"] == model.generation_config.eos_token_id
+    assert len(processor.tokenizer) <= model.config.get_text_config().vocab_size
+
+
+def test_the_tiny_clip_is_a_clip_model_with_its_own_processor():
+    transformers = import_transformers()
+    folder = asset_path("asset:tiny-clip")
+    model, info = transformers.CLIPModel.from_pretrained(folder, output_loading_info=True)
+    processor = transformers.CLIPProcessor.from_pretrained(folder)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert all(torch.isfinite(weight).all() for weight in model.state_dict().values())
+    assert len(processor.tokenizer) <= model.config.text_config.vocab_size
+
+
+def test_the_chat_template_writes_the_qwen_form():
+    processor = import_transformers().AutoProcessor.from_pretrained(asset_path("asset:tiny-qwen2.5-vl"))
+    conversation = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]},
+        {"role": "assistant", "content": "Seven."},
+        {"role": "user", "content": "Sure?"},
+    ]
+    assert processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True) == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>What is it?<|im_end|>\n"
+        "<|im_start|>assistant\nSeven.<|im_end|>\n"
+        "<|im_start|>user\nSure?<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    finished = processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=False)
+    assert finished.endswith("Sure?<|im_end|>\n")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_the_digits_files_have_the_official_schema(split):
+    folder = ASSETS / "digits"
+    questions = json.loads((folder / f"OpenEnded_mscoco_{split}2014_questions.json").read_text())
+    annotations = json.loads((folder / f"mscoco_{split}2014_annotations.json").read_text())
+    assert set(questions) == {"info", "license", "data_type", "data_subtype", "task_type", "questions"}
+    assert {"info", "license", "data_type", "data_subtype", "annotations"} <= set(annotations)
+    assert questions["task_type"] == "Open-Ended"
+    assert questions["data_type"] == annotations["data_type"] == "mscoco"
+    assert questions["data_subtype"] == annotations["data_subtype"] == f"{split}2014"
+    asked = {question["question_id"]: question for question in questions["questions"]}
+    answered = {annotation["question_id"]: annotation for annotation in annotations["annotations"]}
+    assert len(asked) == len(questions["questions"]) == len(annotations["annotations"])
+    assert asked.keys() == answered.keys()
+    for number, question in asked.items():
+        annotation = answered[number]
+        assert set(question) == {"image_id", "question", "question_id"}
+        assert annotation["image_id"] == question["image_id"]
+        assert set(annotation) >= {"question_type", "answer_type", "answers", "image_id", "question_id"}
+        assert annotation["question_type"] in annotations["question_types"]
+        assert [answer["answer_id"] for answer in annotation["answers"]] == list(range(1, 11))
+        for answer in annotation["answers"]:
+            assert set(answer) == {"answer_id", "answer", "raw_answer", "answer_confidence"}
+            assert answer["answer"].strip()
+            assert answer["answer_confidence"] in ("yes", "maybe", "no")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_every_image_of_the_digits_is_there_readable_and_asked_about(split):
+    folder = ASSETS / "digits"
+    questions = json.loads((folder / f"OpenEnded_mscoco_{split}2014_questions.json").read_text())["questions"]
+    wanted = {f"COCO_{split}2014_{question['image_id']:012d}.jpg" for question in questions}
+    assert {path.name for path in (folder / f"{split}2014").iterdir()} == wanted
+    for name in sorted(wanted)[::25]:
+        with Image.open(folder / f"{split}2014" / name) as image:
+            image.load()
+            assert image.format == "JPEG"
+
+
+def test_the_two_splits_share_no_question_and_no_image(digits):
+    for key in ("question_id", "image_id"):
+        train, val = ({getattr(e, key) for e in examples} for examples in (digits.train_examples, digits.val_examples))
+        assert not train & val
+    assert len(digits.val_examples) >= 400, "the demo's table is about 400 queries or more"
+    shared = Counter(example.image_id for example in digits.train_examples)
+    assert max(shared.values()) > 1, "some questions share an image, as in OK-VQA"
+
+
+def test_the_source_of_the_digits_is_attributed():
+    text = (ASSETS / "digits" / "ATTRIBUTION.md").read_text()
+    assert "UCI" in text
+    assert "CC BY 4.0" in text or "Creative Commons Attribution 4.0" in text

@@ -1,0 +1,622 @@
+"""The command line: what is refused and how, what goes to stdout and what to stderr, and which run is which.
+
+Most commands run in this process through the real entry function; what concerns the process itself gets one.
+"""
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers import RUN, SMALL, Done, clean_environment, files_in, run_lever
+
+from lever_lm import __version__
+from lever_lm.checkpoint import load_torch
+
+COMMANDS = ("demo", "train", "rollout", "best-ckpt", "convert", "infer", "report")
+V2 = "grpo_epoch{}_v2format.ckpt"
+
+
+def assert_refused(done: Done, status: int, *words: str) -> None:
+    """One message, the right status, no traceback; nothing on stdout (the command had --json)."""
+    assert done.status == status, (done.status, done.err)
+    assert done.out == ""
+    assert "Traceback" not in done.err
+    assert "defect of lever_lm" not in done.err
+    ours = [line for line in done.err.splitlines() if line.startswith("lever: ")]
+    usage = done.err.count("Usage: ")
+    assert len(ours) + usage == 1, done.err
+    if ours:
+        assert done.err.splitlines()[-1] == ours[0], "the message comes last"
+    text = ours[0] if ours else " ".join(done.err.split())
+    for word in words:
+        assert word in text, text
+
+
+@pytest.fixture
+def scripts(tmp_path) -> Path:
+    """The folder of the environment's own commands."""
+    return Path(sys.executable).parent
+
+
+# ---------------------------------------------------------------------- the process
+
+
+def test_help_and_version_load_nothing_heavy(tmp_path):
+    code = (
+        "import sys\n"
+        "from lever_lm.cli import _run\n"
+        f"commands = [[], ['--help'], ['--version'], *([c, '--help'] for c in {COMMANDS!r}), ['nonsense']]\n"
+        "for command in commands:\n"
+        "    _run(command)\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'PIL', 'jinja2', 'torchvision'}\n"
+        "sys.exit(', '.join(sorted(heavy & set(sys.modules))) or 0)\n"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=clean_environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert __version__ in done.stdout
+
+
+def test_the_lever_script_and_the_module_are_the_same_command(scripts, tmp_path):
+    script = subprocess.run(
+        [scripts / "lever", "--version"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True
+    )
+    module = run_lever("--version", cwd=tmp_path)
+    assert script.stdout == module.out == f"lever_lm {__version__}\n"
+    assert module.status == 0
+
+
+def test_help_names_every_command(lever):
+    done = lever("--help")
+    assert done.status == 0
+    assert all(command in done.out for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_the_common_options(lever, command):
+    done = lever(command, "--help")
+    assert done.status == 0
+    for option in ("--config", "--dataset", "--lvlm", "--sampler", "--set", "--limit", "--dry-run", "--json"):
+        assert option in done.out
+
+
+def test_an_unexpected_failure_shows_its_traceback_only_with_debug(trained):
+    (trained / RUN / "metrics.jsonl").write_text("not json\n")
+    quiet = run_lever("best-ckpt", "--json", cwd=trained)
+    assert_refused(quiet, 1, "metrics.jsonl", "line 1")
+    loud = run_lever("best-ckpt", "--json", "--debug", cwd=trained)
+    assert loud.status == 1
+    assert "Traceback (most recent call last)" in loud.err
+    assert loud.err.splitlines()[-1] == quiet.err.splitlines()[-1]
+
+
+def wait_for(path: Path, process: subprocess.Popen, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_an_interrupt_ends_in_130_with_one_line_and_the_run_goes_on_later(warm):
+    command = [sys.executable, "-m", "lever_lm", "train", *SMALL[:4], "--grpo-epochs", "100000", "--json"]
+    process = subprocess.Popen(
+        command, cwd=warm, env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        wait_for(warm / RUN / "grpo_epoch3.pt", process)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert out == ""
+    assert "Traceback" not in err
+    assert err.splitlines()[-1].startswith("lever: interrupted")
+    assert not list((warm / RUN).glob(".tmp-*"))
+    epochs = [json.loads(line)["epoch"] for line in (warm / RUN / "metrics.jsonl").read_text().splitlines()]
+    assert epochs[:2] == [1, 2]
+    assert epochs[2:] == list(range(1, len(epochs) - 1))
+
+
+# ---------------------------------------------------------------------- usage
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["tarin"], ["tarin"]),
+        (["train", "--grop-epochs", "5"], ["--grop-epochs"]),
+        (["train", "--seed", "x"], ["--seed"]),
+        (["train", "--seed", "-1"], ["seed"]),
+        (["train", "--limit", "1"], ["--limit"]),
+        (["train", "--limit", "0"], ["--limit"]),
+        (["train", "surplus"], ["surplus"]),
+        (["train", "--grpo-epochs"], ["--grpo-epochs"]),
+        (["train", "--grpo-epochs", "-1"], ["--grpo-epochs"]),
+        (["train", "--rce-epochs", "0", "--grpo-epochs", "0"], ["--rce-epochs", "--grpo-epochs"]),
+        (["train", "--set", "grpo.kl_bta=0.1"], ["grpo.kl_bta", "'grpo.kl_beta'"]),
+        (["train", "--set", "gppo.lr=0.1"], ["gppo", "grpo"]),
+        (["train", "--set", "grpo.lr"], ["--set", "key=value"]),
+        (["train", "--set", "grpo.lr=fast"], ["grpo.lr", "'fast'"]),
+        (["train", "--set", "grpo.epochs=2.5"], ["grpo.epochs", "2.5"]),
+        (["train", "--set", "grpo=5"], ["grpo"]),
+        (["train", "--set", "grpo.advantage=best"], ["grpo.advantage", "zscore"]),
+        (["train", "--set", "reward.mode=hard_only_v9"], ["hard_only_v9", "hard_only", "reward.mode"]),
+        (["train", "--set", "policy.state_update=gruu"], ["gruu", "gate"]),
+        (["train", "--set", "policy.num_heads=3"], ["num_heads"]),
+        (["train", "--set", "sampler.name=mix"], ["'mix'", "mix_sampler"]),
+        (["train", "--set", "rollout.temperatures=[1.0, 0]"], ["rollout.temperatures"]),
+        (["train", "--set", "rollout.pool_size=1"], ["rollout.pool_size", "rollout.shots"]),
+        (["train", "--dataset", "digit"], ["'digit'", "'digits'"]),
+        (["train", "--lvlm", "qwen2.5_vl_3"], ["qwen2.5_vl_3", "qwen2.5_vl_3B"]),
+        (["train", "--sampler", "rand_sampl"], ["rand_sampl", "'rand_sampler'"]),
+        (["train", "--recipe", "clasic"], ["clasic", "'classic'"]),
+        (["train", "--features", "query_img_icd"], ["query_img_icd", "--features"]),
+        (["train", "--run-name", "a/b"], ["--run-name", "a/b"]),
+        (["train", "--run-name", ".."], ["--run-name"]),
+        (["train", "--config", "missing.yaml"], ["missing.yaml", "--config"]),
+        (["best-ckpt", "--strategy", "val_los"], ["val_los", "val_loss"]),
+        (["infer", "--shots", "0"], ["--shots"]),
+        (["infer", "--shots", "x"], ["--shots", "'x'"]),
+        (["demo", "--shots", "0"], ["--shots"]),
+        (["convert", "--to", "v4"], ["--to", "v4"]),
+    ],
+    ids=" ".join,
+)
+def test_a_wrong_command_line_is_refused_with_2_and_writes_nothing(lever, tmp_path, command, words):
+    assert_refused(lever(*command, "--json"), 2, *words)
+    assert files_in(tmp_path) == {}
+
+
+def test_an_absurd_range_of_shots_is_refused_without_being_counted_out(tmp_path):
+    code = (
+        "import resource, sys\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))\n"
+        "from lever_lm.cli import _run\n"
+        "sys.exit(_run(['infer', '--shots', '1-99999999999', '--json']))\n"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=clean_environment(), capture_output=True, text=True, timeout=120)
+    assert_refused(Done(done.returncode, done.stdout, done.stderr), 2, "--shots")
+
+
+@pytest.mark.parametrize("command", [["demo"], ["train"], ["rollout"]])
+def test_an_unknown_device_is_refused_before_anything_is_written(lever, tmp_path, command):
+    assert_refused(lever(*command, "--device", "gpu7", "--limit", "4", "--json"), 1, "gpu7")
+    assert files_in(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("grpo: {epochz: 3}", ["grpo.epochz", "'grpo.epochs'"]),
+        ("grpoo: {epochs: 3}", ["grpoo"]),
+        ("[1, 2]", ["mapping"]),
+        ("grpo: {epochs: [", ["is not a YAML file"]),
+        ("grpo: 3", ["grpo"]),
+        ("lvlm: {path: !!python/object/apply:os.system ['true']}", ["is not a YAML file"]),
+    ],
+)
+def test_a_wrong_config_file_is_refused(lever, tmp_path, content, words):
+    (tmp_path / "mine.yaml").write_text(content)
+    before = files_in(tmp_path)
+    assert_refused(lever("train", "--config", "mine.yaml", "--json"), 2, *words)
+    assert files_in(tmp_path) == before
+
+
+def test_a_config_file_that_is_binary_or_a_folder_is_refused(lever, tmp_path):
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x01")
+    assert_refused(lever("train", "--config", "binary.yaml", "--json"), 2, "binary.yaml")
+    assert_refused(lever("train", "--config", ".", "--json"), 2, "--config")
+
+
+# ---------------------------------------------------------------------- nothing there
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["best-ckpt"], ["lever train"]),
+        (["best-ckpt", "--log", "missing.log"], ["missing.log"]),
+        (["best-ckpt", "nowhere"], ["nowhere"]),
+        (["convert"], ["lever train"]),
+        (["convert", "missing.pt"], ["missing.pt"]),
+        (["infer"], ["lever train"]),
+        (["infer", "--ckpt", "latest"], ["lever train"]),
+        (["infer", "--ckpt", "missing.pt"], ["missing.pt"]),
+        (["report"], ["lever infer"]),
+        (["report", "nowhere"], ["lever infer"]),
+        (["train", "--dataset", "okvqa_local"], ["OKVQA_PATH"]),
+        (["train", "--rl-data", "missing.json"], ["--embeddings"]),
+        (["train", "--rl-data", "missing.json", "--embeddings", "missing.pt"], ["missing"]),
+    ],
+    ids=" ".join,
+)
+def test_an_empty_folder_has_nothing_to_offer_and_stays_empty(lever, tmp_path, command, words):
+    assert_refused(lever(*command, "--json"), 1, *words)
+    assert files_in(tmp_path) == {}
+
+
+def test_a_run_folder_without_anything_is_no_run(lever, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert_refused(lever("best-ckpt", "empty", "--json"), 1, "empty", "lever train")
+    assert files_in(tmp_path) == {}
+
+
+def test_results_that_are_a_file_are_named(lever, tmp_path):
+    (tmp_path / "results").write_text("my notes")
+    assert_refused(lever("train", "--limit", "4", "--json"), 1, "results")
+    assert (tmp_path / "results").read_text() == "my notes"
+
+
+@pytest.mark.parametrize("command", [["infer", "--ckpt", str(RUN / "grpo_epoch1.pt")], ["demo", *SMALL[:4]]])
+def test_more_shots_than_the_pool_holds_are_refused_before_any_work(trained, lever, command):
+    before = files_in(trained)
+    done = lever(*command, "--shots", "1,65", "--json")
+    assert_refused(done, done.status or 1, "--shots", "rollout.pool_size")
+    assert done.status in (1, 2)
+    assert files_in(trained) == before
+
+
+# ---------------------------------------------------------------------- a checkpoint that is not one
+
+
+class Harm:
+    """A pickle that would run code."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("harmed"),)
+
+
+def bad_checkpoint(kind: str, whole: bytes) -> bytes:
+    return {
+        "text": b"these are my notes about checkpoints\n",
+        "empty": b"",
+        "truncated": whole[: len(whole) // 2],
+        "header only": whole[:30],
+        "pickle with code": pickle.dumps({"model_state_dict": Harm()}),
+        "old pickle with code": pickle.dumps(Harm(), protocol=0),
+        "plain pickle": pickle.dumps({"epoch": 3}),
+        "flipped": whole[:2000] + bytes(b ^ 0xFF for b in whole[2000:2400]) + whole[2400:],
+    }[kind]
+
+
+BAD = ("text", "empty", "truncated", "header only", "pickle with code", "old pickle with code", "plain pickle")
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_convert_refuses_a_checkpoint_that_is_not_one(trained_once, lever, tmp_path, kind):
+    path = tmp_path / "grpo_epoch1.pt"
+    path.write_bytes(bad_checkpoint(kind, (trained_once / RUN / "grpo_epoch1.pt").read_bytes()))
+    for way in ("v2", "v3"):
+        assert_refused(lever("convert", path, "--to", way, "--json"), 1, "grpo_epoch1.pt")
+    assert list(files_in(tmp_path)) == ["grpo_epoch1.pt"]
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_infer_refuses_a_checkpoint_that_is_not_one_before_any_work(trained_once, lever, tmp_path, kind):
+    path = tmp_path / "grpo_epoch1.pt"
+    path.write_bytes(bad_checkpoint(kind, (trained_once / RUN / "grpo_epoch1.pt").read_bytes()))
+    assert_refused(lever("infer", "--ckpt", path, "--shots", "1", "--limit", "4", "--json"), 1, "grpo_epoch1.pt")
+    assert list(files_in(tmp_path)) == ["grpo_epoch1.pt"]
+
+
+def test_a_torch_file_that_holds_no_policy_is_refused(lever, tmp_path):
+    import torch
+
+    for name, content in (("list.pt", [1, 2]), ("tensor.pt", torch.zeros(3)), ("dict.pt", {"epoch": 3})):
+        torch.save(content, tmp_path / name)
+        before = files_in(tmp_path)
+        assert_refused(lever("convert", name, "--json"), 1, name)
+        assert_refused(lever("infer", "--ckpt", name, "--shots", "1", "--limit", "4", "--json"), 1, name)
+        assert files_in(tmp_path) == before
+
+
+@pytest.mark.parametrize("kind", ["text", "truncated", "pickle with code", "plain pickle"])
+def test_a_broken_resume_state_is_refused_and_nothing_is_touched(trained, lever, kind):
+    state = trained / RUN / "state.pt"
+    state.write_bytes(bad_checkpoint(kind, state.read_bytes()))
+    weights = {path: path.read_bytes() for path in (trained / RUN).glob("*.pt")}
+    assert_refused(lever("train", *SMALL, "--json"), 1, "state.pt")
+    assert {path: path.read_bytes() for path in (trained / RUN).glob("*.pt")} == weights
+    assert not (trained / "harmed").exists()
+
+
+# ---------------------------------------------------------------------- --json, --dry-run, --quiet
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["train", *SMALL], ["rollout", *SMALL[:2]], ["best-ckpt"], ["convert"], ["infer", "--limit", "4"]],
+    ids=lambda c: c[0],
+)
+def test_json_leaves_only_json_on_stdout(trained, lever, command):
+    done = lever(*command, "--json")
+    assert done.status == 0, done.err
+    assert isinstance(done.json, dict)
+    assert done.out.count("\n") == 1
+    spoken = lever(*command)
+    assert spoken.status == 0
+    assert spoken.err == ""
+    assert spoken.out.strip()
+    assert "{" not in spoken.out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_dry_run_writes_nothing_and_says_what_would_be_done(lever, tmp_path, command):
+    done = lever(command, "--limit", "7", "--seed", "5", "--dry-run", "--json")
+    assert done.status == 0, done.err
+    assert files_in(tmp_path) == {}
+    assert list(tmp_path.iterdir()) == []
+    assert done.json["config"]["seed"] == 5
+    assert done.json["config"]["rollout"]["num_queries"] == 7
+    run = "demo" if command == "demo" else RUN.name
+    assert done.json["paths"]["run"] == f"results/digits/model_cpk/{run}"
+    assert "to be made" in done.err
+
+
+def test_dry_run_of_a_finished_run_says_it_is_there(trained, lever):
+    before = files_in(trained)
+    done = lever("train", *SMALL, "--dry-run")
+    assert done.status == 0
+    assert f"run: {RUN} (there)" in done.out
+    assert files_in(trained) == before
+
+
+def test_the_real_thing_has_the_places_that_the_seed_document_names(lever):
+    done = lever("train", "--dataset", "okvqa_local", "--lvlm", "qwen2.5_vl_3B", "--dry-run", "--json")
+    paths = done.json["paths"]
+    assert paths["run"] == "results/okvqa/model_cpk/v3_RandSampler_Qwen2_5-VL-3B-Instruct"
+    assert paths["rollouts"] == "results/okvqa/generated_data/rl_data_RandSampler_Qwen2_5-VL-3B-Instruct.json"
+    assert done.json["config"]["lvlm"]["num_beams"] == 3
+
+
+def test_quiet_leaves_errors_alone(trained, lever):
+    done = lever("train", *SMALL, "--quiet")
+    assert (done.status, done.err) == (0, "")
+    assert done.out == ""
+    assert lever("convert", "missing.pt", "--quiet").err.startswith("lever: ")
+
+
+# ---------------------------------------------------------------------- the environment
+
+
+def test_a_variable_in_effect_is_printed_and_a_flag_wins_over_it(lever, monkeypatch):
+    monkeypatch.setenv("GRPO_EPOCHS", "7")
+    monkeypatch.setenv("KL_BETA", "0.3")
+    monkeypatch.setenv("RCE_EPOCHS", "")
+    done = lever("train", "--grpo-epochs", "9", "--dry-run", "--json")
+    assert "from the environment: KL_BETA=0.3" in done.err
+    assert "RCE_EPOCHS" not in done.err
+    assert done.json["config"]["grpo"]["epochs"] == 9
+    assert done.json["config"]["grpo"]["kl_beta"] == 0.3
+    assert done.json["config"]["rce"]["epochs"] == 5
+    done = lever("train", "--dry-run", "--json")
+    assert "from the environment: GRPO_EPOCHS=7" in done.err
+    assert done.json["config"]["grpo"]["epochs"] == 7
+
+
+@pytest.mark.parametrize(("name", "value"), [("GRPO_EPOCHS", "many"), ("KL_BETA", "nan"), ("USE_RANK_ADVANTAGE", "2")])
+def test_a_variable_that_makes_no_sense_is_named(lever, tmp_path, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    done = lever("train", "--json")
+    assert_refused(done, 2)
+    assert name in done.err or "grpo.kl_beta" in done.err
+    assert files_in(tmp_path) == {}
+
+
+def test_paths_of_okvqa_reach_okvqa_and_leave_the_digits_alone(lever, tmp_path, monkeypatch):
+    monkeypatch.setenv("OKVQA_PATH", str(tmp_path / "mine"))
+    done = lever("train", "--dataset", "okvqa_local", "--dry-run", "--json")
+    assert done.json["config"]["data"]["okvqa_path"] == str(tmp_path / "mine")
+    assert lever("train", "--dry-run", "--json").json["config"]["data"]["okvqa_path"] == "asset:digits"
+
+
+def test_the_checkpoint_of_the_environment_is_taken_and_named(trained, lever, monkeypatch):
+    monkeypatch.setenv("LEVER_LM_CHECKPOINT_PATH", str(RUN / "grpo_epoch1.pt"))
+    done = lever("infer", "--shots", "1", "--limit", "4", "--json")
+    assert done.json["checkpoint"] == str(RUN / "grpo_epoch1.pt")
+    assert "LEVER_LM_CHECKPOINT_PATH" in done.err
+
+
+# ---------------------------------------------------------------------- one run is not another
+
+
+def test_the_same_command_again_finds_everything_done(trained, lever):
+    before = files_in(trained / RUN)
+    done = lever("train", *SMALL, "--json")
+    assert done.status == 0, done.err
+    after = files_in(trained / RUN)
+    assert {name for name in after if name.endswith(".pt")} == {name for name in before if name.endswith(".pt")}
+    for name in before:
+        if name.endswith(".pt"):
+            assert after[name] == before[name], name
+
+
+def test_another_config_is_refused_with_what_differs_and_the_ways_out(trained, lever):
+    before = files_in(trained)
+    done = lever("train", *SMALL, "--seed", "1", "--set", "grpo.lr=0.5", "--json")
+    assert_refused(done, 1, "seed: 0 there, 1 here", "grpo.lr", "0.5 here", "--run-name", "--overwrite")
+    assert files_in(trained) == before
+
+
+@pytest.mark.parametrize("free", [["--device", "cpu"], ["--set", "features.batch_size=7"], ["--quiet"]])
+def test_what_is_no_part_of_a_runs_identity_may_change(trained, lever, free):
+    done = lever("train", *SMALL, *free)
+    assert done.status == 0, done.err
+
+
+@pytest.mark.parametrize("free", ["lvlm.batch_size=7", "infer.num_queries=3"])
+def test_how_fast_it_is_answered_is_no_part_of_a_runs_identity(trained, lever, free):
+    done = lever("train", *SMALL, "--set", free)
+    assert done.status == 0, done.err
+
+
+def test_another_name_is_another_run_beside_the_first(trained, lever):
+    before = files_in(trained / RUN)
+    done = lever("train", *SMALL, "--set", "grpo.lr=0.5", "--run-name", "bold", "--json")
+    assert done.status == 0, done.err
+    assert done.json["run"] == "results/digits/model_cpk/bold"
+    assert files_in(trained / RUN) == before
+
+
+def test_no_resume_refuses_a_run_that_is_there(trained, lever):
+    before = files_in(trained)
+    assert_refused(lever("train", *SMALL, "--no-resume", "--json"), 1, "--no-resume", "--overwrite")
+    assert files_in(trained) == before
+
+
+def test_overwrite_starts_the_run_over_and_keeps_what_is_not_its_own(trained, lever):
+    (trained / RUN / "notes.txt").write_text("mine")
+    (trained / RUN / "best.json").write_text("{}")
+    done = lever("train", *SMALL[:2], "--rce-epochs", "1", "--grpo-epochs", "1", "--seed", "1", "--overwrite", "--json")
+    assert done.status == 0, done.err
+    there = {path.name for path in (trained / RUN).iterdir()}
+    assert {name for name in there if name.endswith((".pt", ".ckpt"))} == {
+        "rce_epoch1.pt",
+        "grpo_epoch1.pt",
+        V2.format(1),
+        "state.pt",
+    }
+    assert "notes.txt" in there
+    assert "best.json" not in there
+    assert yaml.safe_load((trained / RUN / "config.yaml").read_text())["seed"] == 1
+
+
+def test_no_resume_together_with_overwrite_starts_over(trained, lever):
+    done = lever("train", *SMALL, "--no-resume", "--overwrite", "--json")
+    assert done.status == 0, done.err
+
+
+# ---------------------------------------------------------------------- best-ckpt, convert, infer
+
+
+def edit_metrics(folder: Path, **changes) -> None:
+    rows = [json.loads(line) | changes for line in (folder / RUN / "metrics.jsonl").read_text().splitlines()]
+    (folder / RUN / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def grpo_rows(folder: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (folder / RUN / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["phase"] == "grpo"]
+
+
+def test_best_ckpt_answers_in_json_with_the_keys_of_the_spec(trained, lever):
+    answer = lever("best-ckpt", "--json").json
+    best = min(grpo_rows(trained), key=lambda row: row["val_loss"])
+    assert answer["strategy"] == "val_loss"
+    assert answer["epoch"] == best["epoch"]
+    assert answer["checkpoint"] == str(RUN / f"grpo_epoch{best['epoch']}.pt")
+    assert answer["exists"] is True
+    assert answer["metrics"]["val_loss"] == best["val_loss"]
+    assert answer["rows"] == 4
+    assert answer["excluded"] == []
+    assert set(answer["others"]) == {"ppo_loss", "kl", "adv_std", "val_reward"}
+    assert json.loads((trained / RUN / "best.json").read_text()) == answer
+
+
+def test_kl_without_an_epoch_in_range_is_1_with_an_object_that_says_so(trained, lever):
+    lever("best-ckpt", "--strategy", "val_loss")
+    before = files_in(trained)
+    edit_metrics(trained, kl=0.5)
+    done = lever("best-ckpt", "--strategy", "kl", "--json")
+    assert done.status == 1
+    assert done.json["epoch"] is None
+    assert done.json["checkpoint"] is None
+    assert done.err.splitlines()[-1].startswith("lever: none in range")
+    assert "nearest is epoch 1" in done.err
+    after = files_in(trained)
+    assert after.keys() == before.keys()
+    assert after[str(RUN / "best.json")] == before[str(RUN / "best.json")]
+
+
+def test_the_best_checkpoint_is_the_one_convert_and_infer_take(trained, lever):
+    edit_metrics(trained, adv_std=1.0)
+    rows = grpo_rows(trained)
+    text = "".join(json.dumps(row | {"adv_std": 2.0 if row["epoch"] == 2 else 1.0}) + "\n" for row in rows)
+    (trained / RUN / "metrics.jsonl").write_text(text)
+    assert lever("best-ckpt", "--strategy", "adv_std", "--json").json["epoch"] == 2
+    converted = lever("convert", "--json").json
+    assert converted["input"] == str(RUN / "grpo_epoch2.pt")
+    assert converted["output"] == str(RUN / V2.format(2))
+    assert (trained / RUN / V2.format(2)).is_file()
+    inferred = lever("infer", "--shots", "1", "--limit", "4", "--json").json
+    assert inferred["checkpoint"] == str(RUN / "grpo_epoch2.pt")
+    assert "adv_std" in inferred["why"]
+
+
+def test_show_all_prints_every_epoch_in_the_table_that_scripts_parse(trained, lever):
+    done = lever("best-ckpt", "--show-all")
+    lines = done.out.splitlines()
+    at = lines.index("阶段3：GRPO训练")
+    header = " Epoch   Train Loss     Val Loss     PPO Loss         KL    Adv Std    Adv Max     Beta"
+    assert lines[at + 1] == header
+    assert [line.split()[0] for line in lines[at + 3 : at + 7]] == ["1", "2", "3", "4"]
+
+
+def test_a_run_may_be_named_by_its_folder_or_by_a_log(trained, lever):
+    by_options = lever("best-ckpt", "--json").json
+    os.rename(trained / RUN, trained / "moved")
+    by_folder = lever("best-ckpt", "moved", "--json").json
+    assert by_folder["epoch"] == by_options["epoch"]
+    assert by_folder["checkpoint"] == f"moved/grpo_epoch{by_options['epoch']}.pt"
+    before = files_in(trained)
+    by_log = lever("best-ckpt", "--log", "moved/train.log", "--json").json
+    assert by_log["rows"] == 4
+    assert by_log["checkpoint"] is None
+    assert files_in(trained) == before
+
+
+def test_convert_goes_both_ways_and_where_it_is_told(trained, lever):
+    import torch
+
+    source = RUN / "grpo_epoch3.pt"
+    assert lever("convert", source, "--output", "out/there.ckpt").status == 0
+    assert lever("convert", "out/there.ckpt", "--to", "v3", "--output", "back.pt").status == 0
+    there, back = load_torch(trained / source)["model_state_dict"], load_torch(trained / "back.pt")["model_state_dict"]
+    assert there.keys() == back.keys()
+    assert all(torch.equal(there[name], back[name]) for name in there)
+
+
+def test_convert_never_writes_over_what_it_reads(trained, lever):
+    source = trained / RUN / "grpo_epoch3.pt"
+    content = source.read_bytes()
+    assert_refused(lever("convert", source, "--output", source, "--json"), 1, "--output")
+    assert source.read_bytes() == content
+
+
+def test_several_layers_are_converted_only_on_demand(trained, lever):
+    import torch
+
+    from lever_lm.checkpoint import save_torch, v3_content
+    from lever_lm.policy import PointerSelector
+
+    torch.manual_seed(0)
+    deep = PointerSelector(d_model=64, hidden_dim=64, num_layers=2)
+    save_torch(trained / "deep.pt", v3_content(deep, epoch=0, phase="grpo", kl_beta=0.1, metrics={}, config={}))
+    assert_refused(lever("convert", "deep.pt", "--json"), 1, "2 cross-attention layers", "--allow-truncate")
+    assert not (trained / "deep_v2format.ckpt").exists()
+    done = lever("convert", "deep.pt", "--allow-truncate", "--json")
+    assert done.status == 0
+    assert "warning" in done.err
+    assert done.json["dropped"]
+
+
+def test_report_after_infer_is_one_page_without_any_address(trained, lever):
+    assert_refused(lever("report", "--json"), 1, "lever infer --baselines")
+    lever("infer", "--shots", "1", "--limit", "4", "--baselines")
+    done = lever("report", "--json")
+    page = (trained / done.json["report"]).read_text(encoding="utf-8")
+    assert done.json["report"] == str(RUN / "report.html")
+    assert "img_text_sim" in page
+    assert "data:image/jpeg;base64," in page
+    assert "http://" not in page
+    assert "https://" not in page

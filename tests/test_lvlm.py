@@ -1,0 +1,340 @@
+"""The in-process LVLM against the library's own way: pixels, one prompt at a time, float32 on the CPU."""
+
+import dataclasses
+import json
+import random
+import shutil
+
+import pytest
+import torch
+
+from lever_lm.compat import import_transformers
+from lever_lm.config import LvlmConfig, PromptConfig, asset_path
+from lever_lm.errors import LeverError
+from lever_lm.lvlm import build_prompt, cut_answer
+from lever_lm.lvlm.decoding import beam_search
+from lever_lm.lvlm.local import LocalLvlm, local_fingerprint
+
+TINY = "asset:tiny-qwen2.5-vl"
+STYLES = ("interleaved", "dialogue")
+PROMPTS = 54  # a setting: nine of every number of shots
+
+
+def make(style: str = "interleaved", path: str = TINY, **settings) -> LocalLvlm:
+    config = LvlmConfig(**{"path": str(path), "dtype": "float32", "batch_size": 16, **settings})
+    return LocalLvlm(config, PromptConfig(style=style), "cpu")
+
+
+@pytest.fixture(scope="module")
+def lvlm():
+    return make()
+
+
+@pytest.fixture(scope="module")
+def picks(digits):
+    """(picks, query) pairs: the numbers of shots 0 to 5 mixed."""
+    rng = random.Random(7)
+    return [(rng.sample(digits.train_examples, i % 6), rng.choice(digits.val_examples)) for i in range(PROMPTS)]
+
+
+@pytest.fixture(scope="module")
+def prompts(picks):
+    return [build_prompt(icds, query, PromptConfig()) for icds, query in picks]
+
+
+# ---------------------------------------------------------------------- the library's own way
+
+
+def conversation(prompt, style: str) -> list[dict]:
+    """The conversation of a prompt, images in it, as a user of the library would write it."""
+    texts = [f"Question: {example.question} Short answer:" for example in (*prompt.icds, prompt.query)]
+    pictures = [{"type": "image", "image": f"file://{path}"} for path in prompt.images]
+    system = {"role": "system", "content": [{"type": "text", "text": PromptConfig.system}]}
+    if style == "interleaved":
+        content = []
+        for picture, text, icd in zip(pictures, texts, prompt.icds, strict=False):
+            content += [picture, {"type": "text", "text": f"{text} {icd.answer}\n"}]
+        return [
+            system,
+            {"role": "user", "content": [*content, pictures[-1], {"type": "text", "text": texts[-1]}]},
+        ]
+    turns = [system]
+    for picture, text, icd in zip(pictures, texts, (*prompt.icds, None), strict=True):
+        turns.append({"role": "user", "content": [picture, {"type": "text", "text": text}]})
+        if icd is not None:
+            turns.append({"role": "assistant", "content": [{"type": "text", "text": icd.answer}]})
+    return turns
+
+
+def plain_inputs(lvlm: LocalLvlm, prompt, style: str):
+    """Tokens and pixels of one prompt."""
+    import_transformers()
+    from qwen_vl_utils import process_vision_info
+
+    messages = conversation(prompt, style)
+    for turn in messages:
+        for part in turn["content"]:
+            if part["type"] == "image":
+                part |= {"min_pixels": lvlm.config.min_pixels, "max_pixels": lvlm.config.max_pixels}
+    text = lvlm.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    images, _ = process_vision_info(messages, image_patch_size=lvlm.image_processor.patch_size)
+    return lvlm.processor(text=[text], images=images, return_tensors="pt")
+
+
+@torch.inference_mode()
+def plain_tokens(lvlm: LocalLvlm, prompt, style: str = "interleaved", **settings) -> list[int]:
+    inputs = plain_inputs(lvlm, prompt, style)
+    settings = {"max_new_tokens": 5, "num_beams": 1, "do_sample": False, **settings}
+    return lvlm.model.generate(**inputs, **settings)[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+def plain_answer(lvlm: LocalLvlm, prompt, style: str = "interleaved", **settings) -> str:
+    return lvlm.tokenizer.decode(plain_tokens(lvlm, prompt, style, **settings), skip_special_tokens=True)
+
+
+# ---------------------------------------------------------------------- answers
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("style", STYLES)
+def test_answers_are_those_of_plain_generate(prompts, style, beams):
+    ours = make(style, num_beams=beams)
+    answers = ours.generate(prompts)
+    assert answers == [plain_answer(ours, prompt, style, num_beams=beams) for prompt in prompts]
+    assert len(set(answers)) >= 8, "prompts that all get the same answer prove nothing"
+
+
+def test_an_answer_is_what_was_written_up_to_its_end(lvlm, prompts):
+    assert lvlm.answer(prompts[:12]) == [cut_answer(text) for text in lvlm.generate(prompts[:12])]
+
+
+def test_no_prompt_no_answer(lvlm):
+    assert lvlm.generate([]) == []
+    assert lvlm.answer_log_prob([], []) == []
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_the_batch_size_changes_no_answer(prompts, beams):
+    one, other = make(batch_size=1, num_beams=beams), make(batch_size=54, num_beams=beams)
+    assert one.generate(prompts) == other.generate(prompts)
+
+
+def test_answers_come_in_the_order_of_the_prompts(lvlm, prompts):
+    assert lvlm.generate(prompts[::-1]) == lvlm.generate(prompts)[::-1]
+
+
+def test_batches_hold_every_prompt_once_and_no_more_than_the_batch_size(lvlm, prompts):
+    batches = lvlm.batches(prompts)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(prompts)))
+    assert max(map(len, batches)) <= 16
+    shots = [len(prompts[i].icds) for batch in batches for i in batch]
+    assert shots == sorted(shots), "prompts of one length belong together"
+
+
+def test_a_larger_image_budget_gives_more_image_tokens_and_the_library_agrees(prompts):
+    small, large = make(), make(min_pixels=56 * 56 * 4, max_pixels=56 * 56 * 16)
+    prompt = prompts[1]
+    assert large.generate([prompt]) == [plain_answer(large, prompt)]
+    small.generate([prompt])
+    path = prompt.images[-1]
+    assert len(large.bank[path][0]) > len(small.bank[path][0])
+
+
+# ---------------------------------------------------------------------- log-probs
+
+
+@torch.inference_mode()
+def plain_log_prob(lvlm: LocalLvlm, prompt, answer: str, style: str) -> float:
+    """Summed log-softmax of the answer's tokens in one forward pass over pixels."""
+    inputs = plain_inputs(lvlm, prompt, style)
+    target = torch.tensor([lvlm.tokenizer(answer, add_special_tokens=False).input_ids])
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], target], 1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    if "mm_token_type_ids" in inputs:
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == lvlm.image_token_id).int()
+    logits = lvlm.model(**inputs).logits[0, -target.shape[1] - 1 : -1]
+    return float(logits.float().log_softmax(-1).gather(-1, target.T).sum())
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_log_prob_is_the_summed_log_softmax_of_a_plain_forward(prompts, style):
+    ours = make(style)
+    answers = [("three", "twenty one", "no", "a blue circle of paper")[i % 4] for i in range(24)]
+    scores = ours.answer_log_prob(prompts[:24], answers)
+    plain = [plain_log_prob(ours, p, a, style) for p, a in zip(prompts, answers, strict=False)]
+    assert scores == pytest.approx(plain, abs=1e-4)
+    assert all(score < 0 and round(score, 6) == score for score in scores)
+
+
+def test_the_batch_size_hardly_changes_a_log_prob(prompts):
+    answers = [prompt.query.answer for prompt in prompts]
+    one, other = make(batch_size=1), make(batch_size=54)
+    assert one.answer_log_prob(prompts, answers) == pytest.approx(other.answer_log_prob(prompts, answers), abs=1e-4)
+
+
+def test_an_answer_without_tokens_cannot_be_scored(lvlm, prompts):
+    with pytest.raises(LeverError, match=f"question {prompts[0].query.question_id}"):
+        lvlm.answer_log_prob(prompts[:1], [""])
+
+
+def test_prompts_and_answers_must_be_as_many(lvlm, prompts):
+    with pytest.raises(ValueError, match="2 prompts but 1 answers"):
+        lvlm.answer_log_prob(prompts[:2], ["three"])
+
+
+# ---------------------------------------------------------------------- images
+
+
+def test_every_distinct_image_is_encoded_once(prompts):
+    ours, encoded = make(), []
+    ours.model.model.visual.register_forward_hook(
+        lambda module, args, kwargs, output: encoded.append(len(kwargs.get("grid_thw", args[-1]))), with_kwargs=True
+    )
+    distinct = {path for prompt in prompts for path in prompt.images}
+    shown = sum(len(prompt.images) for prompt in prompts)
+    ours.generate(prompts)
+    ours.generate(prompts[:10])
+    ours.answer_log_prob(prompts[:10], ["three"] * 10)
+    assert sum(encoded) == len(ours.bank) == len(distinct) < shown
+
+
+@pytest.mark.parametrize("job", ["generate", "answer_log_prob"])
+def test_a_question_that_holds_an_image_placeholder_is_refused_by_name(lvlm, prompts, job):
+    query = dataclasses.replace(prompts[0].query, question="what is <|image_pad|> here?")
+    prompt = dataclasses.replace(prompts[0], query=query)
+    with pytest.raises(LeverError, match=r"<\|image_pad\|>"):
+        getattr(lvlm, job)([prompt], *([["three"]] if job == "answer_log_prob" else []))
+
+
+def test_an_image_that_is_not_there_is_named(lvlm, prompts):
+    query = dataclasses.replace(prompts[0].query, image="nowhere/7.jpg")
+    with pytest.raises(LeverError, match=r"nowhere/7\.jpg"):
+        lvlm.generate([dataclasses.replace(prompts[0], query=query)])
+
+
+# ---------------------------------------------------------------------- decoding
+
+
+def flatten(lvlm: LocalLvlm) -> LocalLvlm:
+    """The same model unsure of everything: noise on its last layer makes beams part and end at different lengths."""
+    torch.manual_seed(0)
+    head = lvlm.model.lm_head.weight
+    with torch.no_grad():
+        lvlm.model.lm_head.weight = torch.nn.Parameter(0.3 * head + 0.3 * head.std() * torch.randn_like(head))
+    return lvlm
+
+
+@pytest.fixture(scope="module")
+def several_ends(tmp_path_factory, prompts):
+    """A copy of the model whose generation config names three end tokens, two of them frequent inner tokens."""
+    folder = tmp_path_factory.mktemp("model") / "several-ends"
+    shutil.copytree(asset_path(TINY), folder)
+    unsure = flatten(make())
+    counts: dict[int, int] = {}
+    for prompt in prompts:
+        for token in plain_tokens(unsure, prompt)[1:4]:
+            counts[token] = counts.get(token, 0) + 1
+    frequent = sorted(counts.keys() - set(unsure.eos.tolist()), key=lambda token: -counts[token])[:2]
+    settings = json.loads((folder / "generation_config.json").read_text())
+    settings["eos_token_id"] = [*unsure.eos.tolist(), *frequent]
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_several_end_tokens_end_an_answer(several_ends, prompts, beams):
+    usual, ours = flatten(make(num_beams=beams)), flatten(make(path=several_ends, num_beams=beams))
+    assert len(ours.eos) >= 3
+    answers = ours.generate(prompts)
+    assert answers == [plain_answer(ours, prompt, num_beams=beams) for prompt in prompts]
+    assert answers != usual.generate(prompts), "the further end tokens never came up"
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1.0, 2.0])
+@torch.inference_mode()
+def test_beam_search_is_that_of_generate_under_every_length_penalty(several_ends, prompts, penalty):
+    ours = flatten(make(path=several_ends))
+    chosen = prompts[:24]
+    prefilled = ours._prefill([ours._text(prompt) for prompt in chosen], [prompt.images for prompt in chosen])
+    found = beam_search(prefilled, 3, 6, ours.eos, ours.pad, penalty).tolist()
+    for row, prompt in zip(found, chosen, strict=True):
+        plain = plain_tokens(ours, prompt, num_beams=3, max_new_tokens=6, length_penalty=penalty)
+        assert row == plain + [ours.pad] * (6 - len(plain))
+
+
+def test_length_penalty_of_the_config_is_used(several_ends, prompts):
+    short, long = (flatten(make(path=several_ends, num_beams=3, length_penalty=p)) for p in (-2.0, 3.0))
+    answers = short.generate(prompts)
+    assert answers == [plain_answer(short, prompt, num_beams=3, length_penalty=-2.0) for prompt in prompts]
+    assert answers != long.generate(prompts)
+
+
+# ---------------------------------------------------------------------- loading
+
+
+def broken(folder, name: str):
+    shutil.copytree(asset_path(TINY), folder)
+    (folder / name).write_bytes((folder / name).read_bytes()[:200])
+    return folder
+
+
+def test_a_model_that_is_nowhere_is_named():
+    with pytest.raises(LeverError, match="no/such-model") as caught:
+        make(path="no/such-model")
+    assert "--lvlm" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_empty_folder_is_no_model(tmp_path):
+    with pytest.raises(LeverError, match=tmp_path.name):
+        make(path=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_damaged_model_is_named(tmp_path, name):
+    with pytest.raises(LeverError, match="damaged") as caught:
+        make(path=broken(tmp_path / "damaged", name))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_of_another_kind_is_refused():
+    with pytest.raises(LeverError, match="tiny-clip"):
+        make(path="asset:tiny-clip")
+
+
+# ---------------------------------------------------------------------- fingerprint
+
+
+def test_the_fingerprint_follows_everything_an_answer_depends_on(tmp_path):
+    config, prompt = LvlmConfig(path=TINY), PromptConfig()
+    changed = [
+        (dataclasses.replace(config, num_beams=3), prompt),
+        (dataclasses.replace(config, length_penalty=0.5), prompt),
+        (dataclasses.replace(config, max_new_tokens=7), prompt),
+        (dataclasses.replace(config, max_pixels=56 * 56 * 16), prompt),
+        (dataclasses.replace(config, dtype="bfloat16"), prompt),
+        (config, PromptConfig(style="dialogue")),
+        (config, PromptConfig(system="Be brief.")),
+    ]
+    for name in ("model.safetensors", "chat_template.jinja", "generation_config.json"):
+        folder = tmp_path / name
+        shutil.copytree(asset_path(TINY), folder)
+        content = bytearray((folder / name).read_bytes())
+        content[-2] ^= 1
+        (folder / name).write_bytes(content)
+        changed.append((dataclasses.replace(config, path=str(folder)), prompt))
+    stamps = [local_fingerprint(*pair, "cpu") for pair in [(config, prompt), *changed]]
+    assert len(set(stamps)) == len(stamps)
+
+
+def test_the_fingerprint_leaves_out_what_changes_no_answer(tmp_path):
+    config, prompt = LvlmConfig(path=TINY), PromptConfig()
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(asset_path(TINY), moved)
+    same = [
+        config,
+        dataclasses.replace(config, batch_size=3),
+        dataclasses.replace(config, dtype="float32"),
+        dataclasses.replace(config, path=str(moved)),
+    ]
+    assert len({local_fingerprint(one, prompt, "cpu") for one in same}) == 1

@@ -1,0 +1,287 @@
+"""The answer cache: what was asked once is never asked again, and what a killed job left is gone on with.
+
+The backend here is a stand-in that counts: it is the thing outside the cache. The cache and its file are real.
+"""
+
+import dataclasses
+import sqlite3
+
+import pytest
+
+from lever_lm.data import Example
+from lever_lm.errors import LeverError
+from lever_lm.lvlm import CachedLvlm, Prompt
+from lever_lm.lvlm.cache import AnswerCache, _image_digest
+
+
+class Stopped(Exception):
+    """The backend died."""
+
+
+class Counting:
+    """Answers with the question and how often it was asked; dies at batch `dies_at`."""
+
+    def __init__(self, batch_size: int = 4, dies_at: int | None = None):
+        self.batch_size, self.dies_at = batch_size, dies_at
+        self.work: list[list[str]] = []  # the questions of each batch
+
+    def batches(self, prompts):
+        order = sorted(range(len(prompts)), key=lambda i: prompts[i].query.question)
+        return [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+
+    def generate(self, prompts):
+        self._note(prompts)
+        return [f"{prompt.query.question} {prompt.query.answer}, and more" for prompt in prompts]
+
+    def answer_log_prob(self, prompts, answers):
+        self._note(prompts)
+        return [-float(len(answer)) - 0.123456 for answer in answers]
+
+    def _note(self, prompts):
+        if self.dies_at is not None and len(self.work) + 1 == self.dies_at:
+            raise Stopped
+        self.work.append([prompt.query.question for prompt in prompts])
+
+    @property
+    def asked(self) -> list[str]:
+        return [question for batch in self.work for question in batch]
+
+
+def no_model():
+    raise AssertionError("everything is known: the model must not be loaded")
+
+
+def tracked(items, what, total):
+    return items
+
+
+def opened(path, backend=None, fingerprint="model-1", track=tracked) -> CachedLvlm:
+    """The cache as a new process would open it."""
+    _image_digest.cache_clear()
+    return CachedLvlm((lambda: backend) if backend else no_model, fingerprint, AnswerCache(path), track)
+
+
+@pytest.fixture
+def file(tmp_path):
+    return tmp_path / "cache" / "answers.sqlite"
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    """Ten prompts of one demonstration each, on images of their own."""
+    made = []
+    for i in range(10):
+        paths = [tmp_path / f"{kind}{i}.jpg" for kind in ("icd", "query")]
+        for path in paths:
+            path.write_bytes(path.name.encode())
+        icd = Example(i, i, f"shown {i}?", ("yes",), ("yes",), str(paths[0]))
+        made.append(Prompt((icd,), Example(100 + i, 100 + i, f"q{i}", ("a",), ("a",), str(paths[1]))))
+    return made
+
+
+def with_query(prompt: Prompt, **changes) -> Prompt:
+    return dataclasses.replace(prompt, query=dataclasses.replace(prompt.query, **changes))
+
+
+def with_icd(prompt: Prompt, **changes) -> Prompt:
+    return dataclasses.replace(prompt, icds=(dataclasses.replace(prompt.icds[0], **changes),))
+
+
+# ---------------------------------------------------------------------- once is enough
+
+
+def test_what_was_asked_is_not_asked_again(file, prompts):
+    backend = Counting()
+    lvlm = opened(file, backend)
+    first = lvlm.generate(prompts[:6])
+    assert lvlm.asked == 6
+    assert lvlm.known == 0
+    assert lvlm.generate(prompts) == [*first, *(f"q{i} a, and more" for i in range(6, 10))]
+    assert lvlm.asked == 10
+    assert lvlm.known == 6
+    assert sorted(backend.asked) == [f"q{i}" for i in range(10)]
+
+
+def test_a_later_process_finds_every_answer_and_loads_no_model(file, prompts):
+    answers = opened(file, Counting()).generate(prompts)
+    later = opened(file)
+    assert later.generate(prompts[::-1]) == answers[::-1]
+    assert later.asked == 0
+    assert later.known == 10
+
+
+def test_the_same_prompt_twice_in_a_list_is_asked_once(file, prompts):
+    backend = Counting()
+    lvlm = opened(file, backend)
+    answers = lvlm.generate([prompts[0], prompts[1], prompts[0], prompts[0]])
+    assert backend.asked == ["q0", "q1"]
+    assert answers == ["q0 a, and more", "q1 a, and more", "q0 a, and more", "q0 a, and more"]
+    assert lvlm.asked == 2
+
+
+def test_an_answer_is_cut_on_the_way_out_and_kept_uncut(file, prompts):
+    assert opened(file, Counting()).answer(prompts[:1]) == ["q0 a"]
+    assert opened(file).generate(prompts[:1]) == ["q0 a, and more"]
+
+
+def test_nothing_to_ask_needs_no_model(file):
+    assert opened(file).generate([]) == []
+
+
+# ---------------------------------------------------------------------- what makes a prompt another one
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda p: with_query(p, question="another"),
+        lambda p: with_icd(p, question="another"),
+        lambda p: with_icd(p, answers=("no",)),
+        lambda p: with_query(p, image=p.icds[0].image),
+        lambda p: with_icd(p, image=p.query.image),
+        lambda p: dataclasses.replace(p, icds=()),
+        lambda p: dataclasses.replace(p, icds=p.icds * 2),
+    ],
+    ids=["question", "icd question", "icd answer", "image", "icd image", "no icd", "icd twice"],
+)
+def test_a_changed_prompt_is_asked_anew(file, prompts, change):
+    opened(file, Counting()).generate(prompts)
+    backend = Counting()
+    opened(file, backend).generate([change(prompts[0])])
+    assert len(backend.asked) == 1
+
+
+def test_the_order_of_the_demonstrations_makes_another_prompt(file, prompts):
+    icds = (prompts[0].icds[0], prompts[1].icds[0])
+    backend = Counting()
+    opened(file, backend).generate([Prompt(icds, prompts[2].query), Prompt(icds[::-1], prompts[2].query)])
+    assert backend.asked == ["q2", "q2"]
+
+
+def test_an_image_of_other_content_under_the_same_path_is_asked_anew(file, prompts, tmp_path):
+    opened(file, Counting()).generate(prompts)
+    (tmp_path / "icd3.jpg").write_bytes(b"repainted")
+    backend = Counting()
+    opened(file, backend).generate(prompts)
+    assert backend.asked == ["q3"]
+
+
+def test_the_same_content_under_another_path_is_known(file, prompts, tmp_path):
+    answers = opened(file, Counting()).generate(prompts[:1])
+    (tmp_path / "moved.jpg").write_bytes((tmp_path / "query0.jpg").read_bytes())
+    assert opened(file).generate([with_query(prompts[0], image=str(tmp_path / "moved.jpg"))]) == answers
+
+
+def test_another_model_or_setting_is_asked_anew(file, prompts):
+    opened(file, Counting(), "model-1").generate(prompts)
+    backend = Counting()
+    opened(file, backend, "model-2").generate(prompts)
+    assert len(backend.asked) == 10
+    opened(file, None, "model-1").generate(prompts)  # and the old answers are still there
+
+
+def test_the_references_of_a_query_are_no_part_of_its_prompt(file, prompts):
+    answers = opened(file, Counting()).generate(prompts[:1])
+    assert opened(file).generate([with_query(prompts[0], answers=("other",), raw_answers=("other",))]) == answers
+
+
+def test_a_missing_image_is_named(file, prompts):
+    with pytest.raises(LeverError, match=r"gone\.jpg"):
+        opened(file, Counting()).generate([with_query(prompts[0], image="gone.jpg")])
+
+
+# ---------------------------------------------------------------------- log-probs
+
+
+def test_log_probs_are_kept_apart_from_answers_and_from_each_other(file, prompts):
+    backend = Counting()
+    lvlm = opened(file, backend)
+    lvlm.generate(prompts[:2])
+    assert lvlm.answer_log_prob(prompts[:2], ["yes", "never"]) == [-3.123456, -5.123456]
+    assert lvlm.answer_log_prob(prompts[:1], ["never"]) == [-5.123456]
+    assert backend.asked == ["q0", "q1", "q0", "q1", "q0"]
+    later = opened(file)
+    assert later.answer_log_prob([prompts[0]] * 2, ["never", "yes"]) == [-5.123456, -3.123456]
+    assert later.generate(prompts[:1]) == ["q0 a, and more"]
+
+
+def test_every_log_prob_needs_its_answer(file, prompts):
+    with pytest.raises(ValueError):
+        opened(file, Counting()).answer_log_prob(prompts[:2], ["yes"])
+
+
+# ---------------------------------------------------------------------- killed and gone on with
+
+
+def test_batches_are_kept_whole_and_a_rerun_asks_the_rest_in_the_same_batches(file, prompts, tmp_path):
+    whole = Counting(batch_size=2)
+    expected = opened(tmp_path / "unbroken.sqlite", whole).generate(prompts)
+    dying = Counting(batch_size=2, dies_at=3)
+    broken_off = opened(file, dying)
+    with pytest.raises(Stopped):
+        broken_off.generate(prompts)
+    assert broken_off.asked == 4
+    rest = Counting(batch_size=2)
+    gone_on = opened(file, rest)
+    assert gone_on.generate(prompts) == expected
+    assert gone_on.known == 4
+    assert dying.work + rest.work == whole.work
+
+
+def test_progress_counts_the_batches_that_are_left(file, prompts):
+    opened(file, Counting()).generate(prompts[:2])
+    seen = []
+
+    def track(items, what, total):
+        seen.append((what, total))
+        return items
+
+    opened(file, Counting(batch_size=4), track=track).generate(prompts, "rollouts")
+    ((what, total),) = seen
+    assert total == 2
+    assert "rollouts" in what
+
+
+# ---------------------------------------------------------------------- the file
+
+
+def test_more_prompts_than_one_query_of_sqlite_takes(file, prompts):
+    many = [with_query(prompts[0], question=f"number {i:05}") for i in range(1234)]
+    answers = opened(file, Counting(batch_size=100)).generate(many)
+    assert opened(file).generate(many) == answers
+    assert answers[777] == "number 00777 a, and more"
+
+
+def test_a_file_that_is_no_database_is_named_and_left_alone(file):
+    file.parent.mkdir()
+    file.write_text("something else entirely, long enough for a header of a hundred bytes" * 3)
+    content = file.read_bytes()
+    with pytest.raises(LeverError, match=r"answers\.sqlite.*delete it"):
+        AnswerCache(file)
+    assert file.read_bytes() == content
+
+
+def test_a_damaged_database_is_named(file, prompts):
+    many = [with_query(prompts[0], question=f"number {i:05}") for i in range(400)]
+    opened(file, Counting(batch_size=100)).generate(many)
+    content = bytearray(file.read_bytes())
+    content[4096:] = b"\xff" * (len(content) - 4096)
+    file.write_bytes(content)
+    with pytest.raises(LeverError, match=r"answers\.sqlite"):
+        opened(file, Counting()).generate(many)
+
+
+def test_a_database_of_something_else_is_named(file, prompts):
+    file.parent.mkdir()
+    other = sqlite3.connect(file)
+    other.execute("CREATE TABLE answers (id INTEGER)")
+    other.commit()
+    other.close()
+    with pytest.raises(LeverError, match=r"answers\.sqlite"):
+        opened(file, Counting()).generate(prompts)
+
+
+def test_a_cache_below_a_file_is_no_place(tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(LeverError, match="cache"):
+        AnswerCache(tmp_path / "cache" / "answers.sqlite")

@@ -1,0 +1,153 @@
+"""VQA accuracy against the official evaluator's own numbers, relevance by hand."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lever_lm.metrics import CONTRACTIONS, normalize_answer, relevance, vqa_accuracy
+
+DATA = Path(__file__).parent / "data"
+OFFICIAL = json.loads((DATA / "vqa_official.json").read_text(encoding="utf-8"))
+LINEAGE = json.loads((DATA / "vqa_metric.json").read_text(encoding="utf-8"))
+
+
+def official_accuracies():
+    references = {a["question_id"]: [answer["answer"] for answer in a["answers"]] for a in OFFICIAL["annotations"]}
+    return {r["question_id"]: vqa_accuracy(r["answer"], references[r["question_id"]]) for r in OFFICIAL["results"]}
+
+
+def test_every_question_scores_as_the_official_evaluator_says():
+    found = {str(question): round(100 * accuracy, 2) for question, accuracy in official_accuracies().items()}
+    assert found == OFFICIAL["per_question"]
+    assert len(found) == 150
+
+
+def test_the_overall_accuracy_is_the_official_one():
+    found = list(official_accuracies().values())
+    assert round(100 * sum(found) / len(found), 2) == OFFICIAL["overall"]
+
+
+def test_accuracy_by_question_type_is_the_official_one():
+    types = {a["question_id"]: a["question_type"] for a in OFFICIAL["annotations"]}
+    accuracies = official_accuracies()
+    for name, expected in OFFICIAL["per_question_type"].items():
+        group = [accuracy for question, accuracy in accuracies.items() if types[question] == name]
+        assert round(100 * sum(group) / len(group), 2) == expected
+
+
+def test_every_string_normalises_as_the_official_evaluator_does():
+    wrong = [
+        (text, normalize_answer(text), out) for text, out in OFFICIAL["normalised"] if normalize_answer(text) != out
+    ]
+    assert len(OFFICIAL["normalised"]) == 265
+    assert not wrong
+
+
+@pytest.mark.parametrize("case", LINEAGE["normalise"], ids=lambda case: repr(case["text"]))
+def test_every_string_normalises_as_in_the_lineage(case):
+    assert normalize_answer(case["text"]) == case["normalised"]
+
+
+@pytest.mark.parametrize("case", LINEAGE["accuracy"], ids=lambda case: repr(case["prediction"]))
+def test_accuracy_is_that_of_the_lineage(case):
+    found = vqa_accuracy(case["prediction"], case["answers"])
+    assert round(100 * found, 2) == case["accuracy_percent"]
+    assert int(found > 0) == case["vqa_correct"]
+
+
+@pytest.mark.parametrize(
+    ("matches", "accuracy"),
+    # m matching sets miss one match of their own: (m · min(1, (m−1)/3) + (10−m) · min(1, m/3)) / 10.
+    [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (9, 1.0)],
+)
+def test_accuracy_by_the_number_of_matching_annotators(matches, accuracy):
+    answers = ["cat"] * matches + [f"other {i}" for i in range(10 - matches)]
+    assert vqa_accuracy("cat", answers) == pytest.approx(accuracy)
+
+
+def test_where_all_annotators_agree_nothing_is_normalised():
+    assert vqa_accuracy("A Cat", ["cat"] * 10) == 0.0
+    assert vqa_accuracy("cat", ["cat"] * 10) == 1.0
+    assert vqa_accuracy("A Cat", ["cat"] * 9 + ["dog"]) == 1.0
+
+
+def test_the_prediction_is_stripped_even_where_all_agree():
+    assert vqa_accuracy(" cat\n", ["cat"] * 10) == 1.0
+
+
+def test_without_annotators_nothing_is_right():
+    assert vqa_accuracy("cat", []) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("text", "normalised"),
+    [
+        ("The Two Dogs.", "2 dogs"),
+        ("dont know", "don't know"),
+        ("ice-cream", "ice cream"),
+        ("red, white", "red white"),
+        ("1,000 miles", "1000 miles"),
+        ("3.5", "3.5"),
+        ("none", "0"),
+        ("a an the", ""),
+        ("", ""),
+    ],
+)
+def test_normalisation_by_hand(text, normalised):
+    assert normalize_answer(text) == normalised
+
+
+def test_contractions_are_pairs_of_single_words():
+    assert all(" " not in left + right for left, right in CONTRACTIONS.items())
+    assert CONTRACTIONS["youve"] == "you've"
+    assert len(CONTRACTIONS) > 100
+
+
+# ---------------------------------------------------------------------- relevance
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "token_f1", "edit"),
+    [
+        ("cat", ["cat", "dog"], 1.0, 1.0),
+        ("red car", ["car"], 2 * 1 / (2 + 1), 2 * 3 / (7 + 3)),
+        ("the cat", ["a cat"], 1.0, 1.0),  # compared as normalised
+        ("cat", ["xyz"], 0.0, 0.0),
+        ("cat", [], 0.0, 0.0),
+        ("ab", ["b", "abc"], 0.0, 2 * 2 / (2 + 3)),
+        ("big big dog", ["big dog"], 2 * 2 / (3 + 2), 2 * 7 / (11 + 7)),
+    ],
+)
+def test_relevance_by_hand(prediction, answers, token_f1, edit):
+    assert relevance(prediction, answers) == (pytest.approx(token_f1), pytest.approx(edit))
+
+
+# ---------------------------------------------------------------------- properties
+
+ANSWERS = st.lists(
+    st.one_of(st.sampled_from(["cat", "a cat", "Cat.", "dog", "two", "2"]), st.text(max_size=8)), max_size=12
+)
+
+
+@given(st.text(max_size=12), ANSWERS)
+def test_accuracy_and_relevance_lie_between_zero_and_one(prediction, answers):
+    for score in (vqa_accuracy(prediction, answers), *relevance(prediction, answers)):
+        assert 0 <= score <= 1
+
+
+@given(st.sampled_from(["cat", "the cat", "2", "dog "]), ANSWERS, st.randoms(use_true_random=False))
+def test_the_order_of_the_annotators_does_not_matter(prediction, answers, random):
+    shuffled = random.sample(answers, len(answers))
+    assert vqa_accuracy(prediction, shuffled) == pytest.approx(vqa_accuracy(prediction, answers), abs=1e-12)
+    assert relevance(prediction, shuffled)[0] == relevance(prediction, answers)[0]
+
+
+@given(st.integers(0, 10), st.integers(0, 10))
+def test_more_agreeing_annotators_never_lower_the_accuracy(one, other):
+    def accuracy(matches):
+        return vqa_accuracy("cat", ["cat"] * matches + ["dog"] * (10 - matches) + ["cow"])
+
+    assert accuracy(min(one, other)) <= accuracy(max(one, other))

@@ -1,0 +1,379 @@
+"""Datasets in OK-VQA's official layout: what loads, what is refused in which words, what is left out and counted."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lever_lm.config import DataConfig, asset_path
+from lever_lm.data import Example, load_dataset, open_image
+from lever_lm.data.examples import to_dataset, to_examples
+from lever_lm.errors import LeverError
+
+QUESTIONS = "OpenEnded_mscoco_{}2014_questions.json"
+ANNOTATIONS = "mscoco_{}2014_annotations.json"
+
+
+def answers(*texts):
+    padded = [*texts, *[texts[-1]] * (10 - len(texts))]
+    return [
+        {"answer": text, "raw_answer": f"{text}s", "answer_confidence": "yes", "answer_id": i}
+        for i, text in enumerate(padded, 1)
+    ]
+
+
+class World:
+    """A small dataset on disk: question 10·n and 10·n + 1 are about image n; train has images 1–3, val 4–5."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.images = {"train": [1, 2, 3], "val": [4, 5]}
+        self.questions = {
+            split: [
+                {"question_id": 10 * i + k, "image_id": i, "question": f"what is {k} in {i}?"}
+                for i in ids
+                for k in (0, 1)
+            ]
+            for split, ids in self.images.items()
+        }
+        self.annotations = {
+            split: [
+                {"question_id": q["question_id"], "image_id": q["image_id"], "answers": answers("cat", "dog")}
+                for q in rows
+            ]
+            for split, rows in self.questions.items()
+        }
+        for split, ids in self.images.items():
+            for i in ids:
+                self.save(split, i, Image.new("RGB", (8, 6), (40 * i, 10, 20)))
+
+    def path(self, split: str, image: int) -> Path:
+        return self.root / f"{split}2014" / f"COCO_{split}2014_{image:012d}.jpg"
+
+    def save(self, split: str, image: int, picture: Image.Image, **how) -> None:
+        self.path(split, image).parent.mkdir(exist_ok=True)
+        picture.save(self.path(split, image), **{"format": "JPEG", **how})
+
+    def load(self, **how):
+        for split in self.images:
+            for name, key, rows in (
+                (QUESTIONS, "questions", self.questions),
+                (ANNOTATIONS, "annotations", self.annotations),
+            ):
+                path = self.root / name.format(split)
+                content = rows[split]
+                path.write_text(
+                    content if isinstance(content, str) else json.dumps({"info": {}, key: content}), encoding="utf-8"
+                )
+        return load_dataset(DataConfig("small", str(self.root), str(self.root), **how))
+
+
+@pytest.fixture
+def world(tmp_path):
+    return World(tmp_path)
+
+
+# ---------------------------------------------------------------------- what loads
+
+
+def test_both_splits_load_row_by_row(world):
+    data = world.load()
+    assert (data.name, data.skipped) == ("small", ())
+    assert (len(data.train), len(data.val)) == (6, 4)
+    assert data.train_examples[1] == Example(
+        question_id=11,
+        image_id=1,
+        question="what is 1 in 1?",
+        answers=("cat", *["dog"] * 9),
+        raw_answers=("cats", *["dogs"] * 9),
+        image=str(world.path("train", 1)),
+    )
+    assert [example.question_id for example in data.val_examples] == [40, 41, 50, 51]
+
+
+def test_several_questions_share_an_image(world):
+    images = [example.image for example in world.load().train_examples]
+    assert images[0] == images[1] != images[2]
+
+
+def test_rows_keep_the_files_order(world):
+    world.questions["train"].reverse()
+    assert [example.question_id for example in world.load().train_examples] == [31, 30, 21, 20, 11, 10]
+
+
+def test_the_shown_answer_is_the_commonest_the_first_of_equals(world):
+    world.annotations["train"][0]["answers"] = answers("a", "b", "b", "c")[:4]
+    world.annotations["train"][1]["answers"] = answers("z", "b", "z", "b")[:4]
+    examples = world.load().train_examples
+    assert (examples[0].answer, examples[1].answer) == ("b", "z")
+
+
+def test_vqav2_without_raw_answers_loads(world):
+    for entry in world.annotations["train"][0]["answers"]:
+        del entry["raw_answer"]
+    assert world.load().train_examples[0].raw_answers == ("cat", *["dog"] * 9)
+
+
+def test_images_are_found_below_mscoco2014(world):
+    (world.root / "mscoco2014").mkdir()
+    for split in ("train", "val"):
+        (world.root / f"{split}2014").rename(world.root / "mscoco2014" / f"{split}2014")
+    assert "mscoco2014" in world.load().train_examples[0].image
+
+
+def test_the_image_column_is_decoded_on_access_and_not_before(world):
+    data = world.load()
+    for split, ids in world.images.items():
+        for i in ids:
+            world.path(split, i).unlink()
+    assert data.train["question"][0] == "what is 0 in 1?"
+    assert len(data.train_examples) == 6
+    with pytest.raises(FileNotFoundError):
+        data.train[0]["image"]
+
+
+def test_the_image_column_gives_pictures(world):
+    picture = world.load().train[2]["image"]
+    assert picture.size == (8, 6)
+
+
+def test_examples_survive_the_table():
+    examples = (Example(2**40, 7, "q?", ("a", "b"), ("as", "b"), "x.jpg"), Example(1, 8, "ü", ("c",), ("c",), "y.jpg"))
+    assert to_examples(to_dataset(examples)) == examples
+
+
+# ---------------------------------------------------------------------- pictures
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_every_mode_opens_as_rgb(world, mode):
+    world.save("train", 1, Image.new("L", (8, 6), 128).convert(mode))
+    picture = open_image(world.load().train_examples[0].image)
+    assert (picture.mode, picture.size) == ("RGB", (8, 6))
+    assert all(abs(channel - 128) <= 3 for channel in picture.getpixel((4, 3)))
+
+
+def test_a_transparent_png_under_a_jpg_name_opens_as_rgb(world):
+    world.save("train", 1, Image.new("RGBA", (8, 6), (200, 100, 50, 255)), format="PNG")
+    picture = open_image(world.load().train_examples[0].image)
+    assert (picture.mode, picture.getpixel((0, 0))) == ("RGB", (200, 100, 50))
+
+
+def test_a_rotated_photograph_opens_upright(world):
+    picture = Image.new("RGB", (40, 20), "black")
+    picture.paste((255, 255, 255), (0, 0, 20, 20))  # the left half is white
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90° clockwise: left comes up
+    world.save("train", 1, picture, exif=exif, quality=95)
+    upright = open_image(world.load().train_examples[0].image)
+    assert upright.size == (20, 40)
+    assert min(upright.getpixel((10, 5))) > 240
+    assert max(upright.getpixel((10, 35))) < 15
+
+
+@pytest.mark.parametrize("share", [0.3, 0.8])
+def test_a_truncated_picture_is_refused_by_file(world, share):
+    world.save("train", 2, Image.effect_noise((64, 64), 80).convert("RGB"))
+    whole = world.path("train", 2).read_bytes()
+    world.path("train", 2).write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(
+        LeverError, match=r"cannot decode the image .*COCO_train2014_000000000002\.jpg.*skip_bad_examples"
+    ):
+        open_image(world.path("train", 2))
+
+
+def test_a_file_that_is_no_picture_and_a_missing_one_are_refused(tmp_path):
+    (tmp_path / "text.jpg").write_text("hello")
+    with pytest.raises(LeverError, match=r"cannot decode the image .*text\.jpg"):
+        open_image(tmp_path / "text.jpg")
+    with pytest.raises(LeverError, match=r"image not found: .*none\.jpg .*COCO_PATH"):
+        open_image(tmp_path / "none.jpg")
+
+
+# ---------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_a_missing_or_empty_image_is_refused_by_question_and_file(world, empty):
+    world.path("val", 5).unlink()
+    if empty:
+        world.path("val", 5).touch()
+    message = r"question 50: image .*COCO_val2014_000000000005\.jpg is missing or empty.*skip_bad_examples=true"
+    with pytest.raises(LeverError, match=message):
+        world.load()
+
+
+def test_an_annotation_without_question_is_refused(world):
+    world.annotations["train"].append({"question_id": 99, "image_id": 1, "answers": answers("cat")})
+    with pytest.raises(
+        LeverError, match=r"mscoco_train2014_annotations\.json: annotation 99 has no question in OpenEnded"
+    ):
+        world.load()
+
+
+def test_a_question_without_annotation_is_refused(world):
+    del world.annotations["val"][2]
+    with pytest.raises(
+        LeverError, match=r"mscoco_val2014_annotations\.json: no annotation for question 50 of OpenEnded"
+    ):
+        world.load()
+
+
+@pytest.mark.parametrize(("which", "name"), [("questions", QUESTIONS), ("annotations", ANNOTATIONS)])
+def test_a_repeated_id_is_refused_by_file(world, which, name):
+    rows = getattr(world, which)["train"]
+    rows.append(dict(rows[3]))
+    with pytest.raises(LeverError, match=rf"{name.format('train')}: question_id 21 appears 2 times, expected once"):
+        world.load()
+
+
+@pytest.mark.parametrize(("which", "name"), [("questions", QUESTIONS), ("annotations", ANNOTATIONS)])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "not json",
+        "[1]",
+        "5",
+        "{}",
+        '{"questions": 5, "annotations": 5}',
+        '{"questions": [1], "annotations": ["a"]}',
+        "[" * 100_000,
+        '{"questions": [{}], "annotations": [{"question_id": "1", "image_id": 1}]}',
+    ],
+    ids=["empty", "text", "list", "number", "nothing", "no-list", "no-objects", "deep", "no-ids"],
+)
+def test_a_file_of_another_schema_is_refused_by_name(world, which, name, text):
+    getattr(world, which)["train"] = text
+    with pytest.raises(LeverError, match=name.format("train")):
+        world.load()
+
+
+@pytest.mark.parametrize("number", [-1, 2**63, 10**400], ids=["negative", "too-long", "huge"])
+def test_an_id_that_no_table_can_hold_is_refused_by_file(world, number):
+    world.questions["train"][0]["question_id"] = world.annotations["train"][0]["question_id"] = number
+    with pytest.raises(LeverError, match="train2014"):
+        world.load()
+
+
+@pytest.mark.parametrize(
+    "entries", [None, [], "cat", [{}], [{"answer": 3}], ["cat"], [{"answer": "a", "raw_answer": 1}]]
+)
+def test_answers_of_another_schema_are_refused_by_question(world, entries):
+    world.annotations["train"][4]["answers"] = entries
+    with pytest.raises(LeverError, match=r"mscoco_train2014_annotations\.json: question 30 needs a list of objects"):
+        world.load()
+
+
+@pytest.mark.parametrize("text", [None, "", "  ", 7])
+def test_a_question_without_text_is_refused(world, text):
+    world.questions["train"][4]["question"] = text
+    with pytest.raises(LeverError, match=r"OpenEnded_mscoco_train2014_questions\.json: question 30 has no text"):
+        world.load()
+
+
+def test_a_question_about_two_images_is_refused(world):
+    world.annotations["train"][4]["image_id"] = 1
+    with pytest.raises(LeverError, match=r"question 30 is about image 3 in .* but about image 1 in"):
+        world.load()
+
+
+def test_missing_files_and_folders_are_refused_with_the_variable(world, tmp_path):
+    world.load()
+    absent = str(tmp_path / "absent")
+    with pytest.raises(LeverError, match=r"cannot read .*questions\.json: .*OKVQA_PATH"):
+        load_dataset(DataConfig("small", absent, str(tmp_path)))
+    with pytest.raises(LeverError, match=r"no folder .*train2014 or .*mscoco2014.*COCO_PATH"):
+        load_dataset(DataConfig("small", str(tmp_path), absent))
+
+
+# ---------------------------------------------------------------------- leaving out
+
+
+def test_bad_examples_are_left_out_and_counted(world):
+    world.path("train", 1).unlink()  # questions 10 and 11
+    noise = Image.effect_noise((64, 64), 80).convert("RGB")
+    world.save("train", 2, noise)
+    whole = world.path("train", 2).read_bytes()
+    world.path("train", 2).write_bytes(whole[: len(whole) // 2])  # questions 20 and 21
+    world.questions["train"][4]["question"] = ""  # question 30
+    del world.annotations["val"][0]  # question 40
+    data = world.load(skip_bad_examples=True)
+    assert [example.question_id for example in data.train_examples] == [31]
+    assert [example.question_id for example in data.val_examples] == [41, 50, 51]
+    assert len(data.skipped) == 6
+    for told, words in zip(
+        data.skipped, ["question 10", "question 11", "0002.jpg", "0002.jpg", "30", "40"], strict=True
+    ):
+        assert words in told
+
+
+def test_an_annotation_without_question_is_left_out_and_counted(world):
+    world.annotations["train"].append({"question_id": 99, "image_id": 1, "answers": answers("cat")})
+    data = world.load(skip_bad_examples=True)
+    assert len(data.train) == 6
+    assert len(data.skipped) == 1
+    assert "99" in data.skipped[0]
+
+
+@pytest.mark.parametrize("which", ["questions", "annotations"])
+def test_repeated_ids_are_left_out_and_counted(world, which):
+    rows = getattr(world, which)["train"]
+    rows.append(dict(rows[3]))
+    data = world.load(skip_bad_examples=True)
+    ids = [example.question_id for example in data.train_examples]
+    assert len(set(ids)) == len(ids)
+    assert {10, 11, 20, 30, 31} <= set(ids)
+    assert len(data.skipped) >= 1
+    assert all("21" in told for told in data.skipped)
+
+
+def test_a_split_without_a_usable_example_is_refused(world):
+    for i in (4, 5):
+        world.path("val", i).unlink()
+    with pytest.raises(LeverError, match=r"OpenEnded_mscoco_val2014_questions\.json holds no usable example"):
+        world.load(skip_bad_examples=True)
+
+
+def test_without_bad_examples_nothing_is_left_out(world):
+    data = world.load(skip_bad_examples=True)
+    assert data.skipped == ()
+    assert data.fingerprint == world.load().fingerprint
+
+
+# ---------------------------------------------------------------------- fingerprint
+
+
+def test_the_fingerprint_stays_where_nothing_changed_and_changes_with_the_data(world):
+    seen = [world.load().fingerprint]
+    assert world.load().fingerprint == seen[0]
+    world.questions["train"][0]["question"] = "another?"
+    seen.append(world.load().fingerprint)
+    world.annotations["val"][0]["answers"][0]["answer"] = "cow"
+    seen.append(world.load().fingerprint)
+    world.save("val", 4, Image.effect_noise((64, 64), 80).convert("RGB"))
+    seen.append(world.load().fingerprint)
+    del world.questions["val"][3], world.annotations["val"][3]
+    seen.append(world.load().fingerprint)
+    assert len(set(seen)) == 5
+
+
+# ---------------------------------------------------------------------- the embedded digits
+
+
+def test_the_embedded_digits_load_whole():
+    data = load_dataset(DataConfig())
+    assert (len(data.train), len(data.val)) == (2504, 500)
+    assert data.skipped == ()
+    ids = [e.question_id for e in (*data.train_examples, *data.val_examples)]
+    assert len(set(ids)) == 3004
+    assert all(len(e.answers) == len(e.raw_answers) == 10 for e in (*data.train_examples, *data.val_examples))
+    assert not {e.image for e in data.train_examples} & {e.image for e in data.val_examples}
+    assert open_image(data.val_examples[0].image).mode == "RGB"
+
+
+def test_the_embedded_digits_say_where_they_are_from():
+    text = (asset_path("asset:digits") / "ATTRIBUTION.md").read_text(encoding="utf-8")
+    assert "Optical Recognition of Handwritten Digits" in text
+    assert "CC BY 4.0" in text

@@ -1,0 +1,527 @@
+"""The policy against the lineage's golden vectors, against torch's own attention, and against enumeration.
+
+B queries, K candidates, G rollouts, S shots, D embedding.
+"""
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from lever_lm.losses import grpo_loss, rce_loss
+from lever_lm.policy import MASKED_LOGIT, PointerSelector
+from lever_lm.rewards import group_advantage
+from lever_lm.training import best_rollouts
+
+GOLDEN = Path(__file__).parent / "data" / "policy"
+CASES = sorted(file.stem for file in GOLDEN.glob("*.json"))
+
+
+def golden(name):
+    """(facts, tensors, the policy with the golden weights) of one case."""
+    facts = json.loads((GOLDEN / f"{name}.json").read_text(encoding="utf-8"))
+    tensors = load_file(GOLDEN / f"{name}.safetensors")
+    config = facts["config"]
+    policy = PointerSelector(
+        d_model=config["d_model"],
+        hidden_dim=config["hidden_dim"],
+        num_layers=config["num_layers"],
+        num_heads=config["num_heads"],
+        state_update="gate" if config["gated"] else "none",
+    ).eval()
+    policy.load_state_dict({k.removeprefix("state."): v for k, v in tensors.items() if k.startswith("state.")})
+    return facts, tensors, policy
+
+
+def grad_norms(policy, loss):
+    """Gradient norm of the loss: over all parameters, and of each."""
+    policy.zero_grad()
+    loss.backward()
+    norms = {name: float(p.grad.norm()) for name, p in policy.named_parameters() if p.grad is not None}
+    return math.sqrt(sum(norm**2 for norm in norms.values())), norms
+
+
+def assert_gradient(policy, loss, expected):
+    total, norms = grad_norms(policy, loss)
+    assert total == pytest.approx(expected["grad_norm"], rel=1e-4, abs=1e-6)
+    for name, norm in (expected.get("grad_norm_per_param") or {}).items():
+        assert norms[name] == pytest.approx(norm, rel=1e-4, abs=1e-6), name
+
+
+def make(update="none", *, d_model=6, hidden_dim=8, seed=0, **kwargs):
+    torch.manual_seed(seed)
+    policy = PointerSelector(d_model=d_model, hidden_dim=hidden_dim, state_update=update, **kwargs).eval()
+    with torch.no_grad():  # biases start at zero, where a wrong one would not show
+        for name, parameter in policy.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.3)
+    return policy
+
+
+def inputs(batch=2, pool=5, d_model=6, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, d_model, generator=generator), torch.randn(batch, pool, d_model, generator=generator)
+
+
+def pairs(pool, size=2):
+    """All ordered sequences without repeats, (1, P, size)."""
+    return torch.tensor(list(itertools.permutations(range(pool), size))).unsqueeze(0)
+
+
+# ---------------------------------------------------------------------- golden vectors
+
+
+def test_all_twelve_golden_cases_are_here():
+    assert len(CASES) == 12
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_golden_logits_and_log_probs(name):
+    _, t, policy = golden(name)
+    with torch.no_grad():
+        logits = policy.logits(t["query_emb"], t["cand_emb"], t["beam_labels"][:, 0])
+        log_probs = policy.log_prob(t["query_emb"], t["cand_emb"], t["beam_labels"])
+    torch.testing.assert_close(logits, t["logits_teacher_forced_beam0"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(log_probs, t["log_probs_per_beam"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_golden_greedy_picks_and_their_logits(name):
+    facts, t, policy = golden(name)
+    picks = policy.select(t["query_emb"], t["cand_emb"], facts["config"]["shot_num"])
+    assert picks.tolist() == t["predictions"].tolist()
+    with torch.no_grad():
+        logits = policy.logits(t["query_emb"], t["cand_emb"], picks)
+    torch.testing.assert_close(logits, t["logits_greedy"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_golden_supervised_loss_of_the_first_beam(name):
+    facts, t, policy = golden(name)
+    log_prob = policy.log_prob(
+        t["query_emb"], t["cand_emb"], t["beam_labels"][:, :1], label_smoothing=facts["config"]["label_smoothing"]
+    )
+    # The lineage's supervised loss is the mean over queries and steps.
+    loss = -float(log_prob.detach().mean()) / facts["config"]["shot_num"]
+    assert loss == pytest.approx(facts["sft_ce_loss_beam0"], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_golden_rce_loss_and_gradient(name):
+    facts, t, policy = golden(name)
+    compared = 0
+    for expected in facts["rce"]:
+        ranked = expected.get("use_rank_normalization", False)
+        if ranked and facts["config"]["ties"]:
+            continue
+        log_probs = policy.log_prob(
+            t["query_emb"], t["cand_emb"], t["beam_labels"], label_smoothing=facts["config"]["label_smoothing"]
+        )
+        if expected.get("use_top1_only"):
+            # The lineage's "top 1" is the first rollout of the list, and the mean over steps.
+            loss = -log_probs[:, 0].mean() / facts["config"]["shot_num"]
+        elif ranked:
+            # The lineage ranks into [0, 1], ours into [−1, 1]: twice the range at twice the temperature.
+            rewards = group_advantage(t["rewards"], method="rank")
+            loss = rce_loss(log_probs, rewards, None, 2 * expected["temperature"])
+        else:
+            loss = rce_loss(log_probs, t["rewards"], None, expected["temperature"])
+        assert float(loss.detach()) == pytest.approx(expected["loss"], rel=1e-4), expected
+        assert_gradient(policy, loss, expected)
+        compared += 1
+    assert compared == (4 if facts["config"]["ties"] else 7)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_golden_advantages(name):
+    facts, t, _ = golden(name)
+    torch.testing.assert_close(group_advantage(t["rewards"]), t["advantage_zscore"], rtol=1e-4, atol=1e-5)
+    if not facts["config"]["ties"]:
+        torch.testing.assert_close(
+            group_advantage(t["rewards"], method="rank"), t["advantage_rank"], rtol=1e-4, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_golden_grpo_loss_and_gradient(name):
+    facts, t, policy = golden(name)
+    config = facts["config"]
+    compared = 0
+    for expected in facts["grpo"]:
+        if expected["use_top_k"] is not None and config["ties"]:
+            continue
+        everything = torch.ones_like(t["rewards"], dtype=torch.bool)
+        mask = best_rollouts(t["rewards"], everything, expected["use_top_k"])
+        assert int(mask[0].sum()) == expected["effective_beams"]
+        advantages = group_advantage(t["rewards"], mask, clip=config["advantage_clip"])
+        log_probs = policy.log_prob(t["query_emb"], t["cand_emb"], t["beam_labels"])
+        loss, metrics = grpo_loss(
+            log_probs,
+            t["old_log_probs"],
+            advantages,
+            mask,
+            clip_epsilon=config["clip_epsilon"],
+            kl_beta=config["kl_beta"],
+        )
+        # Sums of opposite terms: where a log-prob is −113, float32 knows a ratio to 1e-5 only.
+        for metric in ("ppo_loss", "kl", "kl_loss", "mean_ratio"):
+            assert float(metrics[metric]) == pytest.approx(expected[metric], rel=1e-4, abs=5e-6), metric
+        assert float(loss.detach()) == pytest.approx(expected["loss"], rel=1e-4, abs=5e-6)
+        assert float(advantages[mask].abs().max()) == pytest.approx(expected["max_advantage"], rel=1e-4, abs=1e-6)
+        assert_gradient(policy, loss, expected)
+        compared += 1
+    assert compared == (1 if config["ties"] else 3)
+
+
+# ---------------------------------------------------------------------- against a plain reference
+
+
+def reference_logits(policy, query, candidates, sequence, real=None):
+    """The maths of one query, written with torch's own attention: query (D,), candidates (K, D) → (S, K)."""
+    x, e = query[None], candidates
+    if policy.input_proj is not None:
+        x, e = policy.input_proj(x), policy.input_proj(e)
+    hidden = None if real is None else ~real[None]
+    for layer, norm in zip(policy.cross_attn_layers, policy.attn_norms, strict=True):
+        attended, _ = layer(x[None].transpose(0, 1), e[:, None], e[:, None], key_padding_mask=hidden)
+        x = norm(attended[0] + x)
+    state, cands = F.normalize(policy.query_proj(x[0]), dim=0), F.normalize(policy.cand_proj(e), dim=-1)
+    taken = torch.zeros(len(e), dtype=torch.bool) if real is None else ~real
+    rows = []
+    for pick in sequence:
+        rows.append((cands @ state / policy.temperature).masked_fill(taken, MASKED_LOGIT))
+        taken = taken.clone()
+        taken[pick] = True
+        if policy.state_update == "gate":
+            gate_module = policy.query_update_gate
+            gate = torch.sigmoid(
+                gate_module.weight @ torch.cat([state, cands[pick]]) + gate_module.bias,
+            )
+            state = F.normalize(gate * state + (1 - gate) * cands[pick], dim=0)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("update", ["none", "gate"])
+@pytest.mark.parametrize(("layers", "heads", "d_model"), [(1, 1, 6), (1, 4, 6), (3, 2, 6), (2, 8, 8), (0, 1, 6)])
+def test_logits_equal_those_through_torchs_own_attention(update, layers, heads, d_model):
+    policy = make(update, d_model=d_model, num_layers=layers, num_heads=heads)
+    query, candidates = inputs(2, 7, d_model)
+    mask = torch.ones(2, 7, dtype=torch.bool)
+    mask[1, 5:] = False
+    sequences = torch.tensor([[3, 0, 6], [4, 2, 1]])
+    with torch.no_grad():
+        ours = policy.logits(query, candidates, sequences, mask)
+        theirs = [
+            reference_logits(policy, query[i], candidates[i], sequences[i].tolist(), mask[i] if i else None)
+            for i in range(2)
+        ]
+    torch.testing.assert_close(ours, torch.stack(theirs), rtol=0, atol=2e-5)
+
+
+def test_an_untrained_policy_without_attention_scores_by_cosine_over_temperature():
+    torch.manual_seed(0)
+    policy = PointerSelector(d_model=4, hidden_dim=4, num_layers=0, temperature=0.5).eval()
+    with torch.no_grad():
+        for projection in (policy.query_proj, policy.cand_proj):
+            assert (projection.weight - torch.eye(4)).abs().max() < 0.06
+            projection.weight.copy_(torch.eye(4))
+    query = torch.tensor([[3.0, 4.0, 0.0, 0.0]])
+    candidates = torch.tensor([[[1.0, 0, 0, 0], [0, 2.0, 0, 0], [-3.0, -4.0, 0, 0]]])
+    with torch.no_grad():
+        logits = policy.logits(query, candidates, torch.tensor([[1]]))
+    torch.testing.assert_close(logits, torch.tensor([[[1.2, 1.6, -2.0]]]))
+
+
+# ---------------------------------------------------------------------- padding
+
+
+@pytest.mark.parametrize("update", ["none", "gate"])
+@pytest.mark.parametrize(("layers", "heads"), [(1, 1), (3, 1), (2, 4)])
+def test_padding_the_pool_changes_nothing(update, layers, heads):
+    policy = make(update, num_layers=layers, num_heads=heads)
+    query, candidates = inputs(2, 5)
+    padded = torch.cat([candidates, torch.full((2, 3, 6), 50.0)], 1)
+    mask = torch.tensor([[True] * 5 + [False] * 3] * 2)
+    sequences = torch.tensor([[[0, 1, 2], [4, 3, 0]], [[2, 4, 1], [3, 1, 0]]])
+    plain = policy.log_prob(query, candidates, sequences, label_smoothing=0.1)
+    with_padding = policy.log_prob(query, padded, sequences, mask, label_smoothing=0.1)
+    torch.testing.assert_close(with_padding, plain, rtol=0, atol=1e-5)
+    assert torch.equal(policy.select(query, padded, 5, mask), policy.select(query, candidates, 5))
+    logits = policy.logits(query, padded, sequences[:, 0], mask)
+    assert (logits[..., 5:] == MASKED_LOGIT).all()
+    for ours, theirs in zip(
+        policy.beams(query, padded, 2, 4, mask), policy.beams(query, candidates, 2, 4), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_a_masked_candidate_anywhere_in_the_pool_is_as_good_as_absent():
+    policy = make("gate", num_layers=2, num_heads=2)
+    query, candidates = inputs(1, 6)
+    mask = torch.tensor([[True, False, True, True, False, True]])
+    kept = mask[0].nonzero().flatten()
+    sequences = torch.tensor([[[0, 2], [3, 1]]])  # among the kept ones
+    alone = policy.log_prob(query, candidates[:, kept], sequences)
+    masked = policy.log_prob(query, candidates, kept[sequences], mask)
+    torch.testing.assert_close(masked, alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("update", ["none", "gate"])
+def test_padded_steps_and_rollouts_count_for_nothing(update):
+    policy = make(update)
+    query, candidates = inputs(1, 5)
+    mixed = torch.tensor([[[1, 3, 4], [2, 0, -1], [4, -1, -1], [-1, -1, -1]]])
+    ours = policy.log_prob(query, candidates, mixed)[0]
+    expected = [policy.log_prob(query, candidates, torch.tensor([[s]]))[0, 0] for s in ([1, 3, 4], [2, 0], [4])]
+    torch.testing.assert_close(ours, torch.stack([*expected, torch.zeros(())]), rtol=0, atol=1e-5)
+
+
+def test_an_element_of_a_batch_does_not_depend_on_the_others():
+    policy = make("gate", num_layers=2)
+    query, candidates = inputs(4, 6)
+    sequences = torch.tensor([[[0, 1], [2, 3]]]).expand(4, -1, -1)
+    together = policy.log_prob(query, candidates, sequences)
+    alone = [policy.log_prob(query[i : i + 1], candidates[i : i + 1], sequences[:1]) for i in range(4)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-5)
+
+
+# ---------------------------------------------------------------------- choosing
+
+
+@pytest.mark.parametrize("update", ["none", "gate"])
+def test_no_choice_ever_repeats_or_takes_a_masked_candidate(update):
+    policy = make(update)
+    query, candidates = inputs(3, 9)
+    mask = torch.ones(3, 9, dtype=torch.bool)
+    mask[0, ::2] = mask[1, :5] = False  # leaves 4 candidates each; the third pool is whole
+    generator = torch.Generator().manual_seed(3)
+    chosen = [
+        policy.select(query, candidates, 4, mask).unsqueeze(1),
+        policy.sample(query, candidates, 4, mask, num_samples=200, temperature=100.0, generator=generator),
+        policy.beams(query, candidates, 4, 10, mask)[0],
+    ]
+    for sequences in chosen:
+        for row, real in zip(sequences.tolist(), mask, strict=True):
+            for sequence in row:
+                assert len(set(sequence)) == 4
+                assert all(real[i] for i in sequence)
+
+
+@pytest.mark.parametrize("update", ["none", "gate"])
+def test_fewer_shots_are_a_prefix_of_more(update):
+    policy = make(update)
+    query, candidates = inputs(8, 10)
+    longest = policy.select(query, candidates, 10)
+    assert [sorted(row) for row in longest.tolist()] == [list(range(10))] * 8
+    for shots in range(1, 10):
+        assert torch.equal(policy.select(query, candidates, shots), longest[:, :shots])
+
+
+def test_select_takes_the_likeliest_candidate_at_every_step():
+    policy = make("gate")
+    query, candidates = inputs(5, 7)
+    picks = policy.select(query, candidates, 3)
+    assert torch.equal(policy.logits(query, candidates, picks).argmax(-1), picks)
+
+
+@pytest.mark.parametrize("pool", [1, 3, 200])
+def test_pools_and_shot_numbers_of_any_size(pool):
+    policy = make("gate")
+    query, candidates = inputs(2, pool)
+    shots = min(pool, 5)
+    picks = policy.select(query, candidates, shots)
+    assert picks.shape == (2, shots)
+    assert torch.isfinite(policy.log_prob(query, candidates, picks.unsqueeze(1))).all()
+
+
+def test_sampling_is_repeated_by_the_same_generator_and_only_by_it():
+    policy = make()
+    query, candidates = inputs(2, 12)
+
+    def draw(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return policy.sample(query, candidates, 3, num_samples=20, temperature=5.0, generator=generator)
+
+    assert draw(0).shape == (2, 20, 3)
+    assert torch.equal(draw(0), draw(0))
+    assert not torch.equal(draw(0), draw(1))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_samples_come_with_the_probability_that_log_prob_gives_them(temperature):
+    policy = make("gate")
+    query, candidates = inputs(1, 4)
+    count = 20_000
+    drawn = policy.sample(
+        query,
+        candidates,
+        2,
+        num_samples=count,
+        temperature=temperature,
+        generator=torch.Generator().manual_seed(0),
+    )[0]
+    with torch.no_grad():
+        first = (policy.logits(query, candidates, torch.tensor([[0]]))[0, 0] / temperature).softmax(-1)
+        whole = policy.log_prob(query, candidates, pairs(4), temperature=temperature)[0].exp()
+    for i, probability in enumerate(first.tolist()):
+        spread = math.sqrt(probability * (1 - probability) / count)
+        assert float((drawn[:, 0] == i).float().mean()) == pytest.approx(probability, abs=5 * spread + 1e-4)
+    for sequence, probability in zip(pairs(4)[0].tolist(), whole.tolist(), strict=True):
+        share = float((drawn == torch.tensor(sequence)).all(-1).float().mean())
+        spread = math.sqrt(probability * (1 - probability) / count)
+        assert share == pytest.approx(probability, abs=5 * spread + 1e-4)
+
+
+@pytest.mark.parametrize("update", ["none", "gate"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_beams_are_the_best_of_all_sequences(update, masked):
+    policy = make(update)
+    query, candidates = inputs(2, 6)
+    mask = torch.tensor([[True] * 6, [True] * 4 + [False] * 2]) if masked else None
+    # As wide as the pool, a two-step beam search is exact.
+    sequences, log_probs, probs = policy.beams(query, candidates, 2, 6, mask)
+    for i in range(2):
+        size = 4 if masked and i else 6
+        every = pairs(size)
+        with torch.no_grad():
+            scores = policy.log_prob(query[i : i + 1], candidates[i : i + 1, :size], every)[0]
+        best = scores.topk(6)
+        assert sequences[i].tolist() == every[0][best.indices].tolist()
+        torch.testing.assert_close(log_probs[i], best.values, rtol=0, atol=1e-5)
+        with torch.no_grad():
+            steps = policy.logits(
+                query[i : i + 1].expand(6, -1), candidates[i : i + 1, :size].expand(6, -1, -1), sequences[i]
+            ).softmax(-1)
+        expected = steps.gather(-1, sequences[i].unsqueeze(-1)).sum((1, 2))
+        torch.testing.assert_close(probs[i], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("pool", [2, 3, 4])
+def test_a_beam_wider_than_there_are_sequences_returns_each_of_them_once(pool):
+    policy = make()
+    query, candidates = inputs(1, pool)
+    sequences, log_probs, _ = policy.beams(query, candidates, 2, 50)
+    assert sorted(map(tuple, sequences[0].tolist())) == sorted(itertools.permutations(range(pool), 2))
+    assert torch.isfinite(log_probs).all()
+
+
+# ---------------------------------------------------------------------- probabilities and gradients
+
+
+@pytest.mark.parametrize("update", ["none", "gate"])
+def test_the_probabilities_of_all_sequences_sum_to_one(update):
+    policy = make(update)
+    query, candidates = inputs(1, 6)
+    mask = torch.tensor([[True] * 5 + [False]])
+    with torch.no_grad():
+        for size in (1, 2, 3):
+            total = policy.log_prob(query, candidates, pairs(6, size)).exp().sum()
+            assert float(total) == pytest.approx(1.0, abs=1e-5)
+            total = policy.log_prob(query, candidates, pairs(5, size), mask, temperature=3.0).exp().sum()
+            assert float(total) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_a_repeated_pick_is_all_but_impossible():
+    policy = make()
+    query, candidates = inputs(1, 5)
+    log_prob = policy.log_prob(query, candidates, torch.tensor([[[2, 2]]]))
+    assert float(log_prob.detach()) < -80
+
+
+def test_label_smoothing_is_torchs_smoothed_cross_entropy():
+    policy = make("gate")
+    query, candidates = inputs(2, 6)
+    sequences = torch.tensor([[1, 4, 0], [5, 2, 3]])
+    with torch.no_grad():
+        ours = policy.log_prob(query, candidates, sequences.unsqueeze(1), label_smoothing=0.1)[:, 0]
+        logits = policy.logits(query, candidates, sequences)
+        theirs = F.cross_entropy(logits.transpose(1, 2), sequences, reduction="none", label_smoothing=0.1).sum(-1)
+    torch.testing.assert_close(ours, -theirs, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("update", ["none", "gate"])
+def test_gradient_of_log_prob_is_right(update):
+    policy = make(update, d_model=3, hidden_dim=4, num_heads=2, temperature=1.0).double()
+    generator = torch.Generator().manual_seed(2)
+    query = torch.randn(2, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    candidates = torch.randn(2, 4, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    mask = torch.tensor([[True] * 4, [True] * 3 + [False]])
+    sequences = torch.tensor([[[0, 3, 1], [2, 1, -1]], [[1, 0, 2], [-1, -1, -1]]])
+    names, weights = zip(*policy.named_parameters(), strict=True)
+
+    def log_prob(query, candidates, *weights):
+        return torch.func.functional_call(
+            policy, dict(zip(names, weights, strict=True)), (query, candidates, sequences, mask)
+        )
+
+    policy.forward = policy.log_prob
+    assert torch.autograd.gradcheck(log_prob, (query, candidates, *weights), atol=1e-6)
+
+
+def test_dropout_is_drawn_in_training_and_absent_in_eval():
+    policy = make(dropout=0.5, attn_dropout=0.5)
+    query, candidates = inputs(2, 5)
+    sequences = torch.tensor([[[0, 1]], [[2, 3]]])
+    assert torch.equal(policy.log_prob(query, candidates, sequences), policy.log_prob(query, candidates, sequences))
+    policy.train()
+    assert not torch.equal(policy.log_prob(query, candidates, sequences), policy.log_prob(query, candidates, sequences))
+
+
+def test_choosing_leaves_no_gradient_and_the_global_generator_alone():
+    policy = make()
+    query, candidates = inputs(1, 5)
+    before = torch.get_rng_state()
+    assert not policy.select(query, candidates, 2).requires_grad
+    policy.sample(query, candidates, 2, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# ---------------------------------------------------------------------- shape and errors
+
+
+def test_the_parameter_names_are_those_of_the_lineage():
+    for name in ("p03_plain_d32_h16_L3_K64_S2_B1_nb9", "p06_gated_d32_h16_L1_K17_S4_B3_nb5"):
+        _, tensors, policy = golden(name)
+        theirs = {k.removeprefix("state.") for k in tensors if k.startswith("state.")}
+        assert set(policy.state_dict()) == theirs
+
+
+def test_shape_rebuilds_the_same_policy():
+    policy = make("gate", num_layers=2, num_heads=4, dropout=0.3, attn_dropout=0.2, temperature=0.7)
+    again = PointerSelector(**policy.shape)
+    again.load_state_dict(policy.state_dict())
+    assert again.shape == policy.shape
+    query, candidates = inputs(1, 5)
+    assert torch.equal(again.eval().select(query, candidates, 3), policy.select(query, candidates, 3))
+
+
+def test_an_unknown_state_update_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"unknown state_update 'lstm'; choose one of none, gate"):
+        PointerSelector(state_update="lstm")
+
+
+def test_heads_that_do_not_divide_the_width_are_refused():
+    with pytest.raises(ValueError, match="hidden_dim 10 is not divisible by num_heads 4"):
+        PointerSelector(hidden_dim=10, num_heads=4)
+
+
+@pytest.mark.parametrize("shots", [0, 4])
+def test_more_shots_than_candidates_or_none_are_refused(shots):
+    policy = make()
+    query, candidates = inputs(2, 5)
+    mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])  # the smallest pool counts
+    for choose in (policy.select, policy.sample):
+        with pytest.raises(ValueError, match=f"cannot pick {shots} shots from a pool of 3 candidates"):
+            choose(query, candidates, shots, mask)
+
+
+def test_beams_of_more_shots_than_candidates_are_refused():
+    policy = make()
+    query, candidates = inputs(1, 2)
+    with pytest.raises(ValueError, match="cannot pick 3 shots from a pool of 2 candidates"):
+        policy.beams(query, candidates, 3, 4)

@@ -1,0 +1,107 @@
+"""Prompts: the order of the picks, the conversation as the shipped chat template writes it, where an answer ends."""
+
+import dataclasses
+
+import pytest
+
+from lever_lm.compat import import_transformers
+from lever_lm.config import PromptConfig, asset_path
+from lever_lm.data import Example
+from lever_lm.lvlm import build_prompt, cut_answer
+from lever_lm.lvlm.prompt import to_messages
+
+
+def example(number: int, question: str, answer: str) -> Example:
+    return Example(number, number, question, (answer,) * 10, (answer,) * 10, f"{number}.jpg")
+
+
+FIRST = example(1, "what digit is it?", "three")
+SECOND = example(2, "is it even?", "no")
+QUERY = example(9, "which comes next?", "secret")
+VISION = "<|vision_start|><|image_pad|><|vision_end|>"
+SYSTEM = "<|im_start|>system\nBe brief.<|im_end|>\n"
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return import_transformers().AutoProcessor.from_pretrained(asset_path("asset:tiny-qwen2.5-vl"))
+
+
+def rendered(processor, picks, **settings) -> str:
+    config = PromptConfig(system="Be brief.", **settings)
+    messages = to_messages(build_prompt(picks, QUERY, config), config)
+    return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def test_the_first_pick_stands_nearest_the_query_by_default():
+    prompt = build_prompt([FIRST, SECOND], QUERY, PromptConfig())
+    assert prompt.icds == (SECOND, FIRST)
+    assert prompt.images == ["2.jpg", "1.jpg", "9.jpg"]
+
+
+def test_first_pick_first_keeps_the_order_of_the_picks():
+    prompt = build_prompt([FIRST, SECOND], QUERY, PromptConfig(order="first_pick_first"))
+    assert prompt.icds == (FIRST, SECOND)
+    assert prompt.images == ["1.jpg", "2.jpg", "9.jpg"]
+
+
+def test_interleaved_is_one_user_turn(processor):
+    assert rendered(processor, [FIRST, SECOND], style="interleaved") == (
+        f"{SYSTEM}<|im_start|>user\n"
+        f"{VISION}Question: is it even? Short answer: no\n"
+        f"{VISION}Question: what digit is it? Short answer: three\n"
+        f"{VISION}Question: which comes next? Short answer:<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+
+
+def test_dialogue_is_one_turn_per_demonstration(processor):
+    assert rendered(processor, [FIRST, SECOND], style="dialogue", order="first_pick_first") == (
+        f"{SYSTEM}"
+        f"<|im_start|>user\n{VISION}Question: what digit is it? Short answer:<|im_end|>\n"
+        "<|im_start|>assistant\nthree<|im_end|>\n"
+        f"<|im_start|>user\n{VISION}Question: is it even? Short answer:<|im_end|>\n"
+        "<|im_start|>assistant\nno<|im_end|>\n"
+        f"<|im_start|>user\n{VISION}Question: which comes next? Short answer:<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+
+
+@pytest.mark.parametrize("style", ["interleaved", "dialogue"])
+def test_without_demonstrations_only_the_question_is_asked(processor, style):
+    assert rendered(processor, [], style=style) == (
+        f"{SYSTEM}<|im_start|>user\n{VISION}Question: which comes next? Short answer:<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+
+
+@pytest.mark.parametrize("style", ["interleaved", "dialogue"])
+def test_the_answer_of_the_query_is_never_shown(processor, style):
+    assert "secret" not in rendered(processor, [FIRST, SECOND], style=style)
+
+
+def test_the_demonstrated_answer_is_the_commonest_of_the_annotators(processor):
+    split = dataclasses.replace(FIRST, answers=("two", "four", "four", "two", "four", "one"))
+    assert "Short answer: four\n" in rendered(processor, [split])
+
+
+@pytest.mark.parametrize(
+    ("written", "answer"),
+    [
+        ("three", "three"),
+        ("  three ", "three"),
+        ("\n three", "three"),
+        ("three\nfour", "three"),
+        ("three, four", "three"),
+        ("1,000", "1,000"),
+        ("three Question: what", "three"),
+        ("threeAnswer: four", "three"),
+        ("three Short answer: four", "three"),
+        ("question mark", "question mark"),
+        ("Question: what", ""),
+        ("hot dog.", "hot dog."),
+        ("", ""),
+    ],
+)
+def test_an_answer_ends_where_the_model_goes_on_with_something_else(written, answer):
+    assert cut_answer(written) == answer

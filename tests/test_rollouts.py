@@ -1,0 +1,403 @@
+"""Rollouts: what a group holds, that its scores are what they say, and that nothing is made or asked twice."""
+
+import dataclasses
+import json
+import math
+from collections import Counter
+
+import pytest
+import torch
+from helpers import track
+
+from lever_lm.data.groups import load_groups
+from lever_lm.errors import LeverError
+from lever_lm.lvlm import CachedLvlm, build_prompt, cut_answer
+from lever_lm.lvlm.cache import AnswerCache
+from lever_lm.lvlm.local import LocalLvlm, local_fingerprint
+from lever_lm.metrics import normalize_answer, relevance, vqa_accuracy
+from lever_lm.rollouts import group_report, make_rollouts, new_policy, query_rows
+
+QUERIES = 12
+# Field → (type, least, most) of every trajectory (golden/rl_data_schema.md); None allowed where marked.
+TRAJECTORY = {
+    "pointer": list,
+    "pointer_global": list,
+    "gen_method": str,
+    "vqa_raw_generation": str,
+    "vqa_pred_answer": str,
+    "vqa_correct": int,
+    "vqa_acc_score": float,
+    "vqa_rel_token_f1": float,
+    "vqa_rel_edit_sim": float,
+    "vqa_rel_score": float,
+    "vqa_eval_mode": str,
+    "eval_split_used": str,
+    "eval_failed": bool,
+}
+# Field → the kinds that carry a number in it; null on the others.
+OF_KIND = {
+    "beam_rank": {"beam"},
+    "beam_score": {"beam"},
+    "logprob_score": {"beam", "sample"},
+    "temperature": {"sample"},
+}
+
+
+class Halting(LocalLvlm):
+    """The real model; the process dies when batch `dies_at` is to be answered."""
+
+    dies_at = None
+    asked = 0
+
+    def generate(self, prompts):
+        if self.dies_at is not None and self.asked // self.config.batch_size + 1 == self.dies_at:
+            raise KeyboardInterrupt
+        self.asked += len(prompts)
+        return super().generate(prompts)
+
+
+@pytest.fixture(scope="module")
+def config(digits_config):
+    rollout = dataclasses.replace(digits_config.rollout, num_queries=QUERIES, pool_size=32)
+    return dataclasses.replace(digits_config, rollout=rollout)
+
+
+@pytest.fixture
+def make(digits, digits_features, config, tmp_path):
+    """make(config changes, dies_at) → (report or None, model); file and cache are those of one results folder."""
+
+    def run(changed=config, dies_at=None, path=tmp_path / "rl_data.json", said=None):
+        model = Halting(changed.lvlm, changed.prompt, "cpu")
+        model.dies_at = dies_at
+        stamp = local_fingerprint(changed.lvlm, changed.prompt, "cpu")
+        lvlm = CachedLvlm(lambda: model, stamp, AnswerCache(tmp_path / "answers.sqlite"), track)
+        say = (lambda text: None) if said is None else said.append
+        return make_rollouts(changed, digits, digits_features, lvlm, path, say), model
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def made(digits, digits_features, config, tmp_path_factory):
+    """A rollout file."""
+    folder = tmp_path_factory.mktemp("rollouts")
+    stamp = local_fingerprint(config.lvlm, config.prompt, "cpu")
+    cache = AnswerCache(folder / "answers.sqlite")
+    lvlm = CachedLvlm(lambda: LocalLvlm(config.lvlm, config.prompt, "cpu"), stamp, cache, track)
+    make_rollouts(config, digits, digits_features, lvlm, folder / "rl_data.json", lambda text: None)
+    return folder / "rl_data.json"
+
+
+@pytest.fixture(scope="module")
+def content(made):
+    return json.loads(made.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def entries(content):
+    return {int(key): entry for key, entry in content.items() if key != "_meta"}
+
+
+@pytest.fixture(scope="module")
+def trajectories(entries):
+    return [(row, entry, t) for row, entry in entries.items() for t in entry["pointer_candidates"]]
+
+
+# ---------------------------------------------------------------------- the file
+
+
+def test_the_file_has_a_group_for_every_chosen_query(content, entries):
+    assert list(entries) == query_rows(QUERIES, 2504, 0)
+    assert all(key == str(int(key)) for key in content if key != "_meta")
+    assert content["_meta"]["n_train"] == 2504
+
+
+def test_a_query_is_described_as_the_schema_says(entries, digits):
+    for row, entry in entries.items():
+        example = digits.train_examples[row]
+        assert entry["query"] == {
+            "query_id": row,
+            "question_id": example.question_id,
+            "image_id": example.image_id,
+            "question": example.question,
+            "gt_answers_raw": list(example.raw_answers),
+            "gt_answers_norm": [normalize_answer(answer) for answer in example.answers],
+        }
+        assert len(entry["query"]["gt_answers_raw"]) == 10
+
+
+def test_a_pool_holds_distinct_training_rows_without_the_query_or_its_image(entries, digits):
+    for row, entry in entries.items():
+        pool = entry["candidate_pool_ids"]
+        assert len(pool) == len(set(pool)) == 32
+        assert all(type(i) is int and 0 <= i < 2504 for i in pool)
+        assert row not in pool
+        assert digits.train_examples[row].image_id not in {digits.train_examples[i].image_id for i in pool}
+
+
+def test_every_trajectory_has_the_fields_and_ranges_of_the_schema(trajectories):
+    for _, _, trajectory in trajectories:
+        for name, kind in TRAJECTORY.items():
+            found = type(trajectory[name])
+            assert found is kind or (kind is float and found is int), (name, trajectory[name])
+        assert trajectory["vqa_correct"] in (0, 1)
+        for name in ("vqa_acc_score", "vqa_rel_token_f1", "vqa_rel_edit_sim", "vqa_rel_score"):
+            assert 0 <= trajectory[name] <= 1
+        assert trajectory["vqa_eval_mode"] == "vqaEval"
+        assert trajectory["eval_split_used"] == "train"
+        assert trajectory["eval_failed"] is False
+        assert "pointer_pos" not in trajectory
+
+
+def test_what_only_one_kind_has_is_null_on_the_others(trajectories):
+    for _, _, trajectory in trajectories:
+        kind = trajectory["gen_method"]
+        for name, kinds in OF_KIND.items():
+            assert (trajectory[name] is not None) == (kind in kinds), (kind, name)
+        assert ("similarity_score" in trajectory) == (kind == "retrieval")
+        if kind in ("beam", "sample"):
+            assert trajectory["logprob_score"] <= 0
+        if kind == "beam":
+            assert 0 <= trajectory["beam_score"] <= 2
+        if kind == "sample":
+            assert trajectory["temperature"] in (1.0, 1.3)
+        if kind == "retrieval":
+            assert -1 <= trajectory["similarity_score"] <= 1
+
+
+def test_pointers_are_two_distinct_positions_and_the_rows_they_mean(trajectories):
+    for _, entry, trajectory in trajectories:
+        assert len(trajectory["pointer"]) == len(set(trajectory["pointer"])) == 2
+        assert all(0 <= position < 32 for position in trajectory["pointer"])
+        pool = entry["candidate_pool_ids"]
+        assert trajectory["pointer_global"] == [pool[position] for position in trajectory["pointer"]]
+
+
+def test_a_group_has_12_to_15_rollouts_of_all_kinds(entries):
+    for entry in entries.values():
+        kinds = Counter(trajectory["gen_method"] for trajectory in entry["pointer_candidates"])
+        assert 12 <= sum(kinds.values()) <= 15
+        assert set(kinds) == {"beam", "sample", "retrieval", "random"}
+
+
+def test_no_group_holds_the_same_demonstrations_twice_in_any_order(entries):
+    for entry in entries.values():
+        pairs = [frozenset(trajectory["pointer"]) for trajectory in entry["pointer_candidates"]]
+        assert len(set(pairs)) == len(pairs)
+
+
+def test_neither_order_nor_luck_decides_which_queries_get_a_group():
+    few, many = query_rows(10, 2504, 0), query_rows(200, 2504, 0)
+    assert few == sorted(few)
+    assert len(set(many)) == 200
+    assert set(few) < set(many) < set(range(2504))
+    assert query_rows(10, 2504, 0) == few
+    assert query_rows(10, 2504, 1) != few
+    assert query_rows(10, 7, 0) == list(range(7))
+
+
+def test_groups_of_fewer_queries_are_those_of_more_queries(make, config, entries, tmp_path):
+    fewer = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, num_queries=5))
+    make(fewer)
+    small = json.loads((tmp_path / "rl_data.json").read_text(encoding="utf-8"))
+    assert len(small) == 6
+    assert all(entries[int(key)] == entry for key, entry in small.items() if key != "_meta")
+
+
+def test_the_file_loads_as_groups(made, entries):
+    groups = load_groups(made)
+    assert [group.query_id for group in groups] == list(entries)
+    for group in groups:
+        entry = entries[group.query_id]
+        assert group.pool == entry["candidate_pool_ids"]
+        assert group.sequences == [t["pointer"] for t in entry["pointer_candidates"]]
+        assert group.rewards == pytest.approx(
+            [t["vqa_correct"] + t["vqa_acc_score"] for t in entry["pointer_candidates"]]
+        )
+
+
+# ---------------------------------------------------------------------- the scores
+
+
+def test_answers_are_the_models_own(trajectories, digits, config):
+    model = LocalLvlm(config.lvlm, config.prompt, "cpu")
+    train = digits.train_examples
+    prompts = [
+        build_prompt([train[i] for i in t["pointer_global"]], train[row], config.prompt) for row, _, t in trajectories
+    ]
+    assert [t["vqa_raw_generation"] for _, _, t in trajectories] == model.generate(prompts)
+
+
+def test_scores_are_the_vqa_accuracy_of_the_answers(trajectories, digits):
+    for row, _, trajectory in trajectories:
+        references = digits.train_examples[row].answers
+        answer = cut_answer(trajectory["vqa_raw_generation"])
+        assert trajectory["vqa_pred_answer"] == answer
+        assert trajectory["vqa_acc_score"] == pytest.approx(vqa_accuracy(answer, references), abs=1e-6)
+        assert trajectory["vqa_correct"] == (vqa_accuracy(answer, references) > 0)
+        f1, edit = relevance(answer, references)
+        assert trajectory["vqa_rel_token_f1"] == pytest.approx(f1, abs=1e-6)
+        assert trajectory["vqa_rel_edit_sim"] == pytest.approx(edit, abs=1e-6)
+        assert trajectory["vqa_rel_score"] == pytest.approx(max(f1, edit), abs=1e-6)
+    assert len({trajectory["vqa_acc_score"] for _, _, trajectory in trajectories}) > 2
+
+
+@pytest.fixture(scope="module")
+def steps(config, digits_features):
+    """steps(row, entry, trajectory, temperature) → log-probability of each pick under the initial policy."""
+    policy = new_policy(config, 64).eval()
+    queries, icds = digits_features.queries("train", config.features), digits_features.icds(config.features)
+
+    @torch.no_grad()
+    def of(row, entry, trajectory, temperature=1.0) -> list[float]:
+        sequence = torch.tensor([trajectory["pointer"]])
+        logits = policy.logits(queries[row][None], icds[entry["candidate_pool_ids"]][None], sequence)
+        return (logits / temperature).log_softmax(-1).gather(-1, sequence[..., None]).flatten().tolist()
+
+    return of
+
+
+def test_policy_scores_are_those_of_the_initial_policy(trajectories, steps):
+    for row, entry, trajectory in trajectories:
+        if trajectory["gen_method"] == "beam":
+            log_probs = steps(row, entry, trajectory)
+            assert trajectory["logprob_score"] == pytest.approx(sum(log_probs), abs=2e-5)
+            assert trajectory["beam_score"] == pytest.approx(sum(map(math.exp, log_probs)), abs=2e-5)
+        elif trajectory["gen_method"] == "sample":
+            log_probs = steps(row, entry, trajectory, trajectory["temperature"])
+            assert trajectory["logprob_score"] == pytest.approx(sum(log_probs), abs=2e-5)
+
+
+def test_beams_come_best_first(entries):
+    for entry in entries.values():
+        beams = [t for t in entry["pointer_candidates"] if t["gen_method"] == "beam"]
+        assert [t["beam_rank"] for t in beams] == sorted(t["beam_rank"] for t in beams)
+        scores = [t["logprob_score"] for t in beams]
+        assert scores == sorted(scores, reverse=True)
+
+
+def test_retrieval_scores_are_mean_similarities(trajectories, digits_features, config):
+    queries, icds = digits_features.queries("train", config.features), digits_features.icds(config.features)
+    for row, _, trajectory in trajectories:
+        if trajectory["gen_method"] == "retrieval":
+            similar = icds[trajectory["pointer_global"]] @ queries[row]
+            assert trajectory["similarity_score"] == pytest.approx(float(similar.mean()), abs=1e-5)
+
+
+def test_retrieval_takes_the_most_similar_pairs_that_no_beam_took(entries, digits_features, config):
+    queries, icds = digits_features.queries("train", config.features), digits_features.icds(config.features)
+    for row, entry in entries.items():
+        similar = icds[entry["candidate_pool_ids"]] @ queries[row]
+        order = sorted(range(len(similar)), key=lambda i: -float(similar[i]))
+        proposed = {kind: [] for kind in ("beam", "retrieval", "sample", "random")}
+        for trajectory in entry["pointer_candidates"]:
+            proposed[trajectory["gen_method"]].append(set(trajectory["pointer"]))
+        pairs = [set(order[start : start + 2]) for start in range(0, len(order), 2)]
+        assert proposed["retrieval"] == [pair for pair in pairs if pair not in proposed["beam"]][:2]
+
+
+# ---------------------------------------------------------------------- the report
+
+
+def test_the_group_report_counts_by_hand(tmp_path):
+    scores = {"3": [1.0, 1.0], "5": [0.0, 0.0, 0.0], "8": [0.3, 0.6, 0.0], "9": [0.3, 1.0]}
+    content = {
+        key: {"pointer_candidates": [{"vqa_acc_score": score} for score in group]} for key, group in scores.items()
+    }
+    path = tmp_path / "rl_data.json"
+    path.write_text(json.dumps({"_meta": {"fingerprint": "x"}, **content}))
+    assert group_report(path) == {
+        "groups": 4,
+        "rollouts": 10,
+        "accuracy": pytest.approx(4.2 / 10),
+        "tied": 2,
+        "all_right": 2,
+        "all_wrong": 1,
+    }
+
+
+def test_making_returns_the_report_of_the_file(make, tmp_path):
+    report, _ = make()
+    assert report == group_report(tmp_path / "rl_data.json")
+    assert report["groups"] == QUERIES
+
+
+# ---------------------------------------------------------------------- not twice
+
+
+def test_unchanged_inputs_make_nothing_again(make, tmp_path):
+    first, _ = make()
+    path = tmp_path / "rl_data.json"
+    written = path.stat().st_mtime_ns
+    again, model = make()
+    assert again == first
+    assert path.stat().st_mtime_ns == written
+    assert model.asked == 0
+
+
+def test_a_killed_job_goes_on_and_asks_nothing_twice(make, made, config, tmp_path):
+    small = dataclasses.replace(config, lvlm=dataclasses.replace(config.lvlm, batch_size=20))
+    with pytest.raises(KeyboardInterrupt):
+        make(small, dies_at=4)
+    assert not (tmp_path / "rl_data.json").exists()
+    report, model = make(small)
+    assert model.asked == report["rollouts"] - 3 * 20
+    content, unbroken = (json.loads(p.read_text(encoding="utf-8")) for p in (tmp_path / "rl_data.json", made))
+    assert content == unbroken
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1},
+        {"sampler": {"name": "rand_sampler"}},
+        {"rollout": {"temperatures": (1.0, 2.0)}},
+        {"prompt": {"style": "dialogue"}},
+        {"policy": {"hidden_dim": 32}},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_changed_settings_make_the_file_again(make, config, tmp_path, change):
+    few = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, num_queries=3))
+    make(few)
+    before = json.loads((tmp_path / "rl_data.json").read_text(encoding="utf-8"))
+    (key, value), said = next(iter(change.items())), []
+    part = dataclasses.replace(getattr(few, key), **value) if isinstance(value, dict) else value
+    make(dataclasses.replace(few, **{key: part}), said=said)
+    after = json.loads((tmp_path / "rl_data.json").read_text(encoding="utf-8"))
+    assert after["_meta"]["fingerprint"] != before["_meta"]["fingerprint"]
+    assert after != before
+    assert "is made again" in said[0]
+
+
+def test_settings_that_change_no_rollout_keep_the_file(make, config, tmp_path):
+    few = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, num_queries=3))
+    make(few)
+    written = (tmp_path / "rl_data.json").stat().st_mtime_ns
+    for part, change in (("grpo", {"epochs": 7}), ("reward", {"mode": "hard_only"}), ("lvlm", {"batch_size": 5})):
+        make(dataclasses.replace(few, **{part: dataclasses.replace(getattr(few, part), **change)}))
+        assert (tmp_path / "rl_data.json").stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("meta", [None, {"source": "Lever-Plus"}])
+def test_a_rollout_file_of_somebody_else_is_refused_and_left_alone(make, tmp_path, meta):
+    path = tmp_path / "rl_data.json"
+    foreign = {"7": {"pointer_candidates": []}} | ({"_meta": meta} if meta else {})
+    path.write_text(json.dumps(foreign))
+    with pytest.raises(LeverError, match="--rl-data"):
+        make()
+    assert json.loads(path.read_text()) == foreign
+
+
+def test_a_file_that_is_no_rollout_file_is_refused_and_left_alone(make, tmp_path):
+    path = tmp_path / "rl_data.json"
+    path.write_text("my notes")
+    with pytest.raises(LeverError, match=r"rl_data\.json"):
+        make()
+    assert path.read_text() == "my notes"
+
+
+def test_more_shots_than_there_are_candidates_are_refused(make, config):
+    rollout = dataclasses.replace(config.rollout, shots=2600, pool_size=2600)
+    with pytest.raises(LeverError, match=r"rollout\.shots"):
+        make(dataclasses.replace(config, rollout=rollout))

@@ -1,0 +1,192 @@
+"""Pools: never the query or its image, the right shares, and the same whatever is asked around them."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lever_lm.config import SamplerConfig
+from lever_lm.data import Example
+from lever_lm.errors import LeverError, UsageError
+from lever_lm.features import Embeddings
+from lever_lm.samplers import SAMPLERS, allowed, nearest, query_rng, sample_pools, similarity_rows
+
+TRAIN = 60
+
+
+def examples(count, first=0, per_image=3):
+    """Every `per_image` consecutive questions are about the same image."""
+    return [
+        Example(first + i, (first + i) // per_image, f"q{i}?", ("a",), ("a",), f"{(first + i) // per_image}.jpg")
+        for i in range(count)
+    ]
+
+
+def embeddings(count, seed=0, dim=8):
+    generator = torch.Generator().manual_seed(seed)
+    image, text = (F.normalize(torch.randn(count, dim, generator=generator), dim=-1) for _ in range(2))
+    return Embeddings(image, text)
+
+
+@pytest.fixture(scope="module")
+def train():
+    return examples(TRAIN), embeddings(TRAIN)
+
+
+def pools(name, train, rows=None, *, size=16, seed=0):
+    rows = list(range(TRAIN)) if rows is None else rows
+    items, features = train
+    part = Embeddings(features.image[rows], features.text[rows])
+    return sample_pools(SamplerConfig(name), [items[r] for r in rows], items, (part, features), size=size, seed=seed)
+
+
+def ranked(scores, rows):
+    return sorted(rows, key=lambda row: -float(scores[row]))
+
+
+# ---------------------------------------------------------------------- what every sampler keeps to
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_no_pool_holds_its_query_or_an_example_on_its_image(name, train):
+    items, _ = train
+    for query, pool in zip(items, pools(name, train), strict=True):
+        assert len(pool) == len(set(pool)) == 16
+        assert query.question_id not in [items[row].question_id for row in pool]
+        assert query.image_id not in [items[row].image_id for row in pool]
+        assert all(type(row) is int for row in pool)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_pool_does_not_depend_on_the_other_queries_or_their_order(name, train):
+    every = pools(name, train)
+    rows = [41, 3, 17]
+    assert pools(name, train, rows) == [every[row] for row in rows]
+    assert pools(name, train, rows[::-1]) == [every[row] for row in rows[::-1]]
+    assert pools(name, train, [17]) == [every[17]]
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_seed_decides_the_pool(name, train):
+    assert pools(name, train, seed=1) == pools(name, train, seed=1)
+    assert pools(name, train, seed=1) != pools(name, train, seed=2)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_pool_is_smaller_only_where_fewer_examples_are_allowed(name, train):
+    items, _ = train
+    for query, pool in zip(items[:4], pools(name, train, [0, 1, 2, 3], size=64), strict=True):
+        rows = [row for row, item in enumerate(items) if item.image_id != query.image_id]
+        assert sorted(pool) == rows
+        assert len(pool) == TRAIN - 3
+
+
+def test_queries_of_another_split_may_have_any_training_example_but_their_image():
+    items, features = examples(12), embeddings(12)
+    query = Example(999, 2, "?", ("a",), ("a",), "2.jpg")  # its image is that of rows 6–8
+    (pool,) = sample_pools(SamplerConfig(), [query], items, None, size=64, seed=0)
+    assert sorted(pool) == [0, 1, 2, 3, 4, 5, 9, 10, 11]
+    assert len(features.image) == 12
+
+
+def test_allowed_is_neither_the_question_nor_its_image():
+    ids, images = np.array([5, 6, 7, 8]), np.array([1, 1, 2, 3])
+    assert allowed(Example(7, 1, "", (), (), ""), ids, images).tolist() == [3]
+    assert allowed(Example(9, 9, "", (), (), ""), ids, images).tolist() == [0, 1, 2, 3]
+
+
+# ---------------------------------------------------------------------- which examples
+
+
+@pytest.mark.parametrize(("name", "part"), [("text_sim_sampler", "text"), ("img_sim_sampler", "image")])
+def test_similarity_samplers_take_the_nearest(name, part, train):
+    items, features = train
+    matrix = getattr(features, part)
+    for query, pool in zip(items, pools(name, train), strict=True):
+        scores = matrix @ matrix[query.question_id]
+        rows = [row for row, item in enumerate(items) if item.image_id != query.image_id]
+        assert set(pool) == set(ranked(scores, rows)[:16])
+
+
+def test_the_mixture_is_a_quarter_text_a_quarter_image_and_the_rest_at_random(train):
+    items, features = train
+    for query, pool in zip(items, pools("mix_sampler", train), strict=True):
+        rows = [row for row, item in enumerate(items) if item.image_id != query.image_id]
+        by_text = ranked(features.text @ features.text[query.question_id], rows)[:4]
+        rest = [row for row in rows if row not in by_text]
+        by_image = ranked(features.image @ features.image[query.question_id], rest)[:4]
+        assert {*by_text, *by_image} <= set(pool)
+
+
+def test_the_random_part_is_drawn_evenly():
+    items = examples(20, per_image=1)
+    counts = np.zeros(20)
+    for seed in range(400):
+        counts[sample_pools(SamplerConfig(), items[:1], items, None, size=5, seed=seed)[0]] += 1
+    # 400 pools of 5 from 19: 105 each on average, spread √(400 · 5/19 · 14/19) = 8.8.
+    assert counts[0] == 0
+    assert (abs(counts[1:] - 400 * 5 / 19) < 5 * 8.8).all()
+
+
+def test_ties_are_broken_by_the_querys_seed():
+    items = examples(41, per_image=1)
+    same = Embeddings(F.normalize(torch.ones(41, 4), dim=-1), F.normalize(torch.ones(41, 4), dim=-1))
+    first, second = (
+        sample_pools(SamplerConfig("text_sim_sampler"), items, items, (same, same), size=8, seed=seed)
+        for seed in (0, 1)
+    )
+    assert set(first[0]) != set(second[0])
+    assert set(first[0]) != set(first[1])  # and not the same for every query
+    taken = np.bincount([row for pool in first for row in pool], minlength=41)
+    assert taken.max() < 30  # nobody is in everybody's pool
+
+
+def test_nearest_is_best_first():
+    scores = np.array([0.1, 0.9, 0.5, 0.7, 0.3], dtype=np.float32)
+    rows = np.array([0, 1, 2, 4])
+    assert nearest(scores, rows, 3, np.random.default_rng(0)) == [1, 2, 4]
+    assert nearest(scores, rows, 9, np.random.default_rng(0)) == [1, 2, 4, 0]
+    assert nearest(scores, rows, 2, np.random.default_rng(0), exclude=[1]) == [2, 4]
+
+
+def test_nearest_agrees_with_sorting_on_many_rows():
+    scores = np.random.default_rng(0).permutation(500).astype(np.float32) / 500
+    found = nearest(scores, np.arange(500), 50, np.random.default_rng(1))
+    assert found == np.argsort(-scores)[:50].tolist()
+
+
+def test_similarities_sum_the_parts_that_are_named():
+    queries, candidates = embeddings(3, seed=1), embeddings(5, seed=2)
+    image, text = queries.image @ candidates.image.T, queries.text @ candidates.text.T
+    np.testing.assert_allclose(np.stack([*similarity_rows(queries, candidates, frozenset({"img"}))]), image, atol=1e-6)
+    np.testing.assert_allclose(np.stack([*similarity_rows(queries, candidates, frozenset({"text"}))]), text, atol=1e-6)
+    np.testing.assert_allclose(
+        np.stack([*similarity_rows(queries, candidates, frozenset({"img", "text"}))]), image + text, atol=1e-6
+    )
+
+
+def test_a_querys_generator_is_its_own():
+    one, other = Example(1, 1, "", (), (), ""), Example(2, 1, "", (), (), "")
+    assert query_rng(0, one).random() == query_rng(0, one).random()
+    assert len({query_rng(0, one).random(), query_rng(0, other).random(), query_rng(1, one).random()}) == 3
+
+
+# ---------------------------------------------------------------------- refusals
+
+
+def test_an_unknown_sampler_is_refused_with_the_known_ones():
+    items = examples(4)
+    with pytest.raises(UsageError, match=r"unknown sampler 'best': one of rand_sampler, .*\(--sampler\)"):
+        sample_pools(SamplerConfig("best"), items, items, None, size=2, seed=0)
+
+
+def test_a_query_that_nothing_may_stand_before_is_refused_by_id():
+    items = examples(3)
+    with pytest.raises(LeverError, match="question 0: no training example is left to show before it"):
+        sample_pools(SamplerConfig(), items[:1], items, None, size=2, seed=0)
+
+
+def test_a_similarity_sampler_without_embeddings_is_refused():
+    items = examples(9)
+    with pytest.raises(ValueError, match="img_sim_sampler needs embeddings"):
+        sample_pools(SamplerConfig("img_sim_sampler"), items, items, None, size=2, seed=0)

@@ -1,0 +1,413 @@
+"""From YAML, environment and flags to a Config: who wins, and what is refused."""
+
+import pytest
+
+from lever_lm.config import Config, DataConfig, FeatureConfig, asset_path, fingerprint, to_dict
+from lever_lm.errors import UsageError
+from lever_lm.settings import (
+    ENVIRONMENT,
+    all_keys,
+    build,
+    dotted,
+    environment_values,
+    merge,
+    parse_set,
+    read_yaml,
+    resolve,
+)
+
+
+@pytest.fixture(autouse=True)
+def _no_leaked_variables(monkeypatch):
+    for name in ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+
+
+def config_file(folder, text):
+    path = folder / "mine.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def get(config, key):
+    for part in key.split("."):
+        config = getattr(config, part)
+    return config
+
+
+# ---------------------------------------------------------------------- precedence
+
+
+def test_each_source_wins_over_the_ones_before_it(tmp_path, monkeypatch):
+    names = {"recipe": "classic"}  # grpo.lr 5e-6; the dataclass default is 1e-4
+    path = config_file(tmp_path, "grpo: {lr: 3.0e-6}")
+    found = [resolve({}, None, [], {})[0].grpo.lr, resolve(names, None, [], {})[0].grpo.lr]
+    found.append(resolve(names, path, [], {})[0].grpo.lr)
+    monkeypatch.setenv("GRPO_LR", "2e-6")
+    found.append(resolve(names, path, [], {})[0].grpo.lr)
+    found.append(resolve(names, path, ["grpo.lr=4e-6"], {})[0].grpo.lr)
+    found.append(resolve(names, path, ["grpo.lr=4e-6"], {"grpo": {"lr": 6e-6}})[0].grpo.lr)
+    assert found == [1e-4, 5e-6, 3e-6, 2e-6, 4e-6, 6e-6]
+
+
+def test_sources_are_merged_key_by_key(tmp_path):
+    path = config_file(tmp_path, "grpo: {lr: 3.0e-6}\nseed: 7\n")
+    config, _ = resolve({"recipe": "classic"}, path, ["grpo.kl_beta=0.05"], {"grpo": {"epochs": 2}})
+    assert (config.grpo.lr, config.grpo.kl_beta, config.grpo.epochs) == (3e-6, 0.05, 2)
+    assert (config.grpo.anchor, config.seed) == ("init", 7)  # from the recipe, from the file
+
+
+def test_of_two_sets_the_last_wins():
+    assert resolve({}, None, ["seed=1", "seed=2"], {})[0].seed == 2
+
+
+def test_a_name_left_out_is_left_out():
+    assert resolve({"recipe": None, "sampler": "mix_sampler"}, None, [], {})[0].sampler.name == "mix_sampler"
+
+
+def test_merging_changes_neither_side():
+    base, update = {"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 9}, "d": {"e": 4}}
+    assert merge(base, update) == {"a": {"b": 9, "c": 2}, "d": {"e": 4}}
+    assert (base, update) == ({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 9}, "d": {"e": 4}})
+    assert dotted("a.b.c", 1) == {"a": {"b": {"c": 1}}}
+
+
+# ---------------------------------------------------------------------- unknown keys and names
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("grpo.kl_bet", "grpo.kl_beta"),
+        ("kl_beta", "grpo.kl_beta"),
+        ("policy.layers", "policy.num_layers"),
+        ("sed", "seed"),
+        ("rollout.poolsize", "rollout.pool_size"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest(tmp_path, key, nearest):
+    message = rf"unknown config key '{key}' \(did you mean '{nearest}'\?\)"
+    with pytest.raises(UsageError, match=message):
+        resolve({}, None, [f"{key}=1"], {})
+    *section, leaf = key.split(".")
+    text = f"{section[0]}: {{{leaf}: 1}}" if section else f"{leaf}: 1"
+    with pytest.raises(UsageError, match=message):
+        resolve({}, config_file(tmp_path, text), [], {})
+
+
+@pytest.mark.parametrize(("section", "nearest"), [("grop", "grpo"), ("featuers", "features"), ("lvm", "lvlm")])
+def test_an_unknown_section_is_refused_with_the_nearest(section, nearest):
+    with pytest.raises(UsageError, match=rf"unknown config key '{section}' \(did you mean '{nearest}[.\w]*'\?\)"):
+        resolve({}, None, [f"{section}.epochs=1"], {})
+
+
+def test_a_key_like_no_other_is_refused_without_a_guess():
+    with pytest.raises(UsageError, match=r"unknown config key 'zzzzqqq'$"):
+        build({"zzzzqqq": 1})
+
+
+@pytest.mark.parametrize("key", [1, None, True, 2.5])
+def test_a_key_that_is_no_text_is_refused(key):
+    with pytest.raises(UsageError, match="unknown config key"):
+        build({"grpo": {key: 1}})
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "nearest"),
+    [
+        ("sampler", "rand_samplr", "rand_sampler"),
+        ("lvlm", "qwen2.5_vl_3b", "qwen2.5_vl_3B"),
+        ("recipe", "clasic", "classic"),
+    ],
+)
+def test_an_unknown_name_is_refused_with_the_nearest_and_all(kind, name, nearest):
+    with pytest.raises(
+        UsageError, match=rf"unknown {kind} '{name}' \(did you mean '{nearest}'\?\): one of .*\(--{kind}\)"
+    ):
+        resolve({kind: name}, None, [], {})
+
+
+@pytest.mark.parametrize("name", ["../recipe/classic", "/etc/passwd", ""])
+def test_a_name_is_no_path(name):
+    with pytest.raises(UsageError, match="unknown sampler"):
+        resolve({"sampler": name}, None, [], {})
+
+
+def test_all_keys_name_every_leaf():
+    assert {"seed", "device", "grpo.kl_beta", "policy.state_update", "data.okvqa_path"} <= set(all_keys())
+    assert "grpo" not in all_keys()
+
+
+# ---------------------------------------------------------------------- types
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("grpo.lr", "1e-4", 1e-4),  # YAML 1.1 reads it as a string
+        ("grpo.lr", 1, 1.0),
+        ("grpo.top_k", [3, 5], (3, 5)),
+        ("grpo.top_k", 3, (3,)),
+        ("grpo.top_k", [], ()),
+        ("rollout.temperatures", ["1e0", 2], (1.0, 2.0)),
+        ("data.name", 2014, "2014"),
+        ("grpo.adaptive_kl", True, True),
+        ("seed", 3, 3),
+    ],
+)
+def test_values_that_fit_are_taken(key, value, expected):
+    found = get(build(dotted(key, value)), key)
+    assert found == expected
+    assert type(found) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "kind"),
+    [
+        ("seed", True, "int"),
+        ("seed", 1.5, "int"),
+        ("seed", "3", "int"),
+        ("seed", None, "int"),
+        ("grpo.lr", True, "float"),
+        ("grpo.lr", "fast", "float"),
+        ("grpo.lr", "nan", "float"),
+        ("grpo.lr", float("inf"), "float"),
+        ("grpo.lr", 10**400, "float"),
+        ("grpo.lr", None, "float"),
+        ("grpo.lr", [1.0], "float"),
+        ("grpo.adaptive_kl", 1, "bool"),
+        ("grpo.adaptive_kl", "true", "bool"),
+        ("data.name", True, "str"),
+        ("data.name", None, "str"),
+        ("grpo.top_k", [3, "x"], "int"),
+        ("grpo.top_k", {"a": 1}, "int"),
+    ],
+    ids=lambda value: str(value)[:12],
+)
+def test_values_of_another_type_are_refused_by_key(key, value, kind):
+    with pytest.raises(UsageError, match=rf"{key} must be of type {kind}, found"):
+        build(dotted(key, value))
+
+
+@pytest.mark.parametrize("value", [5, "x", None, [1]])
+def test_a_section_that_is_no_mapping_is_refused(value):
+    with pytest.raises(UsageError, match="grpo must be a mapping of keys"):
+        build({"grpo": value})
+
+
+@pytest.mark.parametrize("text", ["data: 5", "data:", "data: [a]", "data: text"])
+def test_a_data_section_that_is_no_mapping_is_refused_too(tmp_path, text):
+    with pytest.raises(UsageError, match="data must be a mapping of keys"):
+        resolve({}, config_file(tmp_path, text), [], {})
+
+
+@pytest.mark.parametrize(
+    ("item", "expected"),
+    [
+        ("seed=3", {"seed": 3}),
+        ("a.b=[1, 2]", {"a": {"b": [1, 2]}}),
+        ("a= x=y ", {"a": "x=y"}),
+        ("a.b=", {"a": {"b": None}}),
+    ],
+)
+def test_set_reads_its_value_as_yaml(item, expected):
+    assert parse_set(item) == expected
+
+
+@pytest.mark.parametrize("item", ["seed", "=3", ""])
+def test_set_without_key_or_value_is_refused(item):
+    with pytest.raises(UsageError, match="--set takes key=value"):
+        parse_set(item)
+
+
+@pytest.mark.parametrize("text", ["[1", "!!python/object/apply:os.getcwd []", "*a"])
+def test_set_with_a_bad_value_is_refused(text):
+    with pytest.raises(UsageError, match=r"--set seed: .* is not a YAML value"):
+        parse_set(f"seed={text}")
+
+
+# ---------------------------------------------------------------------- YAML files
+
+
+@pytest.mark.parametrize("text", ["a: [1", "\ta: 1", "a: b: c", "{1: 2}: 3", "a: &x *y"])
+def test_a_file_that_is_no_yaml_is_refused_by_name(tmp_path, text):
+    with pytest.raises(UsageError, match=r"mine\.yaml is not a YAML file"):
+        read_yaml(config_file(tmp_path, text))
+
+
+def test_a_tag_that_would_run_code_is_refused_and_does_not(tmp_path):
+    trap = tmp_path / "executed"
+    path = config_file(tmp_path, f"seed: !!python/object/apply:os.mkdir ['{trap}']")
+    with pytest.raises(UsageError, match=r"mine\.yaml is not a YAML file"):
+        read_yaml(path)
+    assert not trap.exists()
+
+
+def test_a_binary_file_is_refused(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(b"\x80\x81\xff")
+    with pytest.raises(UsageError, match=r"mine\.yaml is not a YAML file"):
+        read_yaml(path)
+
+
+@pytest.mark.parametrize(("text", "kind"), [("- a", "list"), ("5", "int"), ("text", "str")])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path, text, kind):
+    with pytest.raises(UsageError, match=rf"mine\.yaml must hold a mapping of config keys, found {kind}"):
+        read_yaml(config_file(tmp_path, text))
+
+
+def test_an_empty_file_changes_nothing(tmp_path):
+    assert resolve({}, config_file(tmp_path, "# nothing\n"), [], {})[0] == Config()
+
+
+def test_a_missing_file_is_refused_with_the_flag(tmp_path):
+    with pytest.raises(
+        UsageError, match=r"cannot read the config .*none\.yaml: No such file or directory \(--config\)"
+    ):
+        resolve({}, tmp_path / "none.yaml", [], {})
+
+
+# ---------------------------------------------------------------------- environment
+
+VALUES = {
+    "GRPO_EPOCHS": ("7", {"grpo.epochs": 7}),
+    "RCE_EPOCHS": ("3", {"rce.epochs": 3}),
+    "BATCH_SIZE": ("16", {"rce.batch_size": 16, "grpo.batch_size": 16}),
+    "RCE_LR": ("2e-4", {"rce.lr": 2e-4}),
+    "GRPO_LR": ("3e-6", {"grpo.lr": 3e-6}),
+    "KL_BETA": ("0.05", {"grpo.kl_beta": 0.05}),
+    "NUM_LAYERS": ("2", {"policy.num_layers": 2}),
+    "USE_RANK_ADVANTAGE": ("true", {"grpo.advantage": "rank"}),
+    "REWARD_MODE": ("soft_only", {"reward.mode": "soft_only"}),
+    "HARD_WEIGHT": ("2", {"reward.hard_weight": 2.0}),
+    "SOFT_WEIGHT": ("0.5", {"reward.soft_weight": 0.5}),
+    "REL_WEIGHT": ("0.3", {"reward.rel_weight": 0.3}),
+    "RCE_USE_RAW_REWARD": ("false", {"rce.normalize": "zscore"}),
+    "FREEZE_BACKBONE_IN_GRPO": ("1", {"grpo.freeze_backbone": True}),
+    "SKIP_FALLBACK_REWARD": ("no", {"reward.skip_fallback": False}),
+    "REQUIRE_POSITIVE_QUERY": ("YES", {"reward.require_positive": True}),
+    "OKVQA_PATH": ("/a", {"data.okvqa_path": "/a"}),
+    "COCO_PATH": ("/b", {"data.coco_path": "/b"}),
+}
+
+
+@pytest.mark.parametrize("name", ENVIRONMENT)
+def test_every_variable_of_the_lineage_works(monkeypatch, name):
+    text, expected = VALUES[name]
+    monkeypatch.setenv(name, text)
+    config, in_effect = resolve({"dataset": "okvqa_local"}, None, [], {})
+    assert in_effect == [f"{name}={text}"]
+    assert {key: get(config, key) for key in expected} == expected
+    unset = resolve({"dataset": "okvqa_local"}, None, [], {}) if monkeypatch.delenv(name) is None else None
+    assert {key: get(unset[0], key) for key in expected} != expected
+
+
+@pytest.mark.parametrize("text", ["", " ", "\t"])
+def test_an_empty_variable_is_none(monkeypatch, text):
+    for name in ENVIRONMENT:
+        monkeypatch.setenv(name, text)
+    assert resolve({"dataset": "okvqa_local"}, None, [], {}) == (
+        resolve({"dataset": "okvqa_local"}, None, [], {})[0],
+        [],
+    )
+    assert resolve({}, None, [], {})[0] == Config()
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("GRPO_EPOCHS", "many"),
+        ("GRPO_EPOCHS", "1.5"),
+        ("RCE_LR", "fast"),
+        ("USE_RANK_ADVANTAGE", "maybe"),
+        ("BATCH_SIZE", "-"),
+    ],
+)
+def test_a_bad_variable_is_refused_by_name(monkeypatch, name, text):
+    monkeypatch.setenv(name, text)
+    with pytest.raises(UsageError, match=rf"the environment variable {name} is '{text}'.*unset it or mend it"):
+        resolve({}, None, [], {})
+
+
+@pytest.mark.parametrize("text", ["0", "false", "No", "OFF"])
+def test_flags_in_the_environment_can_be_off(text):
+    values, _ = environment_values({}, {"USE_RANK_ADVANTAGE": text})
+    assert values == {"grpo": {"advantage": "zscore"}}
+
+
+def test_the_paths_of_okvqa_leave_the_embedded_digits_alone(monkeypatch):
+    monkeypatch.setenv("OKVQA_PATH", "/data/okvqa")
+    monkeypatch.setenv("COCO_PATH", "/data/coco")
+    for names in ({}, {"dataset": "digits"}):
+        config, in_effect = resolve(names, None, [], {})
+        assert (config.data.okvqa_path, config.data.coco_path) == ("asset:digits", "asset:digits")
+        assert in_effect == []
+    config, in_effect = resolve({"dataset": "okvqa_local"}, None, [], {})
+    assert (config.data.okvqa_path, config.data.coco_path) == ("/data/okvqa", "/data/coco")
+    assert in_effect == ["OKVQA_PATH=/data/okvqa", "COCO_PATH=/data/coco"]
+
+
+# ---------------------------------------------------------------------- checks across fields
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rce.epochs": 0, "grpo.epochs": 0}, r"nothing to train.*--rce-epochs, --grpo-epochs"),
+        ({"rollout.pool_size": 2, "rollout.shots": 3}, "rollout.pool_size 2 is smaller than rollout.shots 3"),
+        ({"rollout.num_queries": 1}, r"rollout.num_queries \(--limit\) must be 2 or more"),
+        ({"rollout.temperatures": [1.0, 0]}, "rollout.temperatures must be positive"),
+        ({"lvlm.min_pixels": 100, "lvlm.max_pixels": 99}, "lvlm.min_pixels 100 exceeds lvlm.max_pixels 99"),
+        ({"policy.dropout": 1.0}, r"policy.dropout must lie in \[0, 1\)"),
+        ({"policy.hidden_dim": 0}, "policy.hidden_dim must be greater than 0"),
+        ({"rce.lr": 0}, "rce.lr must be greater than 0"),
+        ({"rce.epochs": -1}, "rce.epochs must not be negative"),
+        ({"rce.temperature_end": 0}, "rce.temperature_end must be greater than 0"),
+        ({"rce.normalize": "best"}, "rce.normalize is 'best': expected one of none, zscore, rank"),
+        ({"rce.label_smoothing": 1.5}, r"rce\.label_smoothing"),
+        ({"rce.weight_decay": -1}, r"rce\.weight_decay"),
+        ({"grpo.epochs": -1}, "grpo.epochs must not be negative"),
+        ({"grpo.batch_size": 0}, "grpo.batch_size must be greater than 0"),
+        ({"grpo.advantage": "best"}, "grpo.advantage is 'best': expected one of zscore, rank"),
+        ({"grpo.anchor": "x"}, "grpo.anchor is 'x': expected one of rce, init"),
+        ({"grpo.dropout": "x"}, "grpo.dropout is 'x'"),
+        ({"grpo.reference": "x"}, "grpo.reference is 'x'"),
+        ({"grpo.top_k": [3, 0]}, r"grpo\.top_k"),
+        ({"prompt.style": "x"}, "prompt.style is 'x': expected one of interleaved, dialogue"),
+        ({"prompt.order": "x"}, "prompt.order is 'x'"),
+        ({"lvlm.dtype": "int8"}, "lvlm.dtype is 'int8'"),
+        ({"features.name": "img"}, r"unknown features 'img': expected query_X_icd_Y .*\(--features\)"),
+    ],
+    ids=str,
+)
+def test_values_that_cannot_be_are_refused_before_anything_runs(values, message):
+    with pytest.raises(UsageError, match=message):
+        resolve({}, None, [f"{key}={value}" for key, value in values.items()], {})
+
+
+def test_features_name_what_queries_and_icds_are_encoded_by():
+    both = frozenset({"img", "text"})
+    assert FeatureConfig(name="query_img_text_icd_img_text").parts() == (both, both)
+    assert FeatureConfig(name="query_img_icd_text").parts() == (frozenset({"img"}), frozenset({"text"}))
+    assert FeatureConfig(name="query_text_icd_img_text").parts() == (frozenset({"text"}), both)
+
+
+# ---------------------------------------------------------------------- plain values
+
+
+def test_a_config_survives_its_plain_form():
+    config, _ = resolve({"recipe": "classic", "dataset": "digits"}, None, ["seed=5"], {})
+    assert build(to_dict(config)) == config
+
+
+def test_fingerprints_change_with_any_part_and_with_nothing_else():
+    one = fingerprint(DataConfig(), "x", [1, 2])
+    assert one == fingerprint(DataConfig(), "x", [1, 2])
+    assert len({one, fingerprint(DataConfig(name="y"), "x", [1, 2]), fingerprint(DataConfig(), "x", [2, 1])}) == 3
+
+
+def test_asset_paths_are_inside_the_package_and_others_as_written(tmp_path, monkeypatch):
+    assert (asset_path("asset:digits") / "ATTRIBUTION.md").is_file()
+    assert str(asset_path("openai/clip")) == "openai/clip"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert asset_path("~/data") == tmp_path / "data"
