@@ -176,6 +176,7 @@ def _root(
         raise typer.Exit
 
 
+INTERRUPTED = 130
 # What a wrong command line raises. Typer carries a click of its own in some versions and uses click's in others.
 _CommandLineError = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
 
@@ -188,6 +189,8 @@ def main() -> None:
 def _run(arguments: list[str]) -> int:
     try:
         status = app(args=arguments, prog_name="lever", standalone_mode=False)
+        if status == INTERRUPTED:  # typer turns Ctrl-C into this status
+            raise KeyboardInterrupt
         return status if isinstance(status, int) else 0
     except typer.Exit as stop:
         return stop.exit_code
@@ -195,7 +198,7 @@ def _run(arguments: list[str]) -> int:
         error.show(sys.stderr)
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted; run the same command again to go on", 130)
+        return _fail("interrupted; run the same command again to go on", INTERRUPTED)
     except UsageError as error:
         return _fail(str(error), 2)
     except LeverError as error:

@@ -52,3 +52,9 @@ def resolve_device(name: str):
     if device.type == "cuda" and not torch.cuda.is_available():
         raise LeverError(f"no GPU is visible to torch, but the device is {name!r}: use --device cpu")
     return device
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a library's error, or its type where it has no text."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -223,6 +223,8 @@ class Config:
     device: str = "auto"  # auto: the first GPU if there is one, else the CPU
 
     def __post_init__(self):
+        if not 0 <= self.seed < 2**63:
+            raise UsageError(f"seed must lie between 0 and 2**63 - 1, found {self.seed} (--seed)")
         if self.rce.epochs + self.grpo.epochs == 0:
             raise UsageError("nothing to train: rce.epochs and grpo.epochs are both 0 (--rce-epochs, --grpo-epochs)")
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lever_lm.compat import import_transformers, resolve_device
+from lever_lm.compat import first_line, import_transformers, resolve_device
 from lever_lm.config import FeatureConfig, asset_path, fingerprint
 from lever_lm.data import VqaData, open_image
 from lever_lm.errors import LeverError
@@ -109,10 +109,10 @@ class ClipEncoder:
         try:
             self.model = transformers.CLIPModel.from_pretrained(where, dtype=torch.float32).eval().to(self.device)
             self.processor = transformers.CLIPProcessor.from_pretrained(where)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # a directory of anybody's making: the library can fail on it in any way
             raise LeverError(
-                f"cannot load the CLIP encoder {path}: {str(error).splitlines()[0]} (features.encoder: a "
-                "cached hub id or a directory)"
+                f"cannot load the CLIP encoder {path}: {first_line(error)} (features.encoder: a cached hub id or a "
+                "directory of a CLIPModel)"
             ) from error
 
     @torch.inference_mode()

@@ -15,7 +15,7 @@ from lever_lm.checkpoint import load_policy, load_torch, own_config
 from lever_lm.config import Config
 from lever_lm.data import Example, VqaData
 from lever_lm.errors import LeverError
-from lever_lm.features import Features
+from lever_lm.features import Features, encoder_fingerprint
 from lever_lm.lvlm import CachedLvlm, build_prompt
 from lever_lm.metrics import vqa_accuracy
 from lever_lm.policy import PointerSelector
@@ -79,6 +79,11 @@ class Evaluation:
         """Greedy picks of a policy from each query's pool."""
         queries = self.features.queries("val", self.config.features)[self.rows]
         icds = self.features.icds(self.config.features)
+        if policy.d_model != icds.shape[1]:
+            raise LeverError(
+                f"the policy expects features of {policy.d_model} dimensions, these have {icds.shape[1]}: set "
+                "features.encoder to the encoder it was trained with"
+            )
         size = max(map(len, self.pools))
         picks: list[list[int]] = []
         for start in range(0, len(self.queries), _CHUNK):
@@ -237,21 +242,15 @@ def _existing(path: Path, named_by) -> Path:
     return path
 
 
-def load_for(path: Path, config: Config, features: Features) -> PointerSelector:
-    """The policy of a checkpoint, if it goes with these features. Raises LeverError when it was made for others."""
+def load_for(path: Path, config: Config) -> PointerSelector:
+    """The policy of a checkpoint, if it was made for the features of this config. Raises LeverError otherwise."""
     policy = load_policy(path, config.policy.num_heads)
     own = own_config(load_torch(path))
-    for key, here in (("encoder", features.encoder), ("features", features.name)):
+    for key, here in (("encoder", encoder_fingerprint(config.features.encoder)), ("features", config.features.name)):
         there = own.get(key)
         if there is not None and there != here:
             raise LeverError(
                 f"{path} was trained on the {key} {there!r} and would be given {here!r}: pass the same --features and "
                 "--dataset (features.encoder) as in training"
             )
-    width = features.train.image.shape[1]
-    if policy.d_model != width:
-        raise LeverError(
-            f"{path} expects features of {policy.d_model} dimensions, these have {width}: set features.encoder "
-            "to the encoder it was trained with"
-        )
     return policy

@@ -93,8 +93,10 @@ def parse_shots(text: str) -> list[int]:
         last = last if dash else first
         if not (first.isdecimal() and last.isdecimal() and len(first) < 5 and len(last) < 5):
             raise UsageError(f"--shots takes 5, 1,2,4 or 1-5, found {text!r}")
+        if int(last) < int(first):
+            raise UsageError(f"--shots {text!r}: {part.strip()} runs backwards")
         numbers += range(int(first), int(last) + 1)
-    if not numbers or min(numbers) < 1:
+    if min(numbers) < 1:
         raise UsageError(f"--shots must be between 1 and the pool size, found {text!r}; zero-shot is among --baselines")
     return sorted(set(numbers))
 

@@ -24,6 +24,7 @@ from lever_lm.lvlm import CachedLvlm, load_lvlm
 from lever_lm.report import write_report
 from lever_lm.rollouts import make_rollouts, new_policy
 from lever_lm.runs import Layout, RunFolder, environment, file_digest, inference_folder, write_json
+from lever_lm.samplers import check_sampler
 from lever_lm.selection import choose, read_history
 from lever_lm.training import train_grpo, train_rce
 
@@ -40,6 +41,7 @@ class Pipeline:
         run_name: str | None = None,
         run_dir: Path | None = None,
     ):
+        check_names(config)
         self.config, self.screen = config, screen
         self.layout = Layout(config, results, run_name)
         self.run = RunFolder(run_dir or self.layout.run)
@@ -94,7 +96,6 @@ class Pipeline:
 
     def train(self, *, rl_data: Path | None = None, embeddings: Path | None = None, overwrite: bool = False) -> dict:
         """RCE, then GRPO, resuming what is there; converts the recommended checkpoint. Returns what was recommended."""
-        check_reward_mode(self.config.reward.mode)
         if not overwrite:
             self.run.check(self.config)  # before the costly part, not after it
         if rl_data is None:
@@ -191,11 +192,16 @@ class Pipeline:
 
     # ------------------------------------------------------------------ inference
 
+    def _check_shots(self, shots: Sequence[int]) -> None:
+        if max(shots) > self.config.rollout.pool_size:
+            raise UsageError(f"--shots {max(shots)} exceeds rollout.pool_size {self.config.rollout.pool_size}")
+
     def infer(self, shots: Sequence[int], *, ckpt: str | None = None, default: str = "best", baselines: bool = False):
         """Answer the evaluation queries with a checkpoint's choices; writes and returns results and paired tests."""
+        self._check_shots(shots)
         path, why = find_checkpoint(self.run, ckpt, dict(os.environ), default)
         self.screen.say(f"checkpoint: {path} ({why})")
-        policy = load_for(path, self.config, self.features)
+        policy = load_for(path, self.config)
         method = next((phase for phase in ("rce", "grpo") if path.stem.startswith(phase)), "policy")
         choices = {method: self.evaluation.choose(policy, max(shots))}
         if baselines:
@@ -222,13 +228,14 @@ class Pipeline:
 
     def demo(self, shots: Sequence[int], *, overwrite: bool = False) -> dict:
         """Everything on one page: train, then every method on the same evaluation queries, then the report."""
+        self._check_shots(shots)
         trained = self.train(overwrite=overwrite)
         best = Path(trained["recommended"]["checkpoint"])
         rce = self.run.checkpoint("rce", self.config.rce.epochs)
         policies = {"rce": rce, "grpo": best}
         choices = {name: self.evaluation.baseline(name, max(shots)) for name in BASELINES if name != "oracle"}
         for name, path in policies.items():
-            choices[name] = self.evaluation.choose(load_for(path, self.config, self.features), max(shots))
+            choices[name] = self.evaluation.choose(load_for(path, self.config), max(shots))
         choices["oracle"] = self.evaluation.baseline("oracle", max(shots))
         outcomes = self.evaluation.run(choices, shots, self.lvlm)
         grpo = [outcome for outcome in outcomes if outcome.method == "grpo"]
@@ -259,6 +266,13 @@ class Pipeline:
             f"{learned['val_reward_rce']:.3f} after RCE, {learned['val_reward_grpo']:.3f} after GRPO"
         )
         return learned
+
+
+def check_names(config: Config) -> None:
+    """Raise UsageError for a name or shape that a stage would only refuse after the costly ones before it."""
+    check_reward_mode(config.reward.mode)
+    check_sampler(config.sampler)
+    new_policy(config, config.policy.hidden_dim)
 
 
 def read_embeddings(path: Path | None) -> Tensor:

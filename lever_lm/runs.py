@@ -143,6 +143,7 @@ _FREE = (
     ("grpo", "epochs"),
     ("infer",),
     ("features", "batch_size"),
+    ("lvlm", "batch_size"),
     ("data", "okvqa_path"),
     ("data", "coco_path"),
 )

@@ -53,6 +53,12 @@ def similarity_rows(queries: Embeddings, train: Embeddings, parts: frozenset[str
         yield from total.numpy()
 
 
+def check_sampler(config: SamplerConfig) -> None:
+    """Raise UsageError for an unknown sampler."""
+    if config.name not in SAMPLERS:
+        raise UsageError(f"unknown sampler {config.name!r}: one of {', '.join(SAMPLERS)} (--sampler)")
+
+
 def sample_pools(
     config: SamplerConfig,
     queries: Sequence[Example],
@@ -66,8 +72,7 @@ def sample_pools(
 
     embeddings: those of (queries, train), row for row; rand_sampler takes None. Source of the mixture: Lever-Plus.
     """
-    if config.name not in SAMPLERS:
-        raise UsageError(f"unknown sampler {config.name!r}: one of {', '.join(SAMPLERS)} (--sampler)")
+    check_sampler(config)
     _, text_share, image_share = SAMPLERS[config.name]
     if embeddings is None and text_share + image_share:
         raise ValueError(f"{config.name} needs embeddings")

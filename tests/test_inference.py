@@ -408,34 +408,33 @@ def saved(path, policy, **own):
 
 def test_features_of_the_checkpoints_own_encoder_are_taken(tmp_path, policy, config, digits_features):
     own = {"encoder": digits_features.encoder, "features": digits_features.name}
-    assert load_for(saved(tmp_path / "a.pt", policy, **own), config, digits_features).shape == policy.shape
+    assert load_for(saved(tmp_path / "a.pt", policy, **own), config).shape == policy.shape
 
 
 def test_features_of_another_encoder_or_setting_are_refused(tmp_path, policy, config, digits_features):
     path = saved(tmp_path / "a.pt", policy, encoder="other@0123", features=digits_features.name)
     with pytest.raises(LeverError, match=r"other@0123.*tiny-clip"):
-        load_for(path, config, digits_features)
+        load_for(path, config)
     path = saved(tmp_path / "b.pt", policy, encoder=digits_features.encoder, features="query_img_icd_img")
     with pytest.raises(LeverError, match=r"query_img_icd_img.*query_img_text_icd_img_text"):
-        load_for(path, config, digits_features)
+        load_for(path, config)
 
 
-def test_features_of_another_width_are_refused(tmp_path, config, digits_features):
-    path = saved(tmp_path / "a.pt", PointerSelector(d_model=96, hidden_dim=32))
+def test_features_of_another_width_are_refused(evaluation):
     with pytest.raises(LeverError, match="96 dimensions, these have 64"):
-        load_for(path, config, digits_features)
+        evaluation.choose(PointerSelector(d_model=96, hidden_dim=32), 1)
 
 
-def test_both_formats_of_a_checkpoint_pick_the_same(trained, evaluation, config, digits_features):
+def test_both_formats_of_a_checkpoint_pick_the_same(trained, evaluation, config):
     from lever_lm.checkpoint import load_torch
 
     path = trained / RUN / "grpo_epoch3.pt"
     converted = path.with_name("grpo_epoch3_v2format.ckpt")
     save_torch(converted, to_v2(load_torch(path), path)[0])
-    picks = [evaluation.choose(load_for(file, config, digits_features), 5) for file in (path, converted)]
+    picks = [evaluation.choose(load_for(file, config), 5) for file in (path, converted)]
     assert picks[0] == picks[1]
     other = trained / RUN / "rce_epoch1.pt"
-    assert picks[0] != evaluation.choose(load_for(other, config, digits_features), 5)
+    assert picks[0] != evaluation.choose(load_for(other, config), 5)
 
 
 # ---------------------------------------------------------------------- the command
