@@ -37,6 +37,16 @@ def _declare_operators() -> None:
     importlib.import_module("torchvision")
 
 
+def load_whole(cls, path: str, dtype):
+    """`cls.from_pretrained(path)`, refused with ValueError where weights are missing: the library would go on with
+    random ones in their place, and with a model of another kind that is all of them."""
+    model, report = cls.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ValueError(f"{len(missing)} weights of a {cls.__name__} are missing there, among them {missing[0]}")
+    return model.eval()
+
+
 def resolve_device(name: str):
     """`auto`, `cpu`, `cuda`, `cuda:1` → torch.device. Raises LeverError for a GPU that is not there."""
     import torch

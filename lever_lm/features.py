@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lever_lm.compat import first_line, import_transformers, resolve_device
+from lever_lm.compat import first_line, import_transformers, load_whole, resolve_device
 from lever_lm.config import FeatureConfig, asset_path, fingerprint
 from lever_lm.data import VqaData, open_image
 from lever_lm.errors import LeverError
@@ -107,7 +107,7 @@ class ClipEncoder:
         self.device, self.batch_size = resolve_device(device), batch_size
         where = str(asset_path(path))
         try:
-            self.model = transformers.CLIPModel.from_pretrained(where, dtype=torch.float32).eval().to(self.device)
+            self.model = load_whole(transformers.CLIPModel, where, torch.float32).to(self.device)
             self.processor = transformers.CLIPProcessor.from_pretrained(where)
         except Exception as error:  # a directory of anybody's making: the library can fail on it in any way
             raise LeverError(

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lever_lm.compat import first_line, import_transformers, resolve_device
+from lever_lm.compat import first_line, import_transformers, load_whole, resolve_device
 from lever_lm.config import LvlmConfig, PromptConfig, asset_path, fingerprint
 from lever_lm.data import open_image
 from lever_lm.errors import LeverError
@@ -32,13 +32,13 @@ class LocalLvlm:
         dtype = _dtype(config.dtype, self.device)
         try:
             self.processor = transformers.AutoProcessor.from_pretrained(where)
-            model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(where, dtype=dtype)
+            model = load_whole(transformers.Qwen2_5_VLForConditionalGeneration, where, dtype)
         except Exception as error:  # a directory of anybody's making: the library can fail on it in any way
             raise LeverError(
                 f"cannot load the LVLM {config.path}: {first_line(error)} (--lvlm, lvlm.path: a cached hub id or a "
                 "directory of a Qwen2.5-VL)"
             ) from error
-        self.model = model.eval().to(self.device)
+        self.model = model.to(self.device)
         self.tokenizer, self.image_processor = self.processor.tokenizer, self.processor.image_processor
         self.tokenizer.padding_side = "left"
         self.image_processor.size = {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels}
