@@ -177,10 +177,11 @@ ENVIRONMENT = {
 }
 
 
-def environment_values(values: dict, environ=os.environ) -> tuple[dict, list[str]]:
+def environment_values(values: dict, environ=os.environ, over: dict | None = None) -> tuple[dict, list[str]]:
     """Config values that the environment sets, and the variables in effect as NAME=value.
 
-    Paths of OK-VQA leave the embedded dataset alone. An empty variable is none. Raises UsageError on a bad value.
+    `over`: values that win over the environment; a variable whose every value they set is not in effect. Paths of
+    OK-VQA leave the embedded dataset alone. An empty variable is none. Raises UsageError on a bad value.
     """
     data = values.get("data", {})
     path = data.get("okvqa_path", DataConfig.okvqa_path) if isinstance(data, dict) else ""  # build() refuses it
@@ -196,8 +197,18 @@ def environment_values(values: dict, environ=os.environ) -> tuple[dict, list[str
             raise UsageError(f"the environment variable {name} is {text!r}: {error}; unset it or mend it") from error
         for key, value in to_values(parsed).items():
             found = merge(found, dotted(key, value))
-        in_effect.append(f"{name}={text}")
+        if not all(_is_set(over or {}, key) for key in to_values(parsed)):
+            in_effect.append(f"{name}={text}")
     return found, in_effect
+
+
+def _is_set(values: dict, key: str) -> bool:
+    """Whether nested values hold a dotted key."""
+    for part in key.split("."):
+        if not isinstance(values, dict) or part not in values:
+            return False
+        values = values[part]
+    return True
 
 
 # ---------------------------------------------------------------------- resolving
@@ -214,8 +225,9 @@ def resolve(names: dict[str, str | None], config_file: Path | None, sets: list[s
             values = merge(values, named_yaml(kind, name))
     if config_file is not None:
         values = merge(values, read_yaml(config_file))
-    found, in_effect = environment_values(values)
-    values = merge(values, found)
+    over: dict = {}
     for item in sets:
-        values = merge(values, parse_set(item))
-    return build(merge(values, flags)), in_effect
+        over = merge(over, parse_set(item))
+    over = merge(over, flags)
+    found, in_effect = environment_values(values, over=over)
+    return build(merge(merge(values, found), over)), in_effect

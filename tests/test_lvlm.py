@@ -226,7 +226,7 @@ def flatten(lvlm: LocalLvlm) -> LocalLvlm:
 
 @pytest.fixture(scope="module")
 def several_ends(tmp_path_factory, prompts):
-    """A copy of the model whose generation config names three end tokens, two of them frequent inner tokens."""
+    """A copy of the model whose generation config names a dozen further end tokens, its most frequent inner ones."""
     folder = tmp_path_factory.mktemp("model") / "several-ends"
     shutil.copytree(asset_path(TINY), folder)
     unsure = flatten(make())
@@ -234,7 +234,7 @@ def several_ends(tmp_path_factory, prompts):
     for prompt in prompts:
         for token in plain_tokens(unsure, prompt)[1:4]:
             counts[token] = counts.get(token, 0) + 1
-    frequent = sorted(counts.keys() - set(unsure.eos.tolist()), key=lambda token: -counts[token])[:2]
+    frequent = sorted(counts.keys() - set(unsure.eos.tolist()), key=lambda token: -counts[token])[:12]
     settings = json.loads((folder / "generation_config.json").read_text())
     settings["eos_token_id"] = [*unsure.eos.tolist(), *frequent]
     (folder / "generation_config.json").write_text(json.dumps(settings))

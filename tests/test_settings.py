@@ -411,3 +411,13 @@ def test_asset_paths_are_inside_the_package_and_others_as_written(tmp_path, monk
     assert str(asset_path("openai/clip")) == "openai/clip"
     monkeypatch.setenv("HOME", str(tmp_path))
     assert asset_path("~/data") == tmp_path / "data"
+
+
+def test_a_variable_that_a_flag_or_set_overrides_is_not_in_effect(monkeypatch):
+    monkeypatch.setenv("GRPO_EPOCHS", "3")
+    monkeypatch.setenv("KL_BETA", "0.2")
+    monkeypatch.setenv("BATCH_SIZE", "7")
+    config, in_effect = resolve({}, None, ["grpo.kl_beta=0.3", "rce.batch_size=5"], {"grpo": {"epochs": 9}})
+    assert (config.grpo.epochs, config.grpo.kl_beta) == (9, 0.3)
+    assert (config.rce.batch_size, config.grpo.batch_size) == (5, 7)
+    assert in_effect == ["BATCH_SIZE=7"]
