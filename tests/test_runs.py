@@ -329,7 +329,7 @@ def test_the_environment_names_versions_seed_and_inputs():
     import torch
 
     found = environment(Config(seed=9), {"rollouts": "abc"})
-    assert found["packages"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(found["packages"]["torch"])  # some builds keep their +label out of the metadata
     assert (found["seed"], found["inputs"]) == (9, {"rollouts": "abc"})
     assert found["packages"]["datasets"]
     json.dumps(found)
