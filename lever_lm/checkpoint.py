@@ -32,20 +32,19 @@ def save_torch(path: Path, content: dict) -> None:
         torch.save(content, file)
 
 
-def load_torch(path: str | Path, expect: type = dict):
+def load_torch(path: str | Path, expect: type = dict, what: str = "checkpoint"):
     """torch.load of tensors and plain values only. Raises LeverError when the file is missing or anything else."""
     path = Path(path)
     try:
         file = open(path, "rb")  # noqa: SIM115 - an OSError from here on means a file cut short, not a missing one
     except OSError as error:
-        raise LeverError(f"cannot read the checkpoint {path}: {error.strerror or error}") from error
+        raise LeverError(f"cannot read the {what} {path}: {error.strerror or error}") from error
     try:
         with file:
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a file of anybody's making: its bytes can fail the unpickler in any way
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise LeverError(
-            f"{path} is not a checkpoint of tensors and plain values ({reason}); it was not executed"
+            f"{path} is not a {what} of tensors and plain values (or it is cut short); it was not executed"
         ) from error
     if not isinstance(content, expect):
         raise LeverError(f"{path}: expected a {expect.__name__}, found a {type(content).__name__}")

@@ -3,6 +3,8 @@
 import importlib
 import sys
 
+from lever_lm.errors import LeverError, UsageError
+
 _declared = []  # keeps the operator library alive
 
 
@@ -47,18 +49,24 @@ def load_whole(cls, path: str, dtype):
     return model.eval()
 
 
+def check_device_name(name: str) -> None:
+    """Raise UsageError unless `name` is auto or a device torch knows of, there or not."""
+    import torch
+
+    try:
+        torch.device("cpu" if name == "auto" else name)
+    except RuntimeError as error:
+        raise UsageError(f"unknown device {name!r}: expected auto, cpu, cuda or cuda:N (--device)") from error
+
+
 def resolve_device(name: str):
     """`auto`, `cpu`, `cuda`, `cuda:1` → torch.device. Raises LeverError for a GPU that is not there."""
     import torch
 
-    from lever_lm.errors import LeverError
-
+    check_device_name(name)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise LeverError(f"unknown device {name!r}: expected auto, cpu, cuda or cuda:N (--device)") from error
+    device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise LeverError(f"no GPU is visible to torch, but the device is {name!r}: use --device cpu")
     return device

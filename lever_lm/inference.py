@@ -168,9 +168,22 @@ class Evaluation:
             for query, picks in zip(self.queries, choices[ours], strict=True)
         ]
         write_text(folder / "icds.jsonl", _json_lines(icds))
-        metrics = {**facts, "results": [outcome.summary() for outcome in outcomes]}
+        results = [outcome.summary() for outcome in outcomes]
+        metrics = {**facts, "results": [*_earlier(folder / "metrics.json", results, facts.get("setting")), *results]}
         write_json(folder / "metrics.json", metrics)
         return metrics
+
+
+def _earlier(path: Path, results: list[dict], setting: str | None) -> list[dict]:
+    """Rows of an earlier metrics.json of the same setting that the new results do not replace."""
+    try:
+        there = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    if setting is None or not isinstance(there, dict) or there.get("setting") != setting:
+        return []
+    new = {(row["method"], row["shots"]) for row in results}
+    return [row for row in there["results"] if (row["method"], row["shots"]) not in new]
 
 
 def _json_lines(rows: list[dict]) -> str:
@@ -203,7 +216,10 @@ def find_checkpoint(run: RunFolder, wanted: str | None, environ: dict, default: 
         answer = read_best(run)
         path = run.path / Path(answer["checkpoint"]).name  # the folder may have been moved since
         if path.is_file():
-            return path, f"best.json of the run (strategy {answer['strategy']})"
+            chosen_among, now = answer.get("rows"), sum(row["phase"] == answer.get("phase") for row in run.rows())
+            stale = isinstance(chosen_among, int) and chosen_among < now
+            more = f", chosen when {chosen_among} of {now} epochs were there: `lever best-ckpt` again" if stale else ""
+            return path, f"best.json of the run, strategy {answer['strategy']}{more}"
     history = read_history(run, None)
     strategy = "val_reward" if any("val_reward" in row for row in history.rows) else "val_loss"
     row = best_row(history.rows, STRATEGIES[strategy])

@@ -61,6 +61,7 @@ class Journal:
         self.run, self.config, self.inputs, self.say = run, config, inputs, say
         self.rows: list[dict] = []
         self.state: dict | None = None
+        self._heading: str | None = None  # the phase whose table this process has opened on the screen
 
     def resume(self) -> None:
         """Load the state of an earlier process, if there is one, and bring the files beside it up to date."""
@@ -136,7 +137,9 @@ class Journal:
         header = table_header(row["phase"]) if self._opens_phase(len(self.rows) - 1) else []
         for line in [*header, table_row(row)]:
             append_line(self.run.log, line)
+        for line in [*(table_header(row["phase"]) if self._heading != row["phase"] else []), table_row(row)]:
             self.say(line)
+        self._heading = row["phase"]
 
     def _publish_checkpoint(self, policy: PointerSelector | None = None) -> None:
         """Write the checkpoint of the last epoch unless it is there."""

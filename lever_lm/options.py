@@ -155,6 +155,8 @@ def planned(common: Common, pipeline) -> bool:
     """With --dry-run: show the plan instead of doing it."""
     if not common.dry_run:
         return False
+    import yaml
+
     from lever_lm.config import to_dict
 
     layout = pipeline.layout
@@ -164,6 +166,7 @@ def planned(common: Common, pipeline) -> bool:
         "run": pipeline.run.path,
         "inference": pipeline.inference,
     }
+    pipeline.screen.say(yaml.safe_dump(to_dict(pipeline.config), sort_keys=False).rstrip())
     for name, path in places.items():
         pipeline.screen.say(f"{name}: {path} ({'there' if path.exists() else 'to be made'})")
     emit(common, {"config": to_dict(pipeline.config), "paths": {name: str(path) for name, path in places.items()}})

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lever_lm.batches import GroupTensors, to_tensors
 from lever_lm.checkpoint import load_torch, save_torch, to_v2, to_v3
-from lever_lm.compat import resolve_device
-from lever_lm.config import Config
+from lever_lm.compat import check_device_name, resolve_device
+from lever_lm.config import Config, fingerprint
 from lever_lm.console import Screen
 from lever_lm.data import VqaData, load_dataset
 from lever_lm.data.groups import check_reward_mode, is_query, load_groups, read_rollouts, split_ids
@@ -83,8 +83,12 @@ class Pipeline:
 
     def rollouts(self) -> dict:
         """The rollout file, made where needed. Returns the group report with the file's path."""
-        path = self.layout.rollouts
-        report = make_rollouts(self.config, self.data, self.features, self.lvlm, path, self.screen.say)
+        data, lvlm, path = (
+            self.data,
+            self.lvlm,
+            self.layout.rollouts,
+        )  # what is missing is said before features are made
+        report = make_rollouts(self.config, data, self.features, lvlm, path, self.screen.say)
         self.screen.say(
             f"rollouts: {report['groups']} groups, {report['rollouts']} rollouts, mean accuracy "
             f"{report['accuracy']:.3f}; {report['tied']} groups tied (nothing to learn), "
@@ -96,6 +100,8 @@ class Pipeline:
 
     def train(self, *, rl_data: Path | None = None, embeddings: Path | None = None, overwrite: bool = False) -> dict:
         """RCE, then GRPO, resuming what is there; converts the recommended checkpoint. Returns what was recommended."""
+        if embeddings is not None and rl_data is None:
+            raise UsageError("--embeddings belongs to rollouts of your own: name them with --rl-data FILE")
         if not overwrite:
             self.run.check(self.config)  # before the costly part, not after it
         if rl_data is None:
@@ -121,6 +127,8 @@ class Pipeline:
         own = {"policy": policy.shape, **made_for, "dataset": self.config.data.name, "seed": self.config.seed}
         journal = Journal(self.run, own, inputs, self.screen.say)
         journal.resume()
+        if journal.done("grpo") > self.config.grpo.epochs:
+            self.screen.say(f"the run has {journal.done('grpo')} GRPO epochs already: nothing is left to train")
         torch.manual_seed(self.config.seed)
         train, val = train.to(device), val.to(device)
         train_rce(policy, train, val, self.config.rce, journal)
@@ -192,6 +200,11 @@ class Pipeline:
 
     # ------------------------------------------------------------------ inference
 
+    def _setting(self) -> str:
+        """Fingerprint of what results must share to stand in one table: data, pools, features, model, prompt."""
+        parts = (self.config.sampler, self.config.rollout.pool_size, self.config.seed, self.config.infer)
+        return fingerprint(self.features.fingerprint, self.features.name, self.lvlm.fingerprint, *parts)
+
     def _check_shots(self, shots: Sequence[int]) -> None:
         if max(shots) > self.config.rollout.pool_size:
             raise UsageError(f"--shots {max(shots)} exceeds rollout.pool_size {self.config.rollout.pool_size}")
@@ -209,8 +222,9 @@ class Pipeline:
         outcomes = self.evaluation.run(choices, shots, self.lvlm)
         ours = [outcome for outcome in outcomes if outcome.method == method]
         tests = [test for outcome in ours for test in compare(outcome, outcomes)]
-        folder = self.inference / path.stem
-        facts = {"checkpoint": str(path), "why": why, "tests": tests}
+        # By the folder of the checkpoint, which need not be that of the run the options name.
+        folder = self.layout.inference.with_name(path.resolve().parent.name) / path.stem.removesuffix("_v2format")
+        facts = {"checkpoint": str(path), "why": why, "tests": tests, "setting": self._setting()}
         metrics = self.evaluation.write(folder, outcomes, choices, method, facts)
         self.screen.say(f"predictions and metrics: {folder}")
         return {**metrics, "folder": str(folder)}
@@ -240,14 +254,15 @@ class Pipeline:
         outcomes = self.evaluation.run(choices, shots, self.lvlm)
         grpo = [outcome for outcome in outcomes if outcome.method == "grpo"]
         tests = [test for outcome in grpo for test in compare(outcome, outcomes)]
-        facts = {"checkpoint": str(best), "tests": tests, "learned": self._learned(choices)}
+        learned = self._learned(choices)
+        facts = {"checkpoint": str(best), "tests": tests, "learned": learned, "setting": self._setting()}
         metrics = self.evaluation.write(self.inference, outcomes, choices, "grpo", facts)
         report = write_report(self.run, self.inference, self.data)
         return {
             "table": metrics["results"],
             "report": str(report),
             "tests": tests,
-            "learned": facts["learned"],
+            "learned": learned,
             "recommended": trained["recommended"],
             "run": str(self.run.path),
         }
@@ -273,6 +288,7 @@ def check_names(config: Config) -> None:
     check_reward_mode(config.reward.mode)
     check_sampler(config.sampler)
     new_policy(config, config.policy.hidden_dim)
+    check_device_name(config.device)
 
 
 def read_embeddings(path: Path | None) -> Tensor:
@@ -291,7 +307,7 @@ def read_embeddings(path: Path | None) -> Tensor:
             raise LeverError(f"{path} holds {len(tensors)} tensors, expected one (N, D) matrix")
         (matrix,) = tensors.values()
     else:
-        matrix = load_torch(path, expect=Tensor)
+        matrix = load_torch(path, expect=Tensor, what="file of embeddings")
     if matrix.ndim != 2 or not matrix.is_floating_point():
         raise LeverError(f"{path} holds a {matrix.dtype} tensor of shape {tuple(matrix.shape)}, expected (N, D) floats")
     return matrix.float()

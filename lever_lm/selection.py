@@ -129,7 +129,7 @@ def read_history(run: RunFolder | None, log: Path | None) -> History:
         return read_log(log)
     if run is None or not run.path.is_dir():
         where = run.path if run else "a run"
-        raise LeverError(f"no run folder {where}: train first (`lever train`), or name one: lever best-ckpt RUN_DIR")
+        raise LeverError(f"no run folder {where}: train first (`lever train`), or name the run (--run-name, --results)")
     if run.metrics.is_file():
         rows, notes = _read_metrics(run.metrics)
         if rows:

@@ -4,26 +4,31 @@ from lever_lm.console import Screen
 from lever_lm.journal import table_header, table_row
 from lever_lm.selection import History
 
+_ACROSS = 3
+
 
 def show_results(screen: Screen, results: list[dict], tests: list[dict]) -> None:
-    """Methods down, shots across: accuracy and its 95 % interval."""
-    methods = list(dict.fromkeys(row["method"] for row in results))
+    """Accuracy and its 95 % interval: methods down and shots across, or one row each where 80 columns are too few."""
     shots = sorted({row["shots"] for row in results if row["shots"]}) or [0]
-    cells = {
-        (row["method"], row["shots"]): f"{row['accuracy']:.3f} [{row['ci'][0]:.2f}, {row['ci'][1]:.2f}]"
-        for row in results
-    }
-    rows = [
-        [m, *(cells.get((m, k), cells.get((m, 0), "") if i == 0 else "") for i, k in enumerate(shots))] for m in methods
-    ]
-    header = ["method", *map(count_shots, shots)]
-    screen.table(f"VQA accuracy on {results[0]['n']} queries, with 95 % intervals", header, rows)
+    title = f"VQA accuracy on {results[0]['n']} queries, with 95 % intervals"
+    if len(shots) > _ACROSS:
+        rows = [[row["method"], count_shots(row["shots"]), _cell(row)] for row in results]
+        screen.table(title, ["method", "shots", "accuracy"], rows)
+    else:
+        cells = {(row["method"], row["shots"] or shots[0]): _cell(row) for row in results}
+        methods = dict.fromkeys(row["method"] for row in results)
+        rows = [[method, *(cells.get((method, k), "") for k in shots)] for method in methods]
+        screen.table(title, ["method", *map(count_shots, shots)], rows)
     for test in tests:
         if test["against"] in ("img_text_sim", "rce"):
             screen.say(
                 f"{test['method']} − {test['against']} at {count_shots(test['shots'])}: {test['difference']:+.3f} "
                 f"[{test['low']:+.3f}, {test['high']:+.3f}], p = {test['p']:.4f} (paired)"
             )
+
+
+def _cell(row: dict) -> str:
+    return f"{row['accuracy']:.3f} [{row['ci'][0]:.2f}, {row['ci'][1]:.2f}]"
 
 
 def count_shots(shots: int) -> str:

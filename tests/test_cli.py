@@ -190,7 +190,7 @@ def test_an_absurd_range_of_shots_is_refused_without_being_counted_out(tmp_path)
 
 @pytest.mark.parametrize("command", [["demo"], ["train"], ["rollout"]])
 def test_an_unknown_device_is_refused_before_anything_is_written(lever, tmp_path, command):
-    assert_refused(lever(*command, "--device", "gpu7", "--limit", "4", "--json"), 1, "gpu7")
+    assert_refused(lever(*command, "--device", "gpu7", "--limit", "4", "--json"), 2, "gpu7")
     assert files_in(tmp_path) == {}
 
 
@@ -620,3 +620,15 @@ def test_report_after_infer_is_one_page_without_any_address(trained, lever):
     assert "data:image/jpeg;base64," in page
     assert "http://" not in page
     assert "https://" not in page
+
+
+def test_embeddings_without_their_rollouts_are_a_usage_error(lever, tmp_path):
+    assert_refused(lever("train", "--embeddings", "e.pt", "--json"), 2, "--rl-data")
+    assert files_in(tmp_path) == {}
+
+
+def test_many_shots_are_listed_one_a_row_within_80_columns(trained, lever):
+    done = lever("infer", "--ckpt", "latest", "--shots", "1-5", "--limit", "6")
+    assert "5 shots" in done.out
+    assert all(len(line) <= 80 for line in done.out.splitlines() if line[:1] in "┏┃┡│└")
+    assert "…" not in done.out

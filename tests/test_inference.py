@@ -493,3 +493,33 @@ def test_choices_do_not_depend_on_pythons_own_random_state(evaluation):
     np.random.seed(2)
     torch.manual_seed(2)
     assert evaluation.baseline("random", 2) == first
+
+
+def test_a_choice_among_fewer_epochs_than_there_are_now_is_said_to_be_stale(trained, lever):
+    assert lever("best-ckpt", "--strategy", "val_reward").status == 0
+    path, why = find_checkpoint(RunFolder(trained / RUN), None, {})
+    assert "best.json" in why
+    assert "again" not in why
+    best = json.loads((trained / RUN / "best.json").read_text())
+    (trained / RUN / "best.json").write_text(json.dumps({**best, "rows": best["rows"] - 1}))
+    assert find_checkpoint(RunFolder(trained / RUN), None, {})[0] == path
+    assert "`lever best-ckpt` again" in find_checkpoint(RunFolder(trained / RUN), None, {})[1]
+
+
+def test_results_of_the_same_setting_add_up_and_others_replace_them(trained, lever):
+    def rows(*options):
+        done = lever("infer", "--ckpt", "latest", "--json", *options)
+        assert done.status == 0, done.err
+        content = json.loads((trained / done.json["folder"] / "metrics.json").read_text())
+        return [(row["method"], row["shots"], row["n"]) for row in content["results"]]
+
+    assert rows("--shots", "1", "--limit", "12") == [("grpo", 1, 12)]
+    assert rows("--shots", "2", "--limit", "12") == [("grpo", 1, 12), ("grpo", 2, 12)]
+    assert rows("--shots", "1,2", "--limit", "12") == [("grpo", 1, 12), ("grpo", 2, 12)]
+    assert rows("--shots", "2", "--limit", "10") == [("grpo", 2, 10)]
+
+
+def test_inferences_lie_under_the_name_of_their_checkpoints_own_run(trained, lever):
+    (trained / RUN).rename(trained / RUN.parent / "mine")
+    done = lever("infer", "--ckpt", RUN.parent / "mine" / "grpo_epoch1.pt", "--shots", "1", "--limit", "5", "--json")
+    assert done.json["folder"] == "results/digits/inference/mine/grpo_epoch1"
