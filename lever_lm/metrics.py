@@ -8,6 +8,7 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 
 ARTICLES = frozenset({"a", "an", "the"})
 NUMBER_WORDS = dict(
@@ -66,6 +67,7 @@ def _clean(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
+@lru_cache(maxsize=1 << 16)  # the same ten references are compared with every answer to their question
 def normalize_answer(text: str) -> str:
     """An answer as the official evaluator compares it: punctuation, case, articles, number words, contractions."""
     return _strip_articles(_strip_punctuation(_clean(text)))
