@@ -21,7 +21,7 @@ LEVELS = [
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 PURE = ["losses", "rewards", "metrics", "stats", "decoder", "policy"]
 # What pure modules may use of the standard library and beyond: no files, no processes, no clocks.
-PURE_IMPORTS = {"collections", "dataclasses", "difflib", "lever_lm", "math", "numpy", "re", "torch"}
+PURE_IMPORTS = {"collections", "dataclasses", "difflib", "functools", "lever_lm", "math", "numpy", "re", "torch"}
 LATE = {"transformers", "datasets", "qwen_vl_utils", "jinja2", "torchvision", "tokenizers"}
 
 
