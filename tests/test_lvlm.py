@@ -161,7 +161,7 @@ def test_log_prob_is_the_summed_log_softmax_of_a_plain_forward(prompts, style):
     ours = make(style)
     answers = [("three", "twenty one", "no", "a blue circle of paper")[i % 4] for i in range(24)]
     scores = ours.answer_log_prob(prompts[:24], answers)
-    plain = [plain_log_prob(ours, p, a, style) for p, a in zip(prompts, answers, strict=False)]
+    plain = [plain_log_prob(ours, p, a, style) for p, a in zip(prompts[:24], answers, strict=True)]
     assert scores == pytest.approx(plain, abs=1e-4)
     assert all(score < 0 and round(score, 6) == score for score in scores)
 
