@@ -39,10 +39,10 @@ def _declare_operators() -> None:
     importlib.import_module("torchvision")
 
 
-def load_whole(cls, path: str, dtype):
+def load_whole(cls, path: str, dtype, **options):
     """`cls.from_pretrained(path)`, refused with ValueError where weights are missing: the library would go on with
     random ones in their place, and with a model of another kind that is all of them."""
-    model, report = cls.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    model, report = cls.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
     missing = sorted(report["missing_keys"])
     if missing:
         raise ValueError(f"{len(missing)} weights of a {cls.__name__} are missing there, among them {missing[0]}")

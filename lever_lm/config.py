@@ -3,13 +3,14 @@
 import dataclasses
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from lever_lm.errors import UsageError
 
 PACKAGE = Path(__file__).parent
-ASSET_PREFIX = "asset:"
+ASSET_PREFIX, HUB_PREFIX = "asset:", "hub:"
 
 
 @dataclass(frozen=True)
@@ -17,8 +18,10 @@ class DataConfig:
     """Where the questions, annotations and images are. A path `asset:NAME` means what the package ships."""
 
     name: str = "digits"  # folder below results/
-    okvqa_path: str = "asset:digits"  # folder of the questions and annotations files
+    okvqa_path: str = "asset:digits"  # folder of the questions and annotations files, or of parquet files; or hub:REPO
     coco_path: str = "asset:digits"  # folder of train2014/ and val2014/, with or without mscoco2014/ above them
+    train_path: str = ""  # where the training split is, if not in okvqa_path
+    file_prefix: str = ""  # what stands before the official files' names: v2_ for VQAv2
     skip_bad_examples: bool = False  # go on without examples that cannot be read, and count them
 
 
@@ -57,12 +60,19 @@ class PromptConfig:
     """How ICDs and a query become a conversation."""
 
     style: str = "interleaved"  # interleaved: one user turn; dialogue: one user/assistant turn per ICD
+    template: str = "Question: {question} Short answer: {answer}"  # an ICD's text; the query's ends before {answer}
+    separator: str = "\n"  # between one ICD and the next image, within one turn
     order: str = "first_pick_last"  # the first pick stands nearest the query; or first_pick_first
     system: str = "You are a helpful assistant."
 
     def __post_init__(self):
         _one_of("prompt.style", self.style, ("interleaved", "dialogue"))
         _one_of("prompt.order", self.order, ("first_pick_last", "first_pick_first"))
+        parts = re.split(r"(\{question\}|\{answer\})", self.template)
+        if parts[1::2] != ["{question}", "{answer}"] or parts[-1]:
+            raise UsageError(
+                f"prompt.template must hold {{question}} once and end with {{answer}}, found {self.template!r}"
+            )
 
 
 @dataclass(frozen=True)
@@ -71,6 +81,7 @@ class LvlmConfig:
 
     path: str = "Qwen/Qwen2.5-VL-3B-Instruct"  # hub id, directory, or asset:NAME
     dtype: str = "auto"  # auto: bfloat16 on a GPU, float32 on a CPU
+    attention: str = "auto"  # auto: the library's choice; or sdpa, eager, flash_attention_2
     batch_size: int = 16
     num_beams: int = 1
     length_penalty: float = 1.0
@@ -80,6 +91,7 @@ class LvlmConfig:
 
     def __post_init__(self):
         _one_of("lvlm.dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+        _one_of("lvlm.attention", self.attention, ("auto", "sdpa", "eager", "flash_attention_2"))
         _positive(self, "lvlm", "batch_size", "num_beams", "max_new_tokens", "min_pixels", "max_pixels")
         if self.min_pixels > self.max_pixels:
             raise UsageError(f"lvlm.min_pixels {self.min_pixels} exceeds lvlm.max_pixels {self.max_pixels}")

@@ -3,7 +3,7 @@
 N examples of a split, D the encoder's projection size. Rows are unit vectors.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lever_lm.compat import first_line, import_transformers, load_whole, resolve_device
-from lever_lm.config import FeatureConfig, asset_path, fingerprint
-from lever_lm.data import VqaData, open_image
+from lever_lm.config import FeatureConfig, fingerprint
+from lever_lm.data import Example, VqaData, open_image
 from lever_lm.errors import LeverError
-from lever_lm.runs import file_digest, write_tensors
+from lever_lm.hub import fetch_model, model_folder, weights_digest
+from lever_lm.runs import write_tensors
 
 Track = Callable[[Iterable, str, int], Iterable]
 
@@ -58,6 +59,7 @@ class Features:
 
 def compute_features(data: VqaData, config: FeatureConfig, path: Path, device: str, track: Track) -> Features:
     """The features of a dataset, from the cache file `path` if it holds those of the same data and encoder."""
+    fetch_model(config.encoder, "features.encoder")
     encoder_id = encoder_fingerprint(config.encoder)
     stamp = fingerprint(data.fingerprint, list(data.skipped), encoder_id)
     tensors = _read_cache(path, stamp)
@@ -69,10 +71,17 @@ def compute_features(data: VqaData, config: FeatureConfig, path: Path, device: s
 
 
 def encoder_fingerprint(encoder: str) -> str:
-    """What identifies an encoder: its name and, for a local directory, the digest of its weights."""
-    weights = asset_path(encoder) / "model.safetensors"
+    """What identifies an encoder: its name and the digest of its weights; `hub` where they are not here yet."""
+    folder = model_folder(encoder)
     name = Path(encoder.removeprefix("asset:").rstrip("/")).name
-    return f"{name}@{file_digest(weights) if weights.is_file() else 'hub'}"
+    return f"{name}@{weights_digest(folder) if folder else 'hub'}"
+
+
+def same_encoder(one: str, other: str) -> bool:
+    """Whether two fingerprints can be of one encoder: weights that are not here are taken at their name."""
+    if one.endswith("@hub") or other.endswith("@hub"):
+        return one.split("@")[0] == other.split("@")[0]
+    return one.split("@")[1:] == other.split("@")[1:]
 
 
 def _read_cache(path: Path, stamp: str) -> dict[str, Tensor] | None:
@@ -91,12 +100,21 @@ def _encode_splits(data: VqaData, config: FeatureConfig, device: str, track: Tra
     encoder = ClipEncoder(config.encoder, device, config.batch_size)
     tensors = {}
     for split, examples in (("train", data.train_examples), ("val", data.val_examples)):
-        images = list(dict.fromkeys(example.image for example in examples))
-        row = {image: i for i, image in enumerate(images)}
-        of_image = encoder.images(track(images, f"CLIP, {split}: {len(images)} images", len(images)))
+        asked = {example.image: example for example in reversed(examples)}  # each image and its first question
+        row = {image: i for i, image in enumerate(asked)}
+        of_image = encoder.images(_opened(track(asked.values(), f"CLIP, {split}: {len(asked)} images", len(asked))))
         tensors[f"{split}_image"] = of_image[[row[example.image] for example in examples]].contiguous()
         tensors[f"{split}_text"] = encoder.texts([example.question for example in examples])
     return tensors
+
+
+def _opened(examples: Iterable[Example]) -> Iterator:
+    """The image of each example; an error names the question too."""
+    for example in examples:
+        try:
+            yield open_image(example.image)
+        except LeverError as error:
+            raise LeverError(f"question {example.question_id}: {error}") from error
 
 
 class ClipEncoder:
@@ -105,7 +123,7 @@ class ClipEncoder:
     def __init__(self, path: str, device: str, batch_size: int):
         transformers = import_transformers()
         self.device, self.batch_size = resolve_device(device), batch_size
-        where = str(asset_path(path))
+        where = str(fetch_model(path, "features.encoder"))
         try:
             self.model = load_whole(transformers.CLIPModel, where, torch.float32).to(self.device)
             self.processor = transformers.CLIPProcessor.from_pretrained(where)
@@ -116,11 +134,11 @@ class ClipEncoder:
             ) from error
 
     @torch.inference_mode()
-    def images(self, paths: Iterable[str]) -> Tensor:
-        """Image files → unit embeddings (N, D), in batches."""
+    def images(self, images: Iterable) -> Tensor:
+        """RGB `PIL.Image`s → unit embeddings (N, D), in batches."""
         rows = []
-        for batch in _batches(paths, self.batch_size):
-            pixels = self.processor.image_processor(images=[open_image(path) for path in batch], return_tensors="pt")
+        for batch in _batches(images, self.batch_size):
+            pixels = self.processor.image_processor(images=batch, return_tensors="pt")
             rows.append(self._unit(self.model.get_image_features(pixel_values=pixels["pixel_values"].to(self.device))))
         return torch.cat(rows)
 

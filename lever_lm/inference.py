@@ -15,7 +15,7 @@ from lever_lm.checkpoint import load_policy, load_torch, own_config
 from lever_lm.config import Config
 from lever_lm.data import Example, VqaData
 from lever_lm.errors import LeverError
-from lever_lm.features import Features, encoder_fingerprint
+from lever_lm.features import Features, encoder_fingerprint, same_encoder
 from lever_lm.lvlm import CachedLvlm, build_prompt
 from lever_lm.metrics import vqa_accuracy
 from lever_lm.policy import PointerSelector
@@ -262,9 +262,13 @@ def load_for(path: Path, config: Config) -> PointerSelector:
     """The policy of a checkpoint, if it was made for the features of this config. Raises LeverError otherwise."""
     policy = load_policy(path, config.policy.num_heads)
     own = own_config(load_torch(path))
-    for key, here in (("encoder", encoder_fingerprint(config.features.encoder)), ("features", config.features.name)):
+    made_for = {
+        "encoder": (encoder_fingerprint(config.features.encoder), same_encoder),
+        "features": (config.features.name, str.__eq__),
+    }
+    for key, (here, same) in made_for.items():
         there = own.get(key)
-        if there is not None and there != here:
+        if there is not None and not same(str(there), here):
             raise LeverError(
                 f"{path} was trained on the {key} {there!r} and would be given {here!r}: pass the same --features and "
                 "--dataset (features.encoder) as in training"

@@ -36,6 +36,9 @@ class Common:
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1")] = None
     limit: Annotated[int | None, typer.Option(min=2, help="Use N queries only, for a quick look.")] = None
+    skip_bad_examples: Annotated[
+        bool, typer.Option("--skip-bad-examples", help="Go on without examples that cannot be read, and count them.")
+    ] = False
     results: Annotated[Path, typer.Option(help="Folder for everything that is made.")] = Path("results")
     run_name: Annotated[str | None, typer.Option(help="Name of the run's folder.")] = None
     resume: Annotated[
@@ -129,6 +132,8 @@ def make_pipeline(common: Common, flags: dict | None = None, run_dir: Path | Non
         flags["features"] = {"name": common.features}
     if common.limit is not None:
         flags["rollout"], flags["infer"] = {"num_queries": common.limit}, {"num_queries": common.limit}
+    if common.skip_bad_examples:
+        flags["data"] = {"skip_bad_examples": True}
     names = {
         "dataset": common.dataset or DEFAULT_DATASET,
         "lvlm": common.lvlm or DEFAULT_LVLM,

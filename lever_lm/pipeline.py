@@ -51,7 +51,8 @@ class Pipeline:
     def data(self) -> VqaData:
         """The dataset; examples that were left out are counted aloud."""
         data = load_dataset(self.config.data)
-        self.screen.say(f"data: {data.name}, {len(data.train)} training and {len(data.val)} evaluation examples")
+        counts = f"{len(data.train_examples)} training and {len(data.val_examples)} evaluation examples"
+        self.screen.say(f"data: {data.name}, {counts}")
         if data.skipped:
             self.screen.say(f"data: {len(data.skipped)} bad examples left out, the first: {data.skipped[0]}")
         return data

@@ -3,15 +3,17 @@
 import base64
 import json
 from html import escape
+from io import BytesIO
 from pathlib import Path
 
-from lever_lm.data import Example, VqaData
+from lever_lm.data import Example, Image, VqaData, open_image
 from lever_lm.errors import LeverError
 from lever_lm.runs import RunFolder, write_text
 from lever_lm.selection import read_history
 
 CURVES = ("train_loss", "val_loss", "val_reward", "ppo_loss", "kl", "adv_std")
 GALLERY = 12
+_THUMBNAIL = 320
 _WIDTH, _HEIGHT = 320, 120
 
 
@@ -99,6 +101,9 @@ def _card(example: Example) -> dict:
     return {"image": image_data_url(example.image), "question": example.question, "answer": example.answer}
 
 
-def image_data_url(path: str) -> str:
-    """A JPEG file as a data URL."""
-    return "data:image/jpeg;base64," + base64.b64encode(Path(path).read_bytes()).decode("ascii")
+def image_data_url(image: Image) -> str:
+    """An image as the data URL of a JPEG, not larger than it is shown."""
+    picture, file = open_image(image), BytesIO()
+    picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    picture.save(file, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode("ascii")

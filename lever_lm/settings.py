@@ -172,7 +172,8 @@ ENVIRONMENT = {
     "FREEZE_BACKBONE_IN_GRPO": (_flag, lambda v: {"grpo.freeze_backbone": v}),
     "SKIP_FALLBACK_REWARD": (_flag, lambda v: {"reward.skip_fallback": v}),
     "REQUIRE_POSITIVE_QUERY": (_flag, lambda v: {"reward.require_positive": v}),
-    "OKVQA_PATH": (str, lambda v: {"data.okvqa_path": v}),
+    "OKVQA_PATH": (str, lambda v: {"data.okvqa_path": v, "data.train_path": ""}),
+    "VQAV2_PATH": (str, lambda v: {"data.okvqa_path": v, "data.train_path": ""}),
     "COCO_PATH": (str, lambda v: {"data.coco_path": v}),
 }
 
@@ -183,13 +184,11 @@ def environment_values(values: dict, environ=os.environ, over: dict | None = Non
     `over`: values that win over the environment; a variable whose every value they set is not in effect. Paths of
     OK-VQA leave the embedded dataset alone. An empty variable is none. Raises UsageError on a bad value.
     """
-    data = values.get("data", {})
-    path = data.get("okvqa_path", DataConfig.okvqa_path) if isinstance(data, dict) else ""  # build() refuses it
-    embedded = str(path).startswith(ASSET_PREFIX)
+    elsewhere = _paths_of_others(values, environ)
     found, in_effect = {}, []
     for name, (parse, to_values) in ENVIRONMENT.items():
         text = environ.get(name, "")
-        if not text.strip() or (embedded and name in ("OKVQA_PATH", "COCO_PATH")):
+        if not text.strip() or name in elsewhere:
             continue
         try:
             parsed = parse(text)
@@ -200,6 +199,17 @@ def environment_values(values: dict, environ=os.environ, over: dict | None = Non
         if not all(_is_set(over or {}, key) for key in to_values(parsed)):
             in_effect.append(f"{name}={text}")
     return found, in_effect
+
+
+def _paths_of_others(values: dict, environ) -> tuple[str, ...]:
+    """Variables that name folders of other datasets than this one."""
+    data = values.get("data", {})
+    data = data if isinstance(data, dict) else {}  # build() refuses it
+    if str(data.get("okvqa_path", DataConfig.okvqa_path)).startswith(ASSET_PREFIX):
+        return ("OKVQA_PATH", "VQAV2_PATH", "COCO_PATH")
+    if data.get("file_prefix", DataConfig.file_prefix) != "v2_":
+        return ("VQAV2_PATH",)
+    return ("OKVQA_PATH",) if environ.get("VQAV2_PATH", "").strip() else ()
 
 
 def _is_set(values: dict, key: str) -> bool:

@@ -60,11 +60,11 @@ def files_in(folder: Path) -> dict[str, tuple[int, int]]:
 def small_digits(folder: Path, train: int = 12, val: int = 6) -> Path:
     """The first questions of the embedded digits in a folder of their own, in the official layout."""
     from lever_lm.config import asset_path
-    from lever_lm.data.okvqa import YEARS, annotations_file, questions_file
+    from lever_lm.data.okvqa import SPLITS, annotations_file, questions_file
 
     source = asset_path("asset:digits")
     for split, count in (("train", train), ("val", val)):
-        images = folder / YEARS[split]
+        images = folder / SPLITS[split]
         images.mkdir(parents=True)
         questions = json.loads(questions_file(source, split).read_text())
         annotations = json.loads(annotations_file(source, split).read_text())
@@ -74,7 +74,7 @@ def small_digits(folder: Path, train: int = 12, val: int = 6) -> Path:
         questions_file(folder, split).write_text(json.dumps(questions))
         annotations_file(folder, split).write_text(json.dumps(annotations))
         for question in questions["questions"]:
-            shutil.copy2(source / YEARS[split] / f"COCO_{YEARS[split]}_{question['image_id']:012d}.jpg", images)
+            shutil.copy2(source / SPLITS[split] / f"COCO_{SPLITS[split]}_{question['image_id']:012d}.jpg", images)
     return folder
 
 

@@ -131,7 +131,7 @@ def test_random_draws_from_the_whole_training_split_and_never_the_own_image(eval
 
 
 def test_no_baseline_shows_the_querys_own_image_even_where_it_is_a_training_image(config, digits, digits_features):
-    train_queries = dataclasses.replace(digits, val=digits.train)
+    train_queries = dataclasses.replace(digits, val_examples=digits.train_examples)
     features = dataclasses.replace(digits_features, val=digits_features.train)
     evaluation = Evaluation(config, train_queries, features)
     for name in ("random", "text_sim", "img_sim", "img_text_sim", "oracle"):

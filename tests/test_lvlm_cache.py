@@ -8,10 +8,10 @@ import sqlite3
 
 import pytest
 
-from lever_lm.data import Example
+from lever_lm.data import Example, image_digest
 from lever_lm.errors import LeverError
 from lever_lm.lvlm import CachedLvlm, Prompt
-from lever_lm.lvlm.cache import AnswerCache, _image_digest
+from lever_lm.lvlm.cache import AnswerCache
 
 
 class Stopped(Exception):
@@ -57,7 +57,7 @@ def tracked(items, what, total):
 
 def opened(path, backend=None, fingerprint="model-1", track=tracked) -> CachedLvlm:
     """The cache as a new process would open it."""
-    _image_digest.cache_clear()
+    image_digest.cache_clear()
     return CachedLvlm((lambda: backend) if backend else no_model, fingerprint, AnswerCache(path), track)
 
 

@@ -1,5 +1,6 @@
 """Datasets in OK-VQA's official layout: what loads, what is refused in which words, what is left out and counted."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from PIL import Image
 
 from lever_lm.config import DataConfig, asset_path
 from lever_lm.data import Example, load_dataset, open_image
-from lever_lm.data.examples import to_dataset, to_examples
+from lever_lm.data.examples import to_dataset
 from lever_lm.errors import LeverError
 
 QUESTIONS = "OpenEnded_mscoco_{}2014_questions.json"
@@ -140,7 +141,9 @@ def test_the_image_column_gives_pictures(world):
 
 def test_examples_survive_the_table():
     examples = (Example(2**40, 7, "q?", ("a", "b"), ("as", "b"), "x.jpg"), Example(1, 8, "ü", ("c",), ("c",), "y.jpg"))
-    assert to_examples(to_dataset(examples)) == examples
+    rows = to_dataset(examples).select_columns(["question_id", "image_id", "question", "answers", "raw_answers"])
+    there = [Example(**{**row, **{k: tuple(row[k]) for k in ("answers", "raw_answers")}}, image="") for row in rows]
+    assert there == [dataclasses.replace(example, image="") for example in examples]
 
 
 # ---------------------------------------------------------------------- pictures
@@ -178,7 +181,7 @@ def test_a_truncated_picture_is_refused_by_file(world, share):
     whole = world.path("train", 2).read_bytes()
     world.path("train", 2).write_bytes(whole[: int(len(whole) * share)])
     with pytest.raises(
-        LeverError, match=r"cannot decode the image .*COCO_train2014_000000000002\.jpg.*skip_bad_examples"
+        LeverError, match=r"cannot decode the image .*COCO_train2014_000000000002\.jpg.*skip-bad-examples"
     ):
         open_image(world.path("train", 2))
 
@@ -199,7 +202,7 @@ def test_a_missing_or_empty_image_is_refused_by_question_and_file(world, empty):
     world.path("val", 5).unlink()
     if empty:
         world.path("val", 5).touch()
-    message = r"question 50: image .*COCO_val2014_000000000005\.jpg is missing or empty.*skip_bad_examples=true"
+    message = r"question 50: image .*COCO_val2014_000000000005\.jpg is missing or empty.*--skip-bad-examples"
     with pytest.raises(LeverError, match=message):
         world.load()
 
@@ -304,7 +307,7 @@ def test_bad_examples_are_left_out_and_counted(world):
     assert [example.question_id for example in data.val_examples] == [41, 50, 51]
     assert len(data.skipped) == 6
     for told, words in zip(
-        data.skipped, ["question 10", "question 11", "0002.jpg", "0002.jpg", "30", "40"], strict=True
+        data.skipped, ["question 10", "question 11", "question 30", "question 40", "0002.jpg", "0002.jpg"], strict=True
     ):
         assert words in told
 
@@ -332,7 +335,7 @@ def test_repeated_ids_are_left_out_and_counted(world, which):
 def test_a_split_without_a_usable_example_is_refused(world):
     for i in (4, 5):
         world.path("val", i).unlink()
-    with pytest.raises(LeverError, match=r"OpenEnded_mscoco_val2014_questions\.json holds no usable example"):
+    with pytest.raises(LeverError, match=r"the val split holds no usable example"):
         world.load(skip_bad_examples=True)
 
 

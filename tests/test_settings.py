@@ -286,7 +286,8 @@ VALUES = {
     "FREEZE_BACKBONE_IN_GRPO": ("1", {"grpo.freeze_backbone": True}),
     "SKIP_FALLBACK_REWARD": ("no", {"reward.skip_fallback": False}),
     "REQUIRE_POSITIVE_QUERY": ("YES", {"reward.require_positive": True}),
-    "OKVQA_PATH": ("/a", {"data.okvqa_path": "/a"}),
+    "OKVQA_PATH": ("/a", {"data.okvqa_path": "/a", "data.train_path": ""}),
+    "VQAV2_PATH": ("/c", {"data.okvqa_path": "/c", "data.train_path": ""}),
     "COCO_PATH": ("/b", {"data.coco_path": "/b"}),
 }
 
@@ -295,7 +296,8 @@ VALUES = {
 def test_every_variable_of_the_lineage_works(monkeypatch, name):
     text, expected = VALUES[name]
     monkeypatch.setenv(name, text)
-    config, in_effect = resolve({"dataset": "okvqa_local"}, None, [], {})
+    dataset = "vqav2_local" if name == "VQAV2_PATH" else "okvqa_local"
+    config, in_effect = resolve({"dataset": dataset}, None, [], {})
     assert in_effect == [f"{name}={text}"]
     assert {key: get(config, key) for key in expected} == expected
     unset = resolve({"dataset": "okvqa_local"}, None, [], {}) if monkeypatch.delenv(name) is None else None

@@ -1,25 +1,51 @@
-"""One VQA item, the table of them, and the one place where an image file becomes pixels."""
+"""One VQA item, the table of them, and the one place where an image becomes pixels."""
 
+import hashlib
+import os
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from io import BytesIO
 from pathlib import Path
 
 from lever_lm.errors import LeverError
+
+MAX_RATIO = 200  # of an image's sides: what Qwen2.5-VL can be shown
+DIGITS = 16  # of its SHA-256: what identifies it
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    """An image inside a table on disk: its bytes are read when asked for. Equal to any other of the same content."""
+
+    digest: str
+    row: int = field(compare=False)
+    table: "datasets.Dataset" = field(compare=False, repr=False)  # noqa: F821 - imported late
+
+    def read(self) -> bytes:
+        """The image file's bytes."""
+        return self.table[self.row]["image"]["bytes"]
+
+    def __str__(self) -> str:
+        return f"in row {self.row} of the parquet files"
+
+
+Image = str | StoredImage  # a path, or where in a table
 
 
 @dataclass(frozen=True)
 class Example:
     """One question about one image. `answers` are the reduced forms that accuracy is scored against, `raw_answers`
-    what the annotators typed; ten of each in OK-VQA. `image` is a path."""
+    what the annotators typed; ten of each in OK-VQA."""
 
     question_id: int
     image_id: int
     question: str
     answers: tuple[str, ...]
     raw_answers: tuple[str, ...]
-    image: str
+    image: Image
 
     @cached_property
     def answer(self) -> str:
@@ -29,37 +55,29 @@ class Example:
 
 @dataclass(frozen=True)
 class VqaData:
-    """The two splits as `datasets.Dataset`s (columns of Example; `image` decodes lazily) and their fingerprint."""
+    """The two splits and their fingerprint. The row number of a training example is its id in rollout files."""
 
     name: str
-    train: "datasets.Dataset"  # noqa: F821 - imported late
-    val: "datasets.Dataset"  # noqa: F821
+    train_examples: tuple[Example, ...]
+    val_examples: tuple[Example, ...]
     fingerprint: str
     skipped: tuple[str, ...] = ()
 
     @cached_property
-    def train_examples(self) -> tuple[Example, ...]:
-        """Rows of the training split; the row number is an example's id in rollout files."""
-        return to_examples(self.train)
+    def train(self) -> "datasets.Dataset":  # noqa: F821
+        """The training split as a table of Example's columns, whose images are decoded on access."""
+        return to_dataset(self.train_examples)
 
     @cached_property
-    def val_examples(self) -> tuple[Example, ...]:
-        """Rows of the evaluation split."""
-        return to_examples(self.val)
+    def val(self) -> "datasets.Dataset":  # noqa: F821
+        """The evaluation split as such a table."""
+        return to_dataset(self.val_examples)
 
 
 def to_dataset(examples: Sequence[Example]):
     """Examples → `datasets.Dataset` whose `image` column decodes on access, never before."""
     import datasets
 
-    columns = {
-        "question_id": [example.question_id for example in examples],
-        "image_id": [example.image_id for example in examples],
-        "question": [example.question for example in examples],
-        "answers": [list(example.answers) for example in examples],
-        "raw_answers": [list(example.raw_answers) for example in examples],
-        "image": [example.image for example in examples],
-    }
     text, number = datasets.Value("string"), datasets.Value("int64")
     features = datasets.Features(
         question_id=number,
@@ -67,40 +85,94 @@ def to_dataset(examples: Sequence[Example]):
         question=text,
         answers=datasets.List(text),
         raw_answers=datasets.List(text),
-        image=datasets.Image(),
     )
-    return datasets.Dataset.from_dict(columns, features=features)
+    columns = {
+        "question_id": [example.question_id for example in examples],
+        "image_id": [example.image_id for example in examples],
+        "question": [example.question for example in examples],
+        "answers": [list(example.answers) for example in examples],
+        "raw_answers": [list(example.raw_answers) for example in examples],
+    }
+    images = [example.image for example in examples]
+    decoded = datasets.Image()
+    if any(isinstance(image, StoredImage) for image in images):
+        table = images[0].table.select([image.row for image in images]).cast_column("image", decoded)
+        return datasets.concatenate_datasets([datasets.Dataset.from_dict(columns, features=features), table], axis=1)
+    features["image"] = decoded
+    return datasets.Dataset.from_dict({**columns, "image": images}, features=features)
 
 
-def to_examples(dataset) -> tuple[Example, ...]:
-    """`datasets.Dataset` → Examples; no image is decoded."""
-    import datasets
-
-    rows = dataset.cast_column("image", datasets.Image(decode=False)).to_list()
-    return tuple(
-        Example(
-            question_id=row["question_id"],
-            image_id=row["image_id"],
-            question=row["question"],
-            answers=tuple(row["answers"]),
-            raw_answers=tuple(row["raw_answers"]),
-            image=row["image"]["path"],
-        )
-        for row in rows
-    )
+# ---------------------------------------------------------------------- images
 
 
-def open_image(path: str | Path):
-    """The image file as an upright RGB `PIL.Image`. Raises LeverError naming the file when it cannot be decoded."""
-    from PIL import Image, ImageOps
+def open_image(image: Image):
+    """An image as upright RGB `PIL.Image`, transparency on white. Raises LeverError naming one that does not decode."""
+    import PIL.Image
+    from PIL import ImageOps
 
     try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+        with PIL.Image.open(BytesIO(image.read()) if isinstance(image, StoredImage) else image) as opened:
+            if max(opened.size) > MAX_RATIO * min(opened.size):
+                raise ValueError(f"its sides, {opened.width} and {opened.height}, are in a ratio over {MAX_RATIO}")
+            upright = ImageOps.exif_transpose(opened)
+            if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
+                upright = upright.convert("RGBA")
+                upright = PIL.Image.alpha_composite(PIL.Image.new("RGBA", upright.size, "white"), upright)
+            return upright.convert("RGB")
     except FileNotFoundError as error:
-        raise LeverError(f"image not found: {path} (check COCO_PATH or data.coco_path)") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise LeverError(f"image not found: {image} (check COCO_PATH or data.coco_path)") from error
+    except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
         raise LeverError(
-            f"cannot decode the image {path}: {error}. Replace the file, or go on without such examples: "
-            "--set data.skip_bad_examples=true"
+            f"cannot decode the image {image}: {error}. Replace the file, or go on without such examples: "
+            "--skip-bad-examples"
         ) from error
+
+
+@lru_cache(maxsize=200_000)
+def image_digest(image: Image) -> str:
+    """What identifies an image's content, whether in a file or in a table. Raises LeverError when it is not there."""
+    if isinstance(image, StoredImage):
+        return image.digest
+    try:
+        return bytes_digest(Path(image).read_bytes())
+    except OSError as error:
+        raise LeverError(f"cannot read the image {image}: {error.strerror}") from error
+
+
+def bytes_digest(content: bytes) -> str:
+    """Hex digits that identify a file's content."""
+    return hashlib.sha256(content).hexdigest()[:DIGITS]
+
+
+def undecodable(images: Iterable[Image]) -> dict[Image, str]:
+    """Those of the images that do not decode, with the reason. Decodes them all, on every core."""
+
+    def problem(image: Image) -> str | None:
+        try:
+            open_image(image)
+        except LeverError as error:
+            return str(error)
+        return None
+
+    distinct = list(dict.fromkeys(images))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return {image: why for image, why in zip(distinct, pool.map(problem, distinct), strict=True) if why}
+
+
+# ---------------------------------------------------------------------- what is wrong with a data file
+
+
+def refuse_or_skip(problem: str, skip_bad: bool, skipped: list[str]) -> None:
+    """Raise LeverError for a bad example, or count it among the skipped ones."""
+    if not skip_bad:
+        raise LeverError(f"{problem}; to go on without such examples: --skip-bad-examples")
+    skipped.append(problem)
+
+
+def unique(where, rows: list[dict], skip_bad: bool, skipped: list[str]) -> list[dict]:
+    """The rows, the first of those with the same question_id."""
+    for question_id, count in Counter(row["question_id"] for row in rows).items():
+        if count > 1:
+            problem = f"{where}: question_id {question_id} appears {count} times, expected once"
+            refuse_or_skip(problem, skip_bad, skipped)
+    return list({row["question_id"]: row for row in reversed(rows)}.values())[::-1] if skip_bad else rows

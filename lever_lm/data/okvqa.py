@@ -3,79 +3,76 @@
 import hashlib
 import json
 import os
-from collections import Counter
 from pathlib import Path
 
 from lever_lm.config import DataConfig, asset_path
-from lever_lm.data.examples import Example, VqaData, open_image, to_dataset
+from lever_lm.data.examples import Example, refuse_or_skip, unique
 from lever_lm.errors import LeverError
 
-YEARS = {"train": "train2014", "val": "val2014"}
+SPLITS = {"train": "train2014", "val": "val2014"}
 
 
-def questions_file(root: Path, split: str) -> Path:
-    """Where the official questions of a split (`train`, `val`) are."""
-    return root / f"OpenEnded_mscoco_{YEARS[split]}_questions.json"
+def questions_file(root: Path, split: str, prefix: str = "") -> Path:
+    """Where the official questions of a split (`train`, `val`) are. A prefix (`v2_` for VQAv2) may be missing."""
+    return _with_or_without(root, prefix, f"OpenEnded_mscoco_{SPLITS[split]}_questions.json")
 
 
-def annotations_file(root: Path, split: str) -> Path:
+def annotations_file(root: Path, split: str, prefix: str = "") -> Path:
     """Where the official annotations of a split are."""
-    return root / f"mscoco_{YEARS[split]}_annotations.json"
+    return _with_or_without(root, prefix, f"mscoco_{SPLITS[split]}_annotations.json")
+
+
+def _with_or_without(root: Path, prefix: str, name: str) -> Path:
+    expected = root / f"{prefix}{name}"
+    return root / name if not expected.exists() and (root / name).exists() else expected
 
 
 def images_folder(root: Path, split: str) -> Path:
     """The folder of a split's COCO images, with or without `mscoco2014/` above it. LeverError when there is none."""
-    candidates = [root / YEARS[split], root / "mscoco2014" / YEARS[split]]
+    candidates = [root / SPLITS[split], root / "mscoco2014" / SPLITS[split]]
     for folder in candidates:
         if folder.is_dir():
             return folder
     raise LeverError(f"no folder {' or '.join(map(str, candidates))}: set COCO_PATH (data.coco_path) to what holds it")
 
 
-def load_okvqa(config: DataConfig) -> VqaData:
-    """Both splits. Raises LeverError with file, id and what was expected; with skip_bad_examples such examples are
-    left out and listed in `skipped`."""
-    questions_root, images_root = asset_path(config.okvqa_path), asset_path(config.coco_path)
-    digest, skipped, splits = hashlib.sha256(), [], {}
-    for split in YEARS:
-        examples = _load_split(questions_root, images_root, split, config.skip_bad_examples, skipped, digest)
-        splits[split] = to_dataset(examples)
-    return VqaData(config.name, splits["train"], splits["val"], digest.hexdigest()[:16], tuple(skipped))
+def load_split(source: str, config: DataConfig, split: str, skipped: list[str]) -> tuple[list[Example], str]:
+    """One split (`train` or `val`) from the official files in the folder `source`, and its fingerprint.
 
-
-def _load_split(questions_root, images_root, split, skip_bad, skipped, digest) -> list[Example]:
-    questions_path, annotations_path = questions_file(questions_root, split), annotations_file(questions_root, split)
+    Raises LeverError with file, id and what was expected; with skip_bad_examples such examples are left out and
+    added to `skipped`. Images are looked up in their folder's listing and not opened.
+    """
+    digest, skip_bad, root = hashlib.sha256(), config.skip_bad_examples, asset_path(source)
+    questions_path = questions_file(root, split, config.file_prefix)
+    annotations_path = annotations_file(root, split, config.file_prefix)
     questions = _read_list(questions_path, "questions", digest)
     annotations = _read_list(annotations_path, "annotations", digest)
-    folder = images_folder(images_root, split)
+    folder = images_folder(asset_path(config.coco_path), split)
     sizes = {entry.name: entry.stat().st_size for entry in os.scandir(folder) if entry.is_file()}
-    questions = _unique(questions_path, questions, skip_bad, skipped)
-    annotations = _unique(annotations_path, annotations, skip_bad, skipped)
+    questions = unique(questions_path, questions, skip_bad, skipped)
+    annotations = unique(annotations_path, annotations, skip_bad, skipped)
     annotated = {item["question_id"]: item for item in annotations}
     orphans = annotated.keys() - {item["question_id"] for item in questions}
     for orphan in sorted(orphans):
         problem = f"{annotations_path}: annotation {orphan} has no question in {questions_path.name}"
-        _refuse_or_skip(problem, skip_bad, skipped)
-    examples = []
+        refuse_or_skip(problem, skip_bad, skipped)
+    examples: list[Example] = []
+    shared: dict = {}
     for item in questions:
-        problem = example = None
+        problem = None
         try:
-            example = _example(item, annotated, questions_path, annotations_path, folder, split)
+            example = _example(item, annotated, questions_path, annotations_path, folder, split, shared)
             name = Path(example.image).name
             if not sizes.get(name):
                 problem = f"question {example.question_id}: image {example.image} is missing or empty"
-            elif skip_bad:
-                open_image(example.image)
             digest.update(f"{name}:{sizes.get(name)}".encode())
         except LeverError as error:
             problem = str(error)
         if problem is None:
             examples.append(example)
         else:
-            _refuse_or_skip(problem, skip_bad, skipped)
-    if not examples:
-        raise LeverError(f"{questions_path} holds no usable example")
-    return examples
+            refuse_or_skip(problem, skip_bad, skipped)
+    return examples, digest.hexdigest()[:16]
 
 
 def _read_list(path: Path, key: str, digest) -> list[dict]:
@@ -104,22 +101,7 @@ def _reason(error: Exception) -> str:
     return f"no key {error}" if isinstance(error, KeyError) else str(error)
 
 
-def _refuse_or_skip(problem: str, skip_bad: bool, skipped: list[str]) -> None:
-    if not skip_bad:
-        raise LeverError(f"{problem}; to go on without such examples: --set data.skip_bad_examples=true")
-    skipped.append(problem)
-
-
-def _unique(path: Path, rows: list[dict], skip_bad: bool, skipped: list[str]) -> list[dict]:
-    """The rows, the first of those with the same id."""
-    for question_id, count in Counter(row["question_id"] for row in rows).items():
-        if count > 1:
-            problem = f"{path}: question_id {question_id} appears {count} times, expected once"
-            _refuse_or_skip(problem, skip_bad, skipped)
-    return list({row["question_id"]: row for row in reversed(rows)}.values())[::-1] if skip_bad else rows
-
-
-def _example(item, annotated, questions_path, annotations_path, folder, split) -> Example:
+def _example(item, annotated, questions_path, annotations_path, folder, split, shared: dict) -> Example:
     question_id, image_id = item["question_id"], item["image_id"]
     annotation = annotated.get(question_id)
     if annotation is None:
@@ -136,9 +118,11 @@ def _example(item, annotated, questions_path, annotations_path, folder, split) -
         raise LeverError(
             f"{annotations_path}: question {question_id} needs a list of objects with 'answer', found {entries!r:.80}"
         )
-    answers = tuple(entry["answer"] for entry in entries)
-    raw_answers = tuple(entry.get("raw_answer", entry["answer"]) for entry in entries)
-    image = folder / f"COCO_{YEARS[split]}_{image_id:012d}.jpg"
+    # Answers repeat over and over: equal ones are kept once.
+    answers = tuple(shared.setdefault(entry["answer"], entry["answer"]) for entry in entries)
+    typed = (entry.get("raw_answer", entry["answer"]) for entry in entries)
+    raw_answers = tuple(shared.setdefault(text, text) for text in typed)
+    image = folder / f"COCO_{SPLITS[split]}_{image_id:012d}.jpg"
     return Example(question_id, image_id, question, answers, raw_answers, str(image))
 
 

@@ -5,12 +5,11 @@ import hashlib
 import json
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache
 from pathlib import Path
 
+from lever_lm.data import image_digest
 from lever_lm.errors import LeverError
 from lever_lm.lvlm.prompt import Prompt, cut_answer
-from lever_lm.runs import file_digest
 
 _SQL_VARIABLES = 500
 Track = Callable[[Iterable, str, int], Iterable]
@@ -52,14 +51,6 @@ class AnswerCache:
     def close(self) -> None:
         """Close the file; a later use is an error."""
         self._db.close()
-
-
-@lru_cache(maxsize=200_000)
-def _image_digest(path: str) -> str:
-    try:
-        return file_digest(Path(path))
-    except OSError as error:
-        raise LeverError(f"cannot read the image {path}: {error.strerror}") from error
 
 
 class CachedLvlm:
@@ -125,6 +116,6 @@ class CachedLvlm:
         return [known[key] for key in keys]
 
     def _key(self, kind: str, prompt: Prompt) -> str:
-        shown = [[icd.question, icd.answer, _image_digest(icd.image)] for icd in prompt.icds]
-        query = [prompt.query.question, _image_digest(prompt.query.image)]
+        shown = [[icd.question, icd.answer, image_digest(icd.image)] for icd in prompt.icds]
+        query = [prompt.query.question, image_digest(prompt.query.image)]
         return hashlib.sha256(json.dumps([self.fingerprint, kind, shown, query]).encode()).hexdigest()

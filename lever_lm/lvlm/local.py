@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from lever_lm.compat import first_line, import_transformers, load_whole, resolve_device
-from lever_lm.config import LvlmConfig, PromptConfig, asset_path, fingerprint
-from lever_lm.data import open_image
+from lever_lm.config import LvlmConfig, PromptConfig, fingerprint
+from lever_lm.data import Image, open_image
 from lever_lm.errors import LeverError
+from lever_lm.hub import fetch_model, model_folder
 from lever_lm.lvlm.decoding import Prefilled, beam_search, greedy
 from lever_lm.lvlm.prompt import Prompt, cut_answer, to_messages
 
@@ -28,11 +29,12 @@ class LocalLvlm:
     def __init__(self, config: LvlmConfig, prompt: PromptConfig, device: str = "auto"):
         transformers = import_transformers()
         self.config, self.prompt, self.device = config, prompt, resolve_device(device)
-        where = str(asset_path(config.path))
+        where = str(fetch_model(config.path, "--lvlm, lvlm.path"))
         dtype = _dtype(config.dtype, self.device)
+        attention = {} if config.attention == "auto" else {"attn_implementation": config.attention}
         try:
             self.processor = transformers.AutoProcessor.from_pretrained(where)
-            model = load_whole(transformers.Qwen2_5_VLForConditionalGeneration, where, dtype)
+            model = load_whole(transformers.Qwen2_5_VLForConditionalGeneration, where, dtype, **attention)
         except Exception as error:  # a directory of anybody's making: the library can fail on it in any way
             raise LeverError(
                 f"cannot load the LVLM {config.path}: {first_line(error)} (--lvlm, lvlm.path: a cached hub id or a "
@@ -48,7 +50,7 @@ class LocalLvlm:
         self.pad = self.tokenizer.pad_token_id if pad is None else pad
         self.image_token = "<|image_pad|>"
         self.image_token_id = model.config.image_token_id
-        self.bank: dict[str, tuple[Tensor, Tensor]] = {}  # image path → (features (T, H), grid (3,))
+        self.bank: dict[Image, tuple[Tensor, Tensor]] = {}  # image → (features (T, H), grid (3,))
 
     # ------------------------------------------------------------------ answering
 
@@ -112,7 +114,7 @@ class LocalLvlm:
         messages = to_messages(prompt, self.prompt)
         return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
-    def _inputs(self, texts: list[str], images: list[list[str]], targets: list[list[int]] | None = None):
+    def _inputs(self, texts: list[str], images: list[list[Image]], targets: list[list[int]] | None = None):
         """Token ids (B, L) padded on the left, mask (B, L), embeddings (B, L, H), positions (3, B, L)."""
         self._fill_bank([path for paths in images for path in paths])
         rows = []
@@ -144,7 +146,7 @@ class LocalLvlm:
         embeddings = embeddings.masked_scatter(is_image[..., None], features.to(embeddings.dtype))
         return ids, mask, embeddings, positions
 
-    def _prefill(self, texts: list[str], images: list[list[str]]) -> Prefilled:
+    def _prefill(self, texts: list[str], images: list[list[Image]]) -> Prefilled:
         _, mask, embeddings, positions = self._inputs(texts, images)
         decoder, head = self.model.model.language_model, self.model.lm_head
         out = decoder(inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, use_cache=True)
@@ -163,7 +165,7 @@ class LocalLvlm:
         following = positions.masked_fill(mask == 0, 0).amax((0, 2)) + 1
         return Prefilled(head(out.last_hidden_state[:, -1]), cache, mask, following, step)
 
-    def _score(self, texts: list[str], images: list[list[str]], targets: list[list[int]]) -> list[float]:
+    def _score(self, texts: list[str], images: list[list[Image]], targets: list[list[int]]) -> list[float]:
         ids, mask, embeddings, positions = self._inputs(texts, images, targets)
         decoder = self.model.model.language_model
         hidden = decoder(
@@ -177,31 +179,31 @@ class LocalLvlm:
 
     # ------------------------------------------------------------------ images
 
-    def _fill_bank(self, paths: Sequence[str]) -> None:
-        new = [path for path in dict.fromkeys(paths) if path not in self.bank]
+    def _fill_bank(self, images: Sequence[Image]) -> None:
+        new = [image for image in dict.fromkeys(images) if image not in self.bank]
         for start in range(0, len(new), IMAGE_BATCH):
             self._encode(new[start : start + IMAGE_BATCH])
 
-    def _encode(self, paths: list[str]) -> None:
+    def _encode(self, images: list[Image]) -> None:
         from qwen_vl_utils import process_vision_info
 
         limits = {"min_pixels": self.config.min_pixels, "max_pixels": self.config.max_pixels}
-        content = [{"type": "image", "image": open_image(path), **limits} for path in paths]
-        images, _ = process_vision_info(
+        content = [{"type": "image", "image": open_image(image), **limits} for image in images]
+        resized, _ = process_vision_info(
             [{"role": "user", "content": content}], image_patch_size=self.image_processor.patch_size
         )
-        pixels = self.image_processor(images=images, return_tensors="pt").to(self.device)
+        pixels = self.image_processor(images=resized, return_tensors="pt").to(self.device)
         grids = pixels["image_grid_thw"]
         output = self.model.get_image_features(pixels["pixel_values"].to(self.model.dtype), grids)
         features = output if isinstance(output, (tuple, list)) else output.pooler_output
         expected = [math.prod(grid.tolist()) // self.image_processor.merge_size**2 for grid in grids]
         if [len(feature) for feature in features] != expected:
             raise LeverError(
-                f"{Path(paths[0]).name}…: the vision tower gave {[len(f) for f in features]} tokens, "
+                f"the image {images[0]} and those after it: the vision tower gave {[len(f) for f in features]} tokens, "
                 f"the grids promise {expected}"
             )
-        for path, feature, grid in zip(paths, features, grids, strict=True):
-            self.bank[path] = (feature.clone(), grid)
+        for image, feature, grid in zip(images, features, grids, strict=True):
+            self.bank[image] = (feature.clone(), grid)
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:
@@ -213,8 +215,8 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
 def local_fingerprint(config: LvlmConfig, prompt: PromptConfig, device: str) -> str:
     """Changes with everything an answer depends on but the question: weights, precision, decoding, image budget,
     prompt style. Needs no model loaded."""
-    folder = asset_path(config.path)
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.json"), *folder.glob("*.jinja")])
+    folder = model_folder(config.path)
+    files = sorted(f for kind in ("safetensors", "json", "jinja") for f in folder.glob(f"*.{kind}")) if folder else []
     weights = [[file.name, file.stat().st_size, _ends_digest(file)] for file in files] or config.path
     settings = {name: value for name, value in vars(config).items() if name not in ("path", "dtype", "batch_size")}
     return fingerprint(weights, settings, str(_dtype(config.dtype, resolve_device(device))), prompt)

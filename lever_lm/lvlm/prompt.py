@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lever_lm.config import PromptConfig
-from lever_lm.data import Example
+from lever_lm.data import Example, Image
 
 # What ends an answer: the model going on with the next question, or listing alternatives.
 _END_OF_ANSWER = re.compile(r"\n|Question|Answer|Short|, ")
@@ -19,8 +19,8 @@ class Prompt:
     query: Example
 
     @property
-    def images(self) -> list[str]:
-        """Image paths in the order of the prompt; the query's is the last."""
+    def images(self) -> list[Image]:
+        """Images in the order of the prompt; the query's is the last."""
         return [example.image for example in (*self.icds, self.query)]
 
 
@@ -37,17 +37,29 @@ def to_messages(prompt: Prompt, config: PromptConfig) -> list[dict]:
     if config.style == "interleaved":
         content = []
         for icd in prompt.icds:
-            content += [{"type": "image"}, _text(f"{_question(icd)} {icd.answer}\n")]
-        content += [{"type": "image"}, _text(_question(prompt.query))]
+            content += [{"type": "image"}, _text(_with_answer(icd, config) + config.separator)]
+        content += [{"type": "image"}, _text(_question(prompt.query, config))]
         return [*messages, {"role": "user", "content": content}]
     for icd in prompt.icds:
-        messages.append({"role": "user", "content": [{"type": "image"}, _text(_question(icd))]})
+        messages.append({"role": "user", "content": [{"type": "image"}, _text(_question(icd, config))]})
         messages.append({"role": "assistant", "content": [_text(icd.answer)]})
-    return [*messages, {"role": "user", "content": [{"type": "image"}, _text(_question(prompt.query))]}]
+    return [*messages, {"role": "user", "content": [{"type": "image"}, _text(_question(prompt.query, config))]}]
 
 
-def _question(example: Example) -> str:
-    return f"Question: {example.question} Short answer:"
+def _with_answer(example: Example, config: PromptConfig) -> str:
+    before, between = _around_question(config)
+    return f"{before}{example.question}{between}{example.answer}"
+
+
+def _question(example: Example, config: PromptConfig) -> str:
+    before, between = _around_question(config)
+    return f"{before}{example.question}{between}".rstrip()
+
+
+def _around_question(config: PromptConfig) -> tuple[str, str]:
+    """The template's text before the question and between it and the answer. Questions are never parsed for braces."""
+    before, rest = config.template.split("{question}")
+    return before, rest.removesuffix("{answer}")
 
 
 def _text(text: str) -> dict:

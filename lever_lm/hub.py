@@ -1,0 +1,88 @@
+"""Where models and datasets named by a hub id are on this machine: the hub's own cache, filled by `hf download` too."""
+
+import json
+import re
+from pathlib import Path
+
+from lever_lm.compat import first_line
+from lever_lm.config import asset_path
+from lever_lm.errors import LeverError
+
+# What a model needs of its repository; the same weights in other formats stay there.
+_MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether a path as the user wrote it can be OWNER/NAME on the hub."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) is not None and not asset_path(path).exists()
+
+
+def cached_snapshot(repository: str, kind: str) -> Path | None:
+    """The folder of a repository (`model` or `dataset`) in the hub's cache, None where there is none. No network."""
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(huggingface_hub.snapshot_download(repository, repo_type=kind, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError):
+        return None
+
+
+def model_folder(path: str) -> Path | None:
+    """The folder of a model: a directory, a shipped asset, or a hub id in the cache; None where it is not here."""
+    folder = asset_path(path)
+    if folder.is_dir():
+        return folder
+    return cached_snapshot(path, "model") if is_hub_id(path) else None
+
+
+def missing_files(folder: Path) -> list[str]:
+    """What a model's folder lacks: its config, or weights that its index names. [] for one that can be loaded."""
+    missing = [] if (folder / "config.json").is_file() else ["config.json"]
+    index = folder / "model.safetensors.index.json"
+    try:
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.is_file() else set()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return [*missing, f"a readable {index.name}"]
+    if shards:
+        return missing + sorted(str(shard) for shard in shards if not (folder / str(shard)).is_file())
+    return missing + ([] if weight_files(folder) else ["model.safetensors"])
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weights of a model, in the format that is loaded: safetensors where there are any."""
+    return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+
+
+def fetch_model(path: str, option: str) -> Path:
+    """The folder of a model, downloaded where the hub's cache has none or only a part of it.
+
+    Raises LeverError naming `option` when it is neither here nor to be had.
+    """
+    folder = model_folder(path)
+    if folder is not None and not missing_files(folder):
+        return folder
+    if not is_hub_id(path):
+        found = "is no directory" if folder is None else f"lacks {', '.join(missing_files(folder))}"
+        raise LeverError(f"the model {path} {found}: expected a directory of a model or a hub id OWNER/NAME ({option})")
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(path, allow_patterns=list(_MODEL_FILES)))
+    except Exception as error:  # no network, offline mode, no such repository, no space
+        raise LeverError(
+            f"the model {path} is not in the hub's cache, and not to be had from the hub: {first_line(error)}. "
+            f"Fetch it where there is a network (hf download {path}), or name a directory of it ({option})"
+        ) from error
+
+
+def weights_digest(folder: Path) -> str:
+    """16 hex digits of a model's weights. The hub's cache names a file by its SHA-256, which saves reading it."""
+    from lever_lm.runs import file_digest
+
+    digests = []
+    for file in weight_files(folder):
+        blob = file.resolve().name
+        digests.append(blob[:16] if _SHA256.fullmatch(blob) else file_digest(file))
+    return digests[0] if len(digests) == 1 else "+".join(digests) or "none"
