@@ -144,15 +144,26 @@ def infer(
     baselines: Annotated[
         bool, typer.Option("--baselines", help="Also zero-shot, random, similarities and oracle.")
     ] = False,
+    icds: Annotated[
+        Path | None, typer.Option(help="Choices of your own, question_id → ICD question_ids, in place of a checkpoint.")
+    ] = None,
+    okvqa_stem: Annotated[
+        bool, typer.Option("--okvqa-stem", help="Reduce predictions as OK-VQA's `answer`s are, before scoring.")
+    ] = False,
 ) -> None:
-    """N-shot inference with a checkpoint on the evaluation split."""
+    """N-shot inference with a checkpoint, or with anybody's choices, on the evaluation split."""
     numbers = parse_shots(shots)
-    pipeline = make_pipeline(common)
+    if icds is not None and ckpt is not None:
+        raise UsageError("--icds and --ckpt both say what is shown: give one of them")
+    pipeline = make_pipeline(common, {"infer": {"okvqa_stem": True}} if okvqa_stem else {})
     if planned(common, pipeline):
         return
     from lever_lm.tables import show_results
 
-    result = pipeline.infer(numbers, ckpt=ckpt, baselines=baselines)
+    if icds is not None:
+        result = pipeline.infer_icds(icds, numbers, baselines=baselines)
+    else:
+        result = pipeline.infer(numbers, ckpt=ckpt, baselines=baselines)
     show_results(pipeline.screen, result["results"], result["tests"])
     emit(common, result)
 

@@ -211,9 +211,10 @@ class GrpoConfig:
 
 @dataclass(frozen=True)
 class InferConfig:
-    """Which evaluation queries are answered."""
+    """Which evaluation queries are answered, and how predictions are scored."""
 
     num_queries: int = 0  # 0: all of the evaluation split
+    okvqa_stem: bool = False  # reduce predictions as OK-VQA reduced its `answer`s, before they are scored against these
 
 
 @dataclass(frozen=True)

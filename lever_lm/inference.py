@@ -4,8 +4,10 @@ A choice is a list of training rows per query in pick order, best first; the pro
 """
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +17,15 @@ from lever_lm.checkpoint import load_policy, load_torch, own_config
 from lever_lm.config import Config
 from lever_lm.data import Example, VqaData
 from lever_lm.errors import LeverError
-from lever_lm.features import Features, encoder_fingerprint, same_encoder
+from lever_lm.features import Embeddings, Features, encoder_fingerprint, same_encoder
 from lever_lm.lvlm import CachedLvlm, build_prompt
 from lever_lm.metrics import vqa_accuracy
 from lever_lm.policy import PointerSelector
-from lever_lm.runs import RunFolder, write_json, write_text
+from lever_lm.runs import RunFolder, v2_name, write_json, write_text
 from lever_lm.samplers import allowed, nearest, query_rng, sample_pools, similarity_rows
 from lever_lm.selection import STRATEGIES, best_row, read_history
 from lever_lm.stats import bootstrap_interval, paired_test
+from lever_lm.stems import Stems, learn_stems
 
 BASELINES = ("zero_shot", "random", "text_sim", "img_sim", "img_text_sim", "oracle")
 _SIMILARITY_PARTS = {
@@ -56,24 +59,41 @@ class Outcome:
 
 
 class Evaluation:
-    """The evaluation queries of a config with their pools, and what every method chooses for them."""
+    """The evaluation queries of a config with their pools, and what every method chooses for them. Without features
+    there are no pools: only choices from outside can be run then."""
 
-    def __init__(self, config: Config, data: VqaData, features: Features):
+    def __init__(self, config: Config, data: VqaData, features: Features | None):
         self.config, self.data, self.features = config, data, features
         total = len(data.val_examples)
         count = min(config.infer.num_queries or total, total)
         # A subset of a larger one, and in the order of the file.
         self.rows = sorted(np.random.default_rng([config.seed, 2]).permutation(total)[:count].tolist())
         self.queries: list[Example] = [data.val_examples[row] for row in self.rows]
-        self.embeddings = features.val.take(self.rows)
-        self.pools = sample_pools(
-            config.sampler,
+
+    @cached_property
+    def embeddings(self) -> Embeddings:
+        """Those of the queries."""
+        return self.features.val.take(self.rows)
+
+    @cached_property
+    def pools(self) -> list[list[int]]:
+        """The candidates of each query, as rows of the training split."""
+        return sample_pools(
+            self.config.sampler,
             self.queries,
-            data.train_examples,
-            (self.embeddings, features.train),
-            size=config.rollout.pool_size,
-            seed=config.seed,
+            self.data.train_examples,
+            (self.embeddings, self.features.train),
+            size=self.config.rollout.pool_size,
+            seed=self.config.seed,
         )
+
+    @cached_property
+    def stems(self) -> Stems | None:
+        """How predictions are reduced before they are scored; None where they are not."""
+        if not self.config.infer.okvqa_stem:
+            return None
+        examples = (*self.data.train_examples, *self.data.val_examples)
+        return learn_stems(pair for e in examples for pair in zip(e.raw_answers, e.answers, strict=True))
 
     def choose(self, policy: PointerSelector, shots: int) -> list[list[int]]:
         """Greedy picks of a policy from each query's pool."""
@@ -129,10 +149,10 @@ class Evaluation:
         answers = lvlm.answer(prompts, "inference")
         outcomes = []
         for i, (method, k) in enumerate(jobs):
-            predictions = answers[i * len(self.queries) : (i + 1) * len(self.queries)]
-            pairs = list(zip(predictions, self.queries, strict=True))
-            scores = [vqa_accuracy(answer, query.answers) for answer, query in pairs]
-            raw = [vqa_accuracy(answer, query.raw_answers) for answer, query in pairs]
+            written = answers[i * len(self.queries) : (i + 1) * len(self.queries)]
+            predictions = [self.stems.reduce(answer) for answer in written] if self.stems else written
+            scores = [vqa_accuracy(p, query.answers) for p, query in zip(predictions, self.queries, strict=True)]
+            raw = [vqa_accuracy(p, query.raw_answers) for p, query in zip(written, self.queries, strict=True)]
             outcomes.append(Outcome(method, k, predictions, scores, raw))
         return outcomes
 
@@ -202,7 +222,7 @@ def compare(ours: Outcome, others: list[Outcome]) -> list[dict]:
 # ---------------------------------------------------------------------- checkpoints
 
 
-def find_checkpoint(run: RunFolder, wanted: str | None, environ: dict, default: str = "best") -> tuple[Path, str]:
+def find_checkpoint(run: RunFolder, wanted: str | None, environ: dict) -> tuple[Path, str]:
     """Which checkpoint to infer with, and why: `wanted` (a path, best or latest), then LEVER_LM_CHECKPOINT_PATH, then
     the run's best.json, then the best by val_reward where it was logged, else by val_loss."""
     from_environment = environ.get("LEVER_LM_CHECKPOINT_PATH", "").strip()
@@ -210,7 +230,7 @@ def find_checkpoint(run: RunFolder, wanted: str | None, environ: dict, default: 
         return _existing(Path(wanted), "--ckpt"), "named by --ckpt"
     if not wanted and from_environment:
         return _existing(Path(from_environment), "LEVER_LM_CHECKPOINT_PATH"), "named by LEVER_LM_CHECKPOINT_PATH"
-    if (wanted or default) == "latest":
+    if wanted == "latest":
         return latest_checkpoint(run), "the latest of the run"
     if run.best.is_file():
         answer = read_best(run)
@@ -225,7 +245,8 @@ def find_checkpoint(run: RunFolder, wanted: str | None, environ: dict, default: 
     row = best_row(history.rows, STRATEGIES[strategy])
     if row is None:
         raise LeverError(f"no epoch of {run.path} has a finite {strategy}; name one: --ckpt PATH")
-    return _existing(run.checkpoint(history.phase, row["epoch"]), run.path), f"best by {strategy}"
+    path = run.checkpoint(history.phase, row["epoch"])
+    return _existing(path if path.is_file() else v2_name(path), run.path), f"best by {strategy}"
 
 
 def read_best(run: RunFolder) -> dict:
@@ -240,22 +261,27 @@ def read_best(run: RunFolder) -> dict:
 
 
 def latest_checkpoint(run: RunFolder) -> Path:
-    """The last epoch of the last phase in a run folder. Raises LeverError when there is none."""
+    """The last epoch of the last phase in a run folder, its v2 file where there is no other. Raises LeverError when
+    there is none."""
     for phase in ("grpo", "rce"):
-        found = [
-            (int(p.stem.rsplit("epoch", 1)[1]), p)
-            for p in run.path.glob(f"{phase}_epoch*.pt")
-            if p.stem.rsplit("epoch", 1)[1].isdigit()
-        ]
-        if found:
-            return max(found)[1]
+        names = {
+            match[0]: (int(match[1]), not match[2])
+            for path in run.path.glob(f"{phase}_epoch*")
+            if (match := re.fullmatch(rf"{phase}_epoch(\d+)(?:\.pt|(_v2format)\.ckpt)", path.name))
+        }
+        if names:
+            return run.path / max(names, key=names.__getitem__)
     raise LeverError(f"no checkpoint in {run.path}: train first (`lever train`), or name one with --ckpt PATH")
 
 
 def _existing(path: Path, named_by) -> Path:
-    if not path.is_file():
-        raise LeverError(f"no checkpoint {path} (from {named_by}): check the path, or train first (`lever train`)")
-    return path
+    if path.is_file():
+        return path
+    unconverted = path.with_name(path.name.removesuffix("_v2format.ckpt") + ".pt")
+    mend = "check the path, or train first (`lever train`)"
+    if path.name.endswith("_v2format.ckpt") and unconverted.is_file():
+        mend = f"convert it first: `lever convert {unconverted}`"
+    raise LeverError(f"no checkpoint {path} (from {named_by}): {mend}")
 
 
 def load_for(path: Path, config: Config) -> PointerSelector:

@@ -117,7 +117,7 @@ def epochs(rce: int | None, grpo: int | None) -> dict:
 def make_pipeline(common: Common, flags: dict | None = None, run_dir: Path | None = None):
     """The pipeline of a command line: named YAMLs < --config < environment < --set < flags."""
     from lever_lm.console import Screen
-    from lever_lm.settings import resolve
+    from lever_lm.settings import merge, resolve
 
     screen = Screen(to_stderr=common.json_, quiet=common.quiet)
     if common.run_name is not None and (
@@ -131,7 +131,8 @@ def make_pipeline(common: Common, flags: dict | None = None, run_dir: Path | Non
     if common.features is not None:
         flags["features"] = {"name": common.features}
     if common.limit is not None:
-        flags["rollout"], flags["infer"] = {"num_queries": common.limit}, {"num_queries": common.limit}
+        few = {"num_queries": common.limit}
+        flags = merge(flags, {"rollout": few, "infer": few})
     if common.skip_bad_examples:
         flags["data"] = {"skip_bad_examples": True}
     names = {

@@ -17,13 +17,14 @@ from lever_lm.console import Screen
 from lever_lm.data import VqaData, load_dataset
 from lever_lm.data.groups import check_reward_mode, is_query, load_groups, read_rollouts, split_ids
 from lever_lm.errors import LeverError, UsageError
-from lever_lm.features import Features, compute_features
+from lever_lm.features import Features, compute_features, encoder_fingerprint
+from lever_lm.icds import read_icds
 from lever_lm.inference import BASELINES, Evaluation, compare, find_checkpoint, load_for
 from lever_lm.journal import Journal
 from lever_lm.lvlm import CachedLvlm, load_lvlm
 from lever_lm.report import write_report
 from lever_lm.rollouts import make_rollouts, new_policy
-from lever_lm.runs import Layout, RunFolder, environment, file_digest, inference_folder, write_json
+from lever_lm.runs import Layout, RunFolder, environment, file_digest, inference_folder, lvlm_name, v2_name, write_json
 from lever_lm.samplers import check_sampler
 from lever_lm.selection import choose, read_history
 from lever_lm.training import train_grpo, train_rce
@@ -190,7 +191,7 @@ class Pipeline:
             output = output or path.with_name(f"{stem}_v3format.pt")
         else:
             converted, dropped = to_v2(content, path, allow_truncate=allow_truncate)
-            output = output or path.with_name(f"{stem}_v2format.ckpt")
+            output = output or v2_name(path)
         if output.resolve() == path.resolve():
             raise LeverError(f"{output} is the file to convert: choose another --output")
         save_torch(output, converted)
@@ -204,28 +205,53 @@ class Pipeline:
     def _setting(self) -> str:
         """Fingerprint of what results must share to stand in one table: data, pools, features, model, prompt."""
         parts = (self.config.sampler, self.config.rollout.pool_size, self.config.seed, self.config.infer)
-        return fingerprint(self.features.fingerprint, self.features.name, self.lvlm.fingerprint, *parts)
+        encoder = encoder_fingerprint(self.config.features.encoder)
+        return fingerprint(self.data.fingerprint, encoder, self.config.features.name, self.lvlm.fingerprint, *parts)
 
     def _check_shots(self, shots: Sequence[int]) -> None:
         if max(shots) > self.config.rollout.pool_size:
             raise UsageError(f"--shots {max(shots)} exceeds rollout.pool_size {self.config.rollout.pool_size}")
 
-    def infer(self, shots: Sequence[int], *, ckpt: str | None = None, default: str = "best", baselines: bool = False):
+    def infer(self, shots: Sequence[int], *, ckpt: str | None = None, baselines: bool = False) -> dict:
         """Answer the evaluation queries with a checkpoint's choices; writes and returns results and paired tests."""
         self._check_shots(shots)
-        path, why = find_checkpoint(self.run, ckpt, dict(os.environ), default)
+        path, why = find_checkpoint(self.run, ckpt, dict(os.environ))
         self.screen.say(f"checkpoint: {path} ({why})")
         policy = load_for(path, self.config)
         method = next((phase for phase in ("rce", "grpo") if path.stem.startswith(phase)), "policy")
-        choices = {method: self.evaluation.choose(policy, max(shots))}
+        picks = self.evaluation.choose(policy, max(shots))
+        facts = {"checkpoint": str(path), "why": why}
+        return self._evaluate(method, picks, shots, baselines, self._folder_for(path), facts)
+
+    def _folder_for(self, checkpoint: Path) -> Path:
+        """Where the inferences of a checkpoint go: by its own run, which need not be the one the options name, and
+        apart when it is used with another LVLM than it was trained against."""
+        run, name = RunFolder(checkpoint.resolve().parent), checkpoint.stem.removesuffix("_v2format")
+        here = lvlm_name(self.config.lvlm.path)
+        apart = "" if run.lvlm() in (here, None) else f"_with_{here}"
+        return self.layout.inference.with_name(run.path.name) / f"{name}{apart}"
+
+    def infer_icds(self, path: Path, shots: Sequence[int], *, baselines: bool = False) -> dict:
+        """Answer the evaluation queries with the choices in a file, anybody's."""
+        if baselines:
+            self._check_shots(shots)
+        else:  # no pools are needed, and so no features
+            self.evaluation = Evaluation(self.config, self.data, None)
+        picks = read_icds(path, self.evaluation.queries, self.data.train_examples, max(shots))
+        folder = self.layout.inference / f"icds_{path.stem}"
+        return self._evaluate("icds", picks, shots, baselines, folder, {"icds": str(path)})
+
+    def _evaluate(
+        self, method: str, picks: list[list[int]], shots: Sequence[int], baselines: bool, folder: Path, facts: dict
+    ) -> dict:
+        """Run a method's picks, beside the baselines if asked for; write and return results and paired tests."""
+        choices = {method: picks}
         if baselines:
             choices = {**{name: self.evaluation.baseline(name, max(shots)) for name in BASELINES}, **choices}
         outcomes = self.evaluation.run(choices, shots, self.lvlm)
         ours = [outcome for outcome in outcomes if outcome.method == method]
         tests = [test for outcome in ours for test in compare(outcome, outcomes)]
-        # By the folder of the checkpoint, which need not be that of the run the options name.
-        folder = self.layout.inference.with_name(path.resolve().parent.name) / path.stem.removesuffix("_v2format")
-        facts = {"checkpoint": str(path), "why": why, "tests": tests, "setting": self._setting()}
+        facts |= {"tests": tests, "okvqa_stem": self.config.infer.okvqa_stem, "setting": self._setting()}
         metrics = self.evaluation.write(folder, outcomes, choices, method, facts)
         self.screen.say(f"predictions and metrics: {folder}")
         return {**metrics, "folder": str(folder)}

@@ -76,7 +76,7 @@ def _svg(points: list[tuple[int, float]], label: str) -> str:
 
 def _gallery(inference: Path, results: list[dict], data: VqaData) -> list[dict]:
     """Some evaluation queries with the ICDs that the policy chose, in pick order, and what the LVLM made of them."""
-    learned = [result for result in results if result["method"] in ("grpo", "rce")]
+    learned = [result for result in results if result["method"] in ("grpo", "rce", "policy", "icds")]
     if not learned:
         return []
     shown = max(learned, key=lambda result: (result["method"] == "grpo", result["shots"]))

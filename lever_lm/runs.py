@@ -129,6 +129,11 @@ class Layout:
         self.inference = self.dataset / "inference" / (run_name or f"v3_{self.setting}")
 
 
+def v2_name(path: Path) -> Path:
+    """`grpo_epoch25.pt` → `grpo_epoch25_v2format.ckpt`, in the same folder."""
+    return path.with_name(f"{path.stem.removesuffix('_v2format')}_v2format.ckpt")
+
+
 def inference_folder(run_dir: Path) -> Path:
     """Where the inferences of a run folder named by path are: beside model_cpk/, else inside the folder itself."""
     parent = run_dir.resolve().parent
@@ -196,6 +201,15 @@ class RunFolder:
                 f"cannot read {self.config}: {' '.join(str(error).split())}; --overwrite starts over"
             ) from error
         return _differences(there if isinstance(there, dict) else {}, to_dict(config), ())
+
+    def lvlm(self) -> str | None:
+        """The name of the LVLM whose answers the run learned from: from its config, else from the folder's name."""
+        try:
+            config = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+            return lvlm_name(config["lvlm"]["path"])
+        except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+            parts = self.path.resolve().name.split("_", 2)  # v3_RandSampler_Qwen2_5-VL-3B-Instruct
+            return parts[2] if len(parts) == 3 and parts[0] == "v3" else None
 
     def rows(self) -> list[dict]:
         """The rows of metrics.jsonl, one per finished epoch; [] when there is none."""

@@ -19,6 +19,11 @@ def show_results(screen: Screen, results: list[dict], tests: list[dict]) -> None
         methods = dict.fromkeys(row["method"] for row in results)
         rows = [[method, *(cells.get((method, k), "") for k in shots)] for method in methods]
         screen.table(title, ["method", *map(count_shots, shots)], rows)
+    ours = tests[0]["method"] if tests else results[-1]["method"]
+    for row in results:
+        if row["method"] == ours and row["raw_accuracy"] != row["accuracy"]:
+            at = f"{row['method']} at {count_shots(row['shots'])}"
+            screen.say(f"{at}: {row['accuracy']:.3f} against `answer`, {row['raw_accuracy']:.3f} against `raw_answer`")
     for test in tests:
         if test["against"] in ("img_text_sim", "rce"):
             screen.say(

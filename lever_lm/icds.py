@@ -1,0 +1,92 @@
+"""Anybody's choices of demonstrations, read from a file and checked: the harness of `lever infer` for every method."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from lever_lm.data import Example
+from lever_lm.errors import LeverError
+from lever_lm.samplers import allowed
+
+_FORMAT = 'expected {"question_id": [ICD question_ids]}, or lines {"question_id": 1, "icds": [2, 3]} as in icds.jsonl'
+
+
+def read_icds(path: Path, queries: Sequence[Example], train: Sequence[Example], shots: int) -> list[list[int]]:
+    """The rows of `train` chosen for each query, in pick order, `shots` of each list.
+
+    Raises LeverError naming file and question when a query has no choice or too few, when an ICD is no training
+    example, or shows the query itself or its image.
+    """
+    chosen = _by_question(_content(path), path)
+    row_of = {example.question_id: row for row, example in enumerate(train)}
+    ids, images = np.array([e.question_id for e in train]), np.array([e.image_id for e in train])
+    without = [query.question_id for query in queries if query.question_id not in chosen]
+    if without:
+        raise LeverError(
+            f"{path} has no choice for {len(without)} of {len(queries)} evaluation questions, the first {without[0]}; "
+            "--limit N evaluates fewer"
+        )
+    picks = []
+    for query in queries:
+        where, icds = f"{path}, question {query.question_id}", chosen[query.question_id]
+        if len(icds) < shots:
+            raise LeverError(f"{where}: {len(icds)} ICDs for {shots} shots; lower --shots")
+        unknown = [icd for icd in icds[:shots] if icd not in row_of]
+        if unknown:
+            raise LeverError(f"{where}: ICD {unknown[0]} is not a question of the training split")
+        rows = [row_of[icd] for icd in icds[:shots]]
+        fine = np.zeros(len(train), dtype=bool)
+        fine[allowed(query, ids, images)] = True
+        if not fine[rows].all():
+            leak = next(icd for icd, row in zip(icds, rows, strict=False) if not fine[row])
+            raise LeverError(f"{where}: ICD {leak} is the question itself or shows its image")
+        picks.append(rows)
+    return picks
+
+
+def _content(path: Path):
+    """One JSON document, or the list of those on its lines."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise LeverError(f"cannot read the choices {path}: {error} (--icds)") from error
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        pass
+    rows = []
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except (ValueError, RecursionError) as error:
+            raise LeverError(f"{path}, line {number} is not JSON: {_FORMAT} (--icds)") from error
+    return rows
+
+
+def _by_question(content, path: Path) -> dict[int, list[int]]:
+    if isinstance(content, dict) and "icds" not in content:
+        pairs = list(content.items())
+    else:
+        rows = content if isinstance(content, list) else [content]
+        if not all(isinstance(row, dict) and "question_id" in row for row in rows):
+            raise LeverError(f"{path}: {_FORMAT} (--icds)")
+        pairs = [(row["question_id"], row.get("icds")) for row in rows]
+    chosen: dict[int, list[int]] = {}
+    for question, icds in pairs:
+        if _number(question) is None or not isinstance(icds, list) or any(_number(icd) is None for icd in icds):
+            raise LeverError(f"{path}, question {question!r:.40}: {_FORMAT}; found {icds!r:.60} (--icds)")
+        if _number(question) in chosen:
+            raise LeverError(f"{path}: question {question} appears twice")
+        chosen[_number(question)] = [_number(icd) for icd in icds]
+    if not chosen:
+        raise LeverError(f"{path} is empty: {_FORMAT} (--icds)")
+    return chosen
+
+
+def _number(value) -> int | None:
+    """A question id: a number, or text of one as JSON keys are."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    return int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else None
