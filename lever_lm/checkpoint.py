@@ -4,9 +4,12 @@ v3: {epoch (0-based), phase, model_state_dict, kl_beta, metrics} + our config an
 v2: the older Lightning-shaped file {state_dict, epoch, global_step, pytorch-lightning_version, hyper_parameters}.
 """
 
+import codecs
 import re
+from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,23 +35,35 @@ def save_torch(path: Path, content: dict) -> None:
         torch.save(content, file)
 
 
-def load_torch(path: str | Path, expect: type = dict, what: str = "checkpoint"):
-    """torch.load of tensors and plain values only. Raises LeverError when the file is missing or anything else."""
+def load_torch(path: str | Path, expect: type | tuple[type, ...] = dict, what: str = "checkpoint"):
+    """torch.load of tensors, numeric numpy arrays and plain values only. Raises LeverError when the file is missing
+    or holds anything else."""
     path = Path(path)
     try:
         file = open(path, "rb")  # noqa: SIM115 - an OSError from here on means a file cut short, not a missing one
     except OSError as error:
         raise LeverError(f"cannot read the {what} {path}: {error.strerror or error}") from error
     try:
-        with file:
+        with file, torch.serialization.safe_globals(_numpy_arrays()):
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a file of anybody's making: its bytes can fail the unpickler in any way
         raise LeverError(
             f"{path} is not a {what} of tensors and plain values (or it is cut short); it was not executed"
         ) from error
     if not isinstance(content, expect):
-        raise LeverError(f"{path}: expected a {expect.__name__}, found a {type(content).__name__}")
+        kinds = " or ".join(kind.__name__ for kind in (expect if isinstance(expect, tuple) else (expect,)))
+        raise LeverError(f"{path}: expected a {kinds}, found a {type(content).__name__}")
     return content
+
+
+@lru_cache(maxsize=1)
+def _numpy_arrays() -> list:
+    """What an array of floats or integers is pickled with, under the names that numpy 1 and 2 give it. Arrays of
+    objects are not among it."""
+    names = [f"numpy.{core}.multiarray._reconstruct" for core in ("core", "_core")]
+    numbers = [type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8")]
+    reconstruct = np.zeros(0).__reduce__()[0]
+    return [*((reconstruct, name) for name in names), np.ndarray, np.dtype, *numbers, codecs.encode]
 
 
 def v3_content(policy: PointerSelector, *, epoch: int, phase: str, kl_beta: float, metrics: dict, config: dict) -> dict:

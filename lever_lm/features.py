@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lever_lm.checkpoint import load_torch
 from lever_lm.compat import first_line, import_transformers, load_whole, resolve_device
 from lever_lm.config import FeatureConfig, fingerprint
 from lever_lm.data import Example, VqaData, open_image
@@ -167,3 +169,44 @@ def _batches(items: Iterable, size: int) -> Iterable[list]:
             batch = []
     if batch:
         yield batch
+
+
+# ---------------------------------------------------------------------- features of somebody's own
+
+
+def read_embeddings(path: Path) -> Tensor:
+    """An (N, D) matrix, float32: from `.safetensors` or `.npy`, or a torch file (`.pt`, `.pth`) of a tensor or a numpy
+    array, alone or the only one of a dict. Raises LeverError on anything else; nothing in a file is executed."""
+    if path.suffix == ".safetensors":
+        content = _read_safetensors(path)
+    elif path.suffix == ".npy":
+        content = _read_npy(path)
+    else:
+        content = load_torch(path, expect=(Tensor, np.ndarray, dict), what="file of embeddings")
+    if isinstance(content, dict):
+        if len(content) != 1:
+            raise LeverError(f"{path} holds {len(content)} tensors, expected one (N, D) matrix")
+        (content,) = content.values()
+    if isinstance(content, np.ndarray) and content.dtype.kind == "f":
+        content = torch.from_numpy(content.astype(np.float32))
+    if not isinstance(content, Tensor) or content.ndim != 2 or not content.is_floating_point():
+        shape = f" {content.dtype} of shape {tuple(content.shape)}" if hasattr(content, "shape") else ""
+        raise LeverError(f"{path} holds a {type(content).__name__}{shape}, expected (N, D) floats")
+    return content.float()
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise LeverError(f"cannot read the embeddings {path}: {error}") from error
+
+
+def _read_npy(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise LeverError(f"cannot read the embeddings {path}: {first_line(error)}") from error

@@ -10,6 +10,8 @@ from lever_lm.errors import LeverError
 
 # What a model needs of its repository; the same weights in other formats stay there.
 _MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")
+# What counts as here. A snapshot may lack other files of its repository: the hub's client holds it for incomplete then.
+_NEEDED = {"model": _MODEL_FILES, "dataset": ("*.parquet",)}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -24,7 +26,11 @@ def cached_snapshot(repository: str, kind: str) -> Path | None:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(huggingface_hub.snapshot_download(repository, repo_type=kind, local_files_only=True))
+        return Path(
+            huggingface_hub.snapshot_download(
+                repository, repo_type=kind, local_files_only=True, allow_patterns=list(_NEEDED[kind])
+            )
+        )
     except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError):
         return None
 
@@ -69,10 +75,14 @@ def fetch_model(path: str, option: str) -> Path:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(path, allow_patterns=list(_MODEL_FILES)))
+        folder = Path(huggingface_hub.snapshot_download(path, allow_patterns=list(_MODEL_FILES)))
+        if missing := missing_files(folder):  # offline, the client gives back what there is
+            raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}")
+        return folder
     except Exception as error:  # no network, offline mode, no such repository, no space
+        why = first_line(error).rstrip(".")
         raise LeverError(
-            f"the model {path} is not in the hub's cache, and not to be had from the hub: {first_line(error)}. "
+            f"the model {path} is not in the hub's cache, and not to be had from the hub: {why}. "
             f"Fetch it where there is a network (hf download {path}), or name a directory of it ({option})"
         ) from error
 

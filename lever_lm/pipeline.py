@@ -3,6 +3,7 @@ selection → conversion → inference → report."""
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -17,17 +18,33 @@ from lever_lm.console import Screen
 from lever_lm.data import VqaData, load_dataset
 from lever_lm.data.groups import check_reward_mode, is_query, load_groups, read_rollouts, split_ids
 from lever_lm.errors import LeverError, UsageError
-from lever_lm.features import Features, compute_features, encoder_fingerprint
+from lever_lm.features import Features, compute_features, encoder_fingerprint, read_embeddings
+from lever_lm.hub import fetch_model
 from lever_lm.icds import read_icds
 from lever_lm.inference import BASELINES, Evaluation, compare, find_checkpoint, load_for
 from lever_lm.journal import Journal
 from lever_lm.lvlm import CachedLvlm, load_lvlm
 from lever_lm.report import write_report
-from lever_lm.rollouts import make_rollouts, new_policy
+from lever_lm.rollouts import check_rows, made_elsewhere, make_rollouts, new_policy
 from lever_lm.runs import Layout, RunFolder, environment, file_digest, inference_folder, lvlm_name, v2_name, write_json
 from lever_lm.samplers import check_sampler
 from lever_lm.selection import choose, read_history
 from lever_lm.training import train_grpo, train_rce
+
+# Where Lever-Plus exports the features of the training split, in the cache folder.
+EXPORTED_EMBEDDINGS = "query_embeddings.pt"
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a policy is trained on: a rollout file, features (N, D) of queries and ICDs, their fingerprint, and what a
+    checkpoint should say of them."""
+
+    rollouts: Path
+    queries: Tensor
+    icds: Tensor
+    stamp: str
+    made_for: dict[str, str]
 
 
 class Pipeline:
@@ -85,11 +102,9 @@ class Pipeline:
 
     def rollouts(self) -> dict:
         """The rollout file, made where needed. Returns the group report with the file's path."""
-        data, lvlm, path = (
-            self.data,
-            self.lvlm,
-            self.layout.rollouts,
-        )  # what is missing is said before features are made
+        # What is missing is said before features are made.
+        fetch_model(self.config.features.encoder, "features.encoder")
+        data, lvlm, path = self.data, self.lvlm, self.layout.rollouts
         report = make_rollouts(self.config, data, self.features, lvlm, path, self.screen.say)
         self.screen.say(
             f"rollouts: {report['groups']} groups, {report['rollouts']} rollouts, mean accuracy "
@@ -102,31 +117,17 @@ class Pipeline:
 
     def train(self, *, rl_data: Path | None = None, embeddings: Path | None = None, overwrite: bool = False) -> dict:
         """RCE, then GRPO, resuming what is there; converts the recommended checkpoint. Returns what was recommended."""
-        if embeddings is not None and rl_data is None:
-            raise UsageError("--embeddings belongs to rollouts of your own: name them with --rl-data FILE")
         if not overwrite:
             self.run.check(self.config)  # before the costly part, not after it
-        if rl_data is None:
-            if "gtprob" in self.config.reward.mode and not self.config.rollout.gt_prob:
-                raise UsageError(f"reward.mode {self.config.reward.mode} needs --set rollout.gt_prob=true")
-            self.rollouts()
-            queries, icds = (
-                self.features.queries("train", self.config.features),
-                self.features.icds(self.config.features),
-            )
-            made_for = {"encoder": self.features.encoder, "features": self.features.name}
-            rl_data, feature_stamp = self.layout.rollouts, self.features.fingerprint
-        else:
-            queries = icds = read_embeddings(embeddings)
-            made_for, feature_stamp = {}, file_digest(embeddings)
-        train, val = self._groups(rl_data, queries, icds)
+        source = self._source(rl_data, embeddings)
+        train, val = self._groups(source.rollouts, source.queries, source.icds)
         device = resolve_device(self.config.device)
-        initial = new_policy(self.config, icds.shape[1])
-        policy = new_policy(self.config, icds.shape[1]).to(device)
-        inputs = {"rollouts": file_digest(rl_data), "features": feature_stamp}
+        initial = new_policy(self.config, source.icds.shape[1])
+        policy = new_policy(self.config, source.icds.shape[1]).to(device)
+        inputs = {"rollouts": file_digest(source.rollouts), "features": source.stamp}
         self.run.open(self.config, overwrite=overwrite)
         write_json(self.run.path / "env.json", environment(self.config, inputs))
-        own = {"policy": policy.shape, **made_for, "dataset": self.config.data.name, "seed": self.config.seed}
+        own = {"policy": policy.shape, **source.made_for, "dataset": self.config.data.name, "seed": self.config.seed}
         journal = Journal(self.run, own, inputs, self.screen.say)
         journal.resume()
         if journal.done("grpo") > self.config.grpo.epochs:
@@ -144,6 +145,32 @@ class Pipeline:
             self.screen.say(f"not converted: {error}")
             converted = None
         return {"run": str(self.run.path), "recommended": answer, "converted": converted}
+
+    def _source(self, rl_data: Path | None, embeddings: Path | None) -> "Source":
+        """Rollouts and features to train on: made here; or the rollouts that are there, with the features in a file,
+        those that Lever-Plus exported, or those of the dataset whose rows the rollouts name."""
+        if rl_data is None and made_elsewhere(self.layout.rollouts):
+            rl_data = self.layout.rollouts
+            self.screen.say(f"rollouts: {rl_data} was not made by `lever rollout` and is taken as it is")
+        if rl_data is None:
+            if embeddings is not None:
+                raise UsageError("--embeddings belongs to rollouts of your own: name them with --rl-data FILE")
+            if "gtprob" in self.config.reward.mode and not self.config.rollout.gt_prob:
+                raise UsageError(f"reward.mode {self.config.reward.mode} needs --set rollout.gt_prob=true")
+            self.rollouts()
+        exported = self.layout.cache / EXPORTED_EMBEDDINGS
+        if rl_data is not None and embeddings is None and exported.is_file():
+            embeddings = exported
+            self.screen.say(f"features: {exported}, as exported by Lever-Plus")
+        if embeddings is not None:
+            matrix = read_embeddings(embeddings)
+            return Source(rl_data, matrix, matrix, file_digest(embeddings), {})
+        if rl_data is not None:
+            check_rows(rl_data, self.data.train_examples)
+        features = self.features
+        queries, icds = features.queries("train", self.config.features), features.icds(self.config.features)
+        made_for = {"encoder": features.encoder, "features": features.name}
+        return Source(rl_data or self.layout.rollouts, queries, icds, features.fingerprint, made_for)
 
     def _groups(self, path: Path, queries: Tensor, icds: Tensor) -> tuple[GroupTensors, GroupTensors]:
         reward = self.config.reward
@@ -316,25 +343,3 @@ def check_names(config: Config) -> None:
     check_sampler(config.sampler)
     new_policy(config, config.policy.hidden_dim)
     check_device_name(config.device)
-
-
-def read_embeddings(path: Path | None) -> Tensor:
-    """An (N, D) matrix from `.safetensors` or a torch file of one tensor. Raises LeverError on anything else."""
-    if path is None:
-        raise LeverError("rollouts of your own need their features: --embeddings FILE, an (N, D) matrix")
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            tensors = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise LeverError(f"cannot read the embeddings {path}: {error}") from error
-        if len(tensors) != 1:
-            raise LeverError(f"{path} holds {len(tensors)} tensors, expected one (N, D) matrix")
-        (matrix,) = tensors.values()
-    else:
-        matrix = load_torch(path, expect=Tensor, what="file of embeddings")
-    if matrix.ndim != 2 or not matrix.is_floating_point():
-        raise LeverError(f"{path} holds a {matrix.dtype} tensor of shape {tuple(matrix.shape)}, expected (N, D) floats")
-    return matrix.float()

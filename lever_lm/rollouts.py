@@ -54,6 +54,30 @@ def rollout_stamp(config: Config, data: VqaData, features: Features, lvlm: Cache
     return fingerprint(STAGE_VERSION, data.fingerprint, features.fingerprint, lvlm.fingerprint, *parts)
 
 
+def made_elsewhere(path: Path) -> bool:
+    """Whether a rollout file is there that `lever rollout` did not make: one of Lever-Plus."""
+    if not path.is_file():
+        return False
+    meta = read_rollouts(path).get("_meta")
+    return not (isinstance(meta, dict) and "fingerprint" in meta)
+
+
+def check_rows(path: Path, train: Sequence[Example]) -> None:
+    """Raise LeverError where a rollout file's query ids are not the rows of this training split."""
+    for key, entry in read_rollouts(path).items():
+        if not is_query(key):
+            continue
+        if int(key) >= len(train):
+            raise LeverError(f"{path}, query {key}: the training split has {len(train)} rows; was it another dataset?")
+        query = entry.get("query") if isinstance(entry, dict) else None
+        there = query.get("question_id") if isinstance(query, dict) else None
+        if there is not None and str(there) != str(train[int(key)].question_id):
+            raise LeverError(
+                f"{path}, query {key}: question {there} there, question {train[int(key)].question_id} in row {key} of "
+                "the training split: the rollouts are of another dataset or order. Pass their features: --embeddings"
+            )
+
+
 def make_rollouts(
     config: Config, data: VqaData, features: Features, lvlm: CachedLvlm, path: Path, say: Callable[[str], None]
 ) -> dict:
@@ -63,13 +87,11 @@ def make_rollouts(
     """
     stamp = rollout_stamp(config, data, features, lvlm)
     if path.is_file():
-        meta = read_rollouts(path).get("_meta")
-        there = meta.get("fingerprint") if isinstance(meta, dict) else None
-        if there is None:
+        if made_elsewhere(path):
             raise LeverError(
                 f"{path} was not made by `lever rollout` and is not replaced: move it, or train on it with --rl-data"
             )
-        if there == stamp:
+        if read_rollouts(path)["_meta"]["fingerprint"] == stamp:
             return group_report(path)
         say(f"{path} is of another config or data and is made again; answers already known are not asked again")
     train = data.train_examples

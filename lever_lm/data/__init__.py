@@ -1,5 +1,7 @@
 """Data: examples, the official VQA files, parquet copies, and rollout files."""
 
+import os
+
 from lever_lm.config import HUB_PREFIX, DataConfig, asset_path, fingerprint
 from lever_lm.data.examples import Example, Image, StoredImage, VqaData, image_digest, open_image, undecodable
 from lever_lm.data.groups import Group
@@ -33,7 +35,7 @@ def in_parquet(config: DataConfig, split: str) -> bool:
     if source.startswith(HUB_PREFIX):
         return True
     root = asset_path(source)
-    return not questions_file(root, split, config.file_prefix).is_file() and bool(parquet_files(root))
+    return not os.path.isfile(questions_file(root, split, config.file_prefix)) and bool(parquet_files(root))
 
 
 def load_dataset(config: DataConfig) -> VqaData:

@@ -175,4 +175,7 @@ def unique(where, rows: list[dict], skip_bad: bool, skipped: list[str]) -> list[
         if count > 1:
             problem = f"{where}: question_id {question_id} appears {count} times, expected once"
             refuse_or_skip(problem, skip_bad, skipped)
-    return list({row["question_id"]: row for row in reversed(rows)}.values())[::-1] if skip_bad else rows
+    first: dict = {}
+    for row in rows:
+        first.setdefault(row["question_id"], row)
+    return list(first.values())

@@ -24,14 +24,14 @@ def annotations_file(root: Path, split: str, prefix: str = "") -> Path:
 
 def _with_or_without(root: Path, prefix: str, name: str) -> Path:
     expected = root / f"{prefix}{name}"
-    return root / name if not expected.exists() and (root / name).exists() else expected
+    return root / name if not os.path.exists(expected) and os.path.exists(root / name) else expected
 
 
 def images_folder(root: Path, split: str) -> Path:
     """The folder of a split's COCO images, with or without `mscoco2014/` above it. LeverError when there is none."""
     candidates = [root / SPLITS[split], root / "mscoco2014" / SPLITS[split]]
     for folder in candidates:
-        if folder.is_dir():
+        if os.path.isdir(folder):  # False, too, below a folder that may not be entered
             return folder
     raise LeverError(f"no folder {' or '.join(map(str, candidates))}: set COCO_PATH (data.coco_path) to what holds it")
 
@@ -48,7 +48,7 @@ def load_split(source: str, config: DataConfig, split: str, skipped: list[str]) 
     questions = _read_list(questions_path, "questions", digest)
     annotations = _read_list(annotations_path, "annotations", digest)
     folder = images_folder(asset_path(config.coco_path), split)
-    sizes = {entry.name: entry.stat().st_size for entry in os.scandir(folder) if entry.is_file()}
+    sizes = _sizes(folder)
     questions = unique(questions_path, questions, skip_bad, skipped)
     annotations = unique(annotations_path, annotations, skip_bad, skipped)
     annotated = {item["question_id"]: item for item in annotations}
@@ -75,6 +75,15 @@ def load_split(source: str, config: DataConfig, split: str, skipped: list[str]) 
     return examples, digest.hexdigest()[:16]
 
 
+def _sizes(folder: Path) -> dict[str, int]:
+    """The files of a folder and their sizes."""
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+    except OSError as error:
+        raise LeverError(f"cannot read the images in {folder}: {error.strerror} (COCO_PATH, data.coco_path)") from error
+
+
 def _read_list(path: Path, key: str, digest) -> list[dict]:
     try:
         content = path.read_bytes()
@@ -83,14 +92,18 @@ def _read_list(path: Path, key: str, digest) -> list[dict]:
     digest.update(content)
     try:
         rows = json.loads(content)[key]
-        if all(_is_id(row["question_id"]) and _is_id(row["image_id"]) for row in rows):
-            return rows
+        bad = [row for row in rows if not (_is_id(row["question_id"]) and _is_id(row["image_id"]))]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise LeverError(
             f"{path} is not an official VQA file ({_reason(error)}): expected an object with a list "
             f"'{key}' of objects with integer question_id and image_id"
         ) from error
-    raise LeverError(f"{path}: every entry of '{key}' needs a question_id and image_id of 0 to 2**63 - 1")
+    if bad:
+        raise LeverError(
+            f"{path}: every entry of '{key}' needs a question_id and image_id of 0 to 2**63 - 1, found "
+            f"question_id {bad[0]['question_id']!r:.40}, image_id {bad[0]['image_id']!r:.40}"
+        )
+    return rows
 
 
 def _is_id(value) -> bool:

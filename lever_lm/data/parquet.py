@@ -4,6 +4,9 @@ The images are inside. `datasets` keeps the tables memory-mapped on disk, so nei
 holds or decodes one.
 """
 
+import contextlib
+import glob
+import os
 import re
 from pathlib import Path
 
@@ -15,23 +18,28 @@ from lever_lm.hub import cached_snapshot
 
 COLUMNS = ("question_id", "image", "question", "answers")
 _OPTIONAL = ("image_id", "raw_answers")
-# Which split a file or a hub split belongs to, by its name: val2014-00000-of-00002.parquet, train/0000.parquet.
-_NAMES = {"train": r"train", "val": r"val|valid|validation|test|eval|dev"}
+# Which split a file or a hub split belongs to, by its name: val2014-00000-of-00002.parquet, train/0000.parquet. The
+# first that is there: beside a validation split, one called test is without answers.
+_NAMES = {"train": ("train",), "val": ("val|valid|validation", "eval|dev", "test")}
 
 
 def parquet_files(root: Path) -> list[Path]:
     """The parquet files of a folder and the folders below it."""
-    return sorted(root.rglob("*.parquet")) if root.is_dir() else []
+    # A folder may be called so, too. A link to nothing is kept, to be refused by name.
+    return sorted(path for path in root.rglob("*.parquet") if not path.is_dir()) if os.path.isdir(root) else []
 
 
 def files_of(root: Path, split: str) -> list[Path]:
     """Those of a split by their names; all of them where none is named after a split."""
     files = parquet_files(root)
-    named = {
-        name: [file for file in files if _is_named(str(file.relative_to(root)), pattern)]
-        for name, pattern in _NAMES.items()
-    }
-    return named[split] if any(named.values()) else files
+    named = {name: _named([str(file.relative_to(root)) for file in files], name) for name in _NAMES}
+    return [root / name for name in named[split]] if any(named.values()) else files
+
+
+def _named(names: list[str], split: str) -> list[str]:
+    """Those of the names that say they are of a split."""
+    found = ([name for name in names if _is_named(name, pattern)] for pattern in _NAMES[split])
+    return next(filter(None, found), [])
 
 
 def _is_named(text: str, pattern: str) -> bool:
@@ -46,21 +54,28 @@ def load_split(source: str, config: DataConfig, split: str, skipped: list[str]) 
     """
     import datasets
 
-    table = _from_hub(source, split) if source.startswith(HUB_PREFIX) else _from_folder(asset_path(source), split)
+    if source.startswith(HUB_PREFIX):
+        table = _from_hub(source, split)
+    else:
+        _refuse_one_for_both(asset_path(source), config)
+        table = _from_folder(asset_path(source), split)
     missing = [name for name in COLUMNS if name not in table.column_names]
     if missing:
         raise LeverError(
             f"{source}: the {split} table has no column {', '.join(missing)}; expected {', '.join(COLUMNS)}, found "
             f"{', '.join(table.column_names)}"
         )
+    what = "table"
     try:
+        what = "image column"
         images = table.select_columns("image").cast_column("image", datasets.Image(decode=False))
+        what = "table"
         # Kept on disk by `datasets` under the fingerprint of the table: computed once.
         digests = images.map(_digests, batched=True, batch_size=64, remove_columns="image")["digest"]
         texts = table.select_columns([name for name in (*COLUMNS, *_OPTIONAL) if name in table.column_names])
         rows = texts.remove_columns("image").to_list()
     except Exception as error:  # anybody's file: Arrow can fail on it in any way
-        raise LeverError(f"{source}: cannot read the {split} table: {first_line(error)}") from error
+        raise LeverError(f"{source}: cannot read the {split} {what}: {first_line(error)}") from error
     examples = _examples(rows, list(digests), images, f"{source}, {split}", config.skip_bad_examples, skipped)
     return examples, fingerprint(rows, list(digests))
 
@@ -82,11 +97,38 @@ def _from_folder(root: Path, split: str):
         )
     datasets.disable_progress_bars()  # progress is shown by console.py alone
     try:
-        return datasets.load_dataset("parquet", data_files={split: [str(file) for file in files]}, split=split)
+        names = [glob.escape(str(file)) for file in files]  # `datasets` takes patterns
+        with _quiet():
+            return datasets.load_dataset("parquet", data_files={split: names}, split=split)
     except Exception as error:
         raise LeverError(
-            f"{root}: cannot read {', '.join(file.name for file in files)} as parquet: {first_line(error)}"
+            f"{root}: cannot read {', '.join(file.name for file in files)} as parquet: "
+            f"{first_line(error.__cause__ or error)}"
         ) from error
+
+
+def _refuse_one_for_both(root: Path, config: DataConfig) -> None:
+    """Raise LeverError where both splits would be the same files: no evaluation on what was trained on."""
+    files = parquet_files(root)
+    names = [str(file.relative_to(root)) for file in files]
+    if files and not config.train_path and not any(_named(names, split) for split in _NAMES):
+        raise LeverError(
+            f"{root}: no split in the names of {', '.join(file.name for file in files[:3])}; put train and val into "
+            "them, or name the training split's folder: --set data.train_path=DIR"
+        )
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Without what `datasets` logs about a file it cannot read: the error says it."""
+    import datasets
+
+    level = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(level)
 
 
 def _from_hub(source: str, split: str):
@@ -104,7 +146,7 @@ def _from_hub(source: str, split: str):
             f"there is a network (hf download --repo-type dataset {repository}), or point OKVQA_PATH to a folder of "
             "its parquet files"
         ) from error
-    named = [name for name in splits if _is_named(name, _NAMES[split])]
+    named = _named(list(splits), split)
     if not named:
         raise LeverError(f"{source} has no {split} split, only {', '.join(splits)}: data.train_path, data.okvqa_path")
     return splits[named[0]]
@@ -117,7 +159,7 @@ def _examples(
     for number, (row, digest) in enumerate(zip(rows, digests, strict=True)):
         problem = _problem(row, digest)
         if problem:
-            refuse_or_skip(f"{where}, row {number}, question {row['question_id']}: {problem}", skip_bad, skipped)
+            refuse_or_skip(f"{where}, row {number}, question {row['question_id']!s:.40}: {problem}", skip_bad, skipped)
         else:
             kept.append({**row, "question_id": int(row["question_id"]), "number": number, "digest": digest})
     examples = []
@@ -134,16 +176,25 @@ def _examples(
 
 def _problem(row: dict, digest: str) -> str | None:
     """What is wrong with a row, if anything."""
-    if not str(row["question_id"]).isdecimal() or int(row["question_id"]) >= 2**63:
+    if not _is_id(row["question_id"]):
         return "question_id must be a number of 0 to 2**63 - 1"
     if not isinstance(row["question"], str) or not row["question"].strip():
         return f"it has no text, found {row['question']!r}"
     answers = row["answers"]
     if not isinstance(answers, list) or not answers or not all(isinstance(_text(a, "answer"), str) for a in answers):
         return f"it needs a list of answers, found {answers!r:.80}"
-    if not str(row.get("image_id", 0) or 0).isdecimal():
-        return f"image_id must be a number, found {row['image_id']!r}"
+    raw = row.get("raw_answers")
+    raw = [_text(a, "raw_answer") or "" for a in answers] if raw is None else raw
+    if not isinstance(raw, list) or not all(isinstance(a, str) for a in raw):
+        return f"its raw answers must be a list of texts, found {raw!r:.80} (raw_answers or answers)"
+    if row.get("image_id") is not None and not _is_id(row["image_id"]):
+        return f"image_id must be a number of 0 to 2**63 - 1, found {row['image_id']!r:.40}"
     return None if digest else "its image holds no bytes, and an address is not followed"
+
+
+def _is_id(value) -> bool:
+    text = str(value)
+    return text.isdecimal() and len(text) < 20 and int(text) < 2**63
 
 
 def _text(entry, key: str):
