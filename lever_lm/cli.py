@@ -53,7 +53,7 @@ def demo(
     common.run_name = common.run_name or "demo"
     numbers = parse_shots(shots)
     pipeline = make_pipeline(common, epochs(rce_epochs, grpo_epochs))
-    if planned(common, pipeline):
+    if planned(common, pipeline, "demo", answers=1 + 7 * len(numbers)):
         return
     from lever_lm.tables import show_results
 
@@ -78,7 +78,7 @@ def train(
     if rl_data is None and (path := os.environ.get("RL_DATA_PATH", "").strip()):
         pipeline.screen.say(f"from the environment: RL_DATA_PATH={path}")
         rl_data = Path(path)
-    if planned(common, pipeline):
+    if planned(common, pipeline, "train", own=rl_data is not None):
         return
     refuse_resuming(common, pipeline)
     emit(common, pipeline.train(rl_data=rl_data, embeddings=embeddings, overwrite=common.overwrite))
@@ -88,7 +88,7 @@ def train(
 def rollout(common: Common) -> None:
     """Only the rollouts: the costly part, in which the LVLM answers."""
     pipeline = make_pipeline(common)
-    if not planned(common, pipeline):
+    if not planned(common, pipeline, "rollout"):
         emit(common, pipeline.rollouts())
 
 
@@ -156,7 +156,7 @@ def infer(
     if icds is not None and ckpt is not None:
         raise UsageError("--icds and --ckpt both say what is shown: give one of them")
     pipeline = make_pipeline(common, {"infer": {"okvqa_stem": True}} if okvqa_stem else {})
-    if planned(common, pipeline):
+    if planned(common, pipeline, "infer", answers=len(numbers) + baselines * (1 + 5 * len(numbers))):
         return
     from lever_lm.tables import show_results
 
@@ -166,6 +166,24 @@ def infer(
         result = pipeline.infer(numbers, ckpt=ckpt, baselines=baselines)
     show_results(pipeline.screen, result["results"], result["tests"])
     emit(common, result)
+
+
+@command(app, "doctor")
+def doctor(common: Common) -> None:
+    """What is missing for a config, before any model is loaded: files, counts, models, GPU, disk; and what mends it."""
+    from lever_lm.doctor import examine
+
+    pipeline = make_pipeline(common)
+    if planned(common, pipeline):
+        return
+    checks = examine(pipeline.config, pipeline.layout, count=True)
+    missing = sum(check.status == "missing" for check in checks)
+    for check in checks:
+        pipeline.screen.say(check.line())
+    emit(common, {"ok": not missing, "checks": [vars(check) for check in checks]})
+    if missing:
+        raise LeverError(f"{missing} missing: the lines above say what mends {'them' if missing > 1 else 'it'}")
+    pipeline.screen.say("nothing is missing")
 
 
 @command(app, "report")

@@ -62,14 +62,26 @@ class Features:
 def compute_features(data: VqaData, config: FeatureConfig, path: Path, device: str, track: Track) -> Features:
     """The features of a dataset, from the cache file `path` if it holds those of the same data and encoder."""
     fetch_model(config.encoder, "features.encoder")
-    encoder_id = encoder_fingerprint(config.encoder)
-    stamp = fingerprint(data.fingerprint, list(data.skipped), encoder_id)
+    features = cached_features(data, config, path)
+    if features is None:
+        tensors = _encode_splits(data, config, device, track)
+        write_tensors(path, tensors, {"fingerprint": _stamp(data, config), "encoder": config.encoder})
+        features = cached_features(data, config, path)
+    return features
+
+
+def cached_features(data: VqaData, config: FeatureConfig, path: Path) -> Features | None:
+    """The features in the cache file, None where it holds none of this data and encoder."""
+    stamp = _stamp(data, config)
     tensors = _read_cache(path, stamp)
     if tensors is None:
-        tensors = _encode_splits(data, config, device, track)
-        write_tensors(path, tensors, {"fingerprint": stamp, "encoder": config.encoder})
+        return None
     splits = {split: Embeddings(tensors[f"{split}_image"], tensors[f"{split}_text"]) for split in ("train", "val")}
-    return Features(encoder=encoder_id, name=config.name, fingerprint=stamp, **splits)
+    return Features(encoder=encoder_fingerprint(config.encoder), name=config.name, fingerprint=stamp, **splits)
+
+
+def _stamp(data: VqaData, config: FeatureConfig) -> str:
+    return fingerprint(data.fingerprint, list(data.skipped), encoder_fingerprint(config.encoder))
 
 
 def encoder_fingerprint(encoder: str) -> str:
@@ -92,7 +104,8 @@ def _read_cache(path: Path, stamp: str) -> dict[str, Tensor] | None:
     try:
         with safe_open(path, framework="pt") as file:
             if (file.metadata() or {}).get("fingerprint") == stamp:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+                # Copies: a file that is cut while it is mapped would take the process with it.
+                return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dict
     except (OSError, SafetensorError):
         return None  # missing, or cut by a full disk: made again
     return None

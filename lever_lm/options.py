@@ -157,13 +157,16 @@ def refuse_resuming(common: Common, pipeline) -> None:
         )
 
 
-def planned(common: Common, pipeline) -> bool:
-    """With --dry-run: show the plan instead of doing it."""
+def planned(common: Common, pipeline, command: str = "", *, own: bool = False, answers: int = 0) -> bool:
+    """With --dry-run: show the plan instead of doing it. For the long commands that is their stages and what is missing
+    (own: rollouts and features are somebody's own; answers: evaluation prompts of each query)."""
     if not common.dry_run:
         return False
     import yaml
 
     from lever_lm.config import to_dict
+    from lever_lm.doctor import ALL, examine
+    from lever_lm.planning import as_json, make_plan
 
     layout = pipeline.layout
     places = {
@@ -175,7 +178,16 @@ def planned(common: Common, pipeline) -> bool:
     pipeline.screen.say(yaml.safe_dump(to_dict(pipeline.config), sort_keys=False).rstrip())
     for name, path in places.items():
         pipeline.screen.say(f"{name}: {path} ({'there' if path.exists() else 'to be made'})")
-    emit(common, {"config": to_dict(pipeline.config), "paths": {name: str(path) for name, path in places.items()}})
+    plan = {"config": to_dict(pipeline.config), "paths": {name: str(path) for name, path in places.items()}}
+    if command:
+        checks = [c for c in examine(pipeline.config, layout, () if own else ALL) if c.status != "ok"]
+        stages = make_plan(pipeline.config, layout, pipeline.run, command, own=own, answers=answers)
+        calls, size = sum(stage.lvlm_calls for stage in stages), sum(stage.bytes for stage in stages)
+        for line in (*(check.line() for check in checks), *(stage.line() for stage in stages)):
+            pipeline.screen.say(line)
+        pipeline.screen.say(f"in all: {calls:,} LVLM calls, {size / 1e6:,.0f} MB; estimates are good to a factor of 3")
+        plan |= {"stages": as_json(stages), "lvlm_calls": calls, "bytes": size, "missing": [vars(c) for c in checks]}
+    emit(common, plan)
     return True
 
 

@@ -17,6 +17,7 @@ from lever_lm.config import Config, fingerprint
 from lever_lm.console import Screen
 from lever_lm.data import VqaData, load_dataset
 from lever_lm.data.groups import check_reward_mode, is_query, load_groups, read_rollouts, split_ids
+from lever_lm.doctor import ALL, examine, require
 from lever_lm.errors import LeverError, UsageError
 from lever_lm.features import Features, compute_features, encoder_fingerprint, read_embeddings
 from lever_lm.hub import fetch_model
@@ -98,10 +99,15 @@ class Pipeline:
         """The evaluation queries with their pools."""
         return Evaluation(self.config, self.data, self.features)
 
+    def check(self, *needs: str) -> None:
+        """Raise LeverError with all that is missing for a command, before anything is loaded or made."""
+        require(examine(self.config, self.layout, needs))
+
     # ------------------------------------------------------------------ rollouts
 
     def rollouts(self) -> dict:
         """The rollout file, made where needed. Returns the group report with the file's path."""
+        self.check(*ALL)
         # What is missing is said before features are made.
         fetch_model(self.config.features.encoder, "features.encoder")
         data, lvlm, path = self.data, self.lvlm, self.layout.rollouts
@@ -163,9 +169,11 @@ class Pipeline:
             embeddings = exported
             self.screen.say(f"features: {exported}, as exported by Lever-Plus")
         if embeddings is not None:
+            self.check()
             matrix = read_embeddings(embeddings)
             return Source(rl_data, matrix, matrix, file_digest(embeddings), {})
         if rl_data is not None:
+            self.check("data", "encoder")
             check_rows(rl_data, self.data.train_examples)
         features = self.features
         queries, icds = features.queries("train", self.config.features), features.icds(self.config.features)
@@ -243,6 +251,7 @@ class Pipeline:
         """Answer the evaluation queries with a checkpoint's choices; writes and returns results and paired tests."""
         self._check_shots(shots)
         path, why = find_checkpoint(self.run, ckpt, dict(os.environ))
+        self.check(*ALL)
         self.screen.say(f"checkpoint: {path} ({why})")
         policy = load_for(path, self.config)
         method = next((phase for phase in ("rce", "grpo") if path.stem.startswith(phase)), "policy")
@@ -260,6 +269,7 @@ class Pipeline:
 
     def infer_icds(self, path: Path, shots: Sequence[int], *, baselines: bool = False) -> dict:
         """Answer the evaluation queries with the choices in a file, anybody's."""
+        self.check(*(ALL if baselines else ("data", "lvlm")))
         if baselines:
             self._check_shots(shots)
         else:  # no pools are needed, and so no features

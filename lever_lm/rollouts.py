@@ -7,6 +7,7 @@ policy, similarity, random. Sequences with the same ICDs in another order count 
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +95,31 @@ def make_rollouts(
         if read_rollouts(path)["_meta"]["fingerprint"] == stamp:
             return group_report(path)
         say(f"{path} is of another config or data and is made again; answers already known are not asked again")
+    proposals, train = propose_groups(config, data, features), data.train_examples
+    prompts = proposals.prompts
+    texts = iter(lvlm.generate(prompts, "rollouts"))
+    probs = iter(_reference_probs(prompts, lvlm) if config.rollout.gt_prob else [None] * len(prompts))
+    content: dict = {"_meta": {"fingerprint": stamp, "version": STAGE_VERSION, "n_train": len(train)}}
+    for row, query, pool, group in zip(*proposals.by_query, strict=True):
+        scored = [_score(trajectory, pool, next(texts), next(probs), query) for trajectory in group]
+        content[str(row)] = {"query": _query(row, query), "candidate_pool_ids": pool, "pointer_candidates": scored}
+    write_json(path, content, indent=None)
+    return group_report(path)
+
+
+# ---------------------------------------------------------------------- proposing
+
+
+@dataclass(frozen=True)
+class Proposals:
+    """What is to be asked: rows of the queries, the queries, their pools and groups, and all prompts in this order."""
+
+    by_query: tuple[list[int], list[Example], list[list[int]], list[list[dict]]]
+    prompts: list[Prompt]
+
+
+def propose_groups(config: Config, data: VqaData, features: Features) -> Proposals:
+    """The groups of a config, not yet answered."""
     train = data.train_examples
     rows = query_rows(config.rollout.num_queries, len(train), config.seed)
     queries = [train[row] for row in rows]
@@ -110,17 +136,7 @@ def make_rollouts(
         for query, pool, group in zip(queries, pools, groups, strict=True)
         for trajectory in group
     ]
-    texts = iter(lvlm.generate(prompts, "rollouts"))
-    probs = iter(_reference_probs(prompts, lvlm) if config.rollout.gt_prob else [None] * len(prompts))
-    content: dict = {"_meta": {"fingerprint": stamp, "version": STAGE_VERSION, "n_train": len(train)}}
-    for row, query, pool, group in zip(rows, queries, pools, groups, strict=True):
-        scored = [_score(trajectory, pool, next(texts), next(probs), query) for trajectory in group]
-        content[str(row)] = {"query": _query(row, query), "candidate_pool_ids": pool, "pointer_candidates": scored}
-    write_json(path, content, indent=None)
-    return group_report(path)
-
-
-# ---------------------------------------------------------------------- proposing
+    return Proposals((rows, queries, pools, groups), prompts)
 
 
 def propose(

@@ -19,7 +19,7 @@ from helpers import RUN, SMALL, Done, clean_environment, files_in, run_lever
 from lever_lm import __version__
 from lever_lm.checkpoint import load_torch
 
-COMMANDS = ("demo", "train", "rollout", "best-ckpt", "convert", "infer", "report")
+COMMANDS = ("demo", "train", "rollout", "best-ckpt", "convert", "infer", "report", "doctor")
 V2 = "grpo_epoch{}_v2format.ckpt"
 
 
@@ -33,8 +33,9 @@ def assert_refused(done: Done, status: int, *words: str) -> None:
     usage = done.err.count("Usage: ")
     assert len(ours) + usage == 1, done.err
     if ours:
-        assert done.err.splitlines()[-1] == ours[0], "the message comes last"
-    text = ours[0] if ours else " ".join(done.err.split())
+        after = done.err.splitlines()[done.err.splitlines().index(ours[0]) + 1 :]
+        assert all(line.startswith("  ") for line in after), "the message comes last, with its list if it has one"
+    text = done.err[done.err.index(ours[0]) :] if ours else " ".join(done.err.split())
     for word in words:
         assert word in text, text
 
@@ -235,7 +236,7 @@ def test_a_config_file_that_is_binary_or_a_folder_is_refused(lever, tmp_path):
         (["report"], ["lever infer"]),
         (["report", "nowhere"], ["lever infer"]),
         (["train", "--dataset", "okvqa_local"], ["OKVQA_PATH"]),
-        (["train", "--rl-data", "missing.json"], ["--embeddings"]),
+        (["train", "--rl-data", "missing.json"], ["missing.json"]),
         (["train", "--rl-data", "missing.json", "--embeddings", "missing.pt"], ["missing"]),
     ],
     ids=" ".join,

@@ -15,7 +15,7 @@ LEVELS = [
     ["policy", "checkpoint", "data", "lvlm"],
     ["features", "samplers", "batches", "journal"],
     ["rollouts", "training", "selection", "inference", "icds"],
-    ["pipeline", "report", "tables"],
+    ["pipeline", "report", "tables", "doctor", "planning"],
     ["options", "cli", "__main__"],
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -663,7 +663,8 @@ def test_a_truncated_photograph_stops_the_rollouts_or_is_left_out_and_counted(
 
     done = lever(*ROLLOUT)
     assert done.status == 1
-    assert done.err.count("\n") == 1
+    assert done.err.startswith("lever: 2 things are missing:\n")
+    assert done.err.count("\n") == 3, "one list of all that is missing"
     assert f"question {ids[0]}: cannot decode the image" in done.err
     assert (path.name if kind == "official" else "row 6") in done.err
     assert "truncated" in done.err

@@ -18,6 +18,7 @@ __all__ = [
     "StoredImage",
     "VqaData",
     "image_digest",
+    "in_parquet",
     "load_dataset",
     "open_image",
     "source_of",

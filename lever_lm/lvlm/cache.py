@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import sqlite3
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -97,6 +98,21 @@ class CachedLvlm:
 
         return [float(value) for value in self._through_cache(keys, prompts, ask, what)]
 
+    def unknown(self, prompts: Sequence[Prompt]) -> int:
+        """How many of the prompts would go to the model to be answered."""
+        keys = {self._key("answer", prompt) for prompt in prompts}
+        return len(keys) - len(self.cache.get(list(keys)))
+
+    @property
+    def speed(self) -> float | None:
+        """Prompts a second when this model was last asked, None before."""
+        known = self.cache.get([self._speed_key])
+        return float(known[self._speed_key]) if known else None
+
+    @property
+    def _speed_key(self) -> str:
+        return f"speed:{self.fingerprint}"
+
     def _through_cache(self, keys: list[str], prompts: Sequence[Prompt], ask, what: str) -> list[str]:
         first = {}
         for i, key in enumerate(keys):
@@ -107,12 +123,15 @@ class CachedLvlm:
         if pending:
             batches = self.backend.batches([prompts[i] for i in pending])
             label = f"{what}: {len(pending)} prompts to ask, {len(first) - len(pending)} known"
+            started = time.monotonic()
             for batch in self.track(batches, label, len(batches)):
                 rows = [pending[j] for j in batch]
                 new = dict(zip((keys[i] for i in rows), ask(rows), strict=True))
                 self.cache.put(new)
                 known |= new
                 self.asked += len(rows)
+            seconds = max(time.monotonic() - started, 1e-6)
+            self.cache.put({self._speed_key: repr(len(pending) / seconds)})
         return [known[key] for key in keys]
 
     def _key(self, kind: str, prompt: Prompt) -> str:

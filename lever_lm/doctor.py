@@ -1,0 +1,273 @@
+"""What a command will need, looked at before any model is loaded: one list, each line with what mends it."""
+
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+
+from lever_lm.compat import resolve_device
+from lever_lm.config import HUB_PREFIX, Config, DataConfig, asset_path
+from lever_lm.data import in_parquet, source_of
+from lever_lm.data.okvqa import SPLITS, annotations_file, images_folder, questions_file
+from lever_lm.data.okvqa import load_split as load_official
+from lever_lm.data.parquet import files_of
+from lever_lm.data.parquet import load_split as load_parquet
+from lever_lm.errors import LeverError
+from lever_lm.hub import cached_snapshot, is_hub_id, missing_files, model_folder, weight_files
+from lever_lm.runs import Layout
+
+GIB = 1 << 30
+ALL = ("data", "encoder", "lvlm")  # what commands need; some need less: train on rollouts and features of one's own
+_EXAMPLES = {"okvqa": (9009, 5046), "okvqa_hub": (9009, 5046), "vqav2": (443757, 214354)}
+_DOWNLOAD = {  # GiB
+    "Qwen/Qwen2.5-VL-3B-Instruct": 7.0,
+    "Qwen/Qwen2.5-VL-7B-Instruct": 15.5,
+    "openai/clip-vit-large-patch14": 1.6,
+    "lmms-lab/OK-VQA": 0.8,
+    "Multimodal-Fatima/OK-VQA_train": 1.5,
+}
+_ACTIVATIONS = 2 * GIB  # beside the weights, at the default batch size
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at. status: ok, missing, or warning; `fetched`: missing here, but a command that may
+    use the network gets it itself."""
+
+    what: str
+    status: str
+    found: str
+    mend: str = ""
+    fetched: bool = False
+
+    def line(self) -> str:
+        """For the terminal."""
+        return f"{self.status:>7}  {self.what}: {self.found}{f' → {self.mend}' if self.mend else ''}"
+
+
+def examine(config: Config, layout: Layout, needs: Sequence[str] = ALL, *, count: bool = False) -> list[Check]:
+    """Everything a config needs on this machine, as far as `needs` goes (of ALL).
+
+    `count` also reads the data files and counts what is in them.
+    """
+    checks = [*packages()] if count else []
+    if "data" in needs:
+        files = list(data_files(config.data))
+        checks += files
+        if count and all(check.status == "ok" for check in files):
+            checks += counts(config.data)
+    if "encoder" in needs:
+        checks.append(model("features.encoder", config.features.encoder))
+    if "lvlm" in needs:
+        checks.append(model("lvlm.path", config.lvlm.path))
+    checks += device(config, with_lvlm="lvlm" in needs)
+    return [*checks, folder(layout.dataset), disk(config, layout, checks)]
+
+
+def require(checks: Iterable[Check]) -> None:
+    """Raise LeverError with the whole list of what is missing and cannot be fetched by the command itself."""
+    from huggingface_hub import constants
+
+    offline = constants.HF_HUB_OFFLINE
+    missing = [check for check in checks if check.status == "missing" and (offline or not check.fetched)]
+    lines = [f"{check.what}: {check.found} → {check.mend}" for check in missing]
+    if len(lines) == 1:
+        raise LeverError(lines[0])
+    if lines:
+        raise LeverError("\n  ".join([f"{len(lines)} things are missing:", *lines]))
+
+
+# ---------------------------------------------------------------------- data
+
+
+def data_files(config: DataConfig) -> Iterable[Check]:
+    """The files and folders of both splits."""
+    for split in SPLITS:
+        source = source_of(config, split)
+        variable = "VQAV2_PATH" if config.file_prefix == "v2_" else "OKVQA_PATH"
+        if source.startswith(HUB_PREFIX):
+            yield _hub_dataset(source.removeprefix(HUB_PREFIX), split)
+        elif in_parquet(config, split):
+            files = files_of(asset_path(source), split)
+            yield Check(f"{split} data", "ok", f"{len(files)} parquet files in {source}")
+        else:
+            root = asset_path(source)
+            for official in (questions_file, annotations_file):
+                path = official(root, split, config.file_prefix)
+                yield _file(f"{split} data", path, f"set {variable} (data.okvqa_path) to the folder that holds it")
+            try:
+                yield Check(f"{split} images", "ok", str(images_folder(asset_path(config.coco_path), split)))
+            except LeverError as error:
+                found, _, mend = str(error).partition(": ")
+                yield Check(f"{split} images", "missing", found, mend)
+
+
+def _file(what: str, path: Path, mend: str) -> Check:
+    if not os.path.isfile(path):
+        return Check(what, "missing", f"{path} is {'a folder' if os.path.isdir(path) else 'not there'}", mend)
+    if not os.access(path, os.R_OK):
+        return Check(what, "missing", f"{path} may not be read", f"chmod u+r {path}")
+    return Check(what, "ok", str(path))
+
+
+def _hub_dataset(repository: str, split: str) -> Check:
+    snapshot = cached_snapshot(repository, "dataset")
+    if snapshot and files_of(snapshot, split):
+        return Check(f"{split} data", "ok", f"{repository} in the hub's cache")
+    import datasets
+
+    converted = Path(datasets.config.HF_DATASETS_CACHE) / repository.replace("/", "___").lower()
+    if any(converted.parent.glob(f"{converted.name}*")):
+        return Check(f"{split} data", "ok", f"{repository} in the cache of `datasets`")
+    mend = f"hf download --repo-type dataset {repository}, or OKVQA_PATH to a folder of its parquet files"
+    return Check(f"{split} data", "missing", f"{repository} is not in the hub's cache", mend, fetched=True)
+
+
+def counts(config: DataConfig) -> Iterable[Check]:
+    """How many examples each split has, and how many cannot be used. Images are looked up, not decoded."""
+    lenient = replace(config, skip_bad_examples=True)
+    for split, expected in zip(SPLITS, _EXAMPLES.get(config.name, (None, None)), strict=True):
+        skipped: list[str] = []
+        load = load_parquet if in_parquet(config, split) else load_official
+        try:
+            examples, _ = load(source_of(config, split), lenient, split, skipped)
+        except LeverError as error:
+            yield Check(f"{split} examples", "missing", str(error), "replace the file")
+            continue
+        found = f"{len(examples)} usable"
+        if skipped:
+            status = "warning" if config.skip_bad_examples and examples else "missing"
+            mend = "mend the files, or --skip-bad-examples"
+            yield Check(f"{split} examples", status, f"{found}, {len(skipped)} not, the first: {skipped[0]}", mend)
+        elif expected not in (None, len(examples)):
+            found += f"; the official split has {expected}"
+            yield Check(f"{split} examples", "warning", found, "fine for a part of it, else fetch it again")
+        else:
+            yield Check(f"{split} examples", "ok", found)
+
+
+# ---------------------------------------------------------------------- models and machine
+
+
+def model(option: str, path: str) -> Check:
+    """A model's directory or hub id: its config and all weights are there."""
+    found = model_folder(path)
+    missing = missing_files(found) if found else []
+    if found and not missing:
+        size = sum(file.stat().st_size for file in weight_files(found))
+        return Check(option, "ok", f"{path}, {size / GIB:.2f} GiB")
+    if is_hub_id(path):
+        lacks = f"lacks {', '.join(missing)} in" if missing else "is not in"
+        mend = f"hf download {path}, or --set {option}=DIR"
+        return Check(option, "missing", f"{path} {lacks} the hub's cache", mend, fetched=True)
+    what = f"lacks {', '.join(missing)}" if missing else "is no directory and no hub id OWNER/NAME"
+    return Check(option, "missing", f"{path} {what}", f"--set {option}=DIR or OWNER/NAME")
+
+
+def device(config: Config, *, with_lvlm: bool) -> Iterable[Check]:
+    """The device, and whether the LVLM fits into its memory."""
+    import torch
+
+    try:
+        chosen = resolve_device(config.device)
+    except LeverError as error:
+        yield Check("device", "missing", str(error), "--device cpu, or a machine with a GPU")
+        return
+    found = model_folder(config.lvlm.path) if with_lvlm else None
+    weights = sum(file.stat().st_size for file in weight_files(found)) if found else 0
+    if chosen.type != "cuda":
+        yield Check("device", "ok", f"{chosen}, {os.cpu_count()} cores")
+        if weights > GIB:
+            yield Check("device", "warning", f"no GPU for an LVLM of {weights / GIB:.0f} GiB: days", "use a GPU")
+        return
+    free, total = torch.cuda.mem_get_info(chosen)
+    width = 2 if config.lvlm.dtype == "float32" else 1  # the hub's weights are bfloat16
+    needed = weights * width + _ACTIVATIONS if weights > GIB else weights
+    memory = f"{torch.cuda.get_device_name(chosen)}, {free / GIB:.0f} of {total / GIB:.0f} GiB free"
+    about = f"{memory}, about {needed / GIB:.1f} needed"
+    if needed > total:
+        yield Check("GPU memory", "missing", about, "a larger GPU, or a smaller LVLM: --lvlm qwen2.5_vl_3B")
+    elif needed > free:
+        yield Check("GPU memory", "warning", about, "end other jobs on it (nvidia-smi), or CUDA_VISIBLE_DEVICES")
+    else:
+        yield Check("GPU memory", "ok", about)
+
+
+def folder(path: Path) -> Check:
+    """Whether results can be written."""
+    there = _existing(path)
+    if not there.is_dir():
+        return Check("results", "missing", f"{there} is not a folder", "--results DIR")
+    if not os.access(there, os.W_OK | os.X_OK):
+        return Check("results", "missing", f"{there} may not be written to", f"chmod u+w {there}, or --results DIR")
+    return Check("results", "ok", str(path))
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest above it that exists."""
+    path = path.absolute()
+    return path if os.path.exists(path) or path.parent == path else _existing(path.parent)
+
+
+def disk(config: Config, layout: Layout, checks: Iterable[Check]) -> Check:
+    """Room for features, answers, rollouts, checkpoints and whatever has to be downloaded."""
+    needed = sum(disk_needed(config).values())
+    named = " ".join(check.found for check in checks if check.fetched)
+    downloads = sum(size for repository, size in _DOWNLOAD.items() if repository in named)
+    free = shutil.disk_usage(_existing(layout.dataset)).free
+    parts = f"about {needed / GIB:.2f} GiB needed" + (f" and {downloads:.1f} to download" if downloads else "")
+    found = f"{free / GIB:.1f} GiB free, {parts}"
+    if needed > free:
+        return Check("disk", "missing", found, "free some, or --results DIR on another disk")
+    if needed + downloads * GIB > free:
+        return Check("disk", "warning", found, "free some, or HF_HOME on another disk")
+    return Check("disk", "ok", found)
+
+
+def disk_needed(config: Config) -> dict[str, int]:
+    """Bytes by what is written: an estimate from the config alone."""
+    width, examples = 768, sum(_EXAMPLES.get(config.data.name, (3000, 500)))
+    rollout = config.rollout
+    prompts = rollout.num_queries * group_size(config)
+    hidden = config.policy.hidden_dim
+    weights = 4 * (3 * width * hidden + config.policy.num_layers * 4 * hidden * hidden)
+    epochs = config.rce.epochs + config.grpo.epochs
+    return {
+        "features": 2 * 4 * width * examples,
+        "answers": 300 * prompts,
+        "rollouts": 900 * prompts,
+        "checkpoints": weights * (epochs + 6),  # state.pt holds old and reference policy and two moments
+    }
+
+
+def group_size(config: Config) -> int:
+    """Rollouts of a query, duplicates left out of account."""
+    rollout = config.rollout
+    return rollout.beam + rollout.retrieval + rollout.sample * len(rollout.temperatures) + rollout.random
+
+
+def packages() -> Iterable[Check]:
+    """The installed versions against those the package asks for."""
+    from packaging.requirements import Requirement
+
+    try:
+        wanted = [Requirement(text) for text in metadata.requires("lever-lm") or []]
+    except metadata.PackageNotFoundError:
+        return  # run from a checkout that was never installed
+    wrong = []
+    for requirement in wanted:
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            version = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            wrong.append(f"{requirement} is not installed")
+            continue
+        if not requirement.specifier.contains(version, prereleases=True):
+            wrong.append(f"{requirement}, found {version}")
+    if wrong:
+        yield Check("packages", "missing", "; ".join(wrong), "pip install -c constraints.txt -e .")
+    else:
+        yield Check("packages", "ok", f"{len(wanted)} requirements met")

@@ -1,0 +1,165 @@
+"""What a command would do, without doing it: stages, what is there, LVLM calls, time and disk. Writes nothing."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from lever_lm.compat import resolve_device
+from lever_lm.config import Config
+from lever_lm.data import StoredImage, VqaData, load_dataset
+from lever_lm.data.groups import read_rollouts
+from lever_lm.doctor import disk_needed, group_size
+from lever_lm.errors import LeverError
+from lever_lm.features import Features, cached_features
+from lever_lm.hub import model_folder, weight_files
+from lever_lm.lvlm import CachedLvlm, load_lvlm
+from lever_lm.rollouts import made_elsewhere, propose_groups, rollout_stamp
+from lever_lm.runs import Layout, RunFolder
+
+# Multiply-adds a second that are reached in practice, for a first guess before anything was measured.
+_REACHED = {"cuda": 1e14, "cpu": 5e10}
+_TEXT_TOKENS = 30  # of a question with its answer
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a plan. seconds: None where nothing is known of the model; `exact` when the calls were counted
+    against the cache and not bounded from above."""
+
+    name: str
+    state: str
+    path: str
+    lvlm_calls: int = 0
+    exact: bool = True
+    seconds: float | None = 0.0
+    bytes: int = 0
+
+    def line(self) -> str:
+        """For the terminal."""
+        parts = [self.state]
+        if self.lvlm_calls:
+            parts.append(f"{'' if self.exact else 'at most '}{self.lvlm_calls:,} LVLM calls")
+        if self.seconds is None or self.seconds >= 1:
+            parts.append("time unknown" if self.seconds is None else f"about {_duration(self.seconds)}")
+        if self.bytes:
+            parts.append(f"{self.bytes / 1e6:,.0f} MB")
+        return f"{self.name}: {', '.join(parts)} ({self.path})"
+
+
+def as_json(stages: list[Stage]) -> list[dict]:
+    """Plain values of a plan."""
+    return [asdict(stage) for stage in stages]
+
+
+def make_plan(config: Config, layout: Layout, run: RunFolder, command: str, *, own: bool, answers: int) -> list[Stage]:
+    """The stages of a command (`rollout`, `train`, `infer`, `demo`).
+
+    own: the rollouts and features are somebody's own, so that none are made. answers: evaluation prompts for each
+    query. What the cache knows is counted where data, features and model are here; else calls are bounded from above.
+    """
+    planner = _Planner(config, layout)
+    stages = [] if own else planner.features()
+    if command != "infer" and not own and not made_elsewhere(layout.rollouts):
+        stages.append(planner.rollouts())
+    if command in ("train", "demo"):
+        stages += planner.training(run)
+    if answers:
+        stages.append(planner.inference(answers))
+    return stages
+
+
+class _Planner:
+    """What is known of data, features and model before any of them is made."""
+
+    def __init__(self, config: Config, layout: Layout):
+        self.config, self.layout, self.disk = config, layout, disk_needed(config)
+        self.data: VqaData | None = None
+        self.known: Features | None = None
+        self.lvlm: CachedLvlm | None = None
+        try:
+            self.data = load_dataset(config.data)
+            self.known = cached_features(self.data, config.features, layout.features)
+            if layout.answers.is_file() and model_folder(config.lvlm.path):
+                where = {"device": config.device, "cache": layout.answers}
+                self.lvlm = load_lvlm(config.lvlm, config.prompt, **where, track=lambda items, *_: items)
+        except LeverError:
+            pass  # `lever doctor` says what is missing; the plan is then an upper bound
+
+    def features(self) -> list[Stage]:
+        path = str(self.layout.features)
+        if self.known is not None:
+            return [Stage("features", "there", path)]
+        count = len(self.data.train_examples) + len(self.data.val_examples) if self.data else 14055
+        seconds = self._seconds(self.config.features.encoder, count, 257)
+        return [Stage("features", "to be made", path, seconds=seconds, bytes=self.disk["features"])]
+
+    def rollouts(self) -> Stage:
+        path = self.layout.rollouts
+        size = self.disk["rollouts"] + self.disk["answers"]
+        total = len(self.data.train_examples) if self.data else self.config.rollout.num_queries
+        calls, exact = min(self.config.rollout.num_queries, total) * group_size(self.config), False
+        if self.known is not None:
+            prompts = propose_groups(self.config, self.data, self.known).prompts
+            calls, exact = len(prompts), True
+            if self.lvlm is not None:
+                stamp = rollout_stamp(self.config, self.data, self.known, self.lvlm)
+                if path.is_file() and read_rollouts(path)["_meta"]["fingerprint"] == stamp:
+                    return Stage("rollouts", "there", str(path))
+                calls = self.lvlm.unknown(prompts)
+        state = "to be made again" if path.is_file() else "to be made"
+        seconds = self._answering(calls, self.config.rollout.shots)
+        return Stage("rollouts", state, str(path), calls, exact, seconds, size)
+
+    def training(self, run: RunFolder) -> list[Stage]:
+        stages, rows = [], run.rows()
+        groups = min(self.config.rollout.num_queries, len(self.data.train_examples) if self.data else 10**9)
+        width = self.known.train.image.shape[1] if self.known else 768
+        flops = 12 * self.config.rollout.pool_size * width * self.config.policy.hidden_dim * groups
+        for phase, config in (("rce", self.config.rce), ("grpo", self.config.grpo)):
+            done = [row for row in rows if row["phase"] == phase]
+            left = max(0, config.epochs - len(done))
+            times = [row["epoch_time"] for row in done if isinstance(row.get("epoch_time"), float)]
+            each = sum(times) / len(times) if times else flops / _REACHED["cpu"]
+            size = self.disk["checkpoints"] * left // max(1, self.config.rce.epochs + self.config.grpo.epochs)
+            state = f"{len(done)} of {config.epochs} epochs there"
+            stages.append(Stage(phase, state, str(run.path), seconds=each * left, bytes=size if left else 0))
+        return stages
+
+    def inference(self, answers: int) -> Stage:
+        total = len(self.data.val_examples) if self.data else 5046
+        calls = answers * min(self.config.infer.num_queries or total, total)
+        seconds = self._answering(calls, 4)
+        return Stage("inference", "to be answered", str(self.layout.inference), calls, False, seconds, 500 * calls)
+
+    def _answering(self, calls: int, shots: int) -> float | None:
+        """Seconds for LVLM calls: from the speed last measured with this model, else from its size."""
+        if self.lvlm is not None and self.lvlm.speed:
+            return calls / self.lvlm.speed
+        tokens = (shots + 1) * (_TEXT_TOKENS + self._image_tokens())
+        return self._seconds(self.config.lvlm.path, calls, tokens)
+
+    def _image_tokens(self) -> float:
+        """Of the first training image; a patch of 28 × 28 pixels is a token."""
+        pixels = 640 * 480
+        if self.data is not None and not isinstance(image := self.data.train_examples[0].image, StoredImage):
+            import PIL.Image
+
+            with PIL.Image.open(image) as picture:
+                pixels = picture.width * picture.height
+        return min(max(pixels, self.config.lvlm.min_pixels), self.config.lvlm.max_pixels) / 28**2
+
+    def _seconds(self, model: str, calls: int, tokens: float) -> float | None:
+        folder = model_folder(model)
+        if folder is None or calls == 0:
+            return None if calls else 0.0
+        parameters = sum(Path(file).stat().st_size for file in weight_files(folder)) / 2
+        try:
+            reached = _REACHED.get(resolve_device(self.config.device).type, _REACHED["cuda"])
+        except LeverError:
+            return None
+        return calls * tokens * parameters / reached
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
