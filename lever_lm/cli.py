@@ -212,6 +212,8 @@ _CommandLineError = next(cls for cls in typer.BadParameter.__mro__ if cls.__name
 
 def main() -> None:
     """Entry point: exit status 0 done, 1 could not, 2 usage, 130 interrupted; one message on stderr, no traceback."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character of ours shows a question mark
+        stream.reconfigure(errors="replace")
     sys.exit(_run(sys.argv[1:]))
 
 

@@ -1,6 +1,7 @@
 """Anybody's choices of demonstrations, read from a file and checked: the harness of `lever infer` for every method."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -52,12 +53,20 @@ def _content(path: Path):
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise LeverError(f"cannot read the choices {path}: {error} (--icds)") from error
+
+    def once(pairs: list[tuple]) -> dict:
+        """An object, refused where it names a question twice: JSON would keep the last."""
+        repeated = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+        if repeated:
+            raise LeverError(f"{path}: {repeated[0]} appears twice (--icds)")
+        return dict(pairs)
+
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=once)
     except (ValueError, RecursionError):
         pass
     rows = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         try:
             rows += [json.loads(line)] if line.strip() else []
         except (ValueError, RecursionError) as error:
@@ -78,7 +87,7 @@ def _by_question(content, path: Path) -> dict[int, list[int]]:
         if _number(question) is None or not isinstance(icds, list) or any(_number(icd) is None for icd in icds):
             raise LeverError(f"{path}, question {question!r:.40}: {_FORMAT}; found {icds!r:.60} (--icds)")
         if _number(question) in chosen:
-            raise LeverError(f"{path}: question {question} appears twice")
+            raise LeverError(f"{path}: question {question} appears twice (--icds)")
         chosen[_number(question)] = [_number(icd) for icd in icds]
     if not chosen:
         raise LeverError(f"{path} is empty: {_FORMAT} (--icds)")
@@ -89,4 +98,5 @@ def _number(value) -> int | None:
     """A question id: a number, or text of one as JSON keys are."""
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
-    return int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else None
+    text = isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 20
+    return int(value) if text else None

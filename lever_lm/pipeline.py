@@ -257,7 +257,7 @@ class Pipeline:
         method = next((phase for phase in ("rce", "grpo") if path.stem.startswith(phase)), "policy")
         picks = self.evaluation.choose(policy, max(shots))
         facts = {"checkpoint": str(path), "why": why}
-        return self._evaluate(method, picks, shots, baselines, self._folder_for(path), facts)
+        return self._evaluate(method, picks, shots, baselines, self._folder_for(path), facts, file_digest(path))
 
     def _folder_for(self, checkpoint: Path) -> Path:
         """Where the inferences of a checkpoint go: by its own run, which need not be the one the options name, and
@@ -270,25 +270,39 @@ class Pipeline:
     def infer_icds(self, path: Path, shots: Sequence[int], *, baselines: bool = False) -> dict:
         """Answer the evaluation queries with the choices in a file, anybody's."""
         self.check(*(ALL if baselines else ("data", "lvlm")))
+        without_pools = Evaluation(self.config, self.data, None)  # and so without features
+        picks = read_icds(path, without_pools.queries, self.data.train_examples, max(shots))
         if baselines:
             self._check_shots(shots)
-        else:  # no pools are needed, and so no features
-            self.evaluation = Evaluation(self.config, self.data, None)
-        picks = read_icds(path, self.evaluation.queries, self.data.train_examples, max(shots))
-        folder = self.layout.inference / f"icds_{path.stem}"
-        return self._evaluate("icds", picks, shots, baselines, folder, {"icds": str(path)})
+        else:
+            self.evaluation = without_pools
+        # The default run's name holds the LVLM's already.
+        apart = f"_with_{lvlm_name(self.config.lvlm.path)}" if self.layout.run_name else ""
+        folder = self.layout.inference / f"icds_{path.stem}{apart}"
+        return self._evaluate("icds", picks, shots, baselines, folder, {"icds": str(path)}, file_digest(path))
 
     def _evaluate(
-        self, method: str, picks: list[list[int]], shots: Sequence[int], baselines: bool, folder: Path, facts: dict
+        self,
+        method: str,
+        picks: list[list[int]],
+        shots: Sequence[int],
+        baselines: bool,
+        folder: Path,
+        facts: dict,
+        chosen_by: str,
     ) -> dict:
-        """Run a method's picks, beside the baselines if asked for; write and return results and paired tests."""
+        """Run a method's picks, beside the baselines if asked for; write and return results and paired tests.
+
+        chosen_by: digest of the file that chose. Results of another stand in no table with these.
+        """
         choices = {method: picks}
         if baselines:
             choices = {**{name: self.evaluation.baseline(name, max(shots)) for name in BASELINES}, **choices}
         outcomes = self.evaluation.run(choices, shots, self.lvlm)
         ours = [outcome for outcome in outcomes if outcome.method == method]
         tests = [test for outcome in ours for test in compare(outcome, outcomes)]
-        facts |= {"tests": tests, "okvqa_stem": self.config.infer.okvqa_stem, "setting": self._setting()}
+        facts |= {"tests": tests, "okvqa_stem": self.config.infer.okvqa_stem}
+        facts["setting"] = f"{self._setting()}-{chosen_by}"
         metrics = self.evaluation.write(folder, outcomes, choices, method, facts)
         self.screen.say(f"predictions and metrics: {folder}")
         return {**metrics, "folder": str(folder)}

@@ -184,7 +184,14 @@ class RunFolder:
         write_text(self.config, yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
 
     def check(self, config: Config) -> None:
-        """Raise LeverError when the folder holds a run of another config, naming what differs."""
+        """Raise LeverError when the folder holds a run of another config, naming what differs, or checkpoints of a
+        training that is not ours to go on with."""
+        strangers = [] if self.state.is_file() else sorted(f.name for f in self.path.glob("*_epoch*.pt"))
+        if strangers:  # our own state.pt is written before any checkpoint
+            raise LeverError(
+                f"{self.path} holds {len(strangers)} checkpoints and no state.pt to go on from, {strangers[0]} among "
+                "them. Choose another folder with --run-name NAME, or start over with --overwrite (it deletes them)"
+            )
         differences = self.differences(config) if self.config.is_file() else []
         if differences:
             raise LeverError(

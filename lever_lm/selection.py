@@ -127,6 +127,8 @@ def read_history(run: RunFolder | None, log: Path | None) -> History:
     """
     if log is not None:
         return read_log(log)
+    if run is not None and run.path.is_file():
+        raise LeverError(f"{run.path} is a file: name its folder, {run.path.parent}")
     if run is None or not run.path.is_dir():
         where = run.path if run else "a run"
         raise LeverError(f"no run folder {where}: train first (`lever train`), or name the run (--run-name, --results)")

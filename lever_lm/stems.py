@@ -20,7 +20,7 @@ class Stems:
 
     def reduce(self, text: str) -> str:
         """A prediction as the annotations would hold it: as a whole where it was typed so, else word by word."""
-        plain = " ".join(text.lower().split())
+        plain = _plain(text)
         if plain in self.answers:
             return self.answers[plain]
         return " ".join(self._word(word) for word in plain.split())
@@ -39,7 +39,7 @@ def learn_stems(pairs: Iterable[tuple[str, str]]) -> Stems:
     single: dict[str, Counter] = defaultdict(Counter)
     known: set[str] = set()
     for raw, reduced in pairs:
-        raw, reduced = " ".join(raw.lower().split()), " ".join(reduced.lower().split())
+        raw, reduced = _plain(raw), _plain(reduced)
         whole[raw][reduced] += 1
         words = reduced.split()
         known.update(words)
@@ -47,6 +47,11 @@ def learn_stems(pairs: Iterable[tuple[str, str]]) -> Stems:
             for word, stem in zip(raw.split(), words, strict=True):
                 single[word][stem] += 1
     return Stems(_commonest(whole), _commonest(single), frozenset(known))
+
+
+def _plain(text: str) -> str:
+    """Lower case, single spaces, no punctuation around words."""
+    return " ".join(word for word in (part.strip('.,!?;:"') for part in text.lower().split()) if word)
 
 
 def _commonest(counts: dict[str, Counter]) -> dict[str, str]:

@@ -633,3 +633,9 @@ def test_many_shots_are_listed_one_a_row_within_80_columns(trained, lever):
     assert "5 shots" in done.out
     assert all(len(line) <= 80 for line in done.out.splitlines() if line[:1] in "┏┃┡│└")
     assert "…" not in done.out
+
+
+def test_a_terminal_that_lacks_our_characters_is_no_failure(trained):
+    done = run_lever("best-ckpt", "--show-all", cwd=trained, PYTHONIOENCODING="ascii")
+    assert done.status == 0, done.err
+    assert "GRPO" in done.out

@@ -215,6 +215,7 @@ def test_opening_makes_a_run_and_the_same_config_goes_on(tmp_path):
     run = RunFolder(tmp_path / "run")
     run.open(config(seed=3))
     assert yaml.safe_load(run.config.read_text(encoding="utf-8")) == to_dict(config(seed=3))
+    run.state.touch()
     run.checkpoint("rce", 1).touch()
     run.open(config(seed=3))
     assert run.checkpoint("rce", 1).exists()
@@ -342,3 +343,15 @@ def test_no_write_follows_the_umask_into_secrecy(tmp_path):
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o644
+
+
+def test_checkpoints_of_somebody_else_are_not_mixed_with_a_run(tmp_path):
+    run = RunFolder(tmp_path / "v3_RandSampler_Qwen2_5-VL-3B-Instruct")
+    run.path.mkdir()
+    run.checkpoint("grpo", 25).write_bytes(b"theirs")
+    with pytest.raises(LeverError, match=r"no state\.pt.*grpo_epoch25\.pt.*--run-name.*--overwrite"):
+        run.open(Config())
+    assert run.checkpoint("grpo", 25).read_bytes() == b"theirs"
+    assert not run.config.exists()
+    run.open(Config(), overwrite=True)
+    assert not run.checkpoint("grpo", 25).exists()

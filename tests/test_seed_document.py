@@ -1,0 +1,355 @@
+"""The users' document, walked: every command of it as it stands, on tiny models under the real ones' names.
+
+Then what it promises on files of Lever-Plus's making: the least validation loss is at epoch 25, and that one answers.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import clean_environment, small_digits
+from official import build_official, hub_cache
+
+from lever_lm.config import asset_path
+from lever_lm.policy import PointerSelector
+
+CHECKOUT = Path(__file__).parents[1]
+DOCUMENT = (Path(__file__).parent / "data" / "grpo_50_epochs.zh.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```bash\n(.*?)^```$", DOCUMENT, re.MULTILINE | re.DOTALL)
+INFERENCE = "bash scripts/inference.sh vqa okvqa_local 5 query_img_text_icd_img_text rand_sampler qwen2.5_vl_3B v3"
+RUN = Path("results/okvqa/model_cpk/v3_RandSampler_Qwen2_5-VL-3B-Instruct")
+ANSWERS = Path("results/okvqa/inference") / RUN.name
+FIND = f"python scripts/find_best_checkpoint.py --checkpoint_dir ./{RUN}"
+ROW = re.compile(r"^ *(\d+)( +-?\d+\.\d+){7}$", re.MULTILINE)
+COLUMNS = re.search(r"^Epoch +Train Loss.*$", DOCUMENT, re.MULTILINE)[0].split()
+VAL = 8
+
+
+@dataclass(frozen=True)
+class Step:
+    """A block of the document, or a part of one: exit status, stdout, stderr."""
+
+    status: int
+    out: str
+    err: str
+
+
+def shell_environment(folder: Path, data: Path) -> dict[str, str]:
+    """That of a user who has the data, the models in the hub's cache, and no GPU."""
+    hub_cache(folder / "home", "Qwen/Qwen2.5-VL-3B-Instruct", "model", asset_path("asset:tiny-qwen2.5-vl"))
+    hub_cache(folder / "home", "openai/clip-vit-large-patch14", "model", asset_path("asset:tiny-clip"))
+    stub = folder / "bin" / "nvidia-smi"
+    stub.parent.mkdir()
+    stub.write_text("#!/bin/sh\necho 'no devices were found'\n")
+    stub.chmod(0o755)
+    (folder / "scripts").symlink_to(CHECKOUT / "scripts")
+    environment = clean_environment(
+        HF_HUB_OFFLINE="1",
+        HF_HOME=str(folder / "home"),
+        OKVQA_PATH=str(data),
+        COCO_PATH=str(data),
+        CUDA_VISIBLE_DEVICES="",
+        PYTHONIOENCODING="utf-8",
+        PATH=os.pathsep.join([str(stub.parent), str(Path(sys.executable).parent), os.environ["PATH"]]),
+    )
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):  # they would win over HF_HOME
+        environment.pop(name, None)
+    return environment
+
+
+@dataclass(frozen=True)
+class Shell:
+    """A folder with `scripts` in it, and an environment."""
+
+    folder: Path
+    environment: dict[str, str]
+
+    def run(self, script: str, timeout: int = 300) -> Step:
+        done = subprocess.run(
+            ["bash", "-e", "-c", script],
+            cwd=self.folder,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            timeout=timeout,
+        )
+        return Step(done.returncode, done.stdout, done.stderr)
+
+    def files(self, pattern: str) -> set[str]:
+        return {path.name for path in (self.folder / RUN).glob(pattern)}
+
+
+# ---------------------------------------------------------------------- the walk
+
+NAMES = ["parameters", "train", "files", "processes", "select", "convert", "rename", "name", "whole"]
+
+
+def parts_of_the_document() -> dict[str, str]:
+    """Its blocks in their order. Methods A and B of one block are alternatives: A's `cd` must not hold for B."""
+    parts = []
+    for block in BLOCKS:
+        before, heading, after = block.partition("# 方法 B")
+        parts += [f"(\n{before}\n)", heading + after] if heading else [block]
+    return dict(zip(NAMES, parts, strict=True))
+
+
+@pytest.fixture(scope="module")
+def shell(tmp_path_factory) -> Shell:
+    # Digits, because the tiny model can answer about them: among photographs every group would be tied.
+    folder = tmp_path_factory.mktemp("walk")
+    return Shell(folder, shell_environment(folder, small_digits(folder / "data", train=32, val=VAL)))
+
+
+@pytest.fixture(scope="module")
+def walk(shell) -> dict[str, Step]:
+    """The document from its first command to its last, in one shell: part → what it said.
+
+    One command more: after method A, the inference that it is for.
+    """
+    parts = {}
+    for name, part in parts_of_the_document().items():
+        parts[name] = part
+        if name == "rename":
+            parts["latest"] = f"(unset LEVER_LM_CHECKPOINT_PATH; {INFERENCE})"
+    said = shell.folder / "said"
+    said.mkdir()
+    lines = []
+    for name, part in parts.items():
+        strict = "set +e" if name == "processes" else "set -e"  # there may be no process to see
+        lines += [strict, f"exec > said/{name}.out 2> said/{name}.err", part]
+    done = shell.run("\n".join(lines))
+    read = {path.name: path.read_text(encoding="utf-8") for path in said.iterdir()}
+    steps = {name: Step(0, read.get(f"{name}.out", ""), read.get(f"{name}.err", "")) for name in parts}
+    last = [name for name in parts if f"{name}.out" in read][-1]
+    assert done.status == 0, f"the part {last!r} failed: {steps[last].out[-1500:]}{steps[last].err[-1500:]}"
+    return steps
+
+
+def test_the_document_is_read_whole():
+    assert len(BLOCKS) == DOCUMENT.count("```bash") == 8
+    commands = [line for block in BLOCKS for line in block.splitlines() if "scripts/" in line]
+    assert len(commands) == 10
+    assert sum(line == INFERENCE for line in commands) == 3
+
+
+def test_the_document_is_the_users():
+    seed = CHECKOUT.parent / "shared" / "seed" / "grpo_50_epochs.zh.md"
+    if not seed.is_file():
+        pytest.skip("the users' own copy is not beside this checkout")
+    assert seed.read_text(encoding="utf-8") == DOCUMENT
+
+
+def test_every_command_of_the_document_runs_without_a_complaint(walk):
+    assert {name: step.err for name, step in walk.items() if step.err and name != "processes"} == {}
+
+
+def test_the_parameters_are_in_effect(shell, walk):
+    for line in ("GRPO_EPOCHS=50", "KL_BETA=0.1", "USE_RANK_ADVANTAGE=false"):
+        assert f"from the environment: {line}\n" in walk["train"].out
+    config = (shell.folder / RUN / "config.yaml").read_text()
+    assert "kl_beta: 0.1\n" in config
+    assert "advantage: zscore\n" in config
+    assert "path: Qwen/Qwen2.5-VL-3B-Instruct\n" in config
+
+
+def test_the_output_folder_holds_what_the_document_shows(shell, walk):
+    assert f"./{RUN}/" in DOCUMENT
+    assert shell.files("rce_epoch*.pt") == {f"rce_epoch{epoch}.pt" for epoch in range(1, 6)}
+    assert shell.files("grpo_epoch*.pt") == {f"grpo_epoch{epoch}.pt" for epoch in range(1, 51)}
+
+
+def test_the_terminal_and_the_log_show_the_documents_table(shell, walk):
+    for text in (walk["train"].out, (shell.folder / RUN / "train.log").read_text(encoding="utf-8")):
+        _, heading, table = text.partition("阶段3：GRPO训练\n")
+        assert heading
+        assert table.splitlines()[0].split() == COLUMNS
+        assert [int(row[1]) for row in ROW.finditer(table)] == list(range(1, 51))
+        assert len({row[0].split()[4] for row in ROW.finditer(table)}) > 10, "the policy learns nothing here"
+
+
+def test_the_files_are_listed_and_counted(walk):
+    listed = walk["files"].out.splitlines()
+    assert len(listed) == 51
+    assert all(line.split()[-1].startswith(f"./{RUN}/grpo_epoch") for line in listed)
+    assert listed[-1] == f"./{RUN}/grpo_epoch50.pt"  # the latest by its time
+    assert walk["whole"].out.splitlines()[0].strip() == "50"
+    assert "no devices were found" in walk["processes"].out
+
+
+def metrics_of(shell: Shell) -> list[dict]:
+    rows = map(json.loads, (shell.folder / RUN / "metrics.jsonl").read_text().splitlines())
+    return [row for row in rows if row["phase"] == "grpo"]
+
+
+def test_the_best_checkpoint_is_found(shell, walk):
+    rows = metrics_of(shell)
+    least = min(rows, key=lambda row: row["val_loss"])["epoch"]
+    widest = max(rows, key=lambda row: row["adv_std"])["epoch"]
+    chosen = re.findall(r"^(\w+): epoch (\d+): (\S+) ", walk["select"].out, re.MULTILINE)
+    answers = [("val_loss", least), ("val_loss", least), ("adv_std", widest)]
+    assert chosen == [(strategy, str(epoch), f"{RUN}/grpo_epoch{epoch}.pt") for strategy, epoch in answers]
+
+
+@pytest.mark.parametrize("name", ["select", "whole"])
+def test_show_all_prints_every_epoch_in_the_documents_columns(walk, name):
+    text = walk[name].out
+    assert sum(line.split() == COLUMNS for line in text.splitlines()) == 1
+    assert [int(row[1]) for row in ROW.finditer(text)] == list(range(1, 51))
+
+
+@pytest.mark.parametrize("name", ["convert", "whole"])
+def test_the_checkpoint_is_converted(shell, walk, name):
+    assert f"converted {RUN}/grpo_epoch25.pt → {RUN}/grpo_epoch25_v2format.ckpt\n" in walk[name].out
+    assert (shell.folder / RUN / "grpo_epoch25_v2format.ckpt").is_file()
+
+
+@pytest.mark.parametrize("name", ["convert", "name", "whole"])
+def test_inference_takes_the_file_that_the_variable_names(walk, name):
+    text = walk[name].out
+    taken = re.findall(r"^checkpoint: (.*)$", text, re.MULTILINE)
+    assert taken == [f"{RUN}/grpo_epoch25_v2format.ckpt (named by LEVER_LM_CHECKPOINT_PATH)"]
+    assert f"VQA accuracy on {VAL} queries" in text
+    assert re.search(r"grpo.* \d\.\d{3} \[", text)
+    assert "5 shots" in text
+
+
+def test_a_checkpoint_renamed_to_the_latest_is_taken_without_the_variable(shell, walk):
+    run = shell.folder / RUN
+    assert (run / "grpo_epoch50.pt").read_bytes() == (run / "grpo_epoch25.pt").read_bytes()
+    assert f"checkpoint: {RUN}/grpo_epoch50.pt (the latest of the run)\n" in walk["latest"].out
+    picks = [(shell.folder / ANSWERS / name / "icds.jsonl").read_text() for name in ("grpo_epoch25", "grpo_epoch50")]
+    assert picks[0] == picks[1], "the v2 file and the renamed v3 file hold one policy"
+
+
+@pytest.mark.parametrize("epoch", [25, 50])
+def test_every_query_is_answered_after_five_demonstrations(shell, walk, epoch):
+    check_answers(shell.folder / ANSWERS / f"grpo_epoch{epoch}", shell.folder / "data")
+
+
+def check_answers(folder: Path, data: Path) -> None:
+    """Predictions for all of the evaluation split, each after five different demonstrations."""
+    questions = json.loads((data / "OpenEnded_mscoco_val2014_questions.json").read_text())["questions"]
+    ids = [item["question_id"] for item in questions]
+    predictions = json.loads((folder / "predictions_grpo_5shot.json").read_text())
+    assert [row["question_id"] for row in predictions] == ids
+    assert len(ids) == VAL
+    assert all(isinstance(row["answer"], str) for row in predictions)
+    shown = [json.loads(line)["icds"] for line in (folder / "samples_grpo_5shot.jsonl").read_text().splitlines()]
+    assert [len(set(icds)) for icds in shown] == [5] * VAL
+
+
+# ---------------------------------------------------------------------- troubleshooting
+
+
+def refused(step: Step) -> str:
+    """The one message of a command that could not."""
+    assert step.status == 1, step
+    lines = step.err.splitlines()
+    assert len(lines) == 1, step.err
+    assert lines[0].startswith("lever: ")
+    return lines[0]
+
+
+def test_a_log_that_cannot_be_parsed_is_said_to_be_one(shell, walk):
+    (shell.folder / "other.log").write_text("Epoch 1: loss 0.3\nEpoch 2: loss 0.2\n")
+    said = refused(shell.run(f"{FIND} --log_file other.log"))
+    assert "other.log" in said
+    assert "阶段3：GRPO训练" in said
+
+
+def test_the_table_in_the_document_is_a_log_that_can_be_parsed(shell):
+    table = re.search(r"^```\n(阶段3.*?)^```$", DOCUMENT, re.MULTILINE | re.DOTALL)[1]
+    (shell.folder / "document.log").write_text(table, encoding="utf-8")
+    step = shell.run("python scripts/find_best_checkpoint.py --log_file document.log --show_all")
+    assert step.status == 0, step.err
+    assert "val_loss: epoch 2 " in step.out
+    assert len(ROW.findall(step.out)) == 2
+
+
+@pytest.mark.parametrize(("folder", "word"), [("results/okvqa/model_cpk/v3_Rand", "no run folder"), ("bin", "no metr")])
+def test_a_wrong_directory_is_named(shell, folder, word):
+    said = refused(shell.run(f"python scripts/find_best_checkpoint.py --checkpoint_dir {folder}"))
+    assert folder in said
+    assert word in said
+
+
+def test_a_checkpoint_that_is_not_converted_yet_is_refused_with_the_command_that_converts_it(shell, walk):
+    missing = f"{RUN}/grpo_epoch26_v2format.ckpt"
+    said = refused(shell.run(f"LEVER_LM_CHECKPOINT_PATH=./{missing} {INFERENCE}"))
+    assert missing in said
+    assert f"`lever convert {RUN}/grpo_epoch26.pt`" in said
+    assert "LEVER_LM_CHECKPOINT_PATH" in said
+
+
+# ---------------------------------------------------------------------- the story of epoch 25, on their files
+
+BEST = {"val_loss": 25, "ppo_loss": 31, "kl": 12, "adv_std": 40}
+
+
+def lineage_checkpoints(folder: Path) -> None:
+    """A run of Lever-Plus: checkpoints and nothing else, their epochs counted from 0, nothing of ours in them."""
+    folder.mkdir(parents=True)
+    size = json.loads((asset_path("asset:tiny-clip") / "config.json").read_text())["projection_dim"]
+    for phase, epochs in (("rce", 5), ("grpo", 50)):
+        for epoch in range(1, epochs + 1):
+            torch.manual_seed(epoch)
+            weights = PointerSelector(d_model=size, hidden_dim=32).state_dict()
+            metrics = {
+                "train_loss": 0.01 - epoch * 1e-4,
+                "val_loss": 5.0 + abs(epoch - BEST["val_loss"]) * 1e-3,
+                "ppo_loss": -0.002 + abs(epoch - BEST["ppo_loss"]) * 1e-4,
+                "kl": 0.05 * epoch / BEST["kl"],
+                "adv_std": 0.6 - abs(epoch - BEST["adv_std"]) * 1e-2,
+                "adv_max": 1.5,
+                "beta": 0.1,
+            }
+            if phase == "rce":  # a lower loss, in a phase that is not asked about
+                metrics = {"rce_loss": 4.5, "val_loss": 4.6}
+            content = {"epoch": epoch - 1, "phase": phase, "model_state_dict": weights, "kl_beta": 0.1}
+            torch.save({**content, "metrics": metrics}, folder / f"{phase}_epoch{epoch}.pt")
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory) -> Shell:
+    folder = tmp_path_factory.mktemp("theirs")
+    lineage_checkpoints(folder / RUN)
+    return Shell(folder, shell_environment(folder, build_official(folder / "data", train=24, val=VAL)))
+
+
+@pytest.fixture(scope="module")
+def step_by_step(theirs) -> Step:
+    """The last block of the document: count, find, convert, infer."""
+    return theirs.run(parts_of_the_document()["whole"])
+
+
+def test_on_their_checkpoints_the_document_ends_with_answers_of_epoch_25(theirs, step_by_step):
+    assert step_by_step.status == 0, step_by_step.err
+    text = step_by_step.out
+    assert text.splitlines()[0].strip() == "50"
+    assert [int(row[1]) for row in ROW.finditer(text)] == list(range(1, 51))
+    assert f"val_loss: epoch 25: {RUN}/grpo_epoch25.pt " in text
+    assert f"checkpoint: {RUN}/grpo_epoch25_v2format.ckpt (named by LEVER_LM_CHECKPOINT_PATH)\n" in text
+    assert "5 shots" in text
+    check_answers(theirs.folder / ANSWERS / "grpo_epoch25", theirs.folder / "data")
+
+
+def test_their_files_are_left_as_they_were(theirs, step_by_step):
+    added = {path.name for path in (theirs.folder / RUN).iterdir()} - theirs.files("*_epoch*.pt")
+    assert added == {"best.json", "grpo_epoch25_v2format.ckpt"}
+    kept = torch.load(theirs.folder / RUN / "grpo_epoch25.pt", weights_only=True)
+    assert set(kept) == {"epoch", "phase", "model_state_dict", "kl_beta", "metrics"}
+
+
+@pytest.mark.parametrize("strategy", BEST)
+def test_each_strategy_of_the_documents_table_chooses_by_its_metric(theirs, strategy):
+    assert f"| `{strategy}` |" in DOCUMENT
+    step = theirs.run(f"{FIND} --strategy {strategy}")
+    assert step.status == 0, step.err
+    assert f"{strategy}: epoch {BEST[strategy]}: {RUN}/grpo_epoch{BEST[strategy]}.pt " in step.out

@@ -1,0 +1,226 @@
+"""OK-VQA's reduced answers: what is learned from pairs of answers, and what `--okvqa-stem` scores and writes."""
+
+import json
+
+import pytest
+from helpers import small_digits
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lever_lm.data import load_dataset
+from lever_lm.lvlm import CachedLvlm
+from lever_lm.metrics import vqa_accuracy
+from lever_lm.settings import resolve
+from lever_lm.stems import learn_stems
+
+# As they stand in OK-VQA's annotations: (raw_answer, answer).
+PAIRS = [
+    ("racing", "race"),
+    ("surfing", "surf"),
+    ("teddy bears", "teddy bear"),
+    ("christmas", "christmas"),
+    ("police", "police"),
+    ("pony tail", "pony tail"),
+    ("skateboard", "skateboard"),
+    ("bus", "bus"),
+    ("grass", "grass"),
+    ("tennis", "tennis"),
+    ("city", "city"),
+    ("box", "box"),
+    ("ski", "ski"),
+    ("run", "run"),
+    ("bake", "bake"),
+]
+STEMS = learn_stems(PAIRS)
+
+
+# ---------------------------------------------------------------------- what is learned
+
+
+@pytest.mark.parametrize(("raw", "reduced"), PAIRS)
+def test_an_answer_that_was_typed_so_is_reduced_as_it_was(raw, reduced):
+    assert STEMS.reduce(raw) == reduced
+
+
+@pytest.mark.parametrize(
+    ("text", "reduced"),
+    [
+        ("skateboards", "skateboard"),
+        ("skateboarding", "skateboard"),
+        ("buses", "bus"),
+        ("boxes", "box"),
+        ("cities", "city"),
+        ("skiing", "ski"),
+        ("running", "run"),
+        ("baking", "bake"),
+        ("races", "race"),
+    ],
+)
+def test_an_inflection_never_seen_becomes_the_word_that_is_known(text, reduced):
+    assert STEMS.reduce(text) == reduced
+
+
+@pytest.mark.parametrize("text", ["bus", "grass", "tennis", "christmas", "police", "race", "city"])
+def test_a_word_of_the_reduced_answers_stays(text):
+    assert STEMS.reduce(text) == text
+
+
+@pytest.mark.parametrize("text", ["zebras", "glasses", "snowing", "gas", "is", "king", "ing", "3", "éclairs", "汽车"])
+def test_a_word_of_which_nothing_is_known_stays(text):
+    assert STEMS.reduce(text) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "reduced"),
+    [
+        ("brown bears", "brown bear"),
+        ("racing bears", "race bear"),
+        ("bears surfing", "bear surf"),
+        ("teddy", "teddy"),
+        ("pony tails", "pony tail"),
+        ("two skateboards racing", "two skateboard race"),
+    ],
+)
+def test_words_of_longer_answers_are_learned_one_by_one(text, reduced):
+    assert STEMS.reduce(text) == reduced
+
+
+def test_words_are_not_paired_where_their_number_changed():
+    stems = learn_stems([("horse back riding", "horseback ride"), ("riding", "ride")])
+    assert stems.reduce("horse back riding") == "horseback ride"
+    assert stems.reduce("back") == "back"
+    assert stems.reduce("back riding") == "back ride"
+
+
+def test_the_commonest_reduction_counts():
+    stems = learn_stems([("leaves", "leave"), *[("leaves", "leaf")] * 2, ("leaves", "leave"), ("leaves", "leaf")])
+    assert stems.reduce("leaves") == "leaf"
+    assert stems.reduce("green leaves") == "green leaf"
+
+
+def test_an_answer_as_a_whole_comes_before_its_words():
+    stems = learn_stems([("hot dogs", "hotdog"), *[("dogs", "dog")] * 5])
+    assert stems.reduce("hot dogs") == "hotdog"
+    assert stems.reduce("big dogs") == "big dog"
+
+
+@pytest.mark.parametrize("text", [" Teddy   BEARS ", "TEDDY BEARS", "teddy\tbears\n"])
+def test_case_and_blanks_do_not_matter(text):
+    assert STEMS.reduce(text) == "teddy bear"
+    assert learn_stems([(text, "Teddy  Bear")]).reduce("teddy bears") == "teddy bear"
+
+
+@pytest.mark.parametrize("text", ["Surfing.", "surfing!", "surfing,"])
+def test_punctuation_that_the_metric_strips_does_not_keep_a_prediction_from_being_reduced(text):
+    references = ("surf",) * 9 + ("ski",)  # the metric strips nothing where all ten agree
+    assert vqa_accuracy("surf.", references) == 1
+    assert vqa_accuracy(STEMS.reduce(text), references) == 1
+
+
+def test_an_empty_prediction_stays_empty():
+    assert STEMS.reduce("") == STEMS.reduce("  \n") == ""
+    assert learn_stems([]).reduce("Surf boards") == "surf boards"
+    assert learn_stems([("", "")]).reduce("") == ""
+
+
+WORDS = st.text("abeginsy", min_size=1, max_size=8)
+
+
+@given(st.dictionaries(WORDS, WORDS, min_size=1), st.data())
+def test_what_is_reduced_stays_as_it_is(stem_of, data):
+    """Where the annotations reduce each word always alike, and a reduced word to itself."""
+    stem_of |= {stem: stem for stem in stem_of.values()}
+    texts = data.draw(st.lists(st.lists(st.sampled_from(sorted(stem_of)), min_size=1, max_size=3), min_size=1))
+    pairs = [(" ".join(words), " ".join(stem_of[word] for word in words)) for words in texts]
+    stems = learn_stems(pairs)
+    for raw, reduced in pairs:
+        assert stems.reduce(raw) == reduced
+        assert stems.reduce(reduced) == reduced
+
+
+@given(st.lists(st.tuples(st.text(max_size=8), st.text(max_size=8))), st.text(max_size=12))
+def test_any_text_is_reduced_to_one_without_blanks_around(pairs, text):
+    reduced = learn_stems(pairs).reduce(text)
+    assert reduced == " ".join(reduced.split())
+    assert learn_stems(pairs).reduce(f" {text.lower()} ") == reduced
+
+
+# ---------------------------------------------------------------------- the flag
+
+
+@pytest.fixture
+def infer(lever, tmp_path, monkeypatch):
+    """`lever infer --icds` on digits whose typed answers are plurals and whose reduced ones are not; the LVLM says what
+    was typed. Arguments → Done; `infer.data`, the dataset."""
+    root = small_digits(tmp_path / "world", 12, 8)
+    for path in root.glob("mscoco_*_annotations.json"):
+        content = json.loads(path.read_text())
+        for annotation in content["annotations"]:
+            for answer in annotation["answers"]:
+                answer["answer"], answer["raw_answer"] = "surfboard", "surfboards"
+            annotation["answers"][8] |= {"raw_answer": "surfboard"}
+            annotation["answers"][9] |= {"raw_answer": "surfboard"}
+        path.write_text(json.dumps(content))
+    places = ("--set", f"data.okvqa_path={root}", "--set", f"data.coco_path={root}")
+    data = load_dataset(resolve({"dataset": "digits"}, None, list(places[1::2]), {})[0].data)
+    picks = {e.question_id: [t.question_id for t in data.train_examples[:4]] for e in data.val_examples}
+    (tmp_path / "picks.json").write_text(json.dumps(picks))
+    monkeypatch.setattr(CachedLvlm, "answer", lambda self, prompts, what: ["Surfboards"] * len(prompts))
+
+    def run(*options):
+        done = lever("infer", "--icds", "picks.json", "--json", *places, *options)
+        assert done.status == 0, done.err
+        return done
+
+    run.data = data
+    return run
+
+
+def only(done) -> dict:
+    (result,) = done.json["results"]
+    return result
+
+
+def test_the_flag_raises_accuracy_and_leaves_raw_accuracy(infer):
+    without, reduced = infer("--shots", "2"), infer("--shots", "2", "--okvqa-stem")
+    assert (without.json["okvqa_stem"], reduced.json["okvqa_stem"]) == (False, True)
+    assert only(without)["accuracy"] == 0
+    assert only(reduced)["accuracy"] == 1
+    assert only(without)["raw_accuracy"] == only(reduced)["raw_accuracy"] == 1
+
+
+def test_the_flag_is_the_config_key(infer):
+    assert infer("--shots", "2", "--set", "infer.okvqa_stem=true").json == infer("--shots", "2", "--okvqa-stem").json
+
+
+def test_the_predictions_written_are_those_scored(infer, tmp_path):
+    for options, written in (((), "Surfboards"), (("--okvqa-stem",), "surfboard")):
+        done = infer("--shots", "2", *options)
+        folder = tmp_path / done.json["folder"]
+        rows = json.loads((folder / "predictions_icds_2shot.json").read_text())
+        assert [row["answer"] for row in rows] == [written] * 8
+        assert [row["question_id"] for row in rows] == [e.question_id for e in infer.data.val_examples]
+        metrics = json.loads((folder / "metrics.json").read_text())
+        assert metrics["okvqa_stem"] is bool(options)
+        scores = [vqa_accuracy(row["answer"], e.answers) for row, e in zip(rows, infer.data.val_examples, strict=True)]
+        assert metrics["results"][0]["accuracy"] == sum(scores) / len(scores)
+
+
+def test_results_with_and_without_the_flag_are_never_in_one_table(infer, tmp_path):
+    def shots(*options):
+        done = infer(*options)
+        metrics = json.loads((tmp_path / done.json["folder"] / "metrics.json").read_text())
+        assert metrics["results"] == done.json["results"]
+        return [(row["shots"], row["accuracy"]) for row in metrics["results"]]
+
+    assert shots("--shots", "1") == [(1, 0.0)]
+    assert shots("--shots", "2", "--okvqa-stem") == [(2, 1.0)]
+    assert shots("--shots", "3", "--okvqa-stem") == [(2, 1.0), (3, 1.0)]
+    assert shots("--shots", "4") == [(4, 0.0)]
+
+
+def test_paired_tests_are_on_the_scores_with_the_flag(infer):
+    done = infer("--shots", "2", "--okvqa-stem", "--baselines", "--set", "rollout.pool_size=8")
+    assert {row["accuracy"] for row in done.json["results"]} == {1.0}
+    assert len(done.json["tests"]) == 6
+    assert {test["difference"] for test in done.json["tests"]} == {0.0}

@@ -1,0 +1,646 @@
+"""Files of Lever-Plus and its users: embeddings, rollouts, checkpoints and logs; other models; their prompt."""
+
+import dataclasses
+import json
+import math
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from helpers import INFERENCE, ROLLOUTS, RUN, files_in, small_digits
+from safetensors.torch import load_file, save_file
+from test_checkpoint import Executed
+from test_groups import DATA, EDGE_CASES
+from test_prompt import FIRST, QUERY, SECOND, VISION
+
+from lever_lm.checkpoint import load_policy, load_torch, save_torch, to_v2, v3_content
+from lever_lm.compat import import_transformers
+from lever_lm.config import PromptConfig, asset_path
+from lever_lm.data.groups import is_query
+from lever_lm.errors import LeverError
+from lever_lm.features import read_embeddings
+from lever_lm.inference import latest_checkpoint
+from lever_lm.lvlm import build_prompt
+from lever_lm.lvlm.prompt import to_messages
+from lever_lm.policy import PointerSelector
+from lever_lm.rewards import REWARD_MODES
+from lever_lm.runs import RunFolder
+from lever_lm.selection import GRPO_MARKER
+from lever_lm.settings import named_yaml
+
+EMBEDDINGS = DATA / "small_embeddings.safetensors"
+QUICK = ("--rce-epochs", "1", "--grpo-epochs", "1", "--set", "policy.hidden_dim=8", "--json")
+
+
+def refused(done, *words, status=1):
+    assert done.status == status, done.err
+    told = [line for line in done.err.splitlines() if line.startswith("lever: ")]
+    assert len(told) == 1, done.err
+    assert "defect" not in told[0]
+    for word in words:
+        assert str(word) in told[0], told[0]
+
+
+# ---------------------------------------------------------------------- embeddings
+
+MATRIX = np.random.default_rng(0).standard_normal((5, 3))
+TYPES = {"float16": (torch.float16, np.float16), "float32": (torch.float32, np.float32)}
+TYPES["float64"] = (torch.float64, np.float64)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(
+    "kind", ["tensor.pt", "tensor.pth", "array.pt", "dict.pt", "array_dict.pth", "array.npy", "safetensors"]
+)
+def test_embeddings_are_read_from_every_format_as_float32(tmp_path, kind, dtype):
+    of_torch, of_numpy = TYPES[dtype]
+    tensor, array = torch.tensor(MATRIX).to(of_torch), MATRIX.astype(of_numpy)
+    path = tmp_path / (f"e.{kind}" if kind == "safetensors" else kind)
+    if kind == "safetensors":
+        save_file({"embeddings": tensor}, path)
+    elif kind == "array.npy":
+        np.save(path, array)
+    else:
+        content = {"tensor": tensor, "array": array, "dict": {"x": tensor}, "array_dict": {"x": array}}[path.stem]
+        torch.save(content, path)
+    read = read_embeddings(path)
+    assert read.dtype == torch.float32
+    assert torch.equal(read, tensor.float())
+
+
+def test_bfloat16_strided_and_parameter_tensors_are_read(tmp_path):
+    tensor = torch.tensor(MATRIX, dtype=torch.bfloat16)
+    torch.save(torch.nn.Parameter(tensor).t(), tmp_path / "a.pt")
+    assert torch.equal(read_embeddings(tmp_path / "a.pt"), tensor.t().float())
+    np.save(tmp_path / "b.npy", np.asfortranarray(MATRIX).astype(">f4"))
+    torch.testing.assert_close(read_embeddings(tmp_path / "b.npy"), torch.tensor(MATRIX, dtype=torch.float32))
+
+
+WRONG = {
+    "objects": np.array([[{}, 1.0]], dtype=object),
+    "integers": np.ones((2, 3), dtype=np.int64),
+    "strings": np.array([["a", "b"]]),
+    "one_dimension": np.ones(4, dtype=np.float32),
+    "three_dimensions": np.ones((2, 2, 2), dtype=np.float32),
+    "complex": np.ones((2, 2), dtype=np.complex64),
+    "booleans": np.ones((2, 2), dtype=bool),
+}
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".npy"])
+@pytest.mark.parametrize("kind", WRONG)
+def test_arrays_of_another_kind_are_refused(tmp_path, kind, suffix):
+    path = tmp_path / f"wrong{suffix}"
+    if suffix == ".npy":
+        np.save(path, WRONG[kind], allow_pickle=True)
+    else:
+        torch.save(WRONG[kind], path)
+    with pytest.raises(LeverError, match=r"wrong\.") as caught:
+        read_embeddings(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (torch.ones(4), "expected \\(N, D\\) floats"),
+        (torch.ones(2, 3, dtype=torch.int32), "expected \\(N, D\\) floats"),
+        ({"a": torch.ones(2, 3), "b": torch.ones(2, 3)}, "2 tensors, expected one"),
+        ({}, "0 tensors, expected one"),
+        ({"a": "text"}, "holds a str"),
+        ({"a": {"b": torch.ones(2, 3)}}, "holds a dict"),
+        ([torch.ones(2, 3)], "found a list"),
+        ("text", "found a str"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_torch_files_of_something_else_are_refused(tmp_path, content, words):
+    torch.save(content, tmp_path / "wrong.pt")
+    with pytest.raises(LeverError, match=rf"wrong\.pt.*{words}"):
+        read_embeddings(tmp_path / "wrong.pt")
+
+
+def test_two_tensors_in_a_safetensors_file_are_refused(tmp_path):
+    save_file({"a": torch.ones(2, 3), "b": torch.ones(2, 3)}, tmp_path / "two.safetensors")
+    with pytest.raises(LeverError, match=r"two\.safetensors holds 2 tensors"):
+        read_embeddings(tmp_path / "two.safetensors")
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".npy", ".safetensors"])
+@pytest.mark.parametrize("keep", [0, 1, 60, -5])
+def test_truncated_files_are_refused(tmp_path, suffix, keep):
+    path = tmp_path / f"cut{suffix}"
+    {
+        ".pt": torch.save,
+        ".npy": lambda a, p: np.save(p, a),
+        ".safetensors": lambda a, p: save_file({"x": torch.tensor(a)}, p),
+    }[suffix](MATRIX, path)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(LeverError, match=r"cut\."):
+        read_embeddings(path)
+
+
+@pytest.mark.parametrize("kind", ["pickle.pt", "inside.pt", "objects.npy", "pickle.npy", "pickle.safetensors"])
+def test_code_in_a_file_of_embeddings_is_not_executed(tmp_path, kind):
+    path, trap = tmp_path / kind, tmp_path / "executed"
+    if kind == "inside.pt":
+        torch.save({"x": Executed(trap)}, path)
+    elif kind == "objects.npy":
+        np.save(path, np.array([[Executed(trap)]], dtype=object), allow_pickle=True)
+    else:
+        path.write_bytes(pickle.dumps(Executed(trap)))
+    with pytest.raises(LeverError, match=kind):
+        read_embeddings(path)
+    assert not trap.exists()
+    pickle.loads(pickle.dumps(Executed(trap)))
+    assert trap.exists(), "it would have"
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".npy", ".safetensors"])
+def test_a_folder_and_a_missing_file_are_refused(tmp_path, suffix):
+    (tmp_path / f"folder{suffix}").mkdir()
+    for name in ("folder", "missing"):
+        with pytest.raises(LeverError, match=rf"{name}\{suffix}"):
+            read_embeddings(tmp_path / f"{name}{suffix}")
+
+
+# ---------------------------------------------------------------------- rollouts of Lever-Plus
+
+
+def present_layout() -> dict:
+    """The golden edge cases that name their pools."""
+    return {k: v for k, v in EDGE_CASES.items() if is_query(k) and v.get("candidate_pool_ids")}
+
+
+def old_layout() -> dict:
+    """The same trajectories as global rows, without pools, a few of each so that 64 rows hold them."""
+    old = {}
+    for key, entry in present_layout().items():
+        rows = []
+        for trajectory in entry["pointer_candidates"]:
+            row = {name: value for name, value in trajectory.items() if name != "pointer_global"}
+            rows.append({**row, "pointer": [entry["candidate_pool_ids"][i] for i in trajectory["pointer"]]})
+        old[key] = {"pointer_candidates": rows}
+    return old
+
+
+LAYOUTS = {"golden": lambda: EDGE_CASES, "present": present_layout, "old": old_layout}
+
+
+def dumped(path, content):
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mode", [*REWARD_MODES, "legacy"])
+def test_training_on_their_rollouts_in_every_reward_mode(lever, tmp_path, mode, layout):
+    path = dumped(tmp_path / "rl_data.json", LAYOUTS[layout]())
+    options = ("--embeddings", EMBEDDINGS, "--set", f"reward.mode={mode}", *QUICK)
+    done = lever("train", "--rl-data", path, *options)
+    assert done.status == 0, done.err
+    rows = RunFolder(tmp_path / done.json["run"]).rows()
+    assert [row["phase"] for row in rows] == ["rce", "grpo"]
+    assert all(math.isfinite(row["val_loss"]) for row in rows)
+    assert load_policy(done.json["recommended"]["checkpoint"]).d_model == 32
+    assert load_policy(done.json["converted"]).d_model == 32
+    assert "features" not in load_torch(done.json["recommended"]["checkpoint"])["config"]
+
+
+def test_the_two_layouts_train_the_same_policy_but_for_the_order_of_the_pool(lever, tmp_path):
+    """A pool of the chosen rows alone, sorted, is what the old layout means."""
+    old, present = old_layout(), {}
+    for key, entry in old.items():
+        pool = sorted({row for t in entry["pointer_candidates"] for row in t["pointer"]})
+        rows = [
+            {**t, "pointer": [pool.index(row) for row in t["pointer"]], "pointer_global": t["pointer"]}
+            for t in entry["pointer_candidates"]
+        ]
+        present[key] = {"candidate_pool_ids": pool, "pointer_candidates": rows}
+    weights = []
+    for name, content in (("old", old), ("present", present)):
+        path = dumped(tmp_path / f"{name}.json", content)
+        done = lever("train", "--rl-data", path, "--embeddings", EMBEDDINGS, "--run-name", name, *QUICK)
+        assert done.status == 0, done.err
+        weights.append(load_torch(tmp_path / done.json["run"] / "grpo_epoch1.pt")["model_state_dict"])
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("vqa_acc_score", float("nan"), "vqa_acc_score is nan"),
+        ("vqa_correct", float("inf"), "vqa_correct is inf"),
+        ("pointer", [64, 0], "pool of 64"),
+        ("pointer", [-1, 0], "pointer"),
+    ],
+)
+def test_a_wrong_number_in_their_rollouts_is_refused_by_query_and_trajectory(lever, tmp_path, field, value, words):
+    content = json.loads(json.dumps(present_layout()))
+    content["33"]["pointer_candidates"][4] |= {field: value, "eval_failed": False, "vqa_eval_mode": "vqaEval"}
+    path = dumped(tmp_path / "rl_data.json", content)
+    before = files_in(tmp_path)
+    refused(lever("train", "--rl-data", path, "--embeddings", EMBEDDINGS, *QUICK), "query 33, trajectory 4", words)
+    assert files_in(tmp_path) == before
+
+
+def test_embeddings_of_too_few_rows_or_with_nan_are_refused(lever, tmp_path):
+    matrix = load_file(EMBEDDINGS)["embeddings"]
+    torch.save(matrix[:100], tmp_path / "few.pt")
+    few = lever("train", "--rl-data", DATA / "small_edge_cases.json", "--embeddings", "few.pt", *QUICK)
+    refused(few, "embeddings have 100 rows")
+    matrix[7, 3] = math.nan
+    torch.save(matrix, tmp_path / "nan.pt")
+    nan = lever("train", "--rl-data", DATA / "small_edge_cases.json", "--embeddings", "nan.pt", *QUICK)
+    refused(nan, "row 7", "NaN")
+    assert {path.name for path in tmp_path.rglob("*.pt")} == {"few.pt", "nan.pt"}
+
+
+# ---------------------------------------------------------------------- rollouts in the results folder
+
+
+@pytest.fixture
+def theirs(warm, trained_once):
+    """`warm`, with the rollouts of its run as if they had been made elsewhere. Returns their path."""
+    content = json.loads((trained_once / ROLLOUTS).read_text())
+    content["_meta"] = {"version": 1}
+    (warm / ROLLOUTS).parent.mkdir(parents=True)
+    return dumped(warm / ROLLOUTS, content)
+
+
+def test_rollouts_made_elsewhere_are_taken_as_they_are_and_it_says_so(theirs, lever):
+    before = theirs.read_bytes()
+    done = lever("train", *QUICK)
+    assert done.status == 0, done.err
+    assert f"{ROLLOUTS} was not made by `lever rollout` and is taken as it is" in done.err
+    assert theirs.read_bytes() == before
+    assert load_torch(done.json["recommended"]["checkpoint"])["config"]["encoder"].startswith("tiny-clip@")
+
+
+@pytest.mark.parametrize("meta", [None, {}, [], "text", 1])
+def test_any_file_without_our_fingerprint_was_made_elsewhere(theirs, lever, meta):
+    content = {**json.loads(theirs.read_text()), "_meta": meta}
+    dumped(theirs, content)
+    done = lever("train", *QUICK)
+    assert done.status == 0, done.err
+    assert "taken as it is" in done.err
+
+
+def test_exported_query_embeddings_are_its_features(theirs, warm, lever, digits):
+    matrix = torch.randn(len(digits.train_examples), 12, generator=torch.Generator().manual_seed(0))
+    torch.save(matrix, warm / "results/digits/cache/query_embeddings.pt")
+    done = lever("train", *QUICK)
+    assert done.status == 0, done.err
+    assert "query_embeddings.pt, as exported by Lever-Plus" in done.err
+    assert load_policy(done.json["recommended"]["checkpoint"]).d_model == 12
+
+
+def test_embeddings_named_by_flag_win_over_exported_ones(theirs, warm, lever, digits):
+    for name, width in (("results/digits/cache/query_embeddings.pt", 12), ("mine.pt", 20)):
+        torch.save(torch.randn(len(digits.train_examples), width), warm / name)
+    done = lever("train", "--embeddings", "mine.pt", *QUICK)
+    assert done.status == 0, done.err
+    assert load_policy(done.json["recommended"]["checkpoint"]).d_model == 20
+
+
+def test_exported_embeddings_do_not_touch_our_own_rollouts(trained, lever):
+    torch.save(torch.randn(3000, 12), trained / "results/digits/cache/query_embeddings.pt")
+    options = ("--limit", 24, "--run-name", "again", *QUICK)
+    done = lever("train", *options)
+    assert done.status == 0, done.err
+    assert load_policy(done.json["recommended"]["checkpoint"]).d_model == 64
+
+
+def test_rollouts_of_another_dataset_are_refused_with_both_ids(theirs, lever, warm, digits):
+    content = json.loads(theirs.read_text())
+    key = next(key for key in content if is_query(key))
+    there = content[key]["query"]["question_id"]
+    content[key]["query"]["question_id"] = 12345
+    dumped(theirs, content)
+    before = files_in(warm)
+    refused(lever("train", *QUICK), ROLLOUTS, f"query {key}", "question 12345", f"question {there}", "--embeddings")
+    assert files_in(warm) == before
+    content[key]["query"]["question_id"] = str(there)
+    dumped(theirs, content)
+    assert lever("train", *QUICK).status == 0, "an id may be text"
+
+
+def test_a_query_beyond_the_training_split_is_refused(theirs, lever, digits):
+    content = json.loads(theirs.read_text())
+    key = next(key for key in content if is_query(key))
+    content["99999"] = content[key]
+    dumped(theirs, content)
+    refused(lever("train", *QUICK), "query 99999", f"{len(digits.train_examples)} rows")
+
+
+def test_a_candidate_beyond_the_training_split_is_refused(theirs, lever):
+    content = json.loads(theirs.read_text())
+    key = next(key for key in content if is_query(key))
+    content[key]["candidate_pool_ids"][5] = 99_999
+    dumped(theirs, content)
+    refused(lever("train", *QUICK), f"query {key}", "99999")
+
+
+def test_the_variable_names_their_rollouts_too(theirs, warm, lever, monkeypatch, digits):
+    theirs.rename(warm / "mine.json")
+    monkeypatch.setenv("RL_DATA_PATH", "mine.json")
+    done = lever("train", *QUICK)
+    assert done.status == 0, done.err
+    assert "from the environment: RL_DATA_PATH=mine.json" in done.err
+    assert load_policy(done.json["recommended"]["checkpoint"]).d_model == 64
+    content = json.loads((warm / "mine.json").read_text())
+    content[next(filter(is_query, content))]["query"]["question_id"] = 12345
+    dumped(warm / "mine.json", content)
+    refused(lever("train", "--overwrite", *QUICK), "mine.json", "question 12345")
+
+
+def test_rollout_refuses_to_replace_a_file_made_elsewhere(theirs, lever, warm):
+    before = files_in(warm)
+    refused(lever("rollout", "--limit", 24), ROLLOUTS, "not replaced", "--rl-data")
+    assert files_in(warm) == before
+
+
+# ---------------------------------------------------------------------- checkpoints
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A few of the digits, and the options that name them."""
+    root = small_digits(tmp_path / "world", 70, 6)
+    return ("--set", f"data.okvqa_path={root}", "--set", f"data.coco_path={root}")
+
+
+def bare_v3(path, policy):
+    """As Lever-Plus writes them: no config of ours."""
+    content = v3_content(policy, epoch=1, phase="rce", kl_beta=0.0, metrics={"val_loss": 1.0}, config={})
+    save_torch(path, {key: value for key, value in content.items() if key not in ("config", "format")})
+    return path
+
+
+@pytest.mark.parametrize("state_update", ["none", "gate"])
+def test_their_checkpoints_of_both_formats_are_used_alike(lever, tmp_path, small, state_update):
+    torch.manual_seed(5)
+    policy = PointerSelector(d_model=64, hidden_dim=16, state_update=state_update).eval()
+    (tmp_path / "ckpt").mkdir()
+    v3 = bare_v3(tmp_path / "ckpt/rce_epoch2.pt", policy)
+    v2 = tmp_path / "ckpt/rce_epoch2_v2format.ckpt"
+    save_torch(v2, to_v2(load_torch(v3), v3)[0])
+    query, candidates = torch.randn(2, 64), torch.randn(2, 9, 64)
+    sequences = torch.tensor([[1, 4], [0, 8]])
+    wanted = policy.logits(query, candidates, sequences)
+    picks = []
+    for path in (v3, v2):
+        loaded = load_policy(path)
+        assert loaded.state_update == state_update
+        assert torch.equal(loaded.logits(query, candidates, sequences), wanted)
+        done = lever("infer", "--ckpt", path, "--shots", "2", "--json", *small)
+        assert done.status == 0, done.err
+        folder = tmp_path / done.json["folder"]
+        assert folder == tmp_path / "results/digits/inference/ckpt/rce_epoch2"
+        picks.append([(folder / f"{name}").read_text() for name in ("icds.jsonl", "predictions_rce_2shot.json")])
+    assert picks[0] == picks[1]
+
+
+def test_a_checkpoint_of_another_width_is_refused(lever, tmp_path, small):
+    refused_by = lever("infer", "--ckpt", bare_v3(tmp_path / "a.pt", PointerSelector(32, 8)), "--shots", "1", *small)
+    refused(refused_by, "32 dimensions", "64", "features.encoder")
+    assert not (tmp_path / "results/digits/inference").exists()
+
+
+def test_latest_takes_a_v2_file_where_there_is_no_other(tmp_path):
+    for name in ("grpo_epoch3_v2format.ckpt", "grpo_epoch2.pt", "rce_epoch9.pt", "grpo_epoch11.txt"):
+        (tmp_path / name).touch()
+    run = RunFolder(tmp_path)
+    assert latest_checkpoint(run).name == "grpo_epoch3_v2format.ckpt"
+    run.checkpoint("grpo", 3).touch()
+    assert latest_checkpoint(run).name == "grpo_epoch3.pt"
+    for path in tmp_path.glob("grpo*"):
+        path.unlink()
+    (tmp_path / "rce_epoch10_v2format.ckpt").touch()
+    assert latest_checkpoint(run).name == "rce_epoch10_v2format.ckpt"
+
+
+def test_infer_with_the_latest_of_converted_files_only(trained, lever):
+    for path in (trained / RUN).glob("*.pt"):
+        if path.name.startswith(("rce", "grpo")):
+            content = load_torch(path)
+            save_torch(path.with_name(f"{path.stem}_v2format.ckpt"), to_v2(content, path)[0])
+            path.unlink()
+    done = lever("infer", "--ckpt", "latest", "--shots", "1", "--limit", 4, "--json")
+    assert done.status == 0, done.err
+    assert done.json["checkpoint"].endswith("grpo_epoch4_v2format.ckpt")
+    assert done.json["folder"] == str(INFERENCE / "grpo_epoch4")
+
+
+# ---------------------------------------------------------------------- other models
+
+
+def copied_model(folder, asset="asset:tiny-qwen2.5-vl"):
+    shutil.copytree(asset_path(asset), folder)
+    return folder
+
+
+def test_another_lvlms_results_stand_apart(trained, lever):
+    options = ("--ckpt", RUN / "grpo_epoch2.pt", "--shots", "1", "--limit", 4, "--json")
+    first = lever("infer", *options)
+    assert first.json["folder"] == str(INFERENCE / "grpo_epoch2")
+    before = files_in(trained / INFERENCE / "grpo_epoch2")
+    other = copied_model(trained / "Other.VL")
+    second = lever("infer", "--set", f"lvlm.path={other}", *options)
+    assert second.status == 0, second.err
+    assert second.json["folder"] == str(INFERENCE / "grpo_epoch2_with_Other_VL")
+    assert files_in(trained / INFERENCE / "grpo_epoch2") == before
+    assert second.json["results"] == first.json["results"], "they are the same weights"
+    again = lever("infer", *options)
+    assert again.json["folder"] == first.json["folder"]
+
+
+def test_features_of_another_encoder_are_refused_and_of_the_same_under_another_name_taken(trained, lever, small):
+    same, other = (copied_model(trained / name, "asset:tiny-clip") for name in ("my-clip", "tuned/tiny-clip"))
+    weights = load_file(other / "model.safetensors")
+    name = next(name for name in weights if weights[name].is_floating_point() and weights[name].ndim == 2)
+    weights[name] += 0.5
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    options = ("--ckpt", RUN / "grpo_epoch2.pt", "--shots", "2", "--json", *small)
+    before = files_in(trained)
+    refused(lever("infer", "--set", f"features.encoder={other}", *options), "tiny-clip@", "features.encoder")
+    assert files_in(trained) == before
+    plain = lever("infer", *options)
+    assert plain.status == 0, plain.err
+    renamed = lever("infer", "--set", f"features.encoder={same}", *options)
+    assert renamed.status == 0, renamed.err
+    assert renamed.json["results"] == plain.json["results"]
+
+
+@pytest.mark.parametrize("lvlm", ["qwen2.5_vl_3B", "qwen2.5_vl_7B", "qwen2.5_vl_3B_classic"])
+def test_the_shipped_configs_load_any_qwen_directory(lever, tmp_path, small, lvlm):
+    model = copied_model(tmp_path / "my-qwen")
+    train = json.loads((tmp_path / "world/OpenEnded_mscoco_train2014_questions.json").read_text())["questions"]
+    val = json.loads((tmp_path / "world/OpenEnded_mscoco_val2014_questions.json").read_text())["questions"]
+    picks = {question["question_id"]: [q["question_id"] for q in train[:2]] for question in val}
+    dumped(tmp_path / "picks.json", picks)
+    options = ("--set", f"lvlm.path={model}", "--icds", "picks.json", "--shots", "2", "--limit", 3, "--json")
+    done = lever("infer", "--lvlm", lvlm, *options, *small)
+    assert done.status == 0, done.err
+    assert done.json["results"][0]["n"] == 3
+    assert "_my-qwen/" in done.json["folder"]
+
+
+@pytest.fixture(scope="module")
+def backends(digits_config):
+    """attention → an LVLM with it."""
+    from lever_lm.lvlm.local import LocalLvlm
+
+    def load(attention):
+        return LocalLvlm(dataclasses.replace(digits_config.lvlm, attention=attention), digits_config.prompt, "cpu")
+
+    return {attention: load(attention) for attention in ("auto", "eager", "sdpa")}
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_the_kind_of_attention_changes_no_answer(backends, digits, digits_config, attention):
+    train, val = digits.train_examples, digits.val_examples
+    prompts = [build_prompt(train[3 * i : 3 * i + i % 4], val[7 * i], digits_config.prompt) for i in range(16)]
+    assert backends[attention].model.config.text_config._attn_implementation == attention
+    assert backends[attention].answer(prompts) == backends["auto"].answer(prompts)
+    scores = [backends[name].answer_log_prob(prompts, ["two"] * 16) for name in (attention, "auto")]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-4)
+
+
+# ---------------------------------------------------------------------- best-ckpt --log
+
+
+def log(path, rows, *, before="", heading=f"===== {GRPO_MARKER} (epochs=3) ====="):
+    head = " Epoch   Train Loss     Val Loss     PPO Loss         KL    Adv Std    Adv Max     Beta"
+    text = "\n".join([*before.splitlines(), heading, head, "-" * len(head), *rows])
+    path.write_bytes(f"{text}\n".encode())
+    return path
+
+
+def their_row(epoch, val=5.0, ppo=0.1, kl=0.05, std=0.5):
+    return f"{epoch:>6}      0.00432      {val}      {ppo}    {kl}     {std}     0.9   0.1"
+
+
+RCE_TABLE = """===== 阶段2：RCE 预热 =====
+ Epoch   Train Loss   Val Loss   Temp
+     1   8.0   0.001   2.0
+     2   7.0   0.0005   1.5"""
+
+
+def test_a_log_with_everything_odd_at_once(lever, tmp_path):
+    first = [their_row(1, val=0.1), their_row(2, val=0.2)]
+    rows = [
+        their_row(1, val="nan", ppo="-1.5e-03", kl="1e-1"),
+        "保存检查点：grpo_epoch1.pt",
+        their_row(2, val="4.5e+00", ppo="-inf", kl="0.3"),
+        their_row(3, val="4.5", ppo="-0.2", kl="6.0E-02", std="inf"),
+    ]
+    path = log(tmp_path / "old.log", first, before=RCE_TABLE)
+    with path.open("ab") as file:
+        file.write(log(tmp_path / "new.log", rows, before=RCE_TABLE).read_bytes() + their_row(4, val=0.01).encode())
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    answers = {
+        name: lever("best-ckpt", "--log", path, "--strategy", name, "--json").json
+        for name in ("val_loss", "ppo_loss", "kl", "adv_std")
+    }
+    assert {name: answer["epoch"] for name, answer in answers.items()} == {
+        "val_loss": 2,
+        "ppo_loss": 3,
+        "kl": 3,
+        "adv_std": 1,
+    }
+    answer = answers["val_loss"]
+    assert answer["rows"] == 3
+    assert answer["excluded"] == [{"epoch": 1, "why": "val_loss is nan"}]
+    assert answer["checkpoint"] is None
+    assert len(answer["notes"]) == 2
+    assert not (tmp_path / "results").exists(), "a log is no run: nothing is kept"
+
+
+def test_kl_never_in_range_in_a_log_is_1_with_the_nearest(lever, tmp_path):
+    path = log(tmp_path / "a.log", [their_row(1, kl=0.3), their_row(2, kl="-0.2"), their_row(3, kl=0.101)])
+    done = lever("best-ckpt", "--log", path, "--strategy", "kl", "--json")
+    refused(done, "none in range", "epoch 3")
+    assert done.json["epoch"] is None
+    assert done.json["others"]["val_loss"] == 1
+
+
+def test_a_log_of_a_run_that_was_resumed_under_a_second_heading_says_that_the_last_counts(lever, tmp_path):
+    path = log(tmp_path / "a.log", [their_row(1, val=3.0)])
+    with path.open("ab") as file:
+        file.write(log(tmp_path / "b.log", [their_row(2, val=4.0)]).read_bytes())
+    done = lever("best-ckpt", "--log", path)
+    assert done.status == 0, done.err
+    assert "2 GRPO tables: the last one counts" in done.out + done.err
+
+
+# ---------------------------------------------------------------------- their prompt
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return import_transformers().AutoProcessor.from_pretrained(asset_path("asset:tiny-qwen2.5-vl"))
+
+
+def rendered(processor, picks, query, config) -> str:
+    messages = to_messages(build_prompt(picks, query, config), config)
+    return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def classic(**settings) -> PromptConfig:
+    """The prompt of the shipped classic YAML."""
+    return PromptConfig(**{**named_yaml("lvlm", "qwen2.5_vl_3B_classic")["prompt"], "system": "Be brief.", **settings})
+
+
+def test_the_classic_prompt_in_one_turn(processor):
+    assert rendered(processor, [FIRST, SECOND], QUERY, classic()) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n"
+        f"{VISION}Question:is it even? Short answer:no"
+        f"{VISION}Question:what digit is it? Short answer:three"
+        f"{VISION}Question:which comes next? Short answer:<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_the_classic_prompt_as_a_dialogue(processor):
+    assert rendered(processor, [FIRST], QUERY, classic(style="dialogue")) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n"
+        f"<|im_start|>user\n{VISION}Question:what digit is it? Short answer:<|im_end|>\n"
+        "<|im_start|>assistant\nthree<|im_end|>\n"
+        f"<|im_start|>user\n{VISION}Question:which comes next? Short answer:<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+ODD = ["{question} or {answer}?", "{}", "{0} {x!r}", r"C:\new\1 \g<0>", "100 % {{done}}", "{% raw %}{{ 7 * 7 }}"]
+
+
+@pytest.mark.parametrize("style", ["interleaved", "dialogue"])
+@pytest.mark.parametrize("text", ODD)
+def test_braces_and_backslashes_in_questions_and_answers_come_through(processor, text, style):
+    icd = dataclasses.replace(FIRST, question=text, answers=(text,) * 10)
+    query = dataclasses.replace(QUERY, question=text)
+    written = rendered(processor, [icd], query, classic(style=style, template="Q[{question}] A\\{x}: {answer}"))
+    assert written.count(f"Q[{text}] A\\{{x}}:") == 2
+    shown = f"A\\{{x}}: {text}{VISION}" if style == "interleaved" else f"assistant\n{text}<|im_end|>"
+    assert shown in written
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "",
+        "{question}",
+        "{answer}",
+        "{answer} {question}",
+        "{question} {question} {answer}",
+        "{question} {answer}.",
+        "{question} {answer} {answer}",
+        "{question:>5} {answer}",
+    ],
+)
+def test_a_bad_template_is_a_usage_error_and_nothing_is_written(lever, tmp_path, template):
+    value = json.dumps(template)
+    done = lever("rollout", "--set", f"prompt.template={value}", "--limit", 2)
+    refused(done, "prompt.template", "{question}", "{answer}", status=2)
+    assert list(tmp_path.iterdir()) == []
