@@ -166,7 +166,7 @@ def planned(common: Common, pipeline, command: str = "", *, own: bool = False, a
 
     from lever_lm.config import to_dict
     from lever_lm.doctor import ALL, examine
-    from lever_lm.planning import as_json, make_plan
+    from lever_lm.planning import as_json, in_all, make_plan
 
     layout = pipeline.layout
     places = {
@@ -182,11 +182,12 @@ def planned(common: Common, pipeline, command: str = "", *, own: bool = False, a
     if command:
         checks = [c for c in examine(pipeline.config, layout, () if own else ALL) if c.status != "ok"]
         stages = make_plan(pipeline.config, layout, pipeline.run, command, own=own, answers=answers)
-        calls, size = sum(stage.lvlm_calls for stage in stages), sum(stage.bytes for stage in stages)
         for line in (*(check.line() for check in checks), *(stage.line() for stage in stages)):
             pipeline.screen.say(line)
-        pipeline.screen.say(f"in all: {calls:,} LVLM calls, {size / 1e6:,.0f} MB; estimates are good to a factor of 3")
-        plan |= {"stages": as_json(stages), "lvlm_calls": calls, "bytes": size, "missing": [vars(c) for c in checks]}
+        total = in_all(stages)
+        pipeline.screen.say(f"{total.line()}; estimates are good to a factor of 3")
+        sums = {"lvlm_calls": total.lvlm_calls, "seconds": total.seconds, "bytes": total.bytes}
+        plan |= {**sums, "stages": as_json(stages), "missing": [vars(c) for c in checks]}
     emit(common, plan)
     return True
 

@@ -42,7 +42,21 @@ class Stage:
             parts.append("time unknown" if self.seconds is None else f"about {_duration(self.seconds)}")
         if self.bytes:
             parts.append(f"{self.bytes / 1e6:,.0f} MB")
-        return f"{self.name}: {', '.join(parts)} ({self.path})"
+        return f"{self.name}: {', '.join(filter(None, parts))}{f' ({self.path})' if self.path else ''}"
+
+
+def in_all(stages: list[Stage]) -> Stage:
+    """The sums over a plan; the time is unknown where that of a stage is."""
+    times = [stage.seconds for stage in stages]
+    return Stage(
+        "in all",
+        "",
+        "",
+        sum(stage.lvlm_calls for stage in stages),
+        all(stage.exact for stage in stages),
+        None if None in times else sum(times),
+        sum(stage.bytes for stage in stages),
+    )
 
 
 def as_json(stages: list[Stage]) -> list[dict]:

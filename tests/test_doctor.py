@@ -1,0 +1,202 @@
+"""What is missing is said at once, before anything is loaded or made, with what mends it."""
+
+import json
+
+import pytest
+from helpers import SMALL, files_in
+from official import build_official, image_path, read_official
+
+from lever_lm import doctor
+from lever_lm.config import LvlmConfig
+from lever_lm.settings import resolve
+
+REAL = ("--dataset", "okvqa_local", "--lvlm", "qwen2.5_vl_3B")
+TINY = ("--set", "lvlm.path=asset:tiny-qwen2.5-vl", "--set", "features.encoder=asset:tiny-clip")
+
+
+@pytest.fixture(autouse=True)
+def no_hub_cache(tmp_path_factory, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("hub")))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def official(tmp_path_factory, monkeypatch):
+    folder = build_official(tmp_path_factory.mktemp("data"), train=12, val=6)
+    monkeypatch.setenv("OKVQA_PATH", str(folder))
+    monkeypatch.setenv("COCO_PATH", str(folder))
+    return folder
+
+
+def missing(done) -> dict[str, dict]:
+    assert json.loads(done.out)["ok"] is (done.status == 0)
+    return {check["what"]: check for check in done.json["checks"] if check["status"] == "missing"}
+
+
+def test_nothing_is_missing_for_the_embedded_data(lever, tmp_path):
+    done = lever("doctor", "--json")
+    assert done.status == 0, done.err
+    assert missing(done) == {}
+    found = {check["what"]: check["found"] for check in done.json["checks"]}
+    assert found["train examples"] == "2504 usable"
+    assert found["val examples"] == "500 usable"
+    assert files_in(tmp_path) == {}
+
+
+def test_an_empty_machine_lacks_everything_and_each_line_says_what_mends_it(lever, tmp_path):
+    done = lever("doctor", *REAL, "--json")
+    assert done.status == 1
+    assert done.err.splitlines()[-1].startswith("lever: 8 missing")
+    lines = [check for check in done.json["checks"] if check["status"] == "missing"]
+    assert len(lines) == 8
+    words = ["OKVQA_PATH", "OKVQA_PATH", "COCO_PATH"] * 2
+    words += ["hf download openai/clip-vit-large-patch14", "hf download Qwen/Qwen2.5-VL-3B-Instruct"]
+    for line, word in zip(lines, words, strict=True):
+        assert word in line["mend"], line
+    assert files_in(tmp_path) == {}
+
+
+@pytest.mark.parametrize("command", ["train", "rollout"])
+def test_the_same_list_stands_before_a_long_command(lever, tmp_path, command):
+    done = lever(command, *REAL)
+    assert done.status == 1
+    assert done.err.startswith("lever: 8 things are missing:\n  train data: ")
+    assert "hf download Qwen/Qwen2.5-VL-3B-Instruct" in done.err
+    assert files_in(tmp_path) == {}
+
+
+def test_one_thing_missing_is_one_line(lever, official):
+    (official / "mscoco_val2014_annotations.json").unlink()
+    done = lever("rollout", *REAL, *TINY)
+    assert done.status == 1
+    assert done.err.count("\n") == 1
+    assert "mscoco_val2014_annotations.json is not there → set OKVQA_PATH" in done.err
+
+
+def test_examples_that_cannot_be_used_are_counted(lever, official):
+    questions = read_official(official, "train")[0]
+    image = image_path(official, "train", questions[0]["image_id"])
+    image.unlink()
+    gone = sum(question["image_id"] == questions[0]["image_id"] for question in questions)
+    found = missing(lever("doctor", *REAL, *TINY, "--json"))
+    assert set(found) == {"train examples"}
+    told = found["train examples"]["found"]
+    assert told.startswith(f"{12 - gone} usable, {gone} not, the first: question {questions[0]['question_id']}: image")
+    assert "--skip-bad-examples" in found["train examples"]["mend"]
+    done = lever("doctor", *REAL, *TINY, "--skip-bad-examples", "--json")
+    assert done.status == 0
+    assert "warning" in {check["status"] for check in done.json["checks"]}
+
+
+def test_a_part_of_ok_vqa_is_noticed(lever, official):
+    done = lever("doctor", *REAL, *TINY, "--json")
+    assert done.status == 0
+    told = [check for check in done.json["checks"] if check["what"] == "train examples"]
+    assert told[0]["status"] == "warning"
+    assert "the official split has 9009" in told[0]["found"]
+
+
+def test_a_broken_model_directory_is_named_by_what_it_lacks(lever, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "one.safetensors"}}))
+    found = missing(lever("doctor", "--set", f"lvlm.path={folder}", "--json"))
+    assert "lacks config.json, one.safetensors" in found["lvlm.path"]["found"]
+
+
+def test_results_that_cannot_be_written_are_named(lever, tmp_path):
+    (tmp_path / "results").write_text("a file")
+    assert "is not a folder" in missing(lever("doctor", "--json"))["results"]["found"]
+
+
+def test_too_small_a_disk_is_named_before_the_work(lever, tmp_path):
+    huge = ("--set", "rollout.num_queries=1000000000000")
+    assert "GiB free, about" in missing(lever("doctor", *huge, "--json"))["disk"]["found"]
+    done = lever("train", *huge)
+    assert done.status == 1
+    assert done.err.startswith("lever: disk: ")
+    assert files_in(tmp_path) == {}
+
+
+def test_a_gpu_that_is_not_there_is_named(lever):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert "--device cpu" in missing(lever("doctor", "--device", "cuda", "--json"))["device"]["mend"]
+
+
+@pytest.mark.parametrize(("free", "status"), [(1, "missing"), (12, "ok"), (4, "warning")])
+def test_the_memory_of_the_gpu_is_set_against_the_models(tmp_path, monkeypatch, free, status):
+    import torch
+
+    (tmp_path / "config.json").write_text("{}")
+    with open(tmp_path / "model.safetensors", "wb") as file:
+        file.truncate(5 * doctor.GIB)  # a hole: nothing is on the disk
+    total = {"missing": 6, "ok": 16, "warning": 16}[status]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * doctor.GIB, total * doctor.GIB))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    config = resolve({}, None, [f"lvlm.path={tmp_path}", "device=cuda"], {})[0]
+    assert config.lvlm == LvlmConfig(path=str(tmp_path))
+    (check,) = doctor.device(config, with_lvlm=True)
+    assert check.status == status
+    assert "about 7.0 needed" in check.found
+
+
+# ---------------------------------------------------------------------- the plan
+
+
+def answers_in(folder) -> int:
+    import sqlite3
+
+    paths = list(folder.rglob("answers_*.sqlite"))
+    if not paths:
+        return 0
+    with sqlite3.connect(paths[0]) as db:
+        return db.execute("SELECT count(*) FROM answers WHERE key NOT LIKE 'speed:%'").fetchone()[0]
+
+
+def test_a_plan_before_anything_is_there_is_an_upper_bound_and_writes_nothing(lever, tmp_path):
+    plan = lever("train", "--limit", "24", "--dry-run", "--json").json
+    rollouts = next(stage for stage in plan["stages"] if stage["name"] == "rollouts")
+    assert rollouts["lvlm_calls"] == plan["lvlm_calls"] == 24 * 15
+    assert not rollouts["exact"]
+    assert plan["seconds"] > 0
+    assert plan["bytes"] > 0
+    assert files_in(tmp_path) == {}
+
+
+def test_with_features_the_calls_are_counted_and_those_known_left_out(warm, lever):
+    def calls() -> int:
+        plan = lever("rollout", "--limit", "24", "--seed", "7", "--dry-run", "--json").json
+        assert all(stage["exact"] for stage in plan["stages"])
+        return plan["lvlm_calls"]
+
+    before, planned, files = answers_in(warm), calls(), files_in(warm)
+    assert files_in(warm) == files
+    assert 0 < planned < 24 * 15
+    assert lever("rollout", "--limit", "24", "--seed", "7").status == 0
+    assert answers_in(warm) - before == planned
+    assert calls() == 0
+
+
+def test_a_finished_run_leaves_nothing_to_do(trained, lever):
+    plan = lever("train", *SMALL, "--dry-run", "--json").json
+    states = {stage["name"]: stage["state"] for stage in plan["stages"]}
+    assert states == {
+        "features": "there",
+        "rollouts": "there",
+        "rce": "2 of 2 epochs there",
+        "grpo": "4 of 4 epochs there",
+    }
+    assert plan["lvlm_calls"] == plan["seconds"] == plan["bytes"] == 0
+
+
+def test_a_plan_says_what_is_missing_and_ends_well(lever):
+    done = lever("train", *REAL, "--dry-run", "--json")
+    assert done.status == 0
+    assert len(done.json["missing"]) == 8
+    assert done.json["seconds"] is None
