@@ -187,24 +187,34 @@ def _checkpoint_metrics(run: RunFolder) -> list[dict]:
 
 
 def read_log(path: Path) -> History:
-    """The GRPO rows of the last run in a training log: rows after the last GRPO heading whose epochs begin anew."""
+    """The GRPO rows of the last run in a training log: those of its last table, and of the tables before that it
+    goes on from, as a resumed run does."""
     try:
         text = Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise LeverError(f"cannot read the log {path}: {error.strerror} (--log)") from error
-    rows, notes, runs, inside = [], [], 0, False
+    notes: list[str] = []
+    tables: list[list[dict]] = []
     lines = text.split("\n")
     if lines[-1].strip() and _starts_like_row(lines[-1]):
         notes.append("the last row has no newline at its end: it was cut short and is ignored")
     for line in lines[:-1]:
         line = line.rstrip("\r")
         if GRPO_MARKER in line:
-            rows, inside, runs = [], True, runs + 1
-        elif inside and (match := _LOG_ROW.match(line)):
+            tables.append([])
+        elif tables and (match := _LOG_ROW.match(line)):
             values = map(float, match[2].split())
-            rows.append({"phase": "grpo", "epoch": int(match[1]), **dict(zip(_LOG_COLUMNS, values, strict=True))})
-    if runs > 1:
-        notes.append(f"the log holds {runs} GRPO tables: the last one counts")
+            row = {"phase": "grpo", "epoch": int(match[1]), **dict(zip(_LOG_COLUMNS, values, strict=True))}
+            tables[-1].append(row)
+    rows = tables.pop() if tables else []
+    if tables:
+        notes.append(f"the log holds {len(tables) + 1} GRPO tables: the last one counts")
+    while rows and tables and rows[0]["epoch"] > 1:
+        earlier = [row for row in tables.pop() if row["epoch"] < rows[0]["epoch"]]
+        if not earlier or earlier[-1]["epoch"] != rows[0]["epoch"] - 1:
+            break
+        notes.append(f"it goes on from epoch {earlier[-1]['epoch']} of the table before, whose epochs count too")
+        rows = earlier + rows
     if not rows:
         raise LeverError(f"{path} holds no row of a GRPO table (heading {GRPO_MARKER!r}, then 8 numbers a row)")
     return History(rows, str(path), "grpo", notes)

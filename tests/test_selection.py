@@ -10,7 +10,7 @@ from lever_lm.checkpoint import save_torch
 from lever_lm.errors import LeverError, UsageError
 from lever_lm.journal import table_header, table_row
 from lever_lm.runs import RunFolder
-from lever_lm.selection import STRATEGIES, best_row, check_strategy, choose, read_history, read_log
+from lever_lm.selection import GRPO_MARKER, STRATEGIES, best_row, check_strategy, choose, read_history, read_log
 
 GOLDEN = Path(__file__).parent / "data" / "best_checkpoint"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text(encoding="utf-8"))
@@ -322,3 +322,17 @@ def test_a_folder_with_nothing_and_no_folder_are_refused(tmp_path):
         read_history(RunFolder(tmp_path / "absent"), None)
     with pytest.raises(LeverError, match="no run folder a run"):
         read_history(None, None)
+
+
+def test_a_run_that_was_resumed_under_a_heading_of_its_own_is_one_run(tmp_path):
+    def row(epoch: int, val_loss: float) -> str:
+        return f"{epoch:>6} 0.1 {val_loss} 0.1 0.05 0.5 1.0 0.1\n"
+
+    log = tmp_path / "train.log"
+    first, second = f"{GRPO_MARKER}\n" + row(1, 9) + row(2, 1) + row(3, 5), f"{GRPO_MARKER}\n" + row(3, 4) + row(4, 3)
+    log.write_text(first + second, encoding="utf-8")
+    history = read_log(log)
+    assert [(r["epoch"], r["val_loss"]) for r in history.rows] == [(1, 9), (2, 1), (3, 4), (4, 3)]
+    assert any("goes on from epoch 2" in note for note in history.notes)
+    log.write_text(f"{GRPO_MARKER}\n" + row(1, 9) + f"{GRPO_MARKER}\n" + row(3, 4), encoding="utf-8")
+    assert [r["epoch"] for r in read_log(log).rows] == [3], "an epoch lies between: another run"
