@@ -70,7 +70,9 @@ def train(
     rce_epochs: RceEpochs = None,
     grpo_epochs: GrpoEpochs = None,
     rl_data: Annotated[Path | None, typer.Option(help="Train on this rollout file; no dataset, no LVLM.")] = None,
-    embeddings: Annotated[Path | None, typer.Option(help="(N, D) features for --rl-data: .pt or .safetensors")] = None,
+    embeddings: Annotated[
+        Path | None, typer.Option(help="(N, D) features for --rl-data: .pt, .pth, .npy or .safetensors")
+    ] = None,
     run_dir: Annotated[Path | None, typer.Option(help="Folder of the run, in place of the default one.")] = None,
 ) -> None:
     """Features, pools and rollouts where missing; then RCE and GRPO; then the recommended checkpoint is converted."""
@@ -101,6 +103,7 @@ def best_ckpt(
     log: Annotated[Path | None, typer.Option(help="Choose from a training log, ours or Lever-Plus's.")] = None,
 ) -> None:
     """Pick an epoch by its metrics; the answer is kept in the run's best.json."""
+    from lever_lm.inference import kept_choice
     from lever_lm.runs import write_json
     from lever_lm.selection import check_strategy, choose, read_history
     from lever_lm.tables import show_choice
@@ -114,6 +117,8 @@ def best_ckpt(
     answer = choose(history, strategy, run)
     show_choice(pipeline.screen, history, answer, show_all)
     if answer["epoch"] is not None and run is not None:
+        if (before := kept_choice(run)) not in (None, (answer["strategy"], answer["epoch"])):
+            pipeline.screen.say(f"{run.best}: this replaces the choice of {before[0]}, epoch {before[1]}")
         write_json(run.best, finite(answer))
     emit(common, answer)
     if answer["epoch"] is None:
@@ -164,7 +169,7 @@ def infer(
         result = pipeline.infer_icds(icds, numbers, baselines=baselines)
     else:
         result = pipeline.infer(numbers, ckpt=ckpt, baselines=baselines)
-    show_results(pipeline.screen, result["results"], result["tests"])
+    show_results(pipeline.screen, result["results"], result["tests"], stemmed=result["okvqa_stem"])
     emit(common, result)
 
 

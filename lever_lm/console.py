@@ -36,7 +36,8 @@ class Screen:
 
     def table(self, title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         """A result table; the first column is left-aligned, the others are numbers."""
-        table = Table(title=Text(title), title_justify="left")
+        self.out.print(Text(title), soft_wrap=True)  # a title of the table's would break at its width
+        table = Table()
         for i, name in enumerate(header):
             table.add_column(Text(name), justify="left" if i == 0 else "right", no_wrap=True)
         for row in rows:

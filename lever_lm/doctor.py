@@ -96,7 +96,8 @@ def data_files(config: DataConfig) -> Iterable[Check]:
             root = asset_path(source)
             for official in (questions_file, annotations_file):
                 path = official(root, split, config.file_prefix)
-                yield _file(f"{split} data", path, f"set {variable} (data.okvqa_path) to the folder that holds it")
+                mend = f"fetch it into {root}, or set {variable} (data.okvqa_path) to the folder that holds it"
+                yield _file(f"{split} data", path, mend)
             try:
                 yield Check(f"{split} images", "ok", str(images_folder(asset_path(config.coco_path), split)))
             except LeverError as error:
@@ -121,7 +122,8 @@ def _hub_dataset(repository: str, split: str) -> Check:
     converted = Path(datasets.config.HF_DATASETS_CACHE) / repository.replace("/", "___").lower()
     if any(converted.parent.glob(f"{converted.name}*")):
         return Check(f"{split} data", "ok", f"{repository} in the cache of `datasets`")
-    mend = f"hf download --repo-type dataset {repository}, or OKVQA_PATH to a folder of its parquet files"
+    fetch = f"hf download --repo-type dataset {repository}"
+    mend = f"{fetch}, or a folder of its parquet files: --dataset okvqa_local with OKVQA_PATH"
     return Check(f"{split} data", "missing", f"{repository} is not in the hub's cache", mend, fetched=True)
 
 
@@ -139,7 +141,7 @@ def counts(config: DataConfig) -> Iterable[Check]:
         found = f"{len(examples)} usable"
         if skipped:
             status = "warning" if config.skip_bad_examples and examples else "missing"
-            mend = "mend the files, or --skip-bad-examples"
+            mend = "left out, as asked" if status == "warning" else "mend the files, or --skip-bad-examples"
             yield Check(f"{split} examples", status, f"{found}, {len(skipped)} not, the first: {skipped[0]}", mend)
         elif expected not in (None, len(examples)):
             found += f"; the official split has {expected}"

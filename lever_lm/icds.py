@@ -26,8 +26,8 @@ def read_icds(path: Path, queries: Sequence[Example], train: Sequence[Example], 
     without = [query.question_id for query in queries if query.question_id not in chosen]
     if without:
         raise LeverError(
-            f"{path} has no choice for {len(without)} of {len(queries)} evaluation questions, the first {without[0]}; "
-            "--limit N evaluates fewer"
+            f"{path} has no choice for {len(without)} of {len(queries)} evaluation questions, the first {without[0]}: "
+            "every question that is evaluated needs one"
         )
     picks = []
     for query in queries:

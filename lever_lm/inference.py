@@ -249,6 +249,15 @@ def find_checkpoint(run: RunFolder, wanted: str | None, environ: dict) -> tuple[
     return _existing(path if path.is_file() else v2_name(path), run.path), f"best by {strategy}"
 
 
+def kept_choice(run: RunFolder) -> tuple[str, int] | None:
+    """Strategy and epoch of best.json; None where there is none, or none of ours."""
+    try:
+        answer = json.loads(run.best.read_text(encoding="utf-8"))
+        return answer["strategy"], answer["epoch"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def read_best(run: RunFolder) -> dict:
     """The content of best.json. Raises LeverError when it is not what `lever best-ckpt` writes."""
     try:

@@ -75,7 +75,8 @@ def check_rows(path: Path, train: Sequence[Example]) -> None:
         if there is not None and str(there) != str(train[int(key)].question_id):
             raise LeverError(
                 f"{path}, query {key}: question {there} there, question {train[int(key)].question_id} in row {key} of "
-                "the training split: the rollouts are of another dataset or order. Pass their features: --embeddings"
+                "the training split: they are of another dataset or order. Pass their features: --embeddings, or "
+                "put them where Lever-Plus does, results/<dataset>/cache/query_embeddings.pt"
             )
 
 

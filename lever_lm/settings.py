@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from lever_lm.config import ASSET_PREFIX, PACKAGE, Config, DataConfig
+from lever_lm.config import ASSET_PREFIX, HUB_PREFIX, PACKAGE, Config, DataConfig
 from lever_lm.errors import UsageError
 
 
@@ -182,7 +182,8 @@ def environment_values(values: dict, environ=os.environ, over: dict | None = Non
     """Config values that the environment sets, and the variables in effect as NAME=value.
 
     `over`: values that win over the environment; a variable whose every value they set is not in effect. Paths of
-    OK-VQA leave the embedded dataset alone. An empty variable is none. Raises UsageError on a bad value.
+    local files leave the embedded dataset and the hub's copies alone. An empty variable is none. Raises UsageError on
+    a bad value.
     """
     elsewhere = _paths_of_others(values, environ)
     found, in_effect = {}, []
@@ -205,7 +206,7 @@ def _paths_of_others(values: dict, environ) -> tuple[str, ...]:
     """Variables that name folders of other datasets than this one."""
     data = values.get("data", {})
     data = data if isinstance(data, dict) else {}  # build() refuses it
-    if str(data.get("okvqa_path", DataConfig.okvqa_path)).startswith(ASSET_PREFIX):
+    if str(data.get("okvqa_path", DataConfig.okvqa_path)).startswith((ASSET_PREFIX, HUB_PREFIX)):
         return ("OKVQA_PATH", "VQAV2_PATH", "COCO_PATH")
     if data.get("file_prefix", DataConfig.file_prefix) != "v2_":
         return ("VQAV2_PATH",)

@@ -7,10 +7,11 @@ from lever_lm.selection import History
 _ACROSS = 3
 
 
-def show_results(screen: Screen, results: list[dict], tests: list[dict]) -> None:
+def show_results(screen: Screen, results: list[dict], tests: list[dict], *, stemmed: bool = False) -> None:
     """Accuracy and its 95 % interval: methods down and shots across, or one row each where 80 columns are too few."""
     shots = sorted({row["shots"] for row in results if row["shots"]}) or [0]
-    title = f"VQA accuracy on {results[0]['n']} queries, with 95 % intervals"
+    scored = "reduced predictions against `answer`" if stemmed else "against `answer`"
+    title = f"VQA accuracy on {results[0]['n']} queries, {scored}, with 95 % intervals"
     if len(shots) > _ACROSS:
         rows = [[row["method"], count_shots(row["shots"]), _cell(row)] for row in results]
         screen.table(title, ["method", "shots", "accuracy"], rows)

@@ -6,6 +6,7 @@ Most commands run in this process through the real entry function; what concerns
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -639,3 +640,21 @@ def test_a_terminal_that_lacks_our_characters_is_no_failure(trained):
     done = run_lever("best-ckpt", "--show-all", cwd=trained, PYTHONIOENCODING="ascii")
     assert done.status == 0, done.err
     assert "GRPO" in done.out
+
+
+def test_a_choice_that_replaces_another_is_said(trained, lever):
+    assert "replaces" not in lever("best-ckpt", "--strategy", "adv_std").out
+    again = lever("best-ckpt", "--strategy", "adv_std")
+    assert "replaces" not in again.out
+    other = lever("best-ckpt", "--strategy", "val_loss")
+    assert "this replaces the choice of adv_std, epoch" in other.out
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh-CN.md"])
+def test_every_option_that_a_readme_names_is_there(lever, page):
+    text = (Path(__file__).parents[1] / page).read_text(encoding="utf-8")
+    named = set(re.findall(r"lever ([a-z-]+)[^|`\n]*", text))
+    assert named <= {*COMMANDS}, named - {*COMMANDS}
+    for command, rest in re.findall(r"`lever ([a-z-]+) ([^`\n]*)`", text):
+        for option in re.findall(r"--[a-z0-9-]+", rest):
+            assert option in lever(command, "--help").out, f"{page}: lever {command} {option}"

@@ -72,7 +72,7 @@ def test_one_thing_missing_is_one_line(lever, official):
     done = lever("rollout", *REAL, *TINY)
     assert done.status == 1
     assert done.err.count("\n") == 1
-    assert "mscoco_val2014_annotations.json is not there → set OKVQA_PATH" in done.err
+    assert f"mscoco_val2014_annotations.json is not there → fetch it into {official}, or set OKVQA_PATH" in done.err
 
 
 def test_examples_that_cannot_be_used_are_counted(lever, official):

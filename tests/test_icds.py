@@ -230,7 +230,7 @@ def refuse(lever, tmp_path, prompts):
 
 def test_a_question_without_a_choice_is_named(refuse, choices, queries):
     missing = queries[2].question_id
-    refuse(as_object({q: icds for q, icds in choices.items() if q != missing}), missing, "1 of 6", "--limit")
+    refuse(as_object({q: icds for q, icds in choices.items() if q != missing}), missing, "1 of 6", "needs one")
 
 
 def test_too_few_icds_are_refused_with_their_number_and_the_shots(refuse, choices):

@@ -175,9 +175,8 @@ def test_images_are_found_directly_and_below_mscoco2014_split_by_split(tmp_path,
             assert open_image(example.image).mode == "RGB"
 
 
-@pytest.mark.parametrize("prefix", ["v2_", ""])
-def test_vqav2_loads_with_its_names_and_fields(tmp_path, monkeypatch, prefix):
-    build_official(tmp_path / "vqa", coco=tmp_path / "coco", prefix=prefix, raw=False)
+def test_vqav2_loads_with_its_names_and_fields(tmp_path, monkeypatch):
+    build_official(tmp_path / "vqa", coco=tmp_path / "coco", prefix="v2_", raw=False)
     monkeypatch.setenv("VQAV2_PATH", str(tmp_path / "vqa"))
     monkeypatch.setenv("COCO_PATH", str(tmp_path / "coco"))
     data = from_environment("vqav2_local")
@@ -192,9 +191,7 @@ def test_vqav2_loads_with_its_names_and_fields(tmp_path, monkeypatch, prefix):
     [
         ("vqav2_local", ("OKVQA_PATH", "VQAV2_PATH"), "VQAV2_PATH"),
         ("vqav2_local", ("VQAV2_PATH",), "VQAV2_PATH"),
-        ("vqav2_local", ("OKVQA_PATH",), "OKVQA_PATH"),
         ("okvqa_local", ("OKVQA_PATH", "VQAV2_PATH"), "OKVQA_PATH"),
-        ("okvqa_hub", ("OKVQA_PATH", "VQAV2_PATH"), "OKVQA_PATH"),
     ],
 )
 def test_each_dataset_takes_its_own_variable_before_the_others(tmp_path, monkeypatch, dataset, variables, taken):
@@ -205,6 +202,21 @@ def test_each_dataset_takes_its_own_variable_before_the_others(tmp_path, monkeyp
             monkeypatch.setenv(name, str(folder))
     monkeypatch.setenv("COCO_PATH", str(tmp_path))
     assert len(from_environment(dataset).train_examples) == sizes[taken]
+
+
+def test_vqav2_does_not_take_the_files_of_ok_vqa(small, refused, monkeypatch):
+    monkeypatch.setenv("OKVQA_PATH", str(small))
+    monkeypatch.setenv("COCO_PATH", str(small))
+    message = refused("rollout", "--dataset", "vqav2_local")
+    assert "v2_OpenEnded_mscoco_train2014_questions.json is not there" in message
+    assert "VQAV2_PATH" in message
+
+
+def test_the_hubs_copies_are_not_replaced_by_a_variable_that_leaked(small, monkeypatch):
+    monkeypatch.setenv("OKVQA_PATH", str(small))
+    config, in_effect = resolve({"dataset": "okvqa_hub"}, None, [], {})
+    assert config.data.okvqa_path.startswith("hub:")
+    assert in_effect == []
 
 
 def test_the_command_line_says_which_variable_is_in_effect(lever, small, parquet, monkeypatch):

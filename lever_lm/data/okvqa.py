@@ -13,18 +13,13 @@ SPLITS = {"train": "train2014", "val": "val2014"}
 
 
 def questions_file(root: Path, split: str, prefix: str = "") -> Path:
-    """Where the official questions of a split (`train`, `val`) are. A prefix (`v2_` for VQAv2) may be missing."""
-    return _with_or_without(root, prefix, f"OpenEnded_mscoco_{SPLITS[split]}_questions.json")
+    """Where the official questions of a split (`train`, `val`) are; prefix is `v2_` for VQAv2."""
+    return root / f"{prefix}OpenEnded_mscoco_{SPLITS[split]}_questions.json"
 
 
 def annotations_file(root: Path, split: str, prefix: str = "") -> Path:
     """Where the official annotations of a split are."""
-    return _with_or_without(root, prefix, f"mscoco_{SPLITS[split]}_annotations.json")
-
-
-def _with_or_without(root: Path, prefix: str, name: str) -> Path:
-    expected = root / f"{prefix}{name}"
-    return root / name if not os.path.exists(expected) and os.path.exists(root / name) else expected
+    return root / f"{prefix}mscoco_{SPLITS[split]}_annotations.json"
 
 
 def images_folder(root: Path, split: str) -> Path:
@@ -33,7 +28,10 @@ def images_folder(root: Path, split: str) -> Path:
     for folder in candidates:
         if os.path.isdir(folder):  # False, too, below a folder that may not be entered
             return folder
-    raise LeverError(f"no folder {' or '.join(map(str, candidates))}: set COCO_PATH (data.coco_path) to what holds it")
+    above = f", {root.parent} it seems" if root.name in SPLITS.values() else ""
+    raise LeverError(
+        f"no folder {' or '.join(map(str, candidates))}: set COCO_PATH (data.coco_path) to what holds it{above}"
+    )
 
 
 def load_split(source: str, config: DataConfig, split: str, skipped: list[str]) -> tuple[list[Example], str]:

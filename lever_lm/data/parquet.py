@@ -143,8 +143,8 @@ def _from_hub(source: str, split: str):
     except Exception as error:
         raise LeverError(
             f"{source}: not in the local cache, and not to be had from the hub: {first_line(error)}. Fetch it where "
-            f"there is a network (hf download --repo-type dataset {repository}), or point OKVQA_PATH to a folder of "
-            "its parquet files"
+            f"there is a network (hf download --repo-type dataset {repository}), or take a "
+            "folder of its parquet files: --dataset okvqa_local with OKVQA_PATH"
         ) from error
     named = _named(list(splits), split)
     if not named:
