@@ -72,8 +72,10 @@ def make_plan(config: Config, layout: Layout, run: RunFolder, command: str, *, o
     """
     planner = _Planner(config, layout)
     stages = [] if own else planner.features()
-    if command != "infer" and not own and not made_elsewhere(layout.rollouts):
-        stages.append(planner.rollouts())
+    if command != "infer" and not own:
+        foreign = made_elsewhere(layout.rollouts)
+        taken = Stage("rollouts", "there, not of `lever rollout`: taken as it is", str(layout.rollouts))
+        stages.append(taken if foreign else planner.rollouts())
     if command in ("train", "demo"):
         stages += planner.training(run)
     if answers:

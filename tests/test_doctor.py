@@ -200,3 +200,13 @@ def test_a_plan_says_what_is_missing_and_ends_well(lever):
     assert done.status == 0
     assert len(done.json["missing"]) == 8
     assert done.json["seconds"] is None
+
+
+def test_rollouts_of_somebody_else_are_named_in_the_plan(warm, lever):
+    path = warm / "results/digits/generated_data/rl_data_MixSampler_tiny-qwen2_5-vl.json"
+    path.parent.mkdir(parents=True)
+    path.write_text('{"0": {"pointer_candidates": []}}')
+    plan = lever("train", "--dry-run", "--json").json
+    rollouts = next(stage for stage in plan["stages"] if stage["name"] == "rollouts")
+    assert rollouts["state"].endswith("taken as it is")
+    assert plan["lvlm_calls"] == 0
