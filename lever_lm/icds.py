@@ -41,7 +41,7 @@ def read_icds(path: Path, queries: Sequence[Example], train: Sequence[Example], 
         fine = np.zeros(len(train), dtype=bool)
         fine[allowed(query, ids, images)] = True
         if not fine[rows].all():
-            leak = next(icd for icd, row in zip(icds, rows, strict=False) if not fine[row])
+            leak = next(icd for icd, row in zip(icds[:shots], rows, strict=True) if not fine[row])
             raise LeverError(f"{where}: ICD {leak} is the question itself or shows its image")
         picks.append(rows)
     return picks

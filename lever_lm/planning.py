@@ -121,6 +121,8 @@ class _Planner:
                 if path.is_file() and read_rollouts(path)["_meta"]["fingerprint"] == stamp:
                     return Stage("rollouts", "there", str(path))
                 calls = self.lvlm.unknown(prompts)
+            if self.config.rollout.gt_prob:  # each distinct reference of a query is scored after each of its prompts
+                calls, exact = calls + sum(len(set(prompt.query.answers)) for prompt in prompts), False
         state = "to be made again" if path.is_file() else "to be made"
         seconds = self._answering(calls, self.config.rollout.shots)
         return Stage("rollouts", state, str(path), calls, exact, seconds, size)

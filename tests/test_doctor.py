@@ -210,3 +210,10 @@ def test_rollouts_of_somebody_else_are_named_in_the_plan(warm, lever):
     rollouts = next(stage for stage in plan["stages"] if stage["name"] == "rollouts")
     assert rollouts["state"].endswith("taken as it is")
     assert plan["lvlm_calls"] == 0
+
+
+def test_scoring_the_references_counts_as_calls(warm, lever):
+    plain = lever("rollout", "--limit", "24", "--dry-run", "--json").json
+    scored = lever("rollout", "--limit", "24", "--set", "rollout.gt_prob=true", "--dry-run", "--json").json
+    assert scored["lvlm_calls"] > plain["lvlm_calls"]
+    assert not next(stage for stage in scored["stages"] if stage["name"] == "rollouts")["exact"]
