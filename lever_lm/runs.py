@@ -5,8 +5,10 @@ import hashlib
 import json
 import os
 import platform
+import signal
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -24,9 +26,31 @@ TEMPORARY_PREFIX = ".tmp-"
 
 
 @contextlib.contextmanager
+def interrupts_wait() -> Iterator[None]:
+    """Ctrl-C within the block takes effect after it. For writes: torch.save turns a KeyboardInterrupt into a
+    RuntimeError of its own, and a temporary file made a moment before has nobody yet to remove it."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread is interrupted
+        yield
+        return
+    came = []
+    before = signal.signal(signal.SIGINT, lambda *arguments: came.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if came:
+            signal.raise_signal(signal.SIGINT)
+
+
+@contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A binary file that appears under `path` whole or not at all: temporary file beside it, fsync, rename."""
-    path = Path(path)
+    with interrupts_wait(), _replacing(Path(path)) as file:
+        yield file
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=path.parent)
@@ -76,7 +100,7 @@ def write_tensors(path: Path, tensors: dict, header: dict[str, str]) -> None:
 def append_line(path: Path, line: str) -> None:
     """Append one line and wait until it is on disk."""
     try:
-        with open(path, "a", encoding="utf-8") as file:
+        with interrupts_wait(), open(path, "a", encoding="utf-8") as file:
             file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())

@@ -4,6 +4,8 @@ import json
 import math
 import os
 import pickle
+import signal
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -339,6 +341,37 @@ def test_a_file_with_wrong_bytes_loads_or_is_refused_in_plain_words(tmp_path, ch
 def test_saving_leaves_one_file_and_no_temporary_one(tmp_path):
     save_v3(tmp_path / "a.pt", make())
     assert [file.name for file in tmp_path.iterdir()] == ["a.pt"]
+
+
+@pytest.mark.parametrize("moment", [0, 1, 100])
+def test_an_interrupt_within_a_save_comes_after_it(tmp_path, moment):
+    """torch.save writes through a callback and answers an interrupt in it with a RuntimeError of its own."""
+    seen = []
+
+    class Interrupting:
+        def __reduce__(self):  # reached while torch.save pickles
+            signal.raise_signal(signal.SIGINT)
+            seen.append(moment)
+            return (OrderedDict, ())
+
+    content = {f"tensor{i}": torch.zeros(8) for i in range(moment)} | {"last": Interrupting()}
+    with pytest.raises(KeyboardInterrupt):
+        save_torch(tmp_path / "a.pt", content)
+    assert seen == [moment]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+    assert len(load_torch(tmp_path / "a.pt")) == moment + 1
+
+
+def test_a_save_that_fails_under_an_interrupt_is_an_interrupt_and_leaves_nothing(tmp_path):
+    class Interrupting:
+        def __reduce__(self):
+            signal.raise_signal(signal.SIGINT)
+            raise ValueError
+
+    with pytest.raises(KeyboardInterrupt):
+        save_torch(tmp_path / "a.pt", {"a": Interrupting()})
+    assert not list(tmp_path.iterdir())
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_save_that_fails_leaves_what_was_there_and_no_temporary_file(tmp_path):
