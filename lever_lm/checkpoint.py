@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lever_lm.decoder import STATE_UPDATES
+from lever_lm.decoder import VARIANTS
 from lever_lm.errors import LeverError
 from lever_lm.policy import PointerSelector
 from lever_lm.runs import atomic_file
@@ -27,6 +27,8 @@ _LAYER_KEYS = {
     "cross_attn_layers.0.": "cross_attn.",
     "attn_norms.0.": "attn_norm.",
 }
+# option → what of it v2 can express
+_IN_V2 = {"state_update": ("none", "gate"), "scorer": ("dot",), "diversity": ("none",), "stop": (False,)}
 
 
 def save_torch(path: Path, content: dict) -> None:
@@ -135,17 +137,22 @@ def infer_shape(state: dict[str, Tensor], num_heads: int, path: str | Path = "ch
     hidden = state["query_proj.weight"].shape[0]
     entry = state.get("input_proj.weight")
     layers = {int(match[1]) for key in state if (match := re.match(r"cross_attn_layers\.(\d+)\.", key))}
-    update = next(
-        (name for name, spec in STATE_UPDATES.items() if spec and f"{spec[0]}.weight" in state),
-        "none",
-    )
+    variants = {
+        option: next((name for name, part in known.items() if part and _has(state, part[0])), next(iter(known)))
+        for option, known in VARIANTS.items()
+    }
     return {
         "d_model": hidden if entry is None else entry.shape[1],
         "hidden_dim": hidden,
         "num_layers": len(layers),
         "num_heads": num_heads,
-        "state_update": update,
+        **variants,
+        "stop": "stop_embedding" in state,
     }
+
+
+def _has(state: dict[str, Tensor], part: str) -> bool:
+    return any(key.startswith(part + ".") for key in state)
 
 
 def _one_line(error: Exception) -> str:
@@ -180,12 +187,15 @@ def to_v2(content: dict, path: str | Path, *, allow_truncate: bool = False) -> t
     Raises LeverError when v2 cannot express the policy: more than one layer, unless allow_truncate drops them.
     """
     state = weights_of(content, path)
+    shape = infer_shape(state, 1, path)
+    beyond = [f"{option}={shape[option]}" for option, held in _IN_V2.items() if shape[option] not in held]
+    if beyond:
+        raise LeverError(f"{path}: v2 cannot express a policy with {', '.join(beyond)}; use the v3 file as it is")
     extra = [key for key in state if re.match(r"(cross_attn_layers|attn_norms)\.[1-9]", key)]
     if extra and not allow_truncate:
-        layers = infer_shape(state, 1)["num_layers"]
         raise LeverError(
-            f"{path} has {layers} cross-attention layers and v2 has one: the converted policy would choose otherwise. "
-            "--allow-truncate keeps the first layer all the same"
+            f"{path} has {shape['num_layers']} cross-attention layers and v2 has one: the converted policy would choose "
+            "otherwise. --allow-truncate keeps the first layer all the same"
         )
     kept = {key: tensor.clone() for key, tensor in state.items() if key not in extra}
     own = dict(own_config(content))

@@ -144,7 +144,10 @@ class PolicyConfig:
     num_heads: int = 1
     dropout: float = 0.5
     attn_dropout: float = 0.1
-    state_update: str = "none"
+    state_update: str = "none"  # how a pick changes the query state: none, gate, gru
+    scorer: str = "dot"  # how the state scores a candidate: dot, additive, bilinear
+    diversity: str = "none"  # mmr: likeness to what was picked costs, by a learnt weight
+    stop: bool = False  # the policy may end a sequence early, after its first pick
 
     def __post_init__(self):
         _positive(self, "policy", "hidden_dim", "num_layers", "num_heads")

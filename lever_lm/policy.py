@@ -1,30 +1,51 @@
 """The policy: a pointer over a pool of candidates, step by step.
 
-B queries, K candidates in the pool, G rollouts per query, S shots, D embedding, H hidden.
-pool_mask (B, K) bool, True on real candidates. Sequences hold pool positions; −1 is padding and counts as no step.
+B queries, K candidates in the pool, G rollouts per query, S shots, D embedding, H hidden; M sequences decoded side by
+side for each query. pool_mask (B, K) bool, True on real candidates. Sequences hold pool positions; −1 is padding and
+counts as no step, but with `stop` the first −1 after a pick is the decision to stop, and does count.
 Maths: x = W_in q, e = W_in c; per layer x ← LayerNorm(MHA(x; e, e) + x); u = norm(W_q x), v = norm(W_c e);
 logit_k = u·v_k / temperature. Masking lives here and only here: a picked or padded candidate has logit −100.
 Deviation from the lineage: candidates are projected once per query, not once per rollout, so training-mode dropout is
 drawn once per query.
 """
 
+import copy
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lever_lm.decoder import STATE_UPDATES
+from lever_lm.decoder import VARIANTS
 
 MASKED_LOGIT = -100.0
+
+
+@dataclass(frozen=True)
+class _Decoding:
+    """M half-made sequences per query. O options: the K candidates and, with `stop`, the stop after them.
+
+    cands (B, O, H); state (B, M, H), or (B, 1, H) where picks do not change it; scores (B, M or 1, O) of that state;
+    closest (B, M, O), likeness to the nearest pick, None before there is one or where it does not matter; taken
+    (B, M, O), True on what may not be picked.
+    """
+
+    cands: Tensor
+    state: Tensor
+    scores: Tensor
+    closest: Tensor | None
+    taken: Tensor
 
 
 class PointerSelector(nn.Module):
     """Scores the candidates of a pool and picks demonstrations one after the other.
 
-    d_model D of the features; hidden_dim H (W_in is absent when D = H); num_layers cross-attention layers;
-    state_update: how a pick changes the query state, one of decoder.STATE_UPDATES. Parameter names are those of
-    Lever-Plus's v3 checkpoints. Raises ValueError on a shape or name that cannot be.
+    d_model D of the features; hidden_dim H (W_in is absent when D = H); num_layers cross-attention layers.
+    Variants, their parts in decoder.VARIANTS: state_update (none, gate, gru) is how a pick changes the query state;
+    scorer (dot, additive, bilinear) how a state scores a candidate; diversity (none, mmr) what likeness to the picks
+    costs; stop lets the policy end a sequence after its first pick. Parameter names are those of Lever-Plus's v3
+    checkpoints. Raises ValueError on a shape or name that cannot be.
     """
 
     def __init__(
@@ -37,23 +58,29 @@ class PointerSelector(nn.Module):
         attn_dropout: float = 0.1,
         temperature: float = 0.1,
         state_update: str = "none",
+        scorer: str = "dot",
+        diversity: str = "none",
+        stop: bool = False,
     ):
         super().__init__()
-        if state_update not in STATE_UPDATES:
-            raise ValueError(f"unknown state_update {state_update!r}; choose one of {', '.join(STATE_UPDATES)}")
+        self.state_update, self.scorer, self.diversity, self.stop = state_update, scorer, diversity, stop
+        for option, known in VARIANTS.items():
+            if getattr(self, option) not in known:
+                raise ValueError(f"unknown {option} {getattr(self, option)!r}; choose one of {', '.join(known)}")
         if hidden_dim % num_heads:
             raise ValueError(f"hidden_dim {hidden_dim} is not divisible by num_heads {num_heads}")
         self.d_model, self.hidden_dim, self.num_layers, self.num_heads = d_model, hidden_dim, num_layers, num_heads
         self.dropout, self.attn_dropout, self.temperature = dropout, attn_dropout, temperature
-        self.state_update = state_update
         self.input_proj = nn.Linear(d_model, hidden_dim, bias=False) if d_model != hidden_dim else None
         self.cross_attn_layers = nn.ModuleList(nn.MultiheadAttention(hidden_dim, num_heads) for _ in range(num_layers))
         self.attn_norms = nn.ModuleList(nn.LayerNorm(hidden_dim) for _ in range(num_layers))
         self.query_proj = nn.Linear(hidden_dim, hidden_dim, bias=False)
         self.cand_proj = nn.Linear(hidden_dim, hidden_dim, bias=False)
-        update = STATE_UPDATES[state_update]
-        if update is not None:
-            self.add_module(update[0], update[1](hidden_dim))
+        for option, known in VARIANTS.items():
+            if (part := known[getattr(self, option)]) is not None:
+                self.add_module(part[0], part[1](hidden_dim))
+        if stop:
+            self.stop_embedding = nn.Parameter(torch.randn(hidden_dim))
         self._init_projections()
 
     def _init_projections(self) -> None:
@@ -69,11 +96,18 @@ class PointerSelector(nn.Module):
     def shape(self) -> dict:
         """The constructor's arguments, as a checkpoint carries them."""
         names = ("d_model", "hidden_dim", "num_layers", "num_heads", "dropout", "attn_dropout", "temperature")
-        return {name: getattr(self, name) for name in (*names, "state_update")}
+        return {name: getattr(self, name) for name in (*names, *VARIANTS, "stop")}
 
-    def _update(self, state: Tensor, pick: Tensor) -> Tensor:
-        update = STATE_UPDATES[self.state_update]
-        return state if update is None else getattr(self, update[0])(state, pick)
+    def _part(self, option: str) -> nn.Module | None:
+        part = VARIANTS[option][getattr(self, option)]
+        return None if part is None else getattr(self, part[0])
+
+    def after_input(self) -> "PointerSelector":
+        """This policy for features that have been through its input_proj already: the same parameters, no copy."""
+        inner = copy.copy(self)
+        inner._modules = {**self._modules, "input_proj": None}
+        inner.d_model = self.hidden_dim
+        return inner
 
     # ------------------------------------------------------------------ encoding
 
@@ -112,27 +146,97 @@ class PointerSelector(nn.Module):
         state = F.normalize(self._project(self.query_proj, x), dim=-1)
         return state, F.normalize(self._project(self.cand_proj, e), dim=-1)
 
+    # ------------------------------------------------------------------ decoding
+
+    def _begin(self, query: Tensor, candidates: Tensor, pool_mask: Tensor | None, group: int) -> _Decoding:
+        """`group` empty sequences per query."""
+        state, cands = self.encode(query, candidates, pool_mask)
+        batch, pool = candidates.shape[:2]
+        taken = torch.zeros(batch, pool, dtype=torch.bool, device=query.device) if pool_mask is None else ~pool_mask
+        if self.stop:
+            stop = F.normalize(self.stop_embedding, dim=-1).expand(batch, 1, -1)
+            cands, taken = torch.cat([cands, stop], 1), F.pad(taken, (0, 1), value=True)
+        state = state.unsqueeze(1).expand(-1, 1 if self._part("state_update") is None else group, -1)
+        taken = taken.unsqueeze(1).expand(-1, group, -1)
+        return _Decoding(cands, state, self._scores(state, cands), None, taken)
+
+    def _scores(self, state: Tensor, cands: Tensor) -> Tensor:
+        scorer = self._part("scorer")
+        return torch.einsum("bmh,bkh->bmk", state, cands) if scorer is None else scorer(state, cands)
+
+    def _logits(self, decoding: _Decoding) -> Tensor:
+        """Logits of the next pick, (B, M, O)."""
+        scores = decoding.scores
+        if decoding.closest is not None:
+            scores = self._part("diversity")(scores, decoding.closest)
+        return torch.where(decoding.taken, MASKED_LOGIT, scores / self.temperature)
+
+    def _advance(self, decoding: _Decoding, pick: Tensor, real: Tensor | None = None) -> _Decoding:
+        """The sequences after one more pick, (B, M) of options; where `real` (B, M) is False nothing was picked."""
+        cands, state, scores, closest, taken = vars(decoding).values()
+        pool, real = cands.shape[1] - self.stop, torch.ones_like(pick, dtype=torch.bool) if real is None else real
+        taken = taken | (F.one_hot(pick, cands.shape[1]).bool() & real.unsqueeze(-1))
+        if self.stop:  # allowed from now on, and the only way on once it was chosen
+            stopped = (pick == pool).unsqueeze(-1)
+            taken = torch.cat([taken[..., :pool] | stopped, torch.zeros_like(stopped)], -1)
+        vector, update = _gather(cands, pick), self._part("state_update")
+        if update is not None:
+            state = torch.where(real.unsqueeze(-1), update(state, vector), state)
+            scores = self._scores(state, cands)
+        if self._part("diversity") is not None:
+            likeness = torch.einsum("bmh,bkh->bmk", vector, cands[:, :pool])
+            likeness = F.pad(likeness, (0, int(self.stop)))  # to stop is like nothing
+            closest = (
+                likeness if closest is None else torch.where(real.unsqueeze(-1), closest.maximum(likeness), closest)
+            )
+        return _Decoding(cands, state, scores, closest, taken)
+
+    def _follow(self, decoding: _Decoding, parent: Tensor) -> _Decoding:
+        """New sequences, each going on from one of the old: parent (B, W) places among these."""
+        cands, state, scores, closest, taken = vars(decoding).values()
+        if self._part("state_update") is not None:
+            state, scores = _gather(state, parent), _gather(scores, parent)
+        closest = None if closest is None else _gather(closest, parent)
+        return _Decoding(cands, state, scores, closest, _gather(taken, parent))
+
     # ------------------------------------------------------------------ scoring
 
-    def _score(self, state: Tensor, cands: Tensor, taken: Tensor) -> Tensor:
-        """state (B, M, H), cands (B, K, H), taken (B, M, K) bool → logits (B, M, K)."""
-        logits = torch.einsum("bmh,bkh->bmk", state, cands) / self.temperature
-        return logits.masked_fill(taken, MASKED_LOGIT)
-
     def _teacher_forced(self, query: Tensor, candidates: Tensor, sequences: Tensor, pool_mask: Tensor | None) -> Tensor:
-        """Logits of every step of every sequence: sequences (B, G, S) → (B, G, S, K)."""
-        batch, group, shots = sequences.shape
-        start, cands = self.encode(query, candidates, pool_mask)
-        state = start.unsqueeze(1).expand(-1, group, -1)
-        taken = _unavailable(batch, group, candidates.shape[1], pool_mask, query.device)
+        """Logits of every step of every sequence: sequences (B, G, S) → (B, G, S, O)."""
+        decoding = self._begin(query, candidates, pool_mask, sequences.shape[1])
         steps = []
-        for t in range(shots):
-            steps.append(self._score(state, cands, taken))
-            pick, real = sequences[..., t].clamp(min=0), sequences[..., t : t + 1] >= 0
-            if t + 1 < shots:
-                taken = taken | (F.one_hot(pick, taken.shape[-1]).bool() & real)
-                state = torch.where(real, self._update(state, _gather(cands, pick)), state)
+        for t in range(sequences.shape[2]):
+            steps.append(self._logits(decoding))
+            if t + 1 < sequences.shape[2]:
+                decoding = self._advance(decoding, sequences[..., t].clamp(min=0), sequences[..., t] >= 0)
         return torch.stack(steps, 2)
+
+    def evaluate(
+        self,
+        query: Tensor,
+        candidates: Tensor,
+        sequences: Tensor,
+        pool_mask: Tensor | None = None,
+        *,
+        temperature: float = 1.0,
+        label_smoothing: float = 0.0,
+    ) -> tuple[Tensor, Tensor]:
+        """log_prob of whole sequences, and the entropy of their steps' distributions in nats, the mean over a
+        sequence's steps: both (B, G). Arguments as in log_prob."""
+        log_probs = (self._teacher_forced(query, candidates, sequences, pool_mask) / temperature).log_softmax(-1)
+        labels, counted = sequences.clamp(min=0), sequences >= 0
+        if self.stop:
+            stops = ~counted & F.pad(counted, (1, 0))[..., :-1]  # no pick here, one just before
+            labels, counted = labels.masked_fill(stops, candidates.shape[1]), counted | stops
+        picked = log_probs.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+        if label_smoothing:
+            # With padding the mean is over the real candidates, so that padding a pool changes nothing.
+            real = torch.ones_like(candidates[..., 0], dtype=torch.bool) if pool_mask is None else pool_mask
+            real = F.pad(real, (0, int(self.stop)), value=True)
+            weights = (real / real.sum(-1, keepdim=True))[:, None, None]
+            picked = (1 - label_smoothing) * picked + label_smoothing * (log_probs * weights).sum(-1)
+        entropy = -(log_probs.exp() * log_probs).sum(-1).masked_fill(~counted, 0).sum(-1)
+        return picked.masked_fill(~counted, 0).sum(-1), entropy / counted.sum(-1).clamp(min=1)
 
     def log_prob(
         self,
@@ -148,27 +252,23 @@ class PointerSelector(nn.Module):
 
         query (B, D), candidates (B, K, D), sequences (B, G, S) long, pool_mask (B, K) → (B, G). `temperature` is that
         of `sample`: the log-probability with which it draws. With label_smoothing ε a step gives
-        (1 − ε) log p(pick) + ε · mean_k log p(k), whose negative is the smoothed cross-entropy.
+        (1 − ε) log p(pick) + ε · mean_k log p(k), whose negative is the smoothed cross-entropy. With `stop`, a sequence
+        shorter than S includes its decision to stop.
         """
-        logits = self._teacher_forced(query, candidates, sequences, pool_mask)
-        log_probs = (logits / temperature).log_softmax(-1)
-        picked = log_probs.gather(-1, sequences.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-        if label_smoothing:
-            # With padding the mean is over the real candidates, so that padding a pool changes nothing.
-            real = torch.ones_like(candidates[..., 0], dtype=torch.bool) if pool_mask is None else pool_mask
-            weights = (real / real.sum(-1, keepdim=True))[:, None, None]
-            picked = (1 - label_smoothing) * picked + label_smoothing * (log_probs * weights).sum(-1)
-        return picked.masked_fill(sequences < 0, 0).sum(-1)
+        options = {"temperature": temperature, "label_smoothing": label_smoothing}
+        return self.evaluate(query, candidates, sequences, pool_mask, **options)[0]
 
     def logits(self, query: Tensor, candidates: Tensor, sequences: Tensor, pool_mask: Tensor | None = None) -> Tensor:
-        """Teacher-forced logits of one sequence per query: sequences (B, S) → (B, S, K); masked positions −100."""
+        """Teacher-forced logits of one sequence per query: sequences (B, S) → (B, S, K); masked positions −100. With
+        `stop` there is one more column, the last."""
         return self._teacher_forced(query, candidates, sequences.unsqueeze(1), pool_mask).squeeze(1)
 
     # ------------------------------------------------------------------ choosing
 
     @torch.no_grad()
     def select(self, query: Tensor, candidates: Tensor, shots: int, pool_mask: Tensor | None = None) -> Tensor:
-        """Greedy picks, the first pick first: (B, S) long. Raises ValueError when a pool is smaller than `shots`."""
+        """Greedy picks, the first pick first: (B, S) long, −1 after a stop. Raises ValueError when a pool is smaller
+        than `shots`."""
         return self._roll(query, candidates, shots, pool_mask, 1, lambda logits: logits.argmax(-1)).squeeze(1)
 
     @torch.no_grad()
@@ -183,11 +283,11 @@ class PointerSelector(nn.Module):
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Picks drawn from the policy at a temperature: (B, num_samples, S) long, without repeats in a sequence."""
+        """Picks drawn from the policy at a temperature: (B, num_samples, S) long, without repeats in a sequence, −1
+        after a stop."""
 
         def draw(logits: Tensor) -> Tensor:
-            # A masked candidate must stay impossible at any temperature.
-            probs = (logits / temperature).masked_fill(logits <= MASKED_LOGIT, -torch.inf).softmax(-1)
+            probs = (logits / temperature).softmax(-1)
             return torch.multinomial(probs.flatten(0, 1), 1, generator=generator).view(logits.shape[:2])
 
         return self._roll(query, candidates, shots, pool_mask, num_samples, draw)
@@ -196,39 +296,34 @@ class PointerSelector(nn.Module):
     def beams(
         self, query: Tensor, candidates: Tensor, shots: int, width: int, pool_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The `width` likeliest sequences by beam search, best first: sequences (B, W, S), log-probs (B, W) and sums of
-        step probabilities (B, W). W is smaller than `width` where there are fewer sequences."""
-        batch, pool = candidates.shape[:2]
+        """The `width` likeliest sequences by beam search, best first: sequences (B, W, S), −1 after a stop, log-probs
+        (B, W) and sums of step probabilities (B, W). W is smaller than `width` where there are fewer sequences."""
         _check_shots(shots, candidates, pool_mask)
-        state, cands = self.encode(query, candidates, pool_mask)
-        state = state.unsqueeze(1)
-        taken = _unavailable(batch, 1, pool, pool_mask, query.device)
+        batch, pool = candidates.shape[:2]
+        decoding = self._begin(query, candidates, pool_mask, 1)
         picks = torch.zeros(batch, 1, 0, dtype=torch.long, device=query.device)
         log_probs = probs = torch.zeros(batch, 1, device=query.device)
         for _ in range(shots):
-            steps = self._score(state, cands, taken).log_softmax(-1).masked_fill(taken, -torch.inf)
+            steps = self._logits(decoding).log_softmax(-1).masked_fill(decoding.taken, -torch.inf)
             total = (log_probs.unsqueeze(-1) + steps).flatten(1)
-            possible = int((~taken).flatten(1).sum(-1).min())
+            possible = int((~decoding.taken).flatten(1).sum(-1).min())
             log_probs, flat = total.topk(min(width, possible), -1)
-            parent, pick = flat // pool, flat % pool
-            probs = probs.gather(1, parent) + steps.flatten(1).gather(1, flat).exp()
-            picks = torch.cat([_gather(picks, parent), pick.unsqueeze(-1)], -1)
-            taken = taken.gather(1, parent.unsqueeze(-1).expand(-1, -1, pool)) | F.one_hot(pick, pool).bool()
-            state = self._update(_gather(state, parent), _gather(cands, pick))
+            options = steps.shape[-1]
+            parent, pick = flat // options, flat % options
+            ended = (_gather(picks, parent)[..., -1:] < 0).any(-1)
+            probs = probs.gather(1, parent) + steps.flatten(1).gather(1, flat).exp().masked_fill(ended, 0)
+            picks = torch.cat([_gather(picks, parent), pick.masked_fill(pick == pool, -1).unsqueeze(-1)], -1)
+            decoding = self._advance(self._follow(decoding, parent), pick)
         return picks, log_probs, probs
 
     def _roll(self, query, candidates, shots, pool_mask, num_samples, choose) -> Tensor:
-        """Pick step by step with `choose`: logits (B, M, K) → (B, M)."""
+        """Pick step by step with `choose`: logits (B, M, O), −inf where nothing may be picked, → (B, M)."""
         _check_shots(shots, candidates, pool_mask)
-        start, cands = self.encode(query, candidates, pool_mask)
-        state = start.unsqueeze(1).expand(-1, num_samples, -1)
-        taken = _unavailable(query.shape[0], num_samples, candidates.shape[1], pool_mask, query.device)
-        picks = []
+        decoding, picks = self._begin(query, candidates, pool_mask, num_samples), []
         for _ in range(shots):
-            pick = choose(self._score(state, cands, taken))
-            picks.append(pick)
-            taken = taken | F.one_hot(pick, taken.shape[-1]).bool()
-            state = self._update(state, _gather(cands, pick))
+            pick = choose(self._logits(decoding).expand_as(decoding.taken).masked_fill(decoding.taken, -torch.inf))
+            picks.append(pick.masked_fill(pick == candidates.shape[1], -1))
+            decoding = self._advance(decoding, pick)
         return torch.stack(picks, -1)
 
 
@@ -236,13 +331,6 @@ def _check_shots(shots: int, candidates: Tensor, pool_mask: Tensor | None) -> No
     size = candidates.shape[1] if pool_mask is None else int(pool_mask.sum(-1).min())
     if not 1 <= shots <= size:
         raise ValueError(f"cannot pick {shots} shots from a pool of {size} candidates")
-
-
-def _unavailable(batch: int, group: int, pool: int, pool_mask: Tensor | None, device) -> Tensor:
-    """(B, G, K) bool, True where a candidate may not be picked before the first step: on padding."""
-    if pool_mask is None:
-        return torch.zeros(batch, group, pool, dtype=torch.bool, device=device)
-    return (~pool_mask).unsqueeze(1).expand(-1, group, -1)
 
 
 def _gather(rows: Tensor, index: Tensor) -> Tensor:
