@@ -60,6 +60,28 @@ class GroupTensors:
         for index in torch.arange(len(self), device=self.rows.device).split(size):
             yield index, self.batch(index)
 
+    def with_rollouts(self, sequences: Tensor, mask: Tensor, rewards: Tensor) -> "GroupTensors":
+        """The same queries and pools with other rollouts."""
+        return replace(self, sequences=sequences, mask=mask, rewards=rewards)
+
+    def stacked(self, other: "GroupTensors") -> "GroupTensors":
+        """The groups of both, over the same features and pool size; the smaller groups are padded."""
+        size = max(self.mask.shape[1], other.mask.shape[1])
+
+        def both(name: str, filler) -> Tensor:
+            pair = (getattr(self, name), getattr(other, name))
+            return torch.cat([_pad_columns(tensor, size, filler) for tensor in pair])
+
+        return replace(
+            self,
+            rows=torch.cat([self.rows, other.rows]),
+            pools=torch.cat([self.pools, other.pools]),
+            pool_mask=None if self.pool_mask is None else torch.cat([self.pool_mask, other.pool_mask]),
+            sequences=both("sequences", -1),
+            mask=both("mask", False),
+            rewards=both("rewards", 0.0),
+        )
+
     def to(self, device: torch.device) -> "GroupTensors":
         """The same on another device."""
         moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
@@ -101,6 +123,13 @@ def to_tensors(groups: Sequence[Group], queries: Tensor, icds: Tensor) -> GroupT
         mask=torch.tensor([_pad([True] * len(group.rewards), group_size, False) for group in groups]),
         rewards=torch.tensor([_pad(group.rewards, group_size, 0.0) for group in groups], dtype=torch.float32),
     )
+
+
+def _pad_columns(tensor: Tensor, size: int, filler) -> Tensor:
+    """(n, G, …) → (n, size, …)."""
+    padded = tensor.new_full((tensor.shape[0], size, *tensor.shape[2:]), filler)
+    padded[:, : tensor.shape[1]] = tensor
+    return padded
 
 
 def _pad(values: list, length: int, filler) -> list:

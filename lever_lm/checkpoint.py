@@ -194,8 +194,8 @@ def to_v2(content: dict, path: str | Path, *, allow_truncate: bool = False) -> t
     extra = [key for key in state if re.match(r"(cross_attn_layers|attn_norms)\.[1-9]", key)]
     if extra and not allow_truncate:
         raise LeverError(
-            f"{path} has {shape['num_layers']} cross-attention layers and v2 has one: the converted policy would choose "
-            "otherwise. --allow-truncate keeps the first layer all the same"
+            f"{path} has {shape['num_layers']} cross-attention layers and v2 has one: the converted policy would "
+            "choose otherwise. --allow-truncate keeps the first layer all the same"
         )
     kept = {key: tensor.clone() for key, tensor in state.items() if key not in extra}
     own = dict(own_config(content))

@@ -109,6 +109,9 @@ class RolloutConfig:
     temperatures: tuple[float, ...] = (1.0, 1.3)
     retrieval: int = 2  # by similarity to the query
     random: int = 5
+    infoscore: int = 0  # by beam search for the gain in the reference answer's log-prob; costly (infoscore.py)
+    infoscore_candidates: int = 0  # how many of the pool that search tries at each step; 0: all
+    distinct_orders: bool = False  # the same ICDs in another order are another rollout, not a duplicate
     gt_prob: bool = False  # also score P(reference answers), which the reward modes with gtprob need
 
     def __post_init__(self):
@@ -119,6 +122,7 @@ class RolloutConfig:
             raise UsageError(
                 "rollout.num_queries (--limit) must be 2 or more: one group to learn from, one to judge by"
             )
+        _not_negative(self, "rollout", "infoscore", "infoscore_candidates")
         if any(t <= 0 for t in self.temperatures):
             raise UsageError(f"rollout.temperatures must be positive, found {list(self.temperatures)}")
 
@@ -188,10 +192,17 @@ class GrpoConfig:
     batch_size: int = 64
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    schedule: str = "constant"  # of the learning rate: constant, linear or cosine, to 0 at the last epoch
+    warmup_steps: int = 0
+    patience: int = 0  # stop after so many epochs without a better val_reward; 0: never
     clip_epsilon: float = 0.2
+    clip_epsilon_high: float = 0.0  # of ratios above 1; 0: as clip_epsilon
     kl_beta: float = 0.1
+    kl: str = "k3"  # estimate of the KL: k1, k2, k3
     adaptive_kl: bool = False  # β × 1.5 above KL 0.1, ÷ 1.5 below 0.01
+    entropy_beta: float = 0.0  # weight of a bonus for the entropy of the picks
     advantage: str = "zscore"  # or rank
+    advantage_scale: str = "group"  # what a zscore divides by: std of the group, of the batch, or none
     advantage_min_std: float = 0.1
     advantage_clip: float = 5.0
     top_k: tuple[int, ...] = ()  # keep only the k best rollouts of a group; one entry an epoch, the last for the rest
@@ -200,13 +211,25 @@ class GrpoConfig:
     reference: str = "start"  # KL against the policy at GRPO's start, or against the `old` one
     dropout: str = "off"  # off, both (old and new log-probs alike), or new_only as in the lineage
     freeze_backbone: bool = False  # train the attention layers only: input_proj, query_proj, cand_proj stay
+    online: bool = False  # also learn from new rollouts of the policy itself, answered by the LVLM
+    online_every: int = 5  # epochs between rounds of them; each replaces the round before
+    online_samples: int = 8  # for each query, in a round
+    online_ratio: float = 0.5  # their share of the loss; 1: the logged rollouts are left out
 
     def __post_init__(self):
-        _positive(self, "grpo", "batch_size", "lr", "clip_epsilon")
-        _not_negative(self, "grpo", "epochs", "kl_beta", "refresh_every", "weight_decay")
+        _positive(self, "grpo", "batch_size", "lr", "clip_epsilon", "online_every")
+        _not_negative(self, "grpo", "epochs", "kl_beta", "refresh_every", "weight_decay", "clip_epsilon_high")
+        _not_negative(self, "grpo", "entropy_beta", "patience", "warmup_steps")
+        if self.online_samples < 2:
+            raise UsageError(f"grpo.online_samples must be 2 or more to compare, found {self.online_samples}")
+        if not 0 < self.online_ratio <= 1:
+            raise UsageError(f"grpo.online_ratio must lie in (0, 1], found {self.online_ratio}")
         if any(k < 1 for k in self.top_k):
             raise UsageError(f"grpo.top_k must hold numbers of 1 or more, found {list(self.top_k)}")
         _one_of("grpo.advantage", self.advantage, ("zscore", "rank"))
+        _one_of("grpo.advantage_scale", self.advantage_scale, ("group", "batch", "none"))
+        _one_of("grpo.kl", self.kl, ("k1", "k2", "k3"))
+        _one_of("grpo.schedule", self.schedule, ("constant", "linear", "cosine"))
         _one_of("grpo.anchor", self.anchor, ("rce", "init"))
         _one_of("grpo.dropout", self.dropout, ("off", "both", "new_only"))
         _one_of("grpo.reference", self.reference, ("start", "old"))

@@ -247,7 +247,8 @@ def disk_needed(config: Config) -> dict[str, int]:
 def group_size(config: Config) -> int:
     """Rollouts of a query, duplicates left out of account."""
     rollout = config.rollout
-    return rollout.beam + rollout.retrieval + rollout.sample * len(rollout.temperatures) + rollout.random
+    sampled = rollout.sample * len(rollout.temperatures)
+    return rollout.infoscore + rollout.beam + rollout.retrieval + sampled + rollout.random
 
 
 def packages() -> Iterable[Check]:

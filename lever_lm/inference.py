@@ -114,7 +114,10 @@ class Evaluation:
                 places = policy.select(queries[start : start + _CHUNK], icds[rows], shots, mask)
             except ValueError as error:
                 raise LeverError(f"{error}: lower --shots or raise rollout.pool_size") from error
-            picks += rows.gather(1, places).tolist()
+            picks += [
+                [pool[place] for place in chosen if place >= 0]  # fewer than `shots` where the policy stopped
+                for pool, chosen in zip(pools, places.tolist(), strict=True)
+            ]
         return picks
 
     def baseline(self, name: str, shots: int) -> list[list[int]]:

@@ -62,6 +62,7 @@ class Journal:
         self.rows: list[dict] = []
         self.state: dict | None = None
         self._heading: str | None = None  # the phase whose table this process has opened on the screen
+        self._warned: set[str] = set()
 
     def resume(self) -> None:
         """Load the state of an earlier process, if there is one, and bring the files beside it up to date."""
@@ -140,6 +141,13 @@ class Journal:
         for line in [*(table_header(row["phase"]) if self._heading != row["phase"] else []), table_row(row)]:
             self.say(line)
         self._heading = row["phase"]
+
+    def warn(self, kind: str, text: str) -> None:
+        """Say a warning, the first time one of its kind comes."""
+        if kind not in self._warned:
+            self._warned.add(kind)
+            last = self.rows[-1]
+            self.say(f"warning: {last['phase']} epoch {last['epoch']}: {text}")
 
     def _publish_checkpoint(self, policy: PointerSelector | None = None) -> None:
         """Write the checkpoint of the last epoch unless it is there."""

@@ -25,8 +25,9 @@ from lever_lm.icds import read_icds
 from lever_lm.inference import BASELINES, Evaluation, compare, find_checkpoint, load_for
 from lever_lm.journal import Journal
 from lever_lm.lvlm import CachedLvlm, load_lvlm
+from lever_lm.proposals import new_policy
 from lever_lm.report import write_report
-from lever_lm.rollouts import check_rows, made_elsewhere, make_rollouts, new_policy
+from lever_lm.rollouts import check_rows, made_elsewhere, make_rollouts, online_rewards
 from lever_lm.runs import Layout, RunFolder, environment, file_digest, inference_folder, lvlm_name, v2_name, write_json
 from lever_lm.samplers import check_sampler
 from lever_lm.selection import choose, read_history
@@ -140,10 +141,12 @@ class Pipeline:
             self.screen.say(f"the run has {journal.done('grpo')} GRPO epochs already: nothing is left to train")
         torch.manual_seed(self.config.seed)
         train, val = train.to(device), val.to(device)
+        answer = None
+        if self.config.grpo.online:
+            answer = online_rewards(self.config, self.data.train_examples, train.rows, train.pools, self.lvlm)
         train_rce(policy, train, val, self.config.rce, journal)
-        train_grpo(
-            policy, initial, train, val, self.config.grpo, journal, val_temperature=self.config.rce.temperature_end
-        )
+        temperature = self.config.rce.temperature_end
+        train_grpo(policy, initial, train, val, self.config.grpo, journal, val_temperature=temperature, answer=answer)
         answer = self.recommend()
         try:
             converted = self.convert(Path(answer["checkpoint"]))["output"]
@@ -169,11 +172,16 @@ class Pipeline:
             embeddings = exported
             self.screen.say(f"features: {exported}, as exported by Lever-Plus")
         if embeddings is not None:
+            if self.config.grpo.online:
+                raise UsageError(
+                    f"grpo.online asks the LVLM about examples of the dataset, and features of your own ({embeddings}) "
+                    "name none: leave --embeddings out where the rollouts are of this dataset, or grpo.online=false"
+                )
             self.check()
             matrix = read_embeddings(embeddings)
             return Source(rl_data, matrix, matrix, file_digest(embeddings), {})
         if rl_data is not None:
-            self.check("data", "encoder")
+            self.check(*(ALL if self.config.grpo.online else ("data", "encoder")))
             check_rows(rl_data, self.data.train_examples)
         features = self.features
         queries, icds = features.queries("train", self.config.features), features.icds(self.config.features)

@@ -11,8 +11,10 @@ from lever_lm.doctor import disk_needed, group_size
 from lever_lm.errors import LeverError
 from lever_lm.features import Features, cached_features
 from lever_lm.hub import model_folder, weight_files
+from lever_lm.infoscore import infoscore_calls
 from lever_lm.lvlm import CachedLvlm, load_lvlm
-from lever_lm.rollouts import made_elsewhere, propose_groups, rollout_stamp
+from lever_lm.proposals import propose_groups
+from lever_lm.rollouts import made_elsewhere, rollout_stamp
 from lever_lm.runs import Layout, RunFolder
 
 # Multiply-adds a second that are reached in practice, for a first guess before anything was measured.
@@ -114,7 +116,8 @@ class _Planner:
         total = len(self.data.train_examples) if self.data else self.config.rollout.num_queries
         calls, exact = min(self.config.rollout.num_queries, total) * group_size(self.config), False
         if self.known is not None:
-            prompts = propose_groups(self.config, self.data, self.known).prompts
+            proposals = propose_groups(self.config, self.data, self.known)
+            prompts = proposals.prompts(self.config, self.data.train_examples)
             calls, exact = len(prompts), True
             if self.lvlm is not None:
                 stamp = rollout_stamp(self.config, self.data, self.known, self.lvlm)
@@ -123,6 +126,8 @@ class _Planner:
                 calls = self.lvlm.unknown(prompts)
             if self.config.rollout.gt_prob:  # each distinct reference of a query is scored after each of its prompts
                 calls, exact = calls + sum(len(set(prompt.query.answers)) for prompt in prompts), False
+        if search := infoscore_calls(self.config, self.config.rollout.pool_size):
+            calls, exact = calls + search * min(self.config.rollout.num_queries, total), False
         state = "to be made again" if path.is_file() else "to be made"
         seconds = self._answering(calls, self.config.rollout.shots)
         return Stage("rollouts", state, str(path), calls, exact, seconds, size)
@@ -140,6 +145,11 @@ class _Planner:
             size = self.disk["checkpoints"] * left // max(1, self.config.rce.epochs + self.config.grpo.epochs)
             state = f"{len(done)} of {config.epochs} epochs there"
             stages.append(Stage(phase, state, str(run.path), seconds=each * left, bytes=size if left else 0))
+        if self.config.grpo.online and left:
+            rounds = sum((epoch - 1) % config.online_every == 0 for epoch in range(len(done) + 1, config.epochs + 1))
+            calls = rounds * config.online_samples * int(0.8 * groups)
+            seconds = self._answering(calls, self.config.rollout.shots)
+            stages.append(Stage("online rollouts", f"{rounds} rounds", "", calls, False, seconds, 300 * calls))
         return stages
 
     def inference(self, answers: int) -> Stage:

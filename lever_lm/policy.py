@@ -201,8 +201,11 @@ class PointerSelector(nn.Module):
 
     # ------------------------------------------------------------------ scoring
 
-    def _teacher_forced(self, query: Tensor, candidates: Tensor, sequences: Tensor, pool_mask: Tensor | None) -> Tensor:
-        """Logits of every step of every sequence: sequences (B, G, S) → (B, G, S, O)."""
+    def step_logits(
+        self, query: Tensor, candidates: Tensor, sequences: Tensor, pool_mask: Tensor | None = None
+    ) -> Tensor:
+        """Teacher-forced logits of every step: sequences (B, G, S) → (B, G, S, K); masked positions −100. With `stop`
+        there is one more column, the last."""
         decoding = self._begin(query, candidates, pool_mask, sequences.shape[1])
         steps = []
         for t in range(sequences.shape[2]):
@@ -223,7 +226,7 @@ class PointerSelector(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """log_prob of whole sequences, and the entropy of their steps' distributions in nats, the mean over a
         sequence's steps: both (B, G). Arguments as in log_prob."""
-        log_probs = (self._teacher_forced(query, candidates, sequences, pool_mask) / temperature).log_softmax(-1)
+        log_probs = (self.step_logits(query, candidates, sequences, pool_mask) / temperature).log_softmax(-1)
         labels, counted = sequences.clamp(min=0), sequences >= 0
         if self.stop:
             stops = ~counted & F.pad(counted, (1, 0))[..., :-1]  # no pick here, one just before
@@ -259,9 +262,8 @@ class PointerSelector(nn.Module):
         return self.evaluate(query, candidates, sequences, pool_mask, **options)[0]
 
     def logits(self, query: Tensor, candidates: Tensor, sequences: Tensor, pool_mask: Tensor | None = None) -> Tensor:
-        """Teacher-forced logits of one sequence per query: sequences (B, S) → (B, S, K); masked positions −100. With
-        `stop` there is one more column, the last."""
-        return self._teacher_forced(query, candidates, sequences.unsqueeze(1), pool_mask).squeeze(1)
+        """step_logits of one sequence per query: sequences (B, S) → (B, S, K)."""
+        return self.step_logits(query, candidates, sequences.unsqueeze(1), pool_mask).squeeze(1)
 
     # ------------------------------------------------------------------ choosing
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 REWARD_CLIP = 5.0
 RAW_STD_FLOOR = 1e-12
+ADVANTAGE_SCALES = ("group", "batch", "none")
 
 
 @dataclass(frozen=True)
@@ -19,12 +20,14 @@ class _Scores:
     accuracy: float
     gt_prob: float
     relevance: float
+    infoscore: float
     hard_weight: float
     soft_weight: float
     rel_weight: float
 
 
-# 0/1 correctness, graded VQA accuracy, probability of the references, similarity of wrong answers to them.
+# 0/1 correctness, graded VQA accuracy, probability of the references, similarity of wrong answers to them; the gain in
+# the reference's log-probability.
 REWARD_MODES: dict[str, Callable[[_Scores], float]] = {
     "hard_plus_soft": lambda s: s.hard_weight * s.correct + s.soft_weight * s.accuracy,
     "hard_plus_soft_v2": lambda s: 2 * s.hard_weight * s.correct + s.soft_weight * s.accuracy,
@@ -36,6 +39,7 @@ REWARD_MODES: dict[str, Callable[[_Scores], float]] = {
     "hard_plus_gtprob_plus_rel": lambda s: (
         s.hard_weight * s.correct + s.soft_weight * s.gt_prob + s.rel_weight * (1 - s.correct) * s.relevance
     ),
+    "infoscore": lambda s: s.infoscore,
 }
 
 
@@ -46,6 +50,7 @@ def reward(
     accuracy: float | None = None,
     gt_prob: float | None = None,
     relevance: float | None = None,
+    infoscore: float | None = None,
     hard_weight: float = 1.0,
     soft_weight: float = 1.0,
     rel_weight: float = 0.1,
@@ -58,16 +63,16 @@ def reward(
 ) -> float:
     """Reward of one rollout, clipped to [-5, 5].
 
-    correct 0 or 1; accuracy official VQA accuracy in [0, 1]; gt_prob >= 0; relevance in [0, 1]; a missing score
-    counts as 0. `mode` is one of REWARD_MODES or `legacy` (alpha · quality + beta · correctness; the remaining
-    arguments are its own). Raises ValueError on an unknown mode.
+    correct 0 or 1; accuracy official VQA accuracy in [0, 1]; gt_prob >= 0; relevance in [0, 1]; infoscore in nats; a
+    missing score counts as 0. `mode` is one of REWARD_MODES or `legacy` (alpha · quality + beta · correctness; the
+    remaining arguments are its own). Raises ValueError on an unknown mode.
     """
     if mode == "legacy":
         value = _legacy_reward(
             correct, accuracy, alpha, beta, correctness_mode, logprob_score if use_logprob else None, beam_score
         )
     elif mode in REWARD_MODES:
-        scores = (correct or 0.0, accuracy or 0.0, gt_prob or 0.0, relevance or 0.0)
+        scores = (correct or 0.0, accuracy or 0.0, gt_prob or 0.0, relevance or 0.0, infoscore or 0.0)
         value = REWARD_MODES[mode](_Scores(*scores, hard_weight, soft_weight, rel_weight))
     else:
         raise ValueError(f"unknown reward mode {mode!r}; choose one of {', '.join([*REWARD_MODES, 'legacy'])}")
@@ -103,20 +108,32 @@ def _rank(rewards: Tensor, mask: Tensor) -> Tensor:
 
 
 def group_advantage(
-    rewards: Tensor, mask: Tensor | None = None, *, method: str = "zscore", min_std: float = 0.1, clip: float = 5.0
+    rewards: Tensor,
+    mask: Tensor | None = None,
+    *,
+    method: str = "zscore",
+    min_std: float = 0.1,
+    clip: float = 5.0,
+    scale: str = "group",
 ) -> Tensor:
     """Advantage of each rollout over its own group.
 
-    rewards (B, G) float; mask (B, G) bool, all real if None. `zscore`: (reward − mean) / max(std, min_std), the std
-    over n − 1; `rank`: 1 − 2·rank/(n − 1), best 1, worst −1. Returns (B, G) within ±clip, 0 on padding, on a group
-    of one and on a tied group. Source: GRPO, arXiv:2402.03300 §4.1.2; the floor keeps groups of near-equal rewards
-    from exploding. Raises ValueError on an unknown method.
+    rewards (B, G) float; mask (B, G) bool, all real if None. `zscore`: (reward − group's mean) / max(std, min_std),
+    where scale says of what the std (over n − 1) is: of the `group`, of all real rewards of the `batch`, or `none` for
+    no division (Dr. GRPO); `rank`: 1 − 2·rank/(n − 1), best 1, worst −1. Returns (B, G) within ±clip, 0 on padding,
+    on a group of one and on a tied group. Source: GRPO, arXiv:2402.03300 §4.1.2; the floor keeps groups of near-equal
+    rewards from exploding; Dr. GRPO, arXiv:2503.20783 §3.1. Raises ValueError on an unknown method or scale.
     """
+    if scale not in ADVANTAGE_SCALES:
+        names = ", ".join(ADVANTAGE_SCALES)
+        raise ValueError(f"unknown advantage scale {scale!r}; choose one of {names} (grpo.advantage_scale)")
     mask = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask
     rewards = rewards.masked_fill(~mask, 0)
     if method == "zscore":
         mean, std = group_mean_std(rewards, mask)
-        advantage = (rewards - mean) / std.clamp(min=min_std)
+        if scale == "batch":
+            std = group_mean_std(rewards.flatten()[None], mask.flatten()[None])[1]
+        advantage = rewards - mean if scale == "none" else (rewards - mean) / std.clamp(min=min_std)
     elif method == "rank":
         advantage = _rank(rewards, mask)
     else:

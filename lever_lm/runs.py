@@ -231,7 +231,8 @@ class RunFolder:
             raise LeverError(
                 f"cannot read {self.config}: {' '.join(str(error).split())}; --overwrite starts over"
             ) from error
-        return _differences(there if isinstance(there, dict) else {}, to_dict(config), ())
+        there = there if isinstance(there, dict) else {}
+        return _differences(_with_defaults(there, to_dict(Config())), to_dict(config), ())
 
     def lvlm(self) -> str | None:
         """The name of the LVLM whose answers the run learned from: from its config, else from the folder's name."""
@@ -252,6 +253,12 @@ class RunFolder:
         own = [self.config, self.metrics, self.log, self.state, self.best, self.report, self.path / "env.json"]
         for file in [*own, *self.path.glob("rce_epoch*"), *self.path.glob("grpo_epoch*")]:
             _remove(file)
+
+
+def _with_defaults(there: dict, defaults: dict) -> dict:
+    """An older config.yaml knows fewer options: the others had the effect of their defaults."""
+    parts = {name: _with_defaults(there.get(name) or {}, part) for name, part in defaults.items() if type(part) is dict}
+    return {**defaults, **there, **parts}
 
 
 def _differences(there, here, key: tuple[str, ...]) -> list[str]:

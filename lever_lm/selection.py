@@ -37,6 +37,9 @@ STRATEGIES: dict[str, Strategy] = {
     ),
     "adv_std": Strategy("adv_std", "largest advantage spread", lambda value: -value),
     "val_reward": Strategy("val_reward", "largest validation reward", lambda value: -value),
+    "val_top_reward": Strategy(
+        "val_top_reward", "largest validation reward of the top-ranked rollout", lambda value: -value
+    ),
 }
 
 

@@ -8,7 +8,8 @@ policy are those at GRPO's start, and the old one is refreshed; dropout is off f
 import copy
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,12 +18,22 @@ from lever_lm.batches import Batch, GroupTensors
 from lever_lm.config import GrpoConfig, RceConfig
 from lever_lm.errors import LeverError
 from lever_lm.journal import Journal
-from lever_lm.losses import adapt_kl_beta, grpo_loss, rce_loss, rce_temperature
+from lever_lm.judging import EVAL_BATCH, alarms, epochs_since_best, group_report, group_statistics, validate
+from lever_lm.losses import (
+    adapt_kl_beta,
+    group_mean,
+    grpo_loss,
+    kl_share,
+    rce_loss,
+    rce_temperature,
+    scheduled_lr,
+    zero_grad_frac,
+)
 from lever_lm.policy import PointerSelector
-from lever_lm.rewards import group_advantage, group_mean_std, normalize_group, tied_groups
+from lever_lm.rewards import group_advantage, normalize_group, tied_groups
 
-_EVAL_BATCH = 256
 _BACKBONE = ("input_proj", "query_proj", "cand_proj")
+Answer = Callable[[Tensor], Tensor]
 
 
 def train_rce(
@@ -52,6 +63,7 @@ def train_rce(
             "epoch": epoch,
             "train_loss": mean(losses),
             **validate(policy, val, config.temperature_end),
+            "frac_reward_zero_std": float(tied_groups(train.rewards, train.mask).float().mean()),
             "temperature": temperature,
             "grad_norm": mean(norms),
             **timing(began, len(losses)),
@@ -68,69 +80,139 @@ def train_grpo(
     journal: Journal,
     *,
     val_temperature: float = 0.5,
+    answer: Answer | None = None,
 ) -> None:
-    """Policy optimisation on the logged groups. `initial` is the policy before RCE (grpo.anchor=init starts there).
+    """Policy optimisation on the logged groups; with grpo.online also on groups that the policy itself proposes.
 
-    val_temperature: that of the RCE loss reported as val_loss.
+    initial: the policy before RCE (grpo.anchor=init starts there). val_temperature: that of the RCE loss reported as
+    val_loss. answer: sequences (n, G, S) for the n training queries → their rewards (n, G); grpo.online needs it.
     """
     trained = [p for name, p in policy.named_parameters() if not _is_frozen(name, config)]
     optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
-    extra = journal.restore("grpo", policy, optimizer)
-    if extra is None:
-        anchor = policy if config.anchor == "rce" else initial
-        old = reference = snapshot(anchor)
-        beta = config.kl_beta
-        old_log_probs = reference_log_probs = _log_probs(policy, anchor, train, dropout=config.dropout == "both")
-    else:
-        old, reference, beta = extra["old"], extra["reference"], extra["beta"]
-        old_log_probs = extra["old_log_probs"].to(train.rewards)
-        reference_log_probs = extra["reference_log_probs"].to(train.rewards)
+    memory = journal.restore("grpo", policy, optimizer)
+    if memory is None:
+        anchor = snapshot(policy if config.anchor == "rce" else initial)
+        memory = {"old": anchor, "reference": anchor, "beta": config.kl_beta, "online": None}
+    learner, projected = behind_frozen_input(policy, train) if config.freeze_backbone else (policy, {})
+    clip = {"clip_epsilon": config.clip_epsilon, "clip_epsilon_high": config.clip_epsilon_high or None}
     for epoch in range(journal.done("grpo") + 1, config.epochs + 1):
+        if config.patience and epochs_since_best(journal.rows) >= config.patience:
+            journal.say(f"stopped early: val_reward has not risen for {config.patience} epochs (grpo.patience)")
+            break
         began, history = time.perf_counter(), []
-        if config.refresh_every and epoch > 1 and (epoch - 1) % config.refresh_every == 0:
-            old = snapshot(policy)
-            old_log_probs = _log_probs(policy, policy, train, dropout=config.dropout == "both")
-        mask = best_rollouts(train.rewards, train.mask, _top_k(config, epoch))
+        fresh = config.online and (epoch - 1) % config.online_every == 0
+        if fresh:
+            memory["online"] = explore(policy, train, config.online_samples, answer)
+        if epoch > 1 and (fresh or (config.refresh_every and (epoch - 1) % config.refresh_every == 0)):
+            memory["old"], memory["old_log_probs"] = snapshot(policy), None
+        data, weights = mix(train, memory["online"], config.online_ratio)
+        old, reference = anchor_log_probs(policy, data, memory, again=fresh, dropout=config.dropout == "both")
+        mask = best_rollouts(data.rewards, data.mask, _top_k(config, epoch))
         advantages = group_advantage(
-            train.rewards,
+            data.rewards,
             mask,
             method=config.advantage,
             min_std=config.advantage_min_std,
             clip=config.advantage_clip,
+            scale=config.advantage_scale,
         )
         policy.train(config.dropout != "off")
-        for i, (index, batch) in enumerate(shuffled_places(train, config.batch_size)):
-            log_probs = policy.log_prob(batch.query, batch.candidates, batch.sequences, batch.pool_mask)
+        learner.train(config.dropout != "off")
+        for i, (index, batch) in enumerate(shuffled_places(replace(data, **projected), config.batch_size)):
+            set_learning_rate(optimizer, config, epoch, i, math.ceil(len(data) / config.batch_size))
+            log_probs, entropy = learner.evaluate(batch.query, batch.candidates, batch.sequences, batch.pool_mask)
+            terms = (log_probs, old[index], advantages[index], mask[index])
             loss, metrics = grpo_loss(
-                log_probs,
-                old_log_probs[index],
-                advantages[index],
-                mask[index],
-                clip_epsilon=config.clip_epsilon,
-                kl_beta=beta,
-                ref_log_probs=reference_log_probs[index] if config.reference == "start" else None,
+                *terms,
+                **clip,
+                weights=weights[index],
+                kl_beta=memory["beta"],
+                kl_estimate=config.kl,
+                ref_log_probs=reference[index] if config.reference == "start" else None,
             )
+            if config.entropy_beta:
+                loss = loss - config.entropy_beta * group_mean(entropy, mask[index], weights[index])
             norm = update(optimizer, loss, config.max_grad_norm, batch, f"GRPO epoch {epoch}, step {i + 1}")
+            metrics |= {"zero_grad_frac": zero_grad_frac(*terms, **clip, weights=weights[index])}
+            metrics |= {"kl_share": kl_share(metrics["kl_loss"], *terms[2:], weights[index])}
             history.append({"train_loss": float(loss.detach()), "grad_norm": norm, **_floats(metrics)})
             if config.adaptive_kl:
-                beta = adapt_kl_beta(beta, history[-1]["kl"])
+                memory["beta"] = adapt_kl_beta(memory["beta"], history[-1]["kl"])
         row = {
             "phase": "grpo",
             "epoch": epoch,
             **{name: mean([step[name] for step in history]) for name in history[0]},
-            **validate(policy, val, val_temperature),
-            **group_statistics(train, mask, advantages),
-            "beta": beta,
+            **validate(learner, replace(val, **projected), val_temperature),
+            **group_statistics(data.rewards, mask, advantages),
+            "beta": memory["beta"],
+            "lr": optimizer.param_groups[0]["lr"],
             **timing(began, len(history)),
         }
-        extra = {
-            "old": old,
-            "reference": reference,
-            "old_log_probs": old_log_probs.cpu(),
-            "reference_log_probs": reference_log_probs.cpu(),
-            "beta": beta,
-        }
-        journal.commit(row, policy, optimizer, extra)
+        journal.commit(row, policy, optimizer, memory)
+        journal.say(group_report(row, len(data)))
+        for kind, text in alarms(row, config).items():
+            journal.warn(kind, text)
+
+
+# ---------------------------------------------------------------------- old, reference and online policy
+
+
+@torch.no_grad()
+def explore(policy: PointerSelector, train: GroupTensors, samples: int, answer: Answer) -> dict[str, Tensor]:
+    """A round of the policy's own rollouts, `samples` for each training query, and their rewards. Those of one query
+    are a group of their own: the policy against itself."""
+    policy.eval()
+    drawn = [
+        policy.sample(batch.query, batch.candidates, train.sequences.shape[2], batch.pool_mask, num_samples=samples)
+        for _, batch in train.chunks(EVAL_BATCH)
+    ]
+    sequences = torch.cat(drawn)
+    rewards = answer(sequences).to(train.rewards)
+    return {"sequences": sequences, "rewards": rewards, "mask": torch.ones_like(rewards, dtype=torch.bool)}
+
+
+def mix(train: GroupTensors, online: dict[str, Tensor] | None, ratio: float) -> tuple[GroupTensors, Tensor]:
+    """The logged and the online groups as one set, and how much each group counts: online ones `ratio` of the whole."""
+    if online is None:
+        return train, torch.ones(len(train), device=train.rewards.device)
+    own = train.with_rollouts(**{name: tensor.to(train.rows.device) for name, tensor in online.items()})
+    if ratio == 1:
+        return own, torch.ones(len(own), device=own.rewards.device)
+    weights = torch.tensor([1 - ratio, ratio], device=train.rewards.device).repeat_interleave(len(train))
+    return train.stacked(own), weights
+
+
+def anchor_log_probs(
+    policy: PointerSelector, data: GroupTensors, memory: dict, *, again: bool, dropout: bool
+) -> tuple[Tensor, Tensor]:
+    """Log-probs (n, G) of all rollouts under the old and the reference policy, kept in `memory` for as long as policies
+    and rollouts stay; `again` when there are new rollouts."""
+    for name in ("old", "reference"):
+        kept = f"{name}_log_probs"
+        if again or memory.get(kept) is None:
+            same = name == "reference" and memory["reference"] is memory["old"]
+            memory[kept] = memory["old_log_probs"] if same else _log_probs(policy, memory[name], data, dropout=dropout)
+    return memory["old_log_probs"].to(data.rewards), memory["reference_log_probs"].to(data.rewards)
+
+
+def behind_frozen_input(policy: PointerSelector, data: GroupTensors) -> tuple[PointerSelector, dict[str, Tensor]]:
+    """The policy behind its frozen input projection, and the features projected once instead of in every step."""
+    if policy.input_proj is None:
+        return policy, {}
+    with torch.no_grad():
+        return policy.after_input(), {name: policy.input_proj(getattr(data, name)) for name in ("queries", "icds")}
+
+
+@torch.no_grad()
+def _log_probs(policy: PointerSelector, weights: dict[str, Tensor], data: GroupTensors, *, dropout: bool) -> Tensor:
+    model = copy.deepcopy(policy)
+    model.load_state_dict(weights)
+    model.train(dropout)
+    parts = [
+        model.log_prob(batch.query, batch.candidates, batch.sequences, batch.pool_mask)
+        for _, batch in data.chunks(EVAL_BATCH)
+    ]
+    return torch.cat(parts).cpu()
 
 
 # ---------------------------------------------------------------------- steps
@@ -189,55 +271,11 @@ def snapshot(policy: PointerSelector) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().clone() for name, tensor in policy.state_dict().items()}
 
 
-@torch.no_grad()
-def _log_probs(policy: PointerSelector, of: PointerSelector, data: GroupTensors, *, dropout: bool) -> Tensor:
-    """Log-probs of all rollouts under a policy, (n, G)."""
-    model = of if of is policy else copy.deepcopy(of).to(data.rewards.device)
-    model.train(dropout)
-    parts = [
-        model.log_prob(batch.query, batch.candidates, batch.sequences, batch.pool_mask)
-        for _, batch in data.chunks(_EVAL_BATCH)
-    ]
-    return torch.cat(parts)
-
-
-# ---------------------------------------------------------------------- measuring
-
-
-@torch.no_grad()
-def validate(policy: PointerSelector, data: GroupTensors, temperature: float) -> dict[str, float]:
-    """Judged on the validation groups, dropout off: val_loss, the RCE loss; val_reward, the mean over groups of
-    Σ_i softmax(log π)_i · r_i over the logged rollouts; val_top_reward, the reward of the one the policy ranks first;
-    entropy of the first pick, in nats."""
-    policy.eval()
-    sums = {"val_loss": 0.0, "val_reward": 0.0, "val_top_reward": 0.0, "entropy": 0.0}
-    for index, batch in data.chunks(_EVAL_BATCH):
-        log_probs = policy.log_prob(batch.query, batch.candidates, batch.sequences, batch.pool_mask)
-        scores = log_probs.masked_fill(~batch.mask, -torch.inf)
-        first = policy.logits(batch.query, batch.candidates, batch.sequences[:, 0, :1], batch.pool_mask).log_softmax(-1)
-        per_batch = {
-            "val_loss": rce_loss(log_probs, batch.rewards, batch.mask, temperature),
-            "val_reward": (scores.softmax(-1) * batch.rewards).sum(-1).mean(),
-            "val_top_reward": batch.rewards.gather(1, scores.argmax(-1, keepdim=True)).mean(),
-            "entropy": -(first.exp() * first).sum(-1).mean(),
-        }
-        for name, value in per_batch.items():
-            sums[name] += float(value) * len(index)
-    return {name: value / len(data) for name, value in sums.items()}
-
-
-def group_statistics(data: GroupTensors, mask: Tensor, advantages: Tensor) -> dict[str, float]:
-    """What the groups have to teach: adv_std, the mean over all groups of the standard deviation of advantages within
-    a group (tied groups count 0); adv_max likewise; mean and spread of rewards; share of tied groups."""
-    _, spread = group_mean_std(advantages, mask)
-    _, reward_spread = group_mean_std(data.rewards, mask)
-    return {
-        "adv_std": float(spread.mean()),
-        "adv_max": float(advantages.masked_fill(~mask, -torch.inf).amax(-1).mean()),
-        "reward": float(data.rewards[mask].mean()),
-        "reward_std": float(reward_spread.mean()),
-        "frac_reward_zero_std": float(tied_groups(data.rewards, mask).float().mean()),
-    }
+def set_learning_rate(optimizer, config: GrpoConfig, epoch: int, step: int, steps_per_epoch: int) -> None:
+    """The schedule's rate for a step (from 0) of an epoch (from 1)."""
+    at, total = (epoch - 1) * steps_per_epoch + step, config.epochs * steps_per_epoch
+    for group in optimizer.param_groups:
+        group["lr"] = scheduled_lr(config.lr, at, total, schedule=config.schedule, warmup_steps=config.warmup_steps)
 
 
 def timing(began: float, steps: int) -> dict[str, float]:

@@ -14,14 +14,14 @@ LEVELS = [
     ["losses", "rewards", "metrics", "stems", "stats", "decoder"],
     ["policy", "checkpoint", "data", "lvlm"],
     ["features", "samplers", "batches", "journal"],
-    ["rollouts", "training", "selection", "inference", "icds"],
+    ["proposals", "infoscore", "rollouts", "judging", "training", "selection", "inference", "icds"],
     ["pipeline", "report", "tables", "doctor", "planning"],
     ["options", "cli", "__main__"],
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 PURE = ["losses", "rewards", "metrics", "stems", "stats", "decoder", "policy"]
 # What pure modules may use of the standard library and beyond: no files, no processes, no clocks.
-PURE_IMPORTS = {"collections", "dataclasses", "difflib", "functools", "lever_lm", "math", "numpy", "re", "torch"}
+PURE_IMPORTS = {"collections", "copy", "dataclasses", "difflib", "functools", "lever_lm", "math", "numpy", "re", "torch"}
 LATE = {"transformers", "datasets", "qwen_vl_utils", "jinja2", "torchvision", "tokenizers", "huggingface_hub", "PIL"}
 
 

@@ -15,7 +15,8 @@ from lever_lm.lvlm import CachedLvlm, build_prompt, cut_answer
 from lever_lm.lvlm.cache import AnswerCache
 from lever_lm.lvlm.local import LocalLvlm, local_fingerprint
 from lever_lm.metrics import normalize_answer, relevance, vqa_accuracy
-from lever_lm.rollouts import group_report, make_rollouts, new_policy, query_rows
+from lever_lm.proposals import new_policy, query_rows
+from lever_lm.rollouts import group_report, make_rollouts
 
 QUERIES = 12
 # Field → (type, least, most) of every trajectory (golden/rl_data_schema.md); None allowed where marked.

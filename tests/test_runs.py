@@ -281,13 +281,15 @@ def test_what_changes_the_run_is_not_free(tmp_path, change):
     assert difference.startswith(next(iter(change)).replace("__", "."))
 
 
-def test_settings_of_another_version_count_as_differences(tmp_path):
+def test_an_option_that_an_older_version_lacked_had_its_default_and_one_that_it_had_counts(tmp_path):
     run = RunFolder(tmp_path)
     content = to_dict(config())
     content["grpo"]["retired"] = 1
-    del content["grpo"]["lr"]
+    del content["grpo"]["lr"], content["infer"]
     run.config.write_text(yaml.safe_dump(content), encoding="utf-8")
-    assert run.differences(config()) == ["grpo.lr: None there, 0.0001 here", "grpo.retired: 1 there, None here"]
+    assert run.differences(config()) == ["grpo.retired: 1 there, None here"]
+    there = f"grpo.lr: {Config().grpo.lr} there, 0.5 here"
+    assert run.differences(config(grpo={"lr": 0.5})) == [there, "grpo.retired: 1 there, None here"]
 
 
 def test_overwriting_removes_the_old_run_and_nothing_else(tmp_path):

@@ -108,7 +108,7 @@ def test_every_strategy(tmp_path, strategy, metric, values, epoch):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_first_of_equal_epochs_wins(tmp_path, strategy):
-    run = run_with(tmp_path, [row(i, val_reward=1.0) for i in (1, 2, 3)])
+    run = run_with(tmp_path, [row(i, val_reward=1.0, val_top_reward=1.0) for i in (1, 2, 3)])
     assert pick(read_history(run, None), strategy) == 1
 
 

@@ -18,11 +18,12 @@ from lever_lm.config import GrpoConfig, RceConfig
 from lever_lm.data import Group
 from lever_lm.errors import LeverError
 from lever_lm.journal import Journal
+from lever_lm.judging import group_statistics, validate
 from lever_lm.losses import rce_loss
 from lever_lm.policy import PointerSelector
 from lever_lm.rewards import group_advantage
 from lever_lm.runs import RunFolder
-from lever_lm.training import best_rollouts, group_statistics, train_grpo, train_rce, validate
+from lever_lm.training import best_rollouts, train_grpo, train_rce
 
 QUERIES, POOL, DIM = 24, 6, 8
 RCE = RceConfig(epochs=3, lr=3e-3, batch_size=8)
@@ -209,13 +210,14 @@ def test_group_statistics_by_hand():
         Group(1, [0, 1, 2], [[0], [1]], [0.5, 0.5]),  # tied
     ]
     sets = to_tensors(groups, features, features)
-    found = group_statistics(sets, sets.mask, group_advantage(sets.rewards, sets.mask))
+    found = group_statistics(sets.rewards, sets.mask, group_advantage(sets.rewards, sets.mask))
     assert found == {
         "adv_std": pytest.approx(0.5),
         "adv_max": pytest.approx(0.5),
         "reward": pytest.approx(4.0 / 5),
         "reward_std": pytest.approx(0.5),
         "frac_reward_zero_std": 0.5,
+        "groups_skipped": 1,
     }
 
 
@@ -227,15 +229,15 @@ class Killed(BaseException):
 
 
 class Mortal(PointerSelector):
-    """A policy whose process is killed in the middle of an epoch, at a given call of log_prob."""
+    """A policy whose process is killed in the middle of an epoch, at a given call of evaluate."""
 
     left = math.inf
 
-    def log_prob(self, *args, **kwargs):
+    def evaluate(self, *args, **kwargs):
         self.left -= 1
         if self.left < 0:
             raise Killed
-        return super().log_prob(*args, **kwargs)
+        return super().evaluate(*args, **kwargs)
 
 
 def assert_same_run(one, other):

@@ -55,7 +55,7 @@ def load_groups(
         if not kept or (require_positive and not any(trajectory.get("vqa_correct") == 1 for _, trajectory in kept)):
             continue
         pool, sequences = _pool_and_sequences(entry, kept, where)
-        rewards = [_reward(t, reward_mode, weights, f"{where}, trajectory {i}") for i, t in kept]
+        rewards = [trajectory_reward(t, reward_mode, weights, f"{where}, trajectory {i}") for i, t in kept]
         groups.append(Group(int(key), pool, sequences, rewards))
     return groups
 
@@ -124,12 +124,15 @@ def _integers(value, where: str) -> list[int]:
     return value
 
 
-def _reward(trajectory: dict, mode: str, weights: dict, where: str) -> float:
+def trajectory_reward(trajectory: dict, mode: str, weights: dict, where: str) -> float:
+    """The reward of a trajectory of the rollout file, or of as much of one. Raises LeverError naming `where` when one
+    of its scores is no finite number."""
     names = {
         "correct": "vqa_correct",
         "accuracy": "vqa_acc_score",
         "gt_prob": "vqa_gt_prob",
         "relevance": "vqa_rel_score",
+        "infoscore": "infoscore",
         "beam_score": "beam_score",
         "logprob_score": "logprob_score",
     }

@@ -1,0 +1,94 @@
+"""What an epoch is judged by: the validation groups, the state of the training groups, and when to raise the alarm.
+
+n groups, G rollouts per group. Metrics are plain floats; their names are those of metrics.jsonl.
+"""
+
+import torch
+from torch import Tensor
+
+from lever_lm.batches import GroupTensors
+from lever_lm.config import GrpoConfig
+from lever_lm.losses import rce_loss
+from lever_lm.policy import PointerSelector
+from lever_lm.rewards import group_mean_std, tied_groups
+
+EVAL_BATCH = 256
+
+
+@torch.no_grad()
+def validate(policy: PointerSelector, data: GroupTensors, temperature: float) -> dict[str, float]:
+    """Judged on the validation groups, dropout off: val_loss, the RCE loss; val_reward, the mean over groups of
+    Σ_i softmax(log π)_i · r_i over the logged rollouts; val_top_reward, the reward of the one the policy ranks first;
+    entropy of the first pick, in nats."""
+    policy.eval()
+    sums = {"val_loss": 0.0, "val_reward": 0.0, "val_top_reward": 0.0, "entropy": 0.0}
+    for index, batch in data.chunks(EVAL_BATCH):
+        log_probs = policy.log_prob(batch.query, batch.candidates, batch.sequences, batch.pool_mask)
+        scores = log_probs.masked_fill(~batch.mask, -torch.inf)
+        first = policy.logits(batch.query, batch.candidates, batch.sequences[:, 0, :1], batch.pool_mask).log_softmax(-1)
+        per_batch = {
+            "val_loss": rce_loss(log_probs, batch.rewards, batch.mask, temperature),
+            "val_reward": (scores.softmax(-1) * batch.rewards).sum(-1).mean(),
+            "val_top_reward": batch.rewards.gather(1, scores.argmax(-1, keepdim=True)).mean(),
+            "entropy": -(first.exp() * first).sum(-1).mean(),
+        }
+        for name, value in per_batch.items():
+            sums[name] += float(value) * len(index)
+    return {name: value / len(data) for name, value in sums.items()}
+
+
+def group_statistics(rewards: Tensor, mask: Tensor, advantages: Tensor) -> dict[str, float]:
+    """What the groups have to teach, all (n, G): adv_std, the mean over all groups of the standard deviation of
+    advantages within a group (tied groups count 0); adv_max likewise; mean and spread of rewards; share of groups
+    whose rewards are all equal, and how many groups were skipped, for that or because they have one rollout."""
+    _, spread = group_mean_std(advantages, mask)
+    _, reward_spread = group_mean_std(rewards, mask)
+    tied = tied_groups(rewards, mask)
+    return {
+        "adv_std": float(spread.mean()),
+        "adv_max": float(advantages.masked_fill(~mask, -torch.inf).amax(-1).mean()),
+        "reward": float(rewards[mask].mean()),
+        "reward_std": float(reward_spread.mean()),
+        "frac_reward_zero_std": float(tied.float().mean()),
+        "groups_skipped": int(tied.sum()),
+    }
+
+
+def group_report(row: dict, groups: int) -> str:
+    """One line on what an epoch of GRPO had to learn from, for the screen."""
+    return (
+        f"       groups skipped {row['groups_skipped']} of {groups}, rollouts without gradient "
+        f"{row['zero_grad_frac']:.0%}, clipped {row['clip_frac']:.0%}, entropy {row['entropy']:.2f}, gradient norm "
+        f"{row['grad_norm']:.2g}, val_reward {row['val_reward']:.4f}"
+    )
+
+
+def alarms(row: dict, config: GrpoConfig) -> dict[str, str]:
+    """Why an epoch of GRPO taught little or nothing, and the option to change: kind → warning."""
+    tied, idle, share = row["frac_reward_zero_std"], row["zero_grad_frac"], row["kl_share"]
+    found = {}
+    if tied == 1:
+        mend = "grpo.top_k=[] keeps all rollouts" if config.top_k else "other rollouts or reward.mode may tell more"
+        found["tied"] = f"the rewards of every group are equal, so there is nothing to learn: {mend}"
+    elif idle > 0.5 and tied > 0.5 * idle:
+        mend = (
+            "grpo.top_k=[] keeps all rollouts"
+            if config.top_k
+            else "more varied rollouts (rollout.sample, rollout.temperatures, rollout.random) or a finer reward.mode"
+        )
+        found["tied"] = f"{idle:.0%} of the rollouts have no gradient, most of them in groups of equal rewards: {mend}"
+    elif idle > 0.5:
+        mend = "lower grpo.refresh_every" if config.refresh_every else "set grpo.refresh_every=5"
+        found["clipped"] = (
+            f"{idle:.0%} of the rollouts have no gradient, most of them clipped: {mend}, or lower grpo.lr"
+        )
+    if share > 0.9:
+        mend = "grpo.dropout=off" if config.dropout == "new_only" else "lower grpo.kl_beta"
+        found["kl"] = f"{share:.0%} of the loss is KL, not reward: {mend}"
+    return found
+
+
+def epochs_since_best(rows: list[dict]) -> int:
+    """GRPO epochs since the first one of the largest val_reward."""
+    values = [row["val_reward"] for row in rows if row["phase"] == "grpo"]
+    return len(values) - 1 - values.index(max(values)) if values else 0

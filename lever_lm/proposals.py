@@ -1,0 +1,140 @@
+"""What is proposed for each query, before anything is asked: its pool and a group of sequences.
+
+K pool, S shots, D embedding. A group holds sequences of several kinds (`gen_method`): beams and samples of the freshly
+initialised policy, similarity, random. Sequences with the same ICDs in another order count as the same unless
+rollout.distinct_orders. For a policy that may stop, sequences of fewer shots are among them.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lever_lm.config import Config, RolloutConfig
+from lever_lm.data import Example, VqaData
+from lever_lm.errors import LeverError, UsageError
+from lever_lm.features import Features
+from lever_lm.lvlm import Prompt, build_prompt
+from lever_lm.policy import PointerSelector
+from lever_lm.samplers import query_rng, sample_pools
+
+# How many more sequences than wanted are drawn, so that repeats can be dropped.
+_SPARE = 4
+
+
+def new_policy(config: Config, d_model: int) -> PointerSelector:
+    """The untrained policy of a config: the same weights for the same seed, whatever was drawn before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        try:
+            return PointerSelector(d_model=d_model, **vars(config.policy))
+        except ValueError as error:
+            raise UsageError(f"policy: {error}") from error
+
+
+def query_rows(count: int, total: int, seed: int) -> list[int]:
+    """Which training examples get a group: the first `count` of a seeded permutation, in order of row number. A
+    smaller count is a subset of a larger one."""
+    return sorted(np.random.default_rng([seed, 1]).permutation(total)[:count].tolist())
+
+
+@dataclass(frozen=True)
+class Proposals:
+    """Rows of the queries in the training split, the queries, their pools and their groups, in this order."""
+
+    rows: list[int]
+    queries: list[Example]
+    pools: list[list[int]]
+    groups: list[list[dict]]
+
+    def prompts(self, config: Config, train: Sequence[Example]) -> list[Prompt]:
+        """What is to be asked, group by group."""
+        return [
+            build_prompt([train[pool[i]] for i in trajectory["pointer"]], query, config.prompt)
+            for query, pool, group in zip(self.queries, self.pools, self.groups, strict=True)
+            for trajectory in group
+        ]
+
+
+def propose_groups(config: Config, data: VqaData, features: Features) -> Proposals:
+    """The groups of a config, not yet answered."""
+    train = data.train_examples
+    rows = query_rows(config.rollout.num_queries, len(train), config.seed)
+    queries = [train[row] for row in rows]
+    embeddings = (features.train.take(rows), features.train)
+    pools = sample_pools(config.sampler, queries, train, embeddings, size=config.rollout.pool_size, seed=config.seed)
+    policy = new_policy(config, features.train.image.shape[1]).eval()
+    query_features, icd_features = features.queries("train", config.features), features.icds(config.features)
+    groups = [
+        propose(config.rollout, query, policy, query_features[row], icd_features[pool], config.seed)
+        for query, row, pool in zip(queries, rows, pools, strict=True)
+    ]
+    return Proposals(rows, queries, pools, groups)
+
+
+def identity(sequence: Sequence[int], config: RolloutConfig) -> Hashable:
+    """What two sequences share that count as the same rollout."""
+    return tuple(sequence) if config.distinct_orders else frozenset(sequence)
+
+
+def propose(
+    config: RolloutConfig, query: Example, policy: PointerSelector, feature: Tensor, candidates: Tensor, seed: int
+) -> list[dict]:
+    """The sequences of one group, best-founded kinds first: feature (D,), candidates (K, D)."""
+    shots, pool = config.shots, len(candidates)
+    if pool < shots:
+        raise LeverError(f"question {query.question_id} has {pool} candidates for {shots} shots: lower rollout.shots")
+    rng = query_rng(seed, query)
+    similarity = candidates @ feature
+    seen: set[Hashable] = set()
+    group: list[dict] = []
+
+    def add(kind: str, sequences: Sequence[Sequence[int]], count: int, facts: Callable[[int], dict]) -> None:
+        for i, drawn in enumerate(sequences):
+            if count == 0:
+                return
+            sequence = [int(place) for place in drawn if place >= 0]
+            if identity(sequence, config) not in seen:
+                seen.add(identity(sequence, config))
+                group.append({"pointer": sequence, "gen_method": kind, **facts(i)})
+                count -= 1
+
+    def length(i: int) -> int:
+        """Of the i-th sequence that no policy draws."""
+        return shots - i % shots if policy.stop else shots
+
+    batch = (feature[None], candidates[None])
+    beams, log_probs, probs = (t[0].tolist() for t in policy.beams(*batch, shots, _SPARE * max(config.beam, 1)))
+    add(
+        "beam",
+        beams,
+        config.beam,
+        lambda i: {"beam_rank": i, "beam_score": round(probs[i], 6), "logprob_score": round(log_probs[i], 6)},
+    )
+    order = similarity.argsort(descending=True, stable=True).tolist()
+    starts = range(0, pool - shots + 1, shots)
+    windows = [order[start : start + length(i)] for i, start in enumerate(starts)]
+    add(
+        "retrieval",
+        windows,
+        config.retrieval,
+        lambda i: {"similarity_score": round(float(similarity[windows[i]].mean()), 6)},
+    )
+    for temperature in config.temperatures:
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        drawn = policy.sample(
+            *batch, shots, num_samples=_SPARE * max(config.sample, 1), temperature=temperature, generator=generator
+        )
+        with torch.no_grad():
+            scores = policy.log_prob(*batch, drawn, temperature=temperature)[0].tolist()
+        add(
+            "sample",
+            drawn[0].tolist(),
+            config.sample,
+            lambda i, s=scores, t=temperature: {"temperature": t, "logprob_score": round(s[i], 6)},
+        )
+    random = [rng.permutation(pool)[: length(i)].tolist() for i in range(_SPARE * max(config.random, 1))]
+    add("random", random, config.random, lambda i: {})
+    return group

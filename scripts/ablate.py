@@ -1,0 +1,208 @@
+"""Does it learn, and does each choice earn its place? One row at a time, over seeds, in two worlds.
+
+    python scripts/ablate.py [--seeds 5] [--jobs 2] [--world synthetic] [--only ROW …] [--results results]
+
+synthetic: scripts/synthetic.py, 1,000 queries of which every fifth is held out: neither trained nor selected on, judged
+by the exact true reward of the sampling policy and of its greedy picks. digits: the shipped world, judged by the
+accuracy of the shipped LVLM on its 500 evaluation queries. A row changes the named options of ours and nothing else;
+it starts from the same data and weights, and so, where it changes GRPO alone, from the same RCE policy.
+Each run leaves one JSON file in RESULTS/ablation/; a run whose file is there is not made again. Writes
+RESULTS/ablation.md and RESULTS/ablation.png.
+"""
+
+import argparse
+import multiprocessing
+import os
+import shutil
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # one run a core: torch reads it on import
+
+import ablation_report
+import synthetic
+import torch
+
+from lever_lm.batches import to_tensors
+from lever_lm.config import Config
+from lever_lm.console import Screen
+from lever_lm.data.groups import load_groups, split_ids
+from lever_lm.inference import BASELINES, load_for
+from lever_lm.journal import Journal
+from lever_lm.pipeline import Pipeline
+from lever_lm.proposals import new_policy
+from lever_lm.runs import RunFolder, write_json
+from lever_lm.settings import build, configs_root, dotted, merge, named_yaml, read_yaml
+from lever_lm.training import train_grpo, train_rce
+
+CLASSIC = "classic in full"
+# LEARNING's rows first: each sets one of our choices back to the lineage's. Then what is offered beside them.
+GRPO_ROWS = {
+    "ours": {},
+    "top-3, then top-5 rollouts": {"grpo.top_k": [3, 5]},
+    "anchored before RCE": {"grpo.anchor": "init"},
+    "old policy never refreshed": {"grpo.refresh_every": 0},
+    "KL against the old policy": {"grpo.reference": "old"},
+}
+SYNTHETIC_ROWS = {
+    **GRPO_ROWS,
+    "dropout on for new log-probs only": {"grpo.dropout": "new_only"},
+    CLASSIC: {},
+    "dropout on for both": {"grpo.dropout": "both"},
+    "mostly random rollouts": {},
+    "backbone frozen": {"grpo.freeze_backbone": True},
+    "gate": {"policy.state_update": "gate"},
+}
+DIGITS_ROWS = {
+    **GRPO_ROWS,
+    CLASSIC: {},
+    "rank advantage": {"grpo.advantage": "rank"},
+    "advantage scaled by batch": {"grpo.advantage_scale": "batch"},
+    "advantage not scaled": {"grpo.advantage_scale": "none"},
+    "mostly random rollouts": {"rollout.beam": 0, "rollout.sample": 0, "rollout.retrieval": 1, "rollout.random": 12},
+    "online": {"grpo.online": True},
+    "online alone": {"grpo.online": True, "grpo.online_ratio": 1.0},
+    "InfoScore, RCE alone": {
+        "rollout.beam": 0,
+        "rollout.sample": 0,
+        "rollout.retrieval": 0,
+        "rollout.random": 0,
+        "rollout.infoscore": 2,
+        "rollout.infoscore_candidates": 16,
+        "reward.mode": "infoscore",
+        "grpo.epochs": 0,
+    },
+}
+ROWS = {"synthetic": SYNTHETIC_ROWS, "digits": DIGITS_ROWS}
+MOSTLY_RANDOM = {"beams": 0, "retrieval": 1, "samples_per_temp": 0, "random": 13}
+QUERIES, HELD_OUT_EVERY = 1000, 5
+SHOTS = [1, 2, 4]
+
+
+def config_of(world: str, row: str, seed: int) -> Config:
+    """The config of a row: ours or classic, and what the row changes."""
+    values = named_yaml("dataset", "digits") if world == "digits" else {}
+    if world == "digits":
+        values = merge(values, named_yaml("lvlm", "tiny_qwen2.5_vl"))
+    if row == CLASSIC:
+        values = merge(values, read_yaml(configs_root() / "recipe" / "classic.yaml"))
+    for key, value in ROWS[world][row].items():
+        values = merge(values, dotted(key, value))
+    return build({**values, "seed": seed, "device": "cpu"})
+
+
+# ---------------------------------------------------------------------- synthetic
+
+
+def run_synthetic(row: str, seed: int, folder: Path) -> dict:
+    """Train a row and judge every checkpoint on the held-out queries."""
+    config = config_of("synthetic", row, seed)
+    kinds = MOSTLY_RANDOM if row == "mostly random rollouts" else {}
+    data = synthetic.generate(synthetic.World(queries=QUERIES, seed=seed, **kinds))
+    held = synthetic.hold_out(data.content, data.qids, data.truth, HELD_OUT_EVERY)
+    embeddings = torch.from_numpy(data.embeddings)
+    write_json(folder / "rl_data.json", held.content, indent=None)
+    groups = sorted(load_groups(folder / "rl_data.json"), key=lambda group: group.query_id)
+    train, val = (
+        to_tensors([group for group in groups if group.query_id in ids], embeddings, embeddings)
+        for ids in split_ids([int(key) for key in held.content])
+    )
+    initial, policy = (new_policy(config, embeddings.shape[1]) for _ in range(2))
+    journal = Journal(RunFolder(folder), {"policy": policy.shape}, {}, lambda line: None)
+    journal.resume()
+    torch.manual_seed(seed)
+    train_rce(policy, train, val, config.rce, journal)
+    train_grpo(policy, initial, train, val, config.grpo, journal, val_temperature=config.rce.temperature_end)
+    test = (embeddings[held.qids], embeddings[held.pools], held.truth)
+    judged = [{**metrics, **truth} for metrics, truth in zip(journal.rows, _judge(journal, test), strict=True)]
+    return {"rows": judged, "untrained": _true_rewards(initial.eval(), test)}
+
+
+def _judge(journal: Journal, test: tuple):
+    for row in journal.rows:
+        yield _true_rewards(load_for(journal.run.checkpoint(row["phase"], row["epoch"]), Config()), test)
+
+
+def _true_rewards(policy, test: tuple) -> dict[str, float]:
+    return {
+        "true_reward": synthetic.expected_reward(policy, *test),
+        "true_greedy": synthetic.greedy_reward(policy, *test),
+    }
+
+
+# ---------------------------------------------------------------------- digits
+
+
+def run_digits(row: str, seed: int, folder: Path, results: Path) -> dict:
+    """Train a row and answer the evaluation queries with RCE's last policy, GRPO's last, and the one of the largest
+    val_reward; beside ours also with the baselines."""
+    config = config_of("digits", row, seed)
+    pipeline = Pipeline(config, Screen(quiet=True), results=results, run_dir=folder)
+    pipeline.train()
+    rows = pipeline.run.rows()
+    of_rce, of_grpo = ([r for r in rows if r["phase"] == phase] for phase in ("rce", "grpo"))
+    policies = {"rce": pipeline.run.checkpoint("rce", len(of_rce))}
+    if of_grpo:
+        best = max(of_grpo, key=lambda r: r["val_reward"])["epoch"]
+        policies["grpo_last"] = pipeline.run.checkpoint("grpo", len(of_grpo))
+        policies["grpo_best"] = pipeline.run.checkpoint("grpo", best)
+    choices = {name: pipeline.evaluation.choose(load_for(path, config), max(SHOTS)) for name, path in policies.items()}
+    if row == "ours":
+        choices = {**{name: pipeline.evaluation.baseline(name, max(SHOTS)) for name in BASELINES}, **choices}
+    outcomes = pipeline.evaluation.run(choices, SHOTS, pipeline.lvlm)
+    accuracy = {f"{outcome.method}@{outcome.shots}": outcome.summary()["accuracy"] for outcome in outcomes}
+    return {"rows": rows, "accuracy": accuracy, "asked": pipeline.lvlm.asked}
+
+
+# ---------------------------------------------------------------------- all of it
+
+
+def one_run(world: str, row: str, seed: int, results: Path) -> str:
+    """Make one run unless its file is there. Returns a line for the screen."""
+    path = ablation_report.run_file(results, world, row, seed)
+    if path.is_file():
+        return f"{world}, seed {seed}, {row}: there"
+    torch.set_num_threads(1)
+    folder = results / "ablation" / "work" / f"{world}_{seed}" / path.stem
+    shutil.rmtree(folder, ignore_errors=True)
+    if world == "synthetic":
+        outcome = run_synthetic(row, seed, folder)
+    else:
+        outcome = run_digits(row, seed, folder, folder.parent / "results")
+    write_json(path, {"world": world, "row": row, "seed": seed, **outcome})
+    shutil.rmtree(folder, ignore_errors=True)
+    return f"{world}, seed {seed}, {row}: done"
+
+
+def seed_runs(world: str, seed: int, rows: list[str], results: Path) -> None:
+    """All rows of a seed, one after the other: they share caches."""
+    for row in rows:
+        print(one_run(world, row, seed, results), flush=True)
+
+
+def main() -> None:
+    """Run what is missing, then report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--world", choices=ROWS, action="append", help="one of them only")
+    parser.add_argument("--only", action="append", metavar="ROW", help="these rows only")
+    parser.add_argument("--results", type=Path, default=Path("results"))
+    arguments = parser.parse_args()
+    known = {row for rows in ROWS.values() for row in rows}
+    if unknown := set(arguments.only or ()) - known:
+        parser.error(f"unknown row {unknown.pop()!r}; one of {', '.join(sorted(known))}")
+    worlds = arguments.world or list(ROWS)
+    with ProcessPoolExecutor(arguments.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        waiting = []
+        for seed in range(arguments.seeds):
+            for world in worlds:
+                rows = [row for row in ROWS[world] if arguments.only is None or row in arguments.only]
+                waiting.append(pool.submit(seed_runs, world, seed, rows, arguments.results))
+        for job in waiting:
+            job.result()
+    print(ablation_report.write(arguments.results, ROWS))
+
+
+if __name__ == "__main__":
+    main()

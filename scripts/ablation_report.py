@@ -1,0 +1,327 @@
+"""What ablate.py's runs say: RESULTS/ablation.md and RESULTS/ablation.png, from the JSON files in RESULTS/ablation/.
+
+Every number is a mean over seeds. A difference is taken seed by seed, so that what the seeds share cancels; its 95 %
+interval is Student's over the seeds. Rank correlations are Spearman's.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+
+METRICS = ("val_loss", "ppo_loss", "kl", "adv_std", "val_reward", "val_top_reward")
+LARGER_IS_BETTER = ("adv_std", "val_reward", "val_top_reward")
+TRUTHS = {"true_reward": "expected", "true_greedy": "greedy"}
+SHOTS = (1, 2, 4)
+# The 97.5 % point of Student's t for n − 1 degrees of freedom.
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+
+
+def run_file(results: Path, world: str, row: str, seed: int) -> Path:
+    """Where a run's outcome is kept."""
+    name = re.sub(r"[^a-z0-9]+", "_", row.lower()).strip("_")
+    return results / "ablation" / f"{world}_{seed}_{name}.json"
+
+
+def load(results: Path, rows: dict[str, dict]) -> dict[tuple[str, str], dict[int, dict]]:
+    """(world, row) → seed → outcome, of the runs that are there."""
+    runs: dict[tuple[str, str], dict[int, dict]] = {}
+    for path in sorted((results / "ablation").glob("*.json")):
+        run = json.loads(path.read_text(encoding="utf-8"))
+        if run["row"] in rows.get(run["world"], {}):
+            runs.setdefault((run["world"], run["row"]), {})[run["seed"]] = run
+    return {(world, row): runs[world, row] for world in rows for row in rows[world] if (world, row) in runs}
+
+
+# ---------------------------------------------------------------------- statistics
+
+
+def interval(values: list[float]) -> tuple[float, float, float]:
+    """Mean and 95 % Student interval; a single value has none."""
+    scores = np.asarray(values, dtype=float)
+    if len(scores) < 2:
+        return float(scores.mean()), float("nan"), float("nan")
+    half = STUDENT.get(len(scores), 2.1) * scores.std(ddof=1) / len(scores) ** 0.5
+    return float(scores.mean()), float(scores.mean() - half), float(scores.mean() + half)
+
+
+def ranks(values: list[float]) -> np.ndarray:
+    """Ranks from 0, equal values sharing their mean."""
+    scores = np.asarray(values, dtype=float)
+    return np.array([(scores < x).sum() + ((scores == x).sum() - 1) / 2 for x in scores])
+
+
+def spearman(one: list[float], other: list[float]) -> float:
+    """Rank correlation; NaN where one of them is constant."""
+    a, b = ranks(one), ranks(other)
+    if a.std() == 0 or b.std() == 0:
+        return float("nan")
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+def _spread(values: list[float], digits: int = 3, sign: bool = True) -> str:
+    mean, low, high = interval(values)
+    form = f"{'+' if sign else ''}.{digits}f"
+    return f"{mean:{form}} [{low:{form}}, {high:{form}}]"
+
+
+# ---------------------------------------------------------------------- what is read from a run
+
+
+def phase(run: dict, name: str) -> list[dict]:
+    """The epochs of a phase."""
+    return [row for row in run["rows"] if row["phase"] == name]
+
+
+def points(run: dict, truth: str) -> dict[str, float]:
+    """True reward after RCE, at GRPO's last epoch, at that of the largest val_reward and of each other strategy, and at
+    the best epoch there is."""
+    grpo = phase(run, "grpo")
+    chosen = {metric: best(grpo, metric)[truth] for metric in METRICS}
+    ends = {"rce": phase(run, "rce")[-1][truth], "last": grpo[-1][truth], "best": max(row[truth] for row in grpo)}
+    return {**ends, **chosen}
+
+
+def best(rows: list[dict], metric: str) -> dict:
+    """The epoch a metric points to: the least, or the largest where larger is better. (`kl` here is the least, which is
+    not the strategy's range.)"""
+    sign = -1 if metric in LARGER_IS_BETTER else 1
+    return min(rows, key=lambda row: sign * row[metric])
+
+
+# ---------------------------------------------------------------------- tables
+
+
+def synthetic_table(runs: dict, truth: str) -> list[str]:
+    """RCE against GRPO by row, in true reward."""
+    lines = [
+        "| row | after RCE | GRPO, last | GRPO, by val_reward | last − RCE | worst seed | by val_reward − RCE | "
+        "best epoch − by val_reward |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for (world, row), seeds in runs.items():
+        if world != "synthetic":
+            continue
+        found = [points(run, truth) for run in seeds.values()]
+        mean = {key: np.mean([point[key] for point in found]) for key in ("rce", "last", "val_reward")}
+        gain = [point["last"] - point["rce"] for point in found]
+        chosen = [point["val_reward"] - point["rce"] for point in found]
+        regret = np.mean([point["best"] - point["val_reward"] for point in found])
+        lines.append(
+            f"| {row} | {mean['rce']:.3f} | {mean['last']:.3f} | {mean['val_reward']:.3f} | {_spread(gain)} | "
+            f"{min(gain):+.3f} | {_spread(chosen)} | {regret:.3f} |"
+        )
+    return lines
+
+
+def signal_table(runs: dict) -> list[str]:
+    """What the groups had to teach, by row: means over GRPO's epochs and the seeds."""
+    names = ("adv_std", "frac_reward_zero_std", "zero_grad_frac", "clip_frac", "kl_share", "kl")
+    lines = [f"| world | row | {' | '.join(names)} |", "| --- | --- |" + " --- |" * len(names)]
+    for (world, row), seeds in runs.items():
+        epochs = [epoch for run in seeds.values() for epoch in phase(run, "grpo")]
+        if epochs:
+            values = (f"{np.mean([epoch[name] for epoch in epochs]):.3f}" for name in names)
+            lines.append(f"| {world} | {row} | {' | '.join(values)} |")
+    return lines
+
+
+def correlations(runs: dict) -> dict[tuple[str, str], list[float]]:
+    """(metric, truth) → by seed, the rank correlation over the GRPO checkpoints of all rows."""
+    by_seed: dict[int, list[dict]] = {}
+    for (world, _), seeds in runs.items():
+        if world == "synthetic":
+            for seed, run in seeds.items():
+                by_seed.setdefault(seed, []).extend(phase(run, "grpo"))
+    return {
+        (metric, truth): [
+            spearman([row[metric] for row in rows], [row[truth] for row in rows]) for rows in by_seed.values()
+        ]
+        for metric in METRICS
+        for truth in TRUTHS
+    }
+
+
+def correlation_table(runs: dict) -> list[str]:
+    """Each selection metric against true reward, over all rows, and within ours."""
+    pooled = correlations(runs)
+    within = correlations({key: seeds for key, seeds in runs.items() if key == ("synthetic", "ours")})
+    lines = [
+        "| metric | with expected reward, all rows | with greedy reward, all rows | expected, within ours | greedy, "
+        "within ours |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for metric in METRICS:
+        cells = [table[metric, truth] for table in (pooled, within) for truth in TRUTHS]
+        lines.append(f"| {metric} | {' | '.join(_spread(cell, 2) for cell in cells)} |")
+    return lines
+
+
+def digits_table(runs: dict) -> list[str]:
+    """Accuracy by row and number of shots; GRPO is its epoch of the largest val_reward."""
+    shots = " | ".join(f"{k} shot{'s' * (k > 1)}" for k in SHOTS)
+    lines = [f"| row | policy | {shots} | − RCE of ours, 1 shot |", "| --- | --- |" + " --- |" * (len(SHOTS) + 1)]
+    ours = runs.get(("digits", "ours"), {})
+
+    def line(row: str, policy: str, seeds: dict, label: str) -> None:
+        cells = [f"{np.mean([run['accuracy'][f'{policy}@{k}'] for run in seeds.values()]):.3f}" for k in SHOTS]
+        shared = [seed for seed in seeds if seed in ours]
+        gaps = [seeds[seed]["accuracy"][f"{policy}@1"] - ours[seed]["accuracy"]["rce@1"] for seed in shared]
+        lines.append(f"| {row} | {label} | {' | '.join(cells)} | {_spread(gaps)} |")
+
+    for policy in ("random", "text_sim", "img_sim", "img_text_sim", "oracle"):
+        if ours:
+            line("baseline", policy, ours, policy)
+    for (world, row), seeds in runs.items():
+        if world == "digits":
+            for policy, label in (("rce", "RCE"), ("grpo_last", "GRPO, last"), ("grpo_best", "GRPO, by val_reward")):
+                if all(f"{policy}@1" in run["accuracy"] for run in seeds.values()):
+                    line(row, policy, seeds, label)
+    return lines
+
+
+# ---------------------------------------------------------------------- claims
+
+
+def claims(runs: dict) -> list[str]:
+    """What is claimed, and whether these runs bear it out."""
+    lines = ["| claim | measured | holds |", "| --- | --- | --- |"]
+
+    def add(claim: str, measured: str, holds: bool) -> None:
+        lines.append(f"| {claim} | {measured} | {'yes' if holds else '**no**'} |")
+
+    ours, classic = runs.get(("synthetic", "ours")), runs.get(("synthetic", "classic in full"))
+    if ours and classic:
+        spreads = [np.mean([e["adv_std"] for r in rows.values() for e in phase(r, "grpo")]) for rows in (classic, ours)]
+        add(
+            "classic's Adv Std is far below ours",
+            f"{spreads[0]:.3f} against {spreads[1]:.3f}",
+            3 * spreads[0] < spreads[1],
+        )
+        for truth, name in TRUTHS.items():
+            gain = [point["last"] - point["rce"] for point in (points(run, truth) for run in classic.values())]
+            add(f"classic's GRPO ends below its RCE ({name})", _spread(gain), interval(gain)[2] < 0)
+    if ours:
+        for truth, name in TRUTHS.items():
+            found = [points(run, truth) for run in ours.values()]
+            gain = [point["last"] - point["rce"] for point in found]
+            add(f"ours, {name}: last epoch ≥ RCE − .005 on every seed", f"worst {min(gain):+.3f}", min(gain) >= -0.005)
+            add(f"ours, {name}: last epoch above RCE on the mean", _spread(gain), interval(gain)[1] > 0)
+            chosen = [point["val_reward"] - point["rce"] for point in found]
+            add(f"ours, {name}: by val_reward ≥ RCE + .01 on the mean", _spread(chosen), np.mean(chosen) >= 0.01)
+            regret = [point["best"] - point["val_reward"] for point in found]
+            holds = max(regret) <= 0.02
+            add(f"ours, {name}: by val_reward within .02 of the best epoch", f"worst {max(regret):.3f}", holds)
+        for truth, name in TRUTHS.items():
+            rho = correlations(runs)["val_reward", truth]
+            add(f"rank correlation of val_reward with {name} reward ≥ .8", _spread(rho, 2), np.mean(rho) >= 0.8)
+    ours, online = runs.get(("digits", "ours")), runs.get(("digits", "online"))
+    if ours:
+        for k in SHOTS:
+            gap = [run["accuracy"][f"grpo_best@{k}"] - run["accuracy"][f"img_text_sim@{k}"] for run in ours.values()]
+            add(f"digits, {k} shots: GRPO ≥ image+text similarity + .15", _spread(gap), np.mean(gap) >= 0.15)
+        for k in SHOTS:
+            gap = [run["accuracy"][f"grpo_best@{k}"] - run["accuracy"][f"rce@{k}"] for run in ours.values()]
+            add(f"digits, {k} shots: GRPO above RCE", _spread(gap), interval(gap)[1] > 0)
+    if ours and online:
+        for k in SHOTS:
+            seeds = [seed for seed in online if seed in ours]
+            key = f"grpo_best@{k}"
+            gap = [online[seed]["accuracy"][key] - ours[seed]["accuracy"][key] for seed in seeds]
+            add(f"digits, {k} shots: online above offline", _spread(gap), interval(gap)[1] > 0)
+    return lines
+
+
+def gap_closed(runs: dict) -> list[str]:
+    """How much of the way from image+text similarity to the oracle each policy goes, on the digits."""
+    lines = [f"| policy | {' | '.join(f'{k} shots' for k in SHOTS)} |", "| --- |" + " --- |" * len(SHOTS)]
+    ours = runs.get(("digits", "ours"), {})
+    for row, key, label in (
+        ("ours", "rce", "RCE"),
+        ("ours", "grpo_best", "GRPO"),
+        ("online", "grpo_best", "GRPO, online"),
+        ("online alone", "grpo_best", "GRPO, online alone"),
+        ("classic in full", "grpo_last", "classic GRPO"),
+        ("InfoScore, RCE alone", "rce", "InfoScore, RCE alone"),
+    ):
+        seeds = {seed: run for seed, run in runs.get(("digits", row), {}).items() if seed in ours}
+        if seeds:
+            cells = []
+            for k in SHOTS:
+                closed = [
+                    (run["accuracy"][f"{key}@{k}"] - ours[seed]["accuracy"][f"img_text_sim@{k}"])
+                    / (ours[seed]["accuracy"][f"oracle@{k}"] - ours[seed]["accuracy"][f"img_text_sim@{k}"])
+                    for seed, run in seeds.items()
+                ]
+                cells.append(f"{np.mean(closed):.0%}")
+            lines.append(f"| {label} | {' | '.join(cells)} |")
+    return lines
+
+
+# ---------------------------------------------------------------------- writing
+
+
+def write(results: Path, rows: dict[str, dict]) -> Path:
+    """Write the page and the chart; returns the page's path. Raises SystemExit when there are no runs."""
+    runs = load(results, rows)
+    if not runs:
+        raise SystemExit(f"no runs in {results / 'ablation'}: python scripts/ablate.py makes them")
+    counts = sorted({len(seeds) for seeds in runs.values()})
+    parts = {
+        "Claims": claims(runs),
+        "Synthetic: expected true reward of the sampling policy, held-out queries": synthetic_table(
+            runs, "true_reward"
+        ),
+        "Synthetic: true reward of the greedy picks, held-out queries": synthetic_table(runs, "true_greedy"),
+        "Which metric to select by: rank correlation with true reward over checkpoints": correlation_table(runs),
+        "Digits: accuracy on the 500 evaluation queries": digits_table(runs),
+        "Digits: share of the gap from image+text similarity to the oracle that is closed": gap_closed(runs),
+        "What the groups had to teach": signal_table(runs),
+    }
+    text = f"# Ablation\n\nMade by `python scripts/ablate.py`; {' or '.join(map(str, counts))} seeds a row.\n\n"
+    text += __doc__.split("\n\n", 1)[1].strip() + "\n\n![gains](ablation.png)\n"
+    for title, lines in parts.items():
+        text += f"\n## {title}\n\n" + "\n".join(lines) + "\n"
+    page = results / "ablation.md"
+    page.write_text(text, encoding="utf-8")
+    chart(results / "ablation.png", runs)
+    return page
+
+
+def chart(path: Path, runs: dict) -> None:
+    """GRPO's last epoch minus the RCE it started from, by row, with the seeds as dots."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no chart: pip install matplotlib")
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = {
+        "synthetic, expected true reward": ("synthetic", lambda run: _gain(points(run, "true_reward"))),
+        "synthetic, greedy true reward": ("synthetic", lambda run: _gain(points(run, "true_greedy"))),
+        "digits, accuracy at 1 shot": ("digits", lambda run: run["accuracy"]["grpo_last@1"] - run["accuracy"]["rce@1"]),
+    }
+    figure, axes = plt.subplots(1, len(panels), figsize=(15, 5), constrained_layout=True)
+    for axis, (title, (world, gain)) in zip(axes, panels.items(), strict=True):
+        shown = [
+            (row, seeds) for (w, row), seeds in runs.items() if w == world and phase(next(iter(seeds.values())), "grpo")
+        ]
+        for place, (_, seeds) in enumerate(reversed(shown)):
+            values = [gain(run) for run in seeds.values()]
+            mean, low, high = interval(values)
+            color = "tab:green" if low > 0 else "tab:red" if high < 0 else "tab:gray"
+            axis.plot(values, [place] * len(values), ".", color=color, alpha=0.4)
+            axis.errorbar(mean, place, xerr=[[mean - low], [high - mean]], fmt="o", color=color, capsize=3)
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.set_yticks(range(len(shown)), [row for row, _ in reversed(shown)])
+        axis.set_title(title)
+        axis.set_xlabel("GRPO's last epoch − its RCE")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _gain(point: dict[str, float]) -> float:
+    return point["last"] - point["rce"]
