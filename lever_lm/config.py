@@ -209,7 +209,7 @@ class GrpoConfig:
     refresh_every: int = 5  # epochs between refreshes of the old policy; 0 never
     anchor: str = "rce"  # old and reference policy at the start: after RCE (rce) or before it (init)
     reference: str = "start"  # KL against the policy at GRPO's start, or against the `old` one
-    dropout: str = "off"  # off, both (old and new log-probs alike), or new_only as in the lineage
+    dropout: str = "both"  # off; both: the same masks for old, reference and new policy; new_only: as in the lineage
     freeze_backbone: bool = False  # train the attention layers only: input_proj, query_proj, cand_proj stay
     online: bool = False  # also learn from new rollouts of the policy itself, answered by the LVLM
     online_every: int = 5  # epochs between rounds of them; each replaces the round before

@@ -195,7 +195,7 @@ class PointerSelector(nn.Module):
         """New sequences, each going on from one of the old: parent (B, W) places among these."""
         cands, state, scores, closest, taken = vars(decoding).values()
         if self._part("state_update") is not None:
-            state, scores = _gather(state, parent), _gather(scores, parent)
+            state = _gather(state, parent)  # the scores are those of the state after the pick
         closest = None if closest is None else _gather(closest, parent)
         return _Decoding(cands, state, scores, closest, _gather(taken, parent))
 
@@ -226,7 +226,7 @@ class PointerSelector(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """log_prob of whole sequences, and the entropy of their steps' distributions in nats, the mean over a
         sequence's steps: both (B, G). Arguments as in log_prob."""
-        log_probs = (self.step_logits(query, candidates, sequences, pool_mask) / temperature).log_softmax(-1)
+        log_probs = _normalised(self.step_logits(query, candidates, sequences, pool_mask), temperature)
         labels, counted = sequences.clamp(min=0), sequences >= 0
         if self.stop:
             stops = ~counted & F.pad(counted, (1, 0))[..., :-1]  # no pick here, one just before
@@ -306,7 +306,7 @@ class PointerSelector(nn.Module):
         picks = torch.zeros(batch, 1, 0, dtype=torch.long, device=query.device)
         log_probs = probs = torch.zeros(batch, 1, device=query.device)
         for _ in range(shots):
-            steps = self._logits(decoding).log_softmax(-1).masked_fill(decoding.taken, -torch.inf)
+            steps = _normalised(self._logits(decoding)).masked_fill(decoding.taken, -torch.inf)
             total = (log_probs.unsqueeze(-1) + steps).flatten(1)
             possible = int((~decoding.taken).flatten(1).sum(-1).min())
             log_probs, flat = total.topk(min(width, possible), -1)
@@ -327,6 +327,13 @@ class PointerSelector(nn.Module):
             picks.append(pick.masked_fill(pick == candidates.shape[1], -1))
             decoding = self._advance(decoding, pick)
         return torch.stack(picks, -1)
+
+
+def _normalised(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log-probs of a step, (…, O): as `sample` draws, a masked candidate has no share in the sum. Its own stays finite,
+    so that a logged sequence with a repeated pick has a log-prob and a gradient."""
+    logits, masked = logits / temperature, logits == MASKED_LOGIT
+    return logits - logits.masked_fill(masked, torch.finfo(logits.dtype).min).logsumexp(-1, keepdim=True)
 
 
 def _check_shots(shots: int, candidates: Tensor, pool_mask: Tensor | None) -> None:

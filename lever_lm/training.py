@@ -93,8 +93,9 @@ def train_grpo(
     if memory is None:
         anchor = snapshot(policy if config.anchor == "rce" else initial)
         memory = {"old": anchor, "reference": anchor, "beta": config.kl_beta, "online": None}
-    learner, projected = behind_frozen_input(policy, train) if config.freeze_backbone else (policy, {})
     clip = {"clip_epsilon": config.clip_epsilon, "clip_epsilon_high": config.clip_epsilon_high or None}
+    learner, projected = behind_frozen_input(policy, train) if config.freeze_backbone else (policy, {})
+    old = reference = None
     for epoch in range(journal.done("grpo") + 1, config.epochs + 1):
         if config.patience and epochs_since_best(journal.rows) >= config.patience:
             journal.say(f"stopped early: val_reward has not risen for {config.patience} epochs (grpo.patience)")
@@ -104,9 +105,12 @@ def train_grpo(
         if fresh:
             memory["online"] = explore(policy, train, config.online_samples, answer)
         if epoch > 1 and (fresh or (config.refresh_every and (epoch - 1) % config.refresh_every == 0)):
-            memory["old"], memory["old_log_probs"] = snapshot(policy), None
+            memory["old"], old = snapshot(policy), None
         data, weights = mix(train, memory["online"], config.online_ratio)
-        old, reference = anchor_log_probs(policy, data, memory, again=fresh, dropout=config.dropout == "both")
+        if old is None:
+            old = Anchor(policy, memory["old"], data, config.dropout)
+        if reference is None or fresh:
+            reference = Anchor(policy, memory["reference"], data, config.dropout)
         mask = best_rollouts(data.rewards, data.mask, _top_k(config, epoch))
         advantages = group_advantage(
             data.rewards,
@@ -120,15 +124,16 @@ def train_grpo(
         learner.train(config.dropout != "off")
         for i, (index, batch) in enumerate(shuffled_places(replace(data, **projected), config.batch_size)):
             set_learning_rate(optimizer, config, epoch, i, math.ceil(len(data) / config.batch_size))
+            old_log_probs, ref_log_probs = old.log_probs(index), reference.log_probs(index)
             log_probs, entropy = learner.evaluate(batch.query, batch.candidates, batch.sequences, batch.pool_mask)
-            terms = (log_probs, old[index], advantages[index], mask[index])
+            terms = (log_probs, old_log_probs, advantages[index], mask[index])
             loss, metrics = grpo_loss(
                 *terms,
                 **clip,
                 weights=weights[index],
                 kl_beta=memory["beta"],
                 kl_estimate=config.kl,
-                ref_log_probs=reference[index] if config.reference == "start" else None,
+                ref_log_probs=ref_log_probs if config.reference == "start" else None,
             )
             if config.entropy_beta:
                 loss = loss - config.entropy_beta * group_mean(entropy, mask[index], weights[index])
@@ -182,17 +187,34 @@ def mix(train: GroupTensors, online: dict[str, Tensor] | None, ratio: float) -> 
     return train.stacked(own), weights
 
 
-def anchor_log_probs(
-    policy: PointerSelector, data: GroupTensors, memory: dict, *, again: bool, dropout: bool
-) -> tuple[Tensor, Tensor]:
-    """Log-probs (n, G) of all rollouts under the old and the reference policy, kept in `memory` for as long as policies
-    and rollouts stay; `again` when there are new rollouts."""
-    for name in ("old", "reference"):
-        kept = f"{name}_log_probs"
-        if again or memory.get(kept) is None:
-            same = name == "reference" and memory["reference"] is memory["old"]
-            memory[kept] = memory["old_log_probs"] if same else _log_probs(policy, memory[name], data, dropout=dropout)
-    return memory["old_log_probs"].to(data.rewards), memory["reference_log_probs"].to(data.rewards)
+class Anchor:
+    """A policy that stays as it was, and its log-probs of the rollouts of `data`.
+
+    dropout as in GrpoConfig. With `both` they are taken step by step, under the very masks that the learning policy
+    draws next: under masks of its own the ratio of unchanged weights would be noise.
+    """
+
+    def __init__(self, policy: PointerSelector, weights: dict[str, Tensor], data: GroupTensors, dropout: str):
+        model = copy.deepcopy(policy)
+        model.load_state_dict(weights)
+        model.requires_grad_(False)
+        self.model, projected = behind_frozen_input(model, data)
+        self.data = replace(data, **projected)
+        self.model.train(dropout == "both")
+        chunks = [] if dropout == "both" else self.data.chunks(EVAL_BATCH)
+        self.known = [self._log_probs(batch) for _, batch in chunks]
+        self.known = torch.cat(self.known) if self.known else None
+
+    def log_probs(self, index: Tensor) -> Tensor:
+        """Of the groups at these places, (B, G)."""
+        if self.known is not None:
+            return self.known[index]
+        with torch.random.fork_rng([index.device] if index.device.type == "cuda" else []):
+            return self._log_probs(self.data.batch(index))
+
+    @torch.no_grad()
+    def _log_probs(self, batch: Batch) -> Tensor:
+        return self.model.log_prob(batch.query, batch.candidates, batch.sequences, batch.pool_mask)
 
 
 def behind_frozen_input(policy: PointerSelector, data: GroupTensors) -> tuple[PointerSelector, dict[str, Tensor]]:
@@ -201,18 +223,6 @@ def behind_frozen_input(policy: PointerSelector, data: GroupTensors) -> tuple[Po
         return policy, {}
     with torch.no_grad():
         return policy.after_input(), {name: policy.input_proj(getattr(data, name)) for name in ("queries", "icds")}
-
-
-@torch.no_grad()
-def _log_probs(policy: PointerSelector, weights: dict[str, Tensor], data: GroupTensors, *, dropout: bool) -> Tensor:
-    model = copy.deepcopy(policy)
-    model.load_state_dict(weights)
-    model.train(dropout)
-    parts = [
-        model.log_prob(batch.query, batch.candidates, batch.sequences, batch.pool_mask)
-        for _, batch in data.chunks(EVAL_BATCH)
-    ]
-    return torch.cat(parts).cpu()
 
 
 # ---------------------------------------------------------------------- steps

@@ -21,7 +21,8 @@ LEVELS = [
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 PURE = ["losses", "rewards", "metrics", "stems", "stats", "decoder", "policy"]
 # What pure modules may use of the standard library and beyond: no files, no processes, no clocks.
-PURE_IMPORTS = {"collections", "copy", "dataclasses", "difflib", "functools", "lever_lm", "math", "numpy", "re", "torch"}
+PURE_IMPORTS = {"numpy", "torch", "lever_lm"}
+PURE_IMPORTS |= {"collections", "copy", "dataclasses", "difflib", "functools", "math", "re"}
 LATE = {"transformers", "datasets", "qwen_vl_utils", "jinja2", "torchvision", "tokenizers", "huggingface_hub", "PIL"}
 
 

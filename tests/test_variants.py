@@ -1,0 +1,784 @@
+"""The policy's variants, all 36 of them, against equations written out in numpy, against enumeration, and at work.
+
+B queries, K candidates, G rollouts, S shots, D embedding, H hidden; O options, K and with `stop` one more. Everything
+but the training at the end is in float64, so that a tolerance of 1e-9 tells one formula from another.
+"""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from lever_lm.checkpoint import infer_shape, load_policy, load_torch, save_torch, to_v2, to_v3, v3_content
+from lever_lm.decoder import VARIANTS
+from lever_lm.errors import LeverError
+from lever_lm.policy import MASKED_LOGIT, PointerSelector
+
+CHOICES = {
+    "state_update": ("none", "gate", "gru"),
+    "scorer": ("dot", "additive", "bilinear"),
+    "diversity": ("none", "mmr"),
+    "stop": (False, True),
+}
+EVERY = [dict(zip(CHOICES, values, strict=True)) for values in itertools.product(*CHOICES.values())]
+EXACT = {"rtol": 0, "atol": 1e-9}
+
+
+def name_of(variant):
+    return "-".join("stop" if value is True else str(value) for value in variant.values() if value is not False)
+
+
+every_variant = pytest.mark.parametrize("variant", EVERY, ids=name_of)
+with_stop = pytest.mark.parametrize("variant", [v for v in EVERY if v["stop"]], ids=name_of)
+without_stop = pytest.mark.parametrize("variant", [v for v in EVERY if not v["stop"]], ids=name_of)
+
+
+def make(variant, *, d_model=3, hidden_dim=4, num_layers=1, temperature=0.5, seed=0, **kwargs):
+    """A policy in float64 whose every weight matters: nothing zero, symmetric or the identity."""
+    torch.manual_seed(seed)
+    policy = PointerSelector(d_model, hidden_dim, num_layers, temperature=temperature, **kwargs, **variant)
+    policy = policy.double().eval()
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if name.startswith(("additive_scorer", "bilinear_scorer", "query_update")):
+                parameter.normal_(std=0.8)
+            elif name.endswith("bias") or name == "mmr_penalty.weight":
+                parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    return policy
+
+
+def inputs(batch=2, pool=5, d_model=3, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(batch, d_model, generator=generator, dtype=torch.float64)
+    return query, torch.randn(batch, pool, d_model, generator=generator, dtype=torch.float64)
+
+
+def possible(places, shots, stop):
+    """Every sequence over these places that the policy can give, −1 after a stop."""
+    lengths = range(1, shots + 1) if stop else (shots,)
+    return [
+        (*picks, *[-1] * (shots - length)) for length in lengths for picks in itertools.permutations(places, length)
+    ]
+
+
+def as_group(sequences):
+    return torch.tensor(sequences).unsqueeze(0)
+
+
+# ---------------------------------------------------------------------- the equations, written out
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def unit(x):
+    return x / np.sqrt((x * x).sum())
+
+
+def written_out(policy, query, candidates, picks, real=None):
+    """One query, (D,) and (K, D): the logits of each step up to the one after the last pick, as rows of O numbers.
+
+    Only the encoding, which test_policy.py holds against torch's own attention, is asked of the policy.
+    """
+    w = {name: tensor.detach().numpy() for name, tensor in policy.state_dict().items()}
+    with torch.no_grad():
+        state, cands = policy.encode(query[None], candidates[None], None if real is None else real[None])
+    state, cands = state[0].numpy(), cands[0].numpy()
+    free = [k for k in range(len(cands)) if real is None or real[k]]
+
+    def score(vector):
+        if policy.scorer == "dot":
+            return sum(s * v for s, v in zip(state, vector, strict=True))
+        if policy.scorer == "bilinear":
+            weight = w["bilinear_scorer.weight"]
+            return math.tanh(
+                sum(state[i] * weight[i, j] * vector[j] for i in range(len(state)) for j in range(len(vector)))
+            )
+        both = w["additive_scorer.state.weight"] @ state + w["additive_scorer.candidate.weight"] @ vector
+        hidden = [math.tanh(x) for x in both + w["additive_scorer.state.bias"]]
+        return math.tanh(sum(a * b for a, b in zip(w["additive_scorer.score.weight"][0], hidden, strict=True)))
+
+    def moved(pick):
+        if policy.state_update == "gate":
+            weight, bias = w["query_update_gate.weight"], w["query_update_gate.bias"]
+            g = sigmoid(weight @ np.concatenate([state, pick]) + bias)
+            return unit(g * state + (1 - g) * pick)
+        if policy.state_update == "gru":
+            x = w["query_update_gru.weight_ih"] @ pick + w["query_update_gru.bias_ih"]
+            h = w["query_update_gru.weight_hh"] @ state + w["query_update_gru.bias_hh"]
+            (x_r, x_z, x_n), (h_r, h_z, h_n) = np.split(x, 3), np.split(h, 3)
+            r, z = sigmoid(x_r + h_r), sigmoid(x_z + h_z)
+            return unit((1 - z) * np.tanh(x_n + r * h_n) + z * state)
+        return state
+
+    rows, chosen = [], []
+    for pick in [*picks, None]:
+        row = []
+        for k in range(len(cands)):
+            value = score(cands[k])
+            if policy.diversity == "mmr" and chosen:
+                value -= float(w["mmr_penalty.weight"]) * max(float(cands[j] @ cands[k]) for j in chosen)
+            row.append(value / policy.temperature if k in free and k not in chosen else MASKED_LOGIT)
+        if policy.stop:
+            row.append(score(unit(w["stop_embedding"])) / policy.temperature if chosen else MASKED_LOGIT)
+        rows.append(row)
+        if pick is not None:
+            chosen.append(pick)
+            state = moved(cands[pick])
+    return rows
+
+
+def log_softmax(row):
+    top = max(row)
+    total = top + math.log(sum(math.exp(x - top) for x in row))
+    return [x - total for x in row]
+
+
+def written_out_sequence(policy, query, candidates, sequence, real=None):
+    """log-prob of a sequence, and the mean entropy of its steps, the decision to stop among them."""
+    picks = [pick for pick in sequence if pick >= 0]
+    labels = picks + [len(candidates)] * (policy.stop and 0 < len(picks) < len(sequence))
+    rows = [log_softmax(row) for row in written_out(policy, query, candidates, picks, real)][: len(labels)]
+    entropies = [-sum(math.exp(x) * x for x in row) for row in rows]
+    return sum(row[label] for row, label in zip(rows, labels, strict=True)), sum(entropies) / max(len(entropies), 1)
+
+
+def test_the_variants_tested_here_are_all_that_there_are():
+    assert {option: tuple(known) for option, known in VARIANTS.items()} == {
+        option: values for option, values in CHOICES.items() if option != "stop"
+    }
+    assert len(EVERY) == 36
+
+
+@every_variant
+def test_every_logit_is_that_of_the_equations_written_out(variant):
+    policy = make(variant, num_heads=2)
+    query, candidates = inputs(2, 5)
+    mask = torch.tensor([[True] * 5, [True, False, True, True, True]])
+    sequences = torch.tensor([[3, 0, 4], [4, 2, 0]])
+    with torch.no_grad():
+        ours = policy.logits(query, candidates, sequences, mask)
+    theirs = [written_out(policy, query[i], candidates[i], sequences[i].tolist(), mask[i])[:3] for i in range(2)]
+    torch.testing.assert_close(ours, torch.tensor(theirs, dtype=torch.float64), **EXACT)
+
+
+@every_variant
+def test_log_prob_and_entropy_of_every_sequence_are_the_sums_over_its_written_out_steps(variant):
+    policy = make(variant)
+    query, candidates = inputs(1, 3)
+    sequences = [*possible(range(3), 3, variant["stop"]), (2, -1, -1), (-1, -1, -1)]
+    with torch.no_grad():
+        log_probs, entropies = policy.evaluate(query, candidates, as_group(sequences))
+    expected = [written_out_sequence(policy, query[0], candidates[0], sequence) for sequence in sequences]
+    torch.testing.assert_close(log_probs[0], torch.tensor([e[0] for e in expected], dtype=torch.float64), **EXACT)
+    torch.testing.assert_close(entropies[0], torch.tensor([e[1] for e in expected], dtype=torch.float64), **EXACT)
+
+
+def test_the_gru_moves_the_state_as_torchs_cell_does_with_the_pick_as_its_input():
+    policy = make({"state_update": "gru"})
+    cell = nn.GRUCell(4, 4).double()
+    prefix = "query_update_gru."
+    cell.load_state_dict({k.removeprefix(prefix): t for k, t in policy.state_dict().items() if k.startswith(prefix)})
+    query, candidates = inputs(2, 5)
+    with torch.no_grad():
+        state, cands = policy.encode(query, candidates)
+        for t, pick in enumerate((4, 1)):
+            state = nn.functional.normalize(cell(cands[:, pick], state), dim=-1)
+            ours = policy.logits(query, candidates, torch.tensor([[4, 1, 0]] * 2))[:, t + 1]
+            theirs = torch.einsum("bh,bkh->bk", state, cands) / 0.5
+            untaken = [k for k in range(5) if k not in (4, 1)[: t + 1]]
+            torch.testing.assert_close(ours[:, untaken], theirs[:, untaken], **EXACT)
+
+
+def bare(degrees, temperature=0.5, **variant):
+    """A policy that takes plane vectors as they are, a query along the first axis, and candidates at these angles."""
+    policy = PointerSelector(2, 2, 0, temperature=temperature, **variant).double().eval()
+    with torch.no_grad():
+        policy.query_proj.weight.copy_(torch.eye(2))
+        policy.cand_proj.weight.copy_(torch.eye(2))
+    angles = torch.tensor(degrees, dtype=torch.float64).deg2rad()
+    return policy, torch.tensor([[1.0, 0.0]]).double(), torch.stack([angles.cos(), angles.sin()], -1).unsqueeze(0)
+
+
+def test_mmr_costs_the_likeness_to_the_nearest_pick_and_the_first_step_nothing():
+    policy, query, candidates = bare([0, 90, 60, 180], diversity="mmr")
+    with torch.no_grad():
+        policy.mmr_penalty.weight.fill_(0.8)
+        logits = policy.logits(query, candidates, torch.tensor([[0, 1, 2]]))[0]
+    hidden = MASKED_LOGIT
+    near = math.cos(math.radians(30))  # of 60° to the pick at 90°, nearer than the one at 0°
+    expected = [
+        [2.0, 0.0, 1.0, -2.0],
+        [hidden, 0.0, (0.5 - 0.8 * 0.5) / 0.5, (-1 + 0.8) / 0.5],
+        [hidden, hidden, (0.5 - 0.8 * near) / 0.5, -2.0],  # 180° is at a right angle to the pick at 90°
+    ]
+    torch.testing.assert_close(logits, torch.tensor(expected, dtype=torch.float64), **EXACT)
+
+
+def test_untrained_mmr_takes_half_the_likeness_and_an_untrained_bilinear_scorer_ranks_by_cosine():
+    policy, query, candidates = bare([0, 90, 60, 180], diversity="mmr", scorer="bilinear")
+    with torch.no_grad():
+        logits = policy.logits(query, candidates, torch.tensor([[0, 1]]))[0]
+    expected = [math.tanh(0.5) / 0.5 - 0.5, (math.tanh(-1) + 0.5) / 0.5]
+    torch.testing.assert_close(logits[1, 2:], torch.tensor(expected, dtype=torch.float64), **EXACT)
+    assert logits[0].argsort(descending=True).tolist() == [0, 2, 1, 3]
+
+
+def test_the_bilinear_scorer_is_the_state_times_w_times_the_candidate():
+    policy, query, candidates = bare([0, 90, 60], scorer="bilinear")
+    with torch.no_grad():
+        policy.bilinear_scorer.weight.copy_(torch.tensor([[0.25, 0.75], [5.0, 9.0]]))  # the state has no second part
+        logits = policy.logits(query, candidates, torch.tensor([[0]]))[0, 0]
+    expected = [math.tanh(x) / 0.5 for x in (0.25, 0.75, 0.25 * 0.5 + 0.75 * math.sqrt(0.75))]
+    torch.testing.assert_close(logits, torch.tensor(expected, dtype=torch.float64), **EXACT)
+
+
+def test_the_additive_scorer_adds_state_and_candidate_before_the_tanh():
+    policy, query, candidates = bare([0, 90], scorer="additive")
+    scorer = policy.additive_scorer
+    with torch.no_grad():
+        scorer.state.weight.copy_(torch.tensor([[0.5, 9.0], [-0.25, 9.0]]))
+        scorer.state.bias.copy_(torch.tensor([0.125, 0.0]))
+        scorer.candidate.weight.copy_(torch.tensor([[1.0, 2.0], [3.0, -1.0]]))
+        scorer.score.weight.copy_(torch.tensor([[1.5, -0.5]]))
+        logits = policy.logits(query, candidates, torch.tensor([[0]]))[0, 0]
+    expected = [
+        math.tanh(1.5 * math.tanh(1.625) - 0.5 * math.tanh(2.75)) / 0.5,
+        math.tanh(1.5 * math.tanh(2.625) - 0.5 * math.tanh(-1.25)) / 0.5,
+    ]
+    torch.testing.assert_close(logits, torch.tensor(expected, dtype=torch.float64), **EXACT)
+
+
+@pytest.mark.parametrize("scorer", ["additive", "bilinear"])
+def test_learned_scorers_are_clipped_at_one_over_the_temperature(scorer):
+    policy = make({"scorer": scorer}, temperature=0.1)
+    query, candidates = inputs(4, 9)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if name.startswith(scorer):
+                parameter.mul_(50)
+        logits = policy.logits(query, candidates, torch.zeros(4, 1, dtype=torch.long))
+    assert float(logits.abs().max()) == pytest.approx(10, abs=1e-3)
+
+
+# ---------------------------------------------------------------------- probabilities
+
+
+@every_variant
+def test_the_probabilities_of_all_sequences_sum_to_one(variant):
+    policy = make(variant)
+    query, candidates = inputs(1, 5)
+    mask = torch.tensor([[True, True, False, True, True]])
+    with torch.no_grad():
+        for shots, temperature in itertools.product((1, 2, 3, 4), (1.0, 2.0)):
+            group = as_group(possible((0, 1, 3, 4), shots, variant["stop"]))
+            total = policy.log_prob(query, candidates, group, mask, temperature=temperature).exp().sum()
+            assert float(total) == pytest.approx(1, abs=1e-9)
+
+
+@with_stop
+def test_a_short_sequence_pays_for_its_stop_once_and_a_full_one_never(variant):
+    policy = make(variant)
+    query, candidates = inputs(1, 4)
+    with torch.no_grad():
+        steps = policy.logits(query, candidates, torch.tensor([[2, 0, 3]])).log_softmax(-1)[0]
+        ours = policy.log_prob(query, candidates, torch.tensor([[[2, 0, 3], [2, 0, -1], [2, -1, -1]]]))[0]
+        alone = policy.log_prob(query, candidates, torch.tensor([[[2]]]))[0, 0]
+    first, second, third, stop = steps[0, 2], steps[1, 0], steps[2, 3], 4
+    expected = [first + second + third, first + second + steps[2, stop], first + steps[1, stop]]
+    torch.testing.assert_close(ours, torch.stack(expected), **EXACT)
+    torch.testing.assert_close(alone, first, **EXACT)
+
+
+@pytest.mark.parametrize("variant", [v for v in EVERY if v["stop"] and v["scorer"] == "dot"], ids=name_of)
+def test_the_first_step_cannot_stop_however_much_it_is_wanted(variant):
+    policy = make(variant, temperature=0.01)
+    query, candidates = inputs(1, 4)
+    with torch.no_grad():
+        policy.stop_embedding.copy_(policy.encode(query, candidates)[0][0])  # the likest of all
+        logits = policy.logits(query, candidates, torch.tensor([[0]]))[0, 0]
+    assert logits[-1] == MASKED_LOGIT
+    generator = torch.Generator().manual_seed(0)
+    drawn = policy.sample(query, candidates, 3, num_samples=300, temperature=1e6, generator=generator)
+    assert (drawn[..., 0] >= 0).all()
+    assert (drawn[..., 1] == -1).any()
+    assert (policy.beams(query, candidates, 3, 100)[0][..., 0] >= 0).all()
+    assert policy.select(query, candidates, 3)[0, 0] == logits[:4].argmax()
+    if variant["state_update"] == "none" and variant["diversity"] == "none":
+        assert policy.select(query, candidates, 3)[0, 1:].tolist() == [-1, -1]
+
+
+@every_variant
+def test_label_smoothing_is_torchs_smoothed_cross_entropy_over_the_options(variant):
+    policy = make(variant)
+    query, candidates = inputs(1, 4)
+    sequences = torch.tensor([[[1, 3, 0], [2, 0, -1]]])
+    labels = torch.tensor([[1, 3, 0], [2, 0, 4 if variant["stop"] else -100]])  # −100: torch's "counts for nothing"
+    with torch.no_grad():
+        ours = policy.log_prob(query, candidates, sequences, label_smoothing=0.1)[0]
+        logits = policy.logits(query.expand(2, -1), candidates.expand(2, -1, -1), sequences[0]).transpose(1, 2)
+    losses = nn.functional.cross_entropy(logits, labels, reduction="none", label_smoothing=0.1)
+    torch.testing.assert_close(ours, -losses.sum(-1), rtol=0, atol=1e-6)  # the share of an option, 1/O, is in float32
+
+
+@every_variant
+def test_a_padded_step_picks_nothing(variant):
+    policy = make(variant)
+    with torch.no_grad():
+        logits = policy.logits(*inputs(1, 4), torch.tensor([[2, 1, -1, -1]]))[0]
+    assert torch.equal(logits[3], logits[2])
+    assert not torch.equal(logits[2], logits[1])
+
+
+@every_variant
+def test_a_rollout_of_padding_alone_has_log_prob_and_gradient_zero(variant):
+    policy = make(variant)
+    query, candidates = (x.requires_grad_() for x in inputs(2, 4))
+    log_probs, entropies = policy.evaluate(query, candidates, torch.full((2, 3, 2), -1))
+    assert (log_probs == 0).all()
+    assert (entropies == 0).all()
+    (log_probs.sum() + entropies.sum()).backward()
+    for tensor in (query, candidates, *policy.parameters()):
+        assert tensor.grad is None or (tensor.grad == 0).all()
+
+
+@every_variant
+def test_gradient_of_log_prob_and_entropy_is_right(variant):
+    policy = make(variant, num_heads=2)
+    query, candidates = (x.requires_grad_() for x in inputs(1, 4))
+    mask = torch.tensor([[True, True, True, False]])
+    sequences = torch.tensor([[[0, 2, 1], [2, -1, -1]]])
+    names, weights = zip(*policy.named_parameters(), strict=True)
+    policy.forward = policy.evaluate
+
+    def evaluate(query, candidates, *weights):
+        state = dict(zip(names, weights, strict=True))
+        return torch.func.functional_call(policy, state, (query, candidates, sequences, mask))
+
+    assert torch.autograd.gradcheck(evaluate, (query, candidates, *weights), atol=1e-6, fast_mode=True)
+    gradients = torch.autograd.grad(evaluate(query, candidates, *weights)[0].sum(), weights)
+    assert [name for name, gradient in zip(names, gradients, strict=True) if gradient.abs().max() < 1e-9] == []
+
+
+@every_variant
+def test_a_policy_without_preferences_gives_every_option_the_same_probability(variant):
+    policy = make(variant)
+    query, candidates = inputs(2, 5)
+    with torch.no_grad():
+        policy.cand_proj.weight.zero_()
+        if variant["stop"]:
+            policy.stop_embedding.zero_()
+        one = policy.evaluate(query, candidates, torch.tensor([[[3], [0]]] * 2))
+        more = policy.evaluate(query, candidates, torch.tensor([[[3, 0, 1], [2, 4, -1]]] * 2))
+    fifth = torch.full((2, 2), math.log(5), dtype=torch.float64)
+    torch.testing.assert_close(one, (-fifth, fifth), **EXACT)
+    # Without stop 5, 4 and 3 candidates are left; with it 5, then 4 and the stop, then 3 and the stop.
+    left = [(5, 5, 4), (5, 5, 4)] if variant["stop"] else [(5, 4, 3), (5, 4)]
+    totals = torch.tensor([[math.log(math.prod(options)) for options in left]] * 2, dtype=torch.float64)
+    steps = torch.tensor([len(options) for options in left])
+    torch.testing.assert_close(more, (-totals, totals / steps), **EXACT)
+
+
+# ---------------------------------------------------------------------- padding and batches
+
+
+@every_variant
+def test_padding_the_pool_changes_nothing(variant):
+    policy = make(variant, num_layers=2, num_heads=2)
+    query, candidates = inputs(2, 4)
+    padded = torch.cat([candidates, torch.full((2, 3, 3), 50.0).double()], 1)
+    mask = torch.tensor([[True] * 4 + [False] * 3] * 2)
+    sequences = torch.tensor([[[0, 1, 2], [3, 0, -1]], [[2, 3, 1], [-1, -1, -1]]])
+    options = {"label_smoothing": 0.1, "temperature": 1.5}
+    plain = policy.evaluate(query, candidates, sequences, **options)
+    with_padding = policy.evaluate(query, padded, sequences, mask, **options)
+    for ours, theirs in zip(with_padding, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, **EXACT)
+    assert torch.equal(policy.select(query, padded, 4, mask), policy.select(query, candidates, 4))
+    for width in (3, 100):
+        ours, theirs = policy.beams(query, padded, 3, width, mask), policy.beams(query, candidates, 3, width)
+        assert torch.equal(ours[0], theirs[0])
+        torch.testing.assert_close(ours[1:], theirs[1:], **EXACT)
+
+
+@every_variant
+def test_padding_the_group_changes_nothing(variant):
+    policy = make(variant)
+    query, candidates = inputs(2, 4)
+    sequences = torch.tensor([[[0, 1, 2], [3, 0, -1]], [[2, 3, 1], [1, -1, -1]]])
+    padded = torch.cat([sequences[:, :1], torch.full((2, 2, 3), -1), sequences[:, 1:]], 1)
+
+    def result(group):
+        log_probs, entropies = policy.evaluate(query, candidates, group)
+        gradients = torch.autograd.grad(log_probs.sum() + entropies.sum(), list(policy.parameters()))
+        return log_probs, entropies, gradients
+
+    plain, ours = result(sequences), result(padded)
+    for before, after in zip(plain[:2], ours[:2], strict=True):
+        torch.testing.assert_close(after[:, [0, 3]], before, **EXACT)
+        assert (after[:, 1:3] == 0).all()
+    torch.testing.assert_close(ours[2], plain[2], **EXACT)
+
+
+@without_stop
+def test_without_stop_more_columns_of_padding_change_nothing(variant):
+    policy = make(variant)
+    query, candidates = inputs(1, 4)
+    mixed = torch.tensor([[[1, 3, 0], [2, 0, -1], [3, -1, -1]]])
+    ours = policy.evaluate(query, candidates, mixed)
+    for i, sequence in enumerate(([1, 3, 0], [2, 0], [3])):
+        alone = policy.evaluate(query, candidates, torch.tensor([[sequence]]))
+        torch.testing.assert_close([x[0, i] for x in ours], [x[0, 0] for x in alone], **EXACT)
+
+
+@with_stop
+def test_with_stop_the_first_column_of_padding_is_the_stop_and_the_others_change_nothing(variant):
+    policy = make(variant)
+    query, candidates = inputs(1, 4)
+    with torch.no_grad():
+        full, stopped, later = (
+            policy.log_prob(query, candidates, torch.tensor([[[1, 3, *padding]]]))[0, 0]
+            for padding in ([], [-1], [-1, -1, -1])
+        )
+        last = written_out(policy, query[0], candidates[0], [1, 3])[2]
+    assert float(stopped - full) == pytest.approx(log_softmax(last)[4], abs=1e-9)
+    assert torch.equal(later, stopped)
+
+
+@with_stop
+def test_when_the_pool_is_used_up_to_stop_is_certain(variant):
+    policy = make(variant)
+    query, candidates = inputs(1, 2)
+    with torch.no_grad():
+        ours = policy.log_prob(query, candidates, torch.tensor([[[1, 0, -1]]]))
+        full = policy.log_prob(query, candidates, torch.tensor([[[1, 0]]]))
+    torch.testing.assert_close(ours, full, **EXACT)
+
+
+@every_variant
+def test_a_query_does_not_depend_on_the_others_of_its_batch(variant):
+    policy = make(variant, num_layers=2)
+    query, candidates = inputs(3, 5)
+    mask = torch.tensor([[True] * 5, [True, False, True, True, True], [True] * 3 + [False] * 2])
+    sequences = torch.tensor([[[0, 1], [2, -1]], [[4, 2], [-1, -1]], [[1, 0], [2, 1]]])
+    with torch.no_grad():
+        together = [
+            *policy.evaluate(query, candidates, sequences, mask),
+            policy.logits(query, candidates, sequences[:, 0], mask),
+            policy.select(query, candidates, 3, mask),
+        ]
+        for i in range(3):
+            one = query[i : i + 1], candidates[i : i + 1]
+            alone = [
+                *policy.evaluate(*one, sequences[i : i + 1], mask[i : i + 1]),
+                policy.logits(*one, sequences[i : i + 1, 0], mask[i : i + 1]),
+                policy.select(*one, 3, mask[i : i + 1]),
+            ]
+            torch.testing.assert_close([x[i : i + 1] for x in together], alone, **EXACT)
+
+
+# ---------------------------------------------------------------------- choosing
+
+
+@every_variant
+def test_select_is_the_largest_logit_step_by_step(variant):
+    policy, shots = make(variant), 5
+    query, candidates = inputs(8, 5)
+    picks = policy.select(query, candidates, shots)
+    for i in range(8):
+        prefix = []
+        while len(prefix) < shots:
+            with torch.no_grad():
+                logits = policy.logits(query[i : i + 1], candidates[i : i + 1], torch.tensor([[*prefix, 0]]))
+            choice = int(logits[0, -1].argmax())
+            if choice == 5:
+                break
+            prefix.append(choice)
+        assert picks[i].tolist() == prefix + [-1] * (shots - len(prefix))
+        assert len(set(prefix)) == len(prefix) >= 1
+    for fewer in range(1, shots):
+        assert torch.equal(policy.select(query, candidates, fewer), picks[:, :fewer])
+
+
+@with_stop
+def test_greedy_choices_with_stop_have_more_than_one_length(variant):
+    policy = make(variant, seed=2)
+    picks = policy.select(*inputs(64, 5), 4)
+    lengths = (picks >= 0).sum(-1)
+    assert len(lengths.unique()) > 1
+    assert torch.equal(picks < 0, torch.arange(4) >= lengths.unsqueeze(-1))  # nothing is picked after a stop
+
+
+@every_variant
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_samples_come_with_the_probability_that_log_prob_gives_them(variant, temperature):
+    policy = make(variant)
+    query, candidates = inputs(1, 4)
+    mask = torch.tensor([[True, False, True, True]])
+    count, every = 4000, possible((0, 2, 3), 3, variant["stop"])
+    generator = torch.Generator().manual_seed(0)
+    options = {"num_samples": count, "temperature": temperature, "generator": generator}
+    drawn = policy.sample(query, candidates, 3, mask, **options)[0]
+    with torch.no_grad():
+        expected = policy.log_prob(query, candidates, as_group(every), mask, temperature=temperature)[0].exp()
+    found = (drawn.unsqueeze(1) == torch.tensor(every)).all(-1)
+    assert found.any(-1).all()  # nothing was drawn that is not among them: no repeat, no padding, no pick after a stop
+    spread = (expected * (1 - expected) / count).sqrt()
+    assert ((found.double().mean(0) - expected).abs() <= 5 * spread + 1e-3).all()
+
+
+@every_variant
+def test_beams_wide_enough_are_all_sequences_likeliest_first(variant):
+    policy = make(variant)
+    query, candidates = inputs(2, 4)
+    mask = torch.tensor([[True, False, True, True], [True, True, True, False]])
+    sequences, log_probs, probs = policy.beams(query, candidates, 3, 1000, mask)
+    for i in range(2):
+        every = as_group(possible(mask[i].nonzero().flatten().tolist(), 3, variant["stop"]))
+        with torch.no_grad():
+            scores = policy.log_prob(query[i : i + 1], candidates[i : i + 1], every, mask[i : i + 1])[0]
+        scores, order = scores.sort(descending=True)
+        torch.testing.assert_close(log_probs[i], scores, **EXACT)
+        assert sequences[i].tolist() == every[0][order].tolist()
+        for sequence, total in list(zip(sequences[i].tolist(), probs[i].tolist(), strict=True))[::3]:
+            picks = [pick for pick in sequence if pick >= 0]
+            rows = written_out(policy, query[i], candidates[i], picks, mask[i])
+            labels = picks + [4] * (len(picks) < 3)
+            steps = [math.exp(log_softmax(row)[label]) for row, label in zip(rows, labels, strict=False)]
+            assert total == pytest.approx(sum(steps), abs=1e-9)
+
+
+@every_variant
+def test_beams_as_wide_as_the_pool_are_the_best_of_all_pairs(variant):
+    policy = make(variant)
+    query, candidates = inputs(3, 5)
+    sequences, log_probs, _ = policy.beams(query, candidates, 2, 5)
+    every = as_group(possible(range(5), 2, variant["stop"]))
+    with torch.no_grad():
+        scores, order = policy.log_prob(query, candidates, every.expand(3, -1, -1)).topk(5)
+    torch.testing.assert_close(log_probs, scores, **EXACT)
+    assert torch.equal(sequences, every[0][order])
+
+
+@every_variant
+def test_a_pool_as_large_as_the_shots_will_do_and_a_smaller_one_is_refused(variant):
+    policy = make(variant)
+    query, candidates = inputs(2, 4)
+    mask = torch.tensor([[True] * 4, [True] * 3 + [False]])
+    chosen = [
+        policy.select(query, candidates, 3, mask).unsqueeze(1),
+        policy.sample(query, candidates, 3, mask, num_samples=9, generator=torch.Generator().manual_seed(0)),
+        policy.beams(query, candidates, 3, 6, mask)[0],
+    ]
+    for sequences in chosen:
+        picks = [[pick for pick in sequence if pick >= 0] for sequence in sequences[1].tolist()]
+        assert all(set(p) <= {0, 1, 2} and len(set(p)) == len(p) for p in picks)
+        assert variant["stop"] or all(len(p) == 3 for p in picks)
+    refused = pytest.raises(ValueError, match="cannot pick 4 shots from a pool of 3 candidates")
+    with refused:
+        policy.select(query, candidates, 4, mask)
+    with refused:
+        policy.sample(query, candidates, 4, mask)
+    with refused:
+        policy.beams(query, candidates, 4, 6, mask)
+
+
+@every_variant
+@settings(max_examples=3)
+@given(order=st.permutations(range(5)), seed=st.integers(0, 10**6))
+def test_a_pool_in_another_order_gives_the_same_picks_at_their_new_places(variant, order, seed):
+    policy = make(variant, seed=seed % 7)
+    query, candidates = inputs(2, 5, seed=seed)
+    order = torch.tensor(order)
+    place = order.argsort()  # candidate k stands at place[k] of candidates[:, order]
+    sequences = torch.tensor([[[0, 1, 2], [4, 3, -1]], [[3, 1, 4], [2, -1, -1]]])
+    moved = torch.where(sequences < 0, -1, place[sequences])
+    with torch.no_grad():
+        plain = policy.evaluate(query, candidates, sequences)
+        torch.testing.assert_close(policy.evaluate(query, candidates[:, order], moved), plain, **EXACT)
+    assert torch.isfinite(plain[0]).all()
+    assert (plain[0] <= 0).all()
+    picks = policy.select(query, candidates, 4)
+    expected = torch.where(picks < 0, -1, place[picks])
+    assert torch.equal(policy.select(query, candidates[:, order], 4), expected)
+
+
+# ---------------------------------------------------------------------- checkpoints and after_input
+
+
+def content_of(policy):
+    return v3_content(policy.float(), epoch=0, phase="rce", kl_beta=0.0, metrics={}, config={})
+
+
+def assert_same_policy(ours, theirs):
+    query, candidates = (x.float() for x in inputs(2, 5))
+    sequences = torch.tensor([[3, 0, 4], [1, 2, 0]])
+    with torch.no_grad():
+        assert torch.equal(ours.logits(query, candidates, sequences), theirs.logits(query, candidates, sequences))
+
+
+@every_variant
+def test_a_v3_file_gives_the_policy_back_with_our_config_and_without(tmp_path, variant):
+    policy = make(variant, temperature=0.1, num_layers=2)
+    content = content_of(policy)
+    save_torch(tmp_path / "whole.pt", content)
+    loaded = load_policy(tmp_path / "whole.pt")
+    assert loaded.shape == policy.shape
+    assert {option: loaded.shape[option] for option in CHOICES} == variant
+    assert_same_policy(loaded, policy)
+
+    del content["config"], content["format"]
+    save_torch(tmp_path / "bare.pt", content)
+    inferred = load_policy(tmp_path / "bare.pt")
+    assert inferred.shape == policy.shape
+    assert_same_policy(inferred, policy)
+    shape = {"d_model": 3, "hidden_dim": 4, "num_layers": 2, "num_heads": 1, **variant}
+    assert infer_shape(content["model_state_dict"], 1) == shape
+
+
+@every_variant
+def test_v2_refuses_what_it_cannot_express_by_name_and_takes_the_rest(tmp_path, variant):
+    path = tmp_path / "grpo_epoch1.pt"
+    policy = make(variant, temperature=0.1)
+    save_torch(path, content_of(policy))
+    unknown = {"state_update": "gru", "scorer": "additive bilinear", "diversity": "mmr", "stop": "True"}
+    named = [f"{option}={value}" for option, value in variant.items() if str(value) in unknown[option].split()]
+    if not named:
+        save_torch(tmp_path / "back.pt", to_v3(to_v2(load_torch(path), path)[0], path))
+        assert_same_policy(load_policy(tmp_path / "back.pt"), policy)
+        return
+    with pytest.raises(LeverError) as caught:
+        to_v2(load_torch(path), path)
+    assert f"v2 cannot express a policy with {', '.join(named)};" in str(caught.value)
+    with pytest.raises(LeverError, match="v2 cannot express"):
+        to_v2(load_torch(path), path, allow_truncate=True)
+
+
+@pytest.mark.parametrize(
+    ("option", "said", "held"),
+    [(option, *pair) for option, values in CHOICES.items() for pair in itertools.permutations(values, 2)],
+)
+def test_weights_of_another_variant_than_the_file_says_are_refused(tmp_path, option, said, held):
+    content = content_of(make({option: held}))
+    content["config"]["policy"][option] = said
+    save_torch(tmp_path / "mixed.pt", content)
+    with pytest.raises(LeverError, match=r"mixed.pt does not hold the weights of a PointerSelector: .*(?:Miss|Unexp)"):
+        load_policy(tmp_path / "mixed.pt")
+
+
+@pytest.mark.parametrize("option", sorted(set(CHOICES) - {"stop"}))
+def test_an_unknown_variant_is_refused_with_the_known_ones(option):
+    with pytest.raises(ValueError, match=f"unknown {option} 'lstm'; choose one of {', '.join(CHOICES[option])}$"):
+        PointerSelector(**{option: "lstm"})
+
+
+@every_variant
+def test_after_input_is_the_same_policy_on_projected_features(variant):
+    policy = make(variant)
+    query, candidates = inputs(2, 5)
+    sequences = torch.tensor([[[0, 1, 2], [4, 3, -1]], [[3, 1, 4], [2, -1, -1]]])
+    shape, names = policy.shape, list(policy.state_dict())
+    inner = policy.after_input()
+    projected = policy.input_proj(query), policy.input_proj(candidates)
+    theirs = policy.evaluate(query, candidates, sequences)
+    ours = inner.evaluate(*projected, sequences)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    with torch.no_grad():
+        assert torch.equal(inner.select(*projected, 4), policy.select(query, candidates, 4))
+
+    assert (policy.shape, list(policy.state_dict())) == (shape, names)
+    assert inner.shape == {**shape, "d_model": shape["hidden_dim"]}
+    expected = [(name, id(p)) for name, p in policy.named_parameters() if name != "input_proj.weight"]
+    assert [(name, id(p)) for name, p in inner.named_parameters()] == expected
+    parameters = list(policy.parameters())
+    torch.testing.assert_close(
+        torch.autograd.grad(ours[0].sum(), parameters), torch.autograd.grad(theirs[0].sum(), parameters), **EXACT
+    )
+
+
+# ---------------------------------------------------------------------- what a variant can learn
+
+
+class TypedPools:
+    """Pools of three candidates of type A, then three of type B, in float32; the reward is 1 for one word of types.
+
+    A candidate is its type's direction plus noise, which differs from pool to pool and is the same for all of its
+    type: what is left to learn is the word, not a favourite among the equals.
+    """
+
+    EACH = 3
+
+    def __init__(self, word):
+        self.sequences = torch.tensor(list(itertools.permutations(range(2 * self.EACH), len(word))))
+        types = torch.tensor(["AB".index(letter) for letter in word])
+        self.rewards = (self.sequences // self.EACH == types).all(-1).float()
+
+    def pools(self, count, generator):
+        types = 0.3 * torch.randn(count, 2, 6, generator=generator)
+        types[:, 0, 0] += 1
+        types[:, 1, 1] += 1
+        query = 0.3 * torch.randn(count, 6, generator=generator)
+        query[:, 2] += 1
+        return query, types.repeat_interleave(self.EACH, 1)
+
+    def expected_rewards(self, policy, query, candidates):
+        """The exact expected reward of each pool, (B,), from all ordered sequences."""
+        group = self.sequences.unsqueeze(0).expand(len(query), -1, -1)
+        return (policy.log_prob(query, candidates, group).exp() * self.rewards).sum(-1)
+
+    def learned(self, **variant):
+        """What a policy trained on the log of the expected reward earns on new pools, (64,)."""
+        torch.manual_seed(0)
+        policy = PointerSelector(6, 16, dropout=0, attn_dropout=0, **variant)
+        optimizer = torch.optim.Adam(policy.parameters(), lr=0.03)
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(150):
+            loss = -(self.expected_rewards(policy, *self.pools(16, generator)) + 1e-9).log().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        with torch.no_grad():
+            return self.expected_rewards(policy.eval(), *self.pools(64, generator))
+
+
+# Equal candidates are equally likely: with α the probability that the first pick is an A, each of the n = 3 As has α/n.
+# A stateless policy keeps its logits, and so once an A is gone a B follows with (1 − α) / (1 − α/n). A then B thus has
+# f(α) = α (1 − α) n / (n − α), largest at α = n − √(n² − n), where it is n (2n − 1 − 2 √(n² − n)).
+STATELESS_BOUND = 3 * (5 - 2 * math.sqrt(6))  # 0.303
+
+
+def test_the_bound_of_a_stateless_policy_is_the_largest_over_all_first_picks():
+    alpha = np.linspace(0, 1, 100_001)
+    assert (alpha * (1 - alpha) * 3 / (3 - alpha)).max() == pytest.approx(STATELESS_BOUND, abs=1e-9)
+
+
+@pytest.mark.parametrize("scorer", CHOICES["scorer"])
+def test_a_stateless_policy_cannot_learn_an_order(scorer):
+    earned = TypedPools("AB").learned(scorer=scorer)
+    assert earned.max() <= STATELESS_BOUND + 1e-4
+    assert earned.mean() > 0.9 * STATELESS_BOUND  # it does learn as much as it can
+
+
+@pytest.mark.parametrize(
+    ("update", "scorer"), [("gate", "dot"), ("gru", "dot"), ("gate", "additive"), ("gru", "bilinear")]
+)
+def test_a_policy_with_a_state_learns_an_order(update, scorer):
+    assert TypedPools("AB").learned(state_update=update, scorer=scorer).mean() > 0.9
+
+
+def test_mmr_learns_another_type_for_the_second_pick_without_a_state():
+    assert TypedPools("AB").learned(diversity="mmr").mean() > 0.9
+
+
+def test_mmr_cannot_learn_what_a_state_can():
+    """A, B, B: after an A and a B both types are alike to a pick, and so the third pick prefers B as the first did:
+    α (1 − α) at most."""
+    world = TypedPools("ABB")
+    assert world.learned(diversity="mmr").max() <= 0.25 + 1e-4
+    assert world.learned(state_update="gru").mean() > 0.9
