@@ -17,8 +17,6 @@ import shutil
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # one run a core: torch reads it on import
-
 import ablation_report
 import synthetic
 import torch
@@ -48,10 +46,9 @@ SYNTHETIC_ROWS = {
     **GRPO_ROWS,
     "dropout on for new log-probs only": {"grpo.dropout": "new_only"},
     CLASSIC: {},
-    "dropout on for both": {"grpo.dropout": "both"},
+    "dropout off for both": {"grpo.dropout": "off"},
     "mostly random rollouts": {},
     "backbone frozen": {"grpo.freeze_backbone": True},
-    "gate": {"policy.state_update": "gate"},
 }
 DIGITS_ROWS = {
     **GRPO_ROWS,
@@ -162,7 +159,7 @@ def one_run(world: str, row: str, seed: int, results: Path) -> str:
     path = ablation_report.run_file(results, world, row, seed)
     if path.is_file():
         return f"{world}, seed {seed}, {row}: there"
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # one run a core
     folder = results / "ablation" / "work" / f"{world}_{seed}" / path.stem
     shutil.rmtree(folder, ignore_errors=True)
     if world == "synthetic":

@@ -282,6 +282,20 @@ def test_the_probabilities_of_all_sequences_sum_to_one(variant):
             assert float(total) == pytest.approx(1, abs=1e-9)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 100.0])
+@pytest.mark.parametrize("weight", [0.5, 12.0])
+def test_they_do_so_at_any_temperature_and_under_any_penalty(temperature, weight):
+    """A masked candidate's −100 is no longer the smallest logit there: it must have no share in the sum."""
+    policy = make({"state_update": "none", "scorer": "dot", "diversity": "mmr", "stop": False}, temperature=0.1)
+    query, candidates = inputs(1, 5)
+    candidates = candidates[:, :1] + 0.01 * candidates  # near-duplicates
+    with torch.no_grad():
+        policy.mmr_penalty.weight.fill_(weight)
+        group = as_group(possible(range(5), 3, False))
+        total = policy.log_prob(query, candidates, group, temperature=temperature).exp().sum()
+    assert float(total) == pytest.approx(1, abs=1e-6)
+
+
 @with_stop
 def test_a_short_sequence_pays_for_its_stop_once_and_a_full_one_never(variant):
     policy = make(variant)
