@@ -32,7 +32,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Strategy = Annotated[str, typer.Option(help="val_loss, ppo_loss, kl, adv_std or val_reward")]
+Strategy = Annotated[str, typer.Option(help="val_loss, ppo_loss, kl, adv_std, val_reward or val_top_reward")]
 RceEpochs = Annotated[int | None, typer.Option(min=0, help="Epochs of RCE warm-up.")]
 GrpoEpochs = Annotated[int | None, typer.Option(min=0, help="Epochs of GRPO; raising it continues a finished run.")]
 RunDir = Annotated[Path | None, typer.Argument(help="Run folder; by default the one the options name.")]

@@ -266,6 +266,10 @@ class Config:
             raise UsageError(f"seed must lie between 0 and 2**63 - 1, found {self.seed} (--seed)")
         if self.rce.epochs + self.grpo.epochs == 0:
             raise UsageError("nothing to train: rce.epochs and grpo.epochs are both 0 (--rce-epochs, --grpo-epochs)")
+        if self.grpo.online and self.reward.mode == "infoscore":
+            raise UsageError(
+                "grpo.online answers new rollouts and searches none: reward.mode=infoscore cannot score them"
+            )
 
 
 def _one_of(key: str, value: str, choices: tuple[str, ...]) -> None:

@@ -166,6 +166,8 @@ class Pipeline:
                 raise UsageError("--embeddings belongs to rollouts of your own: name them with --rl-data FILE")
             if "gtprob" in self.config.reward.mode and not self.config.rollout.gt_prob:
                 raise UsageError(f"reward.mode {self.config.reward.mode} needs --set rollout.gt_prob=true")
+            if self.config.reward.mode == "infoscore" and not self.config.rollout.infoscore:
+                raise UsageError("reward.mode infoscore needs rollouts of that kind: --set rollout.infoscore=5")
             self.rollouts()
         exported = self.layout.cache / EXPORTED_EMBEDDINGS
         if rl_data is not None and embeddings is None and exported.is_file():

@@ -124,8 +124,11 @@ class _Planner:
                 if path.is_file() and read_rollouts(path)["_meta"]["fingerprint"] == stamp:
                     return Stage("rollouts", "there", str(path))
                 calls = self.lvlm.unknown(prompts)
+            found = self.config.rollout.infoscore  # as many rollouts more for each query, unknown before the search
+            calls += found * len(proposals.queries)
             if self.config.rollout.gt_prob:  # each distinct reference of a query is scored after each of its prompts
-                calls, exact = calls + sum(len(set(prompt.query.answers)) for prompt in prompts), False
+                queries = [*(prompt.query for prompt in prompts), *proposals.queries * found]
+                calls, exact = calls + sum(len(set(query.answers)) for query in queries), False
         if search := infoscore_calls(self.config, self.config.rollout.pool_size):
             calls, exact = calls + search * min(self.config.rollout.num_queries, total), False
         state = "to be made again" if path.is_file() else "to be made"

@@ -333,6 +333,7 @@ def _normalised(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Log-probs of a step, (…, O): as `sample` draws, a masked candidate has no share in the sum. Its own stays finite,
     so that a logged sequence with a repeated pick has a log-prob and a gradient."""
     logits, masked = logits / temperature, logits == MASKED_LOGIT
+    masked = masked & ~masked.all(-1, keepdim=True)  # a pool that is used up: nothing to choose, and nothing infinite
     return logits - logits.masked_fill(masked, torch.finfo(logits.dtype).min).logsumexp(-1, keepdim=True)
 
 

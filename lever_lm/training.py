@@ -103,10 +103,10 @@ def train_grpo(
         began, history = time.perf_counter(), []
         fresh = config.online and (epoch - 1) % config.online_every == 0
         if fresh:
-            memory["online"] = explore(policy, train, config.online_samples, answer)
+            memory["online"] = explore(policy, train, config.online_samples, answer, journal.say)
         if epoch > 1 and (fresh or (config.refresh_every and (epoch - 1) % config.refresh_every == 0)):
             memory["old"], old = snapshot(policy), None
-        data, weights = mix(train, memory["online"], config.online_ratio)
+        data, weights = mix(train, memory.get("online"), config.online_ratio)
         if old is None:
             old = Anchor(policy, memory["old"], data, config.dropout)
         if reference is None or fresh:
@@ -122,8 +122,8 @@ def train_grpo(
         )
         policy.train(config.dropout != "off")
         learner.train(config.dropout != "off")
-        for i, (index, batch) in enumerate(shuffled_places(replace(data, **projected), config.batch_size)):
-            set_learning_rate(optimizer, config, epoch, i, math.ceil(len(data) / config.batch_size))
+        for i, (index, batch) in enumerate(shuffled_places(replace(data, **projected), config.batch_size, len(train))):
+            set_learning_rate(optimizer, config, epoch, i, math.ceil(len(train) / config.batch_size))
             old_log_probs, ref_log_probs = old.log_probs(index), reference.log_probs(index)
             log_probs, entropy = learner.evaluate(batch.query, batch.candidates, batch.sequences, batch.pool_mask)
             terms = (log_probs, old_log_probs, advantages[index], mask[index])
@@ -163,17 +163,30 @@ def train_grpo(
 
 
 @torch.no_grad()
-def explore(policy: PointerSelector, train: GroupTensors, samples: int, answer: Answer) -> dict[str, Tensor]:
+def explore(
+    policy: PointerSelector, train: GroupTensors, samples: int, answer: Answer, say: Callable[[str], None]
+) -> dict[str, Tensor]:
     """A round of the policy's own rollouts, `samples` for each training query, and their rewards. Those of one query
     are a group of their own: the policy against itself."""
     policy.eval()
-    drawn = [
-        policy.sample(batch.query, batch.candidates, train.sequences.shape[2], batch.pool_mask, num_samples=samples)
-        for _, batch in train.chunks(EVAL_BATCH)
-    ]
+    shots = train.sequences.shape[2]
+    try:
+        drawn = [
+            policy.sample(batch.query, batch.candidates, shots, batch.pool_mask, num_samples=samples)
+            for _, batch in train.chunks(EVAL_BATCH)
+        ]
+    except ValueError as error:
+        raise LeverError(
+            f"online rollouts: {error}; make rollouts of fewer (rollout.shots), or grpo.online=false"
+        ) from error
     sequences = torch.cat(drawn)
     rewards = answer(sequences).to(train.rewards)
-    return {"sequences": sequences, "rewards": rewards, "mask": torch.ones_like(rewards, dtype=torch.bool)}
+    mask = torch.ones_like(rewards, dtype=torch.bool)
+    tied = tied_groups(rewards, mask).float().mean()
+    say(
+        f"online: {rewards.numel()} rollouts of the policy, mean reward {rewards.mean():.4f}, {tied:.0%} of groups tied"
+    )
+    return {"sequences": sequences, "rewards": rewards, "mask": mask}
 
 
 def mix(train: GroupTensors, online: dict[str, Tensor] | None, ratio: float) -> tuple[GroupTensors, Tensor]:
@@ -200,10 +213,10 @@ class Anchor:
         model.requires_grad_(False)
         self.model, projected = behind_frozen_input(model, data)
         self.data = replace(data, **projected)
-        self.model.train(dropout == "both")
-        chunks = [] if dropout == "both" else self.data.chunks(EVAL_BATCH)
-        self.known = [self._log_probs(batch) for _, batch in chunks]
-        self.known = torch.cat(self.known) if self.known else None
+        masked = dropout == "both" and bool(model.dropout or model.attn_dropout)
+        self.model.train(masked)
+        chunks = self.data.chunks(EVAL_BATCH)
+        self.known = None if masked else torch.cat([self._log_probs(batch) for _, batch in chunks])
 
     def log_probs(self, index: Tensor) -> Tensor:
         """Of the groups at these places, (B, G)."""
@@ -246,10 +259,13 @@ def update(optimizer, loss: Tensor, max_grad_norm: float, batch: Batch, where: s
     return norm
 
 
-def shuffled_places(data: GroupTensors, batch_size: int) -> Iterator[tuple[Tensor, Batch]]:
-    """(places, batch) over all groups in random order, from torch's global generator."""
-    order = torch.randperm(len(data)).to(data.rows.device)
+def shuffled_places(data: GroupTensors, batch_size: int, queries: int = 0) -> Iterator[tuple[Tensor, Batch]]:
+    """(places, batch) over all groups in random order, from torch's global generator. Where there are two groups of
+    each of the `queries`, logged and online, both are in one batch: every batch mixes them alike."""
+    queries = queries or len(data)
+    order = torch.randperm(queries).to(data.rows.device)
     for index in order.split(batch_size):
+        index = torch.cat([index + start for start in range(0, len(data), queries)])
         yield index, data.batch(index)
 
 

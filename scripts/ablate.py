@@ -2,8 +2,8 @@
 
     python scripts/ablate.py [--seeds 5] [--jobs 2] [--world synthetic] [--only ROW …] [--results results]
 
-synthetic: scripts/synthetic.py, 1,000 queries of which every fifth is held out: neither trained nor selected on, judged
-by the exact true reward of the sampling policy and of its greedy picks. digits: the shipped world, judged by the
+synthetic: scripts/synthetic.py, the 800 queries of its rollout file to train and select on, 1,000 unseen ones to judge
+by: the exact true reward of the sampling policy and of its greedy picks. digits: the shipped world, judged by the
 accuracy of the shipped LVLM on its 500 evaluation queries. A row changes the named options of ours and nothing else;
 it starts from the same data and weights, and so, where it changes GRPO alone, from the same RCE policy.
 Each run leaves one JSON file in RESULTS/ablation/; a run whose file is there is not made again. Writes
@@ -22,16 +22,20 @@ import synthetic
 import torch
 
 from lever_lm.batches import to_tensors
+from lever_lm.checkpoint import load_policy
 from lever_lm.config import Config
 from lever_lm.console import Screen
 from lever_lm.data.groups import load_groups, split_ids
 from lever_lm.inference import BASELINES, load_for
 from lever_lm.journal import Journal
+from lever_lm.judging import group_statistics
 from lever_lm.pipeline import Pipeline
+from lever_lm.policy import PointerSelector
 from lever_lm.proposals import new_policy
+from lever_lm.rewards import group_advantage
 from lever_lm.runs import RunFolder, write_json
 from lever_lm.settings import build, configs_root, dotted, merge, named_yaml, read_yaml
-from lever_lm.training import train_grpo, train_rce
+from lever_lm.training import best_rollouts, train_grpo, train_rce
 
 CLASSIC = "classic in full"
 # LEARNING's rows first: each sets one of our choices back to the lineage's. Then what is offered beside them.
@@ -72,7 +76,7 @@ DIGITS_ROWS = {
 }
 ROWS = {"synthetic": SYNTHETIC_ROWS, "digits": DIGITS_ROWS}
 MOSTLY_RANDOM = {"beams": 0, "retrieval": 1, "samples_per_temp": 0, "random": 13}
-QUERIES, HELD_OUT_EVERY = 1000, 5
+UNSEEN = 1000
 SHOTS = [1, 2, 4]
 
 
@@ -92,17 +96,16 @@ def config_of(world: str, row: str, seed: int) -> Config:
 
 
 def run_synthetic(row: str, seed: int, folder: Path) -> dict:
-    """Train a row and judge every checkpoint on the held-out queries."""
+    """Train a row and judge every checkpoint on the unseen queries."""
     config = config_of("synthetic", row, seed)
-    kinds = MOSTLY_RANDOM if row == "mostly random rollouts" else {}
-    data = synthetic.generate(synthetic.World(queries=QUERIES, seed=seed, **kinds))
-    held = synthetic.hold_out(data.content, data.qids, data.truth, HELD_OUT_EVERY)
+    world = synthetic.World(seed=seed, **(MOSTLY_RANDOM if row == "mostly random rollouts" else {}))
+    data = synthetic.generate(world)
     embeddings = torch.from_numpy(data.embeddings)
-    write_json(folder / "rl_data.json", held.content, indent=None)
+    write_json(folder / "rl_data.json", data.content, indent=None)
     groups = sorted(load_groups(folder / "rl_data.json"), key=lambda group: group.query_id)
     train, val = (
         to_tensors([group for group in groups if group.query_id in ids], embeddings, embeddings)
-        for ids in split_ids([int(key) for key in held.content])
+        for ids in split_ids(data.qids.tolist())
     )
     initial, policy = (new_policy(config, embeddings.shape[1]) for _ in range(2))
     journal = Journal(RunFolder(folder), {"policy": policy.shape}, {}, lambda line: None)
@@ -110,21 +113,23 @@ def run_synthetic(row: str, seed: int, folder: Path) -> dict:
     torch.manual_seed(seed)
     train_rce(policy, train, val, config.rce, journal)
     train_grpo(policy, initial, train, val, config.grpo, journal, val_temperature=config.rce.temperature_end)
-    test = (embeddings[held.qids], embeddings[held.pools], held.truth)
-    judged = [{**metrics, **truth} for metrics, truth in zip(journal.rows, _judge(journal, test), strict=True)]
-    return {"rows": judged, "untrained": _true_rewards(initial.eval(), test)}
+    unseen = synthetic.unseen(world, data, UNSEEN)
+    checkpoints = (load_policy(journal.run.checkpoint(row["phase"], row["epoch"])) for row in journal.rows)
+    judged = [
+        {**metrics, **judge(policy, embeddings, unseen)}
+        for metrics, policy in zip(journal.rows, checkpoints, strict=True)
+    ]
+    signal = signals(folder / "rl_data.json")
+    return {"rows": judged, "untrained": judge(initial.eval(), embeddings, unseen), "signals": signal}
 
 
-def _judge(journal: Journal, test: tuple):
-    for row in journal.rows:
-        yield _true_rewards(load_for(journal.run.checkpoint(row["phase"], row["epoch"]), Config()), test)
-
-
-def _true_rewards(policy, test: tuple) -> dict[str, float]:
-    return {
-        "true_reward": synthetic.expected_reward(policy, *test),
-        "true_greedy": synthetic.greedy_reward(policy, *test),
-    }
+def judge(policy: PointerSelector, embeddings: torch.Tensor, unseen: synthetic.Unseen) -> dict[str, float]:
+    """A policy's exact true reward, sampling and greedy. All examples are projected once, not once a pool."""
+    with torch.no_grad():
+        features = policy.input_proj(embeddings)
+    features = (features[unseen.qids], features[unseen.pools])
+    expected, greedy = synthetic.true_rewards(policy.after_input(), *features, unseen.truth)
+    return {"true_reward": expected, "true_greedy": greedy}
 
 
 # ---------------------------------------------------------------------- digits
@@ -148,7 +153,25 @@ def run_digits(row: str, seed: int, folder: Path, results: Path) -> dict:
         choices = {**{name: pipeline.evaluation.baseline(name, max(SHOTS)) for name in BASELINES}, **choices}
     outcomes = pipeline.evaluation.run(choices, SHOTS, pipeline.lvlm)
     accuracy = {f"{outcome.method}@{outcome.shots}": outcome.summary()["accuracy"] for outcome in outcomes}
-    return {"rows": rows, "accuracy": accuracy, "asked": pipeline.lvlm.asked}
+    signal = signals(pipeline.layout.rollouts)
+    return {"rows": rows, "accuracy": accuracy, "asked": pipeline.lvlm.asked, "signals": signal}
+
+
+# ---------------------------------------------------------------------- what ties leave
+
+
+def signals(rollouts: Path) -> dict[str, dict[str, float]]:
+    """Adv Std of a rollout file's groups, by reward mode: over all rollouts and over the best 3 and 5."""
+    found = {}
+    for mode in ("hard_plus_soft", "hard_only"):
+        groups = load_groups(rollouts, reward_mode=mode)
+        nothing = torch.zeros(1 + max(row for group in groups for row in (group.query_id, *group.pool)), 1)
+        data = to_tensors(groups, nothing, nothing)
+        for k in (None, 3, 5):
+            mask = best_rollouts(data.rewards, data.mask, k)
+            statistics = group_statistics(data.rewards, mask, group_advantage(data.rewards, mask))
+            found.setdefault(mode, {})["all" if k is None else f"top {k}"] = statistics["adv_std"]
+    return found
 
 
 # ---------------------------------------------------------------------- all of it

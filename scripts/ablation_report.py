@@ -270,10 +270,8 @@ def write(results: Path, rows: dict[str, dict]) -> Path:
     counts = sorted({len(seeds) for seeds in runs.values()})
     parts = {
         "Claims": claims(runs),
-        "Synthetic: expected true reward of the sampling policy, held-out queries": synthetic_table(
-            runs, "true_reward"
-        ),
-        "Synthetic: true reward of the greedy picks, held-out queries": synthetic_table(runs, "true_greedy"),
+        "Synthetic: expected true reward of the sampling policy, unseen queries": synthetic_table(runs, "true_reward"),
+        "Synthetic: true reward of the greedy picks, unseen queries": synthetic_table(runs, "true_greedy"),
         "Which metric to select by: rank correlation with true reward over checkpoints": correlation_table(runs),
         "Digits: accuracy on the 500 evaluation queries": digits_table(runs),
         "Digits: share of the gap from image+text similarity to the oracle that is closed": gap_closed(runs),

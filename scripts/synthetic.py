@@ -3,9 +3,9 @@
     python scripts/synthetic.py --out DIR [--seed 0] [--queries 800] …
 
 Writes DIR/rl_data.json (a rollout file), DIR/embeddings.pt ((N, D) float32) and DIR/truth.npz (qids, truth). As a
-module: `generate` and `write` make a world, `hold_out` sets queries aside, `expected_reward` and `greedy_reward` judge.
+module: `generate` and `write` make a world, `unseen` more queries of it, and `true_rewards` judges a policy by them.
 
-N training examples, D embedding, Q queries, K candidates in a query's pool, n queries held out, S = 2 shots.
+N training examples, D embedding, Q queries, K candidates in a query's pool, n queries to judge by, S = 2 shots.
 truth (Q, K, K): truth[q, i, j] is the mean reward (hard_plus_soft) of the pool positions [i, j], i picked first;
 the diagonal repeats a pick and means nothing.
 The order of the random draws, and of the floating-point operations, is that of ../shared/golden/make_rl_data.py: the
@@ -78,10 +78,9 @@ class Data(NamedTuple):
     truth: ndarray
 
 
-class HeldOut(NamedTuple):
-    """What `hold_out` makes: content without the held-out queries; their qids (n,), truth (n, K, K), pools (n, K)."""
+class Unseen(NamedTuple):
+    """Queries to judge by: their rows qids (n,), truth (n, K, K), pools (n, K) of rows."""
 
-    content: dict
     qids: ndarray
     truth: ndarray
     pools: ndarray
@@ -277,55 +276,54 @@ def _softmax(logits: ndarray) -> ndarray:
 # ---------------------------------------------------------------------- judging
 
 
-def hold_out(content: dict, qids: ndarray, truth: ndarray, every: int = 5) -> HeldOut:
-    """Set every `every`-th query by sorted id aside: neither trained nor selected on, only judged.
+def unseen(world: World, data: Data, count: int = 1000) -> Unseen:
+    """More queries of a world that was generated, none of them among its own: neither trained nor selected on, only
+    judged. They may stand in the pools of the world's queries, as demonstrations.
 
-    content of a rollout file; qids (Q,) in the order of truth (Q, K, K). A held-out example still stands in the pools
-    of other queries, as a demonstration. Raises ValueError where nothing would be left or nothing held out.
+    Raises ValueError where fewer than `count` examples are left.
     """
-    if not 2 <= every <= len(qids):
-        raise ValueError(f"every {every} of {len(qids)} queries: at least 2, at most as many as there are queries")
-    held = np.argsort(qids)[every - 1 :: every]
-    rest = dict(content)
-    pools = [rest.pop(str(query))["candidate_pool_ids"] for query in qids[held].tolist()]
-    return HeldOut(rest, qids[held], truth[held], np.array(pools))
+    rng = np.random.default_rng([world.seed, 1])
+    left = np.setdiff1d(np.arange(world.n_train), data.qids)
+    if count > len(left):
+        raise ValueError(f"{count} more queries: only {len(left)} of the {world.n_train} examples are left")
+    space = _draw_space(world, np.random.default_rng(world.seed))
+    qids = np.sort(rng.choice(left, count, replace=False))
+    pools, truth = [], []
+    for query in qids.tolist():
+        pools.append(rng.choice(np.setdiff1d(np.arange(world.n_train), [query]), world.pool, replace=False))
+        truth.append(_chance_of_right(world, space.utility, query, pools[-1], rng) * REWARD_IF_RIGHT)
+    return Unseen(qids, np.array(truth, dtype=np.float32), np.array(pools))
 
 
 @torch.no_grad()
-def expected_reward(policy: PointerSelector, queries: Tensor, candidates: Tensor, truth: ndarray | Tensor) -> float:
-    """Mean true reward of the policy that samples at temperature 1: exact, over all K (K − 1) ordered pairs.
+def true_rewards(
+    policy: PointerSelector, queries: Tensor, candidates: Tensor, truth: ndarray | Tensor
+) -> tuple[float, float]:
+    """Mean true reward of the policy that samples at temperature 1, exact over all K (K − 1) ordered pairs; and of its
+    greedy picks, as inference takes them.
 
     queries (n, D), candidates (n, K, D), truth (n, K, K). Raises ValueError on a policy in training mode.
     """
-    _check_judged(policy)
+    if policy.training:
+        raise ValueError("the policy is in training mode, where dropout changes its picks: call policy.eval() first")
     size = candidates.shape[1]
     firsts = torch.stack([torch.arange(size), torch.full((size,), -1)], -1)  # every first pick, and what may follow it
     rewards = torch.as_tensor(truth).to(candidates)
-    total = 0.0
+    expected = greedy = 0.0
     for query, pool, reward in zip(*(rows.split(CHUNK) for rows in (queries, candidates, rewards)), strict=True):
-        logits = policy.step_logits(query, pool, firsts.to(pool.device).expand(len(query), -1, -1))
+        logits = policy.step_logits(query, pool, firsts.to(pool.device).expand(len(query), -1, -1))[..., :size]
         first, second = logits.double().softmax(-1).unbind(2)
         # All rows of `first` are alike; after pick i the chance of picking i again is exp(−100), the rest of the row.
-        total += float((first[:, 0, :size, None] * second[..., :size] * reward).sum())
-    return total / len(queries)
-
-
-def greedy_reward(policy: PointerSelector, queries: Tensor, candidates: Tensor, truth: ndarray | Tensor) -> float:
-    """Mean true reward of the policy's likeliest picks, as inference takes them; shapes as in `expected_reward`."""
-    _check_judged(policy)
-    first, second = policy.select(queries, candidates, 2).cpu().unbind(-1)
-    return float(torch.as_tensor(truth).cpu().double()[torch.arange(len(first)), first, second].mean())
+        expected += float((first[:, 0, :, None] * second * reward).sum())
+        places, best = torch.arange(len(query)), first[:, 0].argmax(-1)
+        greedy += float(reward[places, best, second[places, best].argmax(-1)].double().sum())
+    return expected / len(queries), greedy / len(queries)
 
 
 def _ordered_pairs(size: int) -> Tensor:
     """All (i, j) with i ≠ j below a size: (size (size − 1), 2) long."""
     pairs = torch.cartesian_prod(torch.arange(size), torch.arange(size))
     return pairs[pairs[:, 0] != pairs[:, 1]]
-
-
-def _check_judged(policy: PointerSelector) -> None:
-    if policy.training:
-        raise ValueError("the policy is in training mode, where dropout changes its picks: call policy.eval() first")
 
 
 # ---------------------------------------------------------------------- command line

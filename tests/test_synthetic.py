@@ -154,33 +154,31 @@ def test_of_equal_picks_the_likelier_kind_stands_where_the_first_stood():
     assert kept == [trajectory("retrieval", 1, 0), trajectory("sample", 2, 3)]
 
 
-# ---------------------------------------------------------------------- queries held out
+# ---------------------------------------------------------------------- unseen queries
 
 
-def test_every_fifth_query_is_held_out(small):
-    before = json.dumps(small.content)
-    held = synthetic.hold_out(small.content, small.qids, small.truth)
-    assert held.qids.tolist() == small.qids[[4, 9, 14, 19]].tolist()
-    assert np.array_equal(held.truth, small.truth[[4, 9, 14, 19]])
-    assert held.pools.tolist() == [small.content[str(query)]["candidate_pool_ids"] for query in held.qids]
-    assert list(held.content) == [str(query) for query in small.qids if query not in held.qids]
-    assert all(held.content[name] == small.content[name] for name in held.content)
-    assert json.dumps(small.content) == before
+def test_unseen_queries_are_of_the_same_world_and_none_of_its_own(small):
+    more = synthetic.unseen(World(**SMALL), small, 100)
+    assert len(set(more.qids.tolist())) == 100
+    assert not set(more.qids.tolist()) & set(small.qids.tolist())
+    assert more.pools.shape == (100, SMALL["pool"])
+    for query, pool in zip(more.qids, more.pools.tolist(), strict=True):
+        assert len(set(pool)) == len(pool)
+        assert query not in pool
+    # The mean true reward of a useful pair is above that of a useless one, by the world's own utility.
+    space = synthetic._draw_space(World(**SMALL), np.random.default_rng(SMALL["seed"]))
+    assert np.array_equal(space.embeddings, small.embeddings)
+    useful = np.einsum("qku,qu->qk", space.utility[more.pools], space.utility[more.qids])
+    best, worst = useful.argsort(-1)[:, -2:], useful.argsort(-1)[:, :2]
+    rows = np.arange(100)
+    assert (more.truth[rows, best[:, 0], best[:, 1]] > more.truth[rows, worst[:, 0], worst[:, 1]]).all()
 
 
-def test_holding_out_goes_by_sorted_id_and_keeps_what_is_no_query(small):
-    mixed = np.random.default_rng(0).permutation(len(small.qids))
-    held = synthetic.hold_out({"_meta": {}, **small.content}, small.qids[mixed], small.truth[mixed], every=10)
-    assert held.qids.tolist() == small.qids[[9, 19]].tolist()
-    assert np.array_equal(held.truth, small.truth[[9, 19]])
-    assert len(held.content) == 1 + 18
-    assert "_meta" in held.content
-
-
-@pytest.mark.parametrize("every", [0, 1, 21])
-def test_holding_out_all_or_none_is_refused(small, every):
-    with pytest.raises(ValueError, match=f"every {every} of 20 queries"):
-        synthetic.hold_out(small.content, small.qids, small.truth, every)
+def test_they_are_the_same_each_time_and_as_many_as_there_are(small):
+    one, two = (synthetic.unseen(World(**SMALL), small, 10) for _ in range(2))
+    assert all(np.array_equal(a, b) for a, b in zip(one, two, strict=True))
+    with pytest.raises(ValueError, match="101 more queries: only 100 of the 120"):
+        synthetic.unseen(World(**SMALL), small, 101)
 
 
 # ---------------------------------------------------------------------- judging a policy
@@ -212,23 +210,23 @@ def test_the_expected_reward_is_that_of_all_pairs_one_by_one(update, monkeypatch
     expected = enumerated(policy, *world)
     swapped = enumerated(policy, *world[:2], world[2].transpose(0, 2, 1))
     assert abs(expected - swapped) > 1e-3, "the case tells first and second pick apart"
-    assert synthetic.expected_reward(policy, *world) == pytest.approx(expected, abs=1e-6)
+    assert synthetic.true_rewards(policy, *world)[0] == pytest.approx(expected, abs=1e-6)
     monkeypatch.setattr(synthetic, "CHUNK", 3)
-    assert synthetic.expected_reward(policy, *world) == pytest.approx(expected, abs=1e-6)
+    assert synthetic.true_rewards(policy, *world)[0] == pytest.approx(expected, abs=1e-6)
 
 
 def test_the_expected_reward_is_that_of_samples():
     policy, world = case(n=1)
     drawn = policy.sample(*world[:2], 2, num_samples=20_000, generator=torch.Generator().manual_seed(0))[0]
     rewards = world[2][0][drawn[:, 0], drawn[:, 1]]
-    assert abs(rewards.mean() - synthetic.expected_reward(policy, *world)) < 3 * rewards.std() / 20_000**0.5
+    assert abs(rewards.mean() - synthetic.true_rewards(policy, *world)[0]) < 3 * rewards.std() / 20_000**0.5
 
 
 def test_a_policy_without_an_opinion_earns_the_mean_of_all_pairs():
     policy, world = case(n=4, size=7)
     torch.nn.init.zeros_(policy.cand_proj.weight)
     off_diagonal = world[2][:, ~np.eye(7, dtype=bool)]
-    assert synthetic.expected_reward(policy, *world) == pytest.approx(off_diagonal.mean(), abs=1e-6)
+    assert synthetic.true_rewards(policy, *world)[0] == pytest.approx(off_diagonal.mean(), abs=1e-6)
 
 
 def test_the_greedy_reward_by_hand():
@@ -241,16 +239,23 @@ def test_the_greedy_reward_by_hand():
     queries = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 2.0]])  # pick 0 then 1, and 2 then 1
     truth = np.zeros((2, 3, 3), dtype=np.float32)
     truth[0, 0, 1], truth[1, 2, 1], truth[0, 1, 0], truth[1, 1, 2] = 0.5, 1.5, 9, 9
-    assert synthetic.greedy_reward(policy, queries, torch.eye(3).expand(2, 3, 3), truth) == 1.0
+    assert synthetic.true_rewards(policy, queries, torch.eye(3).expand(2, 3, 3), truth)[1] == 1.0
     # A gap of 1.2 at temperature 0.1 leaves next to nothing to chance.
-    assert synthetic.expected_reward(policy, queries, torch.eye(3).expand(2, 3, 3), truth) == pytest.approx(1, abs=0.01)
+    assert synthetic.true_rewards(policy, queries, torch.eye(3).expand(2, 3, 3), truth)[0] == pytest.approx(1, abs=0.01)
 
 
-@pytest.mark.parametrize("judge", [synthetic.expected_reward, synthetic.greedy_reward])
-def test_a_policy_in_training_mode_is_refused(judge):
+def test_the_greedy_reward_is_that_of_select():
+    policy, world = case("gru", n=8)
+    first, second = policy.select(*world[:2], 2).unbind(-1)
+    assert synthetic.true_rewards(policy, *world)[1] == pytest.approx(
+        world[2][range(8), first, second].mean(), abs=1e-6
+    )
+
+
+def test_a_policy_in_training_mode_is_refused():
     policy, world = case()
     with pytest.raises(ValueError, match=r"policy\.eval\(\)"):
-        judge(policy.train(), *world)
+        synthetic.true_rewards(policy.train(), *world)
 
 
 # ---------------------------------------------------------------------- the command

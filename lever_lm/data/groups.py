@@ -39,7 +39,8 @@ def load_groups(
 ) -> list[Group]:
     """Groups of a rollout file, in the file's order of queries and rollouts.
 
-    Rollouts are dropped where the evaluation failed or, with skip_fallback, fell back; queries with none left, and
+    Rollouts are dropped where the evaluation failed or, with skip_fallback, fell back, and under `infoscore` where
+    they have none; queries with none left, and
     with require_positive those without a correct rollout, are dropped. Raises LeverError naming file, query and
     trajectory when a number is not finite, a position is out of range or the schema is another.
     """
@@ -52,6 +53,8 @@ def load_groups(
             continue
         where = f"{path}, query {key}"
         kept = _usable(entry, skip_fallback, where)
+        if reward_mode == "infoscore":  # found otherwise, a rollout has no such score: it is neither good nor bad
+            kept = [(i, trajectory) for i, trajectory in kept if trajectory.get("infoscore") is not None]
         if not kept or (require_positive and not any(trajectory.get("vqa_correct") == 1 for _, trajectory in kept)):
             continue
         pool, sequences = _pool_and_sequences(entry, kept, where)
