@@ -67,23 +67,23 @@ def alarms(row: dict, config: GrpoConfig) -> dict[str, str]:
     """Why an epoch of GRPO taught little or nothing, and the option to change: kind → warning."""
     tied, idle, share = row["frac_reward_zero_std"], row["zero_grad_frac"], row["kl_share"]
     found = {}
-    if tied == 1:
-        mend = "grpo.top_k=[] keeps all rollouts" if config.top_k else "other rollouts or reward.mode may tell more"
-        found["tied"] = f"the rewards of every group are equal, so there is nothing to learn: {mend}"
-    elif idle > 0.5 and tied > 0.5 * idle:
-        mend = (
-            "grpo.top_k=[] keeps all rollouts"
-            if config.top_k
-            else "more varied rollouts (rollout.sample, rollout.temperatures, rollout.random) or a finer reward.mode"
-        )
-        found["tied"] = f"{idle:.0%} of the rollouts have no gradient, most of them in groups of equal rewards: {mend}"
+    if tied == 1 or (idle > 0.5 and tied > 0.5 * idle):
+        mend = "more varied rollouts (rollout.sample, rollout.temperatures, rollout.random) or a finer reward.mode"
+        if config.online:
+            mend = "raise grpo.online_samples or grpo.entropy_beta"
+        if config.top_k:
+            mend = "grpo.top_k=[] keeps all rollouts"
+        why = "the rewards of every group are equal, so there is nothing to learn"
+        if tied < 1:
+            why = f"{idle:.0%} of the rollouts have no gradient, most of them in groups of equal rewards"
+        found["tied"] = f"{why}: {mend}"
     elif idle > 0.5:
         mend = "lower grpo.refresh_every" if config.refresh_every else "set grpo.refresh_every=5"
         found["clipped"] = (
             f"{idle:.0%} of the rollouts have no gradient, most of them clipped: {mend}, or lower grpo.lr"
         )
     if share > 0.9:
-        mend = "grpo.dropout=off" if config.dropout == "new_only" else "lower grpo.kl_beta"
+        mend = "grpo.dropout=both" if config.dropout == "new_only" else "lower grpo.kl_beta"
         found["kl"] = f"{share:.0%} of the loss is KL, not reward: {mend}"
     return found
 

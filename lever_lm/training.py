@@ -2,7 +2,8 @@
 
 B queries in a batch, K candidates, G rollouts, S shots. Sources: RCE as in Lever-Plus; GRPO, arXiv:2402.03300 §4.1.
 Deviations from the lineage, each an option of GrpoConfig: all rollouts of a group are learnt from; old and reference
-policy are those at GRPO's start, and the old one is refreshed; dropout is off for old and new log-probs alike.
+policy are those at GRPO's start, and the old one is refreshed; old, reference and new policy draw the same dropout
+masks, so that the ratio of unchanged weights is 1 and their KL 0.
 """
 
 import copy

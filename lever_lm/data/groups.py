@@ -40,9 +40,9 @@ def load_groups(
     """Groups of a rollout file, in the file's order of queries and rollouts.
 
     Rollouts are dropped where the evaluation failed or, with skip_fallback, fell back, and under `infoscore` where
-    they have none; queries with none left, and
-    with require_positive those without a correct rollout, are dropped. Raises LeverError naming file, query and
-    trajectory when a number is not finite, a position is out of range or the schema is another.
+    they have none; queries with none left, and with require_positive those without a correct rollout, are dropped.
+    Raises LeverError naming file, query and trajectory when a number is not finite, a position is out of range or the
+    schema is another.
     """
     check_reward_mode(reward_mode)
     content = read_rollouts(path)
