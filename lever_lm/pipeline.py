@@ -147,13 +147,13 @@ class Pipeline:
         train_rce(policy, train, val, self.config.rce, journal)
         temperature = self.config.rce.temperature_end
         train_grpo(policy, initial, train, val, self.config.grpo, journal, val_temperature=temperature, answer=answer)
-        answer = self.recommend()
+        recommended = self.recommend()
         try:
-            converted = self.convert(Path(answer["checkpoint"]))["output"]
+            converted = self.convert(Path(recommended["checkpoint"]))["output"]
         except LeverError as error:  # the run is sound; only the older format cannot hold its policy
             self.screen.say(f"not converted: {error}")
             converted = None
-        return {"run": str(self.run.path), "recommended": answer, "converted": converted}
+        return {"run": str(self.run.path), "recommended": recommended, "converted": converted}
 
     def _source(self, rl_data: Path | None, embeddings: Path | None) -> "Source":
         """Rollouts and features to train on: made here; or the rollouts that are there, with the features in a file,

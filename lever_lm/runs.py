@@ -255,10 +255,11 @@ class RunFolder:
             _remove(file)
 
 
-def _with_defaults(there: dict, defaults: dict) -> dict:
+def _with_defaults(there, defaults):
     """An older config.yaml knows fewer options: the others had the effect of their defaults."""
-    parts = {name: _with_defaults(there.get(name) or {}, part) for name, part in defaults.items() if type(part) is dict}
-    return {**defaults, **there, **parts}
+    if not (isinstance(there, dict) and isinstance(defaults, dict)):
+        return there
+    return {**defaults, **{name: _with_defaults(value, defaults.get(name)) for name, value in there.items()}}
 
 
 def _differences(there, here, key: tuple[str, ...]) -> list[str]:

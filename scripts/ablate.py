@@ -52,7 +52,6 @@ SYNTHETIC_ROWS = {
     CLASSIC: {},
     "dropout off for both": {"grpo.dropout": "off"},
     "mostly random rollouts": {},
-    "backbone frozen": {"grpo.freeze_backbone": True},
 }
 DIGITS_ROWS = {
     **GRPO_ROWS,
