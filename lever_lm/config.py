@@ -109,20 +109,26 @@ class RolloutConfig:
     temperatures: tuple[float, ...] = (1.0, 1.3)
     retrieval: int = 2  # by similarity to the query
     random: int = 5
-    infoscore: int = 0  # by beam search for the gain in the reference answer's log-prob; costly (infoscore.py)
+    infoscore: int = 0  # by beam search, of this width, for the gain in the reference's log-prob; costly
     infoscore_candidates: int = 0  # how many of the pool that search tries at each step; 0: all
     distinct_orders: bool = False  # the same ICDs in another order are another rollout, not a duplicate
     gt_prob: bool = False  # also score P(reference answers), which the reward modes with gtprob need
 
     def __post_init__(self):
         _positive(self, "rollout", "num_queries", "pool_size", "shots")
+        _not_negative(self, "rollout", "beam", "sample", "retrieval", "random", "infoscore", "infoscore_candidates")
+        if not any((self.beam, self.sample and self.temperatures, self.retrieval, self.random, self.infoscore)):
+            raise UsageError("no rollout of any kind is asked for: rollout.beam, sample, retrieval, random, infoscore")
+        if 0 < self.infoscore_candidates < self.shots:
+            raise UsageError(
+                f"rollout.infoscore_candidates {self.infoscore_candidates} are too few for rollout.shots {self.shots}"
+            )
         if self.pool_size < self.shots:
             raise UsageError(f"rollout.pool_size {self.pool_size} is smaller than rollout.shots {self.shots}")
         if self.num_queries < 2:
             raise UsageError(
                 "rollout.num_queries (--limit) must be 2 or more: one group to learn from, one to judge by"
             )
-        _not_negative(self, "rollout", "infoscore", "infoscore_candidates")
         if any(t <= 0 for t in self.temperatures):
             raise UsageError(f"rollout.temperatures must be positive, found {list(self.temperatures)}")
 
@@ -175,7 +181,7 @@ class RceConfig:
     label_smoothing: float = 0.0
 
     def __post_init__(self):
-        _positive(self, "rce", "batch_size", "lr", "temperature_start", "temperature_end")
+        _positive(self, "rce", "batch_size", "lr", "max_grad_norm", "temperature_start", "temperature_end")
         _not_negative(self, "rce", "epochs")
         _not_negative(self, "rce", "weight_decay")
         if not 0 <= self.label_smoothing < 1:
@@ -192,22 +198,22 @@ class GrpoConfig:
     batch_size: int = 64
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    schedule: str = "constant"  # of the learning rate: constant, linear or cosine, to 0 at the last epoch
+    schedule: str = "constant"  # of the learning rate: constant; linear or cosine, to 0 at the last of `epochs`
     warmup_steps: int = 0
     patience: int = 0  # stop after so many epochs without a better val_reward; 0: never
     clip_epsilon: float = 0.2
     clip_epsilon_high: float = 0.0  # of ratios above 1; 0: as clip_epsilon
     kl_beta: float = 0.1
-    kl: str = "k3"  # estimate of the KL: k1, k2, k3
+    kl: str = "k3"  # estimate of the KL: k1, k2, k3; on logged rollouts k1 is a drift, not a penalty
     adaptive_kl: bool = False  # β × 1.5 above KL 0.1, ÷ 1.5 below 0.01
     entropy_beta: float = 0.0  # weight of a bonus for the entropy of the picks
     advantage: str = "zscore"  # or rank
-    advantage_scale: str = "group"  # what a zscore divides by: std of the group, of the batch, or none
+    advantage_scale: str = "group"  # what a zscore divides by: std of the group, of the batch (all groups), or none
     advantage_min_std: float = 0.1
     advantage_clip: float = 5.0
     top_k: tuple[int, ...] = ()  # keep only the k best rollouts of a group; one entry an epoch, the last for the rest
     refresh_every: int = 5  # epochs between refreshes of the old policy; 0 never
-    anchor: str = "rce"  # old and reference policy at the start: after RCE (rce) or before it (init)
+    anchor: str = "rce"  # what old and reference policy are at the start: that after RCE (rce), or before it (init)
     reference: str = "start"  # KL against the policy at GRPO's start, or against the `old` one
     dropout: str = "both"  # off; both: the same masks for old, reference and new policy; new_only: as in the lineage
     freeze_backbone: bool = False  # train the attention layers only: input_proj, query_proj, cand_proj stay
@@ -217,9 +223,13 @@ class GrpoConfig:
     online_ratio: float = 0.5  # their share of the loss; 1: the logged rollouts are left out
 
     def __post_init__(self):
-        _positive(self, "grpo", "batch_size", "lr", "clip_epsilon", "online_every")
+        _positive(self, "grpo", "batch_size", "lr", "max_grad_norm", "clip_epsilon", "advantage_clip", "online_every")
         _not_negative(self, "grpo", "epochs", "kl_beta", "refresh_every", "weight_decay", "clip_epsilon_high")
-        _not_negative(self, "grpo", "entropy_beta", "patience", "warmup_steps")
+        _not_negative(self, "grpo", "entropy_beta", "patience", "warmup_steps", "advantage_min_std")
+        if self.clip_epsilon >= 1:
+            raise UsageError(f"grpo.clip_epsilon must lie in (0, 1), found {self.clip_epsilon}")
+        if self.kl == "k1" and self.adaptive_kl:
+            raise UsageError("grpo.adaptive_kl follows a KL that is never negative: not with grpo.kl=k1, take k3")
         if self.online_samples < 2:
             raise UsageError(f"grpo.online_samples must be 2 or more to compare, found {self.online_samples}")
         if not 0 < self.online_ratio <= 1:

@@ -11,7 +11,6 @@ import numpy as np
 
 from lever_lm.config import Config
 from lever_lm.data import Example
-from lever_lm.errors import LeverError
 from lever_lm.lvlm import CachedLvlm, build_prompt
 from lever_lm.proposals import Proposals, identity
 
@@ -47,16 +46,11 @@ def search(
 
 
 def add_infoscore(proposals: Proposals, config: Config, train: Sequence[Example], lvlm: CachedLvlm) -> None:
-    """Put the best sequences by InfoScore in front of each group, in place of the same ones found otherwise. Raises
-    LeverError when fewer candidates are tried than a sequence has shots."""
+    """Put the best sequences by InfoScore in front of each group, in place of the same ones found otherwise."""
     rollout = config.rollout
     tried = []
     for query, pool in zip(proposals.queries, proposals.pools, strict=True):
         count = min(rollout.infoscore_candidates or len(pool), len(pool))
-        if count < rollout.shots:
-            raise LeverError(
-                f"rollout.infoscore_candidates {count} are too few for sequences of rollout.shots {rollout.shots}"
-            )
         rng = np.random.default_rng([config.seed, 3, query.question_id])
         tried.append(rng.permutation(len(pool))[:count].tolist())
     for start in range(0, len(tried), _CHUNK):

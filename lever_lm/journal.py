@@ -80,7 +80,11 @@ class Journal:
         write_text(self.run.metrics, "".join(json.dumps(row) + "\n" for row in self.rows))
         lines = []
         for i, row in enumerate(self.rows):
-            lines += [*(table_header(row["phase"]) if self._opens_phase(i) else []), table_row(row)]
+            lines += [
+                *(table_header(row["phase"]) if self._opens_phase(i) else []),
+                table_row(row),
+                *self._warnings(row),
+            ]
         write_text(self.run.log, "".join(line + "\n" for line in lines))
 
     def _check_inputs(self, there) -> None:
@@ -135,19 +139,18 @@ class Journal:
         save_torch(self.run.state, self.state)
         self._publish_checkpoint(policy)
         append_line(self.run.metrics, json.dumps(row))
-        header = table_header(row["phase"]) if self._opens_phase(len(self.rows) - 1) else []
-        for line in [*header, table_row(row)]:
+        header, warnings = table_header(row["phase"]), self._warnings(row)
+        for line in [*(header if self._opens_phase(len(self.rows) - 1) else []), table_row(row), *warnings]:
             append_line(self.run.log, line)
-        for line in [*(table_header(row["phase"]) if self._heading != row["phase"] else []), table_row(row)]:
+        for line in [*(header if self._heading != row["phase"] else []), table_row(row), *warnings]:
             self.say(line)
         self._heading = row["phase"]
 
-    def warn(self, kind: str, text: str) -> None:
-        """Say a warning, the first time one of its kind comes."""
-        if kind not in self._warned:
-            self._warned.add(kind)
-            last = self.rows[-1]
-            self.say(f"warning: {last['phase']} epoch {last['epoch']}: {text}")
+    def _warnings(self, row: dict) -> list[str]:
+        """The warnings of an epoch, each kind the first time it comes in the run."""
+        new = {kind: text for kind, text in row.get("warnings", {}).items() if kind not in self._warned}
+        self._warned |= new.keys()
+        return [f"warning: {row['phase']} epoch {row['epoch']}: {text}" for text in new.values()]
 
     def _publish_checkpoint(self, policy: PointerSelector | None = None) -> None:
         """Write the checkpoint of the last epoch unless it is there."""

@@ -77,14 +77,17 @@ def alarms(row: dict, config: GrpoConfig) -> dict[str, str]:
         if tied < 1:
             why = f"{idle:.0%} of the rollouts have no gradient, most of them in groups of equal rewards"
         found["tied"] = f"{why}: {mend}"
-    elif idle > 0.5:
-        mend = "lower grpo.refresh_every" if config.refresh_every else "set grpo.refresh_every=5"
-        found["clipped"] = (
-            f"{idle:.0%} of the rollouts have no gradient, most of them clipped: {mend}, or lower grpo.lr"
-        )
+    elif idle > 0.5 or row["clip_frac"] > 0.7:
+        mend = "lower grpo.lr" if config.refresh_every == 1 else "lower grpo.refresh_every or grpo.lr"
+        if not config.refresh_every:
+            mend = "set grpo.refresh_every=5"
+        clipped = f"{row['clip_frac']:.0%} of the ratios lie outside the clip range"
+        found["clipped"] = f"{clipped}, {idle:.0%} of the rollouts have no gradient: {mend}"
     if share > 0.9:
         mend = "grpo.dropout=both" if config.dropout == "new_only" else "lower grpo.kl_beta"
         found["kl"] = f"{share:.0%} of the loss is KL, not reward: {mend}"
+    if row["kl"] < 0:
+        found["k1"] = "the KL estimate is negative and so no penalty: grpo.kl=k3 is one on logged rollouts too"
     return found
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 # Estimates of KL(π ‖ π_ref) from d = log π_ref − log π on samples of π: Schulman, "Approximating KL Divergence". k1 is
 # unbiased and noisy, and its gradient is zero in expectation; k2 is biased, with the right gradient; k3 is unbiased
-# and never negative.
+# and never negative. On logged rollouts, which are no samples of π, k1 has no floor: it pushes all of them down.
 KL_ESTIMATES: dict[str, Callable[[Tensor], Tensor]] = {
     "k1": lambda d: -d,
     "k2": lambda d: d.square() / 2,

@@ -115,7 +115,7 @@ class Pipeline:
         report = make_rollouts(self.config, data, self.features, lvlm, path, self.screen.say)
         self.screen.say(
             f"rollouts: {report['groups']} groups, {report['rollouts']} rollouts, mean accuracy "
-            f"{report['accuracy']:.3f}; {report['tied']} groups tied (nothing to learn), "
+            f"{report['accuracy']:.3f}; {report['tied']} groups tied in accuracy, "
             f"{report['all_right']} all right, {report['all_wrong']} all wrong"
         )
         return {**report, "path": str(path)}
@@ -208,8 +208,8 @@ class Pipeline:
         if not all(parts):
             raise LeverError(
                 f"{path}: {len(parts[0])} training and {len(parts[1])} validation groups are left after filtering; "
-                "both are needed. Raise rollout.num_queries (--limit), or relax reward.require_positive and "
-                "reward.skip_fallback"
+                "both are needed. Raise rollout.num_queries (--limit), relax reward.require_positive and "
+                "reward.skip_fallback, or choose a reward.mode whose scores the rollouts have"
             )
         return to_tensors(parts[0], queries, icds), to_tensors(parts[1], queries, icds)
 
@@ -266,6 +266,11 @@ class Pipeline:
         policy = load_for(path, self.config)
         method = next((phase for phase in ("rce", "grpo") if path.stem.startswith(phase)), "policy")
         picks = self.evaluation.choose(policy, max(shots))
+        if policy.stop:
+            shown = sum(map(len, picks)) / len(picks)
+            self.screen.say(
+                f"the policy may stop early: it chose {shown:.2f} ICDs a query where {max(shots)} were allowed"
+            )
         facts = {"checkpoint": str(path), "why": why}
         return self._evaluate(method, picks, shots, baselines, self._folder_for(path), facts, file_digest(path))
 

@@ -170,6 +170,7 @@ def inference_folder(run_dir: Path) -> Path:
 _FREE = (
     ("device",),
     ("grpo", "epochs"),
+    ("grpo", "patience"),
     ("infer",),
     ("features", "batch_size"),
     ("lvlm", "batch_size"),

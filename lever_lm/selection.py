@@ -13,9 +13,9 @@ from lever_lm.runs import RunFolder
 
 KL_RANGE, KL_TARGET = (0.01, 0.1), 0.05
 GRPO_MARKER = "阶段3：GRPO训练"
-_LOG_COLUMNS = ("train_loss", "val_loss", "ppo_loss", "kl", "adv_std", "adv_max", "beta")
+LOGGED = ("train_loss", "val_loss", "ppo_loss", "kl", "adv_std", "adv_max", "beta")
 _NUMBER = r"[+-]?(?:\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+(?:[eE][+-]?\d+)?|inf|nan|Infinity|NaN)"
-_LOG_ROW = re.compile(rf"^\s*(\d+)((?:\s+{_NUMBER}){{{len(_LOG_COLUMNS)}}})\s*$", re.IGNORECASE)
+_LOG_ROW = re.compile(rf"^\s*(\d+)((?:\s+{_NUMBER}){{{len(LOGGED)}}})\s*$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ def read_log(path: Path) -> History:
             tables.append([])
         elif tables and (match := _LOG_ROW.match(line)):
             values = map(float, match[2].split())
-            row = {"phase": "grpo", "epoch": int(match[1]), **dict(zip(_LOG_COLUMNS, values, strict=True))}
+            row = {"phase": "grpo", "epoch": int(match[1]), **dict(zip(LOGGED, values, strict=True))}
             tables[-1].append(row)
     rows = tables.pop() if tables else []
     if tables:

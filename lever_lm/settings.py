@@ -138,8 +138,8 @@ def _cast(hint, value, key: str):
         hint in (bool, str) and isinstance(value, hint)
     ):
         return value
-    elif hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return str(value)
+    elif hint is str and isinstance(value, (int, float)) and value is not True:
+        return "off" if value is False else str(value)  # YAML 1.1 reads a bare off as false
     raise UsageError(f"{key} must be of type {hint.__name__}, found {value!r}")
 
 

@@ -2,7 +2,7 @@
 
 from lever_lm.console import Screen
 from lever_lm.journal import table_header, table_row
-from lever_lm.selection import History
+from lever_lm.selection import LOGGED, STRATEGIES, History
 
 _ACROSS = 3
 
@@ -47,8 +47,15 @@ def show_choice(screen: Screen, history: History, answer: dict, show_all: bool) 
     for note in history.notes:
         screen.say(f"note: {note}")
     if show_all:
-        for line in [*table_header(history.phase), *(table_row(row) for row in history.rows)]:
+        marker, names, rule = table_header(history.phase)
+        metric = STRATEGIES[answer["strategy"]].metric
+        beside = "" if metric in LOGGED else metric  # a strategy of ours has no column in the table that scripts parse
+        width = len(beside) + 2
+        for line in (marker, f"{names}{beside:>{width}}", f"{rule}{'-' * width if beside else ''}"):
             screen.say(line)
+        for row in history.rows:
+            value = row.get(beside)
+            screen.say(table_row(row) + (f"{value:>{width}.5f}" if isinstance(value, float) else ""))
     for item in answer["excluded"]:
         screen.say(f"excluded: epoch {item['epoch']} ({item['why']})")
     if answer["epoch"] is not None:

@@ -95,6 +95,11 @@ def train_grpo(
         anchor = snapshot(policy if config.anchor == "rce" else initial)
         memory = {"old": anchor, "reference": anchor, "beta": config.kl_beta, "online": None}
     clip = {"clip_epsilon": config.clip_epsilon, "clip_epsilon_high": config.clip_epsilon_high or None}
+    steps_per_epoch = math.ceil(len(train) / config.batch_size)
+    if config.warmup_steps >= max(config.epochs * steps_per_epoch, 1):
+        journal.say(
+            f"warning: grpo.warmup_steps {config.warmup_steps} outlast all {config.epochs * steps_per_epoch} steps"
+        )
     learner, projected = behind_frozen_input(policy, train) if config.freeze_backbone else (policy, {})
     old = reference = None
     for epoch in range(journal.done("grpo") + 1, config.epochs + 1):
@@ -124,7 +129,7 @@ def train_grpo(
         policy.train(config.dropout != "off")
         learner.train(config.dropout != "off")
         for i, (index, batch) in enumerate(shuffled_places(replace(data, **projected), config.batch_size, len(train))):
-            set_learning_rate(optimizer, config, epoch, i, math.ceil(len(train) / config.batch_size))
+            set_learning_rate(optimizer, config, epoch, i, steps_per_epoch)
             old_log_probs, ref_log_probs = old.log_probs(index), reference.log_probs(index)
             log_probs, entropy = learner.evaluate(batch.query, batch.candidates, batch.sequences, batch.pool_mask)
             terms = (log_probs, old_log_probs, advantages[index], mask[index])
@@ -150,14 +155,15 @@ def train_grpo(
             **{name: mean([step[name] for step in history]) for name in history[0]},
             **validate(learner, replace(val, **projected), val_temperature),
             **group_statistics(data.rewards, mask, advantages),
+            **online_statistics(memory.get("online")),
             "beta": memory["beta"],
             "lr": optimizer.param_groups[0]["lr"],
             **timing(began, len(history)),
         }
+        if found := alarms(row, config):
+            row["warnings"] = found
         journal.commit(row, policy, optimizer, memory)
         journal.say(group_report(row, len(data)))
-        for kind, text in alarms(row, config).items():
-            journal.warn(kind, text)
 
 
 # ---------------------------------------------------------------------- old, reference and online policy
@@ -188,6 +194,14 @@ def explore(
         f"online: {rewards.numel()} rollouts of the policy, mean reward {rewards.mean():.4f}, {tied:.0%} of groups tied"
     )
     return {"sequences": sequences, "rewards": rewards, "mask": mask}
+
+
+def online_statistics(online: dict[str, Tensor] | None) -> dict[str, float]:
+    """Mean reward of the policy's own rollouts in the round in use, and the share of its groups that are tied."""
+    if online is None:
+        return {}
+    tied = tied_groups(online["rewards"], online["mask"]).float().mean()
+    return {"online_reward": float(online["rewards"].mean()), "online_reward_zero_std": float(tied)}
 
 
 def mix(train: GroupTensors, online: dict[str, Tensor] | None, ratio: float) -> tuple[GroupTensors, Tensor]:

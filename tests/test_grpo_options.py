@@ -558,10 +558,59 @@ def test_an_old_policy_that_never_comes_along_clips_and_the_option_is_named(tmp_
     stale, rows = warnings_of(tmp_path / "never", options(refresh_every=0, lr=2e-2, epochs=10, kl_beta=0.0))
     assert max(row["zero_grad_frac"] for row in rows) > 0.5
     assert len(stale) == 1
-    assert "most of them clipped: set grpo.refresh_every=5, or lower grpo.lr" in stale[0]
+    assert "of the ratios lie outside the clip range" in stale[0]
+    assert stale[0].endswith("of the rollouts have no gradient: set grpo.refresh_every=5")
     late, _ = warnings_of(tmp_path / "late", options(refresh_every=9, lr=2e-2, epochs=10, kl_beta=0.0))
     assert len(late) == 1
-    assert "lower grpo.refresh_every, or lower grpo.lr" in late[0]
+    assert late[0].endswith("lower grpo.refresh_every or grpo.lr")
+    wild, _ = warnings_of(tmp_path / "wild", options(refresh_every=1, lr=0.5, epochs=3, batch_size=2, kl_beta=0.0))
+    assert [line for line in wild if line.endswith(": lower grpo.lr")] == wild[:1]
+
+
+def test_a_kl_that_is_no_penalty_is_named(tmp_path):
+    found, rows = warnings_of(tmp_path, options(kl="k1", kl_beta=1.0, epochs=6))
+    assert min(row["kl"] for row in rows) < 0
+    assert any("grpo.kl=k3" in line for line in found)
+    with pytest.raises(UsageError, match=r"grpo\.kl=k1"):
+        options(kl="k1", adaptive_kl=True)
+
+
+def test_a_warning_is_kept_in_the_metrics_and_the_log_and_a_resumed_run_writes_the_same(tmp_path):
+    for name, epochs in (("once", (4,)), ("twice", (2, 4))):
+        for count in epochs:
+            warnings_of(tmp_path / name, options(epochs=count), rewarded([1.0] * 8))
+    once, twice = ((tmp_path / name / "train.log").read_text() for name in ("once", "twice"))
+    assert once == twice
+    assert once.count("warning: grpo epoch 1: the rewards of every group are equal") == 1
+    rows = [json.loads(line) for line in (tmp_path / "once" / "metrics.jsonl").read_text().splitlines()]
+    assert all("equal" in row["warnings"]["tied"] for row in rows if row["phase"] == "grpo")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("max_grad_norm", 0.0),
+        ("advantage_clip", -1.0),
+        ("advantage_min_std", -0.1),
+        ("clip_epsilon", 1.0),
+        ("warmup_steps", -1),
+        ("patience", -1),
+        ("entropy_beta", -0.1),
+        ("clip_epsilon_high", -0.1),
+        ("online_samples", 1),
+        ("online_every", 0),
+        ("online_ratio", 0.0),
+    ],
+)
+def test_a_value_that_cannot_be_meant_is_refused(option, value):
+    with pytest.raises(UsageError, match=rf"grpo\.{option} .*{value}"):
+        options(**{option: value})
+
+
+def test_a_warm_up_longer_than_the_training_is_said(tmp_path):
+    said = []
+    train(tmp_path, RCE, options(epochs=2, warmup_steps=100), say=said.append)
+    assert any("grpo.warmup_steps 100 outlast all" in line for line in said)
 
 
 def test_different_alarms_are_each_raised_once(tmp_path):

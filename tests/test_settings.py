@@ -151,6 +151,7 @@ def test_all_keys_name_every_leaf():
         ("grpo.top_k", [], ()),
         ("rollout.temperatures", ["1e0", 2], (1.0, 2.0)),
         ("data.name", 2014, "2014"),
+        ("grpo.dropout", False, "off"),  # as YAML reads a bare off
         ("grpo.adaptive_kl", True, True),
         ("seed", 3, 3),
     ],
