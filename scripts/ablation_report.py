@@ -115,6 +115,27 @@ def synthetic_table(runs: dict, truth: str) -> list[str]:
     return lines
 
 
+def summary_table(runs: dict) -> list[str]:
+    """GRPO's last epoch against the RCE it started from, by row, in all three measures."""
+    lines = [
+        "| row | synthetic, sampling | synthetic, greedy | digits, 1 shot |",
+        "| --- | --- | --- | --- |",
+    ]
+    for row in dict.fromkeys(row for _, row in runs):
+        seeds = runs.get(("synthetic", row), {})
+        cells = [
+            _spread([point["last"] - point["rce"] for point in (points(run, truth) for run in seeds.values())])
+            if seeds
+            else ""
+            for truth in TRUTHS
+        ]
+        accuracies = [run["accuracy"] for run in runs.get(("digits", row), {}).values()]
+        gaps = [accuracy["grpo_last@1"] - accuracy["rce@1"] for accuracy in accuracies if "grpo_last@1" in accuracy]
+        if seeds or gaps:
+            lines.append(f"| {row} | {' | '.join(cells)} | {_spread(gaps) if gaps else ''} |")
+    return lines
+
+
 def signal_table(runs: dict) -> list[str]:
     """What the groups had to teach, by row: means over GRPO's epochs and the seeds."""
     names = ("adv_std", "frac_reward_zero_std", "zero_grad_frac", "clip_frac", "kl_share", "kl")
@@ -297,6 +318,7 @@ def write(results: Path, rows: dict[str, dict]) -> Path:
         raise SystemExit(f"no runs in {results / 'ablation'}: python scripts/ablate.py makes them")
     counts = sorted({len(seeds) for seeds in runs.values()})
     parts = {
+        "What GRPO adds to the RCE it starts from": summary_table(runs),
         "Claims": claims(runs),
         "Synthetic: expected true reward of the sampling policy, unseen queries": synthetic_table(runs, "true_reward"),
         "Synthetic: true reward of the greedy picks, unseen queries": synthetic_table(runs, "true_greedy"),
@@ -321,7 +343,7 @@ def chart(path: Path, runs: dict) -> None:
     try:
         import matplotlib
     except ImportError:
-        print("no chart: pip install matplotlib")
+        print("no chart: pip install '.[ablation]'")
         return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -345,6 +367,7 @@ def chart(path: Path, runs: dict) -> None:
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set_yticks(range(len(shown)), [row for row, _ in reversed(shown)])
         axis.set_title(title)
+        axis.locator_params(axis="x", nbins=5)
         axis.set_xlabel("GRPO's last epoch − its RCE")
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -106,6 +106,13 @@ def test_the_table_holds_the_paired_gain_and_the_worst_seed(report, tmp_path):
     assert cells[7] == "0.000"
 
 
+def test_the_summary_has_a_line_a_row_and_a_cell_a_world(report, tmp_path):
+    lines = report.summary_table(written(tmp_path, report, {"ours": 0.1, "classic in full": -0.2}))
+    ours = "+0.110 [{:+.3f}, {:+.3f}]".format(*report.interval([0.10, 0.11, 0.12])[1:])
+    assert lines[2] == f"| ours | {ours} | {ours} |  |"
+    assert lines[3].startswith("| classic in full | -0.190 [")
+
+
 @pytest.mark.parametrize("world", ["synthetic", "digits"])
 def test_every_row_is_a_config_that_differs_from_ours(ablate, world):
     ours = ablate.config_of(world, "ours", 3)
