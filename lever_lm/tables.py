@@ -50,8 +50,8 @@ def show_choice(screen: Screen, history: History, answer: dict, show_all: bool) 
         marker, names, rule = table_header(history.phase)
         metric = STRATEGIES[answer["strategy"]].metric
         beside = "" if metric in LOGGED else metric  # a strategy of ours has no column in the table that scripts parse
-        width = len(beside) + 2
-        for line in (marker, f"{names}{beside:>{width}}", f"{rule}{'-' * width if beside else ''}"):
+        width = len(beside) + 2 if beside else 0
+        for line in (marker, f"{names}{beside:>{width}}", rule + "-" * width):
             screen.say(line)
         for row in history.rows:
             value = row.get(beside)

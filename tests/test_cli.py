@@ -521,7 +521,7 @@ def test_best_ckpt_answers_in_json_with_the_keys_of_the_spec(trained, lever):
     assert answer["metrics"]["val_loss"] == best["val_loss"]
     assert answer["rows"] == 4
     assert answer["excluded"] == []
-    assert set(answer["others"]) == {"ppo_loss", "kl", "adv_std", "val_reward"}
+    assert set(answer["others"]) == {"ppo_loss", "kl", "adv_std", "val_reward", "val_top_reward"}
     assert json.loads((trained / RUN / "best.json").read_text()) == answer
 
 
@@ -562,6 +562,10 @@ def test_show_all_prints_every_epoch_in_the_table_that_scripts_parse(trained, le
     header = " Epoch   Train Loss     Val Loss     PPO Loss         KL    Adv Std    Adv Max     Beta"
     assert lines[at + 1] == header
     assert [line.split()[0] for line in lines[at + 3 : at + 7]] == ["1", "2", "3", "4"]
+    ours = lever("best-ckpt", "--show-all", "--strategy", "val_top_reward").out.splitlines()
+    assert ours[at + 1] == f"{header}  val_top_reward"
+    values = [row["val_top_reward"] for row in grpo_rows(trained)]
+    assert [float(line.split()[-1]) for line in ours[at + 3 : at + 7]] == pytest.approx(values, abs=1e-5)
 
 
 def test_a_run_may_be_named_by_its_folder_or_by_a_log(trained, lever):
