@@ -6,20 +6,20 @@ policy are those at GRPO's start, and the old one is refreshed; old, reference a
 masks, so that the ratio of unchanged weights is 1 and their KL 0.
 """
 
-import copy
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from lever_lm.anchors import Anchor, behind_frozen_input, snapshot
 from lever_lm.batches import Batch, GroupTensors
 from lever_lm.config import GrpoConfig, RceConfig
 from lever_lm.errors import LeverError
 from lever_lm.journal import Journal
-from lever_lm.judging import EVAL_BATCH, alarms, epochs_since_best, group_report, group_statistics, validate
+from lever_lm.judging import alarms, epochs_since_best, group_report, group_statistics, validate
 from lever_lm.losses import (
     adapt_kl_beta,
     group_mean,
@@ -30,11 +30,11 @@ from lever_lm.losses import (
     scheduled_lr,
     zero_grad_frac,
 )
+from lever_lm.online import Answer, explore, mix, online_statistics
 from lever_lm.policy import PointerSelector
 from lever_lm.rewards import group_advantage, normalize_group, tied_groups
 
 _BACKBONE = ("input_proj", "query_proj", "cand_proj")
-Answer = Callable[[Tensor], Tensor]
 
 
 def train_rce(
@@ -166,93 +166,6 @@ def train_grpo(
         journal.say(group_report(row, len(data)))
 
 
-# ---------------------------------------------------------------------- old, reference and online policy
-
-
-@torch.no_grad()
-def explore(
-    policy: PointerSelector, train: GroupTensors, samples: int, answer: Answer, say: Callable[[str], None]
-) -> dict[str, Tensor]:
-    """A round of the policy's own rollouts, `samples` for each training query, and their rewards. Those of one query
-    are a group of their own: the policy against itself."""
-    policy.eval()
-    shots = train.sequences.shape[2]
-    try:
-        drawn = [
-            policy.sample(batch.query, batch.candidates, shots, batch.pool_mask, num_samples=samples)
-            for _, batch in train.chunks(EVAL_BATCH)
-        ]
-    except ValueError as error:
-        raise LeverError(
-            f"online rollouts: {error}; make rollouts of fewer (rollout.shots), or grpo.online=false"
-        ) from error
-    sequences = torch.cat(drawn)
-    rewards = answer(sequences).to(train.rewards)
-    mask = torch.ones_like(rewards, dtype=torch.bool)
-    tied = tied_groups(rewards, mask).float().mean()
-    say(
-        f"online: {rewards.numel()} rollouts of the policy, mean reward {rewards.mean():.4f}, {tied:.0%} of groups tied"
-    )
-    return {"sequences": sequences, "rewards": rewards, "mask": mask}
-
-
-def online_statistics(online: dict[str, Tensor] | None) -> dict[str, float]:
-    """Mean reward of the policy's own rollouts in the round in use, and the share of its groups that are tied."""
-    if online is None:
-        return {}
-    tied = tied_groups(online["rewards"], online["mask"]).float().mean()
-    return {"online_reward": float(online["rewards"].mean()), "online_reward_zero_std": float(tied)}
-
-
-def mix(train: GroupTensors, online: dict[str, Tensor] | None, ratio: float) -> tuple[GroupTensors, Tensor]:
-    """The logged and the online groups as one set, and how much each group counts: online ones `ratio` of the whole."""
-    if online is None:
-        return train, torch.ones(len(train), device=train.rewards.device)
-    own = train.with_rollouts(**{name: tensor.to(train.rows.device) for name, tensor in online.items()})
-    if ratio == 1:
-        return own, torch.ones(len(own), device=own.rewards.device)
-    weights = torch.tensor([1 - ratio, ratio], device=train.rewards.device).repeat_interleave(len(train))
-    return train.stacked(own), weights
-
-
-class Anchor:
-    """A policy that stays as it was, and its log-probs of the rollouts of `data`.
-
-    dropout as in GrpoConfig. With `both` they are taken step by step, under the very masks that the learning policy
-    draws next: under masks of its own the ratio of unchanged weights would be noise.
-    """
-
-    def __init__(self, policy: PointerSelector, weights: dict[str, Tensor], data: GroupTensors, dropout: str):
-        model = copy.deepcopy(policy)
-        model.load_state_dict(weights)
-        model.requires_grad_(False)
-        self.model, projected = behind_frozen_input(model, data)
-        self.data = replace(data, **projected)
-        masked = dropout == "both" and bool(model.dropout or model.attn_dropout)
-        self.model.train(masked)
-        chunks = self.data.chunks(EVAL_BATCH)
-        self.known = None if masked else torch.cat([self._log_probs(batch) for _, batch in chunks])
-
-    def log_probs(self, index: Tensor) -> Tensor:
-        """Of the groups at these places, (B, G)."""
-        if self.known is not None:
-            return self.known[index]
-        with torch.random.fork_rng([index.device] if index.device.type == "cuda" else []):
-            return self._log_probs(self.data.batch(index))
-
-    @torch.no_grad()
-    def _log_probs(self, batch: Batch) -> Tensor:
-        return self.model.log_prob(batch.query, batch.candidates, batch.sequences, batch.pool_mask)
-
-
-def behind_frozen_input(policy: PointerSelector, data: GroupTensors) -> tuple[PointerSelector, dict[str, Tensor]]:
-    """The policy behind its frozen input projection, and the features projected once instead of in every step."""
-    if policy.input_proj is None:
-        return policy, {}
-    with torch.no_grad():
-        return policy.after_input(), {name: policy.input_proj(getattr(data, name)) for name in ("queries", "icds")}
-
-
 # ---------------------------------------------------------------------- steps
 
 
@@ -305,11 +218,6 @@ def _top_k(config: GrpoConfig, epoch: int) -> int | None:
 
 def _is_frozen(name: str, config: GrpoConfig) -> bool:
     return config.freeze_backbone and name.split(".")[0] in _BACKBONE
-
-
-def snapshot(policy: PointerSelector) -> dict[str, Tensor]:
-    """A copy of the weights that training does not reach."""
-    return {name: tensor.detach().cpu().clone() for name, tensor in policy.state_dict().items()}
 
 
 def set_learning_rate(optimizer, config: GrpoConfig, epoch: int, step: int, steps_per_epoch: int) -> None:

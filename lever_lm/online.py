@@ -1,0 +1,65 @@
+"""Online rollouts: what the policy itself proposes while it learns, and how these mix with the logged ones.
+
+n training queries, G rollouts per query, S shots.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lever_lm.batches import GroupTensors
+from lever_lm.errors import LeverError
+from lever_lm.judging import EVAL_BATCH
+from lever_lm.policy import PointerSelector
+from lever_lm.rewards import tied_groups
+
+# Sequences (n, G, S) of pool positions for the training queries → their rewards (n, G).
+Answer = Callable[[Tensor], Tensor]
+
+
+@torch.no_grad()
+def explore(
+    policy: PointerSelector, train: GroupTensors, samples: int, answer: Answer, say: Callable[[str], None]
+) -> dict[str, Tensor]:
+    """A round of the policy's own rollouts, `samples` for each training query, and their rewards. Those of one query
+    are a group of their own: the policy against itself."""
+    policy.eval()
+    shots = train.sequences.shape[2]
+    try:
+        drawn = [
+            policy.sample(batch.query, batch.candidates, shots, batch.pool_mask, num_samples=samples)
+            for _, batch in train.chunks(EVAL_BATCH)
+        ]
+    except ValueError as error:
+        raise LeverError(
+            f"online rollouts: {error}; make rollouts of fewer (rollout.shots), or grpo.online=false"
+        ) from error
+    sequences = torch.cat(drawn)
+    rewards = answer(sequences).to(train.rewards)
+    online = {"sequences": sequences, "rewards": rewards, "mask": torch.ones_like(rewards, dtype=torch.bool)}
+    found = online_statistics(online)
+    say(
+        f"online: {rewards.numel()} rollouts of the policy, mean reward {found['online_reward']:.4f}, "
+        f"{found['online_reward_zero_std']:.0%} of groups tied"
+    )
+    return online
+
+
+def online_statistics(online: dict[str, Tensor] | None) -> dict[str, float]:
+    """Mean reward of the policy's own rollouts in the round in use, and the share of its groups that are tied."""
+    if online is None:
+        return {}
+    tied = tied_groups(online["rewards"], online["mask"]).float().mean()
+    return {"online_reward": float(online["rewards"].mean()), "online_reward_zero_std": float(tied)}
+
+
+def mix(train: GroupTensors, online: dict[str, Tensor] | None, ratio: float) -> tuple[GroupTensors, Tensor]:
+    """The logged and the online groups as one set, and how much each group counts: online ones `ratio` of the whole."""
+    if online is None:
+        return train, torch.ones(len(train), device=train.rewards.device)
+    own = train.with_rollouts(**{name: tensor.to(train.rows.device) for name, tensor in online.items()})
+    if ratio == 1:
+        return own, torch.ones(len(own), device=own.rewards.device)
+    weights = torch.tensor([1 - ratio, ratio], device=train.rewards.device).repeat_interleave(len(train))
+    return train.stacked(own), weights
