@@ -1,5 +1,7 @@
 """Shared by all tests: the fixtures of helpers.py, one thread, the same drawn examples on every machine."""
 
+import signal
+
 import torch
 from hypothesis import settings
 
@@ -11,3 +13,5 @@ settings.load_profile("repeatable")
 
 def pytest_configure(config):
     torch.set_num_threads(1)
+    # A shell without job control starts what runs in its background deaf to Ctrl-C, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -118,6 +118,7 @@ def test_an_interrupt_ends_in_130_with_one_line_and_the_run_goes_on_later(warm):
         out, err = process.communicate(timeout=60)
     finally:
         process.kill()
+        process.wait()
     assert process.returncode == 130
     assert out == ""
     assert "Traceback" not in err
