@@ -96,7 +96,7 @@ def train_grpo(
         memory = {"old": anchor, "reference": anchor, "beta": config.kl_beta, "online": None}
     clip = {"clip_epsilon": config.clip_epsilon, "clip_epsilon_high": config.clip_epsilon_high or None}
     steps_per_epoch = math.ceil(len(train) / config.batch_size)
-    if config.warmup_steps >= max(config.epochs * steps_per_epoch, 1):
+    if config.epochs and config.warmup_steps >= config.epochs * steps_per_epoch:
         journal.say(
             f"warning: grpo.warmup_steps {config.warmup_steps} outlast all {config.epochs * steps_per_epoch} steps"
         )
