@@ -6,6 +6,7 @@ Everything is made once a session from the shipped assets; a test that writes ge
 import json
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -124,6 +125,20 @@ def digits_features(digits, digits_config, features_file):
     from lever_lm.features import compute_features
 
     return compute_features(digits, digits_config.features, features_file, "cpu", track)
+
+
+@pytest.fixture
+def digits_folder(features_file, tmp_path) -> Path:
+    """A folder of the test's own with the features, and nothing else."""
+    (tmp_path / "results/digits/cache").mkdir(parents=True)
+    shutil.copy2(features_file, tmp_path / "results/digits/cache")
+    return tmp_path
+
+
+def answers_in(folder: Path) -> int:
+    """How many answers of the LVLM are in the cache below a folder."""
+    with sqlite3.connect(next(folder.rglob("answers_*.sqlite"))) as db:
+        return db.execute("SELECT count(*) FROM answers WHERE key NOT LIKE 'speed:%'").fetchone()[0]
 
 
 @pytest.fixture

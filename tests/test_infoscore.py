@@ -7,12 +7,10 @@ import dataclasses
 import itertools
 import json
 import random
-import shutil
-import sqlite3
 
 import pytest
 import torch
-from helpers import ROLLOUTS, RUN, track
+from helpers import ROLLOUTS, RUN, answers_in, track
 from test_lvlm import plain_inputs, plain_log_prob
 
 from lever_lm import training
@@ -296,19 +294,6 @@ def test_a_negative_number_is_refused_with_its_key(key):
 SMALL = ["--limit", "8", "--set", "rollout.pool_size=16", "--set", "rollout.temperatures=[1.0]"]
 SEARCH = ["--set", "rollout.infoscore=1", "--set", "rollout.infoscore_candidates=6"]
 NO_OTHERS = [part for kind in ("beam", "sample", "retrieval", "random") for part in ("--set", f"rollout.{kind}=0")]
-
-
-@pytest.fixture
-def digits_folder(features_file, tmp_path):
-    """A folder of the test's own with the features, and nothing else."""
-    (tmp_path / "results/digits/cache").mkdir(parents=True)
-    shutil.copy2(features_file, tmp_path / "results/digits/cache")
-    return tmp_path
-
-
-def answers_in(folder):
-    with sqlite3.connect(next(folder.rglob("answers_*.sqlite"))) as db:
-        return db.execute("SELECT count(*) FROM answers WHERE key NOT LIKE 'speed:%'").fetchone()[0]
 
 
 def planned_calls(lever, *arguments):

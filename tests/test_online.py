@@ -8,12 +8,11 @@ import dataclasses
 import itertools
 import json
 import shutil
-import sqlite3
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROLLOUTS, RUN, track
+from helpers import ROLLOUTS, RUN, answers_in, track
 from test_training import GRPO, POOL, QUERIES, RCE, Killed, Mortal, assert_same_run, data, journal_in, make, world
 
 from lever_lm.batches import GroupTensors, to_tensors
@@ -382,19 +381,6 @@ KINDS = ("beam=1", "sample=1", "retrieval=1", "random=2", "pool_size=16", "tempe
 QUICK = [part for kind in KINDS for part in ("--set", f"rollout.{kind}")]
 QUICK += ["--limit", "8", "--rce-epochs", "1", "--grpo-epochs", "3"]
 ROUNDS = [part for key in ("online=true", "online_every=2", "online_samples=2") for part in ("--set", f"grpo.{key}")]
-
-
-@pytest.fixture
-def digits_folder(features_file, tmp_path):
-    """A folder of the test's own with the features, and nothing else."""
-    (tmp_path / "results/digits/cache").mkdir(parents=True)
-    shutil.copy2(features_file, tmp_path / "results/digits/cache")
-    return tmp_path
-
-
-def answers_in(folder):
-    with sqlite3.connect(next(folder.rglob("answers_*.sqlite"))) as db:
-        return db.execute("SELECT count(*) FROM answers WHERE key NOT LIKE 'speed:%'").fetchone()[0]
 
 
 def rows_in(run):
