@@ -10,7 +10,7 @@ import lever_lm
 
 ROOT = Path(lever_lm.__file__).parent
 LEVELS = [
-    ["errors", "config", "settings", "runs", "console", "compat", "hub", ""],
+    ["errors", "config", "settings", "runs", "console", "compat", "hub", "shards", ""],
     ["losses", "rewards", "metrics", "stems", "stats", "decoder"],
     ["policy", "checkpoint", "data", "lvlm"],
     ["features", "samplers", "batches", "journal"],
