@@ -3,6 +3,7 @@
 import os
 import sys
 import traceback
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +23,7 @@ from lever_lm.options import (
     planned,
     refuse_resuming,
 )
+from lever_lm.shards import Shards
 
 app = typer.Typer(
     name="lever",
@@ -49,6 +51,7 @@ def demo(
     shots: Annotated[str, typer.Option(help="Numbers of demonstrations: 1,2,4 or 1-5")] = "1,2,4",
 ) -> None:
     """The whole way on the embedded data and model, offline, in two minutes: ends with a table and a report."""
+    _in_one_process("demo")
     common.recipe = common.recipe or "demo"
     common.run_name = common.run_name or "demo"
     numbers = parse_shots(shots)
@@ -76,6 +79,7 @@ def train(
     run_dir: Annotated[Path | None, typer.Option(help="Folder of the run, in place of the default one.")] = None,
 ) -> None:
     """Features, pools and rollouts where missing; then RCE and GRPO; then the recommended checkpoint is converted."""
+    _in_one_process("train")
     pipeline = make_pipeline(common, epochs(rce_epochs, grpo_epochs), run_dir)
     if rl_data is None and (path := os.environ.get("RL_DATA_PATH", "").strip()):
         pipeline.screen.say(f"from the environment: RL_DATA_PATH={path}")
@@ -88,7 +92,7 @@ def train(
 
 @command(app, "rollout")
 def rollout(common: Common) -> None:
-    """Only the rollouts: the costly part, in which the LVLM answers."""
+    """Only the rollouts: the costly part, in which the LVLM answers. torchrun shares it among GPUs and hosts."""
     pipeline = make_pipeline(common)
     if not planned(common, pipeline, "rollout"):
         emit(common, pipeline.rollouts())
@@ -108,6 +112,7 @@ def best_ckpt(
     from lever_lm.selection import check_strategy, choose, read_history
     from lever_lm.tables import show_choice
 
+    _in_one_process("best-ckpt")
     check_strategy(strategy)
     pipeline = make_pipeline(common, run_dir=run_dir)
     if planned(common, pipeline):
@@ -134,6 +139,7 @@ def convert(
     allow_truncate: Annotated[bool, typer.Option("--allow-truncate", help="Keep the first of several layers.")] = False,
 ) -> None:
     """A v3 checkpoint to the v2 format, or back."""
+    _in_one_process("convert")
     if to not in ("v2", "v3"):
         raise UsageError(f"--to takes v2 or v3, found {to!r}")
     pipeline = make_pipeline(common)
@@ -156,7 +162,7 @@ def infer(
         bool, typer.Option("--okvqa-stem", help="Reduce predictions as OK-VQA's `answer`s are, before scoring.")
     ] = False,
 ) -> None:
-    """N-shot inference with a checkpoint, or with anybody's choices, on the evaluation split."""
+    """N-shot inference with a checkpoint, or with anybody's choices, on the evaluation split; torchrun shares it."""
     numbers = parse_shots(shots)
     if icds is not None and ckpt is not None:
         raise UsageError("--icds and --ckpt both say what is shown: give one of them")
@@ -194,6 +200,7 @@ def doctor(common: Common) -> None:
 @command(app, "report")
 def report(common: Common, run_dir: RunDir = None) -> None:
     """One self-contained HTML page of an evaluated run."""
+    _in_one_process("report")
     pipeline = make_pipeline(common, run_dir=run_dir)
     if not planned(common, pipeline):
         result = pipeline.report()
@@ -210,16 +217,30 @@ def _root(
         raise typer.Exit
 
 
+def _in_one_process(name: str) -> None:
+    """Raise UsageError under torchrun: the command writes what one process makes."""
+    if (world := Shards.from_environment().world) > 1:
+        raise UsageError(
+            f"`lever {name}` is the work of one process, not of {world} under torchrun: first let all of them answer, "
+            f"`torchrun --nproc-per-node=N -m lever_lm rollout …`, then run `lever {name} …` plainly"
+        )
+
+
 INTERRUPTED = 130
 # What a wrong command line raises. Typer carries a click of its own in some versions and uses click's in others.
 _CommandLineError = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
 
 
 def main() -> None:
-    """Entry point: exit status 0 done, 1 could not, 2 usage, 130 interrupted; one message on stderr, no traceback."""
+    """Entry point: exit status 0 done, 1 could not, 2 usage, 130 interrupted; one message on stderr, no traceback. Of
+    the processes of a job the leader alone speaks on stdout."""
     for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character of ours shows a question mark
         stream.reconfigure(errors="replace")
-    sys.exit(_run(sys.argv[1:]))
+    job = Shards.from_environment()
+    with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if job.leader else nowhere):
+        status = _run(sys.argv[1:])
+    job.leave()
+    sys.exit(status)
 
 
 def _run(arguments: list[str]) -> int:
@@ -231,6 +252,8 @@ def _run(arguments: list[str]) -> int:
     except typer.Exit as stop:
         return stop.exit_code
     except _CommandLineError as error:
+        if not Shards.from_environment().leader:
+            return _fail(error.format_message(), error.exit_code)
         error.show(sys.stderr)
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
@@ -246,5 +269,6 @@ def _run(arguments: list[str]) -> int:
 def _fail(message: str, status: int) -> int:
     if debugging():
         traceback.print_exc()
-    sys.stderr.write(f"lever: {message}\n")
+    job = Shards.from_environment()
+    sys.stderr.write(f"{'' if job.leader else f'[rank {job.rank}] '}lever: {message}\n")
     return status

@@ -4,6 +4,7 @@ import importlib
 import sys
 
 from lever_lm.errors import LeverError, UsageError
+from lever_lm.shards import Shards
 
 _declared = []  # keeps the operator library alive
 
@@ -60,12 +61,23 @@ def check_device_name(name: str) -> None:
 
 
 def resolve_device(name: str):
-    """`auto`, `cpu`, `cuda`, `cuda:1` → torch.device. Raises LeverError for a GPU that is not there."""
+    """`auto`, `cpu`, `cuda`, `cuda:1` → torch.device. Raises LeverError for a GPU that is not there.
+
+    Under torchrun `auto` is the GPU of this process's number on its host, in turn where there are more processes, and
+    becomes torch's current one: what names no GPU would else end on the first.
+    """
     import torch
 
     check_device_name(name)
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        job = Shards.from_environment()
+        if job.world == 1:
+            return torch.device("cuda")
+        device = torch.device("cuda", job.local % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        return device
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise LeverError(f"no GPU is visible to torch, but the device is {name!r}: use --device cpu")

@@ -8,13 +8,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from lever_lm.shards import Shards
+
 
 class Screen:
-    """Where a command talks to. `quiet` leaves only results and errors."""
+    """Where a command talks to. `quiet` leaves only results and errors. Of the processes of a job only the leader
+    talks."""
 
     def __init__(self, to_stderr: bool = False, quiet: bool = False):
-        self.out = Console(file=sys.stderr if to_stderr else sys.stdout, highlight=False)
-        self.quiet = quiet
+        leader = Shards.from_environment().leader
+        self.out = Console(file=sys.stderr if to_stderr else sys.stdout, highlight=False, quiet=not leader)
+        self.quiet = quiet or not leader
 
     def say(self, text: str) -> None:
         """One line, printed as it is: text from data files is never markup."""

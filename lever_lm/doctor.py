@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 from lever_lm.compat import resolve_device
-from lever_lm.config import HUB_PREFIX, Config, DataConfig, asset_path
+from lever_lm.config import ASSET_PREFIX, HUB_PREFIX, Config, DataConfig, asset_path
 from lever_lm.data import in_parquet, source_of
 from lever_lm.data.okvqa import SPLITS, annotations_file, images_folder, questions_file
 from lever_lm.data.okvqa import load_split as load_official
@@ -16,9 +16,11 @@ from lever_lm.data.parquet import files_of
 from lever_lm.data.parquet import load_split as load_parquet
 from lever_lm.errors import LeverError
 from lever_lm.hub import cached_snapshot, is_hub_id, missing_files, model_folder, weight_files
+from lever_lm.lvlm.client import ServerError, check_server
 from lever_lm.runs import Layout
 
 GIB = 1 << 30
+_IMAGE_FEATURES = 391 * 2048 * 2  # bytes of an image of 640 × 480 in the 3B model
 ALL = ("data", "encoder", "lvlm")  # what commands need; some need less: train on rollouts and features of one's own
 _EXAMPLES = {"okvqa": (9009, 5046), "okvqa_hub": (9009, 5046), "vqav2": (443757, 214354)}
 _DOWNLOAD = {  # GiB
@@ -28,7 +30,7 @@ _DOWNLOAD = {  # GiB
     "lmms-lab/OK-VQA": 0.8,
     "Multimodal-Fatima/OK-VQA_train": 1.5,
 }
-_ACTIVATIONS = 2 * GIB  # beside the weights, at the default batch size
+_ACTIVATIONS = 2 * GIB  # beside the weights, in the smallest batches
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,8 @@ def examine(config: Config, layout: Layout, needs: Sequence[str] = ALL, *, count
     if "encoder" in needs:
         checks.append(model("features.encoder", config.features.encoder))
     if "lvlm" in needs:
-        checks.append(model("lvlm.path", config.lvlm.path))
-    checks += device(config, with_lvlm="lvlm" in needs)
+        checks += server(config) if config.lvlm.server else [model("lvlm.path", config.lvlm.path)]
+    checks += device(config, with_lvlm="lvlm" in needs and not config.lvlm.server)
     return [*checks, folder(layout.dataset), disk(config, layout, checks)]
 
 
@@ -168,6 +170,22 @@ def model(option: str, path: str) -> Check:
     return Check(option, "missing", f"{path} {what}", f"--set {option}=DIR or OWNER/NAME")
 
 
+def server(config: Config) -> Iterable[Check]:
+    """Whether a server is there that answers as the LVLM, and, as far as it says who it is, scores what is to be."""
+    url, path = config.lvlm.server, config.lvlm.path
+    try:
+        listed = check_server(config.lvlm)
+    except ServerError as error:
+        yield Check("lvlm.server", "missing", error.found, error.mend)
+        return
+    yield Check(
+        "lvlm.server", "ok", f"{url} {f'serves {path}' if listed else 'is there and does not say what it serves'}"
+    )
+    if (config.rollout.gt_prob or config.rollout.infoscore) and listed.get("owned_by") != "vllm":
+        found = f"reference answers are to be scored, and {url} does not say that it is vLLM, which can"
+        yield Check("log-probs", "warning", found, "rollout.gt_prob=false and rollout.infoscore=0, unless it can too")
+
+
 def device(config: Config, *, with_lvlm: bool) -> Iterable[Check]:
     """The device, and whether the LVLM fits into its memory."""
     import torch
@@ -236,7 +254,9 @@ def disk_needed(config: Config) -> dict[str, int]:
     hidden = config.policy.hidden_dim
     weights = 4 * (3 * width * hidden + config.policy.num_layers * 4 * hidden * hidden)
     epochs = config.rce.epochs + config.grpo.epochs
+    elsewhere = config.lvlm.server or config.lvlm.path.startswith(ASSET_PREFIX)
     return {
+        "vision": 0 if elsewhere else min(int(config.lvlm.bank_disk * GIB), _IMAGE_FEATURES * examples),
         "features": 2 * 4 * width * examples,
         "answers": 300 * prompts,
         "rollouts": 900 * prompts,

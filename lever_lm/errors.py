@@ -7,3 +7,11 @@ class LeverError(Exception):
 
 class UsageError(LeverError):
     """The command line itself is wrong (unknown key, name or value). The CLI exits with 2."""
+
+
+class Unfinished(LeverError):
+    """Asking many things ended early. answered: position in what was asked → what came back before, worth keeping."""
+
+    def __init__(self, message: str, answered: dict):
+        super().__init__(message)
+        self.answered = answered

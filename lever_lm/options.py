@@ -23,6 +23,10 @@ class Common:
     config: Annotated[Path | None, typer.Option(help="YAML of config keys, over the named ones.")] = None
     dataset: Annotated[str | None, typer.Option(help="configs/dataset/NAME.yaml: digits, okvqa_local")] = None
     lvlm: Annotated[str | None, typer.Option(help="configs/lvlm/NAME.yaml: tiny_qwen2.5_vl, qwen2.5_vl_3B, …")] = None
+    server: Annotated[
+        str | None,
+        typer.Option(help="URL of an OpenAI-compatible server that answers as the LVLM: http://HOST:8000/v1"),
+    ] = None
     sampler: Annotated[
         str | None, typer.Option(help="rand_sampler, text_sim_sampler, img_sim_sampler, mix_sampler")
     ] = None
@@ -130,6 +134,8 @@ def make_pipeline(common: Common, flags: dict | None = None, run_dir: Path | Non
             flags[key] = value
     if common.features is not None:
         flags["features"] = {"name": common.features}
+    if common.server is not None:
+        flags["lvlm"] = {"server": common.server}
     if common.limit is not None:
         few = {"num_queries": common.limit}
         flags = merge(flags, {"rollout": few, "infer": few})

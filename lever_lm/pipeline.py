@@ -31,6 +31,7 @@ from lever_lm.rollouts import check_rows, made_elsewhere, make_rollouts, online_
 from lever_lm.runs import Layout, RunFolder, environment, file_digest, inference_folder, lvlm_name, v2_name, write_json
 from lever_lm.samplers import check_sampler
 from lever_lm.selection import choose, read_history
+from lever_lm.shards import Shards
 from lever_lm.training import train_grpo, train_rce
 
 # Where Lever-Plus exports the features of the training split, in the cache folder.
@@ -50,7 +51,11 @@ class Source:
 
 
 class Pipeline:
-    """The stages of one config over one results folder. Data, features and LVLM are made when first needed."""
+    """The stages of one config over one results folder. Data, features and LVLM are made when first needed.
+
+    Under torchrun `rollouts`, `infer` and `infer_icds` are calls of the whole job: its processes share the questions to
+    the LVLM, each does the rest for itself, and the leader alone writes. The other stages are the work of one process.
+    """
 
     def __init__(
         self,
@@ -62,7 +67,7 @@ class Pipeline:
         run_dir: Path | None = None,
     ):
         check_names(config)
-        self.config, self.screen = config, screen
+        self.config, self.screen, self.shards = config, screen, Shards.from_environment()
         self.layout = Layout(config, results, run_name)
         self.run = RunFolder(run_dir or self.layout.run)
         self.inference = inference_folder(run_dir) if run_dir else self.layout.inference
@@ -70,7 +75,8 @@ class Pipeline:
     @cached_property
     def data(self) -> VqaData:
         """The dataset; examples that were left out are counted aloud."""
-        data = load_dataset(self.config.data)
+        with self.shards.leader_first():  # `datasets` makes a cache of its own from parquet files
+            data = load_dataset(self.config.data)
         counts = f"{len(data.train_examples)} training and {len(data.val_examples)} evaluation examples"
         self.screen.say(f"data: {data.name}, {counts}")
         if data.skipped:
@@ -80,9 +86,11 @@ class Pipeline:
     @cached_property
     def features(self) -> Features:
         """CLIP features of both splits."""
-        return compute_features(
-            self.data, self.config.features, self.layout.features, self.config.device, self.screen.track
-        )
+        data = self.data
+        with self.shards.leader_first():
+            return compute_features(
+                data, self.config.features, self.layout.features, self.config.device, self.screen.track
+            )
 
     @cached_property
     def lvlm(self) -> CachedLvlm:
@@ -93,6 +101,7 @@ class Pipeline:
             device=self.config.device,
             cache=self.layout.answers,
             track=self.screen.track,
+            shards=self.shards,
         )
 
     @cached_property
@@ -110,7 +119,8 @@ class Pipeline:
         """The rollout file, made where needed. Returns the group report with the file's path."""
         self.check(*ALL)
         # What is missing is said before features are made.
-        fetch_model(self.config.features.encoder, "features.encoder")
+        with self.shards.leader_first():
+            fetch_model(self.config.features.encoder, "features.encoder")
         data, lvlm, path = self.data, self.lvlm, self.layout.rollouts
         report = make_rollouts(self.config, data, self.features, lvlm, path, self.screen.say)
         self.screen.say(
@@ -318,7 +328,7 @@ class Pipeline:
         tests = [test for outcome in ours for test in compare(outcome, outcomes)]
         facts |= {"tests": tests, "okvqa_stem": self.config.infer.okvqa_stem}
         facts["setting"] = f"{self._setting()}-{chosen_by}"
-        metrics = self.evaluation.write(folder, outcomes, choices, method, facts)
+        metrics = self.shards.from_leader(lambda: self.evaluation.write(folder, outcomes, choices, method, facts))
         self.screen.say(f"predictions and metrics: {folder}")
         return {**metrics, "folder": str(folder)}
 

@@ -96,7 +96,7 @@ class _Planner:
         try:
             self.data = load_dataset(config.data)
             self.known = cached_features(self.data, config.features, layout.features)
-            if layout.answers.is_file() and model_folder(config.lvlm.path):
+            if layout.answers.is_file() and (config.lvlm.server or model_folder(config.lvlm.path)):
                 where = {"device": config.device, "cache": layout.answers}
                 self.lvlm = load_lvlm(config.lvlm, config.prompt, **where, track=lambda items, *_: items)
         except LeverError:
@@ -112,7 +112,7 @@ class _Planner:
 
     def rollouts(self) -> Stage:
         path = self.layout.rollouts
-        size = self.disk["rollouts"] + self.disk["answers"]
+        size = self.disk["rollouts"] + self.disk["answers"] + self.disk["vision"]
         total = len(self.data.train_examples) if self.data else self.config.rollout.num_queries
         calls, exact = min(self.config.rollout.num_queries, total) * group_size(self.config), False
         if self.known is not None:
@@ -165,6 +165,8 @@ class _Planner:
         """Seconds for LVLM calls: from the speed last measured with this model, else from its size."""
         if self.lvlm is not None and self.lvlm.speed:
             return calls / self.lvlm.speed
+        if self.config.lvlm.server:
+            return None if calls else 0.0
         tokens = (shots + 1) * (_TEXT_TOKENS + self._image_tokens())
         return self._seconds(self.config.lvlm.path, calls, tokens)
 

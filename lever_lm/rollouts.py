@@ -64,19 +64,14 @@ def check_rows(path: Path, train: Sequence[Example]) -> None:
 def make_rollouts(
     config: Config, data: VqaData, features: Features, lvlm: CachedLvlm, path: Path, say: Callable[[str], None]
 ) -> dict:
-    """The rollout file at `path`, made where it is missing or its inputs have changed. Returns its group report.
+    """The rollout file at `path`, made where it is missing or its inputs have changed. Returns its group report. Of the
+    processes of a job, all propose and score, and the leader alone reads and writes the file.
 
     Raises LeverError rather than replace a file that `lever rollout` did not make.
     """
-    stamp = rollout_stamp(config, data, features, lvlm)
-    if path.is_file():
-        if made_elsewhere(path):
-            raise LeverError(
-                f"{path} was not made by `lever rollout` and is not replaced: move it, or train on it with --rl-data"
-            )
-        if read_rollouts(path)["_meta"]["fingerprint"] == stamp:
-            return group_report(path)
-        say(f"{path} is of another config or data and is made again; answers already known are not asked again")
+    stamp, shards = rollout_stamp(config, data, features, lvlm), lvlm.shards
+    if shards.from_leader(lambda: _is_made(path, stamp, say)):
+        return shards.from_leader(lambda: group_report(path))
     proposals, train = propose_groups(config, data, features), data.train_examples
     if config.rollout.infoscore:
         add_infoscore(proposals, config, train, lvlm)
@@ -88,8 +83,23 @@ def make_rollouts(
     for row, query, pool, group in zip(*by_query, strict=True):
         scored = [_score(trajectory, pool, next(texts), next(probs), query) for trajectory in group]
         content[str(row)] = {"query": _query(row, query), "candidate_pool_ids": pool, "pointer_candidates": scored}
-    write_json(path, content, indent=None)
-    return group_report(path)
+    if shards.leader:
+        write_json(path, content, indent=None)
+    return shards.from_leader(lambda: group_report(path))
+
+
+def _is_made(path: Path, stamp: str, say: Callable[[str], None]) -> bool:
+    """Whether the rollout file is there, with these inputs."""
+    if not path.is_file():
+        return False
+    if made_elsewhere(path):
+        raise LeverError(
+            f"{path} was not made by `lever rollout` and is not replaced: move it, or train on it with --rl-data"
+        )
+    if read_rollouts(path)["_meta"]["fingerprint"] == stamp:
+        return True
+    say(f"{path} is of another config or data and is made again; answers already known are not asked again")
+    return False
 
 
 def online_rewards(

@@ -17,7 +17,7 @@ from typing import BinaryIO
 import yaml
 
 from lever_lm import __version__
-from lever_lm.config import PACKAGE, Config, to_dict
+from lever_lm.config import LVLM_SPEED, PACKAGE, Config, to_dict
 from lever_lm.errors import LeverError
 
 TEMPORARY_PREFIX = ".tmp-"
@@ -173,7 +173,7 @@ _FREE = (
     ("grpo", "patience"),
     ("infer",),
     ("features", "batch_size"),
-    ("lvlm", "batch_size"),
+    *(("lvlm", name) for name in LVLM_SPEED),
     ("data", "okvqa_path"),
     ("data", "coco_path"),
 )

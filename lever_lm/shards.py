@@ -1,20 +1,40 @@
-"""The processes of one torchrun job: which of them this is, and where they wait for one another."""
+"""The processes of one torchrun job: which of them this is, what it does of their work, and where they wait."""
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
+from lever_lm.errors import LeverError
+
+_NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _PATIENCE = timedelta(days=7)  # a rank that fails ends the others through torchrun, not through this
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
 class Shards:
-    """Rank `rank` of `world` processes; alone by default."""
+    """Rank `rank` of `world` processes, the one numbered `local` on its host; alone by default.
+
+    All but `share` are calls of the whole job: every process makes them, in the same order. They raise LeverError when
+    another one has ended.
+    """
 
     rank: int = 0
     world: int = 1
+    local: int = 0
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str] = os.environ) -> "Shards":
+        """Those that torchrun has set; alone where any of its variables is missing: a leaked WORLD_SIZE is no job."""
+        if not all(environ.get(name) for name in _NEEDED):
+            return cls()
+        rank, world = int(environ["RANK"]), int(environ["WORLD_SIZE"])
+        return cls(rank, world, int(environ.get("LOCAL_RANK") or rank))
 
     @property
     def leader(self) -> bool:
@@ -28,11 +48,17 @@ class Shards:
     def wait(self) -> None:
         """Return once every process has come here."""
         if self.world > 1:
-            import torch.distributed as dist
+            with self._together() as dist:
+                dist.barrier()
 
-            if not dist.is_initialized():
-                dist.init_process_group("gloo", timeout=_PATIENCE)
-            dist.barrier()
+    def from_leader(self, make: Callable[[], Made]) -> Made:
+        """What the leader makes, in every process; the others do not call `make`. It is pickled on its way."""
+        if self.world == 1:
+            return make()
+        made = [make() if self.leader else None]
+        with self._together() as dist:
+            dist.broadcast_object_list(made)
+        return made[0]
 
     @contextlib.contextmanager
     def leader_first(self) -> Iterator[None]:
@@ -43,7 +69,26 @@ class Shards:
         if self.leader:
             self.wait()
 
+    @contextlib.contextmanager
+    def _together(self) -> Iterator:
+        """torch.distributed, joined."""
+        import torch.distributed as dist
 
-def shards(environ=os.environ) -> Shards:
-    """Those that torchrun has set in the environment."""
-    return Shards(int(environ.get("RANK") or 0), int(environ.get("WORLD_SIZE") or 1))
+        try:
+            if not dist.is_initialized():
+                dist.init_process_group("gloo", timeout=_PATIENCE)
+            yield dist
+        except RuntimeError as error:
+            why = re.sub(r"^\[\S+\] ", "", str(error)).split(". ")[0].split("\n")[0]  # less the place in the library
+            raise LeverError(
+                f"rank {self.rank} of {self.world} has lost the others ({why}): the one that failed says why. "
+                "Run the same command again to go on"
+            ) from error
+
+    def leave(self) -> None:
+        """End this process's part in the job, where it ever came to wait. No other process is waited for."""
+        if self.world > 1 and "torch" in sys.modules:
+            import torch.distributed as dist
+
+            if dist.is_initialized():
+                dist.destroy_process_group()

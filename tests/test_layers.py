@@ -34,7 +34,18 @@ PURE = ["losses", "rewards", "metrics", "stems", "stats", "decoder", "policy"]
 # What pure modules may use of the standard library and beyond: no files, no processes, no clocks.
 PURE_IMPORTS = {"numpy", "torch", "lever_lm"}
 PURE_IMPORTS |= {"collections", "copy", "dataclasses", "difflib", "functools", "math", "re"}
-LATE = {"transformers", "datasets", "qwen_vl_utils", "jinja2", "torchvision", "tokenizers", "huggingface_hub", "PIL"}
+LATE = {
+    "transformers",
+    "datasets",
+    "qwen_vl_utils",
+    "jinja2",
+    "torchvision",
+    "tokenizers",
+    "huggingface_hub",
+    "PIL",
+    "httpx2",
+    "tenacity",
+}
 
 
 def module_name(path: Path) -> str:

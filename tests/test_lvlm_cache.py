@@ -9,7 +9,7 @@ import sqlite3
 import pytest
 
 from lever_lm.data import Example, image_digest
-from lever_lm.errors import LeverError
+from lever_lm.errors import LeverError, Unfinished
 from lever_lm.lvlm import CachedLvlm, Prompt
 from lever_lm.lvlm.cache import AnswerCache
 
@@ -226,6 +226,29 @@ def test_batches_are_kept_whole_and_a_rerun_asks_the_rest_in_the_same_batches(fi
     assert gone_on.generate(prompts) == expected
     assert gone_on.known == 4
     assert dying.work + rest.work == whole.work
+
+
+def test_what_came_back_before_a_batch_broke_off_is_kept(file, prompts):
+    class Dropping(Counting):
+        """Answers the first of a batch last, and not at all."""
+
+        def generate(self, prompts):
+            raise Unfinished("no line", dict(enumerate(super().generate(prompts)[1:], 1)))
+
+        def answer_log_prob(self, prompts, answers):
+            raise Unfinished("no line", dict(enumerate(super().answer_log_prob(prompts, answers)[1:], 1)))
+
+    broken_off = opened(file, Dropping())
+    with pytest.raises(Unfinished):
+        broken_off.generate(prompts[:3])
+    with pytest.raises(Unfinished):
+        broken_off.answer_log_prob(prompts[:3], ["yes"] * 3)
+    assert broken_off.asked == 4
+    rest = Counting()
+    gone_on = opened(file, rest)
+    assert gone_on.generate(prompts[:3]) == [f"q{i} a, and more" for i in range(3)]
+    assert gone_on.answer_log_prob(prompts[:3], ["yes"] * 3) == [-3.123456] * 3
+    assert rest.asked == ["q0", "q0"]
 
 
 def test_progress_counts_the_batches_that_are_left(file, prompts):

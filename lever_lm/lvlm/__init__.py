@@ -6,14 +6,30 @@ from lever_lm.config import LvlmConfig, PromptConfig
 from lever_lm.hub import fetch_model
 from lever_lm.lvlm.cache import AnswerCache, CachedLvlm, Track
 from lever_lm.lvlm.prompt import Prompt, build_prompt, cut_answer
+from lever_lm.shards import Shards
 
 __all__ = ["CachedLvlm", "Prompt", "build_prompt", "cut_answer", "load_lvlm"]
 
 
-def load_lvlm(config: LvlmConfig, prompt: PromptConfig, *, device: str, cache: Path, track: Track) -> CachedLvlm:
-    """The LVLM of a config behind the answer cache at `cache`."""
-    from lever_lm.lvlm.local import LocalLvlm, local_fingerprint
+def load_lvlm(
+    config: LvlmConfig, prompt: PromptConfig, *, device: str, cache: Path, track: Track, shards: Shards = Shards()
+) -> CachedLvlm:
+    """The LVLM of a config behind the answer cache at `cache`. Of several processes, each calls this."""
+    if config.server:
+        from lever_lm.lvlm.server import ServerLvlm, server_fingerprint
 
-    fetch_model(config.path, "--lvlm, lvlm.path")
+        fingerprint = server_fingerprint(config, prompt)
+        return CachedLvlm(lambda: ServerLvlm(config, prompt), fingerprint, AnswerCache(cache, shards), track)
+
+    from lever_lm.lvlm.local import LocalLvlm, local_fingerprint, vision_fingerprint
+
+    with shards.leader_first():
+        fetch_model(config.path, "--lvlm, lvlm.path")
     fingerprint = local_fingerprint(config, prompt, device)
-    return CachedLvlm(lambda: LocalLvlm(config, prompt, device), fingerprint, AnswerCache(cache), track)
+    bank = cache.with_name(f"{cache.stem.replace('answers', 'vision', 1)}_{vision_fingerprint(config, device)}")
+    return CachedLvlm(
+        lambda: LocalLvlm(config, prompt, device, bank=bank, track=track, shards=shards),
+        fingerprint,
+        AnswerCache(cache, shards),
+        track,
+    )

@@ -1,57 +1,147 @@
-"""Answers already given, in SQLite: a question that was asked before is never asked again, across runs and kills."""
+"""Answers already given, in SQLite: a question that was asked before is never asked again, across runs and kills.
+
+Of several processes each writes to a file of its own and the leader alone opens the main one: on a network disk SQLite
+cannot be trusted with two writers.
+"""
 
 import contextlib
+import glob
 import hashlib
 import json
+import re
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from lever_lm.data import image_digest
-from lever_lm.errors import LeverError
+from lever_lm.errors import LeverError, Unfinished
 from lever_lm.lvlm.prompt import Prompt, cut_answer
+from lever_lm.shards import Shards
 
 _SQL_VARIABLES = 500
+_PATIENCE = 60.0  # seconds to wait for the writing of another process
+_LOOK = 1.0  # seconds, where a file that is in use can be left to its user
 Track = Callable[[Iterable, str, int], Iterable]
 
 
 class AnswerCache:
-    """A table key → text in one SQLite file; what `put` returned from is on disk."""
+    """A table key → text in one SQLite file; what `put` returned from is on disk.
 
-    def __init__(self, path: Path):
-        self.path = path
-        with self._explained():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(path, timeout=60)
-            self._db.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID")
-            self._db.commit()
+    The processes of a job put into `<stem>.rank<r>.sqlite` beside it, which `collect` brings together. `get` and
+    `collect` are calls of the whole job.
+    """
 
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except (sqlite3.Error, OSError) as error:
-            raise LeverError(f"cannot use the answer cache {self.path}: {error}; if it is broken, delete it") from error
+    def __init__(self, path: Path, shards: Shards = Shards()):
+        self.path, self.shards = path, shards
+        self._main = _open(path) if shards.leader else None
+        self._own: sqlite3.Connection | None = None  # this rank's, opened when there is something to put
 
     def get(self, keys: Sequence[str]) -> dict[str, str]:
-        """The known ones of these keys."""
+        """The known ones of these keys. Raises LeverError where the processes of a job do not ask for the same."""
+        asked = hashlib.sha256("".join(keys).encode()).digest()
+        by_leader, found = self.shards.from_leader(lambda: (asked, self._look_up(keys)))
+        if asked != by_leader:
+            raise LeverError(
+                f"rank {self.shards.rank} would ask other prompts than rank 0: do all hosts see the same data, the "
+                "same config, and the same versions of the packages?"
+            )
+        return found
+
+    def _look_up(self, keys: Sequence[str]) -> dict[str, str]:
         found: dict[str, str] = {}
-        with self._explained():
+        with _explained(self.path):
             for start in range(0, len(keys), _SQL_VARIABLES):
                 part = keys[start : start + _SQL_VARIABLES]
                 marks = ",".join("?" * len(part))
-                found |= dict(self._db.execute(f"SELECT key, value FROM answers WHERE key IN ({marks})", part))
+                found |= dict(self._main.execute(f"SELECT key, value FROM answers WHERE key IN ({marks})", part))
         return found
 
     def put(self, items: dict[str, str]) -> None:
         """Store a batch whole."""
-        with self._explained(), self._db:
-            self._db.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?)", items.items())
+        if self.shards.world == 1:
+            _store(self._main, self.path, items.items())
+            return
+        path = self.path.with_name(f"{self.path.stem}.rank{self.shards.rank}.sqlite")
+        self._own = self._own or _open(path, alone=True)
+        _store(self._own, path, items.items())
+
+    def collect(self) -> None:
+        """Move into the main file what the processes of this job have put, and what those of a killed one left,
+        however many they were. Files that another job is writing to are left to it."""
+        if self._own is not None:
+            self._own.close()
+            self._own = None
+        self.shards.wait()
+        if self.shards.leader:
+            self._merge(self._rank_files())
+
+    def _rank_files(self) -> list[Path]:
+        """Those beside the main file, by rank."""
+        ranks = {}
+        for path in self.path.parent.glob(f"{glob.escape(self.path.stem)}.rank*.sqlite"):
+            if number := re.fullmatch(r"\.rank(\d+)\.sqlite", path.name[len(self.path.stem) :]):
+                ranks[path] = int(number[1])
+        return sorted(ranks, key=ranks.__getitem__)
+
+    def _merge(self, paths: list[Path]) -> None:
+        """All of it in one transaction; only then are the files deleted."""
+        with contextlib.ExitStack() as stack:
+            taken: dict[Path, sqlite3.Connection] = {}
+            for path in paths:
+                with contextlib.suppress(_InUse):
+                    taken[path] = stack.enter_context(contextlib.closing(_open(path, alone=True, patience=_LOOK)))
+            _store(self._main, self.path, (row for path, db in taken.items() for row in _rows(db, path)))
+            for path in taken:
+                path.with_name(f"{path.name}-journal").unlink(missing_ok=True)
+                path.unlink()
 
     def close(self) -> None:
-        """Close the file; a later use is an error."""
-        self._db.close()
+        """Close the files; a later use is an error."""
+        for db in (self._main, self._own):
+            if db is not None:
+                db.close()
+
+
+class _InUse(LeverError):
+    """Another process has the file."""
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (sqlite3.Error, OSError) as error:
+        if "locked" in str(error):
+            raise _InUse(f"the answer cache {path} is in use by another job: run this when that has ended") from error
+        raise LeverError(f"cannot use the answer cache {path}: {error}; if it is broken, delete it") from error
+
+
+def _open(path: Path, *, alone: bool = False, patience: float = _PATIENCE) -> sqlite3.Connection:
+    """A table of answers, made where there is none. `alone`: until it is closed, no other process can read it."""
+    with _explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        db = sqlite3.connect(path, timeout=patience)
+        try:
+            if alone:
+                db.execute("PRAGMA locking_mode=EXCLUSIVE")
+                db.execute("BEGIN EXCLUSIVE")
+            db.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID")
+            db.commit()
+        except sqlite3.Error:
+            db.close()
+            raise
+        return db
+
+
+def _store(db: sqlite3.Connection, path: Path, rows: Iterable[tuple[str, str]]) -> None:
+    with _explained(path), db:
+        db.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?)", rows)
+
+
+def _rows(db: sqlite3.Connection, path: Path) -> Iterator[tuple[str, str]]:
+    with _explained(path):
+        yield from db.execute("SELECT key, value FROM answers ORDER BY key")
 
 
 class CachedLvlm:
@@ -59,13 +149,15 @@ class CachedLvlm:
 
     `load` makes the backend (generate, answer_log_prob, batches); `fingerprint` is that of model, decoding and
     prompt style. Keys also hold texts and image contents, so changed data is asked anew. Batches are cut from the
-    sorted list of unknown prompts and committed whole: what a killed job left is the same batches again.
+    sorted list of unknown prompts and committed whole: what a killed job left is the same batches again. The processes
+    of a job deal them among themselves; each makes the same calls with the same prompts, gets all answers, and calls
+    `batches` of the backend whenever the others do.
     """
 
     def __init__(self, load: Callable[[], object], fingerprint: str, cache: AnswerCache, track: Track):
         self._load, self._backend = load, None
-        self.fingerprint, self.cache, self.track = fingerprint, cache, track
-        self.asked = 0  # prompts that went to the model
+        self.fingerprint, self.cache, self.track, self.shards = fingerprint, cache, track, cache.shards
+        self.asked = 0  # prompts that went to the model in this process
         self.known = 0  # prompts answered from the cache
 
     @property
@@ -92,9 +184,8 @@ class CachedLvlm:
         """log P(answer | prompt), rounded to 6 decimals."""
         keys = [self._key(f"log_prob:{answer}", prompt) for prompt, answer in zip(prompts, answers, strict=True)]
 
-        def ask(batch: list[int]) -> list[str]:
-            values = self.backend.answer_log_prob([prompts[i] for i in batch], [answers[i] for i in batch])
-            return [repr(value) for value in values]
+        def ask(batch: list[int]) -> list[float]:
+            return self.backend.answer_log_prob([prompts[i] for i in batch], [answers[i] for i in batch])
 
         return [float(value) for value in self._through_cache(keys, prompts, ask, what)]
 
@@ -105,34 +196,60 @@ class CachedLvlm:
 
     @property
     def speed(self) -> float | None:
-        """Prompts a second when this model was last asked, None before."""
+        """Prompts a second in as many processes as these, from when this model was last asked; None before."""
         known = self.cache.get([self._speed_key])
-        return float(known[self._speed_key]) if known else None
+        return float(known[self._speed_key]) * self.shards.world if known else None
 
     @property
     def _speed_key(self) -> str:
-        return f"speed:{self.fingerprint}"
+        return f"speed:{self.fingerprint}"  # of one process
 
     def _through_cache(self, keys: list[str], prompts: Sequence[Prompt], ask, what: str) -> list[str]:
         first = {}
         for i, key in enumerate(keys):
             first.setdefault(key, i)
+        self.cache.collect()  # first what a killed job left
         known = self.cache.get(list(first))
         pending = [i for key, i in first.items() if key not in known]
         self.known += len(first) - len(pending)
         if pending:
-            batches = self.backend.batches([prompts[i] for i in pending])
-            label = f"{what}: {len(pending)} prompts to ask, {len(first) - len(pending)} known"
-            started = time.monotonic()
-            for batch in self.track(batches, label, len(batches)):
-                rows = [pending[j] for j in batch]
-                new = dict(zip((keys[i] for i in rows), ask(rows), strict=True))
-                self.cache.put(new)
-                known |= new
-                self.asked += len(rows)
-            seconds = max(time.monotonic() - started, 1e-6)
-            self.cache.put({self._speed_key: repr(len(pending) / seconds)})
+            self._ask(pending, keys, prompts, ask, f"{what}: {len(pending)} prompts to ask, {len(known)} known")
+            new = self.cache.get([keys[i] for i in pending])
+            if len(new) < len(pending):
+                raise LeverError(
+                    f"{len(pending) - len(new)} of {len(pending)} answers did not arrive in {self.cache.path}: the "
+                    "hosts of a job need one results folder on a disk that they share (--results DIR)"
+                )
+            known |= new
         return [known[key] for key in keys]
+
+    def _ask(self, pending: list[int], keys: list[str], prompts: Sequence[Prompt], ask, label: str) -> None:
+        """Have the prompts that `pending` numbers answered, by this process its share of the batches, and stored."""
+        backend = self.backend
+        self.shards.wait()  # until every rank has its model: the time taken is that of answering
+        started = time.monotonic()
+        batches = backend.batches([prompts[i] for i in pending])
+        batches = self.shards.from_leader(lambda: batches)
+        mine = self.shards.share(batches)
+        if self.shards.world > 1:
+            label += f"; the share of rank 0 of {self.shards.world}: {sum(map(len, mine))} in {len(mine)} batches"
+        for batch in self.track(mine, label, len(mine)):
+            rows = [pending[j] for j in batch]
+            try:
+                answers = ask(rows)
+            except Unfinished as error:
+                self._keep({keys[rows[j]]: answer for j, answer in error.answered.items()})
+                raise
+            self._keep(dict(zip((keys[i] for i in rows), answers, strict=True)))
+        self.shards.wait()
+        if self.shards.leader:
+            seconds = max(time.monotonic() - started, 1e-6)
+            self.cache.put({self._speed_key: repr(len(pending) / seconds / self.shards.world)})
+        self.cache.collect()
+
+    def _keep(self, answers: dict[str, str | float]) -> None:
+        self.cache.put({key: value if isinstance(value, str) else repr(value) for key, value in answers.items()})
+        self.asked += len(answers)
 
     def _key(self, kind: str, prompt: Prompt) -> str:
         shown = [[icd.question, icd.answer, image_digest(icd.image)] for icd in prompt.icds]

@@ -5,52 +5,68 @@ processor, vision tower, rotary positions, language model, cache. Ours is only w
 """
 
 import hashlib
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lever_lm.compat import first_line, import_transformers, load_whole, resolve_device
-from lever_lm.config import LvlmConfig, PromptConfig, fingerprint
-from lever_lm.data import Image, open_image
+from lever_lm.config import LVLM_SPEED, LvlmConfig, PromptConfig, fingerprint
 from lever_lm.errors import LeverError
 from lever_lm.hub import fetch_model, model_folder
+from lever_lm.lvlm.cache import Track
 from lever_lm.lvlm.decoding import Prefilled, beam_search, greedy
+from lever_lm.lvlm.kernels import compile_parts, speed_up_vision
 from lever_lm.lvlm.prompt import Prompt, cut_answer, to_messages
+from lever_lm.lvlm.vision import Vision
+from lever_lm.shards import Shards
 
-IMAGE_BATCH = 64
+_CHARS_PER_TOKEN = 3  # of English, a few less than there are: good enough to sort and to budget by
 
 
 class LocalLvlm:
-    """A Qwen2.5-VL directory or hub id. Raises LeverError when it cannot be loaded."""
+    """A Qwen2.5-VL directory or hub id. Image features go to `bank` and stay for the next command where it is given.
+    Raises LeverError when the model cannot be loaded."""
 
-    def __init__(self, config: LvlmConfig, prompt: PromptConfig, device: str = "auto"):
+    def __init__(
+        self,
+        config: LvlmConfig,
+        prompt: PromptConfig,
+        device: str = "auto",
+        *,
+        bank: Path | None = None,
+        track: Track = lambda items, what, total: items,
+        shards: Shards = Shards(),
+    ):
         transformers = import_transformers()
         self.config, self.prompt, self.device = config, prompt, resolve_device(device)
         where = str(fetch_model(config.path, "--lvlm, lvlm.path"))
-        dtype = _dtype(config.dtype, self.device)
+        self.dtype = _dtype(config.dtype, self.device)
         attention = {} if config.attention == "auto" else {"attn_implementation": config.attention}
         try:
             self.processor = transformers.AutoProcessor.from_pretrained(where)
-            model = load_whole(transformers.Qwen2_5_VLForConditionalGeneration, where, dtype, **attention)
+            model = load_whole(transformers.Qwen2_5_VLForConditionalGeneration, where, self.dtype, **attention)
         except Exception as error:  # a directory of anybody's making: the library can fail on it in any way
             raise LeverError(
                 f"cannot load the LVLM {config.path}: {first_line(error)} (--lvlm, lvlm.path: a cached hub id or a "
                 "directory of a Qwen2.5-VL)"
             ) from error
         self.model = model.to(self.device)
-        self.tokenizer, self.image_processor = self.processor.tokenizer, self.processor.image_processor
-        self.tokenizer.padding_side = "left"
-        self.image_processor.size = {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels}
+        if self.device.type == "cuda" and self.dtype != torch.float32 and config.attention == "auto":
+            speed_up_vision(self.model.model.visual)
+        if config.compile:
+            compile_parts(self.model)
+        self.tokenizer, image_processor = self.processor.tokenizer, self.processor.image_processor
+        image_processor.size = {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels}
         eos = model.generation_config.eos_token_id
         self.eos = torch.tensor(eos if isinstance(eos, list) else [eos], device=self.device)
         pad = model.generation_config.pad_token_id
         self.pad = self.tokenizer.pad_token_id if pad is None else pad
         self.image_token = "<|image_pad|>"
         self.image_token_id = model.config.image_token_id
-        self.bank: dict[Image, tuple[Tensor, Tensor]] = {}  # image → (features (T, H), grid (3,))
+        self.vision = Vision(self.model, image_processor, config, bank, track, shards)
+        self._budget = config.batch_tokens
 
     # ------------------------------------------------------------------ answering
 
@@ -60,96 +76,154 @@ class LocalLvlm:
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt]) -> list[str]:
-        """What the model writes after each prompt, uncut."""
-        texts: list[str] = [""] * len(prompts)
-        for batch in self.batches(prompts):
-            prefilled = self._prefill([self._text(prompts[i]) for i in batch], [prompts[i].images for i in batch])
+        """What the model writes after each prompt, uncut. Raises LeverError for a prompt that does not fit the model's
+        context or the device's memory."""
+
+        def write(batch: list[Prompt]) -> list[str]:
+            prefilled = self._prefill(batch)
             if self.config.num_beams == 1:
                 tokens = greedy(prefilled, self.config.max_new_tokens, self.eos, self.pad)
             else:
-                tokens = beam_search(
-                    prefilled,
-                    self.config.num_beams,
-                    self.config.max_new_tokens,
-                    self.eos,
-                    self.pad,
-                    self.config.length_penalty,
-                )
-            for i, text in zip(batch, self.tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True):
-                texts[i] = text
-        return texts
+                decoding = (self.config.num_beams, self.config.max_new_tokens, self.eos, self.pad)
+                tokens = beam_search(prefilled, *decoding, self.config.length_penalty)
+            return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+
+        return self._in_batches(prompts, list(prompts), write)
 
     @torch.inference_mode()
     def answer_log_prob(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
         """log P(answer | prompt): the sum over the answer's tokens, the end-of-turn token not among them; rounded to
-        6 decimals. Raises LeverError for an answer without tokens."""
+        6 decimals. Raises LeverError for an answer without tokens, and as `generate` does."""
         if len(prompts) != len(answers):
             raise ValueError(f"{len(prompts)} prompts but {len(answers)} answers")
-        scores = [0.0] * len(prompts)
-        for batch in self.batches(prompts):
-            targets = [self.tokenizer(answers[i], add_special_tokens=False).input_ids for i in batch]
-            for i, target in zip(batch, targets, strict=True):
-                if not target:
-                    raise LeverError(f"question {prompts[i].query.question_id}: cannot score an empty answer")
-            texts = [self._text(prompts[i]) for i in batch]
-            log_probs = self._score(texts, [prompts[i].images for i in batch], targets)
-            for i, value in zip(batch, log_probs, strict=True):
-                scores[i] = round(value, 6)
-        return scores
+        targets = [self.tokenizer(answer, add_special_tokens=False).input_ids for answer in answers]
+        for prompt, target in zip(prompts, targets, strict=True):
+            if not target:
+                raise LeverError(f"question {prompt.query.question_id}: cannot score an empty answer")
+        return self._in_batches(prompts, list(zip(prompts, targets, strict=True)), self._score)
+
+    # ------------------------------------------------------------------ batches
 
     def batches(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """Indices of the prompts, sorted by length, in batches: a function of the work list alone."""
-        order = sorted(range(len(prompts)), key=lambda i: (self._length(prompts[i]), i))
-        size = self.config.batch_size
-        return [order[start : start + size] for start in range(0, len(order), size)]
+        """Indices of the prompts in batches, the longest first: a function of the work list alone. Encodes the images
+        that are new, each process its share: all processes of a job call it together.
+
+        How many go into a batch hangs on its longest prompt only. So what is left of a list after some whole batches
+        were done is cut as before.
+        """
+        self.vision.see_together([image for prompt in prompts for image in prompt.images])
+        lengths, order = self._longest_first(prompts)
+        cut = []
+        while order:
+            size = self._fitting(lengths[order[0]], self.config.batch_tokens)
+            cut.append(order[:size])
+            order = order[size:]
+        return cut
+
+    def _in_batches(self, prompts: Sequence[Prompt], items: list, ask: Callable[[list], list]) -> list:
+        """ask(batch) of all items, in the batches of their prompts. Order in, order out. A batch that does not fit into
+        memory is halved, and those after it are cut as small."""
+        self.vision.see([image for prompt in prompts for image in prompt.images])
+        lengths, order = self._longest_first(prompts)
+        results: list = [None] * len(prompts)
+        while order:
+            longest = lengths[order[0]]
+            batch = order[: self._fitting(longest, self._budget)]
+            try:
+                done = ask([items[i] for i in batch])
+            except torch.OutOfMemoryError as error:
+                if len(batch) == 1:
+                    prompt = prompts[batch[0]]
+                    raise LeverError(
+                        f"question {prompt.query.question_id}: its prompt of {len(prompt.images)} images, about "
+                        f"{longest} tokens, does not fit into the memory of {self.device}: fewer --shots, or a smaller "
+                        f"lvlm.max_pixels or lvlm.bank_memory ({first_line(error)})"
+                    ) from error
+                self._budget = len(batch) // 2 * longest
+                continue
+            for i, result in zip(batch, done, strict=True):
+                results[i] = result
+            order = order[len(batch) :]
+        return results
+
+    def _longest_first(self, prompts: Sequence[Prompt]) -> tuple[list[int], list[int]]:
+        """Lengths, and the order of the prompts by them: what may not fit into memory fails at once."""
+        lengths = [self._length(prompt) for prompt in prompts]
+        return lengths, sorted(range(len(prompts)), key=lambda i: (-lengths[i], i))
+
+    def _fitting(self, length: int, budget: int) -> int:
+        """How many prompts of a length go into one batch."""
+        return max(1, min(self.config.batch_size, budget // length))
 
     def _length(self, prompt: Prompt) -> int:
-        """Images weigh most, text breaks their ties; exact lengths are not needed to sort."""
-        text = sum(len(example.question) + len(example.answer) for example in (*prompt.icds, prompt.query))
-        return 1_000_000 * len(prompt.images) + text
+        """Tokens of a prompt, about: those of images counted, those of texts guessed."""
+        examples, around = (*prompt.icds, prompt.query), len(self.prompt.template)
+        text = sum(around + len(example.question) + len(example.answer) for example in examples)
+        return sum(map(self.vision.tokens, prompt.images)) + text // _CHARS_PER_TOKEN
 
     # ------------------------------------------------------------------ one batch
 
-    def _text(self, prompt: Prompt) -> str:
-        messages = to_messages(prompt, self.prompt)
-        return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-
-    def _inputs(self, texts: list[str], images: list[list[Image]], targets: list[list[int]] | None = None):
-        """Token ids (B, L) padded on the left, mask (B, L), embeddings (B, L, H), positions (3, B, L)."""
-        self._fill_bank([path for paths in images for path in paths])
-        rows = []
-        for i, (text, paths) in enumerate(zip(texts, images, strict=True)):
-            parts = text.split(self.image_token)
-            if len(parts) != len(paths) + 1:
-                raise LeverError(
-                    f"a prompt about {paths[-1]} has {len(parts) - 1} image placeholders for {len(paths)} images: "
-                    f"its questions or answers must not contain {self.image_token}"
-                )
-            counts = [len(self.bank[path][0]) for path in paths]
-            expanded = parts[0] + "".join(
-                self.image_token * count + part for count, part in zip(counts, parts[1:], strict=True)
+    def _token_ids(self, prompt: Prompt) -> list[int]:
+        """The prompt in the model's own chat template, as many image tokens as its images have features."""
+        text = self.processor.apply_chat_template(
+            to_messages(prompt, self.prompt), tokenize=False, add_generation_prompt=True
+        )
+        short = self.tokenizer(text, add_special_tokens=False).input_ids
+        if short.count(self.image_token_id) != len(prompt.images):
+            raise LeverError(
+                f"a prompt about {prompt.images[-1]} has {short.count(self.image_token_id)} image placeholders for "
+                f"{len(prompt.images)} images: its questions or answers must not contain {self.image_token}"
             )
-            ids = self.tokenizer(expanded, add_special_tokens=False).input_ids
-            rows.append(ids + (targets[i] if targets else []))
-        length = max(map(len, rows))
-        ids = torch.tensor([[self.pad] * (length - len(row)) + row for row in rows], device=self.device)
-        mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=self.device)
-        is_image = (ids == self.image_token_id) & mask.bool()
-        features = torch.cat([self.bank[path][0] for paths in images for path in paths]).to(self.device)
+        counts = iter(map(self.vision.tokens, prompt.images))
+        ids: list[int] = []
+        for token in short:
+            ids += [token] * (next(counts) if token == self.image_token_id else 1)
+        return ids
+
+    def _inputs(self, prompts: Sequence[Prompt], targets: Sequence[Sequence[int]]):
+        """Prompts, each followed by its target, padded on the right: ids and mask (B, L), lengths (B,), embeddings
+        (B, L, H), positions (3, B, L)."""
+        rows = [[*self._token_ids(prompt), *target] for prompt, target in zip(prompts, targets, strict=True)]
+        self._check_context(prompts, rows)
+        images = [image for prompt in prompts for image in prompt.images]
+        lengths = torch.tensor([len(row) for row in rows])
+        ids = torch.full((len(rows), int(lengths.max())), self.pad)
+        for row, tokens in zip(ids, rows, strict=True):
+            row[: len(tokens)] = torch.tensor(tokens)
+        mask = torch.arange(ids.shape[1]) < lengths[:, None]
+        is_image = (ids == self.image_token_id) & mask
+        positions, _ = self.model.model.get_rope_index(  # on the CPU, while the GPU has the batch before
+            ids,
+            mm_token_type_ids=is_image.int(),
+            image_grid_thw=torch.tensor([self.vision.bank.grid(image) for image in images]),
+            attention_mask=mask.long(),
+        )
+        features = torch.cat(self.vision.features(images))
         if int(is_image.sum()) != len(features):
             raise LeverError(f"{int(is_image.sum())} image tokens for {len(features)} image features in one batch")
-        grids = torch.stack([self.bank[path][1] for paths in images for path in paths]).to(self.device)
-        positions, _ = self.model.model.get_rope_index(
-            ids, mm_token_type_ids=is_image.int(), image_grid_thw=grids, attention_mask=mask
+        ids, mask, lengths, is_image, positions = (
+            tensor.to(self.device) for tensor in (ids, mask.long(), lengths, is_image, positions)
         )
         embeddings = self.model.get_input_embeddings()(ids)
         embeddings = embeddings.masked_scatter(is_image[..., None], features.to(embeddings.dtype))
-        return ids, mask, embeddings, positions
+        return ids, mask, lengths, embeddings, positions
 
-    def _prefill(self, texts: list[str], images: list[list[Image]]) -> Prefilled:
-        _, mask, embeddings, positions = self._inputs(texts, images)
+    def _check_context(self, prompts: Sequence[Prompt], rows: list[list[int]]) -> None:
+        most = self.model.config.text_config.max_position_embeddings - self.config.max_new_tokens
+        for prompt, row in zip(prompts, rows, strict=True):
+            if len(row) > most:
+                raise LeverError(
+                    f"question {prompt.query.question_id}: its prompt of {len(prompt.images)} images has {len(row)} "
+                    f"tokens, the context of {self.config.path} has room for {most}: fewer --shots, or a smaller "
+                    "lvlm.max_pixels"
+                )
+
+    def _prefill(self, prompts: Sequence[Prompt]) -> Prefilled:
+        """Run the prompts through the language model. Padding stands on the right, where no token of a prompt looks:
+        attention needs no mask but the causal one, and so takes its fast kernel."""
+        _, mask, lengths, embeddings, positions = self._inputs(prompts, [()] * len(prompts))
         decoder, head = self.model.model.language_model, self.model.lm_head
-        out = decoder(inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, use_cache=True)
+        out = decoder(inputs_embeds=embeddings, position_ids=positions, use_cache=True)
         cache = out.past_key_values
 
         def step(tokens: Tensor, position: Tensor, mask: Tensor) -> Tensor:
@@ -162,48 +236,25 @@ class LocalLvlm:
             )
             return head(out.last_hidden_state[:, -1])
 
+        last = out.last_hidden_state[torch.arange(len(prompts), device=self.device), lengths - 1]
         following = positions.masked_fill(mask == 0, 0).amax((0, 2)) + 1
-        return Prefilled(head(out.last_hidden_state[:, -1]), cache, mask, following, step)
+        return Prefilled(head(last), cache, mask, following, step)
 
-    def _score(self, texts: list[str], images: list[list[Image]], targets: list[list[int]]) -> list[float]:
-        ids, mask, embeddings, positions = self._inputs(texts, images, targets)
+    def _score(self, pairs: list[tuple[Prompt, list[int]]]) -> list[float]:
+        """Log-prob of each target after its prompt."""
+        targets = [target for _, target in pairs]
+        ids, _, lengths, embeddings, positions = self._inputs([prompt for prompt, _ in pairs], targets)
         decoder = self.model.model.language_model
-        hidden = decoder(
-            inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, use_cache=False
-        ).last_hidden_state
-        longest = max(map(len, targets))
+        hidden = decoder(inputs_embeds=embeddings, position_ids=positions, use_cache=False).last_hidden_state
         # Only the places before the answers' tokens go through the vocabulary-wide head.
-        log_probs = self.model.lm_head(hidden[:, -longest - 1 : -1]).float().log_softmax(-1)
-        of_tokens = log_probs.gather(-1, ids[:, -longest:, None]).squeeze(-1)
-        return [float(row[longest - len(target) :].sum()) for row, target in zip(of_tokens, targets, strict=True)]
-
-    # ------------------------------------------------------------------ images
-
-    def _fill_bank(self, images: Sequence[Image]) -> None:
-        new = [image for image in dict.fromkeys(images) if image not in self.bank]
-        for start in range(0, len(new), IMAGE_BATCH):
-            self._encode(new[start : start + IMAGE_BATCH])
-
-    def _encode(self, images: list[Image]) -> None:
-        from qwen_vl_utils import process_vision_info
-
-        limits = {"min_pixels": self.config.min_pixels, "max_pixels": self.config.max_pixels}
-        content = [{"type": "image", "image": open_image(image), **limits} for image in images]
-        resized, _ = process_vision_info(
-            [{"role": "user", "content": content}], image_patch_size=self.image_processor.patch_size
-        )
-        pixels = self.image_processor(images=resized, return_tensors="pt").to(self.device)
-        grids = pixels["image_grid_thw"]
-        output = self.model.get_image_features(pixels["pixel_values"].to(self.model.dtype), grids)
-        features = output if isinstance(output, (tuple, list)) else output.pooler_output
-        expected = [math.prod(grid.tolist()) // self.image_processor.merge_size**2 for grid in grids]
-        if [len(feature) for feature in features] != expected:
-            raise LeverError(
-                f"the image {images[0]} and those after it: the vision tower gave {[len(f) for f in features]} tokens, "
-                f"the grids promise {expected}"
-            )
-        for image, feature, grid in zip(images, features, grids, strict=True):
-            self.bank[image] = (feature.clone(), grid)
+        counts = torch.tensor([len(target) for target in targets], device=self.device)
+        offset = torch.arange(int(counts.max()), device=self.device)
+        real = offset < counts[:, None]
+        places = (lengths - counts)[:, None] + offset.where(real, 0)
+        rows = torch.arange(len(pairs), device=self.device)[:, None]
+        log_probs = self.model.lm_head(hidden[rows, places - 1]).float().log_softmax(-1)
+        of_tokens = log_probs.gather(-1, ids[rows, places][..., None]).squeeze(-1)
+        return [round(value, 6) for value in (of_tokens * real).sum(-1).tolist()]
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:
@@ -215,11 +266,20 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
 def local_fingerprint(config: LvlmConfig, prompt: PromptConfig, device: str) -> str:
     """Changes with everything an answer depends on but the question: weights, precision, decoding, image budget,
     prompt style. Needs no model loaded."""
-    folder = model_folder(config.path)
+    settings = {name: value for name, value in vars(config).items() if name not in ("path", "dtype", *LVLM_SPEED)}
+    return fingerprint(_weights(config.path), settings, str(_dtype(config.dtype, resolve_device(device))), prompt)
+
+
+def vision_fingerprint(config: LvlmConfig, device: str) -> str:
+    """Changes with everything an image's features depend on but the image: weights, precision, image budget."""
+    limits = (config.min_pixels, config.max_pixels)
+    return fingerprint(_weights(config.path), *limits, str(_dtype(config.dtype, resolve_device(device))))
+
+
+def _weights(path: str) -> list | str:
+    folder = model_folder(path)
     files = sorted(f for kind in ("safetensors", "json", "jinja") for f in folder.glob(f"*.{kind}")) if folder else []
-    weights = [[file.name, file.stat().st_size, _ends_digest(file)] for file in files] or config.path
-    settings = {name: value for name, value in vars(config).items() if name not in ("path", "dtype", "batch_size")}
-    return fingerprint(weights, settings, str(_dtype(config.dtype, resolve_device(device))), prompt)
+    return [[file.name, file.stat().st_size, _ends_digest(file)] for file in files] or path
 
 
 def _ends_digest(path: Path, size: int = 1 << 20) -> str:

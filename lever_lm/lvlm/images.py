@@ -1,0 +1,65 @@
+"""From image files to the patches that the vision tower reads: decoded and resized ahead of it, on other cores."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from lever_lm.config import LvlmConfig
+from lever_lm.data import Image, open_image
+from lever_lm.errors import LeverError
+
+CHUNK = 16  # images that go through the vision tower together
+
+
+class _Chunks(torch.utils.data.Dataset):
+    """Chunk i of the images as (patches, grids), or the LeverError that one of them raised."""
+
+    def __init__(self, chunks: list[list[Image]], image_processor, config: LvlmConfig, dtype: torch.dtype):
+        self.chunks, self.image_processor, self.config, self.dtype = chunks, image_processor, config, dtype
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def __getitem__(self, i: int):
+        try:
+            return patches(self.chunks[i], self.image_processor, self.config, self.dtype)
+        except LeverError as error:  # the loader would raise it with the worker's traceback as its text
+            return error
+
+
+def patches(images: Sequence[Image], image_processor, config: LvlmConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Patches (ΣP, C) of all images one after another, and their grids (n, 3) in patches: time, height, width. Raises
+    LeverError naming an image that cannot be read or shown."""
+    from qwen_vl_utils import process_vision_info
+
+    limits = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
+    content = [{"type": "image", "image": open_image(image), **limits} for image in images]
+    messages = [{"role": "user", "content": content}]
+    resized, _ = process_vision_info(messages, image_patch_size=image_processor.patch_size)
+    made = image_processor(images=resized, return_tensors="pt")
+    return made["pixel_values"].to(dtype), made["image_grid_thw"]
+
+
+def chunked(images: Sequence[Image]) -> list[list[Image]]:
+    """The images in order, CHUNK at a time."""
+    return [list(images[start : start + CHUNK]) for start in range(0, len(images), CHUNK)]
+
+
+def chunked_patches(
+    images: Sequence[Image], image_processor, config: LvlmConfig, dtype: torch.dtype, *, workers: int, pin: bool
+) -> Iterator[tuple[list[Image], Tensor, Tensor]]:
+    """(images, patches, grids) of one chunk after another, in order. With workers, they are made in as many processes
+    while the caller uses those before."""
+    chunks = chunked(images)
+    loader = torch.utils.data.DataLoader(
+        _Chunks(chunks, image_processor, config, dtype),
+        batch_size=None,
+        num_workers=min(workers, len(chunks)),
+        pin_memory=pin,
+        generator=torch.Generator(),  # the loader draws a seed, and not from the generator that a policy trains with
+    )
+    for chunk, made in zip(chunks, loader, strict=True):
+        if isinstance(made, LeverError):
+            raise made
+        yield chunk, *made

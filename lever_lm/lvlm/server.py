@@ -1,0 +1,226 @@
+"""A vision-language model behind an OpenAI-compatible server: images as data URLs, many requests at once.
+
+What the server does itself: chat template, tokenizer, vision tower, batching. Ours are the conversation, the image
+budget and greedy decoding. Log-probs of an answer need a server that scores a prompt's tokens; vLLM does.
+"""
+
+import asyncio
+import base64
+import json
+import math
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from io import BytesIO
+
+from lever_lm.compat import import_transformers
+from lever_lm.config import LvlmConfig, PromptConfig, fingerprint
+from lever_lm.data import Image, open_image
+from lever_lm.errors import LeverError, Unfinished
+from lever_lm.lvlm.client import Client, ServerError, check_server, served_name
+from lever_lm.lvlm.prompt import Prompt, cut_answer, to_messages
+
+_ROUNDS = 8  # prompts in a batch for each request under way: what a killed job may have to ask again
+_URL_MEMORY = 1 << 30  # bytes of encoded images to keep
+_IMAGE_TOKEN = "<|image_pad|>"
+# Our own request fields for log-probs, which a server that has none of them may name when it refuses.
+_SCORING = {"prompt_logprobs": 0, "add_generation_prompt": False, "continue_final_message": True}
+
+
+class ServerLvlm:
+    """The model `config.path` at `config.server`. Raises LeverError when no server is there, or one of another model.
+
+    The API key is read from OPENAI_API_KEY and goes nowhere but into the requests.
+    """
+
+    def __init__(self, config: LvlmConfig, prompt: PromptConfig):
+        import_transformers()  # qwen_vl_utils needs torchvision
+        self.config, self.prompt = config, prompt
+        owner = check_server(config).get("owned_by")
+        self._urls = DataUrls(config)
+        # Qwen's generation_config has a repetition penalty, which servers apply by default: it punishes what is copied
+        # from a demonstration. The standard field clears it in `transformers serve`, the other in vLLM and SGLang.
+        self._decoding = {"model": served_name(config.path), "temperature": 0, "frequency_penalty": 0}
+        if owner in ("vllm", "sglang"):
+            self._decoding["repetition_penalty"] = 1.0
+
+    def generate(self, prompts: Sequence[Prompt]) -> list[str]:
+        """What the model writes after each prompt, uncut. Order in, order out. Raises Unfinished."""
+
+        def request(i: int) -> dict:
+            return {"messages": self._messages(prompts[i]), "max_tokens": self.config.max_new_tokens}
+
+        return self._ask(len(prompts), request, lambda i, answer: self._text(prompts[i], answer))
+
+    def answer(self, prompts: Sequence[Prompt]) -> list[str]:
+        """The answer to each prompt, cut as in prompt.cut_answer."""
+        return [cut_answer(text) for text in self.generate(prompts)]
+
+    def answer_log_prob(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
+        """log P(answer | prompt): the sum over the answer's tokens, the end-of-turn token not among them; rounded to
+        6 decimals. Raises LeverError for an empty answer, Unfinished otherwise, as with a server that scores no prompt.
+
+        The answer is sent as the assistant's turn, left open; vLLM then gives a log-prob for every token of the prompt,
+        and the answer's are those at its end that spell it.
+        """
+        if len(prompts) != len(answers):
+            raise ValueError(f"{len(prompts)} prompts but {len(answers)} answers")
+        for prompt, answer in zip(prompts, answers, strict=True):
+            if not answer.strip():
+                raise LeverError(f"question {prompt.query.question_id}: cannot score an empty answer")
+
+        def request(i: int) -> dict:
+            turn = {"role": "assistant", "content": answers[i]}
+            return {"messages": [*self._messages(prompts[i]), turn], "max_tokens": 1, **_SCORING}
+
+        def read(i: int, answer: dict) -> float:
+            if not answer.get("prompt_logprobs"):
+                raise _no_log_probs(f"the server {self.config.server} left out prompt_logprobs")
+            score = log_prob_at_end(answer["prompt_logprobs"], answers[i])
+            if score is None:
+                raise LeverError(
+                    f"question {prompts[i].query.question_id}: the tokens that the server {self.config.server} scored "
+                    f"do not end in the answer {answers[i]!r} after a line break, as Qwen's chat template has it"
+                )
+            return round(score, 6)
+
+        try:
+            return self._ask(len(prompts), request, read)
+        except Unfinished as error:
+            cause = error.__cause__
+            if isinstance(cause, ServerError) and any(name in cause.found for name in _SCORING):
+                raise Unfinished(str(_no_log_probs(cause.found)), error.answered) from cause
+            raise
+
+    def batches(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Indices of the prompts in batches, in their order: rollouts of one query share images, and stay together."""
+        size = _ROUNDS * self.config.concurrency
+        return [list(range(start, min(start + size, len(prompts)))) for start in range(0, len(prompts), size)]
+
+    # ------------------------------------------------------------------ asking
+
+    def _ask(self, count: int, request: Callable[[int], dict], read: Callable[[int, dict], object]) -> list:
+        """read(i, the server's answer to request(i)) for i < count, `lvlm.concurrency` of them at once."""
+        answered: dict[int, object] = {}
+        try:
+            asyncio.run(self._ask_all(count, request, read, answered))
+        except LeverError as error:
+            raise Unfinished(str(error), answered) from error
+        return [answered[i] for i in range(count)]
+
+    async def _ask_all(self, count: int, request, read, answered: dict) -> None:
+        places = asyncio.Semaphore(self.config.concurrency)
+
+        async def ask(client: Client, i: int) -> None:
+            async with places:
+                body = await asyncio.to_thread(lambda: json.dumps({**self._decoding, **request(i)}).encode())
+                answered[i] = read(i, await client.complete(body))
+
+        async with Client(self.config) as client:
+            tasks = [asyncio.create_task(ask(client, i)) for i in range(count)]
+            try:
+                await asyncio.gather(*tasks)
+            finally:  # the first failure, or Ctrl-C, ends the others
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _messages(self, prompt: Prompt) -> list[dict]:
+        """The conversation with its images in it; turns of text alone as plain strings, which every server takes."""
+        images, messages = iter(prompt.images), []
+        for turn in to_messages(prompt, self.prompt):
+            if any(_IMAGE_TOKEN in part.get("text", "") for part in turn["content"]):
+                raise LeverError(
+                    f"question {prompt.query.question_id}: the questions and answers of its prompt must not contain "
+                    f"{_IMAGE_TOKEN}"
+                )
+            parts = [self._image(next(images)) if part["type"] == "image" else part for part in turn["content"]]
+            alone = len(parts) == 1 and parts[0]["type"] == "text"
+            messages.append({"role": turn["role"], "content": parts[0]["text"] if alone else parts})
+        return messages
+
+    def _image(self, image: Image) -> dict:
+        return {"type": "image_url", "image_url": {"url": self._urls.get(image)}}
+
+    def _text(self, prompt: Prompt, answer: dict) -> str:
+        text = answer["choices"][0]["message"].get("content")
+        if not isinstance(text, str):
+            raise ServerError(
+                f"the server {self.config.server} answered question {prompt.query.question_id} without text",
+                "serve the model without a reasoning or tool parser",
+            )
+        return text.encode(errors="replace").decode()  # half a surrogate pair is JSON and can be stored nowhere
+
+
+def _no_log_probs(found: str) -> ServerError:
+    return ServerError(
+        f"{found}: it gives no log-probs of a prompt's tokens, as vLLM does",
+        "leave out what scores reference answers (rollout.gt_prob, reward modes with gtprob, rollout.infoscore), or "
+        "drop --server to score them in this process",
+    )
+
+
+def log_prob_at_end(places: list, answer: str) -> float | None:
+    """Sum of the log-probs of the tokens that spell the answer at the end of a prompt, after a line break; None where
+    none do.
+
+    places: of each token of the prompt {id: {"logprob": float, "decoded_token": str}}, null for the first, as vLLM
+    gives them. The tokens of a character that is split over several decode to nothing, or to U+FFFD.
+    """
+    try:
+        longest = len(answer.encode())  # a token is a byte or more
+        last = [next(iter(place.values())) for place in places[1:][-longest - 1 :]]
+        tokens = [(token["decoded_token"], float(token["logprob"])) for token in last]
+        for count in range(1, len(tokens)):
+            text = "".join(text for text, _ in tokens[-count:])
+            pattern = ".+".join(map(re.escape, re.split("\ufffd+", text)))
+            if tokens[-count - 1][0].endswith("\n") and re.fullmatch(pattern, answer, re.DOTALL):
+                total = sum(score for _, score in tokens[-count:])
+                return total if math.isfinite(total) else None
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, StopIteration):
+        pass  # the field means something else here
+    return None
+
+
+class DataUrls:
+    """Images as `data:` URLs of PNG files, upright and within the image budget, resized as for the local model. Each is
+    encoded once while it is among the last that were asked for, whichever thread asks."""
+
+    def __init__(self, config: LvlmConfig):
+        self.limits = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
+        self.room = max(1, _URL_MEMORY // (4 * config.max_pixels))  # 3 bytes a pixel, 4 characters for 3 bytes
+        self._known: OrderedDict[Image, Future] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, image: Image) -> str:
+        """The URL of an image. Raises LeverError naming one that cannot be read."""
+        with self._lock:
+            mine = image not in self._known
+            url = self._known.setdefault(image, Future())
+            self._known.move_to_end(image)
+            if len(self._known) > self.room:
+                self._known.popitem(last=False)
+        if mine:
+            try:
+                url.set_result(self._encode(image))
+            except Exception as error:
+                url.set_exception(error)
+        return url.result()
+
+    def _encode(self, image: Image) -> str:
+        from qwen_vl_utils import fetch_image
+
+        content = BytesIO()
+        # Without loss; the least effort is a third of the time for a tenth more bytes.
+        fetch_image({"image": open_image(image), **self.limits}).save(content, "PNG", compress_level=1)
+        return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
+
+
+def server_fingerprint(config: LvlmConfig, prompt: PromptConfig) -> str:
+    """Changes with everything an answer of a server depends on but the question, as far as it can be known here: the
+    model's name, decoding, image budget, prompt style. Not with the server's address; and never that of a local model,
+    whose precision and weights are known."""
+    names = ("path", "max_new_tokens", "min_pixels", "max_pixels")
+    return fingerprint("server", *(getattr(config, name) for name in names), prompt)

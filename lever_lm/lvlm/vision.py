@@ -1,0 +1,111 @@
+"""Images through the vision tower, each of them once.
+
+T tokens of an image, H hidden size of the language model.
+"""
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lever_lm.compat import first_line
+from lever_lm.config import LvlmConfig
+from lever_lm.data import Image
+from lever_lm.errors import LeverError
+from lever_lm.lvlm.bank import GIB, VisionBank
+from lever_lm.lvlm.cache import Track
+from lever_lm.lvlm.images import CHUNK, chunked, chunked_patches, patches
+from lever_lm.shards import Shards
+
+_WORKERS = 8
+
+
+class Vision:
+    """The vision side of a Qwen2.5-VL, in front of the bank in `folder`. Its images are within the config's budget of
+    pixels. Raises LeverError naming an image that cannot be decoded or does not fit into memory."""
+
+    def __init__(self, model, image_processor, config: LvlmConfig, folder: Path | None, track: Track, shards: Shards):
+        self.model, self.image_processor, self.config = model, image_processor, config
+        self.track, self.shards = track, shards
+        self.bank = VisionBank(folder, memory=self._memory(), disk=int(config.bank_disk * GIB))
+
+    def tokens(self, image: Image) -> int:
+        """T of an image that has been seen."""
+        return math.prod(self.bank.grid(image)) // self.image_processor.merge_size**2
+
+    def features(self, images: Sequence[Image]) -> list[Tensor]:
+        """(T, H) of each image: from the bank, or made again where it had no room for them."""
+        found = {image: self.bank.get(image, self.model.device) for image in dict.fromkeys(images)}
+        for image, feature in found.items():
+            if feature is None:
+                made = patches([image], self.image_processor, self.config, self.model.dtype)
+                found[image] = self._tower([image], *made)[0]
+        return [found[image] for image in images]
+
+    def see_together(self, images: Sequence[Image]) -> None:
+        """Encode what is new, each process its share in whole chunks, which the others then find on disk. Where nothing
+        may be written there, each encodes all. A call of the whole job."""
+        self.shards.wait()
+        self.bank.find_written()
+        self._encode([image for chunk in self.shards.share(chunked(self.bank.missing(images))) for image in chunk])
+        self.shards.wait()
+        self.bank.find_written()
+        self.see(images)
+
+    def see(self, images: Sequence[Image]) -> None:
+        """Encode what is new into the bank."""
+        self._encode(self.bank.missing(images))
+
+    @torch.inference_mode()
+    def _encode(self, images: Sequence[Image]) -> None:
+        if not images:
+            return
+        on_gpu, workers = self.model.device.type == "cuda", self.config.workers
+        if workers < 0:
+            workers = min(_WORKERS, (os.cpu_count() or 1) - 1) if on_gpu else 0
+        chunks = chunked_patches(
+            images, self.image_processor, self.config, self.model.dtype, workers=workers, pin=on_gpu
+        )
+        try:
+            what = f"vision: {len(images)} images"
+            for chunk, pixels, grids in self.track(chunks, what, math.ceil(len(images) / CHUNK)):
+                self.bank.add(chunk, self._tower(chunk, pixels, grids), list(map(tuple, grids.tolist())))
+        finally:
+            self.bank.flush()
+
+    def _tower(self, images: Sequence[Image], pixels: Tensor, grids: Tensor) -> list[Tensor]:
+        """The features of images from their patches (ΣP, C) and grids (n, 3), in halves where they do not fit into
+        memory."""
+        try:
+            output = self.model.get_image_features(pixels.to(self.model.device), grids.to(self.model.device))
+        except torch.OutOfMemoryError as error:
+            if len(images) == 1:
+                raise LeverError(
+                    f"the image {images[0]} of {len(pixels)} patches does not fit into the memory of "
+                    f"{self.model.device}: a smaller lvlm.max_pixels or lvlm.bank_memory ({first_line(error)})"
+                ) from error
+            output = None
+        if output is None:  # only here has the error let go of its tensors
+            half = len(images) // 2
+            middle = int(grids[:half].prod(-1).sum())
+            first = self._tower(images[:half], pixels[:middle], grids[:half])
+            return first + self._tower(images[half:], pixels[middle:], grids[half:])
+        features = output if isinstance(output, (tuple, list)) else output.pooler_output
+        expected = (grids.prod(-1) // self.image_processor.merge_size**2).tolist()
+        if [len(feature) for feature in features] != expected:
+            raise LeverError(
+                f"the image {images[0]} and those after it: the vision tower gave {[len(f) for f in features]} tokens, "
+                f"the grids promise {expected}"
+            )
+        return [feature.clone() for feature in features]  # not views of the whole chunk
+
+    def _memory(self) -> int:
+        """Bytes of the device that the bank may take: as set, or a quarter of what the model leaves free."""
+        if self.config.bank_memory > 0:
+            return int(self.config.bank_memory * GIB)
+        if self.model.device.type == "cuda":
+            return torch.cuda.mem_get_info(self.model.device)[0] // 4
+        return 4 * GIB

@@ -1,0 +1,305 @@
+"""Prompts a second: the lineage's way and ours, side by side in one process.
+
+    python scripts/bench_lvlm.py                        # the 3B shape with random weights; wants a GPU
+    python scripts/bench_lvlm.py --model asset:tiny-qwen2.5-vl   # the shipped model on the digits; for a CPU
+
+The lineage's way: one prompt at a time, 3 beams, every image through the vision tower for every prompt, through the
+library's `generate`. Ours: what `lever rollout` does, without its answer cache. Prompts of 4 shots and 5 new tokens;
+images of 640 × 480 for the 3B shape. Prints tables in Markdown; `--json FILE` keeps the numbers.
+"""
+
+import argparse
+import json
+import random
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from lever_lm.compat import import_transformers, resolve_device
+from lever_lm.config import DataConfig, LvlmConfig, PromptConfig, asset_path
+from lever_lm.data import Example, load_dataset
+from lever_lm.lvlm import build_prompt
+from lever_lm.lvlm.local import LocalLvlm
+from lever_lm.lvlm.prompt import to_messages
+
+TINY = "asset:tiny-qwen2.5-vl"
+SHOTS, NEW_TOKENS = 4, 5
+GIB = 1 << 30
+
+
+def build_3b(folder: Path, device: torch.device) -> None:
+    """Qwen2.5-VL-3B's shape with random weights, behind the tokenizer and processor of the tiny model."""
+    transformers = import_transformers()
+    tiny = asset_path(TINY)
+    config = transformers.AutoConfig.from_pretrained(tiny)
+    text = {
+        "hidden_size": 2048,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 36,
+        "layer_types": ["full_attention"] * 36,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "max_position_embeddings": 128000,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+    }
+    vision = {
+        "depth": 32,
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "out_hidden_size": 2048,
+        "fullatt_block_indexes": [7, 15, 23, 31],
+    }
+    for part, values in ((config.text_config, text), (config.vision_config, vision)):
+        for name, value in values.items():
+            setattr(part, name, value)
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    with device:
+        model = transformers.Qwen2_5_VLForConditionalGeneration._from_config(config)
+    torch.set_default_dtype(before)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(0, 0.02)
+    model.generation_config = transformers.GenerationConfig.from_pretrained(tiny)
+    model.save_pretrained(folder)
+    for file in tiny.iterdir():
+        if not (folder / file.name).exists() and file.suffix != ".safetensors":
+            shutil.copy(file, folder / file.name)
+
+
+def make_examples(folder: Path, count: int) -> list[Example]:
+    """Questions about photographs of 640 × 480, each about its own."""
+    import numpy as np
+    from PIL import Image
+
+    examples = []
+    for i in range(count):
+        coarse = np.random.default_rng(i).integers(0, 255, (15, 20, 3), dtype=np.uint8)
+        path = folder / f"{i}.jpg"
+        Image.fromarray(coarse).resize((640, 480), Image.Resampling.BICUBIC).save(path, quality=90)
+        answers = ("mars",) * 10
+        examples.append(Example(i, i, "Which planet has this digit?", answers, answers, str(path)))
+    return examples
+
+
+def timed(device: torch.device, work) -> tuple[float, object]:
+    """Seconds of a call, the device's work included, and what it returned."""
+    wait(device)
+    began = time.perf_counter()
+    result = work()
+    wait(device)
+    return time.perf_counter() - began, result
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_gib(device: torch.device, reset: bool = False) -> float:
+    """Most memory allocated on a GPU since the last reset; 0 on a CPU."""
+    if device.type != "cuda":
+        return 0.0
+    peak = torch.cuda.max_memory_allocated(device) / GIB
+    if reset:
+        torch.cuda.reset_peak_memory_stats(device)
+    return peak
+
+
+class Lineage:
+    """One prompt at a time, pixels and all, through `generate`."""
+
+    def __init__(self, path: str, config: LvlmConfig, device: torch.device):
+        transformers = import_transformers()
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        where = str(asset_path(path))
+        self.device, self.config = device, config
+        self.processor = transformers.AutoProcessor.from_pretrained(where)
+        self.model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            where, dtype=dtype, attn_implementation="sdpa"
+        )
+        self.model = self.model.to(device).eval()
+
+    def inputs(self, prompt):
+        """What the processor makes of a prompt."""
+        from qwen_vl_utils import process_vision_info
+
+        messages, images = to_messages(prompt, PromptConfig()), iter(prompt.images)
+        for message in messages:
+            for part in message["content"]:
+                if part["type"] == "image":
+                    part["image"] = f"file://{next(images)}"
+                    part |= {"min_pixels": self.config.min_pixels, "max_pixels": self.config.max_pixels}
+        text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        pictures, _ = process_vision_info(messages, image_patch_size=14)
+        return self.processor(text=[text], images=pictures, return_tensors="pt").to(self.device)
+
+    @torch.inference_mode()
+    def generate(self, prompts, beams: int) -> list[str]:
+        """Answers, one after another."""
+        answers = []
+        for prompt in prompts:
+            inputs = self.inputs(prompt)
+            tokens = self.model.generate(**inputs, num_beams=beams, do_sample=False, max_new_tokens=NEW_TOKENS)
+            new = tokens[:, inputs["input_ids"].shape[1] :]
+            answers += self.processor.batch_decode(new, skip_special_tokens=True)
+        return answers
+
+    @torch.inference_mode()
+    def logits(self, prompt) -> torch.Tensor:
+        """Of the first new token."""
+        return self.model(**self.inputs(prompt)).logits[0, -1].float()
+
+
+def matmul_rate(device: torch.device) -> float:
+    """FLOP/s of an 8,192-wide bfloat16 matrix product on a GPU, a 2,048-wide float32 one on a CPU."""
+    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in "ab")
+    for _ in range(3):
+        a @ b
+    seconds, _ = timed(device, lambda: [a @ b for _ in range(20)])
+    return 20 * 2 * size**3 / seconds
+
+
+def prefill_flop(lvlm: LocalLvlm, tokens: int) -> float:
+    """Multiplications and additions of the language model over one prompt: its products, and causal attention."""
+    config = lvlm.model.config.text_config
+    layers = lvlm.model.model.language_model.layers
+    weights = sum(p.numel() for p in layers.parameters() if p.ndim == 2)
+    return 2 * weights * tokens + 2 * config.num_hidden_layers * tokens**2 * config.hidden_size
+
+
+def ours(path: str, prompts, beams: int, device: str, settings: dict, repeats: int, bank: Path):
+    """(row of the table, the model): images first, then prompts, best of `repeats`."""
+    config = LvlmConfig(path=path, num_beams=beams, max_new_tokens=NEW_TOKENS, **settings)
+    lvlm = LocalLvlm(config, PromptConfig(), device, bank=bank)
+    images = list(dict.fromkeys(image for prompt in prompts for image in prompt.images))
+    lvlm.vision.see(images[:32])  # the first use of a kernel loads it
+    peak_gib(lvlm.device, reset=True)
+    vision, _ = timed(lvlm.device, lambda: lvlm.vision.see(images[32:]))
+    vision_peak = peak_gib(lvlm.device, reset=True)
+    batches = lvlm.batches(prompts)
+
+    def answer() -> list[str]:
+        answers = [""] * len(prompts)
+        for batch in batches:
+            for i, text in zip(batch, lvlm.generate([prompts[i] for i in batch]), strict=True):
+                answers[i] = text
+        return answers
+
+    timed(lvlm.device, lambda: lvlm.generate([prompts[i] for i in batches[0]]))
+    runs = [timed(lvlm.device, answer) for _ in range(repeats)]
+    tokens = len(lvlm._token_ids(prompts[0]))
+    row = {
+        "beams": beams,
+        "prompts_s": len(prompts) / min(seconds for seconds, _ in runs),
+        "images_s": (len(images) - 32) / vision if len(images) > 32 else None,
+        "peak_gib": peak_gib(lvlm.device),
+        "vision_peak_gib": vision_peak,
+        "tokens": tokens,
+        "flop": prefill_flop(lvlm, tokens),
+        "batch": len(batches[0]),
+        "answers": runs[0][1],
+    }
+    return row, lvlm
+
+
+def numerics(lineage: Lineage, lvlm: LocalLvlm, prompts) -> dict:
+    """Relative error of the first new token's logits against float32: the library's and ours, the mean over prompts."""
+    lineage.model.to(lineage.device)
+    with torch.inference_mode():
+        mine = lvlm._prefill(prompts).logits.float()
+    library = torch.stack([lineage.logits(prompt) for prompt in prompts])
+    lineage.model.float()
+    exact = torch.stack([lineage.logits(prompt) for prompt in prompts])
+    error = lambda logits: float(((logits - exact).norm(dim=-1) / exact.norm(dim=-1)).mean())  # noqa: E731
+    return {"library": error(library), "ours": error(mine)}
+
+
+def main() -> None:
+    """The two tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="", help="a directory or asset; empty: the 3B shape with random weights")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--prompts", type=int, default=256)
+    parser.add_argument("--images", type=int, default=1024)
+    parser.add_argument("--lineage-prompts", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--batch-tokens", type=int, default=LvlmConfig.batch_tokens)
+    parser.add_argument("--compile", action="store_true", help="lvlm.compile")
+    parser.add_argument("--workers", type=int, default=-1)
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    device = resolve_device(options.device)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    rng = random.Random(0)
+    with tempfile.TemporaryDirectory() as scratch:
+        path = options.model
+        if path:
+            examples = load_dataset(DataConfig()).train_examples
+            settings: dict = {}
+        else:
+            path = f"{scratch}/random-3B"
+            build_3b(Path(path), device)
+            examples = make_examples(Path(scratch), options.images)
+            settings = {"max_pixels": 640 * 480}
+        settings |= {"batch_tokens": options.batch_tokens, "workers": options.workers, "compile": options.compile}
+        prompts = [
+            build_prompt(picks[1:], picks[0], PromptConfig())
+            for picks in (rng.sample(examples, SHOTS + 1) for _ in range(options.prompts))
+        ]
+        rate = matmul_rate(device)
+        lineage = Lineage(path, LvlmConfig(path=path, **settings), device)
+        peak_gib(device, reset=True)
+        lineage.generate(prompts[:1], 3)
+        few = prompts[: options.lineage_prompts]
+        seconds, theirs = timed(device, lambda: lineage.generate(few, 3))
+        baseline = {"prompts_s": len(few) / seconds, "peak_gib": peak_gib(device, reset=True)}
+        lineage.model.cpu()  # its memory is not ours
+        rows, same = [], None
+        for beams in (3, 1):
+            row, lvlm = ours(
+                path, prompts, beams, options.device, settings, options.repeats, Path(scratch) / f"bank{beams}"
+            )
+            if beams == 3:
+                same = sum(a == b for a, b in zip(theirs, row["answers"], strict=False))
+            rows.append({name: value for name, value in row.items() if name != "answers"})
+            if beams == 3:
+                del lvlm
+        errors = numerics(lineage, lvlm, prompts[:16])
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(
+        f"\n{name}; torch {torch.__version__}, transformers {import_transformers().__version__}; matmul "
+        f"{rate / 1e12:.3g} TFLOP/s; {rows[0]['tokens']} tokens a prompt, {options.prompts} prompts\n"
+    )
+    print("| way | beams | batch | prompts/s | × lineage | of the matmul rate | images/s | peak GiB |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    print(f"| lineage | 3 | 1 | {baseline['prompts_s']:.2f} | 1 | | | {baseline['peak_gib']:.1f} |")
+    for row in rows:
+        ratio, share = row["prompts_s"] / baseline["prompts_s"], row["prompts_s"] * row["flop"] / rate
+        images = f"{row['images_s']:.0f}" if row["images_s"] else ""
+        print(
+            f"| ours | {row['beams']} | {row['batch']} | {row['prompts_s']:.1f} | {ratio:.1f} | {share:.0%} | "
+            f"{images} | {max(row['peak_gib'], row['vision_peak_gib']):.1f} |"
+        )
+    if options.model:  # random weights write what no tokenizer reads
+        print(f"\nThe same answers with 3 beams: {same} of {len(theirs)}.")
+    print(
+        f"\nRelative error of the logits against float32: library {errors['library']:.2e}, ours {errors['ours']:.2e}."
+    )
+    if options.json:
+        options.json.write_text(json.dumps({"lineage": baseline, "ours": rows, "errors": errors, "matmul": rate}))
+
+
+if __name__ == "__main__":
+    main()

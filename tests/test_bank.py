@@ -1,0 +1,384 @@
+"""Image features: made once, kept within bounds, found again; images decoded ahead; batches that do not fit, halved."""
+
+import dataclasses
+import os
+import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from lever_lm.config import LvlmConfig, PromptConfig
+from lever_lm.data import open_image
+from lever_lm.errors import LeverError
+from lever_lm.lvlm import build_prompt
+from lever_lm.lvlm.bank import VisionBank
+from lever_lm.lvlm.images import CHUNK, chunked_patches, patches
+from lever_lm.lvlm.kernels import _align
+from lever_lm.lvlm.local import LocalLvlm, vision_fingerprint
+from lever_lm.runs import TEMPORARY_PREFIX
+from lever_lm.shards import Shards
+
+TINY = "asset:tiny-qwen2.5-vl"
+MIB = 1 << 20
+SMALL = {"path": TINY, "dtype": "float32"}
+
+
+def make(bank=None, **settings) -> LocalLvlm:
+    return LocalLvlm(LvlmConfig(**{**SMALL, **settings}), PromptConfig(), "cpu", bank=bank)
+
+
+def towers(lvlm: LocalLvlm) -> list[int]:
+    """How many images each call of the vision tower has had from now on."""
+    seen: list[int] = []
+    lvlm.model.model.visual.register_forward_hook(
+        lambda module, args, kwargs, output: seen.append(len(kwargs.get("grid_thw", args[-1]))), with_kwargs=True
+    )
+    return seen
+
+
+@pytest.fixture(scope="module")
+def prompts(digits):
+    rng = random.Random(3)
+    picks = [rng.sample(digits.train_examples, 1 + i % 5) for i in range(40)]
+    return [build_prompt(icds, query, PromptConfig()) for query, *icds in picks]
+
+
+@pytest.fixture(scope="module")
+def expected(prompts):
+    return make().generate(prompts)
+
+
+@pytest.fixture
+def images(digits):
+    return list(dict.fromkeys(example.image for example in digits.train_examples[:100]))[:40]
+
+
+def features(count: int, width: int = 4) -> list[torch.Tensor]:
+    return [torch.full((i % 3 + 1, width), float(i)) for i in range(count)]
+
+
+def written(folder, *added) -> None:
+    bank = VisionBank(folder, memory=MIB, disk=MIB)
+    bank.add(*added)
+    bank.flush()
+
+
+# ---------------------------------------------------------------------- the bank
+
+
+def test_what_one_bank_wrote_another_finds(tmp_path, images):
+    made, grids = features(8), [(1, 2 * (i % 3) + 2, 2) for i in range(8)]
+    written(tmp_path, images[:8], made, grids)
+    found = VisionBank(tmp_path, memory=MIB, disk=MIB)
+    assert len(found) == 8
+    assert found.missing(images[:10]) == images[8:10]
+    for image, feature, grid in zip(images, made, grids, strict=False):
+        assert torch.equal(found.get(image, "cpu"), feature)
+        assert found.grid(image) == grid
+
+
+def test_a_copy_of_an_image_is_the_same_image(tmp_path, images):
+    bank = VisionBank(None, memory=MIB, disk=0)
+    bank.add(images[:1], features(1), [(1, 2, 2)])
+    copy = tmp_path / "copy.jpg"
+    with open(images[0], "rb") as file:
+        copy.write_bytes(file.read())
+    assert bank.missing([str(copy)]) == []
+    assert torch.equal(bank.get(str(copy), "cpu"), bank.get(images[0], "cpu"))
+
+
+def test_memory_keeps_what_was_asked_for_last_and_the_disk_the_rest(tmp_path, images):
+    size = 4 * 4 * 3  # bytes of the largest feature
+    bank = VisionBank(tmp_path, memory=2 * size, disk=MIB)
+    made = [torch.full((3, 4), float(i)) for i in range(4)]
+    for image, feature in zip(images, made, strict=False):
+        bank.add([image], [feature], [(1, 2, 6)])
+        assert bank.in_memory <= 2 * size
+    bank.flush()
+    for image, feature in zip(images, made, strict=False):
+        assert torch.equal(bank.get(image, "cpu"), feature)
+        assert bank.in_memory <= 2 * size
+
+
+@pytest.mark.parametrize("disk", [0, 100])
+def test_without_room_on_disk_nothing_is_written_and_the_image_is_known_all_the_same(tmp_path, images, disk):
+    bank = VisionBank(tmp_path / "bank", memory=0, disk=disk)
+    bank.add(images[:4], features(4, width=64), [(1, 2, 2)] * 4)
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert bank.missing(images[:4]) == []
+    assert bank.get(images[0], "cpu") is None
+
+
+def test_a_file_that_cannot_be_written_stops_the_job(tmp_path, images):
+    (tmp_path / "bank").write_text("a file where the folder should be")
+    with pytest.raises(LeverError, match="cannot write"):
+        written(tmp_path / "bank", images[:4], features(4), [(1, 2, 2)] * 4)
+
+
+def test_a_broken_file_is_named(tmp_path, images):
+    written(tmp_path, images[:4], features(4), [(1, 2, 2)] * 4)
+    file = next(tmp_path.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:20])
+    with pytest.raises(LeverError, match=file.name) as caught:
+        VisionBank(tmp_path, memory=MIB, disk=MIB)
+    assert "delete" in str(caught.value)
+
+
+def test_a_foreign_file_is_named(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"weight": torch.zeros(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(LeverError, match=r"model\.safetensors"):
+        VisionBank(tmp_path, memory=MIB, disk=MIB)
+
+
+# ---------------------------------------------------------------------- the model with its bank
+
+
+@pytest.mark.parametrize("bounds", [{"bank_memory": 1e-7}, {"bank_memory": 1e-7, "bank_disk": 0.0}, {"bank_disk": 0.0}])
+def test_answers_do_not_depend_on_what_the_bank_has_room_for(tmp_path, prompts, expected, bounds):
+    lvlm = make(tmp_path, **bounds)
+    assert lvlm.generate(prompts) == expected
+    assert lvlm.vision.bank.in_memory <= max(lvlm.config.bank_memory, 4) * (1 << 30)
+
+
+def test_a_second_command_encodes_no_image_again(tmp_path, prompts, expected):
+    make(tmp_path).generate(prompts)
+    again = make(tmp_path)
+    seen = towers(again)
+    assert again.generate(prompts) == expected
+    assert seen == []
+    assert not list(tmp_path.glob(f"{TEMPORARY_PREFIX}*"))
+
+
+def test_a_killed_command_goes_on_with_the_images_that_are_left(tmp_path, prompts, expected):
+    distinct = list(dict.fromkeys(image for prompt in prompts for image in prompt.images))
+    make(tmp_path).vision.see(distinct[:50])
+    again = make(tmp_path)
+    seen = towers(again)
+    assert again.generate(prompts) == expected
+    assert sum(seen) == len(distinct) - 50
+
+
+@dataclass(frozen=True)
+class Threads(Shards):
+    """Ranks that are threads of this process."""
+
+    barrier: threading.Barrier = field(default=None, compare=False)
+
+    def wait(self) -> None:
+        self.barrier.wait(timeout=60)
+
+
+@pytest.mark.parametrize("disk", [1.0, 0.0])
+def test_processes_of_a_job_share_the_images(tmp_path, prompts, disk):
+    barrier = threading.Barrier(2)
+    config, count = LvlmConfig(**SMALL, bank_disk=disk), len({image for prompt in prompts for image in prompt.images})
+    ranks = [
+        LocalLvlm(config, PromptConfig(), "cpu", bank=tmp_path, shards=Threads(rank, 2, barrier=barrier))
+        for rank in range(2)
+    ]
+    counts = [towers(lvlm) for lvlm in ranks]
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda lvlm: lvlm.batches(prompts), ranks)
+    assert first == second
+    if disk:
+        assert sum(map(sum, counts)) == count
+        assert [n for seen in counts for n in seen].count(CHUNK) == count // CHUNK, "whole chunks, as one process has"
+        assert abs(len(counts[0]) - len(counts[1])) <= 1
+    else:
+        assert [sum(seen) for seen in counts] == [count, count]
+
+
+def test_the_folder_s_name_follows_what_features_depend_on():
+    config = LvlmConfig(path=TINY)
+    stamps = {
+        vision_fingerprint(changed, "cpu")
+        for changed in (
+            config,
+            dataclasses.replace(config, max_pixels=56 * 56 * 16),
+            dataclasses.replace(config, dtype="bfloat16"),
+        )
+    }
+    assert len(stamps) == 3
+    for name, value in {"batch_size": 3, "num_beams": 3, "bank_memory": 1.0, "workers": 2}.items():
+        assert vision_fingerprint(dataclasses.replace(config, **{name: value}), "cpu") in stamps
+
+
+# ---------------------------------------------------------------------- decoding ahead
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_patches_come_in_order_from_any_number_of_workers(images, workers):
+    lvlm = make()
+    parts = list(
+        chunked_patches(images, lvlm.processor.image_processor, lvlm.config, torch.float32, workers=workers, pin=False)
+    )
+    assert [image for chunk, _, _ in parts for image in chunk] == images
+    assert max(len(chunk) for chunk, _, _ in parts) == CHUNK < len(images)
+    for chunk, pixels, grids in parts:
+        there = patches(chunk, lvlm.processor.image_processor, lvlm.config, torch.float32)
+        assert torch.equal(pixels, there[0])
+        assert torch.equal(grids, there[1])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_encoding_images_draws_nothing_from_the_generator_that_a_policy_trains_with(images, workers):
+    lvlm = make(workers=workers)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    lvlm.vision.see(images)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_image_is_named_and_those_before_it_are_kept(tmp_path, images, workers):
+    broken = tmp_path / "broken.jpg"
+    with open(images[0], "rb") as file:
+        broken.write_bytes(file.read()[:60])
+    lvlm = make(tmp_path / "bank", workers=workers)
+    with pytest.raises(LeverError, match=r"broken\.jpg") as caught:
+        lvlm.vision.see([*images, str(broken)])
+    assert "worker" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(VisionBank(tmp_path / "bank", memory=MIB, disk=MIB)) == len(images) // CHUNK * CHUNK
+
+
+def test_an_image_larger_than_the_budget_is_shrunk_to_it(tmp_path):
+    from PIL import Image
+
+    path = tmp_path / "large.png"
+    Image.new("RGB", (3000, 2000), "red").save(path)
+    lvlm = make(max_pixels=56 * 56 * 16)
+    lvlm.vision.see([str(path)])
+    assert lvlm.vision.tokens(str(path)) <= 56 * 56 * 16 // 28**2
+    assert open_image(str(path)).size == (3000, 2000)
+
+
+# ---------------------------------------------------------------------- what does not fit
+
+
+class Cramped(LocalLvlm):
+    """A model on a device with room for so many tokens of prompts at a time, and so many images."""
+
+    def __init__(self, *arguments, tokens=10**9, images=10**9, **options):
+        super().__init__(*arguments, **options)
+        self.room, self.tried = {"tokens": tokens, "images": images}, []
+        tower = self.model.get_image_features
+
+        def get_image_features(pixels, grids):
+            if len(grids) > self.room["images"]:
+                raise torch.OutOfMemoryError("no room for images")
+            return tower(pixels, grids)
+
+        self.model.get_image_features = get_image_features
+
+    def _prefill(self, prompts):
+        self.tried.append(len(prompts) * max(map(self._length, prompts)))
+        if self.tried[-1] > self.room["tokens"]:
+            raise torch.OutOfMemoryError("no room for prompts")
+        return super()._prefill(prompts)
+
+
+def cramped(**room) -> Cramped:
+    return Cramped(LvlmConfig(**SMALL), PromptConfig(), "cpu", **room)
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_those_after_it_are_cut_as_small(prompts, expected):
+    lvlm = cramped(tokens=1000)
+    assert lvlm.generate(prompts) == expected
+    failed = [tokens for tokens in lvlm.tried if tokens > 1000]
+    assert 1 < len(failed) < 6
+    assert lvlm.tried[: len(failed)] == failed == sorted(failed, reverse=True)
+    tried = len(lvlm.tried)
+    assert lvlm.generate(prompts) == expected
+    assert max(lvlm.tried[tried:]) <= 1000, "what does not fit was learnt"
+
+
+def test_images_that_do_not_fit_together_go_one_by_one(prompts, expected):
+    assert cramped(images=3).generate(prompts) == expected
+
+
+def test_a_prompt_that_does_not_fit_alone_is_named(prompts):
+    with pytest.raises(LeverError, match=r"question \d+: its prompt of 5 images.*--shots") as caught:
+        cramped(tokens=0).generate(prompts)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_image_that_does_not_fit_alone_is_named(prompts):
+    with pytest.raises(LeverError, match=r"the image .*lvlm\.max_pixels"):
+        cramped(images=0).generate(prompts)
+
+
+def test_more_images_than_the_context_has_room_for_are_refused_by_number(digits):
+    icds = (digits.train_examples * 3)[:400]
+    prompt = build_prompt(icds, digits.val_examples[0], PromptConfig())
+    with pytest.raises(LeverError, match=r"401 images.*room for \d+.*--shots"):
+        make().generate([prompt])
+
+
+# ---------------------------------------------------------------------- budgets
+
+
+def test_batches_stay_within_the_budget_of_tokens(prompts):
+    lvlm = make(batch_tokens=600)
+    for batch in lvlm.batches(prompts):
+        ids = [len(lvlm._token_ids(prompts[i])) for i in batch]
+        assert len(batch) == 1 or len(batch) * max(ids) <= 600 * 1.3, "a guess of the text's length is a third off"
+
+
+def test_what_is_left_after_whole_batches_is_cut_as_before(prompts):
+    lvlm = make(batch_tokens=700)
+    batches = lvlm.batches(prompts)
+    assert len(batches) > 4
+    for gone in ({0}, {1, 3}, set(range(len(batches) - 1))):
+        left = [i for k, batch in enumerate(batches) if k not in gone for i in sorted(batch)]
+        again = [[left[i] for i in batch] for batch in lvlm.batches([prompts[i] for i in left])]
+        assert [sorted(b) for b in again] == [sorted(b) for k, b in enumerate(batches) if k not in gone]
+
+
+# ---------------------------------------------------------------------- the vision tower's fast ways
+
+
+def test_padding_the_inner_width_changes_nothing():
+    mlp = make().model.model.visual.blocks[0].mlp
+    x = torch.randn(7, mlp.gate_proj.in_features)
+    for layer in (mlp.gate_proj, mlp.up_proj):  # an inner width that is not a multiple of eight
+        layer.weight = torch.nn.Parameter(layer.weight[:121])
+        layer.bias, layer.out_features = torch.nn.Parameter(layer.bias[:121]), 121
+    mlp.down_proj.weight = torch.nn.Parameter(mlp.down_proj.weight[:, :121])
+    with torch.no_grad():
+        before = mlp(x)
+        _align(mlp)
+        assert mlp.gate_proj.weight.shape[0] == 128 == mlp.down_proj.weight.shape[1]
+        assert torch.allclose(mlp(x), before, atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compile_", [False, True])
+def test_on_a_gpu_the_answers_are_those_of_the_cpu(prompts, expected, tmp_path, compile_):
+    config = LvlmConfig(path=TINY, dtype="float32", workers=2, compile=compile_)
+    assert LocalLvlm(config, PromptConfig(), "cuda", bank=tmp_path).generate(prompts) == expected
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_one_kernel_gives_the_tower_s_features(images):
+    fast = LocalLvlm(LvlmConfig(path=TINY, dtype="bfloat16"), PromptConfig(), "cuda")
+    slow = LocalLvlm(LvlmConfig(path=TINY, dtype="bfloat16", attention="sdpa"), PromptConfig(), "cuda")
+    for lvlm in (fast, slow):
+        lvlm.vision.see(images)
+    for image in images:
+        a, b = (lvlm.vision.bank.get(image, "cuda").float() for lvlm in (fast, slow))
+        assert float((a - b).norm() / b.norm()) < 0.02
+
+
+def test_workers_are_none_on_a_cpu_unless_asked_for(images, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    started = []
+    monkeypatch.setattr("lever_lm.lvlm.vision.chunked_patches", lambda *a, workers, **k: started.append(workers) or ())
+    make().vision.see(images)
+    make(workers=3).vision.see(images)
+    assert started == [0, 3]

@@ -1,0 +1,832 @@
+"""The server backend: the local model's answers and log-probs over HTTP, and one message for every way it can fail."""
+
+import base64
+import dataclasses
+import email.utils
+import json
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from io import BytesIO
+from pathlib import Path
+
+import PIL.Image
+import pytest
+from helpers import SMALL, answers_in, clean_environment, track
+from loopback import Loopback, Reply, TinyChat, models, said
+
+from lever_lm.config import LvlmConfig, PromptConfig, asset_path
+from lever_lm.errors import LeverError, Unfinished, UsageError
+from lever_lm.lvlm import build_prompt, client, load_lvlm
+from lever_lm.lvlm import server as server_module
+from lever_lm.lvlm.client import check_server
+from lever_lm.lvlm.local import LocalLvlm, local_fingerprint
+from lever_lm.lvlm.server import DataUrls, ServerLvlm, log_prob_at_end, server_fingerprint
+
+TINY = "asset:tiny-qwen2.5-vl"
+NAME = "tiny"
+KEY = "sk-this-is-a-secret-0123456789"
+
+
+@pytest.fixture(autouse=True)
+def no_key(monkeypatch):
+    monkeypatch.delenv(client.KEY_VARIABLE, raising=False)
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """Waits before a repeated request are noted and not waited for."""
+    noted = []
+
+    async def pause(seconds):
+        noted.append(seconds)
+
+    monkeypatch.setattr(client, "_pause", pause)
+    return noted
+
+
+@pytest.fixture(scope="module")
+def prompts(digits):
+    rng = random.Random(11)
+    picks = [(rng.sample(digits.train_examples, i % 6), rng.choice(digits.val_examples)) for i in range(36)]
+    return [build_prompt(icds, query, PromptConfig()) for icds, query in picks]
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """The shipped model behind a loopback server that gives log-probs."""
+    with Loopback(TinyChat(str(asset_path(TINY)), NAME)).running() as server:
+        yield server
+
+
+@pytest.fixture
+def serve():
+    """serve(answer) → a running server that is asked for NAME; answer(request) gives the replies of its completions."""
+    running = []
+
+    def start(answer, listed=None):
+        replies = {"/v1/models": lambda request: listed or models(NAME), "/v1/chat/completions": answer}
+        server = Loopback(
+            lambda request: replies.get(request.path, lambda _: Reply(404, {"detail": "Not Found"}))(request)
+        )
+        context = server.running()
+        running.append(context)
+        return context.__enter__()
+
+    yield start
+    for context in running:
+        context.__exit__(None, None, None)
+
+
+def make(url: str, style: str = "interleaved", **settings) -> ServerLvlm:
+    return ServerLvlm(config_of(url, **settings), PromptConfig(style=style))
+
+
+def config_of(url: str, **settings) -> LvlmConfig:
+    return LvlmConfig(**{"path": NAME, "server": url, **settings})
+
+
+def local(style: str = "interleaved", **settings) -> LocalLvlm:
+    return LocalLvlm(LvlmConfig(path=TINY, dtype="float32", **settings), PromptConfig(style=style), "cpu")
+
+
+# ---------------------------------------------------------------------- the same as the local model
+
+
+@pytest.mark.parametrize("style", ["interleaved", "dialogue"])
+def test_answers_are_those_of_the_local_model(tiny, prompts, style):
+    answers = make(tiny.url, style).generate(prompts)
+    assert answers == local(style).generate(prompts)
+    assert len(set(answers)) >= 8, "prompts that all get the same answer prove nothing"
+
+
+@pytest.mark.parametrize("style", ["interleaved", "dialogue"])
+def test_log_probs_are_those_of_the_local_model(tiny, prompts, style):
+    # `end` and `im` also stand in the token that closes the turn; the last is split into bytes
+    texts = ("three", "twenty one", "end", "im", "a blue circle, of paper", "a", "né – ✓ 3")
+    answers = [texts[i % len(texts)] for i in range(len(prompts))]
+    scores = make(tiny.url, style).answer_log_prob(prompts, answers)
+    assert scores == pytest.approx(local(style).answer_log_prob(prompts, answers), abs=1e-4)
+    assert all(score < 0 and round(score, 6) == score for score in scores)
+
+
+def test_an_answer_is_cut_at_its_end(tiny, prompts):
+    assert make(tiny.url).answer(prompts[:6]) == local().answer(prompts[:6])
+
+
+def test_another_image_budget_gives_the_local_answers_too(tiny, prompts):
+    budget = {"min_pixels": 56 * 56 * 4, "max_pixels": 56 * 56 * 16}
+    assert make(tiny.url, **budget).generate(prompts[:8]) == local(**budget).generate(prompts[:8])
+
+
+def test_nothing_to_ask_asks_nothing(tiny):
+    lvlm = make(tiny.url)
+    before = len(tiny.requests)
+    assert lvlm.generate([]) == lvlm.answer_log_prob([], []) == []
+    assert len(tiny.requests) == before
+
+
+# ---------------------------------------------------------------------- requests
+
+
+def test_a_request_holds_the_conversation_and_asks_greedily(serve, prompts):
+    server = serve(lambda request: said("three"))
+    prompt = next(prompt for prompt in prompts if len(prompt.icds) == 2)
+    make(server.url, max_new_tokens=7).generate([prompt])
+    (body,) = server.asked
+    settings = {name: value for name, value in body.items() if name != "messages"}
+    greedy = {"temperature": 0, "frequency_penalty": 0, "repetition_penalty": 1.0}
+    assert settings == {"model": NAME, "max_tokens": 7, **greedy}
+    system, user = body["messages"]
+    assert system == {"role": "system", "content": "You are a helpful assistant."}
+    assert [part["type"] for part in user["content"]] == ["image_url", "text"] * 3
+    assert user["content"][1]["text"].endswith(f"Short answer: {prompt.icds[0].answer}\n")
+
+
+def test_a_server_of_an_unknown_make_gets_standard_fields_only(serve, prompts):
+    server = serve(lambda request: said("three"), listed=models(NAME, owner="somebody"))
+    make(server.url).generate(prompts[:1])
+    assert set(server.asked[0]) == {"model", "messages", "max_tokens", "temperature", "frequency_penalty"}
+
+
+@pytest.mark.parametrize("kind", ["CMYK", "turned", "see-through", "large"])
+def test_images_go_out_upright_resized_and_without_loss(tmp_path, kind):
+    from qwen_vl_utils import fetch_image
+
+    from lever_lm.data import open_image
+
+    rng, size = random.Random(3), (300, 120)
+    picture = PIL.Image.frombytes("RGB", size, rng.randbytes(3 * size[0] * size[1]))
+    path = tmp_path / ("image.png" if kind == "see-through" else "image.jpg")
+    if kind == "CMYK":
+        picture.convert("CMYK").save(path)
+    elif kind == "see-through":
+        picture.putalpha(100)
+        picture.save(path)
+    else:
+        exif = PIL.Image.Exif()
+        exif[0x0112] = 6 if kind == "turned" else 1  # orientation: on its side
+        picture.resize((2000, 1500) if kind == "large" else size).save(path, exif=exif)
+    config = LvlmConfig()
+    url = DataUrls(config).get(str(path))
+    sent = PIL.Image.open(BytesIO(base64.b64decode(url.removeprefix("data:image/png;base64,"))))
+    limits = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
+    assert sent.tobytes() == fetch_image({"image": open_image(str(path)), **limits}).tobytes()
+    assert (sent.mode, sent.width % 28, sent.height % 28) == ("RGB", 0, 0)
+    assert sent.width * sent.height <= config.max_pixels
+    assert (sent.width < sent.height) == (kind == "turned")
+
+
+def test_each_image_is_encoded_once_and_no_more_are_kept_than_fit(serve, prompts, monkeypatch):
+    encoded, opened = [], server_module.open_image
+    monkeypatch.setattr(server_module, "open_image", lambda image: encoded.append(image) or opened(image))
+    lvlm = make(serve(lambda request: said("three")).url)
+    lvlm.generate([*prompts, *prompts])
+    assert sorted(encoded) == sorted({image for prompt in prompts for image in prompt.images})
+    urls = DataUrls(LvlmConfig())
+    urls.room = 2
+    first, second, third = dict.fromkeys(encoded[:3])
+    for image in (first, second, third, first):
+        assert urls.get(image) == lvlm._urls.get(image)
+    assert len(urls._known) == 2
+
+
+def test_an_image_that_is_not_there_is_named(tiny, prompts):
+    query = dataclasses.replace(prompts[0].query, image="nowhere/7.jpg")
+    with pytest.raises(LeverError, match=r"nowhere/7\.jpg"):
+        make(tiny.url).generate([dataclasses.replace(prompts[0], query=query)])
+
+
+def test_a_question_that_holds_an_image_placeholder_is_refused_by_name(tiny, prompts):
+    query = dataclasses.replace(prompts[0].query, question="what is <|image_pad|> here?")
+    with pytest.raises(LeverError, match=rf"question {query.question_id}.*<\|image_pad\|>"):
+        make(tiny.url).generate([dataclasses.replace(prompts[0], query=query)])
+
+
+def test_batches_keep_the_order_and_are_a_few_rounds_of_requests(serve, prompts):
+    lvlm = make(serve(lambda request: said("")).url, concurrency=2)
+    assert lvlm.batches(prompts) == [list(range(16)), list(range(16, 32)), list(range(32, 36))]
+    assert lvlm.batches([]) == []
+
+
+# ---------------------------------------------------------------------- many at once
+
+
+def test_as_many_requests_as_asked_for_are_under_way_and_never_more(serve, prompts):
+    together, lock = threading.Barrier(6, timeout=20), threading.Lock()
+    under_way = []
+    now = [0]
+
+    def answer(request):
+        with lock:
+            now[0] += 1
+            under_way.append(now[0])
+        together.wait()  # nobody is answered before six are here
+        with lock:
+            now[0] -= 1
+        return said("three")
+
+    assert make(serve(answer).url, concurrency=6).generate(prompts) == ["three"] * 36
+    assert max(under_way) == 6
+
+
+def test_answers_come_in_the_order_of_the_prompts(serve, prompts):
+    def answer(request):
+        question = request.body["messages"][-1]["content"][-1]["text"]
+        time.sleep(0.05 * (len(question) % 4))
+        return said(question)
+
+    lvlm = make(serve(answer).url, concurrency=9)
+    answers = lvlm.generate(prompts)
+    assert answers == [f"Question: {prompt.query.question} Short answer:" for prompt in prompts]
+
+
+# ---------------------------------------------------------------------- failures
+
+
+ERROR = {"error": {"message": "boom\n\x1b[31m happened", "type": "X", "code": 0}}
+LIMIT = {"error": {"message": "At most 4 image(s) may be provided in one prompt. Set `--limit-mm-per-prompt` to …"}}
+LENGTH = {"error": {"message": "This model's maximum context length is 4096 tokens."}}
+TRIED = 3  # one request and lvlm.retries=2
+FAILURES = {
+    "500": (Reply(500, ERROR), TRIED, ["answered 500", "'boom  [31m happened', 3 times", "its own log"]),
+    "503 of a proxy": (Reply(503, "<html>down</html>"), TRIED, ["answered 503", "<html>down</html>", "3 times"]),
+    "429": (Reply(429, {"error": {"message": "slow down"}}), TRIED, ["answered 429", "slow down", "lvlm.concurrency"]),
+    "cut": (Reply(200, said("three").body, cut=True), TRIED, ["broke off its answer", "3 times"]),
+    "no JSON": (Reply(200, "<html>hello</html>"), TRIED, ["no JSON object: '<html>hello</html>'", "up to its /v1?"]),
+    "half JSON": (Reply(200, '{"choices": ['), TRIED, ["no JSON object"]),
+    "a JSON list": (Reply(200, []), TRIED, ["no JSON object: '[]'"]),
+    "bytes": (Reply(200, b"\xff\xfe\x00"), TRIED, ["no JSON object"]),
+    "bad gzip": (Reply(200, "no gzip at all", {"Content-Encoding": "gzip"}), TRIED, ["broke off its answer"]),
+    "no choices": (Reply(200, {"error": "I am out"}), TRIED, ["without a choice", "I am out"]),
+    "empty choices": (Reply(200, {"choices": []}), TRIED, ["without a choice"]),
+    "a choice of text": (Reply(200, {"choices": ["three"]}), TRIED, ["without a choice"]),
+    "null": (said(None), 1, ["without text", "reasoning"]),
+    "400": (Reply(400, ERROR), 1, ["answered 400", "boom", "lvlm.path"]),
+    "too many images": (Reply(400, LIMIT), 1, ["At most 4 image(s)", "--limit-mm-per-prompt '{\"image\": N}'"]),
+    "too long": (Reply(400, LENGTH), 1, ["4096", "--max-model-len"]),
+    "401": (Reply(401, {"error": "Unauthorized"}), 1, ["answered 401", "set OPENAI_API_KEY to a key"]),
+    "403": (Reply(403, ""), 1, ["answered 403:", "OPENAI_API_KEY"]),
+    "404": (Reply(404, {"message": "The model `tiny` does not exist."}), 1, ["no model tiny", "up to /v1"]),
+    "413": (Reply(413, ""), 1, ["answered 413", "lvlm.max_pixels"]),
+    "422": (Reply(422, {"detail": [{"loc": ["body"], "msg": "bad"}]}), 1, ["answered 422", '"msg": "bad"']),
+    "redirect": (Reply(307, "", {"Location": "http://elsewhere/v1"}), 1, ["a redirect to 'http://elsewhere/v1'"]),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_every_failure_is_one_line_that_says_what_to_do(serve, prompts, waits, name):
+    reply, requests, words = FAILURES[name]
+    server = serve(lambda request: reply)
+    with pytest.raises(LeverError) as caught:
+        make(server.url, retries=2).generate(prompts[:1])
+    message = str(caught.value)
+    assert server.url in message
+    for word in words:
+        assert word in message
+    assert message.isprintable(), message
+    assert len(server.asked) == requests
+    assert len(waits) == requests - 1
+
+
+def test_an_answer_beyond_all_measure_is_not_read_to_its_end(serve, prompts, monkeypatch):
+    monkeypatch.setattr(client, "MAX_ANSWER", 1 << 20)
+    server = serve(lambda request: said("x" * (2 << 20)))
+    with pytest.raises(LeverError, match="answered with more than 1 MiB"):
+        make(server.url).generate(prompts[:1])
+
+
+def test_a_server_that_hangs_is_given_up_on(serve, prompts, waits):
+    released = threading.Event()
+    server = serve(lambda request: released.wait(30) and said(""))
+    with pytest.raises(LeverError, match=r"gave no answer within 0\.2 s, 2 times: a higher lvlm\.timeout"):
+        make(server.url, timeout=0.2, retries=1).generate(prompts[:1])
+    released.set()
+    assert len(server.asked) == 2
+
+
+def test_a_server_that_trickles_is_given_up_on_too(prompts, waits):
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def trickle():
+        connection, _ = listener.accept()
+        with connection, listener:
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+            for _ in range(100):
+                try:
+                    connection.sendall(b"{")
+                except OSError:
+                    return
+                time.sleep(0.05)
+
+    thread = threading.Thread(target=trickle)
+    thread.start()
+    started = time.monotonic()
+    with pytest.raises(LeverError, match=r"gave no answer within 0\.5 s"):
+        check_server(config_of(f"http://127.0.0.1:{listener.getsockname()[1]}/v1", timeout=0.5))
+    assert time.monotonic() - started < 4
+    thread.join()
+
+
+def test_a_server_that_dies_is_named_after_the_tries(serve, prompts, waits):
+    server = Loopback(lambda request: models(NAME))
+    with server.running():
+        lvlm = make(server.url, retries=3)
+    with pytest.raises(LeverError, match=rf"no server at {server.url} \(.*\), 4 times: start it \(vllm serve tiny\)"):
+        lvlm.generate(prompts[:1])
+    assert len(waits) == 3
+    assert waits == sorted(waits)
+
+
+def test_what_fails_twice_and_then_works_is_no_failure(serve, prompts, waits):
+    replies = [Reply(500, ERROR), Reply(200, "{", cut=True), said("three")]
+    server = serve(lambda request: replies.pop(0))
+    assert make(server.url, concurrency=1).generate(prompts[:1]) == ["three"]
+    assert len(server.asked) == 3
+    assert [1 <= waits[0] <= 2, 2 <= waits[1] <= 3] == [True, True]
+
+
+def date(seconds: float) -> str:
+    return email.utils.formatdate(time.time() + seconds, usegmt=True)
+
+
+@pytest.mark.parametrize(
+    ("header", "least", "most"),
+    [
+        (lambda: "7", 7, 7),
+        (lambda: "0", 0, 0),
+        (lambda: "100000", client.MAX_WAIT, client.MAX_WAIT),
+        (lambda: date(40), 20, 40),
+        (lambda: date(-40), 0, 0),
+        (lambda: "soon", 1, 2),
+        (lambda: "-5", 1, 2),
+        (lambda: "", 1, 2),
+    ],
+    ids=["seconds", "at once", "capped", "a date", "a past date", "words", "negative", "empty"],
+)
+def test_a_server_is_asked_again_when_it_says(serve, prompts, waits, header, least, most):
+    replies = [Reply(429, "", {"Retry-After": header()}), said("three")]
+    assert make(serve(lambda request: replies.pop(0)).url).generate(prompts[:1]) == ["three"]
+    assert least <= waits[0] <= most
+
+
+def test_the_key_is_sent_and_never_shown(serve, prompts, monkeypatch, caplog, capsys):
+    monkeypatch.setenv(client.KEY_VARIABLE, f" {KEY}\n")
+    with caplog.at_level("DEBUG"):
+        server = serve(
+            lambda request: Reply(401, {"error": {"message": f"bad key {request.headers['Authorization']}"}})
+        )
+        with pytest.raises(LeverError, match=r"'bad key Bearer \*\*\*': set OPENAI_API_KEY to another key") as caught:
+            make(server.url).generate(prompts[:1])
+    assert {request.headers["Authorization"] for request in server.requests} == {f"Bearer {KEY}"}
+    assert KEY not in f"{caught.value!r} {caplog.text} {capsys.readouterr()}"
+    assert server_fingerprint(config_of(server.url), PromptConfig()) == server_fingerprint(
+        config_of(""), PromptConfig()
+    )
+
+
+def test_a_key_that_cannot_be_one_is_not_shown_either(serve, monkeypatch):
+    monkeypatch.setenv(client.KEY_VARIABLE, "sk-se\ncret")
+    with pytest.raises(LeverError, match="OPENAI_API_KEY holds characters") as caught:
+        make("http://127.0.0.1:9/v1")
+    assert "cret" not in str(caught.value)
+
+
+# ---------------------------------------------------------------------- first contact
+
+
+def test_a_dead_server_is_said_before_anything_is_asked():
+    with pytest.raises(LeverError, match=r"no server at http://127\.0\.0\.1:9/v1 \(.+\): start it \(vllm serve tiny\)"):
+        make("http://127.0.0.1:9/v1")
+
+
+@pytest.mark.parametrize("host", ["nowhere.invalid", "256.1.1.1", "☃.invalid", "a..b", "a" * 70 + ".com"])
+def test_a_host_that_is_nowhere_is_said(host):
+    with pytest.raises(LeverError, match=rf"no server at http://{re.escape(host)}/v1 \(.+\): start it"):
+        make(f"http://{host}/v1")
+
+
+def test_a_server_of_another_model_is_refused_with_both_names(serve):
+    server = serve(None, listed=models("Qwen/Qwen2.5-VL-7B-Instruct", "lora\x1b"))
+    with pytest.raises(
+        LeverError, match=r"serves Qwen/Qwen2.5-VL-7B-Instruct, lora , not tiny: --set lvlm.path=Qwen/Qwen2.5-VL-7B"
+    ):
+        make(server.url)
+    assert server.asked == []
+
+
+def test_of_many_models_a_few_are_named(serve):
+    with pytest.raises(LeverError, match="serves m0, m1, m2, m3, m4 and 35 others, not tiny"):
+        make(serve(None, listed=models(*(f"m{i}" for i in range(40)))).url)
+
+
+def test_no_proxy_stands_between_this_machine_and_itself(serve, prompts, monkeypatch):
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    assert make(serve(lambda request: said("three")).url).generate(prompts[:1]) == ["three"]
+
+
+def test_text_that_cannot_be_stored_is_mended(serve, prompts):
+    assert make(serve(lambda request: said("thr\ud800ee")).url).generate(prompts[:1]) == ["thr?ee"]
+
+
+def test_a_server_that_wants_a_key_is_refused_at_once(serve):
+    with pytest.raises(LeverError, match="answered 401: set OPENAI_API_KEY to a key it accepts"):
+        make(serve(None, listed=Reply(401)).url)
+
+
+@pytest.mark.parametrize(
+    "listed",
+    [
+        Reply(404),
+        Reply(500, ERROR),
+        Reply(200, "nothing"),
+        Reply(200, {"data": []}),
+        Reply(200, {"data": "all"}),
+        models("Qwen/Qwen2.5-VL-7B-Instruct", owner="Qwen"),  # as `transformers serve` lists the hub's cache
+        models("other", NAME),
+    ],
+    ids=["404", "500", "text", "empty", "odd", "a cache", "among others"],
+)
+def test_a_list_that_does_not_speak_against_the_model_is_no_obstacle(serve, prompts, listed):
+    assert make(serve(lambda request: said("three"), listed).url).generate(prompts[:1]) == ["three"]
+
+
+# ---------------------------------------------------------------------- log-probs
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        said("three"),
+        Reply(422, {"detail": "Unexpected fields in the request: {'prompt_logprobs', 'continue_final_message'}"}),
+        Reply(400, {"error": {"message": "Unrecognized request argument supplied: prompt_logprobs"}}),
+    ],
+    ids=["ignored", "transformers", "OpenAI"],
+)
+def test_a_server_without_log_probs_is_told_from_one_that_failed(serve, prompts, reply):
+    server = serve(lambda request: reply)
+    with pytest.raises(LeverError) as caught:
+        make(server.url, concurrency=1).answer_log_prob(prompts[:3], ["three"] * 3)
+    message = str(caught.value)
+    for word in (server.url, "gives no log-probs", "rollout.gt_prob", "rollout.infoscore", "drop --server"):
+        assert word in message
+    assert len(server.asked) == 1
+    settings = {"max_tokens": 1, "prompt_logprobs": 0, "add_generation_prompt": False, "continue_final_message": True}
+    assert settings.items() <= server.asked[0].items()
+    assert server.asked[0]["messages"][-1] == {"role": "assistant", "content": "three"}
+
+
+def test_other_failures_of_scoring_keep_their_message(serve, prompts):
+    with pytest.raises(LeverError, match="--limit-mm-per-prompt"):
+        make(serve(lambda request: Reply(400, LIMIT)).url).answer_log_prob(prompts[:1], ["three"])
+
+
+def test_an_empty_answer_cannot_be_scored(tiny, prompts):
+    with pytest.raises(LeverError, match=f"question {prompts[1].query.question_id}: cannot score an empty answer"):
+        make(tiny.url).answer_log_prob(prompts[:2], ["three", " "])
+    with pytest.raises(ValueError, match="2 prompts but 1 answers"):
+        make(tiny.url).answer_log_prob(prompts[:2], ["three"])
+
+
+def places(*tokens: tuple[str, float]) -> list:
+    return [
+        None,
+        *({str(i): {"logprob": score, "rank": 1, "decoded_token": text}} for i, (text, score) in enumerate(tokens)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("answer", "tokens", "expected"),
+    [
+        ("a red bus", [("\n", -9), ("a", -1), (" red", -2), (" bus", -4)], -7),
+        ("bus", [("assistant\n", -9), ("bus", -4)], -4),
+        ("é", [("\n", -9), ("", -1), ("é", -2)], -3),
+        ("bus", [("\n", -9), ("a", -1), (" bus", -4)], None),
+        ("bus", [("a ", -9), ("bus", -4)], None),
+        ("end", [("\n", -9), ("end", -1), ("<|im", -2), ("_", -1), ("end", -2)], None),
+        ("né ✓3", [("\n", -9), ("n", -1), ("\ufffd", -1), ("\ufffd ", -1), ("\ufffd\ufffd", -1), ("3", -2)], -6),
+        ("a\nb", [("\n", -9), ("a", -1), ("\n", -1), ("b", -2)], -4),
+        ("bus", [("bus", -4)], None),
+        ("a long answer", [("\n", -9), ("answer", -4)], None),
+    ],
+)
+def test_the_tokens_at_the_end_must_spell_the_answer(answer, tokens, expected):
+    assert log_prob_at_end(places(*tokens), answer) == expected
+
+
+ODD = [{}, {"3": {"logprob": -1}}, 3, "x", {"3": {"logprob": "much", "decoded_token": "three"}}]
+ODD += [{"3": {"logprob": score, "decoded_token": "three"}} for score in (float("nan"), 10**400, None)]
+
+
+@pytest.mark.parametrize("odd", [[None], *([None, *places(("\n", -1))[1:], last] for last in ODD), ["x", "y"]])
+def test_odd_log_probs_are_none(odd):
+    assert log_prob_at_end(odd, "three") is None
+
+
+def test_log_probs_that_do_not_fit_the_answer_are_refused_by_name(serve, prompts):
+    reply = said("")
+    reply.body["prompt_logprobs"] = places(("\n", -1), ("four", -1))
+    with pytest.raises(LeverError, match=rf"question {prompts[0].query.question_id}: the tokens .* 'three'"):
+        make(serve(lambda request: reply).url).answer_log_prob(prompts[:1], ["three"])
+
+
+# ---------------------------------------------------------------------- what was done is kept
+
+
+def flaky(good: int):
+    """Answers so many questions, then no more."""
+    count, lock = [0], threading.Lock()
+
+    def answer(request):
+        with lock:
+            count[0] += 1
+            return said(f"answer {count[0]}") if count[0] <= good else Reply(500, ERROR)
+
+    return answer
+
+
+def test_what_came_before_a_failure_is_in_the_error(serve, prompts, waits):
+    with pytest.raises(Unfinished) as caught:
+        make(serve(flaky(5)).url, concurrency=1, retries=0).generate(prompts)
+    assert caught.value.answered == {i: f"answer {i + 1}" for i in range(5)}
+
+
+def test_all_that_was_answered_is_kept_and_a_rerun_asks_the_rest(serve, prompts, waits, tmp_path):
+    def opened(url):
+        config = config_of(url, concurrency=1, retries=0)
+        return load_lvlm(config, PromptConfig(), device="cpu", cache=tmp_path / "answers.sqlite", track=track)
+
+    first = serve(flaky(20))  # two batches of eight, and a part of the third
+    with pytest.raises(LeverError, match="answered 500"):
+        opened(first.url).generate(prompts)
+    second = serve(lambda request: said("later"))  # elsewhere, and the same model
+    answers = opened(second.url).generate(prompts)
+    assert [answer for answer in answers if answer != "later"] == [f"answer {i + 1}" for i in range(20)]
+    assert len(second.asked) == 16
+
+
+def test_all_that_was_scored_is_kept_too(tiny, serve, prompts, waits, tmp_path):
+    def scores(url):
+        config = config_of(url, concurrency=1, retries=0)
+        lvlm = load_lvlm(config, PromptConfig(), device="cpu", cache=tmp_path / "answers.sqlite", track=track)
+        return lvlm.answer_log_prob(prompts[:9], ["twenty one"] * 9)
+
+    chat, good = TinyChat(str(asset_path(TINY)), NAME), iter(range(3))
+    with pytest.raises(LeverError, match="answered 500"):
+        scores(serve(lambda request: Reply(500) if next(good, None) is None else chat(request)).url)
+    asked = len(tiny.asked)
+    expected = make(tiny.url).answer_log_prob(prompts[:9], ["twenty one"] * 9)
+    assert scores(tiny.url) == expected
+    assert len(tiny.asked) - asked == 9 + 9 - 3
+
+
+# ---------------------------------------------------------------------- config and identity
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "127.0.0.1:8000",
+        "ftp://host/v1",
+        "http://",
+        "http:///v1",
+        "http://host:x/v1",
+        "http://h/v1?a=b",
+        "http://a b/v1",
+    ],
+)
+def test_a_server_must_be_a_url(url):
+    with pytest.raises(UsageError, match=r"lvlm\.server must be the URL of a server.*--server http://127"):
+        LvlmConfig(server=url)
+
+
+def test_a_password_in_the_url_is_refused_unseen():
+    with pytest.raises(UsageError, match="OPENAI_API_KEY") as caught:
+        LvlmConfig(server="http://me:secret@host/v1")
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("bad", [{"concurrency": 0}, {"timeout": 0.0}, {"retries": -1}])
+def test_the_limits_of_requests_are_checked(bad):
+    with pytest.raises(UsageError, match=rf"lvlm\.{next(iter(bad))}"):
+        LvlmConfig(**bad)
+
+
+def test_beams_are_refused_before_anything_is_asked(lever):
+    done = lever("rollout", "--lvlm", "qwen2.5_vl_3B", "--server", "http://127.0.0.1:9/v1", "--dry-run")
+    assert done.status == 2
+    assert "lvlm.num_beams is 3: --set lvlm.num_beams=1" in done.err
+
+
+def test_the_fingerprint_follows_what_is_asked_and_not_where():
+    base, prompt = config_of("http://a/v1"), PromptConfig()
+    stamp = server_fingerprint(base, prompt)
+    for same in ({"server": "https://b/v1"}, {"concurrency": 3}, {"timeout": 1.0}, {"retries": 0}, {"batch_size": 3}):
+        assert server_fingerprint(dataclasses.replace(base, **same), prompt) == stamp
+    for other in ({"path": "x"}, {"max_new_tokens": 6}, {"max_pixels": 10**6}, {"min_pixels": 4000}):
+        assert server_fingerprint(dataclasses.replace(base, **other), prompt) != stamp
+    assert server_fingerprint(base, PromptConfig(style="dialogue")) != stamp
+    here = LvlmConfig(path=TINY)
+    assert server_fingerprint(dataclasses.replace(here, server="http://a/v1"), prompt) != local_fingerprint(
+        here, prompt, "cpu"
+    )
+    hurried = dataclasses.replace(here, concurrency=3, timeout=1.0, retries=0)
+    assert local_fingerprint(hurried, prompt, "cpu") == local_fingerprint(here, prompt, "cpu")
+
+
+def test_a_run_goes_on_at_another_address(tmp_path):
+    from lever_lm.config import Config
+    from lever_lm.runs import RunFolder
+
+    run = RunFolder(tmp_path)
+    config = Config(lvlm=config_of("http://a/v1"))
+    run.open(config)
+    moved = dataclasses.replace(config, lvlm=config_of("http://b:9/v1", concurrency=1, timeout=9.0, retries=1))
+    assert run.differences(moved) == []
+    assert run.differences(dataclasses.replace(config, lvlm=config_of("http://a/v1", path="x"))) != []
+
+
+# ---------------------------------------------------------------------- through the command line
+
+
+@pytest.fixture(scope="module")
+def tiny_by_path():
+    """The shipped model under the name that the config `tiny_qwen2.5_vl` asks a server for."""
+    folder = str(asset_path(TINY))
+    with Loopback(TinyChat(folder, folder)).running() as server:
+        yield server
+
+
+def test_rollouts_of_a_server_are_those_of_the_local_model_and_not_taken_for_them(digits_folder, lever, tiny_by_path):
+    command = ("rollout", "--limit", "4", "--set", "rollout.gt_prob=true")
+    assert lever(*command).status == 0
+    path = next((digits_folder / "results/digits/generated_data").glob("*.json"))
+    here = json.loads(path.read_text())
+    known = answers_in(digits_folder)
+    done = lever(*command, "--server", tiny_by_path.url)
+    assert done.status == 0, done.err
+    assert answers_in(digits_folder) == 2 * known, "a server's answers are not the local model's"
+    there = json.loads(path.read_text())
+    assert here.pop("_meta")["fingerprint"] != there.pop("_meta")["fingerprint"]
+    assert without_probs(here) == without_probs(there)
+    asked = len(tiny_by_path.asked)
+    elsewhere = tiny_by_path.url.replace("127.0.0.1", "localhost")
+    assert lever(*command, "--server", elsewhere, "--set", "lvlm.concurrency=2").status == 0
+    assert len(tiny_by_path.asked) == asked, "the same model at another address is known"
+
+
+def without_probs(rollouts):
+    """The file's content with numbers rounded: sums of log-probs differ in their last digits."""
+    if isinstance(rollouts, dict):
+        return {key: without_probs(value) for key, value in rollouts.items()}
+    if isinstance(rollouts, list):
+        return [without_probs(value) for value in rollouts]
+    return round(rollouts, 3) if isinstance(rollouts, float) else rollouts
+
+
+def test_inference_through_a_server_is_that_of_the_local_model(trained, lever, tiny_by_path):
+    command, predictions = ("infer", "--limit", "6", "--shots", "1,2", "--json"), []
+    for server in ("", tiny_by_path.url):
+        done = lever(*command, "--server", server)
+        assert done.status == 0, done.err
+        files = sorted(Path(done.json["folder"]).glob("predictions_*.json"))
+        predictions.append([path.read_text() for path in files])
+    assert predictions[0] == predictions[1]
+    assert len(predictions[0]) == 2
+
+
+def test_the_key_is_in_nothing_that_is_written(digits_folder, lever, tiny_by_path, monkeypatch):
+    monkeypatch.setenv(client.KEY_VARIABLE, KEY)
+    done = lever("train", *SMALL, "--limit", "4", "--server", tiny_by_path.url)
+    assert done.status == 0, done.err
+    assert tiny_by_path.requests[-1].headers["Authorization"] == f"Bearer {KEY}"
+    assert KEY not in done.out + done.err
+    files = [path for path in digits_folder.rglob("*") if path.is_file()]
+    assert len(files) > 5
+    assert [path for path in files if KEY.encode() in path.read_bytes()] == []
+
+
+@pytest.mark.parametrize("command", [("rollout",), ("train",), ("doctor",)])
+def test_a_dead_server_stands_in_the_list_of_what_is_missing(lever, tmp_path, command):
+    done = lever(*command, "--server", "http://127.0.0.1:9/v1")
+    assert done.status == 1
+    assert "lvlm.server: no server at http://127.0.0.1:9/v1" in done.out + done.err
+    assert "start it (vllm serve " in done.out + done.err
+    assert not (tmp_path / "results").exists()
+
+
+def test_the_doctor_asks_the_server_and_needs_no_weights(lever, serve):
+    server = serve(None, listed=models("Qwen/Qwen2.5-VL-3B-Instruct"))
+    done = lever("doctor", "--lvlm", "qwen2.5_vl_3B_server", "--server", server.url, "--json")
+    assert done.status == 0, done.out
+    checks = {check["what"]: check["found"] for check in done.json["checks"]}
+    assert checks["lvlm.server"] == f"{server.url} serves Qwen/Qwen2.5-VL-3B-Instruct"
+    assert "lvlm.path" not in checks
+    assert server.asked == []
+
+
+@pytest.mark.parametrize(("owner", "warned"), [("vllm", False), ("sglang", True)])
+def test_the_doctor_warns_of_a_server_that_may_not_score_reference_answers(lever, serve, owner, warned):
+    server = serve(None, listed=models(str(asset_path(TINY)), owner=owner))
+    done = lever("doctor", "--server", server.url, "--set", "rollout.gt_prob=true", "--json")
+    assert done.status == 0, done.out
+    assert ("log-probs" in {check["what"] for check in done.json["checks"]}) is warned
+
+
+def test_a_plan_asks_no_question_and_knows_the_time_only_once_it_was_measured(digits_folder, lever, tiny_by_path):
+    command = ("rollout", "--limit", "4", "--server", tiny_by_path.url)
+    asked = len(tiny_by_path.asked)
+    before = lever(*command, "--dry-run").out
+    assert "LVLM calls, time unknown" in before
+    assert len(tiny_by_path.asked) == asked
+    assert lever(*command).status == 0
+    assert "rollouts: there" in lever(*command, "--dry-run").out
+
+
+def test_ctrl_c_ends_at_once_and_keeps_the_batches_that_were_done(digits_folder):
+    count, held = [0], threading.Event()
+
+    def answer(request):
+        count[0] += 1
+        if count[0] > 10:
+            held.wait(60)
+        return said("three")
+
+    folder = str(asset_path(TINY))
+    with Loopback(lambda request: models(folder) if request.method == "GET" else answer(request)).running() as server:
+        settings = ("--limit", "4", "--server", server.url, "--set", "lvlm.concurrency=1")
+        command = [sys.executable, "-m", "lever_lm", "rollout", *settings]
+        process = subprocess.Popen(
+            command, cwd=digits_folder, env=clean_environment(), stderr=subprocess.PIPE, text=True
+        )
+        deadline = time.monotonic() + 60
+        while count[0] < 11 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        started = time.monotonic()
+        _, err = process.communicate(timeout=30)
+        took = time.monotonic() - started
+        held.set()
+    assert process.returncode == 130
+    assert "interrupted" in err
+    assert took < 15, "the request under way takes a minute"
+    assert answers_in(digits_folder) == 8
+
+
+# ---------------------------------------------------------------------- a real server
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """The URL of `transformers serve` with the shipped model; see serve_tiny.py."""
+    for package in ("fastapi", "uvicorn", "openai", "accelerate"):
+        pytest.importorskip(package)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    home = tmp_path_factory.mktemp("hub")
+    (home / "hub").mkdir()
+    log = home / "serve.log"
+    command = [sys.executable, str(Path(__file__).with_name("serve_tiny.py")), str(asset_path(TINY)), str(port)]
+    with open(log, "w") as out:
+        process = subprocess.Popen(
+            command, env=clean_environment(HF_HOME=str(home), HF_HUB_OFFLINE="1"), stdout=out, stderr=subprocess.STDOUT
+        )
+    try:
+        config = config_of(f"http://127.0.0.1:{port}/v1", path=TINY)
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            try:
+                check_server(config)
+                break
+            except LeverError:
+                time.sleep(0.2)
+        else:
+            pytest.fail(f"transformers serve did not start: {log.read_text()[-2000:]}")
+        yield config.server
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("style", ["interleaved", "dialogue"])
+def test_a_real_server_gives_the_local_answers(real, prompts, style):
+    chosen = [prompt for prompt in prompts if len(prompt.icds) in (0, 1, 4)][:9]
+    answers = make(real, style, path=TINY).generate(chosen)
+    assert answers == local(style).generate(chosen)
+    assert len(set(answers)) >= 4
+
+
+def test_a_real_server_without_log_probs_says_so(real, prompts):
+    with pytest.raises(LeverError, match="gives no log-probs"):
+        make(real, path=TINY).answer_log_prob(prompts[:1], ["three"])
+
+
+def test_a_real_server_of_another_model_is_refused_with_both_names(real, prompts):
+    with pytest.raises(LeverError, match=r"pinned to '.*tiny-qwen2\.5-vl'; requested 'some/other'"):
+        make(real, path="some/other").generate(prompts[:1])

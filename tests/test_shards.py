@@ -1,0 +1,473 @@
+"""Several processes of one torchrun job: each answers its share, and what they make is what one process makes.
+
+The jobs are real ones: torchrun, gloo, two processes on the CPU.
+"""
+
+import json
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import INFERENCE, ROLLOUTS, Done, answers_in, clean_environment, files_in, run_lever
+from test_lvlm_cache import Counting, opened, prompts  # noqa: F401 - a fixture
+
+from lever_lm.compat import resolve_device
+from lever_lm.console import Screen
+from lever_lm.errors import LeverError
+from lever_lm.lvlm.cache import AnswerCache
+from lever_lm.shards import Shards
+
+JOB = {"RANK": "1", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+CACHE = Path("results/digits/cache")
+# Answers, log-probs and a search that hangs on the log-probs before; many batches.
+ROLLOUT = ("rollout", "--limit", "6", "--set", "rollout.gt_prob=true", "--set", "rollout.infoscore=1")
+ROLLOUT = (*ROLLOUT, "--set", "rollout.infoscore_candidates=4", "--set", "lvlm.batch_size=16")
+ANSWERS = ("rollout", "--limit", "8", "--set", "lvlm.batch_size=16")  # answers alone
+INFER = ("infer", "--limit", "12", "--shots", "2", "--baselines")
+
+
+def torchrun(*command, cwd: Path, timeout: int = 200) -> Done:
+    """A job of two processes: `-m lever_lm …`, or a script with its arguments."""
+    job = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *map(str, command)]
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = clean_environment(PYTHONPATH=path)
+    done = subprocess.run(job, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def left_by(path: Path, rank: int, items: dict[str, str]) -> Path:
+    """The file of one process of a killed job of 16."""
+    cache = AnswerCache(path, Shards(rank, 16))
+    cache.put(items)
+    cache.close()
+    return path.with_name(f"answers.rank{rank}.sqlite")
+
+
+def with_features(features_file: Path, folder: Path) -> Path:
+    (folder / CACHE).mkdir(parents=True)
+    shutil.copy2(features_file, folder / CACHE)
+    return folder
+
+
+def made_in(folder: Path) -> set[str]:
+    """All files but those of image features, which each process writes for its share of the images."""
+    return {name for name in files_in(folder) if "/vision_" not in name}
+
+
+def cache_files(folder: Path) -> set[str]:
+    return {path.name for path in (folder / CACHE).iterdir() if path.name.startswith("answers_")}
+
+
+@pytest.fixture
+def file(tmp_path):
+    return tmp_path / "cache" / "answers.sqlite"
+
+
+# ---------------------------------------------------------------------- which process this is
+
+
+def test_torchrun_says_which_process_this_is():
+    assert Shards.from_environment(JOB) == Shards(rank=1, world=3, local=0)
+    assert not Shards.from_environment(JOB).leader
+    assert Shards.from_environment({**JOB, "RANK": "0"}).leader
+
+
+@pytest.mark.parametrize("missing", ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"])
+def test_leaked_variables_are_no_job(missing):
+    assert Shards.from_environment({name: value for name, value in JOB.items() if name != missing}) == Shards()
+    assert Shards.from_environment({**JOB, missing: ""}) == Shards()
+
+
+@pytest.mark.parametrize(("world", "count"), [(1, 5), (2, 5), (3, 9), (4, 2), (2, 0)])
+def test_work_is_dealt_like_cards(world, count):
+    shares = [Shards(rank, world).share(list(range(count))) for rank in range(world)]
+    assert sorted(item for share in shares for item in share) == list(range(count))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert all(b - a == world for share in shares for a, b in pairwise(share))
+
+
+def test_alone_nothing_is_waited_for():
+    alone, made = Shards(), []
+    alone.wait()
+    with alone.leader_first():
+        made.append("first")
+    assert alone.from_leader(lambda: made.append("second") or 7) == 7
+    assert made == ["first", "second"]
+    alone.leave()
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(
+    "call", [lambda job: job.wait(), lambda job: job.from_leader(dict)], ids=["wait", "from leader"]
+)
+def test_a_process_that_ended_is_missed_in_one_line(monkeypatch, call):
+    def fail(*_):
+        raise RuntimeError("[/gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.7]:1453. Good luck!")
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "barrier", fail)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", fail)
+    with pytest.raises(LeverError) as caught:
+        call(Shards(1, 3))
+    assert str(caught.value).startswith("rank 1 of 3 has lost the others (Connection closed by peer [10.0.0.7]:1453): ")
+
+
+@pytest.mark.parametrize(("name", "expected"), [("auto", "cuda:1"), ("cuda:0", "cuda:0"), ("cpu", "cpu")])
+def test_each_process_of_a_host_gets_a_gpu_in_turn(monkeypatch, name, expected):
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert resolve_device("auto") == torch.device("cuda")
+    assert current == []
+    for variable, value in {**JOB, "LOCAL_RANK": "3"}.items():
+        monkeypatch.setenv(variable, value)
+    assert resolve_device(name) == torch.device(expected)
+    assert current == ([torch.device(expected)] if name == "auto" else [])
+
+
+def test_without_a_gpu_each_process_computes_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for variable, value in JOB.items():
+        monkeypatch.setenv(variable, value)
+    assert resolve_device("auto") == torch.device("cpu")
+
+
+@pytest.mark.parametrize("to_stderr", [False, True])
+def test_only_the_leader_talks(monkeypatch, capsys, to_stderr):
+    for variable, value in JOB.items():
+        monkeypatch.setenv(variable, value)
+    screen = Screen(to_stderr)
+    screen.say("a line")
+    screen.table("a title", ["method"], [["a cell"]])
+    assert list(screen.track([1, 2], "a bar", 2)) == [1, 2]
+    assert tuple(capsys.readouterr()) == ("", "")
+    monkeypatch.setenv("RANK", "0")
+    Screen(to_stderr).say("a line")
+    assert "a line" in capsys.readouterr()[to_stderr]
+
+
+@pytest.mark.parametrize("command", ["train", "demo", "best-ckpt", "convert", "report"])
+def test_what_one_process_does_is_refused_under_torchrun(lever, monkeypatch, tmp_path, command):
+    for variable, value in JOB.items():
+        monkeypatch.setenv(variable, value)
+    refused = lever(command)
+    assert refused.status == 2
+    assert refused.err.startswith("[rank 1] lever: ")
+    assert "-m lever_lm rollout" in refused.err
+    assert f"`lever {command} …` plainly" in refused.err
+    assert files_in(tmp_path) == {}
+    monkeypatch.delenv("MASTER_ADDR")  # leaked variables
+    assert "torchrun" not in lever(command, "--dry-run").err
+
+
+# ---------------------------------------------------------------------- the files of a killed job
+
+
+def test_what_a_killed_job_left_is_gone_on_with_by_one_process(file, prompts):  # noqa: F811
+    backend = Counting()
+    answers = opened(file, backend).generate(prompts)
+    with sqlite3.connect(file) as db:
+        rows = dict(db.execute("SELECT key, value FROM answers WHERE key NOT LIKE 'speed:%'"))
+    db.close()
+    file.unlink()
+    left_by(file, 0, dict(list(rows.items())[:3]))
+    left_by(file, 11, dict(list(rows.items())[3:6]))
+    again = Counting()
+    lvlm = opened(file, again)
+    assert lvlm.generate(prompts) == answers
+    assert (lvlm.asked, lvlm.known) == (4, 6)
+    assert [path.name for path in file.parent.iterdir()] == ["answers.sqlite"]
+
+
+def test_the_same_key_of_two_processes_is_that_of_the_higher_rank(file):
+    for rank in (10, 9, 2):
+        left_by(file, rank, {"key": f"of {rank}", f"only {rank}": "x"})
+    cache = AnswerCache(file)
+    cache.collect()
+    assert cache.get(["key", "only 2", "only 9", "only 10"]) == {
+        "key": "of 10",
+        **{f"only {r}": "x" for r in (2, 9, 10)},
+    }
+
+
+def test_of_several_processes_only_the_leader_opens_the_main_file(file):
+    left = left_by(file, 1, {"key": "value"})
+    assert not file.exists()
+    assert left.is_file()
+
+
+def test_the_file_of_a_job_that_runs_is_left_to_it(file):
+    running = AnswerCache(file, Shards(1, 2))
+    running.put({"one": "1"})
+    ended = left_by(file, 5, {"five": "5"})
+    cache = AnswerCache(file)
+    cache.collect()
+    assert cache.get(["one", "five"]) == {"five": "5"}
+    assert not ended.exists()
+    running.put({"two": "2"})
+    running.close()
+    cache.collect()
+    assert cache.get(["one", "two"]) == {"one": "1", "two": "2"}
+    assert [path.name for path in file.parent.iterdir()] == ["answers.sqlite"]
+
+
+def test_other_files_beside_the_cache_are_not_touched(file):
+    file.parent.mkdir()
+    others = [
+        file.parent / name for name in ("answers.rank1.sqlite.bak", "answers.rank-1.sqlite", "other.rank1.sqlite")
+    ]
+    for other in others:
+        other.write_text("somebody's")
+    AnswerCache(file).collect()
+    assert all(other.read_text() == "somebody's" for other in others)
+
+
+def test_a_process_killed_before_its_first_answer_leaves_nothing(file):
+    file.parent.mkdir()
+    (file.parent / "answers.rank3.sqlite").touch()
+    (file.parent / "answers.rank3.sqlite-journal").touch()
+    AnswerCache(file).collect()
+    assert [path.name for path in file.parent.iterdir()] == ["answers.sqlite"]
+
+
+def test_a_broken_file_of_a_process_is_named_and_nothing_is_lost(file):
+    left_by(file, 0, {"key": "value"})
+    broken = file.parent / "answers.rank1.sqlite"
+    broken.write_text("something else entirely, long enough for a header of a hundred bytes" * 3)
+    cache = AnswerCache(file)
+    with pytest.raises(LeverError, match=r"answers\.rank1\.sqlite.*delete it"):
+        cache.collect()
+    broken.unlink()
+    cache.collect()
+    assert cache.get(["key"]) == {"key": "value"}
+
+
+# ---------------------------------------------------------------------- two processes
+
+PARTS = """
+import json, sys, time
+from pathlib import Path
+from test_lvlm_cache import Counting
+from lever_lm.data import Example
+from lever_lm.errors import LeverError
+from lever_lm.lvlm import CachedLvlm, Prompt
+from lever_lm.lvlm.cache import AnswerCache
+from lever_lm.shards import Shards
+
+job, folder = Shards.from_environment(), Path(sys.argv[1])
+facts = {"job": [job.rank, job.world, job.local]}
+image = folder / "image.jpg"
+
+if job.leader:
+    time.sleep(0.5)
+    image.write_bytes(b"an image")
+job.wait()
+facts["image there"] = image.is_file()
+with job.leader_first():
+    facts["left by the leader"] = (folder / "left").is_file()
+    (folder / "left").touch()
+facts["from the leader"] = job.from_leader(lambda: {"rank": job.rank})
+
+class Backend(Counting):
+    def batches(self, prompts):
+        job.wait()  # it may be a call of the whole job
+        return super().batches(prompts)
+
+prompts = [Prompt((), Example(i, i, f"q{i:02}", ("a",), ("a",), str(image))) for i in range(11)]
+made = []
+def load():
+    made.append(Backend())
+    return made[-1]
+lvlm = CachedLvlm(load, "model-1", AnswerCache(folder / "answers.sqlite", job), lambda items, what, total: items)
+facts["nothing"] = [lvlm.generate([]), len(made)]
+facts["one batch"] = [lvlm.generate(prompts[:2]), made[0].asked]
+facts["all"] = [lvlm.generate(prompts + prompts[:3]), made[0].asked, lvlm.asked, lvlm.known]
+facts["known"] = [lvlm.generate(prompts[::-1]), made[0].asked]
+facts["log-probs"] = [lvlm.answer_log_prob(prompts[:6], ["yes"] * 6), made[0].asked]
+facts["speed"] = lvlm.speed
+try:
+    lvlm.generate(prompts[: 5 + job.rank])
+except LeverError as error:
+    facts["others"] = str(error)
+(folder / f"facts{job.rank}.json").write_text(json.dumps(facts))
+job.wait()
+job.leave()
+"""
+
+
+def test_two_processes_deal_the_batches_and_both_have_all_answers(tmp_path):
+    script = tmp_path / "parts.py"
+    script.write_text(PARTS)
+    done = torchrun(script, tmp_path, cwd=tmp_path)
+    assert done.status == 0, done.err
+    leader, other = (json.loads((tmp_path / f"facts{rank}.json").read_text()) for rank in range(2))
+    assert (leader["job"], other["job"]) == ([0, 2, 0], [1, 2, 1])
+    assert leader["image there"]
+    assert other["image there"], "it waited for the leader"
+    assert (leader["left by the leader"], other["left by the leader"]) == (False, True)
+    assert leader["from the leader"] == other["from the leader"] == {"rank": 0}
+    answers = [f"q{i:02} a, and more" for i in range(11)]
+    for facts in (leader, other):
+        assert facts["nothing"] == [[], 0]
+        assert facts["one batch"][0] == answers[:2]
+        assert facts["all"][0] == answers + answers[:3]
+        assert facts["known"][0] == answers[::-1]
+        assert facts["log-probs"][0] == [-3.123456] * 6
+    one, two = ([f"q{i:02}" for i in numbers] for numbers in ([0, 1, 2, 3, 4, 5, 10], [6, 7, 8, 9]))
+    assert leader["one batch"][1] == one[:2]
+    assert other["one batch"][1] == [], "there was one batch for two processes"
+    assert (leader["all"][1:], other["all"][1:]) == ([one, 7, 2], [two, 4, 2])
+    assert (leader["known"][1], other["known"][1]) == (one, two), "nothing is asked again"
+    assert (leader["log-probs"][1], other["log-probs"][1]) == ([*one, *one[:4]], [*two, "q04", "q05"])
+    assert leader["speed"] == other["speed"] > 0
+    assert "others" not in leader
+    assert "rank 1 would ask other prompts" in other["others"]
+    assert {path.name for path in tmp_path.glob("answers*")} == {"answers.sqlite"}
+
+
+FAILING = """
+import os
+from lever_lm import cli, pipeline
+from lever_lm.errors import LeverError
+
+if os.environ["RANK"] == "1":
+    def load(config):
+        raise LeverError("no disk on this host")
+    pipeline.load_dataset = load
+cli.main()
+"""
+
+
+def test_a_process_that_fails_says_who_it_is_and_ends_the_job(digits_folder):
+    (digits_folder / "failing.py").write_text(FAILING)
+    done = torchrun("failing.py", "rollout", "--limit", "4", "--json", cwd=digits_folder, timeout=60)
+    assert done.status != 0
+    assert done.out == ""
+    assert "[rank 1] lever: no disk on this host" in done.err
+    assert "a defect of lever_lm" not in done.err
+    assert not (digits_folder / ROLLOUTS).exists()
+
+
+# ---------------------------------------------------------------------- the commands
+
+
+def test_rollouts_of_two_processes_are_those_of_one(lever, digits_folder, tmp_path_factory):
+    two = tmp_path_factory.mktemp("two")
+    shutil.copytree(digits_folder / "results", two / "results")
+    alone = lever(*ROLLOUT, "--json")
+    assert alone.status == 0, alone.err
+    done = torchrun("-m", "lever_lm", *ROLLOUT, "--json", cwd=two)
+    assert done.status == 0, done.err
+    assert done.json == alone.json, "one line, of the leader"
+    assert (two / ROLLOUTS).read_bytes() == (digits_folder / ROLLOUTS).read_bytes()
+    assert made_in(two) == made_in(digits_folder)
+    assert answers_in(two) == answers_in(digits_folder)
+    assert done.err.count("data: digits") == 1
+    assert "the share of rank 0 of 2" in done.err
+    assert "Warning" not in done.err
+
+
+def test_inference_of_two_processes_is_that_of_one(lever, trained, tmp_path_factory):
+    two = tmp_path_factory.mktemp("two")
+    shutil.copytree(trained / "results", two / "results")
+    alone = lever(*INFER, "--json")
+    assert alone.status == 0, alone.err
+    done = torchrun("-m", "lever_lm", *INFER, "--json", cwd=two)
+    assert done.status == 0, done.err
+    assert done.json == alone.json
+    made = {name for name in files_in(trained) if name.startswith(str(INFERENCE))}
+    assert len(made) == 2 * 7 + 2
+    assert made_in(two) == made_in(trained)
+    assert all((two / name).read_bytes() == (trained / name).read_bytes() for name in made)
+
+
+@pytest.mark.slow
+def test_anybodys_choices_are_answered_by_two_processes_as_by_one(lever, trained, tmp_path_factory):
+    assert lever(*INFER, "--json").status == 0
+    next((trained / INFERENCE).rglob("icds.jsonl")).rename(trained / "mine.jsonl")
+    two = tmp_path_factory.mktemp("two")
+    shutil.copytree(trained, two, dirs_exist_ok=True)
+    command = ("infer", "--icds", "mine.jsonl", "--shots", "2", "--limit", "12", "--json")
+    alone, done = lever(*command), torchrun("-m", "lever_lm", *command, cwd=two)
+    assert done.status == 0, done.err
+    assert done.json == alone.json
+
+
+@pytest.mark.slow
+def test_two_processes_make_everything_from_an_empty_folder(lever, tmp_path, tmp_path_factory):
+    two = tmp_path_factory.mktemp("two")
+    alone, done = lever(*ROLLOUT, "--json"), torchrun("-m", "lever_lm", *ROLLOUT, "--json", cwd=two)
+    assert done.status == 0, done.err
+    assert done.json == alone.json
+    same = {name for name in made_in(tmp_path) if not name.endswith(".sqlite")}
+    assert same == {str(ROLLOUTS), str(CACHE / "features_tiny-clip.safetensors")}
+    assert all((two / name).read_bytes() == (tmp_path / name).read_bytes() for name in same)
+
+
+# ---------------------------------------------------------------------- killed
+
+KILLED = """
+import os, signal, time
+from pathlib import Path
+from lever_lm import cli
+from lever_lm.lvlm.cache import AnswerCache
+
+put, done = AnswerCache.put, []
+def stopping(self, items):
+    put(self, items)
+    done.append(len(items))
+    if os.environ["RANK"] == "0" and len(done) == 3:
+        Path("three").touch()
+        time.sleep(120)  # until torchrun ends it
+    if os.environ["RANK"] == "1" and len(done) == 2:
+        while not Path("three").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+AnswerCache.put = stopping
+cli.main()
+"""
+
+
+@pytest.fixture(scope="module")
+def unbroken(features_file, tmp_path_factory) -> Path:
+    """A folder in which one process answered everything."""
+    folder = with_features(features_file, tmp_path_factory.mktemp("unbroken"))
+    done = run_lever(*ANSWERS, cwd=folder)
+    assert done.status == 0, done.err
+    return folder
+
+
+@pytest.fixture(scope="module")
+def killed(features_file, tmp_path_factory) -> Path:
+    """A folder in which rank 1 was killed after its second batch and rank 0 had three."""
+    folder = with_features(features_file, tmp_path_factory.mktemp("killed"))
+    (folder / "killed.py").write_text(KILLED)
+    done = torchrun("killed.py", *ANSWERS, cwd=folder)
+    assert done.status != 0
+    assert "SIGKILL" in done.err
+    assert not (folder / ROLLOUTS).exists()
+    for rank, count in ((0, 48), (1, 32)):
+        with sqlite3.connect(folder / CACHE / f"answers_tiny-qwen2_5-vl.rank{rank}.sqlite") as db:
+            assert db.execute("SELECT count(*) FROM answers").fetchone()[0] == count
+        db.close()
+    return folder
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_after_a_kill_the_rest_is_asked_and_the_result_is_the_unbroken_one(unbroken, killed, tmp_path, processes):
+    shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
+    run = run_lever if processes == 1 else torchrun
+    done = run(*(() if processes == 1 else ("-m", "lever_lm")), *ANSWERS, cwd=tmp_path)
+    assert done.status == 0, done.err
+    total = answers_in(unbroken)
+    assert f"{total - 80} prompts to ask, 80 known" in done.out
+    assert (tmp_path / ROLLOUTS).read_bytes() == (unbroken / ROLLOUTS).read_bytes()
+    assert answers_in(tmp_path) == total
+    assert cache_files(tmp_path) == {"answers_tiny-qwen2_5-vl.sqlite"}
