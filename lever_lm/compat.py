@@ -81,6 +81,8 @@ def resolve_device(name: str):
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise LeverError(f"no GPU is visible to torch, but the device is {name!r}: use --device cpu")
+    if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
+        raise LeverError(f"the device is {name!r}, but torch sees {torch.cuda.device_count()} GPUs, counted from 0")
     return device
 
 

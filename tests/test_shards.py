@@ -132,6 +132,14 @@ def test_each_process_of_a_host_gets_a_gpu_in_turn(monkeypatch, name, expected):
     assert current == ([torch.device(expected)] if name == "auto" else [])
 
 
+def test_a_gpu_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert resolve_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(LeverError, match="'cuda:2', but torch sees 2 GPUs"):
+        resolve_device("cuda:2")
+
+
 def test_without_a_gpu_each_process_computes_on_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for variable, value in JOB.items():
