@@ -8,10 +8,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lever_lm.data import Group
 from lever_lm.errors import LeverError
+
+CHUNK_CANDIDATES = 16_384  # 48 MiB of features of D = 768
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,8 @@ class GroupTensors:
     def batch(self, index: Tensor) -> Batch:
         """The groups at these places."""
         return Batch(
-            query=self.queries[self.rows[index]],
-            candidates=self.icds[self.pools[index]],
+            query=F.embedding(self.rows[index], self.queries),
+            candidates=F.embedding(self.pools[index], self.icds),
             pool_mask=None if self.pool_mask is None else self.pool_mask[index],
             sequences=self.sequences[index],
             mask=self.mask[index],
@@ -56,7 +59,8 @@ class GroupTensors:
         )
 
     def chunks(self, size: int) -> Iterator[tuple[Tensor, Batch]]:
-        """(places, batch) over all groups, in order."""
+        """(places, batch) over all groups, in order; `size` of them at a time, fewer where pools are large."""
+        size = max(1, min(size, CHUNK_CANDIDATES // self.pools.shape[1]))
         for index in torch.arange(len(self), device=self.rows.device).split(size):
             yield index, self.batch(index)
 

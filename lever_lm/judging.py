@@ -3,6 +3,8 @@
 n groups, G rollouts per group. Metrics are plain floats; their names are those of metrics.jsonl.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -21,11 +23,14 @@ def validate(policy: PointerSelector, data: GroupTensors, temperature: float) ->
     Σ_i softmax(log π)_i · r_i over the logged rollouts; val_top_reward, the reward of the one the policy ranks first;
     entropy of the first pick, in nats."""
     policy.eval()
+    if data.pools.numel() > 2 * len(data.icds):
+        policy, data = projected(policy, data)
     sums = {"val_loss": 0.0, "val_reward": 0.0, "val_top_reward": 0.0, "entropy": 0.0}
     for index, batch in data.chunks(EVAL_BATCH):
-        log_probs = policy.log_prob(batch.query, batch.candidates, batch.sequences, batch.pool_mask)
+        steps = policy.steps(batch.query, batch.candidates, batch.sequences, batch.pool_mask)
+        log_probs, _ = policy.score(steps, batch.sequences, batch.pool_mask)
         scores = log_probs.masked_fill(~batch.mask, -torch.inf)
-        first = policy.logits(batch.query, batch.candidates, batch.sequences[:, 0, :1], batch.pool_mask).log_softmax(-1)
+        first = steps[0].squeeze(1).log_softmax(-1)
         per_batch = {
             "val_loss": rce_loss(log_probs, batch.rewards, batch.mask, temperature),
             "val_reward": (scores.softmax(-1) * batch.rewards).sum(-1).mean(),
@@ -35,6 +40,13 @@ def validate(policy: PointerSelector, data: GroupTensors, temperature: float) ->
         for name, value in per_batch.items():
             sums[name] += float(value) * len(index)
     return {name: value / len(data) for name, value in sums.items()}
+
+
+def projected(policy: PointerSelector, data: GroupTensors) -> tuple[PointerSelector, GroupTensors]:
+    """The policy behind its projections of the features, and the groups over features projected once: for a policy
+    that stays as it is, or whose projections do."""
+    inner, queries, icds = policy.project(data.queries, data.icds)
+    return inner, replace(data, queries=queries, icds=icds)
 
 
 def group_statistics(rewards: Tensor, mask: Tensor, advantages: Tensor) -> dict[str, float]:

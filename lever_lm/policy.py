@@ -3,14 +3,11 @@
 B queries, K candidates in the pool, G rollouts per query, S shots, D embedding, H hidden; M sequences decoded side by
 side for each query. pool_mask (B, K) bool, True on real candidates. Sequences hold pool positions; −1 is padding and
 counts as no step, but with `stop` the first −1 after a pick is the decision to stop, and does count.
-Maths: x = W_in q, e = W_in c; per layer x ← LayerNorm(MHA(x; e, e) + x); u = norm(W_q x), v = norm(W_c e);
-logit_k = u·v_k / temperature. Masking lives here and only here: a picked or padded candidate has logit −100.
-Deviation from the lineage: candidates are projected once per query, not once per rollout, so training-mode dropout is
-drawn once per query.
+Maths: with the unit query u and the unit candidates v of encoder.py, logit_k = u·v_k / temperature. Masking lives here
+and only here: a picked or padded candidate has logit −100. Deviation from the lineage: candidates are projected once
+per query, not once per rollout, so training-mode dropout is drawn once per query.
 """
 
-import copy
-import math
 from dataclasses import dataclass
 
 import torch
@@ -18,34 +15,36 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lever_lm.decoder import VARIANTS
+from lever_lm.encoder import Encoder, Noise
 
 MASKED_LOGIT = -100.0
 
 
 @dataclass(frozen=True)
 class _Decoding:
-    """M half-made sequences per query. O options: the K candidates and, with `stop`, the stop after them.
+    """M half-made sequences per query, one that stands for all before the first pick. O options: the K candidates and,
+    with `stop`, the stop after them.
 
-    cands (B, O, H); state (B, M, H), or (B, 1, H) where picks do not change it; scores (B, M or 1, O) of that state;
-    closest (B, M, O), likeness to the nearest pick, None before there is one or where it does not matter; taken
-    (B, M, O), True on what may not be picked.
+    cands (B, O, H) and their lengths (B, O); state (B, M, H), or (B, 1, H) where picks do not change it; scores
+    (B, M or 1, O) of that state; closest (B, M, O), likeness to the nearest pick, None before there is one or where it
+    does not matter; taken (B, M, O), True on what may not be picked.
     """
 
     cands: Tensor
+    lengths: Tensor
     state: Tensor
     scores: Tensor
     closest: Tensor | None
     taken: Tensor
 
 
-class PointerSelector(nn.Module):
+class PointerSelector(Encoder):
     """Scores the candidates of a pool and picks demonstrations one after the other.
 
-    d_model D of the features; hidden_dim H (W_in is absent when D = H); num_layers cross-attention layers.
-    Variants, their parts in decoder.VARIANTS: state_update (none, gate, gru) is how a pick changes the query state;
-    scorer (dot, additive, bilinear) how a state scores a candidate; diversity (none, mmr) what likeness to the picks
-    costs; stop lets the policy end a sequence after its first pick. Parameter names are those of Lever-Plus's v3
-    checkpoints. Raises ValueError on a shape or name that cannot be.
+    Sizes and dropout as in Encoder. Variants, their parts in decoder.VARIANTS: state_update (none, gate, gru) is how a
+    pick changes the query state; scorer (dot, additive, bilinear) how a state scores a candidate; diversity (none, mmr)
+    what likeness to the picks costs; stop lets the policy end a sequence after its first pick. Parameter names are
+    those of Lever-Plus's v3 checkpoints. Raises ValueError on a shape or name that cannot be.
     """
 
     def __init__(
@@ -62,20 +61,14 @@ class PointerSelector(nn.Module):
         diversity: str = "none",
         stop: bool = False,
     ):
-        super().__init__()
-        self.state_update, self.scorer, self.diversity, self.stop = state_update, scorer, diversity, stop
+        variants = {"state_update": state_update, "scorer": scorer, "diversity": diversity}
         for option, known in VARIANTS.items():
-            if getattr(self, option) not in known:
-                raise ValueError(f"unknown {option} {getattr(self, option)!r}; choose one of {', '.join(known)}")
-        if hidden_dim % num_heads:
-            raise ValueError(f"hidden_dim {hidden_dim} is not divisible by num_heads {num_heads}")
-        self.d_model, self.hidden_dim, self.num_layers, self.num_heads = d_model, hidden_dim, num_layers, num_heads
-        self.dropout, self.attn_dropout, self.temperature = dropout, attn_dropout, temperature
-        self.input_proj = nn.Linear(d_model, hidden_dim, bias=False) if d_model != hidden_dim else None
-        self.cross_attn_layers = nn.ModuleList(nn.MultiheadAttention(hidden_dim, num_heads) for _ in range(num_layers))
-        self.attn_norms = nn.ModuleList(nn.LayerNorm(hidden_dim) for _ in range(num_layers))
-        self.query_proj = nn.Linear(hidden_dim, hidden_dim, bias=False)
-        self.cand_proj = nn.Linear(hidden_dim, hidden_dim, bias=False)
+            if variants[option] not in known:
+                raise ValueError(f"unknown {option} {variants[option]!r}; choose one of {', '.join(known)}")
+        sizes = (d_model, hidden_dim, num_layers, num_heads)
+        super().__init__(*sizes, dropout, attn_dropout, dropout_last=state_update == "none")
+        self.state_update, self.scorer, self.diversity, self.stop = state_update, scorer, diversity, stop
+        self.temperature = temperature
         for option, known in VARIANTS.items():
             if (part := known[getattr(self, option)]) is not None:
                 self.add_module(part[0], part[1](hidden_dim))
@@ -102,67 +95,27 @@ class PointerSelector(nn.Module):
         part = VARIANTS[option][getattr(self, option)]
         return None if part is None else getattr(self, part[0])
 
-    def after_input(self) -> "PointerSelector":
-        """This policy for features that have been through its input_proj already: the same parameters, no copy."""
-        inner = copy.copy(self)
-        inner._modules = {**self._modules, "input_proj": None}
-        inner.d_model = self.hidden_dim
-        return inner
-
-    # ------------------------------------------------------------------ encoding
-
-    def _attend(self, layer: nn.MultiheadAttention, x: Tensor, e: Tensor, pool_mask: Tensor | None) -> Tensor:
-        """Multi-head attention of one query vector over its pool: x (B, H), e (B, K, H) → (B, H).
-
-        Equal to the module's own forward, with the key projection folded into the query and the value projection
-        applied after pooling: two products of H² a query instead of two of K·H². The key bias cancels in softmax.
-        """
-        batch, heads, size = x.shape[0], self.num_heads, self.hidden_dim // self.num_heads
-        w_q, w_k, w_v = layer.in_proj_weight.view(3, heads, size, self.hidden_dim)
-        b_q, _, b_v = layer.in_proj_bias.view(3, heads, size)
-        query = (torch.einsum("bh,nsh->bns", x, w_q) + b_q) / math.sqrt(size)
-        scores = torch.einsum("bnh,bkh->bnk", torch.einsum("bns,nsh->bnh", query, w_k), e)
-        if pool_mask is not None:
-            scores = scores.masked_fill(~pool_mask.unsqueeze(1), -torch.inf)
-        weights = F.dropout(scores.softmax(-1), self.attn_dropout, self.training)
-        pooled = torch.einsum("bnk,bkh->bnh", weights, e)
-        # With attention dropout the weights do not sum to one, and the value bias is scaled as the weights are.
-        values = torch.einsum("bnh,nsh->bns", pooled, w_v) + b_v * weights.sum(-1, keepdim=True)
-        return layer.out_proj(values.reshape(batch, self.hidden_dim))
-
-    def _project(self, projection: nn.Linear, x: Tensor) -> Tensor:
-        """Dropout stands before the projection in the gated policy and after it in the plain one, as in the lineage."""
-        if self.state_update == "none":
-            return F.dropout(projection(x), self.dropout, self.training)
-        return projection(F.dropout(x, self.dropout, self.training))
-
-    def encode(self, query: Tensor, candidates: Tensor, pool_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """query (B, D), candidates (B, K, D) → unit query state (B, H) and unit candidates (B, K, H)."""
-        x, e = query, candidates
-        if self.input_proj is not None:
-            x, e = self.input_proj(x), self.input_proj(e)
-        for layer, norm in zip(self.cross_attn_layers, self.attn_norms, strict=True):
-            x = norm(self._attend(layer, x, e, pool_mask) + x)
-        state = F.normalize(self._project(self.query_proj, x), dim=-1)
-        return state, F.normalize(self._project(self.cand_proj, e), dim=-1)
-
     # ------------------------------------------------------------------ decoding
 
-    def _begin(self, query: Tensor, candidates: Tensor, pool_mask: Tensor | None, group: int) -> _Decoding:
-        """`group` empty sequences per query."""
-        state, cands = self.encode(query, candidates, pool_mask)
+    def _begin(
+        self, query: Tensor, candidates: Tensor, pool_mask: Tensor | None, noise: Noise | None = None
+    ) -> _Decoding:
+        """The empty sequence of each query."""
+        state, cands = self.encode_raw(query, candidates, pool_mask, noise)
         batch, pool = candidates.shape[:2]
         taken = torch.zeros(batch, pool, dtype=torch.bool, device=query.device) if pool_mask is None else ~pool_mask
         if self.stop:
-            stop = F.normalize(self.stop_embedding, dim=-1).expand(batch, 1, -1)
-            cands, taken = torch.cat([cands, stop], 1), F.pad(taken, (0, 1), value=True)
-        state = state.unsqueeze(1).expand(-1, 1 if self._part("state_update") is None else group, -1)
-        taken = taken.unsqueeze(1).expand(-1, group, -1)
-        return _Decoding(cands, state, self._scores(state, cands), None, taken)
+            cands, taken = (
+                torch.cat([cands, self.stop_embedding.expand(batch, 1, -1)], 1),
+                F.pad(taken, (0, 1), value=True),
+            )
+        lengths = cands.norm(dim=-1).clamp(min=1e-12)
+        state = state.unsqueeze(1)
+        return _Decoding(cands, lengths, state, self._scores(state, cands, lengths), None, taken.unsqueeze(1))
 
-    def _scores(self, state: Tensor, cands: Tensor) -> Tensor:
+    def _scores(self, state: Tensor, cands: Tensor, lengths: Tensor) -> Tensor:
         scorer = self._part("scorer")
-        return torch.einsum("bmh,bkh->bmk", state, cands) if scorer is None else scorer(state, cands)
+        return _cosine(state, cands, lengths) if scorer is None else scorer(state, cands / lengths.unsqueeze(-1))
 
     def _logits(self, decoding: _Decoding) -> Tensor:
         """Logits of the next pick, (B, M, O)."""
@@ -173,46 +126,88 @@ class PointerSelector(nn.Module):
 
     def _advance(self, decoding: _Decoding, pick: Tensor, real: Tensor | None = None) -> _Decoding:
         """The sequences after one more pick, (B, M) of options; where `real` (B, M) is False nothing was picked."""
-        cands, state, scores, closest, taken = vars(decoding).values()
+        cands, lengths, state, scores, closest, taken = vars(decoding).values()
         pool, real = cands.shape[1] - self.stop, torch.ones_like(pick, dtype=torch.bool) if real is None else real
         taken = taken | (F.one_hot(pick, cands.shape[1]).bool() & real.unsqueeze(-1))
         if self.stop:  # allowed from now on, and the only way on once it was chosen
             stopped = (pick == pool).unsqueeze(-1)
             taken = torch.cat([taken[..., :pool] | stopped, torch.zeros_like(stopped)], -1)
-        vector, update = _gather(cands, pick), self._part("state_update")
-        if update is not None:
-            state = torch.where(real.unsqueeze(-1), update(state, vector), state)
-            scores = self._scores(state, cands)
+        if (update := self._part("state_update")) is not None:
+            picked = _unit_rows(cands, pick)
+            state = torch.where(real.unsqueeze(-1), update(state.expand_as(picked), picked), state)
+            scores = self._scores(state, cands, lengths)
         if self._part("diversity") is not None:
-            likeness = torch.einsum("bmh,bkh->bmk", vector, cands[:, :pool])
+            likeness = _cosine(_unit_rows(cands, pick), cands[:, :pool], lengths[:, :pool])
             likeness = F.pad(likeness, (0, int(self.stop)))  # to stop is like nothing
             closest = (
                 likeness if closest is None else torch.where(real.unsqueeze(-1), closest.maximum(likeness), closest)
             )
-        return _Decoding(cands, state, scores, closest, taken)
+        return _Decoding(cands, lengths, state, scores, closest, taken)
 
     def _follow(self, decoding: _Decoding, parent: Tensor) -> _Decoding:
         """New sequences, each going on from one of the old: parent (B, W) places among these."""
-        cands, state, scores, closest, taken = vars(decoding).values()
+        cands, lengths, state, scores, closest, taken = vars(decoding).values()
         if self._part("state_update") is not None:
             state = _gather(state, parent)  # the scores are those of the state after the pick
         closest = None if closest is None else _gather(closest, parent)
-        return _Decoding(cands, state, scores, closest, _gather(taken, parent))
+        return _Decoding(cands, lengths, state, scores, closest, _gather(taken, parent))
 
     # ------------------------------------------------------------------ scoring
+
+    def steps(
+        self,
+        query: Tensor,
+        candidates: Tensor,
+        sequences: Tensor,
+        pool_mask: Tensor | None = None,
+        *,
+        noise: Noise | None = None,
+    ) -> list[Tensor]:
+        """Teacher-forced logits of every step: sequences (B, G, S) → S times (B, G, K), the first (B, 1, K), as all
+        sequences of a query begin alike. Masked positions are −100. With `stop` there is one more column, the last."""
+        decoding = self._begin(query, candidates, pool_mask, noise)
+        steps = [self._logits(decoding)]
+        for pick in sequences[..., :-1].unbind(-1):
+            decoding = self._advance(decoding, pick.clamp(min=0), pick >= 0)
+            steps.append(self._logits(decoding))
+        return steps
 
     def step_logits(
         self, query: Tensor, candidates: Tensor, sequences: Tensor, pool_mask: Tensor | None = None
     ) -> Tensor:
-        """Teacher-forced logits of every step: sequences (B, G, S) → (B, G, S, K); masked positions −100. With `stop`
-        there is one more column, the last."""
-        decoding = self._begin(query, candidates, pool_mask, sequences.shape[1])
-        steps = []
-        for t in range(sequences.shape[2]):
-            steps.append(self._logits(decoding))
-            if t + 1 < sequences.shape[2]:
-                decoding = self._advance(decoding, sequences[..., t].clamp(min=0), sequences[..., t] >= 0)
-        return torch.stack(steps, 2)
+        """`steps` as one tensor (B, G, S, K)."""
+        steps = self.steps(query, candidates, sequences, pool_mask)
+        return torch.stack([step.expand(-1, sequences.shape[1], -1) for step in steps], 2)
+
+    def score(
+        self,
+        steps: list[Tensor],
+        sequences: Tensor,
+        pool_mask: Tensor | None = None,
+        *,
+        temperature: float = 1.0,
+        label_smoothing: float = 0.0,
+    ) -> tuple[Tensor, Tensor]:
+        """From `steps` of sequences (B, G, S): log_prob of whole sequences, and the entropy of their steps'
+        distributions in nats, the mean over a sequence's steps: both (B, G). Arguments as in log_prob."""
+        pool = steps[0].shape[-1] - self.stop
+        labels, counted = sequences.clamp(min=0), sequences >= 0
+        if self.stop:
+            stops = ~counted & F.pad(counted, (1, 0))[..., :-1]  # no pick here, one just before
+            labels, counted = labels.masked_fill(stops, pool), counted | stops
+        total = entropy = torch.zeros_like(steps[0][..., 0])
+        for logits, label, counts in zip(steps, labels.unbind(-1), counted.unbind(-1), strict=True):
+            log_probs = _normalised(logits, temperature)
+            picked = log_probs.expand(-1, label.shape[1], -1).gather(-1, label.unsqueeze(-1)).squeeze(-1)
+            if label_smoothing:
+                # With padding the mean is over the real candidates, so that padding a pool changes nothing.
+                real = torch.ones_like(logits[:, 0, :pool], dtype=torch.bool) if pool_mask is None else pool_mask
+                real = F.pad(real, (0, int(self.stop)), value=True)
+                weights = (real / real.sum(-1, keepdim=True)).unsqueeze(1)
+                picked = (1 - label_smoothing) * picked + label_smoothing * (log_probs * weights).sum(-1)
+            total = total + picked.masked_fill(~counts, 0)
+            entropy = entropy - (log_probs.exp() * log_probs).sum(-1) * counts
+        return total, entropy / counted.sum(-1).clamp(min=1)
 
     def evaluate(
         self,
@@ -223,23 +218,11 @@ class PointerSelector(nn.Module):
         *,
         temperature: float = 1.0,
         label_smoothing: float = 0.0,
+        noise: Noise | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """log_prob of whole sequences, and the entropy of their steps' distributions in nats, the mean over a
-        sequence's steps: both (B, G). Arguments as in log_prob."""
-        log_probs = _normalised(self.step_logits(query, candidates, sequences, pool_mask), temperature)
-        labels, counted = sequences.clamp(min=0), sequences >= 0
-        if self.stop:
-            stops = ~counted & F.pad(counted, (1, 0))[..., :-1]  # no pick here, one just before
-            labels, counted = labels.masked_fill(stops, candidates.shape[1]), counted | stops
-        picked = log_probs.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-        if label_smoothing:
-            # With padding the mean is over the real candidates, so that padding a pool changes nothing.
-            real = torch.ones_like(candidates[..., 0], dtype=torch.bool) if pool_mask is None else pool_mask
-            real = F.pad(real, (0, int(self.stop)), value=True)
-            weights = (real / real.sum(-1, keepdim=True))[:, None, None]
-            picked = (1 - label_smoothing) * picked + label_smoothing * (log_probs * weights).sum(-1)
-        entropy = -(log_probs.exp() * log_probs).sum(-1).masked_fill(~counted, 0).sum(-1)
-        return picked.masked_fill(~counted, 0).sum(-1), entropy / counted.sum(-1).clamp(min=1)
+        """log_prob and entropy of whole sequences, as `score` has them; noise as in `encode`."""
+        steps = self.steps(query, candidates, sequences, pool_mask, noise=noise)
+        return self.score(steps, sequences, pool_mask, temperature=temperature, label_smoothing=label_smoothing)
 
     def log_prob(
         self,
@@ -250,15 +233,16 @@ class PointerSelector(nn.Module):
         *,
         temperature: float = 1.0,
         label_smoothing: float = 0.0,
+        noise: Noise | None = None,
     ) -> Tensor:
         """Log-probability of whole sequences, summed over their steps.
 
         query (B, D), candidates (B, K, D), sequences (B, G, S) long, pool_mask (B, K) → (B, G). `temperature` is that
         of `sample`: the log-probability with which it draws. With label_smoothing ε a step gives
         (1 − ε) log p(pick) + ε · mean_k log p(k), whose negative is the smoothed cross-entropy. With `stop`, a sequence
-        shorter than S includes its decision to stop.
+        shorter than S includes its decision to stop. noise: the dropout, drawn if None.
         """
-        options = {"temperature": temperature, "label_smoothing": label_smoothing}
+        options = {"temperature": temperature, "label_smoothing": label_smoothing, "noise": noise}
         return self.evaluate(query, candidates, sequences, pool_mask, **options)[0]
 
     def logits(self, query: Tensor, candidates: Tensor, sequences: Tensor, pool_mask: Tensor | None = None) -> Tensor:
@@ -302,7 +286,7 @@ class PointerSelector(nn.Module):
         (B, W) and sums of step probabilities (B, W). W is smaller than `width` where there are fewer sequences."""
         _check_shots(shots, candidates, pool_mask)
         batch, pool = candidates.shape[:2]
-        decoding = self._begin(query, candidates, pool_mask, 1)
+        decoding = self._begin(query, candidates, pool_mask)
         picks = torch.zeros(batch, 1, 0, dtype=torch.long, device=query.device)
         log_probs = probs = torch.zeros(batch, 1, device=query.device)
         for _ in range(shots):
@@ -321,9 +305,10 @@ class PointerSelector(nn.Module):
     def _roll(self, query, candidates, shots, pool_mask, num_samples, choose) -> Tensor:
         """Pick step by step with `choose`: logits (B, M, O), −inf where nothing may be picked, → (B, M)."""
         _check_shots(shots, candidates, pool_mask)
-        decoding, picks = self._begin(query, candidates, pool_mask, num_samples), []
+        decoding, picks = self._begin(query, candidates, pool_mask), []
         for _ in range(shots):
-            pick = choose(self._logits(decoding).expand_as(decoding.taken).masked_fill(decoding.taken, -torch.inf))
+            logits = self._logits(decoding).masked_fill(decoding.taken, -torch.inf)
+            pick = choose(logits.expand(-1, num_samples, -1))
             picks.append(pick.masked_fill(pick == candidates.shape[1], -1))
             decoding = self._advance(decoding, pick)
         return torch.stack(picks, -1)
@@ -346,3 +331,13 @@ def _check_shots(shots: int, candidates: Tensor, pool_mask: Tensor | None) -> No
 def _gather(rows: Tensor, index: Tensor) -> Tensor:
     """rows (B, K, H), index (B, M) → (B, M, H)."""
     return rows.gather(1, index.unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
+
+
+def _unit_rows(rows: Tensor, index: Tensor) -> Tensor:
+    return F.normalize(_gather(rows, index), dim=-1)
+
+
+def _cosine(units: Tensor, rows: Tensor, lengths: Tensor) -> Tensor:
+    """units (B, M, H), rows (B, K, H) of these lengths (B, K) → (B, M, K). To divide the products by the lengths costs
+    less than to divide the rows, and in the backward pass far less."""
+    return units @ rows.transpose(1, 2) / lengths.unsqueeze(1)

@@ -14,12 +14,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lever_lm.anchors import Anchor, behind_frozen_input, snapshot
+from lever_lm.anchors import Anchor, snapshot
 from lever_lm.batches import Batch, GroupTensors
 from lever_lm.config import GrpoConfig, RceConfig
 from lever_lm.errors import LeverError
 from lever_lm.journal import Journal
-from lever_lm.judging import alarms, epochs_since_best, group_report, group_statistics, validate
+from lever_lm.judging import alarms, epochs_since_best, group_report, group_statistics, projected, validate
 from lever_lm.losses import (
     adapt_kl_beta,
     group_mean,
@@ -100,7 +100,10 @@ def train_grpo(
         journal.say(
             f"warning: grpo.warmup_steps {config.warmup_steps} outlast all {config.epochs * steps_per_epoch} steps"
         )
-    learner, projected = behind_frozen_input(policy, train) if config.freeze_backbone else (policy, {})
+    learner, features = policy, {}
+    if config.freeze_backbone:
+        learner, seen = projected(policy, train)
+        features = {"queries": seen.queries, "icds": seen.icds}
     old = reference = None
     for epoch in range(journal.done("grpo") + 1, config.epochs + 1):
         if config.patience and epochs_since_best(journal.rows) >= config.patience:
@@ -128,10 +131,14 @@ def train_grpo(
         )
         policy.train(config.dropout != "off")
         learner.train(config.dropout != "off")
-        for i, (index, batch) in enumerate(shuffled_places(replace(data, **projected), config.batch_size, len(train))):
+        for i, (index, batch) in enumerate(shuffled_places(replace(data, **features), config.batch_size, len(train))):
             set_learning_rate(optimizer, config, epoch, i, steps_per_epoch)
-            old_log_probs, ref_log_probs = old.log_probs(index), reference.log_probs(index)
-            log_probs, entropy = learner.evaluate(batch.query, batch.candidates, batch.sequences, batch.pool_mask)
+            noise = learner.draw_noise(batch.query, batch.candidates)
+            log_probs, entropy = learner.evaluate(
+                batch.query, batch.candidates, batch.sequences, batch.pool_mask, noise=noise
+            )
+            old_log_probs = old.log_probs(index, noise)
+            ref_log_probs = reference.log_probs(index, noise) if config.reference == "start" else None
             terms = (log_probs, old_log_probs, advantages[index], mask[index])
             loss, metrics = grpo_loss(
                 *terms,
@@ -139,7 +146,7 @@ def train_grpo(
                 weights=weights[index],
                 kl_beta=memory["beta"],
                 kl_estimate=config.kl,
-                ref_log_probs=ref_log_probs if config.reference == "start" else None,
+                ref_log_probs=ref_log_probs,
             )
             if config.entropy_beta:
                 loss = loss - config.entropy_beta * group_mean(entropy, mask[index], weights[index])
@@ -153,7 +160,7 @@ def train_grpo(
             "phase": "grpo",
             "epoch": epoch,
             **{name: mean([step[name] for step in history]) for name in history[0]},
-            **validate(learner, replace(val, **projected), val_temperature),
+            **validate(learner, replace(val, **features), val_temperature),
             **group_statistics(data.rewards, mask, advantages),
             **online_statistics(memory.get("online")),
             "beta": memory["beta"],

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lever_lm import batches
 from lever_lm.batches import to_tensors
 from lever_lm.data import Group
 from lever_lm.errors import LeverError
@@ -62,6 +63,13 @@ def test_chunks_cover_all_groups_in_order(size, places):
     chunks = list(data.chunks(size))
     assert [index.tolist() for index, _ in chunks] == places
     assert [batch.query_ids for _, batch in chunks] == [[[2, 0, 9][i] for i in place] for place in places]
+
+
+def test_a_chunk_has_fewer_groups_where_pools_are_large(monkeypatch):
+    data = to_tensors(GROUPS, FEATURES, FEATURES)
+    for limit, sizes in ((2 * data.pools.shape[1], [2, 1]), (1, [1, 1, 1])):
+        monkeypatch.setattr(batches, "CHUNK_CANDIDATES", limit)
+        assert [len(index) for index, _ in data.chunks(3)] == sizes
 
 
 def test_a_padded_group_scores_as_it_does_alone():

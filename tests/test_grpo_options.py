@@ -464,7 +464,7 @@ def test_a_bonus_for_entropy_keeps_the_policy_undecided(tmp_path, seed):
 def test_features_projected_once_give_what_projecting_in_every_step_gives(tmp_path, monkeypatch, changes):
     grpo = options(freeze_backbone=True, epochs=4, **changes)
     cached, rows = train(tmp_path / "cached", RCE, grpo)
-    monkeypatch.setattr(training, "behind_frozen_input", lambda policy, sets: (policy, {}))
+    monkeypatch.setattr(training, "projected", lambda policy, sets: (policy, sets))
     plain, plain_rows = train(tmp_path / "plain", RCE, grpo)
     for name, tensor in plain.state_dict().items():
         torch.testing.assert_close(cached.state_dict()[name], tensor, rtol=0, atol=1e-6, msg=name)

@@ -11,7 +11,7 @@ import lever_lm
 ROOT = Path(lever_lm.__file__).parent
 LEVELS = [
     ["errors", "config", "settings", "runs", "console", "compat", "hub", "shards", ""],
-    ["losses", "rewards", "metrics", "stems", "stats", "decoder"],
+    ["losses", "rewards", "metrics", "stems", "stats", "decoder", "encoder"],
     ["policy", "checkpoint", "data", "lvlm"],
     ["features", "samplers", "batches", "journal"],
     [
@@ -30,7 +30,7 @@ LEVELS = [
     ["options", "cli", "__main__"],
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
-PURE = ["losses", "rewards", "metrics", "stems", "stats", "decoder", "policy"]
+PURE = ["losses", "rewards", "metrics", "stems", "stats", "decoder", "encoder", "policy"]
 # What pure modules may use of the standard library and beyond: no files, no processes, no clocks.
 PURE_IMPORTS = {"numpy", "torch", "lever_lm"}
 PURE_IMPORTS |= {"collections", "copy", "dataclasses", "difflib", "functools", "math", "re"}

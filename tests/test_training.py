@@ -12,6 +12,8 @@ import math
 import pytest
 import torch
 
+from lever_lm import judging
+from lever_lm.anchors import Anchor, snapshot
 from lever_lm.batches import to_tensors
 from lever_lm.checkpoint import load_torch
 from lever_lm.config import GrpoConfig, RceConfig
@@ -221,6 +223,46 @@ def test_group_statistics_by_hand():
     }
 
 
+def crowded(count=40):
+    """Groups whose pools name each of 12 examples many times over."""
+    generator = torch.Generator().manual_seed(4)
+    features = torch.randn(12, DIM, generator=generator)
+    pools = [torch.randperm(12, generator=generator)[:POOL].tolist() for _ in range(count)]
+    groups = [Group(i % 12, pool, [[0, 1], [2, 3], [5, 4]], [1.0, i % 3, 0.5]) for i, pool in enumerate(pools)]
+    return to_tensors(groups, features, features)
+
+
+@pytest.mark.parametrize("state_update", ["none", "gate"])
+def test_validation_is_the_same_where_features_are_projected_once(monkeypatch, state_update):
+    sets, policy = crowded(), make(state_update=state_update)
+    found = validate(policy, sets, 0.5)
+    made = []
+    monkeypatch.setattr(judging, "projected", lambda *both: made.append(both) or both)
+    assert validate(policy, sets, 0.5) == {name: pytest.approx(value, rel=1e-5) for name, value in found.items()}
+    assert made  # there they were projected once
+    made.clear()
+    validate(policy, data()[1], 0.5)
+    assert not made  # each example stands in one pool: it would be projected once in any case
+
+
+@pytest.mark.parametrize("state_update", ["none", "gate"])
+@pytest.mark.parametrize("dropout", ["both", "off", "new_only"])
+def test_a_fixed_policy_gives_its_log_probs_under_the_noise_of_the_other(state_update, dropout):
+    sets, shape = crowded(), {"state_update": state_update, "dropout": 0.4, "attn_dropout": 0.2}
+    policy, other = make(**shape), make(seed=1, **shape).train()
+    index = torch.tensor([3, 17, 4])
+    batch = sets.batch(index)
+    noise = other.draw_noise(batch.query, batch.candidates)
+    anchor = Anchor(other, snapshot(policy), sets, dropout)
+    found = anchor.log_probs(index, noise)
+    assert not found.requires_grad
+    expected = policy.train(dropout == "both").log_prob(
+        batch.query, batch.candidates, batch.sequences, noise=noise if dropout == "both" else None
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert other.training
+
+
 # ---------------------------------------------------------------------- killed and resumed
 
 
@@ -229,15 +271,15 @@ class Killed(BaseException):
 
 
 class Mortal(PointerSelector):
-    """A policy whose process is killed in the middle of an epoch, at a given call of evaluate."""
+    """A policy whose process is killed in the middle of an epoch, at a given call of steps."""
 
     left = math.inf
 
-    def evaluate(self, *args, **kwargs):
+    def steps(self, *args, **kwargs):
         self.left -= 1
         if self.left < 0:
             raise Killed
-        return super().evaluate(*args, **kwargs)
+        return super().steps(*args, **kwargs)
 
 
 def assert_same_run(one, other):

@@ -702,7 +702,7 @@ def test_after_input_is_the_same_policy_on_projected_features(variant):
     projected = policy.input_proj(query), policy.input_proj(candidates)
     theirs = policy.evaluate(query, candidates, sequences)
     ours = inner.evaluate(*projected, sequences)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    torch.testing.assert_close(ours, theirs, **EXACT)
     with torch.no_grad():
         assert torch.equal(inner.select(*projected, 4), policy.select(query, candidates, 4))
 
@@ -714,6 +714,41 @@ def test_after_input_is_the_same_policy_on_projected_features(variant):
     torch.testing.assert_close(
         torch.autograd.grad(ours[0].sum(), parameters), torch.autograd.grad(theirs[0].sum(), parameters), **EXACT
     )
+
+
+@every_variant
+@pytest.mark.parametrize("size", [2, 40], ids=["in two products", "in one"])
+@pytest.mark.parametrize("training", [False, True])
+def test_projected_once_the_features_give_what_the_policy_makes_of_them(variant, size, training):
+    policy = make(variant, d_model=12, dropout=0.4, attn_dropout=0.3).train(training)
+    query, candidates = inputs(size, 5, d_model=12)
+    sequences = torch.tensor([[[0, 1, 2], [4, 3, -1]]]).expand(size, -1, -1)
+    inner, queries, icds = policy.project(query, candidates.flatten(0, 1))
+    noise = policy.draw_noise(query, candidates)
+    ours = inner.log_prob(queries, icds.view(size, 5, -1), sequences, noise=noise)
+    torch.testing.assert_close(ours, policy.log_prob(query, candidates, sequences, noise=noise), **EXACT)
+    assert (ours != ours.roll(1, 0)).any()
+    again = inner.project(queries, icds)  # what is projected already stays as it is
+    assert torch.equal(again[1], queries)
+    assert torch.equal(again[2], icds)
+
+
+@every_variant
+def test_the_noise_is_what_a_pass_would_have_drawn(variant):
+    policy = make(variant, num_layers=2, dropout=0.4, attn_dropout=0.3).train()
+    query, candidates = inputs(3, 5)
+    sequences = torch.tensor([[[0, 1, 2], [4, 3, -1]]]).expand(3, -1, -1)
+    torch.manual_seed(5)
+    drawn = policy.log_prob(query, candidates, sequences)
+    torch.manual_seed(5)
+    noise = policy.draw_noise(query, candidates)
+    assert torch.equal(policy.log_prob(query, candidates, sequences, noise=noise), drawn)
+    for mask, p in ((noise.attention[1], 0.3), (noise.query, 0.4), (noise.candidates, 0.4)):
+        assert sorted(set(mask.flatten().tolist())) == [0.0, pytest.approx(1 / (1 - p))]
+
+    policy.eval()
+    nothing = policy.draw_noise(query, candidates)
+    assert (nothing.attention, nothing.query, nothing.candidates) == ([None, None], None, None)
 
 
 # ---------------------------------------------------------------------- what a variant can learn
