@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import random
+import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -247,6 +248,22 @@ def test_a_broken_image_is_named_and_those_before_it_are_kept(tmp_path, images, 
     assert len(VisionBank(tmp_path / "bank", memory=MIB, disk=MIB)) == len(images) // CHUNK * CHUNK
 
 
+class Deadly:
+    """An image processor that kills the process it runs in."""
+
+    patch_size, merge_size = 14, 2
+
+    def __call__(self, **_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_is_killed_is_one_message(images):
+    made = chunked_patches(images, Deadly(), LvlmConfig(**SMALL), torch.float32, workers=2, pin=False)
+    with pytest.raises(LeverError, match=r"shm-size.*lvlm\.workers=0") as caught:
+        list(made)
+    assert "\n" not in str(caught.value)
+
+
 def test_an_image_larger_than_the_budget_is_shrunk_to_it(tmp_path):
     from PIL import Image
 
@@ -358,6 +375,7 @@ def test_padding_the_inner_width_changes_nothing():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.filterwarnings("ignore")  # those of torch's own compiler
 @pytest.mark.parametrize("compile_", [False, True])
 def test_on_a_gpu_the_answers_are_those_of_the_cpu(prompts, expected, tmp_path, compile_):
     config = LvlmConfig(path=TINY, dtype="float32", workers=2, compile=compile_)

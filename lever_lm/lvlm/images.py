@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from lever_lm.compat import first_line
 from lever_lm.config import LvlmConfig
 from lever_lm.data import Image, open_image
 from lever_lm.errors import LeverError
@@ -51,6 +52,8 @@ def chunked_patches(
 ) -> Iterator[tuple[list[Image], Tensor, Tensor]]:
     """(images, patches, grids) of one chunk after another, in order. With workers, they are made in as many processes
     while the caller uses those before."""
+    import qwen_vl_utils  # noqa: F401 - once, and not in every worker
+
     chunks = chunked(images)
     loader = torch.utils.data.DataLoader(
         _Chunks(chunks, image_processor, config, dtype),
@@ -59,7 +62,18 @@ def chunked_patches(
         pin_memory=pin,
         generator=torch.Generator(),  # the loader draws a seed, and not from the generator that a policy trains with
     )
-    for chunk, made in zip(chunks, loader, strict=True):
+    done = iter(loader)
+    for chunk in chunks:
+        try:
+            made = next(done)
+        except RuntimeError as error:
+            if not loader.num_workers:
+                raise
+            # a worker was killed: the memory that it shares with this process is often too small
+            raise LeverError(
+                f"a process that decodes images died ({first_line(error)}): more shared memory (docker run "
+                "--shm-size=8g), or --set lvlm.workers=0"
+            ) from error
         if isinstance(made, LeverError):
             raise made
         yield chunk, *made
