@@ -1,6 +1,7 @@
 """Getting at transformers on every machine: late, offline-safe, and beside a torch without CUDA."""
 
 import importlib
+import re
 import sys
 
 from lever_lm.errors import LeverError, UsageError
@@ -51,13 +52,9 @@ def load_whole(cls, path: str, dtype, **options):
 
 
 def check_device_name(name: str) -> None:
-    """Raise UsageError unless `name` is auto or a device torch knows of, there or not."""
-    import torch
-
-    try:
-        torch.device("cpu" if name == "auto" else name)
-    except RuntimeError as error:
-        raise UsageError(f"unknown device {name!r}: expected auto, cpu, cuda or cuda:N (--device)") from error
+    """Raise UsageError unless `name` is a device that can be asked for, there or not."""
+    if name != "auto" and not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
+        raise UsageError(f"unknown device {name!r}: expected auto, cpu, cuda or cuda:N (--device)")
 
 
 def resolve_device(name: str):
@@ -80,7 +77,7 @@ def resolve_device(name: str):
         return device
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise LeverError(f"no GPU is visible to torch, but the device is {name!r}: use --device cpu")
+        raise LeverError(f"no GPU is visible to torch, but the device is {name!r}")
     if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
         raise LeverError(f"the device is {name!r}, but torch sees {torch.cuda.device_count()} GPUs, counted from 0")
     return device

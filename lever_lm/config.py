@@ -105,6 +105,8 @@ class LvlmConfig:
         sizes = ("batch_size", "batch_tokens", "num_beams", "max_new_tokens", "min_pixels", "max_pixels")
         _positive(self, "lvlm", *sizes)
         _not_negative(self, "lvlm", "bank_memory", "bank_disk")
+        if self.workers < -1:
+            raise UsageError(f"lvlm.workers must be -1 or more, found {self.workers}")
         if self.min_pixels > self.max_pixels:
             raise UsageError(f"lvlm.min_pixels {self.min_pixels} exceeds lvlm.max_pixels {self.max_pixels}")
         _positive(self, "lvlm", "concurrency", "timeout")

@@ -178,9 +178,11 @@ def server(config: Config) -> Iterable[Check]:
     except ServerError as error:
         yield Check("lvlm.server", "missing", error.found, error.mend)
         return
-    yield Check(
-        "lvlm.server", "ok", f"{url} {f'serves {path}' if listed else 'is there and does not say what it serves'}"
-    )
+    if listed:
+        yield Check("lvlm.server", "ok", f"{url} serves {path}")
+    else:
+        found = f"{url} is there and does not say what it serves"
+        yield Check("lvlm.server", "warning", found, f"the first question will tell whether it knows {path}")
     if (config.rollout.gt_prob or config.rollout.infoscore) and listed.get("owned_by") != "vllm":
         found = f"reference answers are to be scored, and {url} does not say that it is vLLM, which can"
         yield Check("log-probs", "warning", found, "rollout.gt_prob=false and rollout.infoscore=0, unless it can too")

@@ -11,7 +11,8 @@ from typing import TypeVar
 
 from lever_lm.errors import LeverError
 
-_NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# The first is torchrun's own. The others are found in many a pod and job script where nobody waits for anybody.
+_NEEDED = ("TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _PATIENCE = timedelta(days=7)  # a rank that fails ends the others through torchrun, not through this
 Made = TypeVar("Made")
 
@@ -33,8 +34,12 @@ class Shards:
         """Those that torchrun has set; alone where any of its variables is missing: a leaked WORLD_SIZE is no job."""
         if not all(environ.get(name) for name in _NEEDED):
             return cls()
-        rank, world = int(environ["RANK"]), int(environ["WORLD_SIZE"])
-        return cls(rank, world, int(environ.get("LOCAL_RANK") or rank))
+        try:
+            rank, world = int(environ["RANK"]), int(environ["WORLD_SIZE"])
+            job = cls(rank, world, int(environ.get("LOCAL_RANK") or rank))
+        except ValueError:
+            return cls()
+        return job if 0 <= rank < world else cls()
 
     @property
     def leader(self) -> bool:

@@ -1,8 +1,10 @@
 """Image features: made once, kept within bounds, found again; images decoded ahead; batches that do not fit, halved."""
 
 import dataclasses
+import json
 import os
 import random
+import shutil
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -10,10 +12,12 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from lever_lm.config import LvlmConfig, PromptConfig
 from lever_lm.data import open_image
-from lever_lm.errors import LeverError
+from lever_lm.errors import LeverError, UsageError
 from lever_lm.lvlm import build_prompt
 from lever_lm.lvlm.bank import VisionBank
 from lever_lm.lvlm.images import CHUNK, chunked_patches, patches
@@ -119,21 +123,68 @@ def test_a_file_that_cannot_be_written_stops_the_job(tmp_path, images):
         written(tmp_path / "bank", images[:4], features(4), [(1, 2, 2)] * 4)
 
 
-def test_a_broken_file_is_named(tmp_path, images):
-    written(tmp_path, images[:4], features(4), [(1, 2, 2)] * 4)
-    file = next(tmp_path.glob("*.safetensors"))
-    file.write_bytes(file.read_bytes()[:20])
-    with pytest.raises(LeverError, match=file.name) as caught:
-        VisionBank(tmp_path, memory=MIB, disk=MIB)
-    assert "delete" in str(caught.value)
+def rewritten(file, tensors=None, grids=None) -> None:
+    """The file with other content, as sound safetensors."""
+    with safe_open(file, framework="pt") as old:
+        header = old.metadata()
+        there = {name: old.get_tensor(name) for name in old.keys()}  # noqa: SIM118 - no mapping
+    save_file(tensors(there) if tensors else there, file, {"grids": json.dumps(grids)} if grids else header)
 
 
-def test_a_foreign_file_is_named(tmp_path):
-    from safetensors.torch import save_file
+BREAKAGES = {
+    "cut": lambda file: file.write_bytes(file.read_bytes()[:20]),
+    "empty": lambda file: file.write_bytes(b""),
+    "gone": lambda file: file.unlink(),
+    "no grids": lambda file: save_file({"a": torch.zeros(2)}, file),
+    "grids of another kind": lambda file: rewritten(file, grids=[1, 2]),
+    "grids of other images": lambda file: rewritten(file, grids={"0" * 16: [1, 2, 2]}),
+    "not finite": lambda file: rewritten(file, tensors=lambda t: {name: x * torch.nan for name, x in t.items()}),
+    "too short": lambda file: rewritten(file, tensors=lambda t: {name: x[:-1].clone() for name, x in t.items()}),
+}
 
+
+@pytest.mark.parametrize("breakage", BREAKAGES)
+def test_what_is_broken_on_disk_is_made_again(tmp_path, prompts, expected, breakage):
+    make(tmp_path).generate(prompts)
+    for file in tmp_path.glob("*.safetensors"):
+        BREAKAGES[breakage](file)
+    assert make(tmp_path).generate(prompts) == expected
+
+
+def test_what_vanishes_while_it_is_used_is_made_again(tmp_path, prompts, expected):
+    lvlm = make(tmp_path, bank_memory=1e-9)
+    lvlm.batches(prompts)
+    shutil.rmtree(tmp_path)
+    assert lvlm.generate(prompts) == expected
+
+
+def test_what_is_not_ours_stays_in_the_folder(tmp_path, images):
     save_file({"weight": torch.zeros(2)}, tmp_path / "model.safetensors")
-    with pytest.raises(LeverError, match=r"model\.safetensors"):
-        VisionBank(tmp_path, memory=MIB, disk=MIB)
+    (tmp_path / "notes").mkdir()
+    old, new = (tmp_path / f"{TEMPORARY_PREFIX}{name}" for name in ("old", "new"))
+    for file in (old, new):
+        file.touch()
+    os.utime(old, (0, 0))
+    assert len(VisionBank(tmp_path, memory=MIB, disk=MIB)) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "notes", new.name}
+
+
+def test_two_jobs_whose_chunks_begin_alike_keep_each_other_s_files(tmp_path, images):
+    jobs = [VisionBank(tmp_path, memory=0, disk=MIB) for _ in range(2)]
+    for job, count in zip(jobs, (4, 1), strict=True):
+        job.add(images[:count], features(count), [(1, 2, 2)] * count)
+        job.flush()
+    assert torch.equal(jobs[0].get(images[2], "cpu"), features(4)[2])
+
+
+def test_the_bound_on_disk_is_that_of_all_processes(tmp_path, images):
+    size = 3 * 4 * 4
+    banks = [VisionBank(tmp_path, memory=MIB, disk=4 * size, processes=2) for _ in range(2)]
+    for bank, part in zip(banks, (images[:4], images[4:8]), strict=True):
+        for image in part:
+            bank.add([image], [torch.ones(3, 4)], [(1, 2, 6)])
+        bank.flush()
+    assert len(list(tmp_path.glob("*.safetensors"))) == 4
 
 
 # ---------------------------------------------------------------------- the model with its bank
@@ -391,6 +442,11 @@ def test_on_a_gpu_one_kernel_gives_the_tower_s_features(images):
     for image in images:
         a, b = (lvlm.vision.bank.get(image, "cuda").float() for lvlm in (fast, slow))
         assert float((a - b).norm() / b.norm()) < 0.02
+
+
+def test_fewer_workers_than_by_default_cannot_be_asked_for():
+    with pytest.raises(UsageError, match=r"lvlm\.workers must be -1 or more, found -3"):
+        LvlmConfig(workers=-3)
 
 
 def test_workers_are_none_on_a_cpu_unless_asked_for(images, monkeypatch):

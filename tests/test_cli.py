@@ -193,7 +193,8 @@ def test_an_absurd_range_of_shots_is_refused_without_being_counted_out(tmp_path)
 
 @pytest.mark.parametrize("command", [["demo"], ["train"], ["rollout"]])
 def test_an_unknown_device_is_refused_before_anything_is_written(lever, tmp_path, command):
-    assert_refused(lever(*command, "--device", "gpu7", "--limit", "4", "--json"), 2, "gpu7")
+    for device in ("gpu7", "meta", "mps", "cpu:3", "cuda:x"):
+        assert_refused(lever(*command, "--device", device, "--limit", "4", "--json"), 2, device)
     assert files_in(tmp_path) == {}
 
 

@@ -23,7 +23,14 @@ from lever_lm.errors import LeverError
 from lever_lm.lvlm.cache import AnswerCache
 from lever_lm.shards import Shards
 
-JOB = {"RANK": "1", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+JOB = {
+    "TORCHELASTIC_RUN_ID": "none",
+    "RANK": "1",
+    "WORLD_SIZE": "3",
+    "LOCAL_RANK": "0",
+    "MASTER_ADDR": "localhost",
+    "MASTER_PORT": "29500",
+}
 CACHE = Path("results/digits/cache")
 # Answers, log-probs and a search that hangs on the log-probs before; many batches.
 ROLLOUT = ("rollout", "--limit", "6", "--set", "rollout.gt_prob=true", "--set", "rollout.infoscore=1")
@@ -78,7 +85,12 @@ def test_torchrun_says_which_process_this_is():
     assert Shards.from_environment({**JOB, "RANK": "0"}).leader
 
 
-@pytest.mark.parametrize("missing", ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"])
+@pytest.mark.parametrize("odd", [{"WORLD_SIZE": "abc"}, {"RANK": "3"}, {"RANK": "-1"}, {"LOCAL_RANK": "x"}])
+def test_variables_that_make_no_sense_are_no_job(odd):
+    assert Shards.from_environment({**JOB, **odd}) == Shards()
+
+
+@pytest.mark.parametrize("missing", ["TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"])
 def test_leaked_variables_are_no_job(missing):
     assert Shards.from_environment({name: value for name, value in JOB.items() if name != missing}) == Shards()
     assert Shards.from_environment({**JOB, missing: ""}) == Shards()

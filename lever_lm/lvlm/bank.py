@@ -1,10 +1,14 @@
 """What the vision tower made of each image, made once: in memory up to one bound, on disk up to another.
 
 An image of 640 × 480 is 391 tokens of 2,048 numbers in the 3B model: 1.6 MB, and 22 GB for all of OK-VQA. On disk they
-lie in safetensors files that are mapped, not read; what one command made, the next one and other processes find.
+lie in safetensors files that are mapped, not read; what one command made, the next one and other processes find. What
+is broken or gone there is made again.
 """
 
+import hashlib
 import json
+import re
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,46 +18,54 @@ from pathlib import Path
 from torch import Tensor
 
 from lever_lm.data import Image, image_digest
-from lever_lm.errors import LeverError
-from lever_lm.runs import write_tensors
+from lever_lm.runs import TEMPORARY_PREFIX, write_tensors
 
 GIB = 1 << 30
 _OPEN_FILES = 128
+_NAME = re.compile(r"[0-9a-f]{16}\.safetensors")
+_STALE = 3600.0  # seconds after which nobody is writing a temporary file any more
 Grid = tuple[int, int, int]  # patches in time, height, width
 
 
 class VisionBank:
-    """Features (T, H) of images, by their content. `memory` and `disk` are bounds in bytes; without a folder, or with
-    a bound of 0, nothing is written."""
+    """Features (T, H) of images, by their content. `memory` and `disk` are bounds in bytes, the latter for all the
+    `processes` that write to the folder; without a folder, or with a bound of 0, nothing is written."""
 
-    def __init__(self, folder: Path | None, *, memory: int, disk: int):
-        self.folder = folder if disk > 0 else None
-        self.bounds = {"memory": memory, "disk": disk}
+    def __init__(self, folder: Path | None, *, memory: int, disk: int, processes: int = 1):
+        self.folder, self._most_memory = folder if disk > 0 else None, memory
         self._grids: dict[str, Grid] = {}
         self._memory: OrderedDict[str, Tensor] = OrderedDict()
         self.in_memory = 0  # bytes
         self._files: dict[str, Path] = {}
-        self._sizes: dict[Path, int] = {}
+        self._looked_at: set[Path] = set()
         self._open = lru_cache(_OPEN_FILES)(_open)
         self._writer, self._writing = ThreadPoolExecutor(1, "vision-bank"), Future()
         self._writing.set_result(None)
         self.find_written()
+        there = sum(path.stat().st_size for path in self._looked_at if path.exists())
+        self._room = (disk - there) // processes  # bytes that this process may write
+        for left_over in self.folder.glob(f"{TEMPORARY_PREFIX}*") if self.folder else ():
+            if time.time() - left_over.stat().st_mtime > _STALE:
+                left_over.unlink(missing_ok=True)
 
     def __len__(self) -> int:
         """How many images have been seen."""
         return len(self._grids)
 
     def find_written(self) -> None:
-        """Learn of files that are new in the folder: of an earlier command, or of another process."""
+        """Learn of files that are new in the folder: of an earlier command, or of another process. Broken ones go."""
         if self.folder is None or not self.folder.is_dir():
             return
-        for path in sorted(self.folder.glob("*.safetensors")):
-            if path in self._sizes:
+        for path in sorted(self.folder.iterdir()):
+            if path in self._looked_at or not _NAME.fullmatch(path.name) or not path.is_file():
                 continue
-            grids = _grids(path, self._open(path))
-            self._sizes[path] = path.stat().st_size
-            for digest, grid in grids.items():
-                self._files[digest], self._grids[digest] = path, tuple(grid)
+            grids = _grids(path)
+            if grids is None:
+                path.unlink(missing_ok=True)
+                continue
+            self._looked_at.add(path)
+            self._files |= dict.fromkeys(grids, path)
+            self._grids |= grids
 
     def missing(self, images: Sequence[Image]) -> list[Image]:
         """The distinct images that have never been seen."""
@@ -70,11 +82,13 @@ class VisionBank:
         digests = [image_digest(image) for image in images]
         self._grids |= dict(zip(digests, grids, strict=True))
         size = sum(map(_size, features))
-        if self.folder is not None and sum(self._sizes.values()) + size <= self.bounds["disk"]:
-            path = self.folder / f"{digests[0]}.safetensors"
+        if self.folder is not None and size <= self._room:
+            name = hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
+            path = self.folder / f"{name}.safetensors"
             header = {"grids": json.dumps(dict(zip(digests, grids, strict=True)))}
+            self._room -= size
+            self._looked_at.add(path)
             tensors = dict(zip(digests, features, strict=True))
-            self._sizes[path] = size
             self._writing = self._writer.submit(self._write, path, tensors, header)
         for digest, feature in zip(digests, features, strict=True):
             self._keep(digest, feature)
@@ -88,22 +102,36 @@ class VisionBank:
         self._files |= dict.fromkeys(tensors, path)
 
     def get(self, image: Image, device) -> Tensor | None:
-        """The features of an image on a device, None where neither memory nor disk had room for them."""
+        """The features of an image on a device, None where neither memory nor disk has them, or has them broken."""
         digest = image_digest(image)
         if digest in self._memory:
             self._memory.move_to_end(digest)
             return self._memory[digest]
+        feature = self._read(digest)
+        if feature is not None:
+            feature = feature.to(device)
+            self._keep(digest, feature)
+        return feature
+
+    def _read(self, digest: str) -> Tensor | None:
+        from safetensors import SafetensorError
+
         if digest not in self._files:
             return None
-        feature = self._open(self._files[digest]).get_tensor(digest).to(device)
-        self._keep(digest, feature)
+        try:
+            feature = self._open(self._files[digest]).get_tensor(digest)
+        except (OSError, SafetensorError):
+            feature = None
+        if feature is None or not bool(feature.isfinite().all()):
+            del self._files[digest]
+            return None
         return feature
 
     def _keep(self, digest: str, feature: Tensor) -> None:
         """Hold features in memory, in place of those that were not asked for the longest."""
         self.in_memory += _size(feature) - _size(self._memory.pop(digest, None))
         self._memory[digest] = feature
-        while self.in_memory > self.bounds["memory"]:
+        while self.in_memory > self._most_memory:
             self.in_memory -= _size(self._memory.popitem(last=False)[1])
 
 
@@ -112,19 +140,20 @@ def _size(feature: Tensor | None) -> int:
 
 
 def _open(path: Path):
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
+
+    return safe_open(path, framework="pt")
+
+
+def _grids(path: Path) -> dict[str, Grid] | None:
+    """The grids in the header of a file, by digest; None where it is not one of ours, or broken."""
+    from safetensors import SafetensorError
 
     try:
-        return safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise LeverError(
-            f"cannot read the image features {path}: {error}; delete the file, it is made again"
-        ) from error
-
-
-def _grids(path: Path, file) -> dict[str, list[int]]:
-    """The header's grids by digest."""
-    try:
-        return json.loads(file.metadata()["grids"])
-    except (TypeError, KeyError, ValueError) as error:
-        raise LeverError(f"{path} holds no image features of ours: move it out of the cache folder") from error
+        with _open(path) as file:
+            grids = {digest: tuple(grid) for digest, grid in json.loads(file.metadata()["grids"]).items()}
+            sound = set(grids) == set(file.keys())
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError, AttributeError):
+        return None
+    sound = sound and all(len(grid) == 3 and all(type(n) is int and n > 0 for n in grid) for grid in grids.values())
+    return grids if sound else None

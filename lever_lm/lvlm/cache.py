@@ -232,7 +232,7 @@ class CachedLvlm:
         batches = self.shards.from_leader(lambda: batches)
         mine = self.shards.share(batches)
         if self.shards.world > 1:
-            label += f"; the share of rank 0 of {self.shards.world}: {sum(map(len, mine))} in {len(mine)} batches"
+            label += f"; the share of rank 0 of {self.shards.world}: {sum(map(len, mine))}"
         for batch in self.track(mine, label, len(mine)):
             rows = [pending[j] for j in batch]
             try:

@@ -55,7 +55,7 @@ class LocalLvlm:
         self.model = model.to(self.device)
         if self.device.type == "cuda" and self.dtype != torch.float32 and config.attention == "auto":
             speed_up_vision(self.model.model.visual)
-        if config.compile:
+        if config.compile and self.device.type == "cuda":
             compile_parts(self.model)
         self.tokenizer, image_processor = self.processor.tokenizer, self.processor.image_processor
         image_processor.size = {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels}

@@ -30,7 +30,8 @@ class Vision:
     def __init__(self, model, image_processor, config: LvlmConfig, folder: Path | None, track: Track, shards: Shards):
         self.model, self.image_processor, self.config = model, image_processor, config
         self.track, self.shards = track, shards
-        self.bank = VisionBank(folder, memory=self._memory(), disk=int(config.bank_disk * GIB))
+        disk = int(config.bank_disk * GIB)
+        self.bank = VisionBank(folder, memory=self._memory(), disk=disk, processes=shards.world)
 
     def tokens(self, image: Image) -> int:
         """T of an image that has been seen."""
@@ -40,7 +41,7 @@ class Vision:
         """(T, H) of each image: from the bank, or made again where it had no room for them."""
         found = {image: self.bank.get(image, self.model.device) for image in dict.fromkeys(images)}
         for image, feature in found.items():
-            if feature is None:
+            if feature is None or len(feature) != self.tokens(image):
                 made = patches([image], self.image_processor, self.config, self.model.dtype)
                 found[image] = self._tower([image], *made)[0]
         return [found[image] for image in images]
@@ -63,14 +64,17 @@ class Vision:
     def _encode(self, images: Sequence[Image]) -> None:
         if not images:
             return
-        on_gpu, workers = self.model.device.type == "cuda", self.config.workers
+        on_gpu, cores = self.model.device.type == "cuda", os.cpu_count() or 1
+        workers = min(self.config.workers, cores)
         if workers < 0:
-            workers = min(_WORKERS, (os.cpu_count() or 1) - 1) if on_gpu else 0
+            workers = min(_WORKERS, cores - 1) if on_gpu else 0
         chunks = chunked_patches(
             images, self.image_processor, self.config, self.model.dtype, workers=workers, pin=on_gpu
         )
         try:
             what = f"vision: {len(images)} images"
+            if self.shards.world > 1:
+                what += f"; the share of rank {self.shards.rank} of {self.shards.world}"
             for chunk, pixels, grids in self.track(chunks, what, math.ceil(len(images) / CHUNK)):
                 self.bank.add(chunk, self._tower(chunk, pixels, grids), list(map(tuple, grids.tolist())))
         finally:
