@@ -38,12 +38,12 @@ class Vision:
         return math.prod(self.bank.grid(image)) // self.image_processor.merge_size**2
 
     def features(self, images: Sequence[Image]) -> list[Tensor]:
-        """(T, H) of each image: from the bank, or made again where it had no room for them."""
+        """(T, H) of each image: from the bank, or made again where it had no room for them or has them broken."""
         found = {image: self.bank.get(image, self.model.device) for image in dict.fromkeys(images)}
-        for image, feature in found.items():
-            if feature is None or len(feature) != self.tokens(image):
-                made = patches([image], self.image_processor, self.config, self.model.dtype)
-                found[image] = self._tower([image], *made)[0]
+        gone = [image for image, f in found.items() if f is None or len(f) != self.tokens(image)]
+        for chunk in chunked(gone):
+            pixels, grids = patches(chunk, self.image_processor, self.config, self.model.dtype)
+            found |= dict(zip(chunk, self._through(chunk, pixels, grids), strict=True))
         return [found[image] for image in images]
 
     def see_together(self, images: Sequence[Image]) -> None:
@@ -76,9 +76,15 @@ class Vision:
             if self.shards.world > 1:
                 what += f"; the share of rank {self.shards.rank} of {self.shards.world}"
             for chunk, pixels, grids in self.track(chunks, what, math.ceil(len(images) / CHUNK)):
-                self.bank.add(chunk, self._tower(chunk, pixels, grids), list(map(tuple, grids.tolist())))
+                self._through(chunk, pixels, grids)
         finally:
             self.bank.flush()
+
+    def _through(self, images: Sequence[Image], pixels: Tensor, grids: Tensor) -> list[Tensor]:
+        """The features of images, which the bank is given as well."""
+        features = self._tower(images, pixels, grids)
+        self.bank.add(images, features, list(map(tuple, grids.tolist())))
+        return features
 
     def _tower(self, images: Sequence[Image], pixels: Tensor, grids: Tensor) -> list[Tensor]:
         """The features of images from their patches (ΣP, C) and grids (n, 3), in halves where they do not fit into
