@@ -245,7 +245,7 @@ def work(contender: str, file: Path | None, size: tuple[int, int], arguments: ar
     """What a contender's process does."""
     torch.set_num_threads(arguments.threads[0])
     torch.manual_seed(0)
-    sets = torch.load(file, weights_only=False) if file else random_sets(*size)
+    sets = [GroupTensors(**parts) for parts in torch.load(file, weights_only=True)] if file else random_sets(*size)
     train, val = (data.to(torch.device(arguments.device)) for data in sets)
     weight = nn.Parameter(torch.ones(1))
     weight.grad = torch.ones(1)
@@ -337,7 +337,7 @@ def compare(arguments: argparse.Namespace) -> Iterator[Table]:
     header = ["trainer", "RCE", "GRPO", "validation", "old", total, "×", "MiB"]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "sets.pt"
-        torch.save(synthetic_sets(arguments.queries), file)
+        torch.save([vars(data) for data in synthetic_sets(arguments.queries)], file)
         options = [*passed_on(arguments), "--file", str(file)]
         for threads in arguments.threads:
             found = {name: summary(turns) for name, turns in race(list(CONTENDERS), options, threads).items()}
