@@ -19,7 +19,7 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True)
 class Shards:
-    """Rank `rank` of `world` processes, the one numbered `local` on its host; alone by default.
+    """Rank `rank` of `world` processes, the one numbered `local` of `neighbours` on its host; alone by default.
 
     All but `share` are calls of the whole job: every process makes them, in the same order. They raise LeverError when
     another one has ended.
@@ -28,6 +28,7 @@ class Shards:
     rank: int = 0
     world: int = 1
     local: int = 0
+    neighbours: int = 1
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] = os.environ) -> "Shards":
@@ -36,7 +37,7 @@ class Shards:
             return cls()
         try:
             rank, world = int(environ["RANK"]), int(environ["WORLD_SIZE"])
-            job = cls(rank, world, int(environ.get("LOCAL_RANK") or rank))
+            job = cls(rank, world, int(environ.get("LOCAL_RANK") or rank), int(environ.get("LOCAL_WORLD_SIZE") or 1))
         except ValueError:
             return cls()
         return job if 0 <= rank < world else cls()

@@ -83,6 +83,7 @@ def test_torchrun_says_which_process_this_is():
     assert Shards.from_environment(JOB) == Shards(rank=1, world=3, local=0)
     assert not Shards.from_environment(JOB).leader
     assert Shards.from_environment({**JOB, "RANK": "0"}).leader
+    assert Shards.from_environment({**JOB, "LOCAL_WORLD_SIZE": "8"}).neighbours == 8
 
 
 @pytest.mark.parametrize("odd", [{"WORLD_SIZE": "abc"}, {"RANK": "3"}, {"RANK": "-1"}, {"LOCAL_RANK": "x"}])

@@ -64,10 +64,10 @@ class Vision:
     def _encode(self, images: Sequence[Image]) -> None:
         if not images:
             return
-        on_gpu, cores = self.model.device.type == "cuda", os.cpu_count() or 1
+        on_gpu, cores = self.model.device.type == "cuda", (os.cpu_count() or 1) // self.shards.neighbours
         workers = min(self.config.workers, cores)
         if workers < 0:
-            workers = min(_WORKERS, cores - 1) if on_gpu else 0
+            workers = min(_WORKERS, max(1, cores - 1)) if on_gpu else 0
         chunks = chunked_patches(
             images, self.image_processor, self.config, self.model.dtype, workers=workers, pin=on_gpu
         )
