@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Style and tests: bash scripts/test.sh [options of pytest]
+# Style and tests, a process for each core, files kept together: bash scripts/test.sh [options of pytest; -n 0 for one]
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-exec .venv/bin/python -m pytest "$@"
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+exec .venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile "$@"
