@@ -96,10 +96,7 @@ def train_grpo(
         memory = {"old": anchor, "reference": anchor, "beta": config.kl_beta, "online": None}
     clip = {"clip_epsilon": config.clip_epsilon, "clip_epsilon_high": config.clip_epsilon_high or None}
     steps_per_epoch = math.ceil(len(train) / config.batch_size)
-    if config.epochs and config.warmup_steps >= config.epochs * steps_per_epoch:
-        journal.say(
-            f"warning: grpo.warmup_steps {config.warmup_steps} outlast all {config.epochs * steps_per_epoch} steps"
-        )
+    _check_warmup(config, config.epochs * steps_per_epoch, journal)
     learner, features = policy, {}
     if config.freeze_backbone:
         learner, seen = projected(policy, train)
@@ -221,6 +218,11 @@ def best_rollouts(rewards: Tensor, mask: Tensor, k: int | None) -> Tensor:
 
 def _top_k(config: GrpoConfig, epoch: int) -> int | None:
     return config.top_k[min(epoch, len(config.top_k)) - 1] if config.top_k else None
+
+
+def _check_warmup(config: GrpoConfig, steps: int, journal: Journal) -> None:
+    if 0 < steps <= config.warmup_steps:
+        journal.say(f"warning: grpo.warmup_steps {config.warmup_steps} outlast all {steps} steps")
 
 
 def _is_frozen(name: str, config: GrpoConfig) -> bool:

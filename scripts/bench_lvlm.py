@@ -272,7 +272,7 @@ def main() -> None:
                 path, prompts, beams, options.device, settings, options.repeats, Path(scratch) / f"bank{beams}"
             )
             if beams == 3:
-                same = sum(a == b for a, b in zip(theirs, row["answers"], strict=False))
+                same = sum(a == b for a, b in zip(theirs, row["answers"][: len(theirs)], strict=True))
             rows.append({name: value for name, value in row.items() if name != "answers"})
             if beams == 3:
                 del lvlm

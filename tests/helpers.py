@@ -3,6 +3,7 @@
 Everything is made once a session from the shipped assets; a test that writes gets a copy of its own.
 """
 
+import importlib
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's client: no test may need the network
 
+SCRIPTS = Path(__file__).parents[1] / "scripts"
 RUN = Path("results/digits/model_cpk/v3_MixSampler_tiny-qwen2_5-vl")
 INFERENCE = Path("results/digits/inference/v3_MixSampler_tiny-qwen2_5-vl")
 ROLLOUTS = Path("results/digits/generated_data/rl_data_MixSampler_tiny-qwen2_5-vl.json")
@@ -85,6 +87,13 @@ def track(items, what: str, total: int):
 
 
 # ---------------------------------------------------------------------- fixtures
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Imports a script of scripts/ by its name; scripts import one another."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    return importlib.import_module
 
 
 @pytest.fixture(autouse=True)

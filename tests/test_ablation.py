@@ -2,27 +2,18 @@
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
+
+@pytest.fixture
+def report(script):
+    return script("ablation_report")
 
 
 @pytest.fixture
-def report(monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    import ablation_report
-
-    return ablation_report
-
-
-@pytest.fixture
-def ablate(monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    import ablate
-
-    return ablate
+def ablate(script):
+    return script("ablate")
 
 
 def epochs(rce, grpo, **metrics):

@@ -4,25 +4,21 @@ runs."""
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import SCRIPTS
 
 from lever_lm.losses import grpo_loss, rce_loss
 from lever_lm.policy import PointerSelector
 from lever_lm.rewards import group_advantage
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
 D, H, K, B, G, S = 12, 8, 7, 3, 5, 3
 
 
 @pytest.fixture
-def bench(monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    import bench_training
-
-    return bench_training
+def bench(script):
+    return script("bench_training")
 
 
 @pytest.fixture

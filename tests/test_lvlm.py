@@ -52,7 +52,7 @@ def conversation(prompt, style: str) -> list[dict]:
     system = {"role": "system", "content": [{"type": "text", "text": PromptConfig.system}]}
     if style == "interleaved":
         content = []
-        for picture, text, icd in zip(pictures, texts, prompt.icds, strict=False):
+        for picture, text, icd in zip(pictures[:-1], texts[:-1], prompt.icds, strict=True):
             content += [picture, {"type": "text", "text": f"{text} {icd.answer}\n"}]
         return [
             system,
