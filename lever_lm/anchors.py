@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lever_lm.batches import Batch, GroupTensors
 from lever_lm.encoder import Noise
+from lever_lm.guards import At, Pass
 from lever_lm.judging import EVAL_BATCH, projected
 from lever_lm.policy import PointerSelector
 
@@ -23,18 +24,26 @@ class Anchor:
     """A policy that stays as it was, and its log-probs of the rollouts of `data`.
 
     dropout as in GrpoConfig. With `both` they are taken step by step, through the very masks of the learning policy:
-    under masks of its own the ratio of unchanged weights would be noise.
+    under masks of its own the ratio of unchanged weights would be noise. Raises LeverError, naming `at`, query and
+    rollout, where one is not finite.
     """
 
-    def __init__(self, policy: PointerSelector, weights: dict[str, Tensor], data: GroupTensors, dropout: str):
+    def __init__(self, policy: PointerSelector, weights: dict[str, Tensor], data: GroupTensors, dropout: str, at: At):
         model = copy.deepcopy(policy)
         model.load_state_dict(weights)
         model.requires_grad_(False)
         self.model, self.data = projected(model, data)
         masked = dropout == "both" and bool(model.dropout or model.attn_dropout)
         self.model.train(masked)
-        chunks = self.data.chunks(EVAL_BATCH)
-        self.known = None if masked else torch.cat([self._log_probs(batch, None) for _, batch in chunks])
+        self.known = None
+        if not masked:
+            chunks = self.data.chunks(EVAL_BATCH)
+            self.known = torch.cat([self._log_probs(batch, None) for _, batch in chunks])
+            bad = ~(torch.isfinite(self.known) | ~data.mask).all(-1)
+            if bad.any():
+                index = bad.nonzero().flatten()
+                batch = data.batch(index)
+                raise Pass(at, model.eval(), batch, batch.mask, self.known[index], dict).error("log-prob")
 
     def log_probs(self, index: Tensor, noise: Noise) -> Tensor:
         """Of the groups at these places, (B, G); noise: the learning policy's."""

@@ -15,11 +15,14 @@ from lever_lm.data import Group
 from lever_lm.errors import LeverError
 
 CHUNK_CANDIDATES = 16_384  # 48 MiB of features of D = 768
+LONGEST = 1e15  # length of a feature: beyond it squares come near the largest float32
+_LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
 class Batch:
-    """query (B, D), candidates (B, K, D), pool_mask (B, K) or None, sequences (B, G, S), mask and rewards (B, G)."""
+    """query (B, D), candidates (B, K, D), pool_mask (B, K) or None, sequences (B, G, S), mask and rewards (B, G),
+    numbers (B, G) as in GroupTensors."""
 
     query: Tensor
     candidates: Tensor
@@ -28,6 +31,7 @@ class Batch:
     mask: Tensor
     rewards: Tensor
     query_ids: list[int]
+    numbers: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class GroupTensors:
     sequences: Tensor  # (n, G, S)
     mask: Tensor  # (n, G)
     rewards: Tensor  # (n, G)
+    numbers: Tensor | None = None  # (n, G) place of each rollout among its query's in the file, −1 where it is in none
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -56,6 +61,7 @@ class GroupTensors:
             mask=self.mask[index],
             rewards=self.rewards[index],
             query_ids=self.rows[index].tolist(),
+            numbers=None if self.numbers is None else self.numbers[index],
         )
 
     def chunks(self, size: int) -> Iterator[tuple[Tensor, Batch]]:
@@ -65,8 +71,9 @@ class GroupTensors:
             yield index, self.batch(index)
 
     def with_rollouts(self, sequences: Tensor, mask: Tensor, rewards: Tensor) -> "GroupTensors":
-        """The same queries and pools with other rollouts."""
-        return replace(self, sequences=sequences, mask=mask, rewards=rewards)
+        """The same queries and pools with other rollouts, which are in no file."""
+        numbers = torch.full_like(mask, -1, dtype=torch.long)
+        return replace(self, sequences=sequences, mask=mask, rewards=rewards, numbers=numbers)
 
     def stacked(self, other: "GroupTensors") -> "GroupTensors":
         """The groups of both, over the same features and pool size; the smaller groups are padded."""
@@ -84,6 +91,7 @@ class GroupTensors:
             sequences=both("sequences", -1),
             mask=both("mask", False),
             rewards=both("rewards", 0.0),
+            numbers=None if self.numbers is None or other.numbers is None else both("numbers", -1),
         )
 
     def to(self, device: torch.device) -> "GroupTensors":
@@ -93,8 +101,8 @@ class GroupTensors:
 
 
 def to_tensors(groups: Sequence[Group], queries: Tensor, icds: Tensor) -> GroupTensors:
-    """Groups over feature matrices (N, D). Raises LeverError when a group points outside them or a feature is not
-    finite."""
+    """Groups over feature matrices (N, D). Raises LeverError when a group points outside them, when a feature is not
+    finite or too long, or when a reward is not finite in float32. A feature of zeros is like nothing, and harmless."""
     if not groups:
         raise LeverError(
             "no group of rollouts is left to work with: the file has too few queries (rollout.num_queries)"
@@ -107,9 +115,7 @@ def to_tensors(groups: Sequence[Group], queries: Tensor, icds: Tensor) -> GroupT
                 "rollouts and embeddings are of different data"
             )
     for name, matrix in (("query", queries), ("ICD", icds)):
-        if not torch.isfinite(matrix).all():
-            row = int((~torch.isfinite(matrix)).any(-1).nonzero()[0])
-            raise LeverError(f"the {name} feature of row {row} is NaN or infinite")
+        _check_features(name, matrix)
     pool_size = max(len(group.pool) for group in groups)
     group_size = max(len(group.sequences) for group in groups)
     shots = max(len(sequence) for group in groups for sequence in group.sequences)
@@ -117,6 +123,13 @@ def to_tensors(groups: Sequence[Group], queries: Tensor, icds: Tensor) -> GroupT
     pool_mask = torch.tensor([_pad([True] * len(group.pool), pool_size, False) for group in groups])
     empty = [-1] * shots
     sequences = [_pad([_pad(s, shots, -1) for s in group.sequences], group_size, empty) for group in groups]
+    numbers = [range(len(group.rewards)) if group.numbers is None else group.numbers for group in groups]
+    for group, places in zip(groups, numbers, strict=True):
+        for place, reward in zip(places, group.rewards, strict=True):
+            if not abs(reward) <= _LARGEST:
+                raise LeverError(
+                    f"query {group.query_id}, rollout {place}: its reward {reward} is no finite number in float32"
+                )
     return GroupTensors(
         queries=queries.float(),
         icds=icds.float(),
@@ -126,7 +139,25 @@ def to_tensors(groups: Sequence[Group], queries: Tensor, icds: Tensor) -> GroupT
         sequences=torch.tensor(sequences),
         mask=torch.tensor([_pad([True] * len(group.rewards), group_size, False) for group in groups]),
         rewards=torch.tensor([_pad(group.rewards, group_size, 0.0) for group in groups], dtype=torch.float32),
+        numbers=torch.tensor([_pad(places, group_size, -1) for places in numbers]),
     )
+
+
+def _check_features(name: str, matrix: Tensor) -> None:
+    """Raise LeverError at the first row that is not finite or too long."""
+    mend = "encode it again (features.encoder, --embeddings)"
+    if matrix.ndim != 2 or not matrix.shape[1]:
+        raise LeverError(f"the {name} features have shape {tuple(matrix.shape)}, expected (N, D) with D > 0: {mend}")
+    if not torch.isfinite(matrix).all():
+        row = int((~torch.isfinite(matrix)).any(-1).nonzero()[0])
+        raise LeverError(f"the {name} feature of row {row} is NaN or infinite: {mend}")
+    largest = matrix.abs().amax(-1)
+    if (largest > LONGEST).any():
+        row = int((largest > LONGEST).nonzero()[0])
+        raise LeverError(
+            f"the {name} feature of row {row} reaches {float(largest[row]):.3g}, more than {LONGEST:g}: its squares "
+            f"overflow float32. Scale it, or {mend}"
+        )
 
 
 def _pad_columns(tensor: Tensor, size: int, filler) -> Tensor:

@@ -4,19 +4,21 @@ v3: {epoch (0-based), phase, model_state_dict, kl_beta, metrics} + our config an
 v2: the older Lightning-shaped file {state_dict, epoch, global_step, pytorch-lightning_version, hyper_parameters}.
 """
 
-import codecs
+import hashlib
+import io
+import math
 import re
-from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lever_lm.decoder import VARIANTS
 from lever_lm.errors import LeverError
+from lever_lm.files import atomic_file
 from lever_lm.policy import PointerSelector
-from lever_lm.runs import atomic_file
+from lever_lm.torchfile import load_torch
+from lever_lm.untrusted import shown
 
 FORMAT = "lever_lm/v3"
 OWN_KEY = "lever_lm_config"
@@ -32,40 +34,11 @@ _IN_V2 = {"state_update": ("none", "gate"), "scorer": ("dot",), "diversity": ("n
 
 
 def save_torch(path: Path, content: dict) -> None:
-    """torch.save, atomically."""
-    with atomic_file(path) as file:
-        torch.save(content, file)
-
-
-def load_torch(path: str | Path, expect: type | tuple[type, ...] = dict, what: str = "checkpoint"):
-    """torch.load of tensors, numeric numpy arrays and plain values only. Raises LeverError when the file is missing
-    or holds anything else."""
-    path = Path(path)
-    try:
-        file = open(path, "rb")  # noqa: SIM115 - an OSError from here on means a file cut short, not a missing one
-    except OSError as error:
-        raise LeverError(f"cannot read the {what} {path}: {error.strerror or error}") from error
-    try:
-        with file, torch.serialization.safe_globals(_numpy_arrays()):
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a file of anybody's making: its bytes can fail the unpickler in any way
-        raise LeverError(
-            f"{path} is not a {what} of tensors and plain values (or it is cut short); it was not executed"
-        ) from error
-    if not isinstance(content, expect):
-        kinds = " or ".join(kind.__name__ for kind in (expect if isinstance(expect, tuple) else (expect,)))
-        raise LeverError(f"{path}: expected a {kinds}, found a {type(content).__name__}")
-    return content
-
-
-@lru_cache(maxsize=1)
-def _numpy_arrays() -> list:
-    """What an array of floats or integers is pickled with, under the names that numpy 1 and 2 give it. Arrays of
-    objects are not among it."""
-    names = [f"numpy.{core}.multiarray._reconstruct" for core in ("core", "_core")]
-    numbers = [type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8")]
-    reconstruct = np.zeros(0).__reduce__()[0]
-    return [*((reconstruct, name) for name in names), np.ndarray, np.dtype, *numbers, codecs.encode]
+    """torch.save, atomically. Through memory: torch.save has an error of its own for a full disk."""
+    with atomic_file(path) as file:  # and for Ctrl-C, which waits here
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        file.write(buffer.getbuffer())
 
 
 def v3_content(policy: PointerSelector, *, epoch: int, phase: str, kl_beta: float, metrics: dict, config: dict) -> dict:
@@ -95,16 +68,50 @@ def load_policy(path: str | Path, num_heads: int = 1) -> PointerSelector:
     """
     content = load_torch(path)
     state, config = weights_of(content, path), own_config(content)
-    shape = config.get("policy") or infer_shape(state, num_heads, path)
+    shape = (
+        _checked_shape(config["policy"], state, path) if config.get("policy") else infer_shape(state, num_heads, path)
+    )
     try:
-        policy = PointerSelector(**shape)
-        policy.load_state_dict(state)
-    except (RuntimeError, TypeError, ValueError) as error:
+        with torch.device("meta"):  # nothing is allocated for what the weights do not fit
+            policy = PointerSelector(**shape)
+        policy.load_state_dict({name: tensor.float().clone() for name, tensor in state.items()}, assign=True)
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         raise LeverError(f"{path} does not hold the weights of a PointerSelector: {_one_line(error)}") from error
     broken = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise LeverError(f"{path}: NaN or infinite weights in {', '.join(broken[:3])}; use an earlier checkpoint")
     return policy.eval()
+
+
+def _checked_shape(shape, state: dict[str, Tensor], path: str | Path) -> dict:
+    """The shape that a file's config claims, where its sizes are those of its weights. Raises LeverError otherwise."""
+    if not isinstance(shape, dict):
+        raise LeverError(f"{path}: its config has a {type(shape).__name__} for the shape of a PointerSelector")
+    found = infer_shape(state, 1, path)
+    for name, value in shape.items():
+        if name in ("dropout", "attn_dropout"):
+            fits = type(value) in (int, float) and 0 <= value < 1
+        elif name == "temperature":
+            fits = type(value) in (int, float) and 0 < value < math.inf
+        elif name == "num_heads":
+            fits = type(value) is int and 0 < value <= found["hidden_dim"]
+        else:  # variants of another name than the weights have are told by these
+            fits = type(value) is type(found.get(name)) and (type(value) is not int or value == found[name])
+        if not fits:
+            raise LeverError(
+                f"{path} does not hold the weights of a PointerSelector with {shown(name)}={shown(value)}, as its "
+                "config says"
+            )
+    return shape
+
+
+def policy_digest(policy: PointerSelector) -> str:
+    """16 hex digits of a policy's weights, whatever file they came from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(policy.state_dict().items()):
+        digest.update(f"{name}:{tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def own_config(content: dict) -> dict:
@@ -123,6 +130,9 @@ def weights_of(content: dict, path: str | Path) -> dict[str, Tensor]:
         raise LeverError(f"{path} holds neither a model_state_dict (v3) nor a state_dict (v2): not a policy checkpoint")
     if not state or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise LeverError(f"{path} holds no policy weights")
+    odd = [name for name, tensor in state.items() if not tensor.is_floating_point()]
+    if odd:
+        raise LeverError(f"{path}: {odd[0]:.60} holds {state[odd[0]].dtype}: not the weights of a PointerSelector")
     return state
 
 
@@ -134,7 +144,9 @@ def infer_shape(state: dict[str, Tensor], num_heads: int, path: str | Path = "ch
         if name in state and (state[name].ndim != 2 or not state[name].numel()):
             found = tuple(state[name].shape)
             raise LeverError(f"{path}: {name} has shape {found}: not the weights of a PointerSelector")
-    hidden = state["query_proj.weight"].shape[0]
+    hidden, width = state["query_proj.weight"].shape
+    if hidden != width:
+        raise LeverError(f"{path}: query_proj.weight of {hidden} by {width} numbers is of no PointerSelector")
     entry = state.get("input_proj.weight")
     layers = {int(match[1]) for key in state if (match := re.match(r"cross_attn_layers\.(\d+)\.", key))}
     variants = {
@@ -169,6 +181,8 @@ def v3_to_v2_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def v2_to_v3_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """v2 names → v3 names, with or without the outer prefix."""
+    if not all(isinstance(key, str) for key in state):
+        return {}
     back = {new: old for old, new in _LAYER_KEYS.items()}
     inner = V2_PREFIX.split(".", 1)[1]
     return {_rename(key.removeprefix(V2_PREFIX).removeprefix(inner), back): tensor for key, tensor in state.items()}

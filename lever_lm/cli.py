@@ -1,7 +1,11 @@
 """The `lever` command: parse, resolve the config, call one stage. No logic; heavy imports stay inside the commands."""
 
+import io
 import os
+import re
+import signal
 import sys
+import textwrap
 import traceback
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -16,14 +20,15 @@ from lever_lm.options import (
     command,
     debugging,
     emit,
-    epochs,
     finite,
     make_pipeline,
     parse_shots,
     planned,
     refuse_resuming,
+    training_flags,
 )
 from lever_lm.shards import Shards
+from lever_lm.untrusted import one_line, printable, shown
 
 app = typer.Typer(
     name="lever",
@@ -37,6 +42,12 @@ app = typer.Typer(
 Strategy = Annotated[str, typer.Option(help="val_loss, ppo_loss, kl, adv_std, val_reward or val_top_reward")]
 RceEpochs = Annotated[int | None, typer.Option(min=0, help="Epochs of RCE warm-up.")]
 GrpoEpochs = Annotated[int | None, typer.Option(min=0, help="Epochs of GRPO; raising it continues a finished run.")]
+DetectAnomaly = Annotated[
+    bool, typer.Option("--detect-anomaly", help="Name the module and operation of a NaN; slower, results as without.")
+]
+Keep = Annotated[
+    int | None, typer.Option(min=1, help="Keep N checkpoints of each phase and the best of every strategy; else all.")
+]
 RunDir = Annotated[Path | None, typer.Argument(help="Run folder; by default the one the options name.")]
 
 
@@ -48,19 +59,22 @@ def demo(
     common: Common,
     rce_epochs: RceEpochs = None,
     grpo_epochs: GrpoEpochs = None,
+    keep: Keep = None,
     shots: Annotated[str, typer.Option(help="Numbers of demonstrations: 1,2,4 or 1-5")] = "1,2,4",
+    detect_anomaly: DetectAnomaly = False,
 ) -> None:
     """The whole way on the embedded data and model, offline, in two minutes: ends with a table and a report."""
     _in_one_process("demo")
     common.recipe = common.recipe or "demo"
     common.run_name = common.run_name or "demo"
     numbers = parse_shots(shots)
-    pipeline = make_pipeline(common, epochs(rce_epochs, grpo_epochs))
+    pipeline = make_pipeline(common, training_flags(rce_epochs, grpo_epochs, keep))
     if planned(common, pipeline, "demo", answers=1 + 7 * len(numbers)):
         return
     from lever_lm.tables import show_results
 
     refuse_resuming(common, pipeline)
+    pipeline.detect_anomaly = detect_anomaly
     result = pipeline.demo(numbers, overwrite=common.overwrite)
     show_results(pipeline.screen, result["table"], result["tests"])
     pipeline.screen.say(f"report: {result['report']}")
@@ -72,22 +86,29 @@ def train(
     common: Common,
     rce_epochs: RceEpochs = None,
     grpo_epochs: GrpoEpochs = None,
+    keep: Keep = None,
     rl_data: Annotated[Path | None, typer.Option(help="Train on this rollout file; no dataset, no LVLM.")] = None,
     embeddings: Annotated[
         Path | None, typer.Option(help="(N, D) features for --rl-data: .pt, .pth, .npy or .safetensors")
     ] = None,
     run_dir: Annotated[Path | None, typer.Option(help="Folder of the run, in place of the default one.")] = None,
+    detect_anomaly: DetectAnomaly = False,
+    from_run: Annotated[
+        Path | None, typer.Option(help="Repeat the run in this folder, in another one, and say what differs.")
+    ] = None,
 ) -> None:
     """Features, pools and rollouts where missing; then RCE and GRPO; then the recommended checkpoint is converted."""
     _in_one_process("train")
-    pipeline = make_pipeline(common, epochs(rce_epochs, grpo_epochs), run_dir)
-    if rl_data is None and (path := os.environ.get("RL_DATA_PATH", "").strip()):
+    pipeline = make_pipeline(common, training_flags(rce_epochs, grpo_epochs, keep), run_dir, from_run)
+    if rl_data is None and from_run is None and (path := os.environ.get("RL_DATA_PATH", "").strip()):
         pipeline.screen.say(f"from the environment: RL_DATA_PATH={path}")
         rl_data = Path(path)
     if planned(common, pipeline, "train", own=rl_data is not None):
         return
     refuse_resuming(common, pipeline)
-    emit(common, pipeline.train(rl_data=rl_data, embeddings=embeddings, overwrite=common.overwrite))
+    pipeline.detect_anomaly = detect_anomaly
+    result = pipeline.train(rl_data=rl_data, embeddings=embeddings, overwrite=common.overwrite, from_run=from_run)
+    emit(common, result)
 
 
 @command(app, "rollout")
@@ -107,8 +128,8 @@ def best_ckpt(
     log: Annotated[Path | None, typer.Option(help="Choose from a training log, ours or Lever-Plus's.")] = None,
 ) -> None:
     """Pick an epoch by its metrics; the answer is kept in the run's best.json."""
+    from lever_lm.files import write_json
     from lever_lm.inference import kept_choice
-    from lever_lm.runs import write_json
     from lever_lm.selection import check_strategy, choose, read_history
     from lever_lm.tables import show_choice
 
@@ -226,21 +247,36 @@ def _in_one_process(name: str) -> None:
         )
 
 
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 128 + signal.SIGTERM
 # What a wrong command line raises. Typer carries a click of its own in some versions and uses click's in others.
 _CommandLineError = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
 
 
 def main() -> None:
-    """Entry point: exit status 0 done, 1 could not, 2 usage, 130 interrupted; one message on stderr, no traceback. Of
-    the processes of a job the leader alone speaks on stdout."""
+    """Entry point: exit status 0 done, 1 could not, 2 usage, 130 interrupted, 143 terminated; one message on stderr, no
+    traceback. Of the processes of a job the leader alone speaks on stdout."""
     for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character of ours shows a question mark
         stream.reconfigure(errors="replace")
     job = Shards.from_environment()
+    if job.world == 1:  # the others wait for one another deaf to signals: torchrun ends them
+        signal.signal(signal.SIGTERM, _terminate)
     with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if job.leader else nowhere):
         status = _run(sys.argv[1:])
+        if job.world == 1:  # what was to be done is done: a signal in the last moments changes nothing
+            for stop in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(stop, signal.SIG_IGN)
     job.leave()
     sys.exit(status)
+
+
+_LONGEST = 10_000  # characters of a message
+_ended_by: list[int] = []
+
+
+def _terminate(number: int, frame) -> None:
+    """SIGTERM, as schedulers send it before they kill: what Ctrl-C does, with a status of its own."""
+    _ended_by.append(number)
+    raise KeyboardInterrupt
 
 
 def _run(arguments: list[str]) -> int:
@@ -254,21 +290,35 @@ def _run(arguments: list[str]) -> int:
     except _CommandLineError as error:
         if not Shards.from_environment().leader:
             return _fail(error.format_message(), error.exit_code)
-        error.show(sys.stderr)
-        return error.exit_code
+        return _show_usage(error)
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted; run the same command again to go on", INTERRUPTED)
+        how, status = ("terminated", TERMINATED) if _ended_by else ("interrupted", INTERRUPTED)
+        return _fail(f"{how}; run the same command again to go on", status)
     except UsageError as error:
         return _fail(str(error), 2)
     except LeverError as error:
         return _fail(str(error), 1)
+    except OSError as error:  # of a path on the command line as a rule: too long, no permission
+        return _fail(f"{error.strerror or error}: {shown(error.filename, 200)}", 1)
     except Exception as error:
         return _fail(f"{type(error).__name__}: {error} (a defect of lever_lm; --debug shows where)", 1)
 
 
+def _show_usage(error: Exception) -> int:
+    """Typer's own message about a command line, whose words it repeats."""
+    message, text = error.format_message(), io.StringIO()
+    error.format_message = lambda: one_line(message)
+    error.show(text)
+    sys.stderr.write(printable(text.getvalue()))
+    return error.exit_code
+
+
 def _fail(message: str, status: int) -> int:
     if debugging():
-        traceback.print_exc()
+        sys.stderr.write(textwrap.indent(printable(traceback.format_exc()), "  "))
     job = Shards.from_environment()
+    message = message if len(message) <= _LONGEST else f"{message[:_LONGEST]}…"
+    # Lines after the first are indented: no name from a stranger is taken for a message of ours.
+    message = re.sub(r"\n(?!  )", "\n  ", printable(message))
     sys.stderr.write(f"{'' if job.leader else f'[rank {job.rank}] '}lever: {message}\n")
     return status

@@ -9,6 +9,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from lever_lm.errors import UsageError
+from lever_lm.untrusted import shown
 
 PACKAGE = Path(__file__).parent
 ASSET_PREFIX, HUB_PREFIX = "asset:", "hub:"
@@ -24,6 +25,7 @@ class DataConfig:
     train_path: str = ""  # where the training split is, if not in okvqa_path
     file_prefix: str = ""  # what stands before the official files' names: v2_ for VQAv2
     skip_bad_examples: bool = False  # go on without examples that cannot be read, and count them
+    allow_remote: bool = False  # fetch images that a table names by http(s) address; each once, into a cache
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class FeatureConfig:
                 if self.name == f"query_{query}_icd_{icd}":
                     return query_parts, icd_parts
         raise UsageError(
-            f"unknown features {self.name!r}: expected query_X_icd_Y with X and Y of img, text, img_text (--features)"
+            f"unknown features {shown(self.name)}: expected query_X_icd_Y, X and Y of img, text, img_text (--features)"
         )
 
 
@@ -72,7 +74,7 @@ class PromptConfig:
         parts = re.split(r"(\{question\}|\{answer\})", self.template)
         if parts[1::2] != ["{question}", "{answer}"] or parts[-1]:
             raise UsageError(
-                f"prompt.template must hold {{question}} once and end with {{answer}}, found {self.template!r}"
+                f"prompt.template must hold {{question}} once and end with {{answer}}, found {shown(self.template)}"
             )
 
 
@@ -298,10 +300,13 @@ class Config:
     infer: InferConfig = field(default_factory=InferConfig)
     seed: int = 0
     device: str = "auto"  # auto: the first GPU if there is one, else the CPU
+    keep: int = 0  # checkpoints to keep: so many of the latest of each phase, and the best of every strategy; 0: all
 
     def __post_init__(self):
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"seed must lie between 0 and 2**63 - 1, found {self.seed} (--seed)")
+        if self.keep < 0:
+            raise UsageError(f"keep must not be negative, found {self.keep} (--keep)")
         if self.rce.epochs + self.grpo.epochs == 0:
             raise UsageError("nothing to train: rce.epochs and grpo.epochs are both 0 (--rce-epochs, --grpo-epochs)")
         if self.grpo.online and self.reward.mode == "infoscore":
@@ -312,7 +317,7 @@ class Config:
 
 def _one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise UsageError(f"{key} is {value!r}: expected one of {', '.join(choices)}")
+        raise UsageError(f"{key} is {shown(value)}: expected one of {', '.join(choices)}")
 
 
 def _positive(part, prefix: str, *names: str) -> None:
@@ -332,7 +337,9 @@ def _check_url(key: str, url: str, example: str) -> None:
     except ValueError:  # a port that is no number, a broken IPv6 address
         sound = False
     if not sound:
-        raise UsageError(f"{key} must be the URL of a server, up to its /v1, found {url!r}: for example {example}")
+        raise UsageError(
+            f"{key} must be the URL of a server, up to its /v1, found {shown(url, 100)}: for example {example}"
+        )
 
 
 def _not_negative(part, prefix: str, *names: str) -> None:

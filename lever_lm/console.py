@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lever_lm.shards import Shards
+from lever_lm.untrusted import one_line
 
 
 class Screen:
@@ -21,9 +22,9 @@ class Screen:
         self.quiet = quiet or not leader
 
     def say(self, text: str) -> None:
-        """One line, printed as it is: text from data files is never markup."""
+        """One line: text from data files is no markup, begins no line of its own and does not steer the terminal."""
         if not self.quiet:
-            self.out.print(Text(text), soft_wrap=True)
+            self.out.print(_text(text), soft_wrap=True)
 
     def track(self, items: Iterable, what: str, total: int) -> Iterator:
         """Yield the items under a progress bar; on anything but a terminal, under one line at the start."""
@@ -31,19 +32,23 @@ class Screen:
             self.say(what)
             yield from items
             return
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
         with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.out) as progress:
-            task = progress.add_task(what, total=total)
+            task = progress.add_task(one_line(what), total=total)
             for item in items:
                 yield item
                 progress.advance(task)
 
     def table(self, title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         """A result table; the first column is left-aligned, the others are numbers."""
-        self.out.print(Text(title), soft_wrap=True)  # a title of the table's would break at its width
+        self.out.print(_text(title), soft_wrap=True)  # a title of the table's would break at its width
         table = Table()
         for i, name in enumerate(header):
-            table.add_column(Text(name), justify="left" if i == 0 else "right", no_wrap=True)
+            table.add_column(_text(name), justify="left" if i == 0 else "right", no_wrap=True)
         for row in rows:
-            table.add_row(*(Text(cell) for cell in row))
+            table.add_row(*map(_text, row))
         self.out.print(table)
+
+
+def _text(text: str) -> Text:
+    return Text(one_line(text))

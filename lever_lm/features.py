@@ -3,6 +3,7 @@
 N examples of a split, D the encoder's projection size. Rows are unit vectors.
 """
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +15,21 @@ from torch import Tensor
 
 from lever_lm.checkpoint import load_torch
 from lever_lm.compat import first_line, import_transformers, load_whole, resolve_device
-from lever_lm.config import FeatureConfig, fingerprint
+from lever_lm.config import FeatureConfig
 from lever_lm.data import Example, VqaData, open_image
 from lever_lm.errors import LeverError
-from lever_lm.hub import fetch_model, model_folder, weights_digest
-from lever_lm.runs import write_tensors
+from lever_lm.files import open_regular, write_tensors
+from lever_lm.hub import content_digests, fetch_model, model_folder, weights_digest
+from lever_lm.stages import changed, changes, stamp
+from lever_lm.untrusted import loads, shown
 
 Track = Callable[[Iterable, str, int], Iterable]
+_NPY_HEADER = 1 << 16  # bytes; one of an (N, D) matrix has 118
+_SPLITS = {"train": "training", "val": "evaluation"}
+
+
+def _silent(text: str) -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -59,29 +68,41 @@ class Features:
         return self.train.combine(config.parts()[1])
 
 
-def compute_features(data: VqaData, config: FeatureConfig, path: Path, device: str, track: Track) -> Features:
-    """The features of a dataset, from the cache file `path` if it holds those of the same data and encoder."""
+def compute_features(
+    data: VqaData, config: FeatureConfig, path: Path, device: str, track: Track, say: Callable[[str], None] = _silent
+) -> Features:
+    """The features of a dataset, from the cache file `path` where it holds those of the same split and encoder. What
+    has changed is said, and what depends on it made again."""
     fetch_model(config.encoder, "features.encoder")
-    features = cached_features(data, config, path)
-    if features is None:
-        tensors = _encode_splits(data, config, device, track)
-        write_tensors(path, tensors, {"fingerprint": _stamp(data, config), "encoder": config.encoder})
-        features = cached_features(data, config, path)
-    return features
+    kept, why = _read_cache(path, data, config)
+    if why:
+        say(f"{path} is made again: {changes(why)}")
+    if len(kept) < len(_SPLITS):
+        encoder = ClipEncoder(config.encoder, device, config.batch_size)
+        kept |= {split: encode(encoder, data, split, track) for split in _SPLITS if split not in kept}
+        tensors = {f"{split}_{part}": rows for split, both in kept.items() for part, rows in vars(both).items()}
+        header = {split: json.dumps(_stamp(data, config, split)) for split in _SPLITS}
+        write_tensors(path, tensors, {**header, "encoder": config.encoder})
+    return _features(kept, data, config)
 
 
 def cached_features(data: VqaData, config: FeatureConfig, path: Path) -> Features | None:
-    """The features in the cache file, None where it holds none of this data and encoder."""
-    stamp = _stamp(data, config)
-    tensors = _read_cache(path, stamp)
-    if tensors is None:
-        return None
-    splits = {split: Embeddings(tensors[f"{split}_image"], tensors[f"{split}_text"]) for split in ("train", "val")}
-    return Features(encoder=encoder_fingerprint(config.encoder), name=config.name, fingerprint=stamp, **splits)
+    """The features in the cache file, None where it lacks those of a split with this data and encoder."""
+    kept, _ = _read_cache(path, data, config)
+    return _features(kept, data, config) if len(kept) == len(_SPLITS) else None
 
 
-def _stamp(data: VqaData, config: FeatureConfig) -> str:
-    return fingerprint(data.fingerprint, list(data.skipped), encoder_fingerprint(config.encoder))
+def _features(kept: dict[str, Embeddings], data: VqaData, config: FeatureConfig) -> Features:
+    # What is learnt depends on the training split alone.
+    whole = _stamp(data, config, "train")["fingerprint"]
+    return Features(encoder=encoder_fingerprint(config.encoder), name=config.name, fingerprint=whole, **kept)
+
+
+def _stamp(data: VqaData, config: FeatureConfig, split: str) -> dict[str, str]:
+    folder = model_folder(config.encoder)
+    how = content_digests(sorted(folder.glob("*.json"))) if folder else []
+    parts = {f"{_SPLITS[split]}_data": data.stamp(split), "encoder": [encoder_fingerprint(config.encoder), how]}
+    return stamp("features", **parts)
 
 
 def encoder_fingerprint(encoder: str) -> str:
@@ -98,29 +119,65 @@ def same_encoder(one: str, other: str) -> bool:
     return one.split("@")[1:] == other.split("@")[1:]
 
 
-def _read_cache(path: Path, stamp: str) -> dict[str, Tensor] | None:
+def _read_cache(path: Path, data: VqaData, config: FeatureConfig) -> tuple[dict[str, Embeddings], list[str]]:
+    """The splits that the cache file holds for this data and encoder, and which parts have changed since the others
+    were made. What is missing or broken is made again without a word."""
     from safetensors import SafetensorError, safe_open
 
+    kept: dict[str, Embeddings] = {}
+    why: list[str] = []
+    if not path.is_file():
+        return kept, why
     try:
         with safe_open(path, framework="pt") as file:
-            if (file.metadata() or {}).get("fingerprint") == stamp:
-                # Copies: a file that is cut while it is mapped would take the process with it.
-                return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dict
-    except (OSError, SafetensorError):
-        return None  # missing, or cut by a full disk: made again
-    return None
+            header = file.metadata() or {}
+            for split in _SPLITS:
+                here, there = _stamp(data, config, split), loads(header.get(split, "null"))
+                if there == here:
+                    # Copies: a file that is cut while it is mapped would take the process with it.
+                    rows = {part: file.get_tensor(f"{split}_{part}").clone() for part in ("image", "text")}
+                    if _fits(rows, len(data.examples(split))):
+                        kept[split] = Embeddings(**rows)
+                else:
+                    why += [name for name in changed(there, here) if name not in why]
+    except (OSError, ValueError, SafetensorError):
+        pass  # missing, cut by a full disk, or none of ours
+    if len({rows.image.shape[1] for rows in kept.values()}) > 1:
+        kept.clear()
+    return kept, why
 
 
-def _encode_splits(data: VqaData, config: FeatureConfig, device: str, track: Track) -> dict[str, Tensor]:
-    encoder = ClipEncoder(config.encoder, device, config.batch_size)
-    tensors = {}
-    for split, examples in (("train", data.train_examples), ("val", data.val_examples)):
-        asked = {example.image: example for example in reversed(examples)}  # each image and its first question
-        row = {image: i for i, image in enumerate(asked)}
-        of_image = encoder.images(_opened(track(asked.values(), f"CLIP, {split}: {len(asked)} images", len(asked))))
-        tensors[f"{split}_image"] = of_image[[row[example.image] for example in examples]].contiguous()
-        tensors[f"{split}_text"] = encoder.texts([example.question for example in examples])
-    return tensors
+def _fits(rows: dict[str, Tensor], count: int) -> bool:
+    """Whether rows of features can be those of so many examples."""
+    image, text = rows["image"], rows["text"]
+    sound = image.dtype == text.dtype == torch.float32 and image.shape == text.shape and image.ndim == 2
+    return sound and len(image) == count and bool(image.isfinite().all() and text.isfinite().all())
+
+
+def encode(encoder: "ClipEncoder", data: VqaData, split: str, track: Track) -> Embeddings:
+    """The embeddings of a split's examples. Raises LeverError at one that is no unit vector."""
+    examples = data.examples(split)
+    asked = {example.image: example for example in reversed(examples)}  # each image and its first question
+    row = {image: i for i, image in enumerate(asked)}
+    of_image = encoder.images(_opened(track(asked.values(), f"CLIP, {split}: {len(asked)} images", len(asked))))
+    image = of_image[[row[example.image] for example in examples]].contiguous()
+    text = encoder.texts([example.question for example in examples])
+    for part, rows in (("image", image), ("text", text)):
+        _check_encoded(encoder.path, part, rows, examples)
+    return Embeddings(image, text)
+
+
+def _check_encoded(encoder: str, part: str, rows: Tensor, examples: Sequence[Example]) -> None:
+    """Raise LeverError at the first row that is not finite, or zero, and so no unit vector."""
+    bad = ~(rows.norm(dim=-1) > 0.5)  # true for NaN too
+    if bad.any():
+        first = int(bad.nonzero()[0])
+        what = "zero" if bool((rows[first] == 0).all()) else "NaN or infinite"
+        image = f" ({examples[first].image})" if part == "image" else ""
+        raise LeverError(
+            f"question {examples[first].question_id}: {encoder} gives its {part}{image} a feature that is {what}, as "
+            f"in {int(bad.sum())} of {len(rows)} questions: its weights may be broken (features.encoder)"
+        )
 
 
 def _opened(examples: Iterable[Example]) -> Iterator:
@@ -137,7 +194,7 @@ class ClipEncoder:
 
     def __init__(self, path: str, device: str, batch_size: int):
         transformers = import_transformers()
-        self.device, self.batch_size = resolve_device(device), batch_size
+        self.path, self.device, self.batch_size = path, resolve_device(device), batch_size
         where = str(fetch_model(path, "features.encoder"))
         try:
             self.model = load_whole(transformers.CLIPModel, where, torch.float32).to(self.device)
@@ -201,7 +258,8 @@ def read_embeddings(path: Path) -> Tensor:
             raise LeverError(f"{path} holds {len(content)} tensors, expected one (N, D) matrix")
         (content,) = content.values()
     if isinstance(content, np.ndarray) and content.dtype.kind == "f":
-        content = torch.from_numpy(content.astype(np.float32))
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as such
+            content = torch.from_numpy(np.array(content, dtype=np.float32))
     if not isinstance(content, Tensor) or content.ndim != 2 or not content.is_floating_point():
         shape = f" {content.dtype} of shape {tuple(content.shape)}" if hasattr(content, "shape") else ""
         raise LeverError(f"{path} holds a {type(content).__name__}{shape}, expected (N, D) floats")
@@ -209,17 +267,24 @@ def read_embeddings(path: Path) -> Tensor:
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    open_regular(path, "the embeddings").close()
     try:
         return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise LeverError(f"cannot read the embeddings {path}: {error}") from error
+    except Exception as error:  # SafetensorError, or of a type that torch does not have
+        raise LeverError(f"cannot read the embeddings {path}: {shown(first_line(error), 200)}") from error
 
 
 def _read_npy(path: Path) -> np.ndarray:
+    with open_regular(path, "the embeddings") as file:
+        start = file.read(12)
+    header = int.from_bytes(start[8:12] if start[6:7] > b"\x01" else start[8:10], "little")
+    if header > _NPY_HEADER:  # numpy reads all of it
+        raise LeverError(f"cannot read the embeddings {path}: its header claims {header} bytes")
     try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise LeverError(f"cannot read the embeddings {path}: {first_line(error)}") from error
+        # Mapped, an array cannot be larger than its file; one of objects is refused.
+        with np.errstate(over="ignore"):
+            return np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # a header of anybody's making
+        raise LeverError(f"cannot read the embeddings {path}: {shown(first_line(error), 200)}") from error

@@ -1,15 +1,18 @@
 """Where models and datasets named by a hub id are on this machine: the hub's own cache, filled by `hf download` too."""
 
-import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from lever_lm.compat import first_line
 from lever_lm.config import asset_path
+from lever_lm.digests import DIGESTS
 from lever_lm.errors import LeverError
+from lever_lm.untrusted import one_line, read_json
 
 # What a model needs of its repository; the same weights in other formats stay there.
 _MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")
+_NAMED = 20  # shards of an index that are missing, named at most
 # What counts as here. A snapshot may lack other files of its repository: the hub's client holds it for incomplete then.
 _NEEDED = {"model": _MODEL_FILES, "dataset": ("*.parquet",)}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -48,11 +51,13 @@ def missing_files(folder: Path) -> list[str]:
     missing = [] if (folder / "config.json").is_file() else ["config.json"]
     index = folder / "model.safetensors.index.json"
     try:
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.is_file() else set()
+        shards = set(read_json(index)["weight_map"].values()) if index.is_file() else set()
+        absent = sorted(shard for shard in shards if Path(shard).name != shard or not (folder / shard).is_file())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return [*missing, f"a readable {index.name}"]
     if shards:
-        return missing + sorted(str(shard) for shard in shards if not (folder / str(shard)).is_file())
+        more = [f"{len(absent) - _NAMED} more"] if len(absent) > _NAMED else []
+        return missing + [one_line(shard) for shard in absent[:_NAMED]] + more
     return missing + ([] if weight_files(folder) else ["model.safetensors"])
 
 
@@ -88,11 +93,14 @@ def fetch_model(path: str, option: str) -> Path:
 
 
 def weights_digest(folder: Path) -> str:
-    """16 hex digits of a model's weights. The hub's cache names a file by its SHA-256, which saves reading it."""
-    from lever_lm.runs import file_digest
-
-    digests = []
-    for file in weight_files(folder):
-        blob = file.resolve().name
-        digests.append(blob[:16] if _SHA256.fullmatch(blob) else file_digest(file))
+    """16 hex digits of a model's weights."""
+    digests = content_digests(weight_files(folder))
     return digests[0] if len(digests) == 1 else "+".join(digests) or "none"
+
+
+def content_digests(files: Sequence[Path]) -> list[str]:
+    """16 hex digits of each file. The hub's cache names one by its SHA-256, which saves reading it."""
+    blobs = {file: file.resolve().name for file in files}
+    unnamed = [file for file, blob in blobs.items() if not _SHA256.fullmatch(blob)]
+    read = dict(zip(unnamed, DIGESTS.of(unnamed), strict=True))
+    return [read.get(file, blob[:16]) for file, blob in blobs.items()]

@@ -1,7 +1,7 @@
 """Anybody's choices of demonstrations, read from a file and checked: the harness of `lever infer` for every method."""
 
+import contextlib
 import json
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import numpy as np
 from lever_lm.data import Example
 from lever_lm.errors import LeverError
 from lever_lm.samplers import allowed
+from lever_lm.untrusted import loads, read_bytes, shown
 
 _FORMAT = 'expected {"question_id": [ICD question_ids]}, or lines {"question_id": 1, "icds": [2, 3]} as in icds.jsonl'
 
@@ -50,28 +51,28 @@ def read_icds(path: Path, queries: Sequence[Example], train: Sequence[Example], 
 def _content(path: Path):
     """One JSON document, or the list of those on its lines."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_bytes(path, pipe=True).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise LeverError(f"cannot read the choices {path}: {error} (--icds)") from error
-
-    def once(pairs: list[tuple]) -> dict:
-        """An object, refused where it names a question twice: JSON would keep the last."""
-        repeated = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
-        if repeated:
-            raise LeverError(f"{path}: {repeated[0]} appears twice (--icds)")
-        return dict(pairs)
-
-    try:
-        return json.loads(text, object_pairs_hook=once)
-    except (ValueError, RecursionError):
-        pass
+    with contextlib.suppress(json.JSONDecodeError):  # it may be one on each line
+        return _json(text, f"{path}")
     rows = []
     for number, line in enumerate(text.split("\n"), 1):
         try:
-            rows += [json.loads(line)] if line.strip() else []
-        except (ValueError, RecursionError) as error:
+            rows += [_json(line, f"{path}, line {number}")] if line.strip() else []
+        except json.JSONDecodeError as error:
             raise LeverError(f"{path}, line {number} is not JSON: {_FORMAT} (--icds)") from error
     return rows
+
+
+def _json(text: str, where: str):
+    """The value of a JSON text. Raises JSONDecodeError where it is none, LeverError where it is not taken."""
+    try:
+        return loads(text)
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:
+        raise LeverError(f"{where} is not JSON that can be read: {error}; {_FORMAT} (--icds)") from error
 
 
 def _by_question(content, path: Path) -> dict[int, list[int]]:
@@ -85,7 +86,7 @@ def _by_question(content, path: Path) -> dict[int, list[int]]:
     chosen: dict[int, list[int]] = {}
     for question, icds in pairs:
         if _number(question) is None or not isinstance(icds, list) or any(_number(icd) is None for icd in icds):
-            raise LeverError(f"{path}, question {question!r:.40}: {_FORMAT}; found {icds!r:.60} (--icds)")
+            raise LeverError(f"{path}, question {shown(question, 40)}: {_FORMAT}; found {shown(icds)} (--icds)")
         if _number(question) in chosen:
             raise LeverError(f"{path}: question {question} appears twice (--icds)")
         chosen[_number(question)] = [_number(icd) for icd in icds]

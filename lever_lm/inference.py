@@ -4,6 +4,7 @@ A choice is a list of training rows per query in pick order, best first; the pro
 """
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,14 +19,16 @@ from lever_lm.config import Config
 from lever_lm.data import Example, VqaData
 from lever_lm.errors import LeverError
 from lever_lm.features import Embeddings, Features, encoder_fingerprint, same_encoder
+from lever_lm.files import write_json, write_text
 from lever_lm.lvlm import CachedLvlm, build_prompt
 from lever_lm.metrics import vqa_accuracy
 from lever_lm.policy import PointerSelector
-from lever_lm.runs import RunFolder, v2_name, write_json, write_text
+from lever_lm.runs import RunFolder, v2_name
 from lever_lm.samplers import allowed, nearest, query_rng, sample_pools, similarity_rows
 from lever_lm.selection import STRATEGIES, best_row, read_history
 from lever_lm.stats import bootstrap_interval, paired_test
 from lever_lm.stems import Stems, learn_stems
+from lever_lm.untrusted import is_epoch, read_json
 
 BASELINES = ("zero_shot", "random", "text_sim", "img_sim", "img_text_sim", "oracle")
 _SIMILARITY_PARTS = {
@@ -34,6 +37,7 @@ _SIMILARITY_PARTS = {
     "img_text_sim": frozenset({"img", "text"}),
 }
 _CHUNK = 256
+_LONGEST_NAME = 256  # bytes of a file's
 
 
 @dataclass(frozen=True)
@@ -95,8 +99,9 @@ class Evaluation:
         examples = (*self.data.train_examples, *self.data.val_examples)
         return learn_stems(pair for e in examples for pair in zip(e.raw_answers, e.answers, strict=True))
 
-    def choose(self, policy: PointerSelector, shots: int) -> list[list[int]]:
-        """Greedy picks of a policy from each query's pool."""
+    def choose(self, policy: PointerSelector, shots: int, checkpoint: Path | str = "the policy") -> list[list[int]]:
+        """Greedy picks of a policy from each query's pool. Raises LeverError naming checkpoint and query where the
+        logits that they are read from are not finite: the largest of them would be the first."""
         queries = self.features.queries("val", self.config.features)[self.rows]
         icds = self.features.icds(self.config.features)
         if policy.d_model != icds.shape[1]:
@@ -110,10 +115,20 @@ class Evaluation:
             pools = self.pools[start : start + _CHUNK]
             rows = torch.tensor([pool + [0] * (size - len(pool)) for pool in pools])
             mask = torch.tensor([[True] * len(pool) + [False] * (size - len(pool)) for pool in pools])
+            chunk = queries[start : start + _CHUNK], icds[rows]
             try:
-                places = policy.select(queries[start : start + _CHUNK], icds[rows], shots, mask)
+                places = policy.select(*chunk, shots, mask)
             except ValueError as error:
                 raise LeverError(f"{error}: lower --shots or raise rollout.pool_size") from error
+            with torch.no_grad():
+                sound = torch.isfinite(policy.logits(*chunk, places, mask)).all(-1)  # (B, S)
+            if not sound.all():
+                row, step = (~sound).nonzero()[0].tolist()
+                where = f"{checkpoint}, question {self.queries[start + row].question_id}"
+                raise LeverError(
+                    f"{where}: the logits of pick {step + 1} are NaN or infinite, and choose nothing: take another "
+                    "checkpoint (--ckpt), or train again"
+                )
             picks += [
                 [pool[place] for place in chosen if place >= 0]  # fewer than `shots` where the policy stopped
                 for pool, chosen in zip(pools, places.tolist(), strict=True)
@@ -200,13 +215,24 @@ class Evaluation:
 def _earlier(path: Path, results: list[dict], setting: str | None) -> list[dict]:
     """Rows of an earlier metrics.json of the same setting that the new results do not replace."""
     try:
-        there = json.loads(path.read_text(encoding="utf-8"))
+        there = read_json(path)
     except (OSError, ValueError):
         return []
     if setting is None or not isinstance(there, dict) or there.get("setting") != setting:
         return []
     new = {(row["method"], row["shots"]) for row in results}
-    return [row for row in there["results"] if (row["method"], row["shots"]) not in new]
+    rows = there.get("results")
+    kept = filter(is_result, rows if isinstance(rows, list) else [])
+    return [row for row in kept if (row["method"], row["shots"]) not in new]
+
+
+def is_result(row) -> bool:
+    """Whether a value is a row of the results in a metrics.json."""
+    number = (int, float)
+    kinds = {"method": str, "shots": int, "accuracy": number, "raw_accuracy": number, "n": int, "ci": list}
+    if not isinstance(row, dict) or not all(isinstance(row.get(key), kind) for key, kind in kinds.items()):
+        return False
+    return len(row["ci"]) == 2 and all(isinstance(end, number) for end in row["ci"])
 
 
 def _json_lines(rows: list[dict]) -> str:
@@ -255,17 +281,18 @@ def find_checkpoint(run: RunFolder, wanted: str | None, environ: dict) -> tuple[
 def kept_choice(run: RunFolder) -> tuple[str, int] | None:
     """Strategy and epoch of best.json; None where there is none, or none of ours."""
     try:
-        answer = json.loads(run.best.read_text(encoding="utf-8"))
-        return answer["strategy"], answer["epoch"]
-    except (OSError, ValueError, KeyError, TypeError):
+        answer = read_best(run)
+        return (answer["strategy"], answer["epoch"]) if is_epoch(answer["epoch"]) else None
+    except (LeverError, KeyError):
         return None
 
 
 def read_best(run: RunFolder) -> dict:
     """The content of best.json. Raises LeverError when it is not what `lever best-ckpt` writes."""
     try:
-        answer = json.loads(run.best.read_text(encoding="utf-8"))
-        if isinstance(answer["checkpoint"], str) and isinstance(answer["strategy"], str):
+        answer = read_json(run.best)
+        name = Path(answer["checkpoint"]).name
+        if answer["strategy"] in STRATEGIES and 0 < len(os.fsencode(name)) < _LONGEST_NAME and "\0" not in name:
             return answer
     except (OSError, ValueError, KeyError, TypeError):
         pass

@@ -5,16 +5,19 @@ checkpoint, metrics.jsonl and train.log are then made from it. Whatever a kill l
 """
 
 import json
-import math
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lever_lm.checkpoint import load_torch, save_torch, v3_content
 from lever_lm.errors import LeverError
+from lever_lm.files import append_line, remove, write_text
+from lever_lm.guards import At, not_finite
 from lever_lm.policy import PointerSelector
-from lever_lm.runs import RunFolder, append_line, write_text
+from lever_lm.runs import RunFolder
+from lever_lm.statefile import misfit, problem_of
 
 # Column name, key, width, precision. The GRPO columns and both headings are what existing scripts parse.
 _COLUMNS = {
@@ -53,12 +56,18 @@ def _cell(value, width: int, precision: int) -> str:
     return f" {value:>{width}.{precision}f}" if isinstance(value, (int, float)) else f" {'-':>{width}}"
 
 
+# Rows so far → the checkpoints that are not to be deleted.
+Keep = Callable[[list[dict]], set[Path]]
+
+
 class Journal:
     """Records epochs of one run. `config` is what its checkpoints carry; `inputs` are the fingerprints of its data,
-    which a resumed run must find unchanged."""
+    which a resumed run must find unchanged; `keep` names the checkpoints to keep, all without it."""
 
-    def __init__(self, run: RunFolder, config: dict, inputs: dict[str, str], say: Callable[[str], None]):
-        self.run, self.config, self.inputs, self.say = run, config, inputs, say
+    def __init__(
+        self, run: RunFolder, config: dict, inputs: dict[str, str], say: Callable[[str], None], keep: Keep | None = None
+    ):
+        self.run, self.config, self.inputs, self.say, self.keep = run, config, inputs, say, keep
         self.rows: list[dict] = []
         self.state: dict | None = None
         self._heading: str | None = None  # the phase whose table this process has opened on the screen
@@ -68,9 +77,7 @@ class Journal:
         """Load the state of an earlier process, if there is one, and bring the files beside it up to date."""
         if self.run.state.is_file():
             self.state = load_torch(self.run.state)
-            missing = {"phase", "policy", "optimizer", "rng", "extra", "rows", "inputs"} - self.state.keys()
-            if missing:
-                raise LeverError(f"{self.run.state} is no state of a run (no {min(missing)}): --overwrite starts over")
+            self._refuse(problem_of(self.state))
             self._check_inputs(self.state.get("inputs"))
             self.rows = self.state["rows"]
             self._publish_checkpoint()
@@ -86,6 +93,12 @@ class Journal:
                 *self._warnings(row),
             ]
         write_text(self.run.log, "".join(line + "\n" for line in lines))
+        self._prune()
+
+    def _refuse(self, problem: str | None) -> None:
+        """Raise LeverError where there is a problem with the state."""
+        if problem:
+            raise LeverError(f"{self.run.state} is no state of this run ({problem}): --overwrite starts over")
 
     def _check_inputs(self, there) -> None:
         changed = [
@@ -109,22 +122,24 @@ class Journal:
         extra state, None where the phase has not begun."""
         if self.state is None:
             return None
+        goes_on = self.state["phase"] == phase
+        self._refuse(misfit(self.state, policy, optimizer if goes_on else None))
         policy.load_state_dict(self.state["policy"])
         _set_rng(self.state["rng"])
-        if self.state["phase"] != phase:
+        if not goes_on:
             return None
         optimizer.load_state_dict(self.state["optimizer"])
         return self.state["extra"]
 
     def commit(self, row: dict, policy: PointerSelector, optimizer: torch.optim.Optimizer, extra: dict) -> None:
         """An epoch is finished: state, then checkpoint, then the metrics and log lines. Raises LeverError when a
-        metric is not finite, before anything is written."""
-        for name, value in row.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise LeverError(
-                    f"{row['phase']} epoch {row['epoch']}: {name} is {value}. Nothing of this epoch was written; "
-                    f"lower {row['phase']}.lr and run the command again"
-                )
+        metric, weight or moment is not finite, before anything is written."""
+        at = At(row["phase"], row["epoch"])
+        if name := not_finite(row):
+            raise at.stop(f"{name} is {row.get(name, 'not finite')}")
+        tensors = {"weight": policy.state_dict(), "optimizer": optimizer.state_dict()["state"], "extra": extra}
+        if name := not_finite(tensors):
+            raise at.stop(f"{name} is not finite, after its last step")
         self.rows.append(row)
         self.state = {
             "phase": row["phase"],
@@ -145,6 +160,14 @@ class Journal:
         for line in [*(header if self._heading != row["phase"] else []), table_row(row), *warnings]:
             self.say(line)
         self._heading = row["phase"]
+        self._prune()
+
+    def _prune(self) -> None:
+        """Delete the checkpoints that are not worth keeping. What was converted from them stays."""
+        if self.keep is not None:
+            kept = self.keep(self.rows)
+            for path in {self.run.checkpoint(row["phase"], row["epoch"]) for row in self.rows} - kept:
+                remove(path)
 
     def _warnings(self, row: dict) -> list[str]:
         """The warnings of an epoch, each kind the first time it comes in the run."""
@@ -160,6 +183,7 @@ class Journal:
             return
         if policy is None:
             policy = PointerSelector(**self.config["policy"])
+            self._refuse(misfit(self.state, policy))
             policy.load_state_dict(self.state["policy"])
         metrics = {name: value for name, value in row.items() if name not in ("phase", "epoch")}
         content = v3_content(

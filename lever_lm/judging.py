@@ -3,13 +3,16 @@
 n groups, G rollouts per group. Metrics are plain floats; their names are those of metrics.jsonl.
 """
 
+import math
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from lever_lm.batches import GroupTensors
 from lever_lm.config import GrpoConfig
+from lever_lm.guards import At, Pass, rce_terms
 from lever_lm.losses import rce_loss
 from lever_lm.policy import PointerSelector
 from lever_lm.rewards import group_mean_std, tied_groups
@@ -18,11 +21,12 @@ EVAL_BATCH = 256
 
 
 @torch.no_grad()
-def validate(policy: PointerSelector, data: GroupTensors, temperature: float) -> dict[str, float]:
+def validate(policy: PointerSelector, data: GroupTensors, temperature: float, at: At) -> dict[str, float]:
     """Judged on the validation groups, dropout off: val_loss, the RCE loss; val_reward, the mean over groups of
     Σ_i softmax(log π)_i · r_i over the logged rollouts; val_top_reward, the reward of the one the policy ranks first;
-    entropy of the first pick, in nats."""
+    entropy of the first pick, in nats. Raises LeverError naming query and rollout where one is not finite."""
     policy.eval()
+    whole = policy, data
     if data.pools.numel() > 2 * len(data.icds):
         policy, data = projected(policy, data)
     sums = {"val_loss": 0.0, "val_reward": 0.0, "val_top_reward": 0.0, "entropy": 0.0}
@@ -39,6 +43,9 @@ def validate(policy: PointerSelector, data: GroupTensors, temperature: float) ->
         }
         for name, value in per_batch.items():
             sums[name] += float(value) * len(index)
+            if not math.isfinite(sums[name]):
+                terms = partial(rce_terms, batch.rewards, temperature)
+                raise Pass(at, whole[0], whole[1].batch(index), batch.mask, log_probs, terms).error(name)
     return {name: value / len(data) for name, value in sums.items()}
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lever_lm.batches import GroupTensors
 from lever_lm.errors import LeverError
+from lever_lm.guards import At, Pass, check_groups
 from lever_lm.judging import EVAL_BATCH
 from lever_lm.policy import PointerSelector
 from lever_lm.rewards import tied_groups
@@ -20,11 +21,16 @@ Answer = Callable[[Tensor], Tensor]
 
 @torch.no_grad()
 def explore(
-    policy: PointerSelector, train: GroupTensors, samples: int, answer: Answer, say: Callable[[str], None]
+    policy: PointerSelector, train: GroupTensors, samples: int, answer: Answer, say: Callable[[str], None], at: At
 ) -> dict[str, Tensor]:
     """A round of the policy's own rollouts, `samples` for each training query, and their rewards. Those of one query
-    are a group of their own: the policy against itself."""
+    are a group of their own: the policy against itself. Raises LeverError naming query and rollout where a logged
+    rollout's log-prob or an own one's reward is not finite: from such a policy nothing can be drawn."""
     policy.eval()
+    for _, batch in train.chunks(EVAL_BATCH):
+        log_probs = policy.log_prob(batch.query, batch.candidates, batch.sequences, batch.pool_mask)
+        if not torch.isfinite(log_probs[batch.mask]).all():
+            raise Pass(at, policy, batch, batch.mask, log_probs, dict).error("log-prob")
     shots = train.sequences.shape[2]
     try:
         drawn = [
@@ -38,6 +44,8 @@ def explore(
     sequences = torch.cat(drawn)
     rewards = answer(sequences).to(train.rewards)
     online = {"sequences": sequences, "rewards": rewards, "mask": torch.ones_like(rewards, dtype=torch.bool)}
+    own = torch.full_like(sequences[..., 0], -1)
+    check_groups(at, train.rows.tolist(), own, online["mask"], {"reward": rewards})
     found = online_statistics(online)
     say(
         f"online: {rewards.numel()} rollouts of the policy, mean reward {found['online_reward']:.4f}, "

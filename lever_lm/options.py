@@ -1,7 +1,6 @@
 """Options that every command takes, and the way from them to a pipeline."""
 
 import inspect
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -12,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from lever_lm.errors import LeverError, UsageError
+from lever_lm.untrusted import json_text, shown
 
 DEFAULT_DATASET, DEFAULT_LVLM = "digits", "tiny_qwen2.5_vl"
 
@@ -42,6 +42,9 @@ class Common:
     limit: Annotated[int | None, typer.Option(min=2, help="Use N queries only, for a quick look.")] = None
     skip_bad_examples: Annotated[
         bool, typer.Option("--skip-bad-examples", help="Go on without examples that cannot be read, and count them.")
+    ] = False
+    allow_remote: Annotated[
+        bool, typer.Option("--allow-remote", help="Fetch images that parquet files name by http(s) address.")
     ] = False
     results: Annotated[Path, typer.Option(help="Folder for everything that is made.")] = Path("results")
     run_name: Annotated[str | None, typer.Option(help="Name of the run's folder.")] = None
@@ -94,23 +97,23 @@ def debugging() -> bool:
 
 def parse_shots(text: str) -> list[int]:
     """`5`, `1,2,4`, `1-5` → numbers. Raises UsageError on anything else, zero included."""
-    numbers: list[int] = []
+    numbers: set[int] = set()
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         last = last if dash else first
         if not (first.isdecimal() and last.isdecimal() and len(first) < 5 and len(last) < 5):
-            raise UsageError(f"--shots takes 5, 1,2,4 or 1-5, found {text!r}")
+            raise UsageError(f"--shots takes 5, 1,2,4 or 1-5, found {shown(text)}")
         if int(last) < int(first):
-            raise UsageError(f"--shots {text!r}: {part.strip()} runs backwards")
-        numbers += range(int(first), int(last) + 1)
+            raise UsageError(f"--shots {shown(text)}: {part.strip()} runs backwards")
+        numbers.update(range(int(first), int(last) + 1))
     if min(numbers) < 1:
-        raise UsageError(f"--shots must be between 1 and the pool size, found {text!r}; zero-shot is among --baselines")
-    return sorted(set(numbers))
+        raise UsageError(f"--shots must be 1 or more, found {shown(text)}; zero-shot is among --baselines")
+    return sorted(numbers)
 
 
-def epochs(rce: int | None, grpo: int | None) -> dict:
-    """Config values of --rce-epochs and --grpo-epochs."""
-    values: dict = {}
+def training_flags(rce: int | None, grpo: int | None, keep: int | None) -> dict:
+    """Config values of --rce-epochs, --grpo-epochs and --keep."""
+    values: dict = {} if keep is None else {"keep": keep}
     if rce is not None:
         values["rce"] = {"epochs": rce}
     if grpo is not None:
@@ -118,8 +121,9 @@ def epochs(rce: int | None, grpo: int | None) -> dict:
     return values
 
 
-def make_pipeline(common: Common, flags: dict | None = None, run_dir: Path | None = None):
-    """The pipeline of a command line: named YAMLs < --config < environment < --set < flags."""
+def make_pipeline(common: Common, flags: dict | None = None, run_dir: Path | None = None, from_run: Path | None = None):
+    """The pipeline of a command line: named YAMLs < --config < environment < --set < flags. The config of the run
+    folder `from_run` stands in the place of the first three."""
     from lever_lm.console import Screen
     from lever_lm.settings import merge, resolve
 
@@ -139,20 +143,36 @@ def make_pipeline(common: Common, flags: dict | None = None, run_dir: Path | Non
     if common.limit is not None:
         few = {"num_queries": common.limit}
         flags = merge(flags, {"rollout": few, "infer": few})
-    if common.skip_bad_examples:
-        flags["data"] = {"skip_bad_examples": True}
-    names = {
-        "dataset": common.dataset or DEFAULT_DATASET,
-        "lvlm": common.lvlm or DEFAULT_LVLM,
+    switches = {"skip_bad_examples": common.skip_bad_examples, "allow_remote": common.allow_remote}
+    if any(switches.values()):
+        flags["data"] = {name: True for name, on in switches.items() if on}
+    named = {
+        "dataset": common.dataset,
+        "lvlm": common.lvlm,
         "sampler": common.sampler,
         "recipe": common.recipe,
     }
-    config, in_effect = resolve(names, common.config, common.set_ or [], flags)
+    base, run_name = None, common.run_name
+    if from_run is None:
+        named |= {"dataset": common.dataset or DEFAULT_DATASET, "lvlm": common.lvlm or DEFAULT_LVLM}
+    else:
+        base, run_name = _repeated(from_run, {**named, "config": common.config}), run_name or f"{from_run.name}_repeat"
+    config, in_effect = resolve(named, common.config, common.set_ or [], flags, base)
     for variable in in_effect:
         screen.say(f"from the environment: {variable}")
     from lever_lm.pipeline import Pipeline
 
-    return Pipeline(config, screen, results=common.results, run_name=common.run_name, run_dir=run_dir)
+    return Pipeline(config, screen, results=common.results, run_name=run_name, run_dir=run_dir)
+
+
+def _repeated(run: Path, given: dict) -> dict:
+    """The config of a run that is to be made again. Raises UsageError for options that would only seem to change it."""
+    from lever_lm.provenance import config_of
+    from lever_lm.runs import RunFolder
+
+    if extra := [f"--{name}" for name, value in given.items() if value is not None]:
+        raise UsageError(f"--from-run brings its own config: change single keys with --set, without {', '.join(extra)}")
+    return config_of(RunFolder(run))
 
 
 def refuse_resuming(common: Common, pipeline) -> None:
@@ -181,7 +201,8 @@ def planned(common: Common, pipeline, command: str = "", *, own: bool = False, a
         "run": pipeline.run.path,
         "inference": pipeline.inference,
     }
-    pipeline.screen.say(yaml.safe_dump(to_dict(pipeline.config), sort_keys=False).rstrip())
+    for line in yaml.safe_dump(to_dict(pipeline.config), sort_keys=False).splitlines():
+        pipeline.screen.say(line)
     for name, path in places.items():
         pipeline.screen.say(f"{name}: {path} ({'there' if path.exists() else 'to be made'})")
     plan = {"config": to_dict(pipeline.config), "paths": {name: str(path) for name, path in places.items()}}
@@ -199,9 +220,9 @@ def planned(common: Common, pipeline, command: str = "", *, own: bool = False, a
 
 
 def emit(common: Common, result: dict) -> None:
-    """With --json: the result on stdout, one line."""
+    """With --json: the result on stdout, one line that does not steer a terminal."""
     if common.json_:
-        sys.stdout.write(json.dumps(finite(result), ensure_ascii=False) + "\n")
+        sys.stdout.write(json_text(finite(result)) + "\n")
 
 
 def finite(value):

@@ -1,37 +1,44 @@
 """Which stages a command needs, what is already there, and in what order: data → features → rollouts → training →
 selection → conversion → inference → report."""
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from lever_lm.anomaly import detecting
 from lever_lm.batches import GroupTensors, to_tensors
-from lever_lm.checkpoint import load_torch, save_torch, to_v2, to_v3
+from lever_lm.checkpoint import load_torch, policy_digest, save_torch, to_v2, to_v3
 from lever_lm.compat import check_device_name, resolve_device
 from lever_lm.config import Config, fingerprint
 from lever_lm.console import Screen
 from lever_lm.data import VqaData, load_dataset
 from lever_lm.data.groups import check_reward_mode, is_query, load_groups, read_rollouts, split_ids
+from lever_lm.digests import DIGESTS
 from lever_lm.doctor import ALL, examine, require
 from lever_lm.errors import LeverError, UsageError
 from lever_lm.features import Features, compute_features, encoder_fingerprint, read_embeddings
+from lever_lm.files import alone, file_digest
 from lever_lm.hub import fetch_model
 from lever_lm.icds import read_icds
 from lever_lm.inference import BASELINES, Evaluation, compare, find_checkpoint, load_for
 from lever_lm.journal import Journal
 from lever_lm.lvlm import CachedLvlm, load_lvlm
 from lever_lm.proposals import new_policy
+from lever_lm.provenance import compare as compare_runs
+from lever_lm.provenance import environment, own_files, record, verdict
 from lever_lm.report import write_report
 from lever_lm.rollouts import check_rows, made_elsewhere, make_rollouts, online_rewards
-from lever_lm.runs import Layout, RunFolder, environment, file_digest, inference_folder, lvlm_name, v2_name, write_json
+from lever_lm.runs import LOCK, Layout, RunFolder, inference_folder, lvlm_name, v2_name
 from lever_lm.samplers import check_sampler
-from lever_lm.selection import choose, read_history
+from lever_lm.selection import choose, read_history, worth_keeping
 from lever_lm.shards import Shards
+from lever_lm.stages import CODE
 from lever_lm.training import train_grpo, train_rce
 
 # Where Lever-Plus exports the features of the training split, in the cache folder.
@@ -40,14 +47,16 @@ EXPORTED_EMBEDDINGS = "query_embeddings.pt"
 
 @dataclass(frozen=True)
 class Source:
-    """What a policy is trained on: a rollout file, features (N, D) of queries and ICDs, their fingerprint, and what a
-    checkpoint should say of them."""
+    """What a policy is trained on: a rollout file, features (N, D) of queries and ICDs, their fingerprint, what a
+    checkpoint should say of them, the fingerprints of what they were made of, and files of somebody's own."""
 
     rollouts: Path
     queries: Tensor
     icds: Tensor
     stamp: str
     made_for: dict[str, str]
+    made_of: dict[str, str]
+    files: dict[str, str]
 
 
 class Pipeline:
@@ -70,7 +79,9 @@ class Pipeline:
         self.config, self.screen, self.shards = config, screen, Shards.from_environment()
         self.layout = Layout(config, results, run_name)
         self.run = RunFolder(run_dir or self.layout.run)
+        DIGESTS.keep_in(self.layout.cache / "digests.json")
         self.inference = inference_folder(run_dir) if run_dir else self.layout.inference
+        self.detect_anomaly = False  # in training, for the module and operation of a NaN
 
     @cached_property
     def data(self) -> VqaData:
@@ -79,6 +90,7 @@ class Pipeline:
             data = load_dataset(self.config.data)
         counts = f"{len(data.train_examples)} training and {len(data.val_examples)} evaluation examples"
         self.screen.say(f"data: {data.name}, {counts}")
+        self._keep_digests()
         if data.skipped:
             self.screen.say(f"data: {len(data.skipped)} bad examples left out, the first: {data.skipped[0]}")
         return data
@@ -88,9 +100,11 @@ class Pipeline:
         """CLIP features of both splits."""
         data = self.data
         with self.shards.leader_first():
-            return compute_features(
-                data, self.config.features, self.layout.features, self.config.device, self.screen.track
+            found = compute_features(
+                data, self.config.features, self.layout.features, self.config.device, self.screen.track, self.screen.say
             )
+        self._keep_digests()
+        return found
 
     @cached_property
     def lvlm(self) -> CachedLvlm:
@@ -103,6 +117,10 @@ class Pipeline:
             track=self.screen.track,
             shards=self.shards,
         )
+
+    def _keep_digests(self) -> None:
+        if self.shards.leader:
+            DIGESTS.save()
 
     @cached_property
     def evaluation(self) -> Evaluation:
@@ -122,7 +140,8 @@ class Pipeline:
         with self.shards.leader_first():
             fetch_model(self.config.features.encoder, "features.encoder")
         data, lvlm, path = self.data, self.lvlm, self.layout.rollouts
-        report = make_rollouts(self.config, data, self.features, lvlm, path, self.screen.say)
+        with self._alone_with(path):
+            report = make_rollouts(self.config, data, self.features, lvlm, path, self.screen.say)
         self.screen.say(
             f"rollouts: {report['groups']} groups, {report['rollouts']} rollouts, mean accuracy "
             f"{report['accuracy']:.3f}; {report['tied']} groups tied in accuracy, "
@@ -130,10 +149,43 @@ class Pipeline:
         )
         return {**report, "path": str(path)}
 
+    @contextlib.contextmanager
+    def _alone_with(self, path: Path) -> Iterator[None]:
+        """Keep a file to this process, or to the job whose leader it is."""
+        if not self.shards.leader:
+            yield
+            return
+        with alone(path.with_name(f".{path.name}{LOCK}"), str(path), "make another one with --run-name NAME"):
+            yield
+
     # ------------------------------------------------------------------ training
 
-    def train(self, *, rl_data: Path | None = None, embeddings: Path | None = None, overwrite: bool = False) -> dict:
-        """RCE, then GRPO, resuming what is there; converts the recommended checkpoint. Returns what was recommended."""
+    def train(
+        self,
+        *,
+        rl_data: Path | None = None,
+        embeddings: Path | None = None,
+        overwrite: bool = False,
+        from_run: Path | None = None,
+    ) -> dict:
+        """RCE, then GRPO, resuming what is there; converts the recommended checkpoint. Returns what was recommended,
+        and with `from_run`, the folder of a run that this one repeats, what differs from it. Raises LeverError where
+        another process is at work in the run's folder."""
+        if from_run is None:
+            with self.run.alone(self.screen.say):
+                return self._train(rl_data, embeddings, overwrite)
+        original = RunFolder(from_run)
+        if original.path.resolve() == self.run.path.resolve():
+            raise UsageError(f"{from_run} cannot be repeated in itself: another --run-name or --run-dir")
+        own = {**own_files(original), **({"rl_data": rl_data} if rl_data else {})}
+        with self.run.alone(self.screen.say):
+            trained = self._train(own.get("rl_data"), embeddings or own.get("embeddings"), overwrite)
+        repeated = compare_runs(original, self.run, self.config)
+        for line in verdict(repeated):
+            self.screen.say(line)
+        return {**trained, "repeated": repeated}
+
+    def _train(self, rl_data: Path | None, embeddings: Path | None, overwrite: bool) -> dict:
         if not overwrite:
             self.run.check(self.config)  # before the costly part, not after it
         source = self._source(rl_data, embeddings)
@@ -143,9 +195,10 @@ class Pipeline:
         policy = new_policy(self.config, source.icds.shape[1]).to(device)
         inputs = {"rollouts": file_digest(source.rollouts), "features": source.stamp}
         self.run.open(self.config, overwrite=overwrite)
-        write_json(self.run.path / "env.json", environment(self.config, inputs))
+        record(self.run, environment(self.config, inputs, source.made_of, source.files), self.screen.say)
         own = {"policy": policy.shape, **source.made_for, "dataset": self.config.data.name, "seed": self.config.seed}
-        journal = Journal(self.run, own, inputs, self.screen.say)
+        keep = partial(worth_keeping, self.run, latest=self.config.keep) if self.config.keep else None
+        journal = Journal(self.run, own, {**inputs, "training code": str(CODE["training"])}, self.screen.say, keep)
         journal.resume()
         if journal.done("grpo") > self.config.grpo.epochs:
             self.screen.say(f"the run has {journal.done('grpo')} GRPO epochs already: nothing is left to train")
@@ -154,9 +207,10 @@ class Pipeline:
         answer = None
         if self.config.grpo.online:
             answer = online_rewards(self.config, self.data.train_examples, train.rows, train.pools, self.lvlm)
-        train_rce(policy, train, val, self.config.rce, journal)
-        temperature = self.config.rce.temperature_end
-        train_grpo(policy, initial, train, val, self.config.grpo, journal, val_temperature=temperature, answer=answer)
+        grpo = {"val_temperature": self.config.rce.temperature_end, "answer": answer}
+        with detecting(policy, self.screen.say) if self.detect_anomaly else contextlib.nullcontext():
+            train_rce(policy, train, val, self.config.rce, journal)
+            train_grpo(policy, initial, train, val, self.config.grpo, journal, **grpo)
         recommended = self.recommend()
         try:
             converted = self.convert(Path(recommended["checkpoint"]))["output"]
@@ -191,14 +245,19 @@ class Pipeline:
                 )
             self.check()
             matrix = read_embeddings(embeddings)
-            return Source(rl_data, matrix, matrix, file_digest(embeddings), {})
+            files = {"rl_data": str(rl_data.resolve()), "embeddings": str(embeddings.resolve())}
+            return Source(rl_data, matrix, matrix, file_digest(embeddings), {}, {}, files)
         if rl_data is not None:
             self.check(*(ALL if self.config.grpo.online else ("data", "encoder")))
             check_rows(rl_data, self.data.train_examples)
         features = self.features
         queries, icds = features.queries("train", self.config.features), features.icds(self.config.features)
         made_for = {"encoder": features.encoder, "features": features.name}
-        return Source(rl_data or self.layout.rollouts, queries, icds, features.fingerprint, made_for)
+        made_of = {"data": self.data.fingerprint, "encoder": features.encoder}
+        if rl_data is None:
+            made_of["lvlm"] = self.lvlm.fingerprint
+        files = {"rl_data": str(rl_data.resolve())} if rl_data else {}
+        return Source(rl_data or self.layout.rollouts, queries, icds, features.fingerprint, made_for, made_of, files)
 
     def _groups(self, path: Path, queries: Tensor, icds: Tensor) -> tuple[GroupTensors, GroupTensors]:
         reward = self.config.reward
@@ -260,6 +319,7 @@ class Pipeline:
     def _setting(self) -> str:
         """Fingerprint of what results must share to stand in one table: data, pools, features, model, prompt."""
         parts = (self.config.sampler, self.config.rollout.pool_size, self.config.seed, self.config.infer)
+        parts += (CODE["inference"],)
         encoder = encoder_fingerprint(self.config.features.encoder)
         return fingerprint(self.data.fingerprint, encoder, self.config.features.name, self.lvlm.fingerprint, *parts)
 
@@ -275,14 +335,14 @@ class Pipeline:
         self.screen.say(f"checkpoint: {path} ({why})")
         policy = load_for(path, self.config)
         method = next((phase for phase in ("rce", "grpo") if path.stem.startswith(phase)), "policy")
-        picks = self.evaluation.choose(policy, max(shots))
+        picks = self.evaluation.choose(policy, max(shots), path)
         if policy.stop:
             shown = sum(map(len, picks)) / len(picks)
             self.screen.say(
                 f"the policy may stop early: it chose {shown:.2f} ICDs a query where {max(shots)} were allowed"
             )
         facts = {"checkpoint": str(path), "why": why}
-        return self._evaluate(method, picks, shots, baselines, self._folder_for(path), facts, file_digest(path))
+        return self._evaluate(method, picks, shots, baselines, self._folder_for(path), facts, policy_digest(policy))
 
     def _folder_for(self, checkpoint: Path) -> Path:
         """Where the inferences of a checkpoint go: by its own run, which need not be the one the options name, and
@@ -318,7 +378,7 @@ class Pipeline:
     ) -> dict:
         """Run a method's picks, beside the baselines if asked for; write and return results and paired tests.
 
-        chosen_by: digest of the file that chose. Results of another stand in no table with these.
+        chosen_by: digest of the policy or the file that chose. Results of another stand in no table with these.
         """
         choices = {method: picks}
         if baselines:
@@ -328,9 +388,14 @@ class Pipeline:
         tests = [test for outcome in ours for test in compare(outcome, outcomes)]
         facts |= {"tests": tests, "okvqa_stem": self.config.infer.okvqa_stem}
         facts["setting"] = f"{self._setting()}-{chosen_by}"
-        metrics = self.shards.from_leader(lambda: self.evaluation.write(folder, outcomes, choices, method, facts))
+        metrics = self.shards.from_leader(lambda: self._write(folder, outcomes, choices, method, facts))
         self.screen.say(f"predictions and metrics: {folder}")
         return {**metrics, "folder": str(folder)}
+
+    def _write(self, folder: Path, *results) -> dict:
+        """Evaluation.write, by one process after another: each adds its rows to those in the folder."""
+        with alone(folder / LOCK, str(folder), "infer with another checkpoint", wait=True):
+            return self.evaluation.write(folder, *results)
 
     def report(self) -> dict:
         """The page of the run, from its evaluation: the demo's, else that of the checkpoint last inferred with."""
@@ -346,20 +411,24 @@ class Pipeline:
     def demo(self, shots: Sequence[int], *, overwrite: bool = False) -> dict:
         """Everything on one page: train, then every method on the same evaluation queries, then the report."""
         self._check_shots(shots)
-        trained = self.train(overwrite=overwrite)
+        with self.run.alone(self.screen.say):
+            return self._demo(shots, overwrite)
+
+    def _demo(self, shots: Sequence[int], overwrite: bool) -> dict:
+        trained = self._train(None, None, overwrite)
         best = Path(trained["recommended"]["checkpoint"])
         rce = self.run.checkpoint("rce", self.config.rce.epochs)
         policies = {"rce": rce, "grpo": best}
         choices = {name: self.evaluation.baseline(name, max(shots)) for name in BASELINES if name != "oracle"}
         for name, path in policies.items():
-            choices[name] = self.evaluation.choose(load_for(path, self.config), max(shots))
+            choices[name] = self.evaluation.choose(load_for(path, self.config), max(shots), path)
         choices["oracle"] = self.evaluation.baseline("oracle", max(shots))
         outcomes = self.evaluation.run(choices, shots, self.lvlm)
         grpo = [outcome for outcome in outcomes if outcome.method == "grpo"]
         tests = [test for outcome in grpo for test in compare(outcome, outcomes)]
         learned = self._learned(choices)
         facts = {"checkpoint": str(best), "tests": tests, "learned": learned, "setting": self._setting()}
-        metrics = self.evaluation.write(self.inference, outcomes, choices, "grpo", facts)
+        metrics = self._write(self.inference, outcomes, choices, "grpo", facts)
         report = write_report(self.run, self.inference, self.data)
         return {
             "table": metrics["results"],

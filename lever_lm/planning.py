@@ -1,12 +1,13 @@
 """What a command would do, without doing it: stages, what is there, LVLM calls, time and disk. Writes nothing."""
 
+import contextlib
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lever_lm.compat import resolve_device
 from lever_lm.config import Config
-from lever_lm.data import StoredImage, VqaData, load_dataset
-from lever_lm.data.groups import read_rollouts
+from lever_lm.data import StoredImage, VqaData, load_dataset, open_image
 from lever_lm.doctor import disk_needed, group_size
 from lever_lm.errors import LeverError
 from lever_lm.features import Features, cached_features
@@ -14,7 +15,7 @@ from lever_lm.hub import model_folder, weight_files
 from lever_lm.infoscore import infoscore_calls
 from lever_lm.lvlm import CachedLvlm, load_lvlm
 from lever_lm.proposals import propose_groups
-from lever_lm.rollouts import made_elsewhere, rollout_stamp
+from lever_lm.rollouts import is_made, made_elsewhere, rollout_stamp
 from lever_lm.runs import Layout, RunFolder
 
 # Multiply-adds a second that are reached in practice, for a first guess before anything was measured.
@@ -120,8 +121,7 @@ class _Planner:
             prompts = proposals.prompts(self.config, self.data.train_examples)
             calls, exact = len(prompts), True
             if self.lvlm is not None:
-                stamp = rollout_stamp(self.config, self.data, self.known, self.lvlm)
-                if path.is_file() and read_rollouts(path)["_meta"]["fingerprint"] == stamp:
+                if is_made(path, rollout_stamp(self.config, self.data, self.known, self.lvlm)):
                     return Stage("rollouts", "there", str(path))
                 calls = self.lvlm.unknown(prompts)
             found = self.config.rollout.infoscore  # as many rollouts more for each query, unknown before the search
@@ -174,10 +174,8 @@ class _Planner:
         """Of the first training image; a patch of 28 × 28 pixels is a token."""
         pixels = 640 * 480
         if self.data is not None and not isinstance(image := self.data.train_examples[0].image, StoredImage):
-            import PIL.Image
-
-            with PIL.Image.open(image) as picture:
-                pixels = picture.width * picture.height
+            with contextlib.suppress(LeverError):  # refused when it is used
+                pixels = math.prod(open_image(image).size)
         return min(max(pixels, self.config.lvlm.min_pixels), self.config.lvlm.max_pixels) / 28**2
 
     def _seconds(self, model: str, calls: int, tokens: float) -> float | None:

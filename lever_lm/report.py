@@ -1,20 +1,24 @@
 """A run folder and its evaluation → one self-contained HTML page: results, training curves, chosen demonstrations."""
 
 import base64
-import json
 from html import escape
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 
 from lever_lm.data import Example, Image, VqaData, open_image
 from lever_lm.errors import LeverError
-from lever_lm.runs import RunFolder, write_text
+from lever_lm.files import write_text
+from lever_lm.inference import is_result
+from lever_lm.runs import RunFolder
 from lever_lm.selection import read_history
+from lever_lm.untrusted import CONFIG_LIMIT, LINE_LIMIT, Line, lines, loads, printable, read_bytes, read_json, shown
 
 CURVES = ("train_loss", "val_loss", "val_reward", "ppo_loss", "kl", "adv_std")
 GALLERY = 12
 _THUMBNAIL = 320
 _WIDTH, _HEIGHT = 320, 120
+_LARGEST = 1e300  # of what is drawn: differences stay finite
 
 
 def write_report(run: RunFolder, inference: Path, data: VqaData) -> Path:
@@ -22,29 +26,55 @@ def write_report(run: RunFolder, inference: Path, data: VqaData) -> Path:
     filled, over `data`. Raises LeverError when nothing was evaluated."""
     import jinja2
 
-    metrics_path = inference / "metrics.json"
-    try:
-        metrics = json.loads(metrics_path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LeverError(
-            f"no results to report in {inference}: run `lever infer --baselines` or `lever demo` first"
-        ) from error
-    rows = run.rows()
+    metrics, rows = _metrics(inference / "metrics.json"), run.rows()
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("lever_lm"), autoescape=True, undefined=jinja2.StrictUndefined
     )
     page = environment.get_template("report.html.j2").render(
-        run=run.path.name,
-        results=metrics["results"],
-        tests=metrics.get("tests", []),
-        checkpoint=metrics.get("checkpoint", ""),
+        run=printable(run.path.name),
+        results=[_shown(row) for row in metrics["results"]],
+        tests=[_shown(row) for row in metrics["tests"]],
+        checkpoint=printable(metrics["checkpoint"]),
         curves=_curves(rows),
         gallery=_gallery(inference, metrics["results"], data),
-        config=run.config.read_text(encoding="utf-8") if run.config.is_file() else "",
-        source=read_history(run, None).source,
+        config=_config(run.config),
+        source=printable(read_history(run, None).source),
     )
     write_text(run.report, page)
     return run.report
+
+
+def _metrics(path: Path) -> dict:
+    """Results, tests and checkpoint of a metrics.json. Raises LeverError where it is none."""
+    mend = "run `lever infer --baselines` or `lever demo` first"
+    try:
+        found = read_json(path)
+    except (OSError, ValueError) as error:
+        raise LeverError(f"no results to report in {path.parent}: {mend}") from error
+    found = found if isinstance(found, dict) else {}
+    results, tests, checkpoint = found.get("results"), found.get("tests", []), found.get("checkpoint", "")
+    sound = isinstance(results, list) and isinstance(tests, list) and all(map(is_result, results))
+    if not (sound and results and all(map(_is_test, tests)) and isinstance(checkpoint, str)):
+        raise LeverError(f"{path} holds no results of `lever infer`: {mend}")
+    return {"results": results, "tests": tests, "checkpoint": checkpoint}
+
+
+def _is_test(row) -> bool:
+    kinds = {
+        "method": str,
+        "against": str,
+        "shots": int,
+        **dict.fromkeys(("difference", "low", "high", "p"), (int, float)),
+    }
+    return isinstance(row, dict) and all(isinstance(row.get(key), kind) for key, kind in kinds.items())
+
+
+def _config(path: Path) -> str:
+    """The text of a run's config.yaml; nothing where it cannot be shown."""
+    try:
+        return printable(read_bytes(path, CONFIG_LIMIT).decode("utf-8", "replace"))
+    except (OSError, ValueError):
+        return ""
 
 
 def _curves(rows: list[dict]) -> list[dict]:
@@ -52,10 +82,14 @@ def _curves(rows: list[dict]) -> list[dict]:
     curves = []
     for phase in ("rce", "grpo"):
         for name in CURVES:
-            points = [(row["epoch"], row[name]) for row in rows if row["phase"] == phase and name in row]
+            points = [(row["epoch"], row[name]) for row in rows if row["phase"] == phase and _is_finite(row.get(name))]
             if len(points) > 1:
                 curves.append({"phase": phase, "name": name, "svg": _svg(points, f"{phase} {name}")})
     return curves
+
+
+def _is_finite(value) -> bool:
+    return isinstance(value, (int, float)) and abs(value) < _LARGEST
 
 
 def _svg(points: list[tuple[int, float]], label: str) -> str:
@@ -83,22 +117,42 @@ def _gallery(inference: Path, results: list[dict], data: VqaData) -> list[dict]:
     samples = inference / f"samples_{shown['method']}_{shown['shots']}shot.jsonl"
     train = {example.question_id: example for example in data.train_examples}
     val = {example.question_id: example for example in data.val_examples}
-    rows = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
-    step = max(1, len(rows) // GALLERY)
-    return [
-        {
-            "query": _card(val[row["question_id"]]),
-            "icds": [_card(train[question_id]) for question_id in row["icds"]],
-            "prediction": row["answer"],
-            "references": sorted(set(row["references"])),
-            "accuracy": row["accuracy"],
-        }
-        for row in rows[::step][:GALLERY]
-    ]
+    try:
+        step = max(1, sum(bool(line.text.strip()) for line in lines(samples, LINE_LIMIT)) // GALLERY)
+        filled = (line for line in lines(samples, LINE_LIMIT) if line.text.strip())
+        return [_sample(line, samples, train, val) for line in islice(filled, 0, step * GALLERY, step)]
+    except OSError as error:
+        raise LeverError(f"cannot read {samples}: {error.strerror or error}; run `lever infer` again") from error
+
+
+def _sample(line: Line, path: Path, train: dict[int, Example], val: dict[int, Example]) -> dict:
+    """One row of a samples file over this data. Raises LeverError where it is none."""
+    try:
+        row = loads(line.text)
+        texts, accuracy = [row["answer"], *row["references"]], row["accuracy"]
+        if not all(isinstance(text, str) for text in texts) or not _is_finite(accuracy):
+            raise TypeError("an answer or an accuracy of another type")
+        query, icds = val[row["question_id"]], [train[question_id] for question_id in row["icds"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise LeverError(
+            f"{path}, line {line.number}: no prediction of `lever infer` on these data ({shown(str(error))})"
+        ) from error
+    return {
+        "query": _card(query),
+        "icds": [_card(example) for example in icds],
+        "prediction": printable(row["answer"]),
+        "references": sorted({printable(text) for text in row["references"]}),
+        "accuracy": accuracy,
+    }
+
+
+def _shown(row: dict) -> dict:
+    return {key: printable(value) if isinstance(value, str) else value for key, value in row.items()}
 
 
 def _card(example: Example) -> dict:
-    return {"image": image_data_url(example.image), "question": example.question, "answer": example.answer}
+    question, answer = printable(example.question), printable(example.answer)
+    return {"image": image_data_url(example.image), "question": question, "answer": answer}
 
 
 def image_data_url(image: Image) -> str:

@@ -3,6 +3,7 @@
 B queries (groups), G rollouts per query. Masks: True is a real rollout.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -65,7 +66,7 @@ def reward(
 
     correct 0 or 1; accuracy official VQA accuracy in [0, 1]; gt_prob >= 0; relevance in [0, 1]; infoscore in nats; a
     missing score counts as 0. `mode` is one of REWARD_MODES or `legacy` (alpha · quality + beta · correctness; the
-    remaining arguments are its own). Raises ValueError on an unknown mode.
+    remaining arguments are its own). Raises ValueError on an unknown mode, and where a score makes the reward NaN.
     """
     if mode == "legacy":
         value = _legacy_reward(
@@ -76,6 +77,8 @@ def reward(
         value = REWARD_MODES[mode](_Scores(*scores, hard_weight, soft_weight, rel_weight))
     else:
         raise ValueError(f"unknown reward mode {mode!r}; choose one of {', '.join([*REWARD_MODES, 'legacy'])}")
+    if math.isnan(value):  # which clipping would make the best of all
+        raise ValueError(f"the reward is NaN: mode {mode!r}, accuracy {accuracy}, gt_prob {gt_prob}")
     return max(-REWARD_CLIP, min(REWARD_CLIP, float(value)))
 
 

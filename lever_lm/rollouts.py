@@ -13,35 +13,52 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lever_lm.config import Config, fingerprint
+from lever_lm.config import Config
 from lever_lm.data import Example, Group, VqaData
 from lever_lm.data.groups import is_query, load_groups, read_rollouts, trajectory_reward
 from lever_lm.errors import LeverError
 from lever_lm.features import Features
+from lever_lm.files import write_json
 from lever_lm.infoscore import add_infoscore
 from lever_lm.lvlm import CachedLvlm, Prompt, build_prompt, cut_answer
 from lever_lm.metrics import normalize_answer, relevance, vqa_accuracy
 from lever_lm.proposals import propose_groups
-from lever_lm.runs import write_json
+from lever_lm.stages import changed, changes, stamp
+from lever_lm.untrusted import shown
 
 __all__ = ["Group", "group_report", "load_groups", "make_rollouts", "online_rewards"]
 
-# Bump when the same config would give other rollouts than before.
-STAGE_VERSION = 1
+
+def rollout_stamp(config: Config, data: VqaData, features: Features, lvlm: CachedLvlm) -> dict[str, str]:
+    """Fingerprints of everything a rollout file depends on."""
+    return stamp(
+        "rollouts",
+        training_data=data.stamp("train"),
+        features=[features.fingerprint, config.features.name],
+        sampler=config.sampler,
+        LVLM=lvlm.model,
+        prompt=config.prompt,
+        rollout_setting=config.rollout,
+        policy=config.policy,
+        seed=config.seed,
+    )
 
 
-def rollout_stamp(config: Config, data: VqaData, features: Features, lvlm: CachedLvlm) -> str:
-    """Fingerprint of everything a rollout file depends on."""
-    parts = (config.sampler, config.rollout, config.policy, config.features.name, config.seed)
-    return fingerprint(STAGE_VERSION, data.fingerprint, features.fingerprint, lvlm.fingerprint, *parts)
+def is_made(path: Path, here: dict[str, str]) -> bool:
+    """Whether the rollout file is there, made from what `rollout_stamp` says."""
+    return path.is_file() and _meta(path).get("fingerprint") == here["fingerprint"]
+
+
+def _meta(path: Path) -> dict:
+    meta = read_rollouts(path).get("_meta")
+    return meta if isinstance(meta, dict) else {}
 
 
 def made_elsewhere(path: Path) -> bool:
     """Whether a rollout file is there that `lever rollout` did not make: one of Lever-Plus."""
     if not path.is_file():
         return False
-    meta = read_rollouts(path).get("_meta")
-    return not (isinstance(meta, dict) and "fingerprint" in meta)
+    return "fingerprint" not in _meta(path)
 
 
 def check_rows(path: Path, train: Sequence[Example]) -> None:
@@ -55,7 +72,7 @@ def check_rows(path: Path, train: Sequence[Example]) -> None:
         there = query.get("question_id") if isinstance(query, dict) else None
         if there is not None and str(there) != str(train[int(key)].question_id):
             raise LeverError(
-                f"{path}, query {key}: question {there} there, question {train[int(key)].question_id} in row {key} of "
+                f"{path}, query {key}: {shown(there)} there, {train[int(key)].question_id} in row {key} of "
                 "the training split: they are of another dataset or order. Pass their features: --embeddings, or "
                 "put them where Lever-Plus does, results/<dataset>/cache/query_embeddings.pt"
             )
@@ -69,8 +86,8 @@ def make_rollouts(
 
     Raises LeverError rather than replace a file that `lever rollout` did not make.
     """
-    stamp, shards = rollout_stamp(config, data, features, lvlm), lvlm.shards
-    if shards.from_leader(lambda: _is_made(path, stamp, say)):
+    here, shards = rollout_stamp(config, data, features, lvlm), lvlm.shards
+    if shards.from_leader(lambda: _look(path, here, say)):
         return shards.from_leader(lambda: group_report(path))
     proposals, train = propose_groups(config, data, features), data.train_examples
     if config.rollout.infoscore:
@@ -78,7 +95,7 @@ def make_rollouts(
     prompts = proposals.prompts(config, train)
     texts = iter(lvlm.generate(prompts, "rollouts"))
     probs = iter(_reference_probs(prompts, lvlm) if config.rollout.gt_prob else [None] * len(prompts))
-    content: dict = {"_meta": {"fingerprint": stamp, "version": STAGE_VERSION, "n_train": len(train)}}
+    content: dict = {"_meta": {**here, "n_train": len(train)}}
     by_query = (proposals.rows, proposals.queries, proposals.pools, proposals.groups)
     for row, query, pool, group in zip(*by_query, strict=True):
         scored = [_score(trajectory, pool, next(texts), next(probs), query) for trajectory in group]
@@ -88,17 +105,18 @@ def make_rollouts(
     return shards.from_leader(lambda: group_report(path))
 
 
-def _is_made(path: Path, stamp: str, say: Callable[[str], None]) -> bool:
-    """Whether the rollout file is there, with these inputs."""
+def _look(path: Path, here: dict[str, str], say: Callable[[str], None]) -> bool:
+    """`is_made`, and where it is not, say why."""
     if not path.is_file():
         return False
     if made_elsewhere(path):
         raise LeverError(
             f"{path} was not made by `lever rollout` and is not replaced: move it, or train on it with --rl-data"
         )
-    if read_rollouts(path)["_meta"]["fingerprint"] == stamp:
+    if is_made(path, here):
         return True
-    say(f"{path} is of another config or data and is made again; answers already known are not asked again")
+    why = changes(changed(_meta(path), here))
+    say(f"{path} is made again: {why}; answers already known are not asked again")
     return False
 
 

@@ -1,6 +1,5 @@
 """Which epoch is best, from a run's metrics, its checkpoints, or a training log of ours or of the lineage."""
 
-import json
 import math
 import re
 from collections.abc import Callable
@@ -10,12 +9,17 @@ from pathlib import Path
 from lever_lm.checkpoint import load_torch
 from lever_lm.errors import LeverError, UsageError
 from lever_lm.runs import RunFolder
+from lever_lm.untrusted import Line, lines, metrics_rows, shown
 
 KL_RANGE, KL_TARGET = (0.01, 0.1), 0.05
 GRPO_MARKER = "阶段3：GRPO训练"
 LOGGED = ("train_loss", "val_loss", "ppo_loss", "kl", "adv_std", "adv_max", "beta")
-_NUMBER = r"[+-]?(?:\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+(?:[eE][+-]?\d+)?|inf|nan|Infinity|NaN)"
-_LOG_ROW = re.compile(rf"^\s*(\d+)((?:\s+{_NUMBER}){{{len(LOGGED)}}})\s*$", re.IGNORECASE)
+_NUMBER = r"[+-]?(?:\d+(?:\.\d*)?(?:[eE][+-]?\d+)?|\.\d+(?:[eE][+-]?\d+)?|inf|nan|Infinity|NaN)"
+_LOG_ROW = re.compile(rf"^\s*(\d{{1,9}})((?:\s+{_NUMBER}){{{len(LOGGED)}}})\s*$", re.IGNORECASE)
+_LOG_PART = 64 << 10  # bytes of a log that are looked at together
+_LONGEST_ROW = 1000  # characters
+_MOST_ROWS = 100_000  # epochs of one run
+_JOINS = 5  # notes on tables that are one run
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class History:
 def check_strategy(name: str) -> Strategy:
     """The strategy of this name. Raises UsageError."""
     if name not in STRATEGIES:
-        raise UsageError(f"unknown strategy {name!r}: one of {', '.join(STRATEGIES)} (--strategy)")
+        raise UsageError(f"unknown strategy {shown(name)}: one of {', '.join(STRATEGIES)} (--strategy)")
     return STRATEGIES[name]
 
 
@@ -120,6 +124,18 @@ def choose(history: History, name: str, run: RunFolder | None) -> dict:
     }
 
 
+def worth_keeping(run: RunFolder, rows: list[dict], latest: int) -> set[Path]:
+    """The checkpoints that pruning to the `latest` epochs of each phase spares: these, and the best of every strategy.
+    An epoch that is not among them stays out, whatever epochs follow."""
+    kept = set()
+    for phase in ("rce", "grpo"):
+        of_phase = [row for row in rows if row["phase"] == phase]
+        best = (best_row(of_phase, strategy) for strategy in STRATEGIES.values())
+        spared = [*of_phase[-latest:], *(row for row in best if row is not None)]
+        kept |= {run.checkpoint(phase, row["epoch"]) for row in spared}
+    return kept
+
+
 # ---------------------------------------------------------------------- reading
 
 
@@ -136,7 +152,7 @@ def read_history(run: RunFolder | None, log: Path | None) -> History:
         where = run.path if run else "a run"
         raise LeverError(f"no run folder {where}: train first (`lever train`), or name the run (--run-name, --results)")
     if run.metrics.is_file():
-        rows, notes = _read_metrics(run.metrics)
+        rows, notes = metrics_rows(run.metrics)
         if rows:
             return _one_phase(rows, str(run.metrics), notes)
     rows = _checkpoint_metrics(run)
@@ -156,71 +172,87 @@ def _one_phase(rows: list[dict], source: str, notes: list[str]) -> History:
     return History([row for row in rows if row["phase"] == phase], source, phase, notes)
 
 
-def _read_metrics(path: Path) -> tuple[list[dict], list[str]]:
-    rows, notes = [], []
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    if lines and lines[-1].strip():
-        notes.append("the last row has no newline at its end: it was cut short and is ignored")
-    for number, line in enumerate(lines[:-1], 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if (
-            not isinstance(row, dict)
-            or not isinstance(row.get("epoch"), int)
-            or row.get("phase") not in ("rce", "grpo")
-        ):
-            raise LeverError(f"{path}, line {number}: not a metrics row with an epoch and a phase of rce or grpo")
-        rows.append(row)
-    return rows, notes
-
-
 def _checkpoint_metrics(run: RunFolder) -> list[dict]:
     rows = []
     for path in run.path.glob("*_epoch*.pt"):
-        match = re.fullmatch(r"(rce|grpo)_epoch(\d+)\.pt", path.name)
+        match = re.fullmatch(r"(rce|grpo)_epoch(\d{1,9})\.pt", path.name)
         if match:
             metrics = load_torch(path).get("metrics")
-            if isinstance(metrics, dict) and metrics:
-                rows.append({**metrics, "phase": match[1], "epoch": int(match[2])})
+            numbers = {k: v for k, v in metrics.items() if _is_number(k, v)} if isinstance(metrics, dict) else {}
+            if numbers:
+                rows.append({**numbers, "phase": match[1], "epoch": int(match[2])})
     return sorted(rows, key=lambda row: (row["phase"], row["epoch"]))
+
+
+def _is_number(name, value) -> bool:
+    return isinstance(name, str) and (isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63))
 
 
 def read_log(path: Path) -> History:
     """The GRPO rows of the last run in a training log: those of its last table, and of the tables before that it
-    goes on from, as a resumed run does."""
+    goes on from, as a resumed run does. Raises LeverError where there are none, or more than a run can have."""
+    tables, notes = _Tables(), []
     try:
-        text = Path(path).read_text(encoding="utf-8", errors="replace")
+        for line in lines(path, _LOG_PART, overlap=len(GRPO_MARKER.encode())):
+            if line.ended or not line.whole:
+                tables.add(line)
+            elif _starts_like_row(line.text):
+                notes.append("the last row has no newline at its end: it was cut short and is ignored")
     except OSError as error:
-        raise LeverError(f"cannot read the log {path}: {error.strerror} (--log)") from error
-    notes: list[str] = []
-    tables: list[list[dict]] = []
-    lines = text.split("\n")
-    if lines[-1].strip() and _starts_like_row(lines[-1]):
-        notes.append("the last row has no newline at its end: it was cut short and is ignored")
-    for line in lines[:-1]:
-        line = line.rstrip("\r")
-        if GRPO_MARKER in line:
-            tables.append([])
-        elif tables and (match := _LOG_ROW.match(line)):
-            values = map(float, match[2].split())
-            row = {"phase": "grpo", "epoch": int(match[1]), **dict(zip(LOGGED, values, strict=True))}
-            tables[-1].append(row)
-    rows = tables.pop() if tables else []
-    if tables:
-        notes.append(f"the log holds {len(tables) + 1} GRPO tables: the last one counts")
-    while rows and tables and rows[0]["epoch"] > 1:
-        earlier = [row for row in tables.pop() if row["epoch"] < rows[0]["epoch"]]
-        if not earlier or earlier[-1]["epoch"] != rows[0]["epoch"] - 1:
-            break
-        notes.append(f"it goes on from epoch {earlier[-1]['epoch']} of the table before, whose epochs count too")
-        rows = earlier + rows
-    if not rows:
+        raise LeverError(f"cannot read the log {path}: {error.strerror or error} (--log)") from error
+    except OverflowError as error:
+        raise LeverError(f"{path} holds {error}: no log of a training run (--log)") from error
+    if tables.count > 1:
+        notes.append(f"the log holds {tables.count} GRPO tables: the last one counts")
+    joined = [epoch for epoch, _ in tables.before][::-1]
+    notes += [f"it goes on from epoch {epoch} of the table before, whose epochs count too" for epoch in joined[:_JOINS]]
+    if len(joined) > _JOINS:
+        notes.append(f"and so on, {len(joined)} times in all")
+    rows = [row for _, part in tables.before for row in part] + tables.last
+    if not tables.last:
         raise LeverError(f"{path} holds no row of a GRPO table (heading {GRPO_MARKER!r}, then 8 numbers a row)")
     return History(rows, str(path), "grpo", notes)
+
+
+class _Tables:
+    """The GRPO tables of a log, of which only the last is kept and those that it goes on from.
+
+    last: rows of the last table so far; before: (last epoch, rows) of each table that this one goes on from.
+    """
+
+    def __init__(self):
+        self.count = 0
+        self.before: list[tuple[int, list[dict]]] = []
+        self.last: list[dict] = []
+        self._ended: list[dict] = []  # the table before, until the first row of this one tells what it is worth
+        self._kept = 0  # rows in `before`
+
+    def add(self, line: Line) -> None:
+        """Take the next line. Raises OverflowError, naming it, for more rows than a run can have."""
+        if GRPO_MARKER in line.text:
+            self._ended, self.last = self.last, []
+            self.count += 1
+        elif self.count and line.whole and len(line.text) <= _LONGEST_ROW and (match := _LOG_ROW.match(line.text)):
+            values = map(float, match[2].split())
+            row = {"phase": "grpo", "epoch": int(match[1]), **dict(zip(LOGGED, values, strict=True))}
+            if not self.last:
+                self._join(row["epoch"])
+            self.last.append(row)
+            if len(self.last) + self._kept > _MOST_ROWS:
+                raise OverflowError(f"more than {_MOST_ROWS} epochs of one run")
+
+    def _join(self, epoch: int) -> None:
+        """Keep of the table before what lies before `epoch`, where that is the epoch it goes on from."""
+        earlier = [row for row in self._ended if row["epoch"] < epoch]
+        goes_on = epoch > 1 and earlier and earlier[-1]["epoch"] == epoch - 1
+        if not goes_on or earlier[0] is not self._ended[0]:
+            self._forget()
+        if goes_on:
+            self.before.append((epoch - 1, earlier))
+            self._kept += len(earlier)
+
+    def _forget(self) -> None:
+        self.before, self._kept = [], 0
 
 
 def _starts_like_row(line: str) -> bool:

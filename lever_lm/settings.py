@@ -10,10 +10,9 @@ import types
 import typing
 from pathlib import Path
 
-import yaml
-
 from lever_lm.config import ASSET_PREFIX, HUB_PREFIX, PACKAGE, Config, DataConfig
 from lever_lm.errors import UsageError
+from lever_lm.untrusted import CONFIG_LIMIT, load_yaml, read_bytes, shown
 
 
 def configs_root() -> Path:
@@ -27,18 +26,18 @@ def named_yaml(kind: str, name: str) -> dict:
     folder = configs_root() / kind
     known = sorted(file.stem for file in folder.glob("*.yaml"))
     if name not in known:
-        raise UsageError(f"unknown {kind} {name!r}{_nearest(name, known)}: one of {', '.join(known)} (--{kind})")
+        raise UsageError(f"unknown {kind} {shown(name)}{_nearest(name, known)}: one of {', '.join(known)} (--{kind})")
     return read_yaml(folder / f"{name}.yaml")
 
 
 def read_yaml(path: Path) -> dict:
-    """A YAML mapping, read with safe_load. Raises UsageError naming the file when it is missing or no mapping."""
+    """A YAML mapping of plain values. Raises UsageError naming the file when it is missing or something else."""
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = load_yaml(read_bytes(path, CONFIG_LIMIT, pipe=True))
     except OSError as error:
         raise UsageError(f"cannot read the config {path}: {error.strerror or error} (--config)") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        raise UsageError(f"{path} is not a YAML file that can be read: {error} (--config)") from error
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -48,9 +47,15 @@ def read_yaml(path: Path) -> dict:
 
 # ---------------------------------------------------------------------- merging
 
+_LONGEST = 100  # characters of a name
+_LONGEST_TEXT = 1 << 14  # bytes
+_LARGEST = 2**64
+_PARTS = 8  # dots of a key, at most; ours have one
+_QUOTES = "'\""
+
 
 def _nearest(name: str, known) -> str:
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    match = difflib.get_close_matches(name[:_LONGEST], list(known), n=1, cutoff=0.5)
     return f" (did you mean {match[0]!r}?)" if match else ""
 
 
@@ -74,26 +79,31 @@ def parse_set(item: str) -> dict:
     """One `--set key=value`; the value is read as YAML."""
     key, equals, text = item.partition("=")
     if not equals or not key:
-        raise UsageError(f"--set takes key=value, found {item!r}")
+        raise UsageError(f"--set takes key=value, found {shown(item)}")
+    if key.count(".") > _PARTS:
+        raise UsageError(f"unknown config key {shown(key)} (--set)")
     try:
-        return dotted(key.strip(), yaml.safe_load(text))
-    except yaml.YAMLError as error:
-        raise UsageError(f"--set {key}: {text!r} is not a YAML value") from error
+        return dotted(key.strip(), load_yaml(text))
+    except ValueError as error:
+        raise UsageError(f"--set {shown(key).strip(_QUOTES)}: {shown(text)} is not a YAML value: {error}") from error
 
 
 def build(values: dict) -> Config:
     """A Config from nested plain values. Unknown keys and wrong types raise UsageError and name the key."""
-    return _build(Config, values, "")
+    config = _build(Config, values, "")
+    _check_names(config)
+    return config
 
 
 def _build(cls, values: dict, prefix: str):
     if not isinstance(values, dict):
-        raise UsageError(f"{prefix.rstrip('.')} must be a mapping of keys, found {values!r}")
+        raise UsageError(f"{prefix.rstrip('.')} must be a mapping of keys, found {shown(values)}")
     hints = typing.get_type_hints(cls)
     arguments = {}
     for key, value in values.items():
         if key not in hints:
-            raise UsageError(f"unknown config key '{prefix}{key}'{_suggest(f'{prefix}{key}')}")
+            name = f"{prefix}{key}" if isinstance(key, str) else f"{prefix}{shown(key)}"
+            raise UsageError(f"unknown config key '{shown(name).strip(_QUOTES)}'{_suggest(name)}")
         hint = hints[key]
         nested = dataclasses.is_dataclass(hint)
         arguments[key] = _build(hint, value, f"{prefix}{key}.") if nested else _cast(hint, value, f"{prefix}{key}")
@@ -110,7 +120,7 @@ def all_keys(cls=Config, prefix: str = "") -> list[str]:
 
 def _suggest(key: str) -> str:
     """The known key whose last part, or whole, is nearest."""
-    keys = all_keys()
+    key, keys = key[:_LONGEST], all_keys()
     by_leaf = {known.rsplit(".", 1)[-1]: known for known in keys}
     match = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
     leaf = difflib.get_close_matches(key.rsplit(".", 1)[-1], list(by_leaf), n=1, cutoff=0.6)
@@ -137,10 +147,38 @@ def _cast(hint, value, key: str):
     elif (hint is int and isinstance(value, int) and not isinstance(value, bool)) or (
         hint in (bool, str) and isinstance(value, hint)
     ):
+        _check_bounds(value, key)
         return value
     elif hint is str and isinstance(value, (int, float)) and value is not True:
         return "off" if value is False else str(value)  # YAML 1.1 reads a bare off as false
-    raise UsageError(f"{key} must be of type {hint.__name__}, found {value!r}")
+    raise UsageError(f"{key} must be of type {hint.__name__}, found {shown(value)}")
+
+
+def _check_bounds(value, key: str) -> None:
+    """Raise UsageError for an integer or a text that nothing could take: it would fail far from here, without a key."""
+    if isinstance(value, int) and abs(value) > _LARGEST:
+        raise UsageError(f"{key} must lie within ±2**64, found {shown(value)}")
+    if isinstance(value, str):
+        try:
+            length = len(value.encode("utf-8", "surrogateescape"))
+        except UnicodeEncodeError:
+            length = None
+        if length is None or length > _LONGEST_TEXT or "\0" in value:
+            raise UsageError(f"{key} must be text of at most {_LONGEST_TEXT} bytes, without NUL, found {shown(value)}")
+
+
+def _check_names(config: Config) -> None:
+    """Raise UsageError for what cannot be the name of a folder or a part of one: these name our files."""
+    name = config.data.name
+    if name in ("", ".", "..") or "/" in name or _is_long(name):
+        raise UsageError(f"data.name must be a folder's name, found {shown(name)}")
+    for key, path in (("lvlm.path", config.lvlm.path), ("features.encoder", config.features.encoder)):
+        if _is_long(Path(path).name):
+            raise UsageError(f"{key} ends in a name of more than {_LONGEST} bytes: {shown(path)}")
+
+
+def _is_long(name: str) -> bool:
+    return len(os.fsencode(name)) > _LONGEST
 
 
 # ---------------------------------------------------------------------- environment
@@ -194,7 +232,10 @@ def environment_values(values: dict, environ=os.environ, over: dict | None = Non
         try:
             parsed = parse(text)
         except ValueError as error:
-            raise UsageError(f"the environment variable {name} is {text!r}: {error}; unset it or mend it") from error
+            words = str(error)[:_LONGEST]
+            raise UsageError(
+                f"the environment variable {name} is {shown(text)}: {words}; unset it or mend it"
+            ) from error
         for key, value in to_values(parsed).items():
             found = merge(found, dotted(key, value))
         if not all(_is_set(over or {}, key) for key in to_values(parsed)):
@@ -225,10 +266,13 @@ def _is_set(values: dict, key: str) -> bool:
 # ---------------------------------------------------------------------- resolving
 
 
-def resolve(names: dict[str, str | None], config_file: Path | None, sets: list[str], flags: dict):
+def resolve(
+    names: dict[str, str | None], config_file: Path | None, sets: list[str], flags: dict, base: dict | None = None
+):
     """The Config of a command line, and the environment variables in effect as NAME=value.
 
-    names: kind → name of a YAML in configs/ (None to leave out); flags: nested values of the command's own options.
+    names: kind → name of a YAML in configs/ (None to leave out); flags: nested values of the command's own options;
+    base: nested values that win over all but `sets` and `flags`.
     """
     values: dict = {}
     for kind, name in names.items():
@@ -236,7 +280,7 @@ def resolve(names: dict[str, str | None], config_file: Path | None, sets: list[s
             values = merge(values, named_yaml(kind, name))
     if config_file is not None:
         values = merge(values, read_yaml(config_file))
-    over: dict = {}
+    over: dict = base or {}
     for item in sets:
         over = merge(over, parse_set(item))
     over = merge(over, flags)

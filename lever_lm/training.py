@@ -10,14 +10,16 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from lever_lm.anchors import Anchor, snapshot
+from lever_lm.anomaly import backward
 from lever_lm.batches import Batch, GroupTensors
 from lever_lm.config import GrpoConfig, RceConfig
-from lever_lm.errors import LeverError
+from lever_lm.guards import At, Pass, check_groups, grpo_terms, rce_terms
 from lever_lm.journal import Journal
 from lever_lm.judging import alarms, epochs_since_best, group_report, group_statistics, projected, validate
 from lever_lm.losses import (
@@ -32,7 +34,7 @@ from lever_lm.losses import (
 )
 from lever_lm.online import Answer, explore, mix, online_statistics
 from lever_lm.policy import PointerSelector
-from lever_lm.rewards import group_advantage, normalize_group, tied_groups
+from lever_lm.rewards import group_advantage, group_mean_std, normalize_group, tied_groups
 
 _BACKBONE = ("input_proj", "query_proj", "cand_proj")
 
@@ -52,18 +54,22 @@ def train_rce(
             temperature = rce_temperature(
                 (epoch - 1) * steps_per_epoch + i, total, config.temperature_start, config.temperature_end
             )
-            log_probs = policy.log_prob(
-                batch.query, batch.candidates, batch.sequences, batch.pool_mask, label_smoothing=config.label_smoothing
-            )
+            drawn = {
+                "noise": policy.draw_noise(batch.query, batch.candidates),
+                "label_smoothing": config.label_smoothing,
+            }
+            log_probs = policy.log_prob(batch.query, batch.candidates, batch.sequences, batch.pool_mask, **drawn)
             rewards = normalize_group(batch.rewards, batch.mask, method=config.normalize)
             loss = rce_loss(log_probs, rewards, batch.mask, temperature)
-            norms.append(update(optimizer, loss, config.max_grad_norm, batch, f"RCE epoch {epoch}, step {i + 1}"))
+            at, terms = At("rce", epoch, f"step {i + 1}"), partial(rce_terms, rewards, temperature)
+            seen = Pass(at, policy, batch, batch.mask, log_probs, terms, **drawn)
+            norms.append(update(optimizer, loss, config.max_grad_norm, seen))
             losses.append(float(loss.detach()))
         row = {
             "phase": "rce",
             "epoch": epoch,
             "train_loss": mean(losses),
-            **validate(policy, val, config.temperature_end),
+            **validate(policy, val, config.temperature_end, At("rce", epoch, "validation")),
             "frac_reward_zero_std": float(tied_groups(train.rewards, train.mask).float().mean()),
             "temperature": temperature,
             "grad_norm": mean(norms),
@@ -109,14 +115,16 @@ def train_grpo(
         began, history = time.perf_counter(), []
         fresh = config.online and (epoch - 1) % config.online_every == 0
         if fresh:
-            memory["online"] = explore(policy, train, config.online_samples, answer, journal.say)
+            at = At("grpo", epoch, "online rollouts")
+            memory["online"] = explore(policy, train, config.online_samples, answer, journal.say, at)
         if epoch > 1 and (fresh or (config.refresh_every and (epoch - 1) % config.refresh_every == 0)):
             memory["old"], old = snapshot(policy), None
         data, weights = mix(train, memory.get("online"), config.online_ratio)
         if old is None:
-            old = Anchor(policy, memory["old"], data, config.dropout)
+            old = Anchor(policy, memory["old"], data, config.dropout, At("grpo", epoch, "old policy"))
         if reference is None or fresh:
-            reference = Anchor(policy, memory["reference"], data, config.dropout)
+            at = At("grpo", epoch, "reference policy")
+            reference = Anchor(policy, memory["reference"], data, config.dropout, at)
         mask = best_rollouts(data.rewards, data.mask, _top_k(config, epoch))
         advantages = group_advantage(
             data.rewards,
@@ -126,6 +134,7 @@ def train_grpo(
             clip=config.advantage_clip,
             scale=config.advantage_scale,
         )
+        _check_advantages(At("grpo", epoch), data, mask, advantages)
         policy.train(config.dropout != "off")
         learner.train(config.dropout != "off")
         for i, (index, batch) in enumerate(shuffled_places(replace(data, **features), config.batch_size, len(train))):
@@ -147,7 +156,10 @@ def train_grpo(
             )
             if config.entropy_beta:
                 loss = loss - config.entropy_beta * group_mean(entropy, mask[index], weights[index])
-            norm = update(optimizer, loss, config.max_grad_norm, batch, f"GRPO epoch {epoch}, step {i + 1}")
+            at = At("grpo", epoch, f"step {i + 1}")
+            parts = partial(grpo_terms, *terms[:3], ref_log_probs, config.kl)
+            seen = Pass(at, learner, batch, mask[index], log_probs, parts, entropy, noise)
+            norm = update(optimizer, loss, config.max_grad_norm, seen)
             metrics |= {"zero_grad_frac": zero_grad_frac(*terms, **clip, weights=weights[index])}
             metrics |= {"kl_share": kl_share(metrics["kl_loss"], *terms[2:], weights[index])}
             history.append({"train_loss": float(loss.detach()), "grad_norm": norm, **_floats(metrics)})
@@ -157,7 +169,7 @@ def train_grpo(
             "phase": "grpo",
             "epoch": epoch,
             **{name: mean([step[name] for step in history]) for name in history[0]},
-            **validate(learner, replace(val, **features), val_temperature),
+            **validate(learner, replace(val, **features), val_temperature, At("grpo", epoch, "validation")),
             **group_statistics(data.rewards, mask, advantages),
             **online_statistics(memory.get("online")),
             "beta": memory["beta"],
@@ -173,21 +185,23 @@ def train_grpo(
 # ---------------------------------------------------------------------- steps
 
 
-def update(optimizer, loss: Tensor, max_grad_norm: float, batch: Batch, where: str) -> float:
-    """One optimizer step; returns the gradient's norm before clipping. Raises LeverError, with the weights as they
-    were, when loss or gradient is not finite."""
+def update(optimizer, loss: Tensor, max_grad_norm: float, seen: Pass) -> float:
+    """One optimizer step; returns the gradient's norm before clipping. Raises LeverError, with weights and optimizer as
+    they were, when loss or gradient is not finite."""
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    seen.keep_gradients()
+    operation = backward(loss, optimizer.zero_grad)
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     norm = float(torch.nn.utils.clip_grad_norm_(trained, max_grad_norm))
-    if not (math.isfinite(norm) and bool(torch.isfinite(loss.detach()))):
-        what = "loss" if not bool(torch.isfinite(loss.detach())) else "gradient"
-        raise LeverError(
-            f"{where}: the {what} is not finite. Queries {batch.query_ids[:8]}, {int(batch.mask.sum())} rollouts, "
-            f"rewards {float(batch.rewards.min()):.3g} to {float(batch.rewards.max()):.3g}. The checkpoints written so "
-            "far are sound; lower the learning rate (rce.lr, grpo.lr) and run the command again"
-        )
-    optimizer.step()
+    if not math.isfinite(norm) or not bool(torch.isfinite(loss.detach())):
+        what = "gradient" if bool(torch.isfinite(loss.detach())) else "loss"
+        raise seen.error(what, operation)
+    try:
+        optimizer.step()
+    except RuntimeError as error:  # torch refuses a scalar that its float32 does not hold
+        if "without overflow" not in str(error):
+            raise
+        raise seen.overflow() from error
     return norm
 
 
@@ -223,6 +237,13 @@ def _top_k(config: GrpoConfig, epoch: int) -> int | None:
 def _check_warmup(config: GrpoConfig, steps: int, journal: Journal) -> None:
     if 0 < steps <= config.warmup_steps:
         journal.say(f"warning: grpo.warmup_steps {config.warmup_steps} outlast all {steps} steps")
+
+
+def _check_advantages(at: At, data: GroupTensors, mask: Tensor, advantages: Tensor) -> None:
+    """Rewards so large that their spread overflows would leave advantages of 0, and nothing learnt."""
+    spread = group_mean_std(data.rewards, mask)[1].expand_as(data.rewards)
+    values = {"reward": data.rewards, "spread of rewards in the group": spread, "advantage": advantages}
+    check_groups(at, data.rows.tolist(), data.numbers, mask, values)
 
 
 def _is_frozen(name: str, config: GrpoConfig) -> bool:

@@ -26,6 +26,7 @@ from lever_lm.checkpoint import load_policy
 from lever_lm.config import Config
 from lever_lm.console import Screen
 from lever_lm.data.groups import load_groups, split_ids
+from lever_lm.files import write_json
 from lever_lm.inference import BASELINES, load_for
 from lever_lm.journal import Journal
 from lever_lm.judging import group_statistics
@@ -33,7 +34,7 @@ from lever_lm.pipeline import Pipeline
 from lever_lm.policy import PointerSelector
 from lever_lm.proposals import new_policy
 from lever_lm.rewards import group_advantage
-from lever_lm.runs import RunFolder, write_json
+from lever_lm.runs import RunFolder
 from lever_lm.settings import build, configs_root, dotted, merge, named_yaml, read_yaml
 from lever_lm.training import best_rollouts, train_grpo, train_rce
 

@@ -18,12 +18,12 @@ from safetensors.torch import save_file
 from lever_lm.config import LvlmConfig, PromptConfig
 from lever_lm.data import open_image
 from lever_lm.errors import LeverError, UsageError
+from lever_lm.files import TEMPORARY_PREFIX
 from lever_lm.lvlm import build_prompt
 from lever_lm.lvlm.bank import VisionBank
 from lever_lm.lvlm.images import CHUNK, chunked_patches, patches
 from lever_lm.lvlm.kernels import _align
 from lever_lm.lvlm.local import LocalLvlm, vision_fingerprint
-from lever_lm.runs import TEMPORARY_PREFIX
 from lever_lm.shards import Shards
 
 TINY = "asset:tiny-qwen2.5-vl"
@@ -161,12 +161,9 @@ def test_what_vanishes_while_it_is_used_is_made_again(tmp_path, prompts, expecte
 def test_what_is_not_ours_stays_in_the_folder(tmp_path, images):
     save_file({"weight": torch.zeros(2)}, tmp_path / "model.safetensors")
     (tmp_path / "notes").mkdir()
-    old, new = (tmp_path / f"{TEMPORARY_PREFIX}{name}" for name in ("old", "new"))
-    for file in (old, new):
-        file.touch()
-    os.utime(old, (0, 0))
+    (tmp_path / f"{TEMPORARY_PREFIX}left").touch()
     assert len(VisionBank(tmp_path, memory=MIB, disk=MIB)) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "notes", new.name}
+    assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "notes"}
 
 
 def test_two_jobs_whose_chunks_begin_alike_keep_each_other_s_files(tmp_path, images):

@@ -106,7 +106,7 @@ def test_every_file_is_where_the_document_says(chain):
     cache = {path.name for path in (folder / "results/digits/cache").iterdir()}
     vision = {name for name in cache if re.fullmatch(r"vision_tiny-qwen2_5-vl_[0-9a-f]+", name)}
     assert len(vision) == 1
-    assert cache - vision == {"features_tiny-clip.safetensors", "answers_tiny-qwen2_5-vl.sqlite"}
+    assert cache - vision == {"features_tiny-clip.safetensors", "answers_tiny-qwen2_5-vl.sqlite", "digests.json"}
     inferred = folder / INFERENCE / f"grpo_epoch{answers['best-ckpt']['epoch']}"
     assert {path.name for path in inferred.iterdir()} == {
         "icds.jsonl",

@@ -131,7 +131,12 @@ def test_the_file_says_what_it_is_of(world, tmp_path):
     path = tmp_path / "features.safetensors"
     features = compute(world, path)
     with safe_open(path, framework="pt") as file:
-        assert file.metadata() == {"fingerprint": features.fingerprint, "encoder": "asset:tiny-clip"}
+        header = file.metadata()
+        assert header.pop("encoder") == "asset:tiny-clip"
+        stamps = {split: json.loads(stamp) for split, stamp in header.items()}
+        assert stamps["train"]["fingerprint"] == features.fingerprint
+        assert set(stamps["train"]) == {"training data", "encoder", "code", "fingerprint"}
+        assert set(stamps["val"]) == {"evaluation data", "encoder", "code", "fingerprint"}
         assert set(file.keys()) == {"train_image", "train_text", "val_image", "val_text"}
 
 

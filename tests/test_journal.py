@@ -49,7 +49,7 @@ def row(phase="grpo", epoch=1, **values):
 def record(journal, policy, optimizer, rows):
     for entry in rows:
         step(policy, optimizer)
-        journal.commit(entry, policy, optimizer, {"beta": 0.12, "old": torch.ones(2)})
+        journal.commit(entry, policy, optimizer, {"beta": 0.12, "kept": torch.ones(2)})
 
 
 # ---------------------------------------------------------------------- an epoch
@@ -109,7 +109,7 @@ def test_a_metric_that_is_not_finite_is_refused_before_anything_is_written(tmp_p
     journal = begin(tmp_path, policy)
     record(journal, policy, optimizer, [row("grpo")])
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    with pytest.raises(LeverError, match=rf"grpo epoch 2: {metric} is {value}.*lower grpo\.lr"):
+    with pytest.raises(LeverError, match=rf"GRPO epoch 2: {metric} is {value}.*lower grpo\.lr"):
         journal.commit(row("grpo", 2, **{metric: value}), policy, optimizer, {})
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
     assert journal.done("grpo") == 1
@@ -136,7 +136,7 @@ def test_restore_gives_back_weights_optimizer_random_state_and_extra(tmp_path):
     torch.manual_seed(99)
     fresh, fresh_optimizer = make()
     extra = begin(tmp_path, fresh).restore("grpo", fresh, fresh_optimizer)
-    assert (extra["beta"], extra["old"].tolist()) == (0.12, [1.0, 1.0])
+    assert (extra["beta"], extra["kept"].tolist()) == (0.12, [1.0, 1.0])
     assert torch.equal(torch.rand(3), drawn)
     step(fresh, fresh_optimizer)  # the optimizer's moments are back: the next step is the same
     for name, tensor in policy.state_dict().items():

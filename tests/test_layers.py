@@ -10,10 +10,24 @@ import lever_lm
 
 ROOT = Path(lever_lm.__file__).parent
 LEVELS = [
-    ["errors", "config", "settings", "runs", "console", "compat", "hub", "shards", ""],
-    ["losses", "rewards", "metrics", "stems", "stats", "decoder", "encoder"],
+    [
+        "errors",
+        "untrusted",
+        "config",
+        "files",
+        "digests",
+        "stages",
+        "settings",
+        "runs",
+        "console",
+        "compat",
+        "hub",
+        "shards",
+        "",
+    ],
+    ["losses", "rewards", "metrics", "stems", "stats", "decoder", "encoder", "torchfile"],
     ["policy", "checkpoint", "data", "lvlm"],
-    ["features", "samplers", "batches", "journal"],
+    ["features", "samplers", "batches", "guards", "anomaly", "journal", "statefile"],
     [
         "proposals",
         "infoscore",
@@ -25,6 +39,7 @@ LEVELS = [
         "selection",
         "inference",
         "icds",
+        "provenance",
     ],
     ["pipeline", "report", "tables", "doctor", "planning"],
     ["options", "cli", "__main__"],

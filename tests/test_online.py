@@ -20,6 +20,7 @@ from lever_lm.checkpoint import load_torch
 from lever_lm.config import GrpoConfig
 from lever_lm.data.groups import load_groups
 from lever_lm.errors import UsageError
+from lever_lm.guards import At
 from lever_lm.lvlm import CachedLvlm, build_prompt, cut_answer
 from lever_lm.lvlm.cache import AnswerCache
 from lever_lm.lvlm.local import LocalLvlm, local_fingerprint
@@ -172,7 +173,7 @@ def test_a_round_holds_samples_of_the_policy_and_their_rewards():
     sets, worth = few()
     policy, reward, said = make().train(), Reward(worth, sets[0].pools), []
     torch.manual_seed(0)
-    found = explore(policy, sets[0], 200, reward, said.append)
+    found = explore(policy, sets[0], 200, reward, said.append, At("grpo", 1))
     sequences = found["sequences"]
     assert sequences.shape == (TRAIN, 200, 2)
     assert found["mask"].all()
@@ -196,7 +197,9 @@ def test_a_round_of_an_untrained_policy_with_stop_has_shorter_sequences_too():
     sets, _ = few()
     policy = make(stop=True)
     torch.manual_seed(0)
-    found = explore(policy, sets[0], 20, lambda sequences: (sequences >= 0).sum(-1).float(), lambda line: None)
+    found = explore(
+        policy, sets[0], 20, lambda sequences: (sequences >= 0).sum(-1).float(), lambda line: None, At("grpo", 1)
+    )
     lengths = found["rewards"].flatten().tolist()
     assert set(lengths) == {1.0, 2.0}
     assert (found["sequences"][..., 0] >= 0).all()

@@ -215,3 +215,9 @@ def test_an_unknown_method_is_refused_with_the_known_ones_and_the_key(function):
         ValueError, match=r"unknown .* 'best'; choose .*zscore or rank \((grpo\.advantage|rce\.normalize)\)"
     ):
         function(torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool), method="best")
+
+
+@pytest.mark.parametrize("scores", [{"accuracy": float("nan")}, {"gt_prob": float("inf"), "soft_weight": 0.0}])
+def test_a_reward_that_is_no_number_is_refused_and_not_clipped_to_the_best(scores):
+    with pytest.raises(ValueError, match="the reward is NaN"):
+        reward("hard_plus_soft" if "accuracy" in scores else "hard01_plus_gtprob", correct=1, **scores)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import track
 
+from lever_lm.config import PromptConfig
 from lever_lm.data.groups import load_groups
 from lever_lm.errors import LeverError
 from lever_lm.lvlm import CachedLvlm, build_prompt, cut_answer
@@ -71,7 +72,8 @@ def make(digits, digits_features, config, tmp_path):
         model = Halting(changed.lvlm, changed.prompt, "cpu")
         model.dies_at = dies_at
         stamp = local_fingerprint(changed.lvlm, changed.prompt, "cpu")
-        lvlm = CachedLvlm(lambda: model, stamp, AnswerCache(tmp_path / "answers.sqlite"), track)
+        asks = local_fingerprint(changed.lvlm, PromptConfig(), "cpu")
+        lvlm = CachedLvlm(lambda: model, stamp, AnswerCache(tmp_path / "answers.sqlite"), track, asks)
         say = (lambda text: None) if said is None else said.append
         return make_rollouts(changed, digits, digits_features, lvlm, path, say), model
 
@@ -348,17 +350,18 @@ def test_a_killed_job_goes_on_and_asks_nothing_twice(make, made, config, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "why"),
     [
-        {"seed": 1},
-        {"sampler": {"name": "rand_sampler"}},
-        {"rollout": {"temperatures": (1.0, 2.0)}},
-        {"prompt": {"style": "dialogue"}},
-        {"policy": {"hidden_dim": 32}},
+        ({"seed": 1}, "the seed has changed"),
+        ({"sampler": {"name": "rand_sampler"}}, "the sampler has changed"),
+        ({"rollout": {"temperatures": (1.0, 2.0)}}, "the rollout setting has changed"),
+        ({"prompt": {"style": "dialogue"}}, "the prompt has changed"),
+        ({"policy": {"hidden_dim": 32}}, "the policy has changed"),
+        ({"lvlm": {"max_new_tokens": 3}}, "the LVLM has changed"),
     ],
-    ids=lambda change: next(iter(change)),
+    ids=lambda change: change.split()[1] if isinstance(change, str) else "",
 )
-def test_changed_settings_make_the_file_again(make, config, tmp_path, change):
+def test_changed_settings_make_the_file_again(make, config, tmp_path, change, why):
     few = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, num_queries=3))
     make(few)
     before = json.loads((tmp_path / "rl_data.json").read_text(encoding="utf-8"))
@@ -368,7 +371,7 @@ def test_changed_settings_make_the_file_again(make, config, tmp_path, change):
     after = json.loads((tmp_path / "rl_data.json").read_text(encoding="utf-8"))
     assert after["_meta"]["fingerprint"] != before["_meta"]["fingerprint"]
     assert after != before
-    assert "is made again" in said[0]
+    assert said[0].startswith(f"{tmp_path / 'rl_data.json'} is made again: {why}; ")
 
 
 def test_settings_that_change_no_rollout_keep_the_file(make, config, tmp_path):

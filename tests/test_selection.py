@@ -2,9 +2,15 @@
 
 import json
 import math
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
+from helpers import clean_environment
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lever_lm.checkpoint import save_torch
 from lever_lm.errors import LeverError, UsageError
@@ -336,3 +342,132 @@ def test_a_run_that_was_resumed_under_a_heading_of_its_own_is_one_run(tmp_path):
     assert any("goes on from epoch 2" in note for note in history.notes)
     log.write_text(f"{GRPO_MARKER}\n" + row(1, 9) + f"{GRPO_MARKER}\n" + row(3, 4), encoding="utf-8")
     assert [r["epoch"] for r in read_log(log).rows] == [3], "an epoch lies between: another run"
+
+
+# ---------------------------------------------------------------------- logs out of all bounds
+
+
+def tables_text(tables) -> str:
+    """A log with a table for each list of epochs, whose losses tell the rows apart."""
+    number = iter(range(10**9))
+    return "".join(
+        f"{GRPO_MARKER}\n" + "".join(f"{e} 0 {next(number)} 0 0 0 0 0\n" for e in epochs) for epochs in tables
+    )
+
+
+def last_run(tables) -> list[tuple[int, int]]:
+    """The rows (epoch, number) of the last run, found from the end backwards over all of them."""
+    number = iter(range(10**9))
+    rows = [[(epoch, next(number)) for epoch in epochs] for epochs in tables]
+    found = rows.pop()
+    while found and rows and found[0][0] > 1:
+        earlier = [row for row in rows.pop() if row[0] < found[0][0]]
+        if not earlier or earlier[-1][0] != found[0][0] - 1:
+            break
+        found = earlier + found
+    return found
+
+
+@given(st.lists(st.integers(1, 6).flatmap(lambda e: st.integers(0, 4).map(lambda n: range(e, e + n))), min_size=1))
+def test_a_log_read_line_by_line_holds_the_run_that_is_found_backwards(tmp_path_factory, tables):
+    path = tmp_path_factory.getbasetemp() / "tables.log"
+    path.write_text(tables_text(tables), encoding="utf-8")
+    wanted = last_run(tables)
+    if not wanted:
+        with pytest.raises(LeverError, match="holds no row"):
+            read_log(path)
+        return
+    history = read_log(path)
+    assert [(r["epoch"], r["val_loss"]) for r in history.rows] == wanted
+    assert any(f"holds {len(tables)} GRPO tables" in note for note in history.notes) is (len(tables) > 1)
+
+
+@pytest.mark.parametrize("epoch", ["9" * 5000, "9" * 10, "٣" * 12], ids=["thousands", "ten", "arabic"])
+def test_a_row_whose_epoch_is_no_number_of_an_epoch_is_no_row(tmp_path, epoch):
+    text = log_text([row(1)]) + f"{epoch} 1 2 3 4 5 6 7\n"
+    assert [r["epoch"] for r in read_log(write_log(tmp_path, text)).rows] == [1]
+
+
+def test_numbers_of_any_length_take_no_time(tmp_path):
+    lines = [
+        "1 1 1 1 1 1 1 " + "1" * 60_000 + "x",
+        "1 " * 30_000,
+        " " * 60_000,
+        "1" * 60_000,
+        "1 " + "9" * 900 + " 1" * 6,
+    ]
+    begun = time.process_time()
+    history = read_log(write_log(tmp_path, log_text([row(1)]) + "".join(f"{line}\n" * 20 for line in lines)))
+    assert [r["epoch"] for r in history.rows] == [1] * 21
+    assert math.isinf(history.rows[-1]["train_loss"])
+    assert time.process_time() - begun < 10
+
+
+def test_a_heading_after_a_progress_bar_without_line_ends_counts(tmp_path):
+    bar = "\r 12%|###" * 20_000
+    for shift in range(0, 40, 3):  # the heading lies across the border of what is looked at together
+        text = log_text([row(7)]) + "x" * shift + bar[: 64 * 1024 - 20] + log_text([row(1), row(2)])
+        assert [r["epoch"] for r in read_log(write_log(tmp_path, text)).rows] == [1, 2]
+
+
+def test_more_epochs_than_a_run_can_have_are_refused(tmp_path):
+    text = f"{GRPO_MARKER}\n" + "1 0 0 0 0 0 0 0\n" * 100_001
+    with pytest.raises(LeverError, match=r"train\.log holds more than 100000 epochs of one run"):
+        read_log(write_log(tmp_path, text))
+
+
+def test_of_many_joined_tables_the_notes_stay_few(tmp_path):
+    history = read_log(write_log(tmp_path, tables_text([[epoch] for epoch in range(1, 1001)])))
+    assert len(history.rows) == 1000
+    assert len(history.notes) < 10
+    assert "999 times in all" in history.notes[-1]
+
+
+# What a log is made of: one line without an end, one row over and over, table after table, each going on.
+GIANTS = {
+    "line": "'x' * (1 << 20)",
+    "row": "'not a row 1 2 3 4 5 6 7\\n' * 40_000",
+    "tables": "(MARKER + '\\n1 0 0 0 0 0 0 0\\n') * 20_000",
+    "headings": "(MARKER + '\\n') * 40_000",
+    "resumed": "(MARKER + '\\n1 0 0 0 0 0 0 0\\n' + MARKER + '\\n2 0 0 0 0 0 0 0\\n') * 10_000",
+    "bytes": "'\\udcff' * (1 << 20)",
+}
+CHILD = """
+import resource, sys, time
+from lever_lm.selection import GRPO_MARKER as MARKER, read_log
+piece = ({piece}).encode("utf-8", "surrogateescape")
+with open("giant.log", "wb") as file:
+    for _ in range(max(1, {size} // len(piece))):
+        file.write(piece)
+    file.write((f"\\n{{MARKER}}\\n" + "1 0 5 0 0 0 0 0\\n").encode())
+del piece
+before, begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+assert [row["val_loss"] for row in read_log("giant.log").rows] == [5.0]
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024, time.process_time() - begun)
+"""
+
+
+def read_giant(folder, kind: str, size: int) -> tuple[float, float]:
+    """MiB of memory and seconds that reading a log of `size` bytes takes in a process of its own."""
+    code = CHILD.format(piece=GIANTS[kind], size=size)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=clean_environment(), capture_output=True, text=True, timeout=600
+    )
+    (folder / "giant.log").unlink(missing_ok=True)
+    assert done.returncode == 0, done.stderr
+    memory, seconds = done.stdout.split()
+    return float(memory), float(seconds)
+
+
+@pytest.mark.parametrize(("kind", "size"), [("line", 100 << 20), ("resumed", 8 << 20)])
+def test_a_large_log_takes_little_memory(tmp_path, kind, size):
+    memory, _ = read_giant(tmp_path, kind, size)
+    assert memory < 50
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", GIANTS)
+def test_a_log_of_a_gigabyte_takes_little_memory(tmp_path, kind):
+    memory, seconds = read_giant(tmp_path, kind, 1 << 30)
+    print(f"{kind}: {memory:.0f} MiB, {seconds:.0f} s")
+    assert memory < 300

@@ -1,5 +1,8 @@
 """From YAML, environment and flags to a Config: who wins, and what is refused."""
 
+import os
+import threading
+
 import pytest
 
 from lever_lm.config import Config, DataConfig, FeatureConfig, asset_path, fingerprint, to_dict
@@ -424,3 +427,88 @@ def test_a_variable_that_a_flag_or_set_overrides_is_not_in_effect(monkeypatch):
     assert (config.grpo.epochs, config.grpo.kl_beta) == (9, 0.3)
     assert (config.rce.batch_size, config.grpo.batch_size) == (5, 7)
     assert in_effect == ["BATCH_SIZE=7"]
+
+
+# ---------------------------------------------------------------------- from strangers
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: &a [x]\nb: *a",
+        "seed: !!int 3",
+        "seed: !!timestamp x",
+        "seed: 2024-99-99",
+        "seed: 1\nseed: 2",
+        f"seed: {'9' * 5000}",
+        "[" * 100_000,
+        "seed: \x00",
+        "#" * (256 << 10) + "\nseed: 1",
+    ],
+    ids=lambda text: text[:20],
+)
+def test_a_config_of_a_stranger_is_a_usage_error_of_one_line(lever, tmp_path, text):
+    done = lever("best-ckpt", "--config", config_file(tmp_path, text))
+    assert done.status == 2
+    assert done.err.count("\n") == 1
+    assert "mine.yaml is not a YAML file" in done.err
+    assert len(done.err) < 600
+
+
+def test_a_config_of_a_terabyte_is_refused_before_it_is_read(tmp_path):
+    with open(tmp_path / "huge.yaml", "wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(UsageError, match="larger than 256 KiB"):
+        read_yaml(tmp_path / "huge.yaml")
+
+
+def test_a_config_may_come_through_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=("seed: 5",))
+    writer.start()
+    assert read_yaml(tmp_path / "pipe") == {"seed": 5}
+    writer.join()
+
+
+@pytest.mark.parametrize(
+    "value", ["&a 1", "*a", "!!int 3", "!!timestamp x", "2024-99-99", "9" * 5000, "[" * 9999, "{a: 1, a: 2}"]
+)
+def test_set_reads_no_more_than_plain_values(value):
+    with pytest.raises(UsageError, match=r"^--set seed: .{0,70} is not a YAML value: .{0,301}$"):
+        parse_set(f"seed={value}")
+
+
+def test_set_with_a_key_of_a_thousand_parts_is_refused():
+    with pytest.raises(UsageError, match="unknown config key"):
+        parse_set("a" + ".a" * 100_000 + "=1")
+
+
+@pytest.mark.parametrize("name", ["../x", "/tmp/x", "..", ".", "", "a/b", "x" * 101, "é" * 51])
+def test_the_name_of_a_dataset_leads_nowhere_else(name):
+    with pytest.raises(UsageError, match=r"data\.name must be a folder's name"):
+        build({"data": {"name": name}})
+
+
+@pytest.mark.parametrize("key", ["lvlm.path", "features.encoder"])
+def test_a_name_that_no_file_could_have_is_refused(key):
+    with pytest.raises(UsageError, match=f"{key} ends in a name of more than 100 bytes"):
+        build(dotted(key, "a/" + "x" * 101))
+    assert get(build(dotted(key, "a" * 99 + "/" + "x" * 100)), key)
+
+
+@pytest.mark.parametrize("value", ["a\0b", "x" * 20_000, "\ud800"], ids=["nul", "long", "half"])
+def test_text_that_is_no_path_and_no_prompt_is_refused(value):
+    with pytest.raises(
+        UsageError, match=r"prompt\.system must be text of at most 16384 bytes, without NUL, found .{1,60}$"
+    ):
+        build({"prompt": {"system": value}})
+
+
+def test_a_path_whose_bytes_are_no_text_is_taken():
+    assert build({"data": {"okvqa_path": "data\udcff"}}).data.okvqa_path == "data\udcff"
+
+
+@pytest.mark.parametrize("value", [10**30, -(10**30)])
+def test_an_integer_beyond_all_use_is_refused(value):
+    with pytest.raises(UsageError, match=r"grpo\.epochs must lie within"):
+        build({"grpo": {"epochs": value}})

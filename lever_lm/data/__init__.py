@@ -3,7 +3,16 @@
 import os
 
 from lever_lm.config import HUB_PREFIX, DataConfig, asset_path, fingerprint
-from lever_lm.data.examples import Example, Image, StoredImage, VqaData, image_digest, open_image, undecodable
+from lever_lm.data.examples import (
+    Example,
+    Image,
+    StoredImage,
+    VqaData,
+    image_digest,
+    image_digests,
+    open_image,
+    undecodable,
+)
 from lever_lm.data.groups import Group
 from lever_lm.data.okvqa import SPLITS, questions_file
 from lever_lm.data.okvqa import load_split as load_official
@@ -45,6 +54,7 @@ def load_dataset(config: DataConfig) -> VqaData:
     Raises LeverError with file, id and what was expected; with skip_bad_examples such examples are left out and
     listed in `skipped`.
     """
+    image_digest.cache_clear()  # what was read before may have changed
     skipped: list[str] = []
     splits, stamps = {}, []
     for split in SPLITS:
@@ -54,8 +64,24 @@ def load_dataset(config: DataConfig) -> VqaData:
             examples = _decodable(examples, skipped)
         if not examples:
             raise LeverError(f"{source_of(config, split)}: the {split} split holds no usable example")
-        splits[split], stamps = tuple(examples), [*stamps, stamp]
-    return VqaData(config.name, splits["train"], splits["val"], fingerprint(*stamps), tuple(skipped))
+        ids = [example.question_id for example in examples]
+        stamps.append(fingerprint(stamp, ids, _digests(examples)))
+        splits[split] = tuple(examples)
+    return VqaData(config.name, splits["train"], splits["val"], fingerprint(*stamps), tuple(skipped), tuple(stamps))
+
+
+def _digests(examples: list[Example]) -> list[str]:
+    """What identifies the content of each example's image. Raises LeverError naming the question of one that cannot be
+    read."""
+    try:
+        return image_digests([example.image for example in examples])
+    except LeverError:
+        for example in examples:
+            try:
+                image_digest(example.image)
+            except LeverError as error:
+                raise LeverError(f"question {example.question_id}: {error}") from error
+        raise
 
 
 def _decodable(examples: list[Example], skipped: list[str]) -> list[Example]:

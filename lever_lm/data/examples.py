@@ -8,11 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from io import BytesIO
-from pathlib import Path
+from typing import BinaryIO
 
+from lever_lm.data.pixels import Undecodable, decoded
+from lever_lm.digests import DIGESTS
 from lever_lm.errors import LeverError
+from lever_lm.files import open_regular
+from lever_lm.untrusted import one_line
 
-MAX_RATIO = 200  # of an image's sides: what Qwen2.5-VL can be shown
 DIGITS = 16  # of its SHA-256: what identifies it
 
 
@@ -62,6 +65,15 @@ class VqaData:
     val_examples: tuple[Example, ...]
     fingerprint: str
     skipped: tuple[str, ...] = ()
+    stamps: tuple[str, ...] = ()  # the fingerprint of each split
+
+    def examples(self, split: str) -> tuple[Example, ...]:
+        """Those of a split, `train` or `val`."""
+        return {"train": self.train_examples, "val": self.val_examples}[split]
+
+    def stamp(self, split: str) -> str:
+        """The fingerprint of a split (`train`, `val`): of its questions, answers and images."""
+        return self.stamps[("train", "val").index(split)] if self.stamps else self.fingerprint
 
     @cached_property
     def train(self) -> "datasets.Dataset":  # noqa: F821
@@ -94,11 +106,13 @@ def to_dataset(examples: Sequence[Example]):
         "raw_answers": [list(example.raw_answers) for example in examples],
     }
     images = [example.image for example in examples]
-    decoded = datasets.Image()
-    if any(isinstance(image, StoredImage) for image in images):
-        table = images[0].table.select([image.row for image in images]).cast_column("image", decoded)
+    column = datasets.Image()
+    stored = [isinstance(image, StoredImage) for image in images]
+    if all(stored) and stored:
+        table = images[0].table.select([image.row for image in images]).cast_column("image", column)
         return datasets.concatenate_datasets([datasets.Dataset.from_dict(columns, features=features), table], axis=1)
-    features["image"] = decoded
+    features["image"] = column
+    images = [{"bytes": image.read()} if own else image for image, own in zip(images, stored, strict=True)]
     return datasets.Dataset.from_dict({**columns, "image": images}, features=features)
 
 
@@ -107,36 +121,41 @@ def to_dataset(examples: Sequence[Example]):
 
 def open_image(image: Image):
     """An image as upright RGB `PIL.Image`, transparency on white. Raises LeverError naming one that does not decode."""
-    import PIL.Image
-    from PIL import ImageOps
-
     try:
-        with PIL.Image.open(BytesIO(image.read()) if isinstance(image, StoredImage) else image) as opened:
-            if max(opened.size) > MAX_RATIO * min(opened.size):
-                raise ValueError(f"its sides, {opened.width} and {opened.height}, are in a ratio over {MAX_RATIO}")
-            upright = ImageOps.exif_transpose(opened)
-            if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
-                upright = upright.convert("RGBA")
-                upright = PIL.Image.alpha_composite(PIL.Image.new("RGBA", upright.size, "white"), upright)
-            return upright.convert("RGB")
-    except FileNotFoundError as error:
-        raise LeverError(f"image not found: {image} (check COCO_PATH or data.coco_path)") from error
-    except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+        if isinstance(image, StoredImage):
+            return decoded(BytesIO(image.read()))
+        with _opened(image) as file:
+            return decoded(file)
+    except Undecodable as error:
         raise LeverError(
-            f"cannot decode the image {image}: {error}. Replace the file, or go on without such examples: "
-            "--skip-bad-examples"
+            f"cannot decode the image {one_line(str(image))}: {one_line(str(error))}. Replace the file, or go on "
+            "without such examples: --skip-bad-examples"
         ) from error
+
+
+def _opened(image: str) -> BinaryIO:
+    try:
+        return open_regular(image, "the image")
+    except LeverError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise LeverError(f"image not found: {one_line(str(image))} (check COCO_PATH or data.coco_path)") from error
+        raise
 
 
 @lru_cache(maxsize=200_000)
 def image_digest(image: Image) -> str:
     """What identifies an image's content, whether in a file or in a table. Raises LeverError when it is not there."""
-    if isinstance(image, StoredImage):
-        return image.digest
+    return image_digests([image])[0]
+
+
+def image_digests(images: Sequence[Image]) -> list[str]:
+    """What identifies the content of each image. Raises LeverError when one is not there."""
+    files = [image for image in images if not isinstance(image, StoredImage)]
     try:
-        return bytes_digest(Path(image).read_bytes())
+        of_file = dict(zip(files, DIGESTS.of(files), strict=True))
     except OSError as error:
-        raise LeverError(f"cannot read the image {image}: {error.strerror}") from error
+        raise LeverError(f"cannot read the image {error.filename}: {error.strerror}") from error
+    return [image.digest if isinstance(image, StoredImage) else of_file[image] for image in images]
 
 
 def bytes_digest(content: bytes) -> str:

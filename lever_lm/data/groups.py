@@ -5,16 +5,17 @@ present layout a query names its pool (`candidate_pool_ids`) and trajectories po
 trajectories hold global rows and the pool is the sorted set of them.
 """
 
-import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lever_lm.errors import LeverError, UsageError
 from lever_lm.rewards import reward
+from lever_lm.untrusted import read_json, shown
 
 POOL_LIMIT = 64
 _LARGEST = sys.float_info.max  # a longer integer is JSON, but no float
+_LONGEST_ID = 19  # digits that always fit in 63 bits
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Group:
     pool: list[int]
     sequences: list[list[int]]
     rewards: list[float]
+    numbers: list[int] | None = field(default=None, compare=False)  # places in the file; all of them in order if None
 
 
 def load_groups(
@@ -59,7 +61,7 @@ def load_groups(
             continue
         pool, sequences = _pool_and_sequences(entry, kept, where)
         rewards = [trajectory_reward(t, reward_mode, weights, f"{where}, trajectory {i}") for i, t in kept]
-        groups.append(Group(int(key), pool, sequences, rewards))
+        groups.append(Group(int(key), pool, sequences, rewards, [i for i, _ in kept]))
     return groups
 
 
@@ -72,23 +74,27 @@ def split_ids(query_ids: list[int]) -> tuple[set[int], set[int]]:
 
 def is_query(key: str) -> bool:
     """Whether a top-level key of a rollout file is a query id."""
-    return key.isascii() and key.isdigit()
+    return key.isascii() and key.isdigit() and len(key) < _LONGEST_ID
 
 
 def read_rollouts(path: str | Path) -> dict:
     """The JSON object of a rollout file. Raises LeverError when it is missing or not one."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = read_json(path, None, nan=True)  # where a score is not finite, its trajectory is named
     except OSError as error:
         raise LeverError(
-            f"cannot read the rollout file {path}: {error.strerror}; make it with `lever rollout`"
+            f"cannot read the rollout file {path}: {error.strerror or error}; make it with `lever rollout`"
         ) from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise LeverError(
             f"{path} is not JSON ({error}): expected a rollout file of `lever rollout` or Lever-Plus"
         ) from error
     if not isinstance(content, dict) or not any(is_query(key) for key in content):
         raise LeverError(f"{path} holds no queries: expected an object whose keys are query ids")
+    spelt: dict[int, str] = {}
+    for key in filter(is_query, content):
+        if spelt.setdefault(int(key), key) != key:
+            raise LeverError(f"{path} holds query {int(key)} twice, as {spelt[int(key)]} and as {key}")
     return content
 
 
@@ -100,7 +106,7 @@ def _usable(entry, skip_fallback: bool, where: str) -> list[tuple[int, dict]]:
     return [
         (i, t)
         for i, t in enumerate(trajectories)
-        if not t.get("eval_failed") and str(t.get("vqa_eval_mode")) not in dropped_modes
+        if not t.get("eval_failed") and not (isinstance(mode := t.get("vqa_eval_mode"), str) and mode in dropped_modes)
     ]
 
 
@@ -117,13 +123,15 @@ def _pool_and_sequences(entry: dict, kept: list[tuple[int, dict]], where: str) -
         sequences = [[position.get(row, -1) for row in sequence] for sequence in rows]
     for (i, _), sequence in zip(kept, sequences, strict=True):
         if not sequence or not all(0 <= position < len(pool) for position in sequence):
-            raise LeverError(f"{where}, trajectory {i}: positions {sequence} do not lie in a pool of {len(pool)}")
+            raise LeverError(
+                f"{where}, trajectory {i}: positions {shown(sequence)} do not lie in a pool of {len(pool)}"
+            )
     return pool, sequences
 
 
 def _integers(value, where: str) -> list[int]:
-    if not isinstance(value, list) or not all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in value):
-        raise LeverError(f"{where}: expected a list of non-negative integers, found {value!r:.60}")
+    if not isinstance(value, list) or not all(type(v) is int and 0 <= v < 2**63 for v in value):
+        raise LeverError(f"{where}: expected a list of non-negative integers, found {shown(value)}")
     return value
 
 
@@ -143,8 +151,11 @@ def trajectory_reward(trajectory: dict, mode: str, weights: dict, where: str) ->
     for name, score in scores.items():
         number = isinstance(score, (int, float)) and -_LARGEST <= score <= _LARGEST  # false for NaN
         if score is not None and not number:
-            raise LeverError(f"{where}: {names[name]} is {score!r}, expected a finite number or null")
-    return reward(mode, **scores, **weights)
+            raise LeverError(f"{where}: {names[name]} is {shown(score)}, expected a finite number or null")
+    try:
+        return reward(mode, **scores, **weights)
+    except ValueError as error:
+        raise LeverError(f"{where}: {error} (reward.mode, reward.hard_weight, soft_weight, rel_weight)") from error
 
 
 def check_reward_mode(mode: str) -> None:

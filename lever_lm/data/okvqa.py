@@ -1,13 +1,13 @@
 """OK-VQA and VQAv2 as officially distributed: a questions file, an annotations file, COCO images."""
 
 import hashlib
-import json
 import os
 from pathlib import Path
 
 from lever_lm.config import DataConfig, asset_path
 from lever_lm.data.examples import Example, refuse_or_skip, unique
 from lever_lm.errors import LeverError
+from lever_lm.untrusted import loads, read_bytes, shown
 
 SPLITS = {"train": "train2014", "val": "val2014"}
 
@@ -84,14 +84,14 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 def _read_list(path: Path, key: str, digest) -> list[dict]:
     try:
-        content = path.read_bytes()
+        content = read_bytes(path)
     except OSError as error:
-        raise LeverError(f"cannot read {path}: {error.strerror}; set OKVQA_PATH (data.okvqa_path)") from error
+        raise LeverError(f"cannot read {path}: {error.strerror or error}; set OKVQA_PATH (data.okvqa_path)") from error
     digest.update(content)
     try:
-        rows = json.loads(content)[key]
+        rows = loads(content)[key]
         bad = [row for row in rows if not (_is_id(row["question_id"]) and _is_id(row["image_id"]))]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise LeverError(
             f"{path} is not an official VQA file ({_reason(error)}): expected an object with a list "
             f"'{key}' of objects with integer question_id and image_id"
@@ -99,7 +99,7 @@ def _read_list(path: Path, key: str, digest) -> list[dict]:
     if bad:
         raise LeverError(
             f"{path}: every entry of '{key}' needs a question_id and image_id of 0 to 2**63 - 1, found "
-            f"question_id {bad[0]['question_id']!r:.40}, image_id {bad[0]['image_id']!r:.40}"
+            f"question_id {shown(bad[0]['question_id'], 40)}, image_id {shown(bad[0]['image_id'], 40)}"
         )
     return rows
 
@@ -124,10 +124,10 @@ def _example(item, annotated, questions_path, annotations_path, folder, split, s
         )
     question, entries = item.get("question"), annotation.get("answers")
     if not isinstance(question, str) or not question.strip():
-        raise LeverError(f"{questions_path}: question {question_id} has no text, found {question!r}")
+        raise LeverError(f"{questions_path}: question {question_id} has no text, found {shown(question)}")
     if not isinstance(entries, list) or not entries or not all(_is_answer(entry) for entry in entries):
         raise LeverError(
-            f"{annotations_path}: question {question_id} needs a list of objects with 'answer', found {entries!r:.80}"
+            f"{annotations_path}: question {question_id} needs a list of objects with 'answer', found {shown(entries)}"
         )
     # Answers repeat over and over: equal ones are kept once.
     answers = tuple(shared.setdefault(entry["answer"], entry["answer"]) for entry in entries)

@@ -1,7 +1,7 @@
 """Parquet copies of a VQA dataset, from the hub or a folder: columns question_id, image, question, answers.
 
-The images are inside. `datasets` keeps the tables memory-mapped on disk, so neither loading nor reading text columns
-holds or decodes one.
+The images are inside, or named by path or address (remote.py). `datasets` keeps the tables memory-mapped on disk, so
+neither loading nor reading text columns holds or decodes one.
 """
 
 import contextlib
@@ -12,9 +12,11 @@ from pathlib import Path
 
 from lever_lm.compat import first_line
 from lever_lm.config import HUB_PREFIX, DataConfig, asset_path, fingerprint
-from lever_lm.data.examples import Example, StoredImage, bytes_digest, refuse_or_skip, unique
+from lever_lm.data.examples import Example, Image, StoredImage, bytes_digest, image_digest, refuse_or_skip, unique
+from lever_lm.data.remote import Refused, cache_file, fetch_images, is_address, is_fetchable, local_image
 from lever_lm.errors import LeverError
 from lever_lm.hub import cached_snapshot
+from lever_lm.untrusted import shown
 
 COLUMNS = ("question_id", "image", "question", "answers")
 _OPTIONAL = ("image_id", "raw_answers")
@@ -46,11 +48,14 @@ def _is_named(text: str, pattern: str) -> bool:
     return re.search(rf"(?:^|[^a-z])(?:{pattern})(?:[^a-z]|$)", text.lower()) is not None
 
 
-def load_split(source: str, config: DataConfig, split: str, skipped: list[str]) -> tuple[list[Example], str]:
+def load_split(
+    source: str, config: DataConfig, split: str, skipped: list[str], folder: Path | None = None
+) -> tuple[list[Example], str]:
     """One split (`train` or `val`) from a folder of parquet files or from `hub:REPO`, and its fingerprint.
 
-    The hub's copy is taken from the local cache where there is one. Raises LeverError with source, row and what was
-    expected; with skip_bad_examples such examples are left out and added to `skipped`.
+    The hub's copy is taken from the local cache where there is one; images that are fetched lie in `folder`. Raises
+    LeverError with source, row and what was expected; with skip_bad_examples such examples are left out and added to
+    `skipped`.
     """
     import datasets
 
@@ -71,18 +76,68 @@ def load_split(source: str, config: DataConfig, split: str, skipped: list[str]) 
         images = table.select_columns("image").cast_column("image", datasets.Image(decode=False))
         what = "table"
         # Kept on disk by `datasets` under the fingerprint of the table: computed once.
-        digests = images.map(_digests, batched=True, batch_size=64, remove_columns="image")["digest"]
+        found = images.map(_digests, batched=True, batch_size=64, remove_columns="image").to_list()
         texts = table.select_columns([name for name in (*COLUMNS, *_OPTIONAL) if name in table.column_names])
         rows = texts.remove_columns("image").to_list()
     except Exception as error:  # anybody's file: Arrow can fail on it in any way
         raise LeverError(f"{source}: cannot read the {split} {what}: {first_line(error)}") from error
-    examples = _examples(rows, list(digests), images, f"{source}, {split}", config.skip_bad_examples, skipped)
-    return examples, fingerprint(rows, list(digests))
+    where = f"{source}, {split}"
+    places = {number: image["place"] for number, image in enumerate(found) if image["place"]}
+    named = _find_images(places, _roots(source, config), config, folder)
+    stored = {i: StoredImage(image["digest"], i, images) for i, image in enumerate(found) if image["digest"]}
+    examples = _examples(rows, {**stored, **named}, where, config.skip_bad_examples, skipped)
+    return examples, fingerprint(rows, found)
 
 
 def _digests(batch: dict) -> dict:
-    contents = (image["bytes"] if image else None for image in batch["image"])
-    return {"digest": [bytes_digest(content) if content else "" for content in contents]}
+    """Of each image in a batch: the digest of its bytes, or else the place that it is said to be at."""
+    images = [image or {"bytes": None, "path": None} for image in batch["image"]]
+    return {
+        "digest": [bytes_digest(image["bytes"]) if image["bytes"] else "" for image in images],
+        "place": ["" if image["bytes"] else image["path"] or "" for image in images],
+    }
+
+
+def _roots(source: str, config: DataConfig) -> list[Path]:
+    """The folders that images named by path may lie in: of the data, and of the official images."""
+    own = cached_snapshot(source.removeprefix(HUB_PREFIX), "dataset") if source.startswith(HUB_PREFIX) else None
+    if own is None and not source.startswith(HUB_PREFIX):
+        own = asset_path(source)
+    return [root for root in (own, asset_path(config.coco_path)) if root is not None and root.is_dir()]
+
+
+def _find_images(
+    places: dict[int, str], roots: list[Path], config: DataConfig, folder: Path | None
+) -> dict[int, str | Refused]:
+    """The files of images that a table does not hold, by row; where there is none, the reason. Addresses are fetched
+    into `folder`, or beside what `datasets` keeps, with data.allow_remote."""
+    import datasets
+
+    folder = folder or Path(datasets.config.HF_DATASETS_CACHE) / "lever_lm_images"
+    found: dict[int, str | Refused] = {}
+    fetched: dict[int, str] = {}
+    for number, place in places.items():
+        if not is_address(place):
+            found[number] = _local(place, roots)
+        elif not is_fetchable(place):
+            found[number] = Refused(f"its image is at {shown(place, 80)}, which is never followed")
+        elif not config.allow_remote:
+            found[number] = Refused(f"its image is at {shown(place, 80)}, which is followed with --allow-remote alone")
+        else:
+            fetched[number] = place
+    stop_early = not config.skip_bad_examples
+    problems = fetch_images(fetched.values(), folder, stop_early=stop_early) if fetched else {}
+    for number, place in fetched.items():
+        why = problems.get(place)
+        found[number] = Refused(f"its image {shown(place, 200)}: {why}") if why else str(cache_file(place, folder))
+    return found
+
+
+def _local(place: str, roots: list[Path]) -> str | Refused:
+    try:
+        return local_image(place, roots)
+    except Refused as error:
+        return error
 
 
 def _from_folder(root: Path, split: str):
@@ -153,43 +208,43 @@ def _from_hub(source: str, split: str):
 
 
 def _examples(
-    rows: list[dict], digests: list[str], images, where: str, skip_bad: bool, skipped: list[str]
+    rows: list[dict], images: dict[int, Image | Refused], where: str, skip_bad: bool, skipped: list[str]
 ) -> list[Example]:
     kept = []
-    for number, (row, digest) in enumerate(zip(rows, digests, strict=True)):
-        problem = _problem(row, digest)
+    for number, row in enumerate(rows):
+        image = images.get(number, Refused("its image holds neither bytes nor a path"))
+        problem = _problem(row) or (str(image) if isinstance(image, Refused) else None)
         if problem:
             refuse_or_skip(f"{where}, row {number}, question {row['question_id']!s:.40}: {problem}", skip_bad, skipped)
         else:
-            kept.append({**row, "question_id": int(row["question_id"]), "number": number, "digest": digest})
+            kept.append({**row, "question_id": int(row["question_id"]), "image": image})
     examples = []
     for row in unique(where, kept, skip_bad, skipped):
         answers = tuple(_text(entry, "answer") for entry in row["answers"])
         raw = row.get("raw_answers") or [_text(a, "raw_answer") or _text(a, "answer") for a in row["answers"]]
         # Without ids of their own, images are told apart by their content.
         image_id = row.get("image_id")
-        image_id = int(row["digest"][:15], 16) if image_id is None else int(image_id)
-        image = StoredImage(row["digest"], row["number"], images)
-        examples.append(Example(row["question_id"], image_id, row["question"], answers, tuple(raw), image))
+        image_id = int(image_digest(row["image"])[:15], 16) if image_id is None else int(image_id)
+        examples.append(Example(row["question_id"], image_id, row["question"], answers, tuple(raw), row["image"]))
     return examples
 
 
-def _problem(row: dict, digest: str) -> str | None:
-    """What is wrong with a row, if anything."""
+def _problem(row: dict) -> str | None:
+    """What is wrong with a row but for its image, if anything."""
     if not _is_id(row["question_id"]):
         return "question_id must be a number of 0 to 2**63 - 1"
     if not isinstance(row["question"], str) or not row["question"].strip():
-        return f"it has no text, found {row['question']!r}"
+        return f"it has no text, found {shown(row['question'])}"
     answers = row["answers"]
     if not isinstance(answers, list) or not answers or not all(isinstance(_text(a, "answer"), str) for a in answers):
-        return f"it needs a list of answers, found {answers!r:.80}"
+        return f"it needs a list of answers, found {shown(answers)}"
     raw = row.get("raw_answers")
     raw = [_text(a, "raw_answer") or "" for a in answers] if raw is None else raw
     if not isinstance(raw, list) or not all(isinstance(a, str) for a in raw):
-        return f"its raw answers must be a list of texts, found {raw!r:.80} (raw_answers or answers)"
+        return f"its raw answers must be a list of texts, found {shown(raw)} (raw_answers or answers)"
     if row.get("image_id") is not None and not _is_id(row["image_id"]):
-        return f"image_id must be a number of 0 to 2**63 - 1, found {row['image_id']!r:.40}"
-    return None if digest else "its image holds no bytes, and an address is not followed"
+        return f"image_id must be a number of 0 to 2**63 - 1, found {shown(row['image_id'])}"
+    return None
 
 
 def _is_id(value) -> bool:

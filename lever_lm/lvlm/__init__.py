@@ -19,7 +19,8 @@ def load_lvlm(
         from lever_lm.lvlm.server import ServerLvlm, server_fingerprint
 
         fingerprint = server_fingerprint(config, prompt)
-        return CachedLvlm(lambda: ServerLvlm(config, prompt), fingerprint, AnswerCache(cache, shards), track)
+        model = server_fingerprint(config, PromptConfig())
+        return CachedLvlm(lambda: ServerLvlm(config, prompt), fingerprint, AnswerCache(cache, shards), track, model)
 
     from lever_lm.lvlm.local import LocalLvlm, local_fingerprint, vision_fingerprint
 
@@ -32,4 +33,5 @@ def load_lvlm(
         fingerprint,
         AnswerCache(cache, shards),
         track,
+        local_fingerprint(config, PromptConfig(), device),
     )

@@ -8,22 +8,24 @@ is broken or gone there is made again.
 import hashlib
 import json
 import re
-import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
+from math import prod
 from pathlib import Path
 
 from torch import Tensor
 
 from lever_lm.data import Image, image_digest
-from lever_lm.runs import TEMPORARY_PREFIX, write_tensors
+from lever_lm.files import sweep, write_tensors
+from lever_lm.untrusted import loads
 
 GIB = 1 << 30
 _OPEN_FILES = 128
+_PATCHES = 4  # of an image that are one token
+_FLOATS = {"F32", "F16", "BF16"}  # as safetensors calls them
 _NAME = re.compile(r"[0-9a-f]{16}\.safetensors")
-_STALE = 3600.0  # seconds after which nobody is writing a temporary file any more
 Grid = tuple[int, int, int]  # patches in time, height, width
 
 
@@ -44,9 +46,8 @@ class VisionBank:
         self.find_written()
         there = sum(path.stat().st_size for path in self._looked_at if path.exists())
         self._room = (disk - there) // processes  # bytes that this process may write
-        for left_over in self.folder.glob(f"{TEMPORARY_PREFIX}*") if self.folder else ():
-            if time.time() - left_over.stat().st_mtime > _STALE:
-                left_over.unlink(missing_ok=True)
+        if self.folder is not None:
+            sweep(self.folder)
 
     def __len__(self) -> int:
         """How many images have been seen."""
@@ -151,9 +152,14 @@ def _grids(path: Path) -> dict[str, Grid] | None:
 
     try:
         with _open(path) as file:
-            grids = {digest: tuple(grid) for digest, grid in json.loads(file.metadata()["grids"]).items()}
-            sound = set(grids) == set(file.keys())
+            grids = {digest: tuple(grid) for digest, grid in loads(file.metadata()["grids"]).items()}
+            slices = {digest: file.get_slice(digest) for digest in file.keys()}  # noqa: SIM118 - not a dict
+            shapes = {digest: tuple(part.get_shape()) for digest, part in slices.items()}
+            sound = {part.get_dtype() for part in slices.values()} <= _FLOATS
     except (OSError, SafetensorError, TypeError, KeyError, ValueError, AttributeError):
         return None
     sound = sound and all(len(grid) == 3 and all(type(n) is int and n > 0 for n in grid) for grid in grids.values())
+    tokens = {digest: prod(grid) // _PATCHES for digest, grid in grids.items()} if sound else {}
+    sound = sound and tokens == {digest: shape[0] for digest, shape in shapes.items() if len(shape) == 2}
+    sound = sound and len({shape[1:] for shape in shapes.values()}) == 1
     return grids if sound else None

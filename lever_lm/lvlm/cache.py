@@ -8,6 +8,7 @@ import contextlib
 import glob
 import hashlib
 import json
+import math
 import re
 import sqlite3
 import time
@@ -18,6 +19,8 @@ from lever_lm.data import image_digest
 from lever_lm.errors import LeverError, Unfinished
 from lever_lm.lvlm.prompt import Prompt, cut_answer
 from lever_lm.shards import Shards
+from lever_lm.stages import changed, changes
+from lever_lm.untrusted import shown
 
 _SQL_VARIABLES = 500
 _PATIENCE = 60.0  # seconds to wait for the writing of another process
@@ -55,7 +58,17 @@ class AnswerCache:
                 part = keys[start : start + _SQL_VARIABLES]
                 marks = ",".join("?" * len(part))
                 found |= dict(self._main.execute(f"SELECT key, value FROM answers WHERE key IN ({marks})", part))
-        return found
+        return {key: value for key, value in found.items() if isinstance(value, str)}
+
+    def changed_since(self, here: dict[str, str]) -> list[str]:
+        """The parts of a stamp that nothing was asked under before, against the most alike of those that something was;
+        [] for one that is known, or is the first. It is known from now on. A call of the leader."""
+        with _explained(self.path), self._main:
+            there = [dict(zip(here, row, strict=True)) for row in self._main.execute("SELECT lvlm, prompt FROM made")]
+            if here in there:
+                return []
+            self._main.execute("INSERT INTO made VALUES (?, ?)", list(here.values()))
+            return min((changed(other, here) for other in there), key=len, default=[])
 
     def put(self, items: dict[str, str]) -> None:
         """Store a batch whole."""
@@ -111,10 +124,13 @@ class _InUse(LeverError):
 def _explained(path: Path) -> Iterator[None]:
     try:
         yield
-    except (sqlite3.Error, OSError) as error:
+    except (sqlite3.Error, OSError, ValueError) as error:  # the last: text that is no UTF-8
         if "locked" in str(error):
             raise _InUse(f"the answer cache {path} is in use by another job: run this when that has ended") from error
-        raise LeverError(f"cannot use the answer cache {path}: {error}; if it is broken, delete it") from error
+        if not path.exists():
+            raise LeverError(f"the answer cache {path} was deleted while in use: run the same command again") from error
+        said = shown(str(error), 200).strip("'\"")
+        raise LeverError(f"cannot use the answer cache {path}: {said}; if it is broken, delete it") from error
 
 
 def _open(path: Path, *, alone: bool = False, patience: float = _PATIENCE) -> sqlite3.Connection:
@@ -123,12 +139,20 @@ def _open(path: Path, *, alone: bool = False, patience: float = _PATIENCE) -> sq
         path.parent.mkdir(parents=True, exist_ok=True)
         db = sqlite3.connect(path, timeout=patience)
         try:
+            db.execute("PRAGMA synchronous=EXTRA")  # what was put outlasts a power failure
+            db.execute("PRAGMA trusted_schema=OFF")
             if alone:
                 db.execute("PRAGMA locking_mode=EXCLUSIVE")
                 db.execute("BEGIN EXCLUSIVE")
+            if db.execute("SELECT 1 FROM sqlite_master WHERE type NOT IN ('table', 'index')").fetchone():
+                raise ValueError("it holds more than tables")  # a view may never end, a trigger do anything
             db.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID")
+            db.execute("CREATE TABLE IF NOT EXISTS made (lvlm TEXT, prompt TEXT)")
+            if path.with_name(f"{path.name}-journal").exists():
+                # A writer that was killed before its journal counted leaves it to the next one: be that.
+                db.execute("PRAGMA user_version=0")
             db.commit()
-        except sqlite3.Error:
+        except (sqlite3.Error, ValueError):
             db.close()
             raise
         return db
@@ -144,19 +168,28 @@ def _rows(db: sqlite3.Connection, path: Path) -> Iterator[tuple[str, str]]:
         yield from db.execute("SELECT key, value FROM answers ORDER BY key")
 
 
+def _finite(text: str) -> float:
+    """Raises ValueError for what is no finite number."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"it holds {shown(text)} for a log-prob")
+    return value
+
+
 class CachedLvlm:
     """An LVLM behind its cache. The model is loaded when the first unknown question comes.
 
     `load` makes the backend (generate, answer_log_prob, batches); `fingerprint` is that of model, decoding and
-    prompt style. Keys also hold texts and image contents, so changed data is asked anew. Batches are cut from the
-    sorted list of unknown prompts and committed whole: what a killed job left is the same batches again. The processes
-    of a job deal them among themselves; each makes the same calls with the same prompts, gets all answers, and calls
-    `batches` of the backend whenever the others do.
+    prompt style, `model` the same for any prompt style. Keys also hold texts and image contents, so changed data is
+    asked anew. Batches are cut from the sorted list of unknown prompts and committed whole: what a killed job left is
+    the same batches again. The processes of a job deal them among themselves; each makes the same calls with the same
+    prompts, gets all answers, and calls `batches` of the backend whenever the others do.
     """
 
-    def __init__(self, load: Callable[[], object], fingerprint: str, cache: AnswerCache, track: Track):
+    def __init__(self, load: Callable[[], object], fingerprint: str, cache: AnswerCache, track: Track, model: str = ""):
         self._load, self._backend = load, None
         self.fingerprint, self.cache, self.track, self.shards = fingerprint, cache, track, cache.shards
+        self.model = model or fingerprint
         self.asked = 0  # prompts that went to the model in this process
         self.known = 0  # prompts answered from the cache
 
@@ -187,7 +220,9 @@ class CachedLvlm:
         def ask(batch: list[int]) -> list[float]:
             return self.backend.answer_log_prob([prompts[i] for i in batch], [answers[i] for i in batch])
 
-        return [float(value) for value in self._through_cache(keys, prompts, ask, what)]
+        found = self._through_cache(keys, prompts, ask, what)
+        with _explained(self.cache.path):
+            return [_finite(value) for value in found]
 
     def unknown(self, prompts: Sequence[Prompt]) -> int:
         """How many of the prompts would go to the model to be answered."""
@@ -198,7 +233,9 @@ class CachedLvlm:
     def speed(self) -> float | None:
         """Prompts a second in as many processes as these, from when this model was last asked; None before."""
         known = self.cache.get([self._speed_key])
-        return float(known[self._speed_key]) * self.shards.world if known else None
+        with contextlib.suppress(ValueError):
+            return _finite(known[self._speed_key]) * self.shards.world if known else None
+        return None
 
     @property
     def _speed_key(self) -> str:
@@ -226,6 +263,9 @@ class CachedLvlm:
     def _ask(self, pending: list[int], keys: list[str], prompts: Sequence[Prompt], ask, label: str) -> None:
         """Have the prompts that `pending` numbers answered, by this process its share of the batches, and stored."""
         backend = self.backend
+        if self.shards.leader and (news := self.cache.changed_since({"LVLM": self.model, "prompt": self.fingerprint})):
+            news = news[:1] if "LVLM" in news else news  # the fingerprint is of both
+            label += f"; {changes(news)} since answers were last kept here"
         self.shards.wait()  # until every rank has its model: the time taken is that of answering
         started = time.monotonic()
         batches = backend.batches([prompts[i] for i in pending])

@@ -1,7 +1,8 @@
 """Greedy and beam decoding over a language model's own layers and cache, one prefill per prompt.
 
 B prompts, N beams, L prompt length, V vocabulary. Prompts are padded on the left. Both equal the library's
-`generate` for the same logits; beams share their prompt's prefill instead of repeating it N times.
+`generate` for the same logits; beams share their prompt's prefill instead of repeating it N times. Logits that are not
+finite would pass for the first or the last token: a flag on the device notes them, and is looked at once a batch.
 """
 
 from collections.abc import Callable
@@ -11,6 +12,14 @@ import torch
 from torch import Tensor
 
 NEVER = -1.0e9
+
+
+class NotFinite(ArithmeticError):
+    """Prompts whose logits were not finite: their places in the batch."""
+
+    def __init__(self, places: list[int]):
+        super().__init__(f"the logits of prompts {places} are not finite")
+        self.places = places
 
 
 @dataclass
@@ -26,18 +35,23 @@ class Prefilled:
 
 
 def greedy(prefilled: Prefilled, max_new_tokens: int, eos: Tensor, pad: int) -> Tensor:
-    """The likeliest token, again and again: (B, T) long with T ≤ max_new_tokens, `pad` after an end-of-turn."""
+    """The likeliest token, again and again: (B, T) long with T ≤ max_new_tokens, `pad` after an end-of-turn. Raises
+    NotFinite."""
     logits, mask = prefilled.logits, prefilled.mask
     finished = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+    sound = ~finished
     tokens = []
     for t in range(max_new_tokens):
-        token = logits.argmax(-1).masked_fill(finished, pad)
+        likeliest = logits.argmax(-1)  # NaN and +inf are above all else
+        sound &= logits.gather(-1, likeliest[:, None]).squeeze(-1).isfinite() | finished
+        token = likeliest.masked_fill(finished, pad)
         tokens.append(token)
         finished |= torch.isin(token, eos)
         if finished.all() or t + 1 == max_new_tokens:
             break
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         logits = prefilled.step(token[:, None], prefilled.position[:, None] + t, mask)
+    _check(sound)
     return torch.stack(tokens, 1)
 
 
@@ -46,7 +60,7 @@ def beam_search(prefilled: Prefilled, num_beams: int, max_new_tokens: int, eos: 
 
     Semantics of the library (early_stopping=False): of each step's (1 + |eos|)·N best continuations those that end
     among the first N may enter the finished ones, and the best N others run on; a prompt is settled once its best
-    running beam, at the present length, falls below its worst finished one.
+    running beam, at the present length, falls below its worst finished one. Raises NotFinite.
     """
     batch, device = len(prefilled.logits), prefilled.logits.device
     keep = max(2, 1 + len(eos)) * num_beams
@@ -57,6 +71,7 @@ def beam_search(prefilled: Prefilled, num_beams: int, max_new_tokens: int, eos: 
     finished_scores = torch.full((batch, num_beams), NEVER, device=device)
     is_finished = torch.zeros(batch, num_beams, dtype=torch.bool, device=device)
     open_ = torch.ones(batch, 1, dtype=torch.bool, device=device)
+    sound = open_[:, 0].clone()
     among_first = torch.arange(keep, device=device) < num_beams
     prefilled.cache.batch_repeat_interleave(num_beams)
     mask = prefilled.mask.repeat_interleave(num_beams, 0)
@@ -66,6 +81,7 @@ def beam_search(prefilled: Prefilled, num_beams: int, max_new_tokens: int, eos: 
     for t in range(max_new_tokens):
         log_probs = logits.float().log_softmax(-1).view(batch, num_beams, -1) + running_scores[..., None]
         scores, flat = log_probs.flatten(1).topk(keep, -1)
+        sound &= scores[:, 0].isfinite()  # a NaN comes first
         parent, token = flat // log_probs.shape[-1], flat % log_probs.shape[-1]
         grown = running.gather(1, parent[..., None].expand(-1, -1, max_new_tokens))
         grown[..., t] = token
@@ -87,4 +103,10 @@ def beam_search(prefilled: Prefilled, num_beams: int, max_new_tokens: int, eos: 
         prefilled.cache.reorder_cache(rows)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         logits = prefilled.step(running[..., t].reshape(-1, 1), position[:, None] + t, mask)
+    _check(sound)
     return finished[:, 0]
+
+
+def _check(sound: Tensor) -> None:
+    if not sound.all():
+        raise NotFinite((~sound).nonzero().flatten().tolist())

@@ -4,7 +4,7 @@ B prompts, L prompt length, H hidden. What is the library's stays the library's:
 processor, vision tower, rotary positions, language model, cache. Ours is only what is shared between prompts.
 """
 
-import hashlib
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,13 +14,14 @@ from torch import Tensor
 from lever_lm.compat import first_line, import_transformers, load_whole, resolve_device
 from lever_lm.config import LVLM_SPEED, LvlmConfig, PromptConfig, fingerprint
 from lever_lm.errors import LeverError
-from lever_lm.hub import fetch_model, model_folder
+from lever_lm.hub import content_digests, fetch_model, model_folder
 from lever_lm.lvlm.cache import Track
-from lever_lm.lvlm.decoding import Prefilled, beam_search, greedy
+from lever_lm.lvlm.decoding import NotFinite, Prefilled, beam_search, greedy
 from lever_lm.lvlm.kernels import compile_parts, speed_up_vision
 from lever_lm.lvlm.prompt import Prompt, cut_answer, to_messages
 from lever_lm.lvlm.vision import Vision
 from lever_lm.shards import Shards
+from lever_lm.stages import CODE
 
 _CHARS_PER_TOKEN = 3  # of English, a few less than there are: good enough to sort and to budget by
 
@@ -81,11 +82,14 @@ class LocalLvlm:
 
         def write(batch: list[Prompt]) -> list[str]:
             prefilled = self._prefill(batch)
-            if self.config.num_beams == 1:
-                tokens = greedy(prefilled, self.config.max_new_tokens, self.eos, self.pad)
-            else:
-                decoding = (self.config.num_beams, self.config.max_new_tokens, self.eos, self.pad)
-                tokens = beam_search(prefilled, *decoding, self.config.length_penalty)
+            try:
+                if self.config.num_beams == 1:
+                    tokens = greedy(prefilled, self.config.max_new_tokens, self.eos, self.pad)
+                else:
+                    decoding = (self.config.num_beams, self.config.max_new_tokens, self.eos, self.pad)
+                    tokens = beam_search(prefilled, *decoding, self.config.length_penalty)
+            except NotFinite as error:
+                raise self._broken(batch[error.places[0]], "logits") from error
             return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
         return self._in_batches(prompts, list(prompts), write)
@@ -254,7 +258,22 @@ class LocalLvlm:
         rows = torch.arange(len(pairs), device=self.device)[:, None]
         log_probs = self.model.lm_head(hidden[rows, places - 1]).float().log_softmax(-1)
         of_tokens = log_probs.gather(-1, ids[rows, places][..., None]).squeeze(-1)
-        return [round(value, 6) for value in (of_tokens * real).sum(-1).tolist()]
+        sums = (of_tokens * real).sum(-1).tolist()
+        for (prompt, _), value in zip(pairs, sums, strict=True):
+            if not math.isfinite(value):
+                raise self._broken(prompt, "log-probs")
+        return [round(value, 6) for value in sums]
+
+    def _broken(self, prompt: Prompt, what: str) -> LeverError:
+        """What to say where the model gives a prompt numbers that are not finite."""
+        mend = "its weights may be broken (lvlm.path)"
+        if self.dtype != torch.float32:
+            wider = "float32 or bfloat16" if self.dtype == torch.float16 else "float32"
+            mend = f"set lvlm.dtype={wider}, or {mend}"
+        return LeverError(
+            f"question {prompt.query.question_id}: {self.config.path} in {str(self.dtype).removeprefix('torch.')} "
+            f"gives its prompt {what} that are NaN or infinite: {mend}"
+        )
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:
@@ -267,24 +286,18 @@ def local_fingerprint(config: LvlmConfig, prompt: PromptConfig, device: str) -> 
     """Changes with everything an answer depends on but the question: weights, precision, decoding, image budget,
     prompt style. Needs no model loaded."""
     settings = {name: value for name, value in vars(config).items() if name not in ("path", "dtype", *LVLM_SPEED)}
-    return fingerprint(_weights(config.path), settings, str(_dtype(config.dtype, resolve_device(device))), prompt)
+    precision = str(_dtype(config.dtype, resolve_device(device)))
+    return fingerprint(CODE["answers"], CODE["vision"], _weights(config.path), settings, precision, prompt)
 
 
 def vision_fingerprint(config: LvlmConfig, device: str) -> str:
     """Changes with everything an image's features depend on but the image: weights, precision, image budget."""
     limits = (config.min_pixels, config.max_pixels)
-    return fingerprint(_weights(config.path), *limits, str(_dtype(config.dtype, resolve_device(device))))
+    precision = str(_dtype(config.dtype, resolve_device(device)))
+    return fingerprint(CODE["vision"], _weights(config.path), *limits, precision)
 
 
 def _weights(path: str) -> list | str:
     folder = model_folder(path)
     files = sorted(f for kind in ("safetensors", "json", "jinja") for f in folder.glob(f"*.{kind}")) if folder else []
-    return [[file.name, file.stat().st_size, _ends_digest(file)] for file in files] or path
-
-
-def _ends_digest(path: Path, size: int = 1 << 20) -> str:
-    """Digest of the first and last MiB: enough to tell weights apart, and a 7 GB file costs nothing."""
-    with open(path, "rb") as file:
-        head = file.read(size)
-        file.seek(max(len(head), path.stat().st_size - size))
-        return hashlib.sha256(head + file.read()).hexdigest()[:16]
+    return [list(pair) for pair in zip([file.name for file in files], content_digests(files), strict=True)] or path

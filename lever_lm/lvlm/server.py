@@ -21,6 +21,7 @@ from lever_lm.data import Image, open_image
 from lever_lm.errors import LeverError, Unfinished
 from lever_lm.lvlm.client import Client, ServerError, check_server, served_name
 from lever_lm.lvlm.prompt import Prompt, cut_answer, to_messages
+from lever_lm.stages import CODE
 
 _ROUNDS = 8  # prompts in a batch for each request under way: what a killed job may have to ask again
 _URL_MEMORY = 1 << 30  # bytes of encoded images to keep
@@ -223,4 +224,4 @@ def server_fingerprint(config: LvlmConfig, prompt: PromptConfig) -> str:
     model's name, decoding, image budget, prompt style. Not with the server's address; and never that of a local model,
     whose precision and weights are known."""
     names = ("path", "max_new_tokens", "min_pixels", "max_pixels")
-    return fingerprint("server", *(getattr(config, name) for name in names), prompt)
+    return fingerprint("server", CODE["answers"], *(getattr(config, name) for name in names), prompt)

@@ -83,6 +83,12 @@ class Vision:
     def _through(self, images: Sequence[Image], pixels: Tensor, grids: Tensor) -> list[Tensor]:
         """The features of images, which the bank is given as well."""
         features = self._tower(images, pixels, grids)
+        if not torch.stack([feature.isfinite().all() for feature in features]).all():
+            broken = next(image for image, f in zip(images, features, strict=True) if not f.isfinite().all())
+            raise LeverError(
+                f"the image {broken}: the vision tower of {self.config.path} gives it NaN or infinite features: set "
+                "lvlm.dtype=float32 or bfloat16, or its weights may be broken (lvlm.path)"
+            )
         self.bank.add(images, features, list(map(tuple, grids.tolist())))
         return features
 

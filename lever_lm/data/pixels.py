@@ -1,0 +1,83 @@
+"""Where an image file of anybody's becomes pixels: known formats only, of a bounded size, with one kind of error."""
+
+import logging
+import re
+import warnings
+from typing import BinaryIO
+
+# What photographs come in (several in one JPEG, too: MPO), and what decodes without another program or a library that
+# writes to the terminal: PIL would hand an EPS to Ghostscript, and a TIFF to libtiff.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+MAX_RATIO = 200  # of an image's sides: what Qwen2.5-VL can be shown
+MAX_PIXELS = (1 << 30) // 12  # PIL's own limit: 256 MiB at 3 bytes each
+_WORDS = 200  # characters of a decoder's own
+# What a decoder has to say about a file reaches the user as our error or not at all.
+_UNSAID = tuple(("ignore", None, kind, re.compile(r"PIL\."), 0) for kind in (UserWarning, RuntimeWarning))
+
+
+class Undecodable(Exception):
+    """An image that is refused: why."""
+
+
+def decoded(file: BinaryIO):
+    """The first frame of an image file as upright RGB `PIL.Image`, transparency on white. Raises Undecodable."""
+    import PIL.Image
+
+    _hush()
+    try:
+        with PIL.Image.open(file, formats=FORMATS) as opened:
+            _check_size(opened.width, opened.height)
+            return _upright(opened)
+    except Undecodable:
+        raise
+    except PIL.UnidentifiedImageError as error:
+        raise Undecodable(f"it is none of {', '.join(FORMATS)}") from error
+    except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
+        raise Undecodable(f"it has more than {MAX_PIXELS} pixels") from error
+    except MemoryError as error:
+        raise Undecodable("there is not enough memory for it") from error
+    except Exception as error:  # six decoders, on bytes of anybody's: struct.error, IndexError, zlib.error, …
+        said = " ".join(str(error).split()).rstrip(".")[:_WORDS]
+        raise Undecodable(said or type(error).__name__) from error
+
+
+def _hush() -> None:
+    """Keep PIL's warnings from the screen: for good, as `warnings.catch_warnings` is of no use among threads."""
+    for entry in _UNSAID:
+        if entry not in warnings.filters:
+            warnings.filterwarnings("ignore", category=entry[2], module=entry[3].pattern)
+    log = logging.getLogger("PIL")
+    if not log.handlers:
+        log.addHandler(logging.NullHandler())
+
+
+def _check_size(width: int, height: int) -> None:
+    if min(width, height) < 1:
+        raise Undecodable(f"it has {width} by {height} pixels")
+    if width * height > MAX_PIXELS:
+        raise Undecodable(f"it has {width} by {height} pixels, more than {MAX_PIXELS}")
+    if max(width, height) > MAX_RATIO * min(width, height):
+        raise Undecodable(f"its sides, {width} and {height}, are in a ratio over {MAX_RATIO}")
+
+
+def _upright(opened):
+    import PIL.Image
+    from PIL import ImageOps
+
+    upright = ImageOps.exif_transpose(opened)
+    _check_size(*upright.size)  # a GIF's frame may be larger than its screen
+    if upright.mode in ("I;16", "I;16L", "I;16B", "I;16N"):  # PIL would cut off all above 255
+        return _to_eight_bits(upright)
+    if upright.mode in ("I", "F"):
+        raise Undecodable("its pixels are 32-bit numbers, of no known scale")
+    if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
+        upright = upright.convert("RGBA")
+        upright = PIL.Image.alpha_composite(PIL.Image.new("RGBA", upright.size, "white"), upright)
+    return upright.convert("RGB")
+
+
+def _to_eight_bits(grey):
+    import numpy as np
+    import PIL.Image
+
+    return PIL.Image.fromarray((np.asarray(grey) >> 8).astype(np.uint8)).convert("RGB")

@@ -1,0 +1,95 @@
+"""Digests of files' contents, each read once: what identifies an image or a model's weights, whatever its name or date.
+
+A digest is kept with the size and the times of its file. One whose file was changed a moment before is not kept: a
+second change of the same size could leave the times as they are.
+"""
+
+import errno
+import os
+import stat
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from lever_lm.errors import LeverError
+from lever_lm.files import file_digest, write_json
+from lever_lm.untrusted import read_json
+
+_SETTLED = 2 * 10**9  # nanoseconds; the coarsest file times in use
+_READERS = 8
+_LIMIT = 256 << 20  # bytes of the file; VQAv2's 123,000 images are 16 MiB
+
+Stat = tuple[int, int, int]  # size, time of change of the content, and of anything about the file: in nanoseconds
+
+
+class Digests:
+    """Digests by path, in this process and in the file that `keep_in` names: shared by whoever works with its folder,
+    and harmless to lose."""
+
+    def __init__(self):
+        self._known: dict[str, tuple[Stat, str]] = {}
+        self._file: Path | None = None
+        self._changed = False
+
+    def keep_in(self, file: Path) -> None:
+        """Learn what `file` holds, and keep there what is found out from now on."""
+        if file == self._file:
+            return
+        self._file = file
+        try:
+            content = read_json(file, _LIMIT)
+        except (OSError, ValueError):
+            return  # missing, or of no use
+        for path, entry in content.items() if isinstance(content, dict) else ():
+            if _sound(entry):
+                self._known.setdefault(path, (tuple(entry[:3]), entry[3]))
+
+    def of(self, paths: Iterable[Path | str]) -> list[str]:
+        """The digests of files, 16 hex digits each. Raises OSError for one that cannot be read."""
+        names = [os.path.abspath(path) for path in paths]
+        stats = dict.fromkeys(names)
+        for name in stats:
+            stats[name] = _stat(name)
+        unknown = [name for name, seen in stats.items() if self._known.get(name, (None,))[0] != seen]
+        found = {name: self._known[name][1] for name in stats.keys() - set(unknown)}
+        if unknown:
+            with ThreadPoolExecutor(_READERS) as pool:
+                found |= dict(zip(unknown, pool.map(file_digest, unknown), strict=True))
+            now = time.time_ns()
+            for name in unknown:
+                if max(stats[name][1:]) + _SETTLED < now and _stat(name) == stats[name]:
+                    self._known[name] = (stats[name], found[name])
+                    self._changed = True
+        return [found[name] for name in names]
+
+    def save(self) -> None:
+        """Write the file, where there is something new and its folder is there. One that cannot be written is done
+        without."""
+        if self._file is None or not self._changed or not self._file.parent.is_dir():
+            return
+        self._changed = False
+        try:
+            write_json(self._file, {path: [*seen, digest] for path, (seen, digest) in self._known.items()}, indent=None)
+        except (LeverError, ValueError):  # a full disk; a name that is no text
+            self._file = None
+
+
+def _stat(name: str) -> Stat:
+    found = os.stat(name)
+    if not stat.S_ISREG(found.st_mode):  # reading it might never end
+        raise OSError(errno.EINVAL, "it is no regular file", name)
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _sound(entry) -> bool:
+    """Whether an entry of the file is one."""
+    return (
+        isinstance(entry, list)
+        and [type(value) for value in entry] == [int, int, int, str]
+        and len(entry[3]) == 16
+        and entry[3].isalnum()
+    )
+
+
+DIGESTS = Digests()

@@ -1,0 +1,190 @@
+"""What a run was made with, and whether another one that was made with the same came out the same."""
+
+import os
+import platform
+import subprocess
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from lever_lm import __version__
+from lever_lm.checkpoint import load_torch, weights_of
+from lever_lm.config import PACKAGE, Config
+from lever_lm.errors import LeverError
+from lever_lm.files import write_json
+from lever_lm.runs import RunFolder
+from lever_lm.untrusted import FILE_LIMIT, read_json, shown
+
+PACKAGES = ("torch", "transformers", "datasets", "numpy", "safetensors", "tokenizers", "qwen-vl-utils", "pillow")
+_TIMES = ("epoch_time", "step_time")  # of a row of metrics.jsonl: never the same twice
+_NAMED = 8  # differences that are listed, of each kind
+
+
+def environment(config: Config, inputs: dict[str, str], made_of: dict[str, str], sources: dict[str, str]) -> dict:
+    """The content of env.json: versions, revision, platform, device and threads; `inputs`, the digests of what is
+    trained on; `made_of`, the fingerprints of data and models these came from; `sources`, files of somebody's own."""
+    return {
+        "lever_lm": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": _device(config.device),
+        "threads": torch.get_num_threads(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "git_revision": _git_revision(),
+        "seed": config.seed,
+        "inputs": inputs,
+        "fingerprints": made_of,
+        "sources": sources,
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _device(name: str) -> str:
+    if name == "cpu" or not torch.cuda.is_available():
+        return f"cpu, {platform.machine()}, {os.cpu_count()} cores"
+    return torch.cuda.get_device_name(torch.device(name) if name != "auto" else None)
+
+
+def _git_revision() -> str | None:
+    """Revision of the checkout the package runs from, marked where files in it were changed; None when installed."""
+    if not (PACKAGE.parent / ".git").exists():
+        return None
+    try:
+        revision = _git("rev-parse", "HEAD")
+        return f"{revision} with changes" if _git("status", "--porcelain", "--untracked-files=no") else revision
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(*words: str) -> str:
+    command = ["git", "-C", str(PACKAGE.parent), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+
+# ---------------------------------------------------------------------- what was different
+
+
+def record(run: RunFolder, here: dict, say: Callable[[str], None]) -> None:
+    """Write env.json when a run begins. When it goes on elsewhere or with other versions, say so and add what it goes
+    on with to `resumed_with`: the first entry stays what the run was begun with."""
+    there = read_environment(run)
+    if not there:
+        write_json(run.environment, here)
+        return
+    earlier = there.get("resumed_with")
+    earlier = earlier if isinstance(earlier, list) else []
+    last = earlier[-1] if earlier and isinstance(earlier[-1], dict) else there
+    changed = differences(last, here)
+    if changed:
+        say(f"going on with another environment than before: {listed(changed)}")
+        write_json(run.environment, {**there, "resumed_with": [*earlier, here]})
+
+
+def read_environment(run: RunFolder) -> dict:
+    """The content of a run's env.json, {} where there is none that can be read."""
+    try:
+        content = read_json(run.environment, FILE_LIMIT)
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def differences(there: dict, here: dict, prefix: str = "") -> list[str]:
+    """What differs between two contents of env.json, as `key: there → here`. An entry that an older one lacks is not
+    known to differ."""
+    changed = []
+    for key, new in here.items():
+        if key == "sources":  # where files lay, not what was in them
+            continue
+        old = there.get(key) if isinstance(there, dict) else None
+        if isinstance(new, dict):
+            changed += differences(old if isinstance(old, dict) else {}, new, f"{prefix}{key}.")
+        elif old is not None and old != new:
+            changed.append(f"{prefix}{key}: {shown(old)} there, {shown(new)} here")
+    return changed
+
+
+def listed(changed: list[str]) -> str:
+    """Differences on one line."""
+    more = f"; and {len(changed) - _NAMED} more" if len(changed) > _NAMED else ""
+    return "; ".join(changed[:_NAMED]) + more
+
+
+# ---------------------------------------------------------------------- a run made again
+
+
+def own_files(original: RunFolder) -> dict[str, Path]:
+    """The files of somebody's own that a run was trained on: `rl_data`, `embeddings`. Raises LeverError naming the
+    option where one is not there any more."""
+    sources = read_environment(original).get("sources")
+    found = {}
+    for name, text in (sources if isinstance(sources, dict) else {}).items():
+        if name in ("rl_data", "embeddings") and isinstance(text, str):
+            if not Path(text).is_file():
+                option = f"--{name.replace('_', '-')} FILE"
+                raise LeverError(f"{original.path} was trained on {shown(text, 200)}, which is not there: {option}")
+            found[name] = Path(text)
+    return found
+
+
+def config_of(original: RunFolder) -> dict:
+    """The config of a run that is to be made again, as nested values. Raises LeverError where there is none."""
+    if not original.config.is_file():
+        raise LeverError(f"{original.path} is no run folder: it holds no {original.config.name} (--from-run)")
+    return original.values()
+
+
+def compare(original: RunFolder, repeated: RunFolder, config: Config) -> dict:
+    """What differs between a run and its repetition: `config`, `environment`, lists of differences; `epochs` that both
+    have, and whether rows and weights of these are `identical`, else the `first_difference`."""
+    first, epochs = _first_difference(original, repeated)
+    return {
+        "of": str(original.path),
+        "config": original.differences(config),
+        "environment": differences(read_environment(original), read_environment(repeated)),
+        "epochs": epochs,
+        "identical": first is None and epochs > 0,
+        "first_difference": first,
+    }
+
+
+def _first_difference(original: RunFolder, repeated: RunFolder) -> tuple[str | None, int]:
+    """The first epoch that came out differently, as a sentence, and how many epochs both runs have."""
+    there, here = ({(row["phase"], row["epoch"]): row for row in run.rows()} for run in (original, repeated))
+    common = [key for key in here if key in there]
+    for phase, epoch in common:
+        where = f"{phase} epoch {epoch}"
+        old, new = there[phase, epoch], here[phase, epoch]
+        for name in new:
+            if name not in _TIMES and name in old and old[name] != new[name]:
+                return f"{where}: {name} is {shown(old[name])} there, {shown(new[name])} here", len(common)
+        paths = [run.checkpoint(phase, epoch) for run in (original, repeated)]
+        if all(path.is_file() for path in paths) and (name := _other_weights(*paths)):
+            return f"{where}: the weights {name} differ", len(common)
+    return None, len(common)
+
+
+def _other_weights(one: Path, other: Path) -> str | None:
+    """The first tensor that differs between two checkpoints."""
+    there, here = (weights_of(load_torch(path), path) for path in (one, other))
+    if there.keys() != here.keys():
+        return min(there.keys() ^ here.keys())
+    return next((name for name in here if not torch.equal(there[name], here[name])), None)
+
+
+def verdict(result: dict) -> list[str]:
+    """What `compare` found, for a person: a line each."""
+    lines = [f"{kind}: {listed(result[kind])}" for kind in ("config", "environment") if result[kind]]
+    if result["identical"]:
+        outcome = f"all metrics and weights of {result['epochs']} epochs are identical"
+    else:
+        outcome = result["first_difference"] or "the two runs have no epoch in common"
+    return [*(f"differs from {result['of']}: {line}" for line in lines), f"repeated {result['of']}: {outcome}"]

@@ -1,0 +1,34 @@
+"""What each stage's files depend on, as named parts: one that has changed is named when the stage is made again."""
+
+from collections.abc import Mapping
+
+from lever_lm.config import fingerprint
+
+# Raise a stage's number when the same inputs would give another result than before: what it made is made again.
+CODE = {"features": 1, "vision": 1, "answers": 1, "rollouts": 2, "training": 1, "inference": 1}
+
+_WHOLE = "fingerprint"  # of all parts, in the same mapping
+
+
+def stamp(stage: str, **parts) -> dict[str, str]:
+    """The fingerprint of each part, of the stage's code, and of all of them; names with _ are read with spaces."""
+    named = {name.replace("_", " "): fingerprint(part) for name, part in parts.items()}
+    named["code"] = str(CODE[stage])
+    return {**named, _WHOLE: fingerprint(named)}
+
+
+def changed(there: object, here: Mapping[str, str]) -> list[str]:
+    """The parts in which what a file says of itself differs from `here`; [] where it does not say as much."""
+    if not isinstance(there, Mapping):
+        return []
+    names = [name for name in here if name != _WHOLE]
+    return [name for name in names if name in there and there[name] != here[name]]
+
+
+def changes(names: list[str]) -> str:
+    """Why a stage is made again, for a person: `the sampler and the prompt have changed`."""
+    if not names:
+        return "it was made by another version"
+    listed = [f"the {name}" for name in names]
+    text = " and ".join(filter(None, [", ".join(listed[:-1]), listed[-1]]))
+    return f"{text} {'have' if len(names) > 1 else 'has'} changed"

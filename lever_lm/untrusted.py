@@ -1,0 +1,295 @@
+"""Text from strangers: JSON, YAML and logs read within bounds, and what of them may be shown on a terminal.
+
+What is wrong with a text is a ValueError whose words are one short line; callers add the file and what mends it.
+"""
+
+import contextlib
+import errno
+import gc
+import json
+import os
+import re
+import reprlib
+import stat
+from collections.abc import Hashable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+from lever_lm.errors import LeverError
+
+CONFIG_LIMIT = 256 << 10  # bytes of a YAML file; ours have 4 KiB
+FILE_LIMIT = 16 << 20  # bytes of a JSON file of ours that is read whole: best.json, metrics.json, an index
+LINE_LIMIT = 1 << 20  # bytes of a line of JSON
+_LOG_LINE = 64 << 10  # bytes of a log that are looked at together
+_ROWS = 100_000  # epochs of one run
+_DEPTH = 32  # brackets within brackets
+_DIGITS = 20  # of an integer: 64 bits, and its sign
+_NUMERAL = 64  # characters of a number in YAML
+_WORDS = 300  # characters of a library's own words
+
+# ---------------------------------------------------------------------- showing
+
+# C0 but tab and newline, DEL, C1, line and paragraph separators, bidi embeddings, overrides and isolates, surrogates.
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """The text with what could steer a terminal or cannot be encoded as escapes to be seen: `\\x1b`, `\\u202e`."""
+    return _UNSAFE.sub(lambda match: _escape(match[0]), text)
+
+
+def one_line(text: str) -> str:
+    """`printable`, and line breaks as `\\n`: a name from a stranger begins no line of output."""
+    return printable(text).replace("\n", "\\n")
+
+
+def shown(value, limit: int = 60) -> str:
+    """At most `limit` characters of a value's repr, on one line, made in bounded time whatever its size and depth."""
+    text = one_line(_Short(limit).repr(value))
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def json_text(value) -> str:
+    """A value as one line of JSON that is fit for a terminal and reads back as the same value."""
+    return _UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", json.dumps(value, ensure_ascii=False))
+
+
+def _escape(character: str) -> str:
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+class _Short(reprlib.Repr):
+    def __init__(self, limit: int):
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother = 3, limit, limit
+        self.maxdict = self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = 20
+
+    def repr_int(self, value, level):
+        return repr(value) if value.bit_length() < 256 else f"an integer of {value.bit_length()} bits"
+
+
+# ---------------------------------------------------------------------- reading files
+
+
+def read_bytes(path: Path | str, limit: int | None = None, *, pipe: bool = False) -> bytes:
+    """A regular file, or where `pipe` what is like one. Raises OSError, and ValueError where it holds more than `limit`
+    bytes; no more are read then."""
+    with open(path, "rb", opener=None if pipe else _without_waiting) as file:
+        if not pipe and not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file")
+        content = file.read() if limit is None else file.read(limit + 1)
+    if limit is not None and len(content) > limit:
+        raise ValueError(f"it is larger than {_size(limit)}")
+    return content
+
+
+def read_json(path: Path | str, limit: int | None = FILE_LIMIT, *, nan: bool = False):
+    """The content of a JSON file; names of files in it may be of any bytes. Raises OSError, and ValueError as `loads`
+    does."""
+    return loads(read_bytes(path, limit), nan=nan, halves=True)
+
+
+def _without_waiting(path, flags) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a pipe without a writer would be waited for
+
+
+def _size(limit: int) -> str:
+    return f"{limit >> 20} MiB" if limit >= 1 << 20 else f"{limit >> 10} KiB"
+
+
+class Line(NamedTuple):
+    """A line of a file, or a part of one that is too long: its number from 1, its text without the newline, whether
+    that is the whole line, and whether a newline ends it."""
+
+    number: int
+    text: str
+    whole: bool
+    ended: bool
+
+
+def lines(path: Path | str, limit: int, overlap: int = 0) -> Iterator[Line]:
+    """The lines of a file, one at a time; longer ones in parts of `limit` bytes, each of which begins with the last
+    `overlap` bytes of the part before. Bytes that are no UTF-8 are replaced. Raises OSError."""
+    with open(path, "rb") as file:
+        number, before, begun = 1, b"", False
+        while part := file.readline(limit):
+            ended = part.endswith(b"\n")
+            text = (before + part).removesuffix(b"\n").decode("utf-8", "replace")
+            yield Line(number, text, not begun and (ended or len(part) < limit), ended)
+            number, before = (number + 1, b"") if ended else (number, part[-overlap:] if overlap else b"")
+            begun = not ended
+
+
+def metrics_rows(path: Path) -> tuple[list[dict], list[str]]:
+    """The rows of a metrics.jsonl, each with an epoch and a phase of rce or grpo, and what is to be said about them: a
+    last row that a kill cut short is left out. Raises LeverError naming the line that is no such row."""
+    rows: list[dict] = []
+    notes, size = [], 0
+    try:
+        for line in lines(path, LINE_LIMIT):
+            size += len(line.text)
+            if not line.whole or size > FILE_LIMIT:
+                what = f"line {line.number} is longer" if not line.whole else "it is larger"
+                raise LeverError(
+                    f"{path}: {what} than {_size(FILE_LIMIT if line.whole else LINE_LIMIT)}: no metrics of a run"
+                )
+            if not line.text.strip():
+                continue
+            if not line.ended:
+                notes.append("the last row has no newline at its end: it was cut short and is ignored")
+                continue
+            rows.append(_metrics_row(line.text, f"{path}, line {line.number}"))
+    except OSError as error:
+        raise LeverError(f"cannot read {path}: {error.strerror or error}") from error
+    return rows, notes
+
+
+def _metrics_row(text: str, where: str) -> dict:
+    with contextlib.suppress(ValueError):
+        row = loads(text, nan=True)
+        if isinstance(row, dict) and is_epoch(row.get("epoch")) and row.get("phase") in ("rce", "grpo"):
+            return row
+    raise LeverError(f"{where}: not a metrics row with an epoch and a phase of rce or grpo")
+
+
+def is_epoch(value) -> bool:
+    """Whether a value can be the number of an epoch."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**9
+
+
+# ---------------------------------------------------------------------- JSON
+
+
+def loads(content: bytes | str, *, nan: bool = False, halves: bool = False):
+    """A JSON text as Python values. Raises ValueError for what is none, for a key that an object holds twice, numbers
+    beyond 64 bits or a float, NaN and infinity, lone surrogates unless `halves`, and deep nesting. Where `nan`, numbers
+    are taken as they come: what is too large is infinity."""
+    text = content if isinstance(content, str) else content.decode("utf-8")
+    if text.startswith("\ufeff"):
+        raise ValueError("it begins with a byte order mark: save it as UTF-8 without one")
+    strict = {"parse_int": _integer, "parse_float": _float, "parse_constant": _float}
+    numbers = {"parse_int": _any_integer} if nan else strict
+    with _no_collection():
+        try:
+            value = json.loads(text, object_pairs_hook=_once, **numbers)
+        except RecursionError:
+            raise ValueError("its brackets are nested too deeply") from None
+    deep = len(text) <= FILE_LIMIT and text.count("[") + text.count("{") > _DEPTH
+    whole = not halves and ("\\ud" in text or "\\uD" in text)
+    if deep or whole:
+        _check_values(value, _DEPTH if deep else None, whole)
+    return value
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Without garbage collection: it would look through the values again and again while they become more."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _once(pairs: list[tuple]) -> dict:
+    """An object, refused where it names a key twice: JSON would keep the last."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set = set()
+        repeated = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"{shown(repeated)} appears twice in one object")
+    return found
+
+
+def _integer(text: str) -> int:
+    if len(text) > _DIGITS:
+        raise ValueError(f"it holds an integer of {len(text)} digits")
+    return int(text)
+
+
+def _any_integer(text: str) -> int | float:
+    return int(text) if len(text) <= _DIGITS else float("-inf" if text[0] == "-" else "inf")
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if value - value != 0:
+        raise ValueError(f"it holds the number {shown(text).strip(chr(39))}, which is not finite")
+    return value
+
+
+def _check_values(value, depth: int | None, whole: bool) -> None:
+    """Raise ValueError for brackets within more than `depth` others, and where `whole` for half a character."""
+    level, deep = [value], 0
+    while level:
+        if depth is not None and deep > depth:
+            raise ValueError("its brackets are nested too deeply")
+        inner = []
+        for item in level:
+            if isinstance(item, dict):
+                inner += [*item, *item.values()]
+            elif isinstance(item, list):
+                inner += item
+            elif whole and isinstance(item, str) and not item.isascii() and _SURROGATE.search(item):
+                raise ValueError(f"it holds half a character, {shown(item)}")
+        level, deep = inner, deep + 1
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+# ---------------------------------------------------------------------- YAML
+
+
+def load_yaml(content: bytes | str):
+    """A YAML text as Python values. Raises ValueError for what is none or holds more than plain values: tags, anchors
+    and aliases, a key twice in one mapping, numerals beyond all use, deep nesting."""
+    try:
+        text = content if isinstance(content, str) else content.decode("utf-8")
+        return yaml.load(text, _PlainLoader)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        words = " ".join(str(error).replace('in "<unicode string>",', "at").split()) or type(error).__name__
+        raise ValueError(words if len(words) <= _WORDS else f"{words[:_WORDS]}…") from None
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML as a config needs it. An alias can stand for more memory than there is, and a tag for another type."""
+
+    def __init__(self, text: str):
+        super().__init__(text)
+        self.depth = 0
+
+    def compose_node(self, parent, index):
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
+            raise yaml.MarkedYAMLError(None, None, "anchors and aliases are not read", event.start_mark)
+        if event.tag is not None:
+            raise yaml.MarkedYAMLError(None, None, f"a tag, {shown(event.tag)}, is not read", event.start_mark)
+        if self.depth >= _DEPTH:
+            raise yaml.MarkedYAMLError(None, None, "nested too deeply", event.start_mark)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_object(self, node, deep=False):
+        if isinstance(node, yaml.ScalarNode) and node.tag != "tag:yaml.org,2002:str" and len(node.value) > _NUMERAL:
+            raise yaml.MarkedYAMLError(None, None, f"a value of {len(node.value)} digits", node.start_mark)
+        return super().construct_object(node, deep)
+
+    def construct_mapping(self, node, deep=False):
+        found: dict = {}
+        for key_node, value_node in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise yaml.MarkedYAMLError(None, None, "a key is no plain value", key_node.start_mark)
+            if key in found:
+                raise yaml.MarkedYAMLError(None, None, f"{shown(key)} appears twice", key_node.start_mark)
+            found[key] = self.construct_object(value_node, deep)
+        return found
