@@ -47,7 +47,8 @@ class FeatureConfig:
                 if self.name == f"query_{query}_icd_{icd}":
                     return query_parts, icd_parts
         raise UsageError(
-            f"unknown features {shown(self.name)}: expected query_X_icd_Y, X and Y of img, text, img_text (--features)"
+            f"unknown features {shown(self.name)}: expected query_X_icd_Y with X and Y of img, text, img_text "
+            "(--features)"
         )
 
 

@@ -5,7 +5,7 @@ import signal
 import torch
 from hypothesis import settings
 
-pytest_plugins = ["helpers"]
+pytest_plugins = ["helpers", "trials"]
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None, max_examples=100)
 settings.load_profile("repeatable")
