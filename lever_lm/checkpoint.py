@@ -6,7 +6,6 @@ v2: the older Lightning-shaped file {state_dict, epoch, global_step, pytorch-lig
 
 import hashlib
 import io
-import math
 import re
 from pathlib import Path
 
@@ -69,7 +68,9 @@ def load_policy(path: str | Path, num_heads: int = 1) -> PointerSelector:
     content = load_torch(path)
     state, config = weights_of(content, path), own_config(content)
     shape = (
-        _checked_shape(config["policy"], state, path) if config.get("policy") else infer_shape(state, num_heads, path)
+        infer_shape(state, num_heads, path)
+        if config.get("policy") is None
+        else _checked_shape(config["policy"], state, path)
     )
     try:
         with torch.device("meta"):  # nothing is allocated for what the weights do not fit
@@ -92,7 +93,7 @@ def _checked_shape(shape, state: dict[str, Tensor], path: str | Path) -> dict:
         if name in ("dropout", "attn_dropout"):
             fits = type(value) in (int, float) and 0 <= value < 1
         elif name == "temperature":
-            fits = type(value) in (int, float) and 0 < value < math.inf
+            fits = type(value) in (int, float) and 1e-6 <= value <= 1e6
         elif name == "num_heads":
             fits = type(value) is int and 0 < value <= found["hidden_dim"]
         else:  # variants of another name than the weights have are told by these
@@ -116,8 +117,8 @@ def policy_digest(policy: PointerSelector) -> str:
 
 def own_config(content: dict) -> dict:
     """What a file of ours says of itself ({} for a file of the lineage)."""
-    config = content.get(OWN_KEY) or content.get("config")
-    return config if isinstance(config, dict) else {}
+    found = (content.get(key) for key in (OWN_KEY, "config"))
+    return next((config for config in found if isinstance(config, dict) and config), {})
 
 
 def weights_of(content: dict, path: str | Path) -> dict[str, Tensor]:

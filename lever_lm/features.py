@@ -4,6 +4,7 @@ N examples of a split, D the encoder's projection size. Rows are unit vectors.
 """
 
 import json
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -258,7 +259,9 @@ def read_embeddings(path: Path) -> Tensor:
             raise LeverError(f"{path} holds {len(content)} tensors, expected one (N, D) matrix")
         (content,) = content.values()
     if isinstance(content, np.ndarray) and content.dtype.kind == "f":
-        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as such
+        with np.errstate(
+            over="ignore", invalid="ignore"
+        ):  # what float32 cannot hold becomes infinite, and is refused as such
             content = torch.from_numpy(np.array(content, dtype=np.float32))
     if not isinstance(content, Tensor) or content.ndim != 2 or not content.is_floating_point():
         shape = f" {content.dtype} of shape {tuple(content.shape)}" if hasattr(content, "shape") else ""
@@ -283,8 +286,9 @@ def _read_npy(path: Path) -> np.ndarray:
     if header > _NPY_HEADER:  # numpy reads all of it
         raise LeverError(f"cannot read the embeddings {path}: its header claims {header} bytes")
     try:
-        # Mapped, an array cannot be larger than its file; one of objects is refused.
-        with np.errstate(over="ignore"):
+        # Mapped, an array cannot be larger than its file; one of objects is refused, and what numpy warns of.
+        with np.errstate(over="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("error")
             return np.lib.format.open_memmap(path, mode="r")
     except Exception as error:  # a header of anybody's making
         raise LeverError(f"cannot read the embeddings {path}: {shown(first_line(error), 200)}") from error

@@ -128,7 +128,7 @@ def own_files(original: RunFolder) -> dict[str, Path]:
     found = {}
     for name, text in (sources if isinstance(sources, dict) else {}).items():
         if name in ("rl_data", "embeddings") and isinstance(text, str):
-            if not Path(text).is_file():
+            if not os.path.isfile(text):
                 option = f"--{name.replace('_', '-')} FILE"
                 raise LeverError(f"{original.path} was trained on {shown(text, 200)}, which is not there: {option}")
             found[name] = Path(text)

@@ -70,11 +70,12 @@ def check_rows(path: Path, train: Sequence[Example]) -> None:
             raise LeverError(f"{path}, query {key}: the training split has {len(train)} rows; was it another dataset?")
         query = entry.get("query") if isinstance(entry, dict) else None
         there = query.get("question_id") if isinstance(query, dict) else None
-        if there is not None and str(there) != str(train[int(key)].question_id):
+        here = train[int(key)].question_id
+        if there is not None and str(there) != str(here):
             raise LeverError(
-                f"{path}, query {key}: {shown(there)} there, {train[int(key)].question_id} in row {key} of "
-                "the training split: they are of another dataset or order. Pass their features: --embeddings, or "
-                "put them where Lever-Plus does, results/<dataset>/cache/query_embeddings.pt"
+                f"{path}, query {key}: question {shown(there)} there, question {here} in row {key} of the training split: "
+                "they are of another dataset or order. Pass their features: --embeddings, or put them where Lever-Plus "
+                "does, results/<dataset>/cache/query_embeddings.pt"
             )
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lever_lm.errors import LeverError
 from lever_lm.files import open_regular
+from lever_lm.untrusted import shown
 
 MAX_DEPTH = 32  # of lists and dicts within each other
 SHARED = 4  # times the file's size that all it holds may come to: weights can be tied, and values be shared
@@ -85,6 +86,8 @@ def _look_through(file: BinaryIO) -> None:
     if start[:2] == b"\x80\x02" or start[:4] == b"stor":
         raise _Refused("it is a plain pickle, or in torch's format before 1.6, which is not read; torch.save it anew")
     members = _members(file)
+    if any(name.endswith("/constants.pkl") for name in members):
+        raise _Refused("it is a TorchScript archive")
     (pickled,) = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
     folder = pickled.removesuffix("data.pkl")
     order = members.get(f"{folder}byteorder")
@@ -138,7 +141,7 @@ def _check_size(content, pickled: int, size: int) -> None:
         elif type(value) in (str, bytes):
             room -= len(value)
         elif type(value) not in _PLAIN:
-            raise _Refused(f"it holds a {type(value).__name__.strip('_').lower()}")
+            raise _Refused(f"it holds a {shown(type(value).__name__.strip('_').lower())}")
         room -= len(inner)
         if room < 0 or tensors < 0 or depth > MAX_DEPTH:
             raise _Refused("what it holds repeats itself, or lies too deep")
@@ -159,6 +162,8 @@ class _DryRun:
         memo: dict = {}
         for opcode, argument, _ in pickletools.genops(pickled):
             name = opcode.name
+            if name == "PROTO" and argument != 2:
+                raise _Refused(f"it is of pickle's protocol {argument}")
             if name in ("BINPUT", "LONG_BINPUT"):
                 memo[argument] = self.stack[-1]
             elif name in ("BINGET", "LONG_BINGET"):
@@ -217,7 +222,7 @@ class _DryRun:
         kind, of, key, _, length = _of(self.stack.pop(), tuple)
         dtype = _DTYPES.get(str(of)) if isinstance(of, _Name) else None
         if kind != "storage" or dtype is None or type(key) is not str:
-            raise _Refused(f"it holds a {of!s:.60}")
+            raise _Refused(f"it holds a {shown(of)}")
         if key not in self.storages:
             self.storages[key] = torch.empty(self.size_of(key) // dtype.itemsize, dtype=dtype, device="meta")
         flat = self.storages[key]
@@ -230,7 +235,7 @@ class _DryRun:
         arguments, name = _of(self.stack.pop(), tuple), _of(self.stack.pop(), _Name)
         make = _CALLS.get(str(name))
         if make is None:
-            raise _Refused(f"it wants {name!s:.60} called")
+            raise _Refused(f"it wants {shown(str(name))} called")
         self.stack.append(make(*arguments))
 
     def build(self) -> None:
@@ -272,12 +277,19 @@ def _tensor(flat, offset, size, stride, requires_grad, hooks, metadata=None) -> 
 
 def _dtype(kind, align=False, copy=True) -> np.dtype:
     if kind not in _NUMBERS:
-        raise _Refused(f"it holds an array of {kind!s:.20}")
+        raise _Refused(f"it holds an array of {shown(kind)}")
     return np.dtype(kind, copy=True)
 
 
 def _empty() -> dict:
     return {}
+
+
+def _empty_array(kind, shape, code) -> np.ndarray:
+    """What an array is before it is filled, as numpy writes it: torch.load makes it as large as it says."""
+    if kind != "numpy ndarray" or shape != (0,) or code != b"b":
+        raise _Refused("an array of it claims another size than it has")
+    return np.empty(0)
 
 
 def _encoded(text: str, encoding: str = "latin1") -> bytes:
@@ -292,8 +304,8 @@ _CALLS = {
     "torch Size": lambda sizes: tuple(_of(sizes, (tuple, list))),
     "numpy dtype": _dtype,
     "_codecs encode": _encoded,
-    "numpy.core.multiarray _reconstruct": lambda *_: np.empty(0),
-    "numpy._core.multiarray _reconstruct": lambda *_: np.empty(0),
+    "numpy.core.multiarray _reconstruct": _empty_array,
+    "numpy._core.multiarray _reconstruct": _empty_array,
 }
 _VALUES = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"}
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}

@@ -90,7 +90,8 @@ def _read_list(path: Path, key: str, digest) -> list[dict]:
     digest.update(content)
     try:
         rows = loads(content)[key]
-        bad = [row for row in rows if not (_is_id(row["question_id"]) and _is_id(row["image_id"]))]
+        ids = ((row["question_id"], row["image_id"]) for row in rows)
+        bad = [pair for pair in ids if not all(map(_is_id, pair))]
     except (ValueError, KeyError, TypeError) as error:
         raise LeverError(
             f"{path} is not an official VQA file ({_reason(error)}): expected an object with a list "
@@ -99,7 +100,7 @@ def _read_list(path: Path, key: str, digest) -> list[dict]:
     if bad:
         raise LeverError(
             f"{path}: every entry of '{key}' needs a question_id and image_id of 0 to 2**63 - 1, found "
-            f"question_id {shown(bad[0]['question_id'], 40)}, image_id {shown(bad[0]['image_id'], 40)}"
+            f"question_id {shown(bad[0][0], 40)}, image_id {shown(bad[0][1], 40)}"
         )
     return rows
 

@@ -16,7 +16,7 @@ from lever_lm.data.examples import Example, Image, StoredImage, bytes_digest, im
 from lever_lm.data.remote import Refused, cache_file, fetch_images, is_address, is_fetchable, local_image
 from lever_lm.errors import LeverError
 from lever_lm.hub import cached_snapshot
-from lever_lm.untrusted import shown
+from lever_lm.untrusted import one_line, shown
 
 COLUMNS = ("question_id", "image", "question", "answers")
 _OPTIONAL = ("image_id", "raw_answers")
@@ -215,7 +215,9 @@ def _examples(
         image = images.get(number, Refused("its image holds neither bytes nor a path"))
         problem = _problem(row) or (str(image) if isinstance(image, Refused) else None)
         if problem:
-            refuse_or_skip(f"{where}, row {number}, question {row['question_id']!s:.40}: {problem}", skip_bad, skipped)
+            refuse_or_skip(
+                f"{where}, row {number}, question {shown(row['question_id'], 40)}: {problem}", skip_bad, skipped
+            )
         else:
             kept.append({**row, "question_id": int(row["question_id"]), "image": image})
     examples = []
