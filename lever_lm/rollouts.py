@@ -73,9 +73,9 @@ def check_rows(path: Path, train: Sequence[Example]) -> None:
         here = train[int(key)].question_id
         if there is not None and str(there) != str(here):
             raise LeverError(
-                f"{path}, query {key}: question {shown(there)} there, question {here} in row {key} of the training split: "
-                "they are of another dataset or order. Pass their features: --embeddings, or put them where Lever-Plus "
-                "does, results/<dataset>/cache/query_embeddings.pt"
+                f"{path}, query {key}: question {shown(there)} there, question {here} in row {key} of the training "
+                "split: they are of another dataset or order. Pass their features: --embeddings, or put them where "
+                "Lever-Plus does, results/<dataset>/cache/query_embeddings.pt"
             )
 
 

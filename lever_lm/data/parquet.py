@@ -216,7 +216,9 @@ def _examples(
         problem = _problem(row) or (str(image) if isinstance(image, Refused) else None)
         if problem:
             refuse_or_skip(
-                f"{where}, row {number}, question {shown(row['question_id'], 40)}: {problem}", skip_bad, skipped
+                f"{where}, row {number}, question {one_line(str(row['question_id'])[:40])}: {problem}",
+                skip_bad,
+                skipped,
             )
         else:
             kept.append({**row, "question_id": int(row["question_id"]), "image": image})
