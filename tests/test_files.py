@@ -335,7 +335,7 @@ for _ in range(20):
         ("own", None, False),
         (1, None, False),  # not ours to signal, perhaps, and there
         (2**22 + 1, None, True),  # beyond the largest pid
-        (2**70, None, True),
+        (2**62, None, True),
         (1, "another-host", False),
     ],
 )

@@ -11,7 +11,6 @@ import json
 import math
 import os
 import pickle
-import resource
 import shutil
 import socket
 import socketserver
@@ -50,7 +49,7 @@ from lever_lm.torchfile import SHARED
 
 V3 = Path(__file__).parent / "data" / "checkpoints" / "rce_epoch2_plain_L1.pt"
 GIB = 1 << 30
-MEMORY = 3 * GIB  # of address space: torch alone takes more than one
+MEMORY = 3 * GIB  # of address space, beyond what torch takes
 
 
 def make(**kwargs) -> PointerSelector:
@@ -100,15 +99,18 @@ def tensor_opcodes(size: tuple[int, ...], stride: tuple[int, ...], claimed: int,
 
 
 def limited(code: str, *arguments) -> subprocess.CompletedProcess:
-    """Run code in a process that may have MEMORY of address space and 60 seconds."""
+    """Run code in a process that may have 60 seconds, and MEMORY more of address space than its imports took."""
+    command = [sys.executable, "-c", _LIMIT + code, *map(str, arguments)]
+    return subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=60)
 
-    def limit():
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
 
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(
-        command, preexec_fn=limit, env=clean_environment(), capture_output=True, text=True, timeout=60
-    )
+_LIMIT = f"""
+import resource
+import PIL.Image, lever_lm.checkpoint, lever_lm.features
+pages = int(open("/proc/self/statm").read().split()[0])
+most = pages * resource.getpagesize() + {MEMORY}
+resource.setrlimit(resource.RLIMIT_AS, (most, most))
+"""
 
 
 LOADS = """
