@@ -94,6 +94,8 @@ def _look_through(file: BinaryIO) -> None:
     if order is not None and b"".join(_blocks(file, order)) != b"little":
         raise _Refused("its numbers are big-endian")
     pickled = b"".join(_blocks(file, members[pickled]))
+    if not pickled.startswith(b"\x80\x02"):
+        raise _Refused("it is not of pickle's protocol 2")
     content = _DryRun(lambda key: sum(map(len, _blocks(file, members[f"{folder}data/{key}"])))).run(pickled)
     _check_size(content, len(pickled), file.seek(0, 2))
 

@@ -53,17 +53,19 @@ def named(fault: Fault, bench: Bench) -> str:
 
 
 class Table:
-    """Kills by command and fault, and how the trials ended in which they struck."""
+    """Kills by fault, and how the trials ended in which they struck."""
 
     def __init__(self, path: Path | None):
         self.path, self.began, self.trials = path, time.perf_counter(), 0
-        self.rows: dict[tuple[str, str], Counter] = defaultdict(Counter)
+        self.rows: dict[str, Counter] = defaultdict(Counter)
+        self.commands: Counter = Counter()
 
     def add(self, command: str, faults: list[str], problems: dict[str, list[str]]) -> None:
         """A trial in which these faults struck; kept on disk at once."""
         self.trials += 1
-        for fault in faults or ["none: it ended before"]:
-            counts = self.rows[command, fault]
+        self.commands[command] += len(faults)
+        for fault in faults or (["none"] if problems else []):
+            counts = self.rows[fault]
             counts["kills"] += bool(faults)
             counts["identical"] += not problems
             counts.update(dict.fromkeys(problems, 1))
@@ -77,14 +79,12 @@ class Table:
 
     def __str__(self) -> str:
         columns = ("kills", "identical", *PROBLEMS)
-        lines = [f"| command | fault | {' | '.join(columns)} |", f"|---|---|{'---:|' * len(columns)}"]
-        for (command, fault), counts in sorted(self.rows.items()):
-            lines.append(f"| {command} | {fault} | {' | '.join(str(counts[name]) for name in columns)} |")
-        totals = self.totals
-        lines.append(f"| all | | {' | '.join(str(totals[name]) for name in columns)} |")
-        outcome = ", ".join(f"{totals[name]} {name}" for name in columns[1:])
+        lines = [f"| fault | {' | '.join(columns)} |", f"|---|{'---:|' * len(columns)}"]
+        for fault, counts in [*sorted(self.rows.items()), ("**all**", self.totals)]:
+            lines.append(f"| {fault} | {' | '.join(str(counts[name]) for name in columns)} |")
+        of = ", ".join(f"{command} {kills}" for command, kills in self.commands.items())
         seconds = time.perf_counter() - self.began
-        return "\n".join([*lines, "", f"{totals['kills']} kills, {self.trials} trials: {outcome}; {seconds:.0f} s", ""])
+        return "\n".join([*lines, "", f"Kills by command: {of}. {self.trials} trials, {seconds:.0f} seconds.", ""])
 
 
 def every_event(bench: Bench, part: str) -> Iterator[list[Fault]]:
