@@ -228,3 +228,15 @@ def test_own_files_are_refused_where_env_json_names_anything_else(tmp_path):
     run.environment.write_text(json.dumps({"sources": {"rl_data": "gone.json"}}))
     with pytest.raises(LeverError, match=r"was trained on 'gone.json', which is not there: --rl-data FILE$"):
         own_files(run)
+
+
+def test_the_same_seed_is_the_same_run_with_any_number_of_image_workers(trained, features_file, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("workers")  # with the features, and no answer yet
+    (folder / "results/digits/cache").mkdir(parents=True)
+    shutil.copy2(features_file, folder / "results/digits/cache")
+    done = run_lever("train", *SMALL, "--set", "lvlm.workers=2", "--set", "lvlm.bank_disk=0", cwd=folder)
+    assert done.status == 0, done.err
+    one, other = (next(path.rglob("rl_data_*.json")) for path in (trained, folder))
+    assert one.read_bytes() == other.read_bytes()
+    found = compare(RunFolder(trained / RUN), RunFolder(folder / RUN), Config())
+    assert (found["identical"], found["epochs"]) == (True, 6)
