@@ -129,8 +129,7 @@ def best_ckpt(
 ) -> None:
     """Pick an epoch by its metrics; the answer is kept in the run's best.json."""
     from lever_lm.files import write_json
-    from lever_lm.inference import kept_choice
-    from lever_lm.selection import check_strategy, choose, read_history
+    from lever_lm.selection import check_strategy, choose, kept_choice, read_history
     from lever_lm.tables import show_choice
 
     _in_one_process("best-ckpt")
@@ -141,11 +140,13 @@ def best_ckpt(
     run = pipeline.run if log is None or run_dir is not None else None
     history = read_history(run, log)
     answer = choose(history, strategy, run)
-    show_choice(pipeline.screen, history, answer, show_all)
+    before = None
     if answer["epoch"] is not None and run is not None:
-        if (before := kept_choice(run)) not in (None, (answer["strategy"], answer["epoch"])):
-            pipeline.screen.say(f"{run.best}: this replaces the choice of {before[0]}, epoch {before[1]}")
+        before = kept_choice(run)
         write_json(run.best, finite(answer))
+    show_choice(pipeline.screen, history, answer, show_all)
+    if before not in (None, (answer["strategy"], answer["epoch"])):
+        pipeline.screen.say(f"{run.best}: this replaces the choice of {before[0]}, epoch {before[1]}")
     emit(common, answer)
     if answer["epoch"] is None:
         raise LeverError(answer["why"])
@@ -255,18 +256,42 @@ _CommandLineError = next(cls for cls in typer.BadParameter.__mro__ if cls.__name
 def main() -> None:
     """Entry point: exit status 0 done, 1 could not, 2 usage, 130 interrupted, 143 terminated; one message on stderr, no
     traceback. Of the processes of a job the leader alone speaks on stdout."""
+    _open_streams()
     for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character of ours shows a question mark
         stream.reconfigure(errors="replace")
     job = Shards.from_environment()
     if job.world == 1:  # the others wait for one another deaf to signals: torchrun ends them
         signal.signal(signal.SIGTERM, _terminate)
     with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if job.leader else nowhere):
-        status = _run(sys.argv[1:])
+        status = _flushed(_run(sys.argv[1:]))
         if job.world == 1:  # what was to be done is done: a signal in the last moments changes nothing
             for stop in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(stop, signal.SIG_IGN)
     job.leave()
     sys.exit(status)
+
+
+def _open_streams() -> None:
+    """Streams that the caller has closed lead nowhere: the next file that is opened would take their place."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            handle = os.open(os.devnull, os.O_RDWR)
+            if handle != number:
+                os.dup2(handle, number)
+                os.close(handle)
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
+
+
+def _flushed(status: int) -> int:
+    """The exit status, once all output is out: 1 where it cannot be. A reader that went away has had enough."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return status or _fail(f"cannot write the output: {error.strerror}", 1)
+    return status
 
 
 _LONGEST = 10_000  # characters of a message
@@ -280,6 +305,10 @@ def _terminate(number: int, frame) -> None:
 
 
 def _run(arguments: list[str]) -> int:
+    try:
+        os.getcwd()
+    except OSError:
+        return _fail("the current folder is gone: cd into one that is there", 1)
     try:
         status = app(args=arguments, prog_name="lever", standalone_mode=False)
         if status == INTERRUPTED:  # typer turns Ctrl-C into this status
@@ -299,7 +328,8 @@ def _run(arguments: list[str]) -> int:
     except LeverError as error:
         return _fail(str(error), 1)
     except OSError as error:  # of a path on the command line as a rule: too long, no permission
-        return _fail(f"{error.strerror or error}: {shown(error.filename, 200)}", 1)
+        where = shown(error.filename, 200) if error.filename else "the output"
+        return _fail(f"cannot use {where}: {error.strerror or error}", 1)
     except Exception as error:
         return _fail(f"{type(error).__name__}: {error} (a defect of lever_lm; --debug shows where)", 1)
 

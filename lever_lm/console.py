@@ -1,5 +1,6 @@
 """What a person sees: lines, progress and tables on the terminal. With --json all of it goes to stderr."""
 
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -12,19 +13,31 @@ from lever_lm.shards import Shards
 from lever_lm.untrusted import one_line
 
 
+class _Output(Console):
+    """A console whose reader may go away: what it was told so far is all it gets, and the work goes on."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
 class Screen:
     """Where a command talks to. `quiet` leaves only results and errors. Of the processes of a job only the leader
     talks."""
 
     def __init__(self, to_stderr: bool = False, quiet: bool = False):
         leader = Shards.from_environment().leader
-        self.out = Console(file=sys.stderr if to_stderr else sys.stdout, highlight=False, quiet=not leader)
+        self.out = _Output(file=sys.stderr if to_stderr else sys.stdout, highlight=False, quiet=not leader)
         self.quiet = quiet or not leader
 
     def say(self, text: str) -> None:
         """One line: text from data files is no markup, begins no line of its own and does not steer the terminal."""
         if not self.quiet:
             self.out.print(_text(text), soft_wrap=True)
+
+    def result(self, text: str) -> None:
+        """One line that also a quiet command prints."""
+        self.out.print(_text(text), soft_wrap=True)
 
     def track(self, items: Iterable, what: str, total: int) -> Iterator:
         """Yield the items under a progress bar; on anything but a terminal, under one line at the start."""

@@ -4,16 +4,18 @@ A digest is kept with the size and the times of its file. One whose file was cha
 second change of the same size could leave the times as they are.
 """
 
+import contextlib
 import errno
 import os
 import stat
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from lever_lm.errors import LeverError
 from lever_lm.files import file_digest, write_json
+from lever_lm.shards import Shards
 from lever_lm.untrusted import read_json
 
 _SETTLED = 2 * 10**9  # nanoseconds; the coarsest file times in use
@@ -34,11 +36,24 @@ class Digests:
 
     def keep_in(self, file: Path) -> None:
         """Learn what `file` holds, and keep there what is found out from now on."""
-        if file == self._file:
-            return
         self._file = file
+        self._load()
+
+    @contextlib.contextmanager
+    def kept(self, shards: Shards) -> Iterator[None]:
+        """Keep what is found out in the block: by the leader of a job, in whose turn the others then find it."""
+        self._load()
+        yield
+        if shards.leader:
+            if shards.world > 1 and self._file is not None:
+                self._file.parent.mkdir(parents=True, exist_ok=True)
+            self.save()
+
+    def _load(self) -> None:
+        if self._file is None:
+            return
         try:
-            content = read_json(file, _LIMIT)
+            content = read_json(self._file, _LIMIT)
         except (OSError, ValueError):
             return  # missing, or of no use
         for path, entry in content.items() if isinstance(content, dict) else ():

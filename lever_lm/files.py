@@ -1,19 +1,14 @@
-"""How files get to disk whole, how one process keeps a folder to itself, and how what somebody else names is opened.
+"""How files get to disk whole, and how what somebody else names is opened.
 
-What a write here returned from is on disk under its own name; before, nothing of it is. Locks are POSIX record locks:
-the system drops them with the process that holds them, however it ends, and network disks pass them on.
+What a write here returned from is on disk under its own name; before, nothing of it is.
 """
 
 import contextlib
-import errno
-import fcntl
 import hashlib
 import json
 import os
 import signal
-import socket
 import stat
-import sys
 import tempfile
 import threading
 import time
@@ -22,14 +17,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from lever_lm.errors import LeverError
-from lever_lm.untrusted import loads, one_line
+from lever_lm.locks import NO_LOCKS, TAKEN, lock
 
 TEMPORARY_PREFIX = ".tmp-"
 _STOPS = (signal.SIGINT, signal.SIGTERM)
-_TAKEN = (errno.EACCES, errno.EAGAIN)  # another process has the lock
-_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # the disk has none
 _STALE = 3600.0  # seconds after which nobody is writing a temporary file any more, where locks cannot tell
-_LOOK = 0.05  # seconds between looks at a lock that is waited for
 
 # ---------------------------------------------------------------------- writing
 
@@ -65,7 +57,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 def _replacing(path: Path) -> Iterator[BinaryIO]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        sweep(path.parent)
+        _sweep_once(path.parent)
         handle, name = _temporary(path.parent)
     except OSError as error:
         raise LeverError(f"cannot write {path}: {error.strerror or error}") from error
@@ -89,6 +81,7 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
         _being_written.discard(name)
 
 
+_swept: set[str] = set()  # folders
 _sweeping = threading.Lock()  # and naming a file that is not to be swept
 _being_written: set[str] = set()  # temporary files of this process, which its own locks do not keep from it
 
@@ -99,37 +92,49 @@ def _temporary(folder: Path) -> tuple[int, str]:
         with _sweeping:
             handle, name = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=folder)
             _being_written.add(name)
+        taken = False
         try:
-            _lock(handle)
+            lock(handle)
         except OSError as error:
-            if error.errno not in (*_NO_LOCKS, *_TAKEN):
+            taken = error.errno in TAKEN  # by another process that sweeps, and is about to delete it
+            if not taken and error.errno not in NO_LOCKS:
                 os.close(handle)
+                _being_written.discard(name)
+                _discard(name)
                 raise
-        if os.fstat(handle).st_nlink:
+        if not taken and os.fstat(handle).st_nlink:
             return handle, name
-        os.close(handle)  # swept by another process before it was locked
+        os.close(handle)
         _being_written.discard(name)
+
+
+def _sweep_once(folder: Path) -> None:
+    """Sweep a folder when this process first writes there: it may hold a hundred thousand files."""
+    if (name := os.path.realpath(folder)) not in _swept:
+        _swept.add(name)
+        sweep(folder)
 
 
 def sweep(folder: Path) -> None:
     """Remove the temporary files of a folder whose writers are gone."""
     try:
-        found = [entry.path for entry in os.scandir(folder) if entry.name.startswith(TEMPORARY_PREFIX)]
+        found = [entry.name for entry in os.scandir(folder) if entry.name.startswith(TEMPORARY_PREFIX)]
     except OSError:
         return
     for name in found:
         with _sweeping, contextlib.suppress(OSError):
-            if name not in _being_written:
-                _remove_if_left(name)
+            # By its last part, which is never the same twice: a folder has many names.
+            if name not in map(os.path.basename, _being_written):
+                _remove_if_left(os.path.join(folder, name))
 
 
 def _remove_if_left(name: str) -> None:
     handle = os.open(name, os.O_RDWR | os.O_CLOEXEC)
     try:
-        _lock(handle)
+        lock(handle)
         os.unlink(name)
     except OSError as error:
-        if error.errno in _NO_LOCKS and time.time() - os.fstat(handle).st_mtime > _STALE:
+        if error.errno in NO_LOCKS and time.time() - os.fstat(handle).st_mtime > _STALE:
             os.unlink(name)
     finally:
         os.close(handle)
@@ -217,113 +222,3 @@ def _digest(file) -> str:  # Python 3.10
     while block := file.read(1 << 20):
         digest.update(block)
     return digest.hexdigest()[:16]
-
-
-# ---------------------------------------------------------------------- locks
-
-
-class InUse(LeverError):
-    """Another process has what this one asked for."""
-
-
-_held: set[str] = set()  # by this process, which its own locks would let in again
-
-
-@contextlib.contextmanager
-def alone(path: Path, what: str, mend: str, *, wait: bool = False) -> Iterator[dict | None]:
-    """Keep every other process out of a block that names the same lock file. Yields who left the lock behind: a process
-    that is gone; None as a rule.
-
-    what: what is locked, and mend: what else could be done, both for the message. Raises InUse with pid and host of the
-    process that has it; with `wait` it is waited for.
-    """
-    key = os.path.abspath(path)
-    if key in _held:
-        raise InUse(_in_use(_myself(), what, mend))
-    handle, left_by = _acquire(Path(path), what, mend, wait)
-    _held.add(key)
-    try:
-        yield left_by
-    finally:
-        _discard(path)
-        os.close(handle)
-        _held.discard(key)
-
-
-def _acquire(path: Path, what: str, mend: str, wait: bool) -> tuple[int, dict | None]:
-    """The locked file's descriptor, and who left the lock behind."""
-    while True:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            holder, free = _take(handle)
-            if free and _is_at(handle, path):
-                os.ftruncate(handle, 0)
-                os.pwrite(handle, json.dumps(_myself()).encode(), 0)
-                return handle, holder
-            os.close(handle)
-        except OSError as error:
-            raise LeverError(f"cannot lock {path}: {error.strerror or error}") from error
-        if not free and not wait:
-            raise InUse(_in_use(holder, what, mend))
-        time.sleep(0 if free else _LOOK)  # free, and gone from its place: the one who had it has removed it
-
-
-def _take(handle: int) -> tuple[dict | None, bool]:
-    """Who holds a lock file or left it behind, and whether it is ours now."""
-    try:
-        _lock(handle)
-        return _holder(handle), True
-    except OSError as error:
-        if error.errno not in (*_NO_LOCKS, *_TAKEN):
-            raise
-        holder = _holder(handle)
-        return holder, error.errno in _NO_LOCKS and not _lives(holder)
-
-
-def _lock(handle: int) -> None:
-    """Raises OSError, of _TAKEN or _NO_LOCKS as a rule."""
-    fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def _is_at(handle: int, path: Path) -> bool:
-    """Whether a descriptor's file is still the one of this name."""
-    try:
-        return os.path.samestat(os.fstat(handle), os.stat(path))
-    except FileNotFoundError:
-        return False
-
-
-def _myself() -> dict:
-    return {"pid": os.getpid(), "host": socket.gethostname(), "command": " ".join(sys.argv[1:])[:200]}
-
-
-def _holder(handle: int) -> dict | None:
-    """Who wrote into a lock file; None where nobody did."""
-    try:
-        found = loads(os.pread(handle, 4096, 0))
-        pid, host, command = found["pid"], found["host"], found.get("command", "")
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return None
-    if not isinstance(pid, int) or not isinstance(host, str) or not isinstance(command, str):
-        return None
-    return {"pid": pid, "host": one_line(host)[:100], "command": one_line(command)[:200]}
-
-
-def _lives(holder: dict | None) -> bool:
-    """Whether a holder may be alive, as far as can be seen from this host."""
-    if holder is None or holder["host"] != socket.gethostname():
-        return holder is not None
-    try:
-        os.kill(holder["pid"], 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _in_use(holder: dict | None, what: str, mend: str) -> str:
-    who = f"process {holder['pid']} on {holder['host']}" if holder else "another process"
-    command = f" (lever {holder['command']})" if holder and holder["command"] else ""
-    return f"{what} is in use by {who}{command}: wait until it has ended, or {mend}"

@@ -4,7 +4,6 @@ A choice is a list of training rows per query in pick order, best first; the pro
 """
 
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,10 +24,10 @@ from lever_lm.metrics import vqa_accuracy
 from lever_lm.policy import PointerSelector
 from lever_lm.runs import RunFolder, v2_name
 from lever_lm.samplers import allowed, nearest, query_rng, sample_pools, similarity_rows
-from lever_lm.selection import STRATEGIES, best_row, read_history
+from lever_lm.selection import STRATEGIES, best_row, read_best, read_history
 from lever_lm.stats import bootstrap_interval, paired_test
 from lever_lm.stems import Stems, learn_stems
-from lever_lm.untrusted import is_epoch, read_json
+from lever_lm.untrusted import one_line, read_json
 
 BASELINES = ("zero_shot", "random", "text_sim", "img_sim", "img_text_sim", "oracle")
 _SIMILARITY_PARTS = {
@@ -37,7 +36,6 @@ _SIMILARITY_PARTS = {
     "img_text_sim": frozenset({"img", "text"}),
 }
 _CHUNK = 256
-_LONGEST_NAME = 256  # bytes of a file's
 
 
 @dataclass(frozen=True)
@@ -264,11 +262,16 @@ def find_checkpoint(run: RunFolder, wanted: str | None, environ: dict) -> tuple[
     if run.best.is_file():
         answer = read_best(run)
         path = run.path / Path(answer["checkpoint"]).name  # the folder may have been moved since
+        path = path if path.is_file() else v2_name(path)
         if path.is_file():
             chosen_among, now = answer.get("rows"), sum(row["phase"] == answer.get("phase") for row in run.rows())
             stale = isinstance(chosen_among, int) and chosen_among < now
             more = f", chosen when {chosen_among} of {now} epochs were there: `lever best-ckpt` again" if stale else ""
             return path, f"best.json of the run, strategy {answer['strategy']}{more}"
+        raise LeverError(
+            f"{run.best} names {one_line(answer['checkpoint'])}, which is gone: `lever best-ckpt` again, or name "
+            "another with --ckpt PATH"
+        )
     history = read_history(run, None)
     strategy = "val_reward" if any("val_reward" in row for row in history.rows) else "val_loss"
     row = best_row(history.rows, STRATEGIES[strategy])
@@ -276,27 +279,6 @@ def find_checkpoint(run: RunFolder, wanted: str | None, environ: dict) -> tuple[
         raise LeverError(f"no epoch of {run.path} has a finite {strategy}; name one: --ckpt PATH")
     path = run.checkpoint(history.phase, row["epoch"])
     return _existing(path if path.is_file() else v2_name(path), run.path), f"best by {strategy}"
-
-
-def kept_choice(run: RunFolder) -> tuple[str, int] | None:
-    """Strategy and epoch of best.json; None where there is none, or none of ours."""
-    try:
-        answer = read_best(run)
-        return (answer["strategy"], answer["epoch"]) if is_epoch(answer["epoch"]) else None
-    except (LeverError, KeyError):
-        return None
-
-
-def read_best(run: RunFolder) -> dict:
-    """The content of best.json. Raises LeverError when it is not what `lever best-ckpt` writes."""
-    try:
-        answer = read_json(run.best)
-        name = Path(answer["checkpoint"]).name
-        if answer["strategy"] in STRATEGIES and 0 < len(os.fsencode(name)) < _LONGEST_NAME and "\0" not in name:
-            return answer
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    raise LeverError(f"{run.best} is not an answer of `lever best-ckpt`: run that again, or delete the file")
 
 
 def latest_checkpoint(run: RunFolder) -> Path:

@@ -129,7 +129,7 @@ def make_pipeline(common: Common, flags: dict | None = None, run_dir: Path | Non
 
     screen = Screen(to_stderr=common.json_, quiet=common.quiet)
     if common.run_name is not None and (
-        common.run_name in (".", "..") or Path(common.run_name).name != common.run_name
+        common.run_name.startswith(".") or Path(common.run_name).name != common.run_name
     ):
         raise UsageError(f"--run-name takes a folder name, found {common.run_name!r}")
     flags = dict(flags or {})
@@ -156,7 +156,8 @@ def make_pipeline(common: Common, flags: dict | None = None, run_dir: Path | Non
     if from_run is None:
         named |= {"dataset": common.dataset or DEFAULT_DATASET, "lvlm": common.lvlm or DEFAULT_LVLM}
     else:
-        base, run_name = _repeated(from_run, {**named, "config": common.config}), run_name or f"{from_run.name}_repeat"
+        base = _repeated(from_run, {**named, "config": common.config})
+        run_name = run_name or f"{from_run.resolve().name}_repeat"
     config, in_effect = resolve(named, common.config, common.set_ or [], flags, base)
     for variable in in_effect:
         screen.say(f"from the environment: {variable}")

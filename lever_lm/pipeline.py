@@ -23,11 +23,12 @@ from lever_lm.digests import DIGESTS
 from lever_lm.doctor import ALL, examine, require
 from lever_lm.errors import LeverError, UsageError
 from lever_lm.features import Features, compute_features, encoder_fingerprint, read_embeddings
-from lever_lm.files import alone, file_digest
+from lever_lm.files import file_digest
 from lever_lm.hub import fetch_model
 from lever_lm.icds import read_icds
 from lever_lm.inference import BASELINES, Evaluation, compare, find_checkpoint, load_for
 from lever_lm.journal import Journal
+from lever_lm.locks import alone
 from lever_lm.lvlm import CachedLvlm, load_lvlm
 from lever_lm.proposals import new_policy
 from lever_lm.provenance import compare as compare_runs
@@ -86,11 +87,11 @@ class Pipeline:
     @cached_property
     def data(self) -> VqaData:
         """The dataset; examples that were left out are counted aloud."""
-        with self.shards.leader_first():  # `datasets` makes a cache of its own from parquet files
+        # The leader first: `datasets` makes a cache of its own from parquet files.
+        with self.shards.leader_first(), DIGESTS.kept(self.shards):
             data = load_dataset(self.config.data)
         counts = f"{len(data.train_examples)} training and {len(data.val_examples)} evaluation examples"
         self.screen.say(f"data: {data.name}, {counts}")
-        self._keep_digests()
         if data.skipped:
             self.screen.say(f"data: {len(data.skipped)} bad examples left out, the first: {data.skipped[0]}")
         return data
@@ -99,12 +100,10 @@ class Pipeline:
     def features(self) -> Features:
         """CLIP features of both splits."""
         data = self.data
-        with self.shards.leader_first():
-            found = compute_features(
+        with self.shards.leader_first(), DIGESTS.kept(self.shards):
+            return compute_features(
                 data, self.config.features, self.layout.features, self.config.device, self.screen.track, self.screen.say
             )
-        self._keep_digests()
-        return found
 
     @cached_property
     def lvlm(self) -> CachedLvlm:
@@ -117,10 +116,6 @@ class Pipeline:
             track=self.screen.track,
             shards=self.shards,
         )
-
-    def _keep_digests(self) -> None:
-        if self.shards.leader:
-            DIGESTS.save()
 
     @cached_property
     def evaluation(self) -> Evaluation:
@@ -182,7 +177,7 @@ class Pipeline:
             trained = self._train(own.get("rl_data"), embeddings or own.get("embeddings"), overwrite)
         repeated = compare_runs(original, self.run, self.config)
         for line in verdict(repeated):
-            self.screen.say(line)
+            self.screen.result(line)
         return {**trained, "repeated": repeated}
 
     def _train(self, rl_data: Path | None, embeddings: Path | None, overwrite: bool) -> dict:

@@ -1,5 +1,6 @@
 """What a run was made with, and whether another one that was made with the same came out the same."""
 
+import contextlib
 import os
 import platform
 import subprocess
@@ -57,11 +58,12 @@ def _git_revision() -> str | None:
     """Revision of the checkout the package runs from, marked where files in it were changed; None when installed."""
     if not (PACKAGE.parent / ".git").exists():
         return None
-    try:
+    revision = None
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
         revision = _git("rev-parse", "HEAD")
-        return f"{revision} with changes" if _git("status", "--porcelain", "--untracked-files=no") else revision
-    except (OSError, subprocess.SubprocessError):
-        return None
+        if _git("status", "--porcelain", "--untracked-files=no"):
+            revision += " with changes"
+    return revision
 
 
 def _git(*words: str) -> str:

@@ -1,6 +1,8 @@
 """Which epoch is best, from a run's metrics, its checkpoints, or a training log of ours or of the lineage."""
 
+import contextlib
 import math
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,7 +11,7 @@ from pathlib import Path
 from lever_lm.checkpoint import load_torch
 from lever_lm.errors import LeverError, UsageError
 from lever_lm.runs import RunFolder
-from lever_lm.untrusted import Line, lines, metrics_rows, shown
+from lever_lm.untrusted import Line, is_epoch, lines, metrics_rows, read_json, shown
 
 KL_RANGE, KL_TARGET = (0.01, 0.1), 0.05
 GRPO_MARKER = "阶段3：GRPO训练"
@@ -17,6 +19,7 @@ LOGGED = ("train_loss", "val_loss", "ppo_loss", "kl", "adv_std", "adv_max", "bet
 _NUMBER = r"[+-]?(?:\d+(?:\.\d*)?(?:[eE][+-]?\d+)?|\.\d+(?:[eE][+-]?\d+)?|inf|nan|Infinity|NaN)"
 _LOG_ROW = re.compile(rf"^\s*(\d{{1,9}})((?:\s+{_NUMBER}){{{len(LOGGED)}}})\s*$", re.IGNORECASE)
 _LOG_PART = 64 << 10  # bytes of a log that are looked at together
+_LONGEST_NAME = 256  # bytes of a file's
 _LONGEST_ROW = 1000  # characters
 _MOST_ROWS = 100_000  # epochs of one run
 _JOINS = 5  # notes on tables that are one run
@@ -124,10 +127,33 @@ def choose(history: History, name: str, run: RunFolder | None) -> dict:
     }
 
 
+def kept_choice(run: RunFolder) -> tuple[str, int] | None:
+    """Strategy and epoch of best.json; None where there is none, or none of ours."""
+    try:
+        answer = read_best(run)
+        return (answer["strategy"], answer["epoch"]) if is_epoch(answer["epoch"]) else None
+    except (LeverError, KeyError):
+        return None
+
+
+def read_best(run: RunFolder) -> dict:
+    """The content of best.json. Raises LeverError when it is not what `lever best-ckpt` writes."""
+    try:
+        answer = read_json(run.best)
+        name = Path(answer["checkpoint"]).name
+        if answer["strategy"] in STRATEGIES and 0 < len(os.fsencode(name)) < _LONGEST_NAME and "\0" not in name:
+            return answer
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise LeverError(f"{run.best} is not an answer of `lever best-ckpt`: run that again, or delete the file")
+
+
 def worth_keeping(run: RunFolder, rows: list[dict], latest: int) -> set[Path]:
-    """The checkpoints that pruning to the `latest` epochs of each phase spares: these, and the best of every strategy.
-    An epoch that is not among them stays out, whatever epochs follow."""
-    kept = set()
+    """The checkpoints that pruning to the `latest` epochs of each phase spares: these, the best of every strategy, and
+    the one that best.json names. A best epoch that is passed by another one is never the best again."""
+    kept: set[Path] = set()
+    with contextlib.suppress(LeverError):
+        kept |= {run.path / Path(read_best(run)["checkpoint"]).name}
     for phase in ("rce", "grpo"):
         of_phase = [row for row in rows if row["phase"] == phase]
         best = (best_row(of_phase, strategy) for strategy in STRATEGIES.values())

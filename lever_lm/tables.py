@@ -60,7 +60,8 @@ def show_choice(screen: Screen, history: History, answer: dict, show_all: bool) 
         screen.say(f"excluded: epoch {item['epoch']} ({item['why']})")
     if answer["epoch"] is not None:
         place = f": {answer['checkpoint']}" if answer["checkpoint"] else ""
-        screen.say(f"{answer['strategy']}: epoch {answer['epoch']}{place} ({answer['why']}; from {answer['source']})")
+        why = f"{answer['why']}; from {answer['source']}"
+        screen.result(f"{answer['strategy']}: epoch {answer['epoch']}{place} ({why})")
         if answer["checkpoint"] and not answer["exists"]:
             screen.say("warning: that checkpoint file is not there")
     others = ", ".join(f"{name} {epoch if epoch is not None else 'none'}" for name, epoch in answer["others"].items())

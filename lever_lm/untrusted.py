@@ -22,8 +22,6 @@ from lever_lm.errors import LeverError
 CONFIG_LIMIT = 256 << 10  # bytes of a YAML file; ours have 4 KiB
 FILE_LIMIT = 16 << 20  # bytes of a JSON file of ours that is read whole: best.json, metrics.json, an index
 LINE_LIMIT = 1 << 20  # bytes of a line of JSON
-_LOG_LINE = 64 << 10  # bytes of a log that are looked at together
-_ROWS = 100_000  # epochs of one run
 _DEPTH = 32  # brackets within brackets
 _DIGITS = 20  # of an integer: 64 bits, and its sign
 _NUMERAL = 64  # characters of a number in YAML
@@ -66,6 +64,9 @@ class _Short(reprlib.Repr):
         super().__init__()
         self.maxlevel, self.maxstring, self.maxother = 3, limit, limit
         self.maxdict = self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = 20
+
+    def repr_bytes(self, value, level):
+        return repr(value[: self.maxstring])
 
     def repr_int(self, value, level):
         return repr(value) if value.bit_length() < 256 else f"an integer of {value.bit_length()} bits"

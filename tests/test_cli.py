@@ -664,3 +664,48 @@ def test_every_option_that_a_readme_names_is_there(lever, page):
     for command, rest in re.findall(r"`lever ([a-z-]+) ([^`\n]*)`", text):
         for option in re.findall(r"--[a-z0-9-]+", rest):
             assert option in lever(command, "--help").out, f"{page}: lever {command} {option}"
+
+
+# ---------------------------------------------------------------------- where the output goes
+
+
+def in_shell(text: str, cwd) -> subprocess.CompletedProcess:
+    """A shell's line, in which LEVER is the command."""
+    line = text.replace("LEVER", f"{sys.executable} -m lever_lm")
+    return subprocess.run(["bash", "-c", line], cwd=cwd, env=clean_environment(), capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_change_no_result(trained, closed):
+    done = in_shell(f"LEVER best-ckpt --strategy ppo_loss {closed}", trained)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads((trained / RUN / "best.json").read_text())["strategy"] == "ppo_loss"
+    assert in_shell(f"LEVER best-ckpt --strategy none {closed}", trained).returncode == 2
+
+
+def test_a_reader_that_goes_away_does_not_end_a_training(warm):
+    done = in_shell("set -o pipefail; LEVER train --limit 24 --rce-epochs 1 --grpo-epochs 30 | head -1", warm)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (warm / RUN / "grpo_epoch30.pt").is_file()
+    assert in_shell("set -o pipefail; LEVER best-ckpt --json | head -c 1", warm).returncode in (0, 141)
+
+
+@pytest.mark.parametrize("options", ["", "--json"])
+def test_output_that_cannot_be_written_is_told_and_the_choice_is_kept(trained, options):
+    done = in_shell(f"LEVER best-ckpt --strategy kl {options} > /dev/full", trained)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] in (
+        "lever: cannot use the output: No space left on device",
+        "lever: cannot write the output: No space left on device",
+    )
+    assert json.loads((trained / RUN / "best.json").read_text())["strategy"] == "kl"
+
+
+def test_a_current_folder_that_is_gone_is_told(tmp_path):
+    done = in_shell("mkdir gone && cd gone && rmdir ../gone && LEVER best-ckpt", tmp_path)
+    assert (done.returncode, done.stderr) == (1, "lever: the current folder is gone: cd into one that is there\n")
+
+
+def test_a_run_name_that_looks_like_a_lock_is_refused(tmp_path):
+    done = run_lever("best-ckpt", "--run-name", ".lock", cwd=tmp_path)
+    assert (done.status, done.err) == (2, "lever: --run-name takes a folder name, found '.lock'\n")

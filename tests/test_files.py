@@ -16,12 +16,10 @@ import pytest
 from helpers import RUN, SMALL, clean_environment, run_lever
 from safetensors import safe_open
 
-from lever_lm import files
+from lever_lm import locks
 from lever_lm.errors import LeverError
 from lever_lm.files import (
     TEMPORARY_PREFIX,
-    InUse,
-    alone,
     append_line,
     atomic_file,
     file_digest,
@@ -31,6 +29,7 @@ from lever_lm.files import (
     write_tensors,
     write_text,
 )
+from lever_lm.locks import InUse, alone
 
 # ---------------------------------------------------------------------- writing
 
@@ -167,7 +166,8 @@ def test_a_folder_is_on_disk_after_the_rename_and_a_file_before_it(tmp_path, mon
 @pytest.fixture
 def child():
     """Starts a Python process, which has run its code up to where it printed a line; all end with the test."""
-    prefix = "import sys, os, time\nfrom pathlib import Path\nfrom lever_lm.files import *\npath = Path(sys.argv[1])\n"
+    prefix = "import sys, os, time\nfrom pathlib import Path\n"
+    prefix += "from lever_lm.files import *\nfrom lever_lm.locks import *\npath = Path(sys.argv[1])\n"
     with contextlib.ExitStack() as stack:
 
         def start(code: str, path: Path) -> subprocess.Popen:
@@ -218,7 +218,7 @@ def test_a_write_does_not_sweep_away_another_of_its_own_process(tmp_path):
 
 
 def test_where_a_disk_has_no_locks_temporary_files_go_by_their_age(tmp_path, monkeypatch):
-    monkeypatch.setattr(files.fcntl, "lockf", no_locks)
+    monkeypatch.setattr(locks.fcntl, "lockf", no_locks)
     old, new = tmp_path / f"{TEMPORARY_PREFIX}old", tmp_path / f"{TEMPORARY_PREFIX}new"
     for path in (old, new):
         path.touch()
@@ -340,7 +340,7 @@ for _ in range(20):
     ],
 )
 def test_where_a_disk_has_no_locks_the_pid_decides(tmp_path, monkeypatch, pid, host, lets_in):
-    monkeypatch.setattr(files.fcntl, "lockf", no_locks)
+    monkeypatch.setattr(locks.fcntl, "lockf", no_locks)
     lock, pid = tmp_path / ".lock", os.getpid() if pid == "own" else pid
     lock.write_text(json.dumps({"pid": pid, "host": host or socket.gethostname()}))
     if lets_in:

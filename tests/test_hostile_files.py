@@ -39,13 +39,13 @@ from safetensors.torch import load_file, save_file
 from lever_lm.checkpoint import load_policy, load_torch, v3_content
 from lever_lm.config import DataConfig, asset_path
 from lever_lm.data import load_dataset, open_image
+from lever_lm.dryrun import SHARED
 from lever_lm.errors import LeverError
 from lever_lm.features import cached_features, read_embeddings
 from lever_lm.journal import Journal
 from lever_lm.policy import PointerSelector
 from lever_lm.runs import RunFolder
 from lever_lm.selection import read_history
-from lever_lm.torchfile import SHARED
 
 V3 = Path(__file__).parent / "data" / "checkpoints" / "rce_epoch2_plain_L1.pt"
 GIB = 1 << 30
@@ -1077,3 +1077,54 @@ def test_code_that_comes_with_a_model_is_not_imported(tmp_path, asset):
             LocalLvlm(LvlmConfig(path=str(folder), dtype="float32"), PromptConfig(), "cpu")
     assert not trap.exists()
     assert "own" not in sys.modules
+
+
+# ---------------------------------------------------------------------- two archives in one file
+
+
+def zipped(members: list[tuple[str, bytes]]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, content in members:
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+GREEDY = b"\x80\x02c__builtin__\nbytearray\nJ\x00\x00\x00\x40\x85R."  # a GiB of zeros
+HARMLESS = b"\x80\x02}."
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_a_second_pickle_in_other_case_is_not_read_in_its_place(tmp_path, order):
+    pair = [("x/data.pkl", HARMLESS), ("x/DATA.PKL", GREEDY)]
+    path = tmp_path / "a.pt"
+    path.write_bytes(zipped([*(pair[::-1] if order else pair), ("x/version", b"3\n"), ("x/byteorder", b"little")]))
+    with pytest.raises(LeverError, match="two parts of it have one name"):
+        load_torch(path)
+
+
+def test_a_second_table_of_contents_is_not_read_in_its_place(tmp_path):
+    rest = [("x/version", b"3\n"), ("x/byteorder", b"little")]
+    greedy, harmless = (zipped([("x/data.pkl", content), *rest]) for content in (GREEDY, HARMLESS))
+    path = tmp_path / "a.pt"
+    path.write_bytes(greedy + harmless)  # zipfile reads the second, whose offsets are those of the first
+    with pytest.raises(LeverError, match=r"two tables|not where it is said|it is damaged|cut short"):
+        load_torch(path)
+    path.write_bytes(harmless[:-2] + b"\x04\x00" + b"more")
+    with pytest.raises(LeverError, match="two tables of contents"):
+        load_torch(path)
+
+
+def test_what_training_configs_hold_beside_plain_values_is_read(tmp_path):
+    content = {"config": {"dtype": torch.float32, "device": torch.device("cpu")}, "tied": [torch.ones(9)] * 20}
+    torch.save(content, tmp_path / "a.pt")
+    found = load_torch(tmp_path / "a.pt")
+    assert found["config"] == content["config"]
+    assert len(found["tied"]) == 20
+
+
+def test_a_state_that_would_take_the_place_of_a_dicts_methods_is_refused(tmp_path):
+    pickled = b"\x80\x02ccollections\nOrderedDict\n)R}X\x03\x00\x00\x00getK\x05sb."
+    (tmp_path / "a.pt").write_bytes(zipped([("x/data.pkl", pickled), ("x/version", b"3\n")]))
+    with pytest.raises(LeverError, match="it fills a dict"):
+        load_torch(tmp_path / "a.pt")

@@ -14,6 +14,7 @@ LEVELS = [
         "errors",
         "untrusted",
         "config",
+        "locks",
         "files",
         "digests",
         "stages",
@@ -25,7 +26,7 @@ LEVELS = [
         "shards",
         "",
     ],
-    ["losses", "rewards", "metrics", "stems", "stats", "decoder", "encoder", "torchfile"],
+    ["losses", "rewards", "metrics", "stems", "stats", "decoder", "encoder", "dryrun", "torchfile"],
     ["policy", "checkpoint", "data", "lvlm"],
     ["features", "samplers", "batches", "guards", "anomaly", "journal", "statefile"],
     [

@@ -196,6 +196,21 @@ def test_pruned_runs_keep_the_latest_and_the_best_of_every_strategy_and_go_on_as
     assert compare(whole, run, Config())["identical"] is True
 
 
+def test_a_checkpoint_that_was_chosen_is_spared_and_one_that_is_gone_is_not_passed_over(trained):
+    run = RunFolder(trained / RUN)
+    chosen = run_lever("best-ckpt", "--strategy", "ppo_loss", "--json", cwd=trained).json
+    more = ("--limit", "24", "--rce-epochs", "2", "--grpo-epochs", "12", "--keep", "1")
+    assert run_lever("train", *more, cwd=trained).status == 0
+    path = trained / chosen["checkpoint"]
+    assert path.is_file()
+    path.unlink()
+    for command in (("infer", "--shots", "1", "--limit", "4"), ("convert",)):
+        done = run_lever(*command, cwd=trained)
+        assert done.status == 1
+        assert f"best.json names {chosen['checkpoint']}, which is gone: `lever best-ckpt` again" in done.err
+    assert run.checkpoint("grpo", 12).is_file()
+
+
 def test_a_finished_run_is_pruned_too(trained):
     run, more = RunFolder(trained / RUN), ("--limit", "24", "--rce-epochs", "2", "--grpo-epochs", "12")
     assert run_lever("train", *more, cwd=trained).status == 0

@@ -98,16 +98,18 @@ def _digests(batch: dict) -> dict:
     }
 
 
-def _roots(source: str, config: DataConfig) -> list[Path]:
-    """The folders that images named by path may lie in: of the data, and of the official images."""
-    own = cached_snapshot(source.removeprefix(HUB_PREFIX), "dataset") if source.startswith(HUB_PREFIX) else None
-    if own is None and not source.startswith(HUB_PREFIX):
-        own = asset_path(source)
-    return [root for root in (own, asset_path(config.coco_path)) if root is not None and root.is_dir()]
+def _roots(source: str, config: DataConfig) -> tuple[list[Path], list[Path]]:
+    """The folders that images named by path are looked for in, of the data and of the official images; and those that
+    they may then lie in, links followed: the hub's cache keeps its files elsewhere."""
+    of_hub = source.startswith(HUB_PREFIX)
+    own = cached_snapshot(source.removeprefix(HUB_PREFIX), "dataset") if of_hub else asset_path(source)
+    roots = [root for root in (own, asset_path(config.coco_path)) if root is not None and root.is_dir()]
+    blobs = [own.parent.parent / "blobs"] if of_hub and own is not None else []
+    return roots, [root.resolve() for root in (*roots, *blobs)]
 
 
 def _find_images(
-    places: dict[int, str], roots: list[Path], config: DataConfig, folder: Path | None
+    places: dict[int, str], roots: tuple[list[Path], list[Path]], config: DataConfig, folder: Path | None
 ) -> dict[int, str | Refused]:
     """The files of images that a table does not hold, by row; where there is none, the reason. Addresses are fetched
     into `folder`, or beside what `datasets` keeps, with data.allow_remote."""
@@ -118,7 +120,7 @@ def _find_images(
     fetched: dict[int, str] = {}
     for number, place in places.items():
         if not is_address(place):
-            found[number] = _local(place, roots)
+            found[number] = _local(place, *roots)
         elif not is_fetchable(place):
             found[number] = Refused(f"its image is at {shown(place, 80)}, which is never followed")
         elif not config.allow_remote:
@@ -133,9 +135,9 @@ def _find_images(
     return found
 
 
-def _local(place: str, roots: list[Path]) -> str | Refused:
+def _local(place: str, roots: list[Path], within: list[Path]) -> str | Refused:
     try:
-        return local_image(place, roots)
+        return local_image(place, roots, within)
     except Refused as error:
         return error
 

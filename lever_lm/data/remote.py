@@ -13,7 +13,8 @@ from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 
 from lever_lm.data.pixels import Undecodable, decoded
-from lever_lm.files import alone, atomic_file
+from lever_lm.files import atomic_file
+from lever_lm.locks import alone
 from lever_lm.untrusted import one_line
 
 MAX_BYTES = 64 << 20  # of an image that is fetched
@@ -48,13 +49,13 @@ def is_fetchable(place: str) -> bool:
         return False
 
 
-def local_image(place: str, roots: Sequence[Path]) -> str:
-    """The file that a path names, from the first of the folders `roots` that has it. Raises Refused where that is
-    in none of them, links followed."""
+def local_image(place: str, roots: Sequence[Path], within: Sequence[Path]) -> str:
+    """The file that a path names, from the first of the folders `roots` that has it. Raises Refused where, links
+    followed, it is in none of the folders `within`."""
     try:
         found = [path for root in roots if (path := root / place).exists()]
         for path in found:
-            if any(path.resolve().is_relative_to(root.resolve()) for root in roots):
+            if any(path.resolve().is_relative_to(root) for root in within):
                 if not path.is_file():
                     raise Refused(f"its image {one_line(place)!r:.200} is no regular file")
                 return str(path)
@@ -163,6 +164,7 @@ async def _fetch(client, address: str) -> bytes:
 
 async def _exchange(client, address: str) -> tuple[int, str | None, bytes]:
     """Status, where a redirect leads, and the body of a success."""
+    client.cookies.clear()
     async with client.stream("GET", address) as response:
         status, content = response.status_code, bytearray()
         if 300 <= status < 400:

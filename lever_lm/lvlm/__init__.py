@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from lever_lm.config import LvlmConfig, PromptConfig
+from lever_lm.digests import DIGESTS
 from lever_lm.hub import fetch_model
 from lever_lm.lvlm.cache import AnswerCache, CachedLvlm, Track
 from lever_lm.lvlm.prompt import Prompt, build_prompt, cut_answer
@@ -24,9 +25,9 @@ def load_lvlm(
 
     from lever_lm.lvlm.local import LocalLvlm, local_fingerprint, vision_fingerprint
 
-    with shards.leader_first():
+    with shards.leader_first(), DIGESTS.kept(shards):
         fetch_model(config.path, "--lvlm, lvlm.path")
-    fingerprint = local_fingerprint(config, prompt, device)
+        fingerprint = local_fingerprint(config, prompt, device)
     bank = cache.with_name(f"{cache.stem.replace('answers', 'vision', 1)}_{vision_fingerprint(config, device)}")
     return CachedLvlm(
         lambda: LocalLvlm(config, prompt, device, bank=bank, track=track, shards=shards),

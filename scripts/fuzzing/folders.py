@@ -92,8 +92,9 @@ def log_file(folder: Path) -> Target:
 
 def best_file(folder: Path) -> Target:
     """A run's best.json, as `lever infer` and `lever convert` read it."""
-    from lever_lm.inference import find_checkpoint, kept_choice, read_best
+    from lever_lm.inference import find_checkpoint
     from lever_lm.runs import RunFolder
+    from lever_lm.selection import kept_choice, read_best
 
     run = RunFolder(folder / "run")
     run.path.mkdir()
@@ -149,7 +150,7 @@ def lock_file(folder: Path) -> Target:
     """A lock that somebody left behind, or has."""
     import fcntl
 
-    from lever_lm.files import InUse, alone
+    from lever_lm.locks import InUse, alone
 
     left, held = folder / "left.lock", folder / "held.lock"
     held.touch()

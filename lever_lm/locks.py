@@ -1,0 +1,131 @@
+"""One process at a time: a lock file in a folder, and the lock itself.
+
+Locks are POSIX record locks: the system drops them with the process that holds them, however it ends, and network disks
+pass them on. A process's own lock does not keep itself out, and closing any descriptor of the file drops it.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from lever_lm.errors import LeverError
+from lever_lm.untrusted import loads, one_line
+
+TAKEN = (errno.EACCES, errno.EAGAIN)  # another process has the lock
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # the disk has none
+_LOOK = 0.05  # seconds between looks at a lock that is waited for
+
+
+class InUse(LeverError):
+    """Another process has what this one asked for."""
+
+
+_held: set[str] = set()  # by this process, which its own locks would let in again
+
+
+@contextlib.contextmanager
+def alone(path: Path, what: str, mend: str, *, wait: bool = False) -> Iterator[dict | None]:
+    """Keep every other process out of a block that names the same lock file. Yields who left the lock behind: a process
+    that is gone; None as a rule.
+
+    what: what is locked, and mend: what else could be done, both for the message. Raises InUse with pid and host of the
+    process that has it; with `wait` it is waited for.
+    """
+    key = os.path.realpath(path)
+    if key in _held:
+        raise InUse(_in_use(_myself(), what, mend))
+    handle, left_by = _acquire(Path(path), what, mend, wait)
+    _held.add(key)
+    try:
+        yield left_by
+    finally:
+        with contextlib.suppress(OSError):  # what is said before counts more
+            os.unlink(path)
+        os.close(handle)
+        _held.discard(key)
+
+
+def _acquire(path: Path, what: str, mend: str, wait: bool) -> tuple[int, dict | None]:
+    """The locked file's descriptor, and who left the lock behind."""
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            holder, free = _take(handle)
+            if free and _is_at(handle, path):
+                os.ftruncate(handle, 0)
+                os.pwrite(handle, json.dumps(_myself()).encode(), 0)
+                return handle, holder
+            os.close(handle)
+        except OSError as error:
+            raise LeverError(f"cannot lock {path}: {error.strerror or error}") from error
+        if not free and not wait:
+            raise InUse(_in_use(holder, what, mend))
+        time.sleep(0 if free else _LOOK)  # free, and gone from its place: the one who had it has removed it
+
+
+def _take(handle: int) -> tuple[dict | None, bool]:
+    """Who holds a lock file or left it behind, and whether it is ours now."""
+    try:
+        lock(handle)
+        return _holder(handle), True
+    except OSError as error:
+        if error.errno not in (*NO_LOCKS, *TAKEN):
+            raise
+        holder = _holder(handle)
+        return holder, error.errno in NO_LOCKS and not _lives(holder)
+
+
+def lock(handle: int) -> None:
+    """Raises OSError, of TAKEN or NO_LOCKS as a rule."""
+    fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    """Whether a descriptor's file is still the one of this name."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _myself() -> dict:
+    return {"pid": os.getpid(), "host": socket.gethostname(), "command": " ".join(sys.argv[1:])[:200]}
+
+
+def _holder(handle: int) -> dict | None:
+    """Who wrote into a lock file; None where nobody did."""
+    try:
+        found = loads(os.pread(handle, 4096, 0))
+        pid, host, command = found["pid"], found["host"], found.get("command", "")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    if not isinstance(pid, int) or not isinstance(host, str) or not isinstance(command, str):
+        return None
+    return {"pid": pid, "host": one_line(host)[:100], "command": one_line(command)[:200]}
+
+
+def _lives(holder: dict | None) -> bool:
+    """Whether a holder may be alive, as far as can be seen from this host."""
+    if holder is None or holder["host"] != socket.gethostname():
+        return holder is not None
+    try:
+        os.kill(holder["pid"], 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _in_use(holder: dict | None, what: str, mend: str) -> str:
+    who = f"process {holder['pid']} on {holder['host']}" if holder else "another process"
+    command = f" (lever {holder['command']})" if holder and holder["command"] else ""
+    return f"{what} is in use by {who}{command}: wait until it has ended, or {mend}"
