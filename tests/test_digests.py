@@ -119,13 +119,15 @@ def test_a_file_of_whatever_content_is_done_without(tmp_path, content):
     assert known.of([file]) == [file_digest(file)]
 
 
-def test_a_folder_that_cannot_be_written_is_done_without(tmp_path, later):
-    (tmp_path / "file").write_text("")
+def test_a_file_that_cannot_be_written_is_done_without(tmp_path, later):
+    (tmp_path / "a").write_text("")
+    (tmp_path / "cache" / "digests.json").mkdir(parents=True)
     later(10)
     known = Digests()
-    known.keep_in(tmp_path / "file" / "digests.json")
-    known.of([tmp_path / "file"])
+    known.keep_in(tmp_path / "cache" / "digests.json")
+    assert known.of([tmp_path / "a"]) == [file_digest(tmp_path / "a")]
     known.save()
+    assert [path.name for path in (tmp_path / "cache").rglob("*")] == ["digests.json"]
 
 
 def test_no_folder_is_made_for_the_digests_alone(tmp_path, later):
