@@ -259,26 +259,24 @@ def find_checkpoint(run: RunFolder, wanted: str | None, environ: dict) -> tuple[
         return _existing(Path(from_environment), "LEVER_LM_CHECKPOINT_PATH"), "named by LEVER_LM_CHECKPOINT_PATH"
     if wanted == "latest":
         return latest_checkpoint(run), "the latest of the run"
+    gone = ""
     if run.best.is_file():
         answer = read_best(run)
         path = run.path / Path(answer["checkpoint"]).name  # the folder may have been moved since
-        path = path if path.is_file() else v2_name(path)
+        path = next((file for file in (path, v2_name(path)) if file.is_file()), path)
         if path.is_file():
             chosen_among, now = answer.get("rows"), sum(row["phase"] == answer.get("phase") for row in run.rows())
             stale = isinstance(chosen_among, int) and chosen_among < now
             more = f", chosen when {chosen_among} of {now} epochs were there: `lever best-ckpt` again" if stale else ""
             return path, f"best.json of the run, strategy {answer['strategy']}{more}"
-        raise LeverError(
-            f"{run.best} names {one_line(answer['checkpoint'])}, which is gone: `lever best-ckpt` again, or name "
-            "another with --ckpt PATH"
-        )
+        gone = f"; {run.best.name} names {one_line(path.name)}, which is gone: `lever best-ckpt` chooses again"
     history = read_history(run, None)
     strategy = "val_reward" if any("val_reward" in row for row in history.rows) else "val_loss"
     row = best_row(history.rows, STRATEGIES[strategy])
     if row is None:
         raise LeverError(f"no epoch of {run.path} has a finite {strategy}; name one: --ckpt PATH")
     path = run.checkpoint(history.phase, row["epoch"])
-    return _existing(path if path.is_file() else v2_name(path), run.path), f"best by {strategy}"
+    return _existing(path if path.is_file() else v2_name(path), run.path), f"best by {strategy}{gone}"
 
 
 def latest_checkpoint(run: RunFolder) -> Path:

@@ -292,7 +292,8 @@ class Pipeline:
     ) -> dict:
         """A v3 file to `<stem>_v2format.ckpt`, or a v2 file back to `<stem>.pt`. Without a path, the run's best."""
         if path is None:
-            path = find_checkpoint(self.run, "best", {})[0]
+            path, why = find_checkpoint(self.run, "best", {})
+            self.screen.say(f"checkpoint: {path} ({why})")
         content = load_torch(path)
         stem = path.stem.removesuffix("_v2format")
         if to == "v3":

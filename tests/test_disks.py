@@ -100,7 +100,9 @@ def run_until_full(lab, command: list[str], folder: Path, when: Fault, room: int
 
 # command, the file about to be written when the disk is full, the how manieth time, and which file the message names
 FULL = [
-    ("train", "/vision_", 0, "/cache/"),  # written behind the caller's back: the answer cache may be the first to fail
+    pytest.param(
+        "train", "/vision_", 0, "/cache/", marks=slow
+    ),  # written behind the caller's back: the answer cache may be the first to fail
     ("train", "answers_tiny-qwen2_5-vl.sqlite-journal", 4, "answers_tiny-qwen2_5-vl.sqlite"),
     ("train", "/state.pt", 2, "state.pt"),
     ("train", "/grpo_epoch1.pt", 0, "grpo_epoch1.pt"),

@@ -366,10 +366,12 @@ def test_where_val_reward_was_not_logged_the_least_val_loss_is_best(run):
     assert "val_loss" in why
 
 
-def test_a_best_json_whose_checkpoint_is_gone_is_passed_over(run):
+def test_a_best_json_whose_checkpoint_is_gone_is_passed_over_and_said(run):
     put_best(run, "grpo_epoch77.pt")
     best = max(grpo_rows(run), key=lambda row: row["val_reward"])
-    assert find_checkpoint(run, None, {})[0] == run.checkpoint("grpo", best["epoch"])
+    path, why = find_checkpoint(run, None, {})
+    assert path == run.checkpoint("grpo", best["epoch"])
+    assert "best.json names grpo_epoch77.pt, which is gone: `lever best-ckpt` chooses again" in why
 
 
 @pytest.mark.parametrize("content", ["not json", "[]", '{"epoch": 3}', '{"checkpoint": 3, "strategy": "kl"}', ""])

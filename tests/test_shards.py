@@ -63,8 +63,9 @@ def with_features(features_file: Path, folder: Path) -> Path:
 
 
 def made_in(folder: Path) -> set[str]:
-    """All files but those of image features, which each process writes for its share of the images."""
-    return {name for name in files_in(folder) if "/vision_" not in name}
+    """All files but those of image features, which each process writes for its share of the images, and the digests,
+    which a process that knows them already does not write."""
+    return {name for name in files_in(folder) if "/vision_" not in name and not name.endswith("/digests.json")}
 
 
 def cache_files(folder: Path) -> set[str]:
