@@ -44,6 +44,7 @@ def test_a_command_killed_at_a_file_event_ends_as_if_it_had_not_been(bench, comm
     assert trial.problems == {}
 
 
+@slow
 def test_a_command_killed_again_and_again_ends_as_if_it_had_not_been(bench):
     places = [("rename", "features_"), ("unlink", "-journal", 2)]
     faults = [bench("train").fault("kill", *place) for place in places]

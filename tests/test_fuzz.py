@@ -159,6 +159,7 @@ def fuzz(*arguments) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=clean_environment(), capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_no_parser_fails_on_the_first_spoilt_inputs():
     done = fuzz("--cases", 10)
     assert done.returncode == 0, done.stdout + done.stderr
