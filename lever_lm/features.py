@@ -259,9 +259,8 @@ def read_embeddings(path: Path) -> Tensor:
             raise LeverError(f"{path} holds {len(content)} tensors, expected one (N, D) matrix")
         (content,) = content.values()
     if isinstance(content, np.ndarray) and content.dtype.kind == "f":
-        with np.errstate(
-            over="ignore", invalid="ignore"
-        ):  # what float32 cannot hold becomes infinite, and is refused as such
+        # What float32 cannot hold becomes infinite, and is refused as such.
+        with np.errstate(over="ignore", invalid="ignore"):
             content = torch.from_numpy(np.array(content, dtype=np.float32))
     if not isinstance(content, Tensor) or content.ndim != 2 or not content.is_floating_point():
         shape = f" {content.dtype} of shape {tuple(content.shape)}" if hasattr(content, "shape") else ""

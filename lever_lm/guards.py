@@ -181,9 +181,11 @@ def _gradient(seen: Pass) -> Iterator[tuple[str, str]]:
         options = {"noise": _noise(seen.noise, of), "label_smoothing": seen.label_smoothing}
         sequences = batch.sequences[of, rollouts]
         again = seen.policy.evaluate(batch.query[of], batch.candidates[of], sequences, pool_mask, **options)
-        outputs, grads = zip(
-            *((output, g[of, rollouts]) for output, g in zip(again, before, strict=False) if g is not None), strict=True
-        )
+        # Without an entropy in the loss, `before` is of the log-probs alone.
+        pairs = [
+            (output, g[of, rollouts]) for output, g in zip(again[: len(before)], before, strict=True) if g is not None
+        ]
+        outputs, grads = zip(*pairs, strict=True)
         found = torch.autograd.grad(outputs, weights, grads, allow_unused=True)
         return float(nn.utils.get_total_norm([grad for grad in found if grad is not None]))
 

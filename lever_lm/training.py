@@ -112,19 +112,18 @@ def train_grpo(
         if config.patience and epochs_since_best(journal.rows) >= config.patience:
             journal.say(f"stopped early: val_reward has not risen for {config.patience} epochs (grpo.patience)")
             break
-        began, history = time.perf_counter(), []
+        began, history, at = time.perf_counter(), [], partial(At, "grpo", epoch)
         fresh = config.online and (epoch - 1) % config.online_every == 0
         if fresh:
-            at = At("grpo", epoch, "online rollouts")
-            memory["online"] = explore(policy, train, config.online_samples, answer, journal.say, at)
+            where = at("online rollouts")
+            memory["online"] = explore(policy, train, config.online_samples, answer, journal.say, where)
         if epoch > 1 and (fresh or (config.refresh_every and (epoch - 1) % config.refresh_every == 0)):
             memory["old"], old = snapshot(policy), None
         data, weights = mix(train, memory.get("online"), config.online_ratio)
         if old is None:
-            old = Anchor(policy, memory["old"], data, config.dropout, At("grpo", epoch, "old policy"))
+            old = Anchor(policy, memory["old"], data, config.dropout, at("old policy"))
         if reference is None or fresh:
-            at = At("grpo", epoch, "reference policy")
-            reference = Anchor(policy, memory["reference"], data, config.dropout, at)
+            reference = Anchor(policy, memory["reference"], data, config.dropout, at("reference policy"))
         mask = best_rollouts(data.rewards, data.mask, _top_k(config, epoch))
         advantages = group_advantage(
             data.rewards,
@@ -134,7 +133,7 @@ def train_grpo(
             clip=config.advantage_clip,
             scale=config.advantage_scale,
         )
-        _check_advantages(At("grpo", epoch), data, mask, advantages)
+        _check_advantages(at(), data, mask, advantages)
         policy.train(config.dropout != "off")
         learner.train(config.dropout != "off")
         for i, (index, batch) in enumerate(shuffled_places(replace(data, **features), config.batch_size, len(train))):
@@ -156,9 +155,8 @@ def train_grpo(
             )
             if config.entropy_beta:
                 loss = loss - config.entropy_beta * group_mean(entropy, mask[index], weights[index])
-            at = At("grpo", epoch, f"step {i + 1}")
             parts = partial(grpo_terms, *terms[:3], ref_log_probs, config.kl)
-            seen = Pass(at, learner, batch, mask[index], log_probs, parts, entropy, noise)
+            seen = Pass(at(f"step {i + 1}"), learner, batch, mask[index], log_probs, parts, entropy, noise)
             norm = update(optimizer, loss, config.max_grad_norm, seen)
             metrics |= {"zero_grad_frac": zero_grad_frac(*terms, **clip, weights=weights[index])}
             metrics |= {"kl_share": kl_share(metrics["kl_loss"], *terms[2:], weights[index])}
@@ -169,7 +167,7 @@ def train_grpo(
             "phase": "grpo",
             "epoch": epoch,
             **{name: mean([step[name] for step in history]) for name in history[0]},
-            **validate(learner, replace(val, **features), val_temperature, At("grpo", epoch, "validation")),
+            **validate(learner, replace(val, **features), val_temperature, at("validation")),
             **group_statistics(data.rewards, mask, advantages),
             **online_statistics(memory.get("online")),
             "beta": memory["beta"],

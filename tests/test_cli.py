@@ -108,7 +108,7 @@ def wait_for(path: Path, process: subprocess.Popen, seconds: float = 120) -> Non
 
 
 def test_an_interrupt_ends_in_130_with_one_line_and_the_run_goes_on_later(warm):
-    command = [sys.executable, "-m", "lever_lm", "train", *SMALL[:4], "--grpo-epochs", "100000", "--json"]
+    command = [sys.executable, "-m", "lever_lm", "train", *SMALL[:4], "--grpo-epochs", "5000", "--json"]
     process = subprocess.Popen(
         command, cwd=warm, env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
