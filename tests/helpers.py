@@ -153,13 +153,14 @@ def answers_in(folder: Path) -> int:
 @pytest.fixture
 def lever(tmp_path, monkeypatch, capsys):
     """The command line in this process, in an empty folder: arguments → Done."""
-    from lever_lm.cli import _run
+    from lever_lm.cli import app
+    from lever_lm.process import run as run_command
 
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments) -> Done:
         capsys.readouterr()
-        status = _run([str(argument) for argument in arguments])
+        status = run_command(app, [str(argument) for argument in arguments])
         return Done(status, *capsys.readouterr())
 
     return run

@@ -53,10 +53,11 @@ def scripts(tmp_path) -> Path:
 def test_help_and_version_load_nothing_heavy(tmp_path):
     code = (
         "import sys\n"
-        "from lever_lm.cli import _run\n"
+        "from lever_lm.cli import app\n"
+        "from lever_lm.process import run\n"
         f"commands = [[], ['--help'], ['--version'], *([c, '--help'] for c in {COMMANDS!r}), ['nonsense']]\n"
         "for command in commands:\n"
-        "    _run(command)\n"
+        "    run(app, command)\n"
         "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'PIL', 'jinja2', 'torchvision'}\n"
         "sys.exit(', '.join(sorted(heavy & set(sys.modules))) or 0)\n"
     )
@@ -183,8 +184,9 @@ def test_an_absurd_range_of_shots_is_refused_without_being_counted_out(tmp_path)
     code = (
         "import resource, sys\n"
         "resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))\n"
-        "from lever_lm.cli import _run\n"
-        "sys.exit(_run(['infer', '--shots', '1-99999999999', '--json']))\n"
+        "from lever_lm.cli import app\n"
+        "from lever_lm.process import run\n"
+        "sys.exit(run(app, ['infer', '--shots', '1-99999999999', '--json']))\n"
     )
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=tmp_path, env=clean_environment(), capture_output=True, text=True, timeout=120)

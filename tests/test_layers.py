@@ -43,7 +43,7 @@ LEVELS = [
         "provenance",
     ],
     ["pipeline", "report", "tables", "doctor", "planning"],
-    ["options", "cli", "__main__"],
+    ["options", "process", "cli", "__main__"],
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 PURE = ["losses", "rewards", "metrics", "stems", "stats", "decoder", "encoder", "policy"]
@@ -161,7 +161,7 @@ def test_heavy_packages_are_imported_inside_functions(module):
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("module", ["options", "cli", "__main__", "errors", "settings", "config", ""])
+@pytest.mark.parametrize("module", ["options", "process", "cli", "__main__", "errors", "settings", "config", ""])
 def test_what_help_needs_imports_no_torch(module):
     reached, queue = {}, [(module, module)]
     while queue:

@@ -1,0 +1,123 @@
+"""One command as a process: its streams, its signals, its exit status, and one message where it failed."""
+
+import io
+import os
+import re
+import signal
+import sys
+import textwrap
+import traceback
+from contextlib import redirect_stdout
+
+import typer
+
+from lever_lm.errors import LeverError, UsageError
+from lever_lm.options import debugging
+from lever_lm.shards import Shards
+from lever_lm.untrusted import one_line, printable, shown
+
+INTERRUPTED, TERMINATED = 130, 128 + signal.SIGTERM
+# What a wrong command line raises. Typer carries a click of its own in some versions and uses click's in others.
+_CommandLineError = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
+
+
+def main(app: typer.Typer) -> None:
+    """Run the command line of this process and exit: 0 done, 1 could not, 2 usage, 130 interrupted, 143 terminated; one
+    message on stderr, no traceback. Of the processes of a job the leader alone speaks on stdout."""
+    _open_streams()
+    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character of ours shows a question mark
+        stream.reconfigure(errors="replace")
+    job = Shards.from_environment()
+    if job.world == 1:  # the others wait for one another deaf to signals: torchrun ends them
+        signal.signal(signal.SIGTERM, _terminate)
+    with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if job.leader else nowhere):
+        status = _flushed(run(app, sys.argv[1:]))
+        if job.world == 1:  # what was to be done is done: a signal in the last moments changes nothing
+            for stop in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(stop, signal.SIG_IGN)
+    job.leave()
+    sys.exit(status)
+
+
+def _open_streams() -> None:
+    """Streams that the caller has closed lead nowhere: the next file that is opened would take their place."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            handle = os.open(os.devnull, os.O_RDWR)
+            if handle != number:
+                os.dup2(handle, number)
+                os.close(handle)
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
+
+
+def _flushed(status: int) -> int:
+    """The exit status, once all output is out: 1 where it cannot be. A reader that went away has had enough."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return status or _fail(f"cannot write the output: {error.strerror}", 1)
+    return status
+
+
+_LONGEST = 10_000  # characters of a message
+_ended_by: list[int] = []
+
+
+def _terminate(number: int, frame) -> None:
+    """SIGTERM, as schedulers send it before they kill: what Ctrl-C does, with a status of its own."""
+    _ended_by.append(number)
+    raise KeyboardInterrupt
+
+
+def run(app: typer.Typer, arguments: list[str]) -> int:
+    """The exit status of a command line. What went wrong is said in one message."""
+    try:
+        os.getcwd()
+    except OSError:
+        return _fail("the current folder is gone: cd into one that is there", 1)
+    try:
+        status = app(args=arguments, prog_name="lever", standalone_mode=False)
+        if status == INTERRUPTED:  # typer turns Ctrl-C into this status
+            raise KeyboardInterrupt
+        return status if isinstance(status, int) else 0
+    except typer.Exit as stop:
+        return stop.exit_code
+    except _CommandLineError as error:
+        if not Shards.from_environment().leader:
+            return _fail(error.format_message(), error.exit_code)
+        return _show_usage(error)
+    except (KeyboardInterrupt, typer.Abort):
+        how, status = ("terminated", TERMINATED) if _ended_by else ("interrupted", INTERRUPTED)
+        return _fail(f"{how}; run the same command again to go on", status)
+    except UsageError as error:
+        return _fail(str(error), 2)
+    except LeverError as error:
+        return _fail(str(error), 1)
+    except OSError as error:  # of a path on the command line as a rule: too long, no permission
+        where = shown(error.filename, 200) if error.filename else "the output"
+        return _fail(f"cannot use {where}: {error.strerror or error}", 1)
+    except Exception as error:
+        return _fail(f"{type(error).__name__}: {error} (a defect of lever_lm; --debug shows where)", 1)
+
+
+def _show_usage(error: Exception) -> int:
+    """Typer's own message about a command line, whose words it repeats."""
+    message, text = error.format_message(), io.StringIO()
+    error.format_message = lambda: one_line(message)
+    error.show(text)
+    sys.stderr.write(printable(text.getvalue()))
+    return error.exit_code
+
+
+def _fail(message: str, status: int) -> int:
+    if debugging():
+        sys.stderr.write(textwrap.indent(printable(traceback.format_exc()), "  "))
+    job = Shards.from_environment()
+    message = message if len(message) <= _LONGEST else f"{message[:_LONGEST]}…"
+    # Lines after the first are indented: no name from a stranger is taken for a message of ours.
+    message = re.sub(r"\n(?!  )", "\n  ", printable(message))
+    sys.stderr.write(f"{'' if job.leader else f'[rank {job.rank}] '}lever: {message}\n")
+    return status
