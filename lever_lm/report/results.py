@@ -1,0 +1,114 @@
+"""What `lever infer` left in a folder, read back: results, paired tests, and the sample of every query."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from lever_lm.errors import LeverError
+from lever_lm.inference import is_result
+from lever_lm.untrusted import LINE_LIMIT, Line, lines, loads, read_json, shown
+
+LARGEST = 1e300  # of what is drawn: differences stay finite
+_TEST = {"method": str, "against": str, "shots": int, **dict.fromkeys(("difference", "low", "high", "p"), (int, float))}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One query under one method: the LVLM's answer, its accuracy, the references; the ICDs' question ids in pick
+    order. Of a policy's choice also the probability of each pick, and the likeliest candidates for the first place."""
+
+    question_id: int
+    answer: str
+    accuracy: float
+    references: list[str]
+    icds: list[int]
+    probabilities: list[float]
+    considered: list[tuple[int, float]]
+
+
+def is_finite(value) -> bool:
+    """Whether a value is a number that can be drawn."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < LARGEST
+
+
+def read_metrics(path: Path) -> dict:
+    """results, tests and checkpoint of a metrics.json. Raises LeverError where it is none."""
+    mend = "run `lever infer --baselines` or `lever demo` first"
+    try:
+        found = read_json(path)
+    except (OSError, ValueError) as error:
+        raise LeverError(f"no results to report in {path.parent}: {mend}") from error
+    found = found if isinstance(found, dict) else {}
+    results, tests, checkpoint = found.get("results"), found.get("tests", []), found.get("checkpoint", "")
+    sound = isinstance(results, list) and isinstance(tests, list) and all(map(is_result, results))
+    if not (sound and results and all(map(_is_test, tests)) and isinstance(checkpoint, str)):
+        raise LeverError(f"{path} holds no results of `lever infer`: {mend}")
+    return {"results": results, "tests": tests, "checkpoint": checkpoint}
+
+
+def _is_test(row) -> bool:
+    return isinstance(row, dict) and all(isinstance(row.get(key), kind) for key, kind in _TEST.items())
+
+
+def last_evaluation(folder: Path) -> Path | None:
+    """The evaluation that was written last, of those in a run's inference folder; None where there is none."""
+    found = [one for one in (folder, *folder.glob("*/")) if (one / "metrics.json").is_file()]
+    return max(found, key=lambda one: (one / "metrics.json").stat().st_mtime, default=None)
+
+
+def samples_file(folder: Path, method: str, shots: int) -> Path:
+    """Where the samples of a method are. Raises LeverError for a method whose name is no file's."""
+    name = f"samples_{method}_{shots}shot.jsonl"
+    if Path(name).name != name or "\0" in name:
+        raise LeverError(f"{folder / 'metrics.json'} names a method {shown(method)}: run `lever infer` again")
+    return folder / name
+
+
+def read_samples(path: Path) -> dict[int, Sample]:
+    """The samples in a file by question id, in its order. Raises LeverError naming the line that holds none."""
+    try:
+        return {sample.question_id: sample for sample in _samples(path)}
+    except OSError as error:
+        raise LeverError(f"cannot read {path}: {error.strerror or error}; run `lever infer` again") from error
+
+
+def _samples(path: Path) -> Iterator[Sample]:
+    for line in lines(path, LINE_LIMIT):
+        if line.text.strip():
+            yield _sample(line, path)
+
+
+def _sample(line: Line, path: Path) -> Sample:
+    try:
+        row = loads(line.text)
+        considered = [(place, share) for place, share in row.get("considered", [])]
+        sample = Sample(
+            *(row[name] for name in ("question_id", "answer", "accuracy", "references", "icds")),
+            row.get("probabilities", []),
+            considered,
+        )
+        _check(sample)
+        return sample
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise LeverError(
+            f"{path}, line {line.number}: no prediction of `lever infer` ({shown(str(error))}); run `lever infer` again"
+        ) from error
+
+
+def _check(sample: Sample) -> None:
+    """Raise TypeError where a part is of another type."""
+    ids = [sample.question_id, *sample.icds, *(place for place, _ in sample.considered)]
+    shares = [*sample.probabilities, *(share for _, share in sample.considered)]
+    texts = [sample.answer, *sample.references]
+    sound = (
+        isinstance(sample.references, list)
+        and isinstance(sample.icds, list)
+        and isinstance(sample.probabilities, list)
+        and all(type(number) is int for number in ids)
+        and all(isinstance(text, str) for text in texts)
+        and is_finite(sample.accuracy)
+        and all(is_finite(share) and 0 <= share <= 1 for share in shares)
+        and len(sample.probabilities) in (0, len(sample.icds))
+    )
+    if not sound:
+        raise TypeError("a part of another type")

@@ -1,0 +1,283 @@
+"""The report's parts: charts, sentences, which queries are shown, and what is on the page of a run."""
+
+import html
+import json
+import re
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from helpers import INFERENCE, RUN
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from lever_lm.report import words
+from lever_lm.report.charts import Series, line_chart, round_ticks
+from lever_lm.report.curves import accuracy_series, training_curves
+from lever_lm.report.gallery import EACH, Shown, pick_queries, right_labels
+from lever_lm.report.results import Sample, read_samples
+from lever_lm.stats import paired_test
+
+NUMBERS = st.floats(-1e299, 1e299)
+
+# ---------------------------------------------------------------------- charts
+
+
+@given(NUMBERS, NUMBERS)
+@example(0.0, 0.0)
+@example(1e-300, 2e-300)
+def test_ticks_are_few_and_hold_the_range(one, other):
+    low, high = sorted((one, other))
+    ticks = round_ticks(low, high, 4)
+    assert 2 <= len(ticks) <= 8
+    assert ticks == sorted(ticks)
+    slack = 1e-9 * max(abs(low), abs(high))
+    assert ticks[0] <= low + slack
+    assert ticks[-1] >= high - slack
+
+
+def test_ticks_are_round():
+    assert round_ticks(0.137, 0.381, 4) == [0.1, 0.2, 0.3, 0.4]
+    assert round_ticks(20, 96.6, 4) == [20, 40, 60, 80, 100]
+    assert round_ticks(1, 15, 5) == [0, 5, 10, 15]
+
+
+def places(svg: str, what: str) -> list[tuple[float, float]]:
+    return [(float(x), float(y)) for x, y in re.findall(rf'<{what}[^>]* c?x="([\d.]+)" c?y="([\d.]+)"', svg)]
+
+
+@given(st.lists(st.lists(NUMBERS, min_size=1, max_size=5), min_size=1, max_size=4))
+def test_every_point_lies_in_the_picture(lines):
+    series = [Series(f"s{i}", "run0", list(enumerate(values))) for i, values in enumerate(lines)]
+    svg = line_chart(series, title="t", across="x", size=(300, 180), labels=60)
+    points = places(svg, "circle")
+    assert len(points) == sum(map(len, lines))
+    assert all(0 <= x <= 300 and 0 <= y <= 180 for x, y in points)
+
+
+def test_points_stand_where_their_numbers_say():
+    svg = line_chart([Series("s", "run0", [(1, 10.0), (2, 20.0), (3, 30.0)])], title="t", across="x", size=(300, 180))
+    (left, low), (middle, half), (right, high) = places(svg, "circle")
+    assert left < middle < right
+    assert middle == pytest.approx((left + right) / 2, abs=0.1)
+    assert low > half > high
+    assert half == pytest.approx((low + high) / 2, abs=0.1)
+    assert "<title>s, 2: 20</title>" in svg
+
+
+def test_names_at_the_right_do_not_stand_on_each_other():
+    series = [
+        Series(name, "run0", [(1, value), (2, value)]) for name, value in zip("abcde", (1, 1, 1.01, 0, 0), strict=True)
+    ]
+    svg = line_chart(series, title="t", across="x", size=(300, 180), labels=60)
+    heights = sorted(y for _, y in places(svg, 'text class="name"'))
+    assert len(heights) == 5
+    assert all(second - first >= 12.9 for first, second in pairwise(heights))
+    assert heights[-1] < 180
+
+
+def test_a_constant_runs_through_the_middle():
+    svg = line_chart([Series("beta", "run0", [(1, 0.1), (2, 0.1)])], title="t", across="epoch", size=(300, 180))
+    assert {60 < y < 110 for _, y in places(svg, "circle")} == {True}
+
+
+def test_names_are_text_in_a_chart():
+    svg = line_chart([Series("<b>&", "run0", [(1, 1.0)])], title='"<i>', across="x", labels=40)
+    assert "<b>" not in svg
+    assert "<i>" not in svg
+    assert "&lt;b&gt;&amp;" in svg
+
+
+def test_a_strategy_marks_the_epoch_that_it_chooses_in_its_own_chart():
+    rows = [
+        {"phase": "grpo", "epoch": i + 1, "val_loss": loss, "kl": kl, "beta": 0.1}
+        for i, (loss, kl) in enumerate([(3.0, 0.2), (1.0, 0.3), (2.0, 0.4)])
+    ]
+    curves = {curve.metric: curve for curve in training_curves([("one", rows), ("two", rows[:2])])}
+    assert curves.keys() == {"val_loss", "kl", "beta"}
+    assert [one.marks for one in curves["val_loss"].series] == [{2: "val_loss"}] * 2
+    assert [one.marks for one in curves["kl"].series] == [{}, {}]  # no epoch is in range
+    assert [one.colour for one in curves["beta"].series] == ["run0", "run1"]
+
+
+def test_what_is_not_finite_is_not_drawn():
+    results = [
+        {"method": "grpo", "shots": 1, "accuracy": 0.5, "ci": [0.4, 0.6]},
+        {"method": "grpo", "shots": 2, "accuracy": float("nan"), "ci": [0.4, 0.6]},
+    ]
+    assert accuracy_series(results)[0].points == [(1, 50.0)]
+
+
+# ---------------------------------------------------------------------- sentences
+
+
+def test_a_test_is_said_with_its_direction_and_interval():
+    test = {
+        "method": "grpo",
+        "against": "random",
+        "shots": 4,
+        "difference": 0.16,
+        "low": 0.12,
+        "high": 0.198,
+        "p": 0.0005,
+    }
+    better = "With 4 demonstrations, GRPO is 16.0 points better than random (95 % interval +12.0 to +19.8, p < 0.001)."
+    assert words.of_test(test) == better
+    worse = words.of_test({**test, "difference": -0.17, "low": -0.2, "high": -0.1, "p": 0.01, "shots": 1})
+    assert (
+        worse
+        == "With 1 demonstration, GRPO is 17.0 points worse than random (95 % interval −20.0 to −10.0, p = 0.010)."
+    )
+    same = words.of_test({**test, "difference": 0.004, "low": -0.02, "high": 0.03, "p": 0.7})
+    assert "cannot be told apart (+0.4 points" in same
+
+
+def test_the_run_is_said_in_one_sentence():
+    results = [
+        {"method": method, "shots": shots, "accuracy": value, "n": 1500}
+        for method, shots, value in (("random", 4, 0.28), ("grpo", 1, 0.7), ("grpo", 4, 0.786))
+    ]
+    test = {"method": "grpo", "against": "random", "shots": 4, "difference": 0.506, "low": 0.4, "high": 0.6, "p": 0.001}
+    assert words.in_one_sentence(results, [test], "grpo", 4, "Qwen") == (
+        "With 4 demonstrations chosen by GRPO, Qwen answers 78.6 % of 1,500 queries right: +50.6 points against random "
+        "demonstrations."
+    )
+    assert words.in_one_sentence(results, [], "grpo", 1, "Qwen").endswith("Qwen answers 70.0 % of 1,500 queries right.")
+
+
+# ---------------------------------------------------------------------- which queries
+
+
+def sample(question: int, accuracy: float, icds=()) -> Sample:
+    return Sample(question, "x", accuracy, ["x"], list(icds), [], [])
+
+
+def shown(ours: list[float], random: list[float]) -> Shown:
+    samples = {
+        name: {i: sample(i, a) for i, a in enumerate(found)} for name, found in (("grpo", ours), ("random", random))
+    }
+    return Shown("grpo", 4, samples)
+
+
+def test_wins_losses_and_the_others_by_hand():
+    chosen, counts = pick_queries(shown([1, 0, 0.6, 0.3, 1], [0, 1, 0.6, 0.3, 0.3]))
+    assert chosen == {"win": [0, 4], "loss": [1], "sample": [2, 3]}
+    assert counts == {"win": 2, "loss": 1, "sample": 5}
+
+
+def test_of_many_wins_a_few_are_spread_over_the_file():
+    chosen, counts = pick_queries(shown([1] * 80, [0] * 80))
+    assert chosen["win"] == list(range(0, 80, 10))
+    assert counts["win"] == 80
+    assert len(chosen["sample"]) == EACH
+    assert not set(chosen["sample"]) & set(chosen["win"])
+
+
+def test_right_answers_are_counted_by_hand(digits):
+    query = digits.val_examples[0]
+    right = next(e for e in digits.train_examples if e.answer in query.answers)
+    wrong = next(e for e in digits.train_examples if e.answer not in query.answers)
+    second = next(e for e in digits.val_examples[1:] if wrong.answer not in e.answers and right.answer not in e.answers)
+    ours = {
+        query.question_id: sample(query.question_id, 1.0, [wrong.question_id, right.question_id]),
+        second.question_id: sample(second.question_id, 0.3, [wrong.question_id, right.question_id]),
+    }
+    (row,) = right_labels(Shown("grpo", 2, {"grpo": ours}), digits)
+    assert (row["first"], row["any"]) == (0.0, 0.5)
+    assert (row["accuracy"], row["with_right"], row["without"]) == (0.65, 1.0, 0.3)
+
+
+# ---------------------------------------------------------------------- pages
+
+
+@pytest.fixture
+def evaluated(trained, lever):
+    """A folder with a run that was evaluated on a few queries."""
+    done = lever("infer", "--shots", "1,2", "--limit", "12", "--baselines", "--json")
+    assert done.status == 0, done.err
+    return trained
+
+
+def page_of(lever, *arguments) -> str:
+    done = lever("report", *arguments, "--json")
+    assert done.status == 0, done.err
+    return Path(done.json["report"]).read_text(encoding="utf-8")
+
+
+def test_a_card_has_what_the_policy_gave_each_pick(evaluated, lever):
+    page = page_of(lever)
+    (path,) = (evaluated / INFERENCE).glob("*/samples_grpo_2shot.jsonl")
+    for found in read_samples(path).values():
+        assert len(found.probabilities) == 2
+        assert found.considered[0] == (found.icds[0], found.probabilities[0])
+        for share in found.probabilities:
+            assert f"<span>{100 * share:.1f} %</span>" in page
+    assert page.count('class="card ') == 12
+    assert "<script" not in page
+    assert "With random demonstrations" in page
+
+
+def test_the_same_run_makes_the_same_page_that_is_small_enough_to_mail(evaluated, lever):
+    first = page_of(lever)
+    assert page_of(lever) == first
+    assert len(first) < 3_000_000
+
+
+def test_a_run_that_was_not_evaluated_has_a_page_of_its_training(trained, lever):
+    page = page_of(lever)
+    assert "lever infer --baselines" in page
+    assert "Group health" in page
+    assert 'id="accuracy"' not in page
+
+
+def test_a_page_goes_where_output_says(trained, lever):
+    done = lever("report", "--output", "here/page.html", "--json")
+    assert done.json["report"] == "here/page.html"
+    assert "</html>" in (trained / "here/page.html").read_text()
+    assert not (trained / RUN / "report.html").exists()
+
+
+def test_a_run_named_by_its_folder_is_shown_with_its_own_data(evaluated, lever):
+    assert '<article class="card' in page_of(lever, RUN)
+
+
+def test_runs_are_compared_query_by_query(evaluated, lever):
+    small = ("--limit", "12", "--run-name", "other", "--set", "policy.hidden_dim=32")
+    assert lever("train", "--rce-epochs", "1", "--grpo-epochs", "2", *small).status == 0
+    assert lever("infer", "--shots", "2", *small).status == 0
+    page = page_of(lever, RUN, RUN.with_name("other"), "--compare")
+    assert "<code>policy.hidden_dim</code>" in page
+    assert "rce of other" not in page
+    paths = [
+        next((evaluated / folder).glob("*/samples_grpo_2shot.jsonl"))
+        for folder in (INFERENCE, INFERENCE.parent / "other")
+    ]
+    one, two = ([s.accuracy for s in read_samples(path).values()] for path in paths)
+    test = {"method": f"grpo of {RUN.name}", "against": "grpo of other", "shots": 2, **paired_test(one, two)}
+    assert html.escape(f"On 12 queries. {words.of_test(test)}") in page
+    refused = lever("report", RUN, RUN.with_name("other"))
+    assert refused.status == 2
+    assert "--compare" in refused.err
+
+
+def test_names_and_answers_of_strangers_are_text_on_the_page(evaluated, lever):
+    trap = "<img src=x onerror=alert(1)>\x1b[2J"
+    (path,) = (evaluated / INFERENCE).glob("*/samples_grpo_2shot.jsonl")
+    rows = [{**json.loads(line), "answer": trap, "references": [trap]} for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    metrics = path.with_name("metrics.json")
+    content = json.loads(metrics.read_text())
+    metrics.write_text(json.dumps({**content, "checkpoint": trap}))
+    page = page_of(lever)
+    assert "<img src=x" not in page
+    assert "\x1b" not in page
+    assert html.escape("<img src=x onerror=alert(1)>") in page
+
+
+def test_samples_of_other_data_are_refused(evaluated, lever):
+    (path,) = (evaluated / INFERENCE).glob("*/samples_grpo_2shot.jsonl")
+    rows = [{**json.loads(line), "question_id": i} for i, line in enumerate(path.read_text().splitlines())]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = lever("report")
+    assert done.status == 1
+    assert "--dataset" in done.err
