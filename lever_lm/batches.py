@@ -112,7 +112,7 @@ def to_tensors(groups: Sequence[Group], queries: Tensor, icds: Tensor) -> GroupT
         if top >= len(icds):
             raise LeverError(
                 f"query {group.query_id} refers to row {top}, but the embeddings have {len(icds)} rows: "
-                "rollouts and embeddings are of different data"
+                "rollouts and embeddings are of different data (--rl-data, --embeddings)"
             )
     for name, matrix in (("query", queries), ("ICD", icds)):
         _check_features(name, matrix)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lever_lm.decoder import VARIANTS
 from lever_lm.errors import LeverError
+from lever_lm.exported import policy_folder, read_exported
 from lever_lm.files import atomic_file
 from lever_lm.policy import PointerSelector
 from lever_lm.torchfile import load_torch
@@ -58,14 +59,21 @@ def v3_content(policy: PointerSelector, *, epoch: int, phase: str, kl_beta: floa
 # ---------------------------------------------------------------------- loading
 
 
+def read_checkpoint(path: str | Path) -> dict:
+    """The content of a v3 or v2 file, or of an exported folder or hub id in the form of a v3 file. Raises LeverError
+    when it is none."""
+    folder = policy_folder(path)
+    return load_torch(path) if folder is None else read_exported(folder, path)
+
+
 def load_policy(path: str | Path, num_heads: int = 1) -> PointerSelector:
-    """The policy of a v3 or v2 file, in eval mode.
+    """The policy of a v3 or v2 file, or of a folder of `lever export` or a hub id OWNER/NAME of such, in eval mode.
 
     Its shape is read from our config where the file carries one, else from the weights; heads and the logit
     temperature are not in those: num_heads is taken as given and the temperature is 0.1. Raises LeverError when the
     file is no checkpoint, or its weights do not fit exactly.
     """
-    content = load_torch(path)
+    content = read_checkpoint(path)
     state, config = weights_of(content, path), own_config(content)
     shape = (
         infer_shape(state, num_heads, path)

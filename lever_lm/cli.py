@@ -6,13 +6,15 @@ from typing import Annotated
 
 import typer
 
-from lever_lm import __version__, process
+from lever_lm import __version__, completion, process
+from lever_lm.config_cli import config_app
 from lever_lm.errors import LeverError, UsageError
 from lever_lm.options import (
     Common,
     command,
     emit,
     finite,
+    make_layout,
     make_pipeline,
     parse_shots,
     planned,
@@ -20,6 +22,7 @@ from lever_lm.options import (
     training_flags,
 )
 from lever_lm.shards import Shards
+from lever_lm.trackers import check_tracker
 
 app = typer.Typer(
     name="lever",
@@ -30,7 +33,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Strategy = Annotated[str, typer.Option(help="val_loss, ppo_loss, kl, adv_std, val_reward or val_top_reward")]
+Strategy = Annotated[
+    str,
+    typer.Option(
+        help="val_loss, ppo_loss, kl, adv_std, val_reward or val_top_reward", autocompletion=completion.strategies
+    ),
+]
 RceEpochs = Annotated[int | None, typer.Option(min=0, help="Epochs of RCE warm-up.")]
 GrpoEpochs = Annotated[int | None, typer.Option(min=0, help="Epochs of GRPO; raising it continues a finished run.")]
 DetectAnomaly = Annotated[
@@ -39,7 +47,16 @@ DetectAnomaly = Annotated[
 Keep = Annotated[
     int | None, typer.Option(min=1, help="Keep N checkpoints of each phase and the best of every strategy; else all.")
 ]
-RunDir = Annotated[Path | None, typer.Argument(help="Run folder; by default the one the options name.")]
+Tracker = Annotated[
+    str | None,
+    typer.Option(
+        help="tensorboard: also write the metrics for it, into the run's folder.", autocompletion=completion.trackers
+    ),
+]
+RunDir = Annotated[
+    Path | None,
+    typer.Argument(help="Run folder; by default the one the options name.", autocompletion=completion.run_folders),
+]
 
 
 # ---------------------------------------------------------------------- commands
@@ -53,9 +70,11 @@ def demo(
     keep: Keep = None,
     shots: Annotated[str, typer.Option(help="Numbers of demonstrations: 1,2,4 or 1-5")] = "1,2,4",
     detect_anomaly: DetectAnomaly = False,
+    tracker: Tracker = None,
 ) -> None:
     """The whole way on the embedded data and model, offline, in two minutes: ends with a table and a report."""
     _in_one_process("demo")
+    check_tracker(tracker)
     common.recipe = common.recipe or "demo"
     common.run_name = common.run_name or "demo"
     numbers = parse_shots(shots)
@@ -65,7 +84,7 @@ def demo(
     from lever_lm.tables import show_results
 
     refuse_resuming(common, pipeline)
-    pipeline.detect_anomaly = detect_anomaly
+    pipeline.detect_anomaly, pipeline.tracker = detect_anomaly, tracker
     result = pipeline.demo(numbers, overwrite=common.overwrite)
     show_results(pipeline.screen, result["table"], result["tests"])
     pipeline.screen.say(f"report: {result['report']}")
@@ -84,12 +103,18 @@ def train(
     ] = None,
     run_dir: Annotated[Path | None, typer.Option(help="Folder of the run, in place of the default one.")] = None,
     detect_anomaly: DetectAnomaly = False,
+    tracker: Tracker = None,
     from_run: Annotated[
-        Path | None, typer.Option(help="Repeat the run in this folder, in another one, and say what differs.")
+        Path | None,
+        typer.Option(
+            help="Repeat the run in this folder, in another one, and say what differs.",
+            autocompletion=completion.run_folders,
+        ),
     ] = None,
 ) -> None:
     """Features, pools and rollouts where missing; then RCE and GRPO; then the recommended checkpoint is converted."""
     _in_one_process("train")
+    check_tracker(tracker)
     pipeline = make_pipeline(common, training_flags(rce_epochs, grpo_epochs, keep), run_dir, from_run)
     if rl_data is None and from_run is None and (path := os.environ.get("RL_DATA_PATH", "").strip()):
         pipeline.screen.say(f"from the environment: RL_DATA_PATH={path}")
@@ -97,7 +122,7 @@ def train(
     if planned(common, pipeline, "train", own=rl_data is not None):
         return
     refuse_resuming(common, pipeline)
-    pipeline.detect_anomaly = detect_anomaly
+    pipeline.detect_anomaly, pipeline.tracker = detect_anomaly, tracker
     result = pipeline.train(rl_data=rl_data, embeddings=embeddings, overwrite=common.overwrite, from_run=from_run)
     emit(common, result)
 
@@ -164,7 +189,9 @@ def convert(
 def infer(
     common: Common,
     shots: Annotated[str, typer.Option(help="Numbers of demonstrations: 5, or 1,2,4, or 1-5")] = "4",
-    ckpt: Annotated[str | None, typer.Option(help="A path, best, or latest")] = None,
+    ckpt: Annotated[
+        str | None, typer.Option(help="A path, best, latest, an exported folder or a hub id OWNER/NAME")
+    ] = None,
     baselines: Annotated[
         bool, typer.Option("--baselines", help="Also zero-shot, random, similarities and oracle.")
     ] = False,
@@ -192,6 +219,102 @@ def infer(
     emit(common, result)
 
 
+@command(app, "pick")
+def pick(
+    common: Common,
+    image: Annotated[Path | None, typer.Option(help="An image of yours: JPEG, PNG, WEBP, BMP or GIF.")] = None,
+    question: Annotated[str | None, typer.Option(help="What is asked about it.")] = None,
+    example: Annotated[
+        int | None, typer.Option(help="A question_id of the evaluation split in place of both; by default the first.")
+    ] = None,
+    shots: Annotated[int, typer.Option(min=1, help="Number of demonstrations.")] = 4,
+    ckpt: Annotated[
+        str | None, typer.Option(help="A path, best, latest, an exported folder or a hub id OWNER/NAME")
+    ] = None,
+    no_answer: Annotated[bool, typer.Option("--no-answer", help="Choose only; the LVLM is not needed.")] = False,
+    prompt: Annotated[bool, typer.Option("--prompt", help="Also print the prompt, as the LVLM is given it.")] = False,
+) -> None:
+    """The demonstrations a policy chooses for one image and question, why these, and the LVLM's answer."""
+    _in_one_process("pick")
+    if (image is None) != (question is None) or (image is not None and example is not None):
+        raise UsageError("pick takes an --image with its --question, or --example QUESTION_ID, or none of them")
+    pipeline = make_pipeline(common)
+    if planned(common, pipeline):
+        return
+    from lever_lm.picking import checkpoint_here, pick_for, show_picks, the_query
+    from lever_lm.retriever import Retriever
+
+    path, why = checkpoint_here(pipeline, ckpt)
+    pipeline.screen.say(f"checkpoint: {path} ({why})")
+    pipeline.check("data", "encoder", *([] if no_answer else ["lvlm"]))
+    retriever = Retriever(path, pipeline=pipeline)
+    query, source = the_query(retriever, image and str(image), question, example)
+    result = {**pick_for(retriever, query, shots, answer=not no_answer, prompt=prompt), "why": why}
+    show_picks(pipeline.screen, result, source)
+    emit(common, result)
+
+
+@command(app, "status")
+def status(
+    common: Common,
+    run_dir: RunDir = None,
+    all_: Annotated[bool, typer.Option("--all", help="Every run below --results, a line each.")] = False,
+) -> None:
+    """How far a run is, and whether it is at work: epochs, speed, time left, metrics, GPU. Nothing is touched."""
+    from lever_lm.console import Screen
+    from lever_lm.runs import RunFolder
+    from lever_lm.status import gpus, run_status
+    from lever_lm.status_views import status_lines, status_row
+
+    if common.dry_run:
+        planned(common, make_pipeline(common, run_dir=run_dir))
+        return
+    screen = Screen(to_stderr=common.json_, quiet=common.quiet, verbose=common.verbose)
+    if all_:
+        found = [run_status(RunFolder(path)) for path in sorted(common.results.glob("*/model_cpk/*/"))]
+        if not found:
+            raise LeverError(f"no run below {common.results}: train first (`lever train`), or name another --results")
+        for one in found:
+            screen.result(status_row(one))
+        emit(common, {"runs": found})
+        return
+    layout = None if run_dir is not None else make_layout(common)
+    result = {**run_status(RunFolder(run_dir or layout.run), layout), "gpus": gpus()}
+    for line in status_lines(result):
+        screen.result(line)
+    emit(common, result)
+
+
+@command(app, "export")
+def export(
+    common: Common,
+    where: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[RUN_DIR] DIR", help="The run, by default the one the options name; and where to."),
+    ] = None,
+    ckpt: Annotated[str | None, typer.Option(help="A path, best, or latest")] = None,
+    license_: Annotated[str, typer.Option("--license", help="Of the weights, as the hub names it.")] = "apache-2.0",
+) -> None:
+    """A checkpoint as a folder to share: model.safetensors, config.json and a model card. `--ckpt DIR` takes it."""
+    _in_one_process("export")
+    where = where or []
+    if len(where) > 2 or not (where or common.dry_run):
+        raise UsageError(f"export takes [RUN_DIR] DIR, found {len(where)} folders: `lever export policy`")
+    pipeline = make_pipeline(common, run_dir=where[0] if len(where) == 2 else None)
+    if planned(common, pipeline):
+        return
+    from lever_lm.inference import find_checkpoint
+    from lever_lm.sharing import export as write
+
+    path, why = find_checkpoint(pipeline.run, ckpt, dict(os.environ))
+    pipeline.screen.say(f"checkpoint: {path} ({why})")
+    result = write(path, why, where[-1], license_=license_, overwrite=common.overwrite)
+    if not result["evaluated"]:
+        pipeline.screen.say("no results of this checkpoint were found: `lever infer --baselines`, then export it again")
+    pipeline.screen.result(f"exported: {result['folder']} (to share it: hf upload OWNER/NAME {result['folder']})")
+    emit(common, result)
+
+
 @command(app, "doctor")
 def doctor(common: Common) -> None:
     """What is missing for a config, before any model is loaded: files, counts, models, GPU, disk; and what mends it."""
@@ -211,14 +334,31 @@ def doctor(common: Common) -> None:
 
 
 @command(app, "report")
-def report(common: Common, run_dir: RunDir = None) -> None:
+def report(
+    common: Common,
+    runs: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Run folder; by default the one the options name.", autocompletion=completion.run_folders),
+    ] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Lay the further runs over the first.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Where to, in place of report.html in the run folder.")] = None,
+    png: Annotated[Path | None, typer.Option(metavar="DIR", help="Also its charts as PNG and PDF for papers.")] = None,
+) -> None:
     """One self-contained HTML page of an evaluated run."""
     _in_one_process("report")
-    pipeline = make_pipeline(common, run_dir=run_dir)
+    first, *others = runs or [None]
+    if others and not compare:
+        raise UsageError(f"{len(others) + 1} run folders make one page only with --compare")
+    pipeline = make_pipeline(common, run_dir=first, as_trained=True)
     if not planned(common, pipeline):
-        result = pipeline.report()
+        result = pipeline.report(others, output, png)
         pipeline.screen.say(f"report: {result['report']}")
+        for figure in result.get("figures", ()):
+            pipeline.screen.say(f"figure: {figure}")
         emit(common, result)
+
+
+app.add_typer(config_app, name="config")
 
 
 @app.callback(invoke_without_command=True)

@@ -77,9 +77,10 @@ def resolve_device(name: str):
         return device
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise LeverError(f"no GPU is visible to torch, but the device is {name!r}")
+        raise LeverError(f"no GPU is visible to torch, but the device is {name!r}: --device cpu, or auto")
     if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
-        raise LeverError(f"the device is {name!r}, but torch sees {torch.cuda.device_count()} GPUs, counted from 0")
+        count = torch.cuda.device_count()
+        raise LeverError(f"the device is {name!r}, but torch sees {count} GPUs, counted from 0 (--device)")
     return device
 
 

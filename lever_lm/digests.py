@@ -15,6 +15,7 @@ from pathlib import Path
 
 from lever_lm.errors import LeverError
 from lever_lm.files import file_digest, write_json
+from lever_lm.progress import WORTH_A_WORD, Track, Work, untracked
 from lever_lm.shards import Shards
 from lever_lm.untrusted import read_json
 
@@ -33,6 +34,7 @@ class Digests:
         self._known: dict[str, tuple[Stat, str]] = {}
         self._file: Path | None = None
         self._changed = False
+        self._track: Track = untracked
 
     def keep_in(self, file: Path) -> None:
         """Learn what `file` holds, and keep there what is found out from now on."""
@@ -40,10 +42,15 @@ class Digests:
         self._load()
 
     @contextlib.contextmanager
-    def kept(self, shards: Shards) -> Iterator[None]:
-        """Keep what is found out in the block: by the leader of a job, in whose turn the others then find it."""
+    def kept(self, shards: Shards, track: Track = untracked) -> Iterator[None]:
+        """Keep what is found out in the block: by the leader of a job, in whose turn the others then find it. `track`
+        follows what is read meanwhile."""
         self._load()
-        yield
+        outer, self._track = self._track, track
+        try:
+            yield
+        finally:
+            self._track = outer
         if shards.leader:
             if shards.world > 1 and self._file is not None:
                 self._file.parent.mkdir(parents=True, exist_ok=True)
@@ -70,7 +77,8 @@ class Digests:
         found = {name: self._known[name][1] for name in stats.keys() - set(unknown)}
         if unknown:
             with ThreadPoolExecutor(_READERS) as pool:
-                found |= dict(zip(unknown, pool.map(file_digest, unknown), strict=True))
+                read = Work(pool.map(file_digest, unknown), "files", known=len(found), after=WORTH_A_WORD)
+                found |= dict(zip(unknown, self._track(read, "digests", len(unknown)), strict=True))
             now = time.time_ns()
             for name in unknown:
                 if max(stats[name][1:]) + _SETTLED < now and _stat(name) == stats[name]:

@@ -21,10 +21,10 @@ from lever_lm.data import Example, VqaData, open_image
 from lever_lm.errors import LeverError
 from lever_lm.files import open_regular, write_tensors
 from lever_lm.hub import content_digests, fetch_model, model_folder, weights_digest
+from lever_lm.progress import WORTH_A_WORD, Track, Work, loaded, untracked
 from lever_lm.stages import changed, changes, stamp
 from lever_lm.untrusted import loads, shown
 
-Track = Callable[[Iterable, str, int], Iterable]
 _NPY_HEADER = 1 << 16  # bytes; one of an (N, D) matrix has 118
 _SPLITS = {"train": "training", "val": "evaluation"}
 
@@ -79,7 +79,7 @@ def compute_features(
     if why:
         say(f"{path} is made again: {changes(why)}")
     if len(kept) < len(_SPLITS):
-        encoder = ClipEncoder(config.encoder, device, config.batch_size)
+        encoder = loaded(track, "loading CLIP", lambda: ClipEncoder(config.encoder, device, config.batch_size))
         kept |= {split: encode(encoder, data, split, track) for split in _SPLITS if split not in kept}
         tensors = {f"{split}_{part}": rows for split, both in kept.items() for part, rows in vars(both).items()}
         header = {split: json.dumps(_stamp(data, config, split)) for split in _SPLITS}
@@ -160,9 +160,10 @@ def encode(encoder: "ClipEncoder", data: VqaData, split: str, track: Track) -> E
     examples = data.examples(split)
     asked = {example.image: example for example in reversed(examples)}  # each image and its first question
     row = {image: i for i, image in enumerate(asked)}
-    of_image = encoder.images(_opened(track(asked.values(), f"CLIP, {split}: {len(asked)} images", len(asked))))
+    images = Work(asked.values(), "images")
+    of_image = encoder.images(_opened(track(images, f"CLIP, {split}: {len(asked)} images", len(asked))))
     image = of_image[[row[example.image] for example in examples]].contiguous()
-    text = encoder.texts([example.question for example in examples])
+    text = encoder.texts([example.question for example in examples], track, f"CLIP, {split}")
     for part, rows in (("image", image), ("text", text)):
         _check_encoded(encoder.path, part, rows, examples)
     return Embeddings(image, text)
@@ -216,11 +217,12 @@ class ClipEncoder:
         return torch.cat(rows)
 
     @torch.inference_mode()
-    def texts(self, texts: Sequence[str]) -> Tensor:
+    def texts(self, texts: Sequence[str], track: Track = untracked, what: str = "CLIP") -> Tensor:
         """Texts → unit embeddings (N, D); each distinct text is encoded once."""
         distinct = sorted(set(texts))
         row, rows = {text: i for i, text in enumerate(distinct)}, []
-        for batch in _batches(distinct, self.batch_size):
+        followed = track(Work(distinct, "questions", after=WORTH_A_WORD), what, len(distinct))
+        for batch in _batches(followed, self.batch_size):
             tokens = self.processor.tokenizer(batch, padding=True, truncation=True, return_tensors="pt")
             rows.append(self._unit(self.model.get_text_features(**tokens.to(self.device))))
         return torch.cat(rows)[[row[text] for text in texts]]

@@ -183,9 +183,14 @@ def write_tensors(path: Path, tensors: dict, header: dict[str, str]) -> None:
 
 def append_line(path: Path, line: str) -> None:
     """Append one line and wait until it is on disk."""
+    append_bytes(path, (line + "\n").encode("utf-8"))
+
+
+def append_bytes(path: Path, content: bytes) -> None:
+    """Append to a file and wait until it is on disk."""
     try:
-        with interrupts_wait(), open(path, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        with interrupts_wait(), open(path, "ab") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:

@@ -12,6 +12,8 @@ from lever_lm.untrusted import one_line, read_json
 
 # What a model needs of its repository; the same weights in other formats stay there.
 _MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")
+# What of a repository is a policy: config.json says which, and nothing else is fetched.
+POLICY_FILES = ("config.json", "model.safetensors")
 _NAMED = 20  # shards of an index that are missing, named at most
 # What counts as here. A snapshot may lack other files of its repository: the hub's client holds it for incomplete then.
 _NEEDED = {"model": _MODEL_FILES, "dataset": ("*.parquet",)}
@@ -23,15 +25,16 @@ def is_hub_id(path: str) -> bool:
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) is not None and not asset_path(path).exists()
 
 
-def cached_snapshot(repository: str, kind: str) -> Path | None:
-    """The folder of a repository (`model` or `dataset`) in the hub's cache, None where there is none. No network."""
+def cached_snapshot(repository: str, kind: str, needed: Sequence[str] | None = None) -> Path | None:
+    """The folder of a repository (`model` or `dataset`) in the hub's cache, None where there is none. No network.
+    needed: patterns of the files that have to be there, those of the kind if None."""
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(
             huggingface_hub.snapshot_download(
-                repository, repo_type=kind, local_files_only=True, allow_patterns=list(_NEEDED[kind])
+                repository, repo_type=kind, local_files_only=True, allow_patterns=list(needed or _NEEDED[kind])
             )
         )
     except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError):
@@ -89,6 +92,27 @@ def fetch_model(path: str, option: str) -> Path:
         raise LeverError(
             f"the model {path} is not in the hub's cache, and not to be had from the hub: {why}. "
             f"Fetch it where there is a network (hf download {path}), or name a directory of it ({option})"
+        ) from error
+
+
+def fetch_policy(repository: str) -> Path:
+    """The folder of a policy that is named by a hub id, its two files downloaded where the hub's cache lacks them.
+    Raises LeverError where they are not to be had."""
+    folder = cached_snapshot(repository, "model", POLICY_FILES)
+    if folder is not None and all((folder / name).is_file() for name in POLICY_FILES):
+        return folder
+    import huggingface_hub
+
+    try:
+        folder = Path(huggingface_hub.snapshot_download(repository, allow_patterns=list(POLICY_FILES)))
+        if lacking := [name for name in POLICY_FILES if not (folder / name).is_file()]:
+            raise FileNotFoundError(f"{repository} has no {' and no '.join(lacking)}")
+        return folder
+    except Exception as error:  # no network, offline mode, no such repository, no space
+        raise LeverError(
+            f"no file or folder {repository} is here, and as a hub id it is not in the hub's cache, and not to be had "
+            f"from the hub: {first_line(error).rstrip('.')}. Check the path, or fetch it where there is a network (hf "
+            f"download {repository} {' '.join(POLICY_FILES)})"
         ) from error
 
 

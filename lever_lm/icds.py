@@ -28,7 +28,7 @@ def read_icds(path: Path, queries: Sequence[Example], train: Sequence[Example], 
     if without:
         raise LeverError(
             f"{path} has no choice for {len(without)} of {len(queries)} evaluation questions, the first {without[0]}: "
-            "every question that is evaluated needs one"
+            "every question that is evaluated needs one (--icds)"
         )
     picks = []
     for query in queries:
@@ -37,13 +37,13 @@ def read_icds(path: Path, queries: Sequence[Example], train: Sequence[Example], 
             raise LeverError(f"{where}: {len(icds)} ICDs for {shots} shots; lower --shots")
         unknown = [icd for icd in icds[:shots] if icd not in row_of]
         if unknown:
-            raise LeverError(f"{where}: ICD {unknown[0]} is not a question of the training split")
+            raise LeverError(f"{where}: ICD {unknown[0]} is not a question of the training split (--icds)")
         rows = [row_of[icd] for icd in icds[:shots]]
         fine = np.zeros(len(train), dtype=bool)
         fine[allowed(query, ids, images)] = True
         if not fine[rows].all():
             leak = next(icd for icd, row in zip(icds[:shots], rows, strict=True) if not fine[row])
-            raise LeverError(f"{where}: ICD {leak} is the question itself or shows its image")
+            raise LeverError(f"{where}: ICD {leak} is the question itself or shows its image (--icds)")
         picks.append(rows)
     return picks
 

@@ -4,19 +4,22 @@ A choice is a list of training rows per query in pick order, best first; the pro
 """
 
 import json
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from lever_lm.checkpoint import load_policy, load_torch, own_config
+from lever_lm.checkpoint import load_policy, own_config, read_checkpoint
 from lever_lm.config import Config
 from lever_lm.data import Example, VqaData
 from lever_lm.errors import LeverError
+from lever_lm.exported import is_exported, policy_folder
 from lever_lm.features import Embeddings, Features, encoder_fingerprint, same_encoder
 from lever_lm.files import write_json, write_text
 from lever_lm.lvlm import CachedLvlm, build_prompt
@@ -36,6 +39,7 @@ _SIMILARITY_PARTS = {
     "img_text_sim": frozenset({"img", "text"}),
 }
 _CHUNK = 256
+_CONSIDERED = 8  # candidates for the first place that are kept with a sample
 
 
 @dataclass(frozen=True)
@@ -100,20 +104,14 @@ class Evaluation:
     def choose(self, policy: PointerSelector, shots: int, checkpoint: Path | str = "the policy") -> list[list[int]]:
         """Greedy picks of a policy from each query's pool. Raises LeverError naming checkpoint and query where the
         logits that they are read from are not finite: the largest of them would be the first."""
-        queries = self.features.queries("val", self.config.features)[self.rows]
         icds = self.features.icds(self.config.features)
         if policy.d_model != icds.shape[1]:
             raise LeverError(
                 f"the policy expects features of {policy.d_model} dimensions, these have {icds.shape[1]}: set "
                 "features.encoder to the encoder it was trained with"
             )
-        size = max(map(len, self.pools))
         picks: list[list[int]] = []
-        for start in range(0, len(self.queries), _CHUNK):
-            pools = self.pools[start : start + _CHUNK]
-            rows = torch.tensor([pool + [0] * (size - len(pool)) for pool in pools])
-            mask = torch.tensor([[True] * len(pool) + [False] * (size - len(pool)) for pool in pools])
-            chunk = queries[start : start + _CHUNK], icds[rows]
+        for pools, chunk, mask in self._chunks():
             try:
                 places = policy.select(*chunk, shots, mask)
             except ValueError as error:
@@ -122,7 +120,7 @@ class Evaluation:
                 sound = torch.isfinite(policy.logits(*chunk, places, mask)).all(-1)  # (B, S)
             if not sound.all():
                 row, step = (~sound).nonzero()[0].tolist()
-                where = f"{checkpoint}, question {self.queries[start + row].question_id}"
+                where = f"{checkpoint}, question {self.queries[len(picks) + row].question_id}"
                 raise LeverError(
                     f"{where}: the logits of pick {step + 1} are NaN or infinite, and choose nothing: take another "
                     "checkpoint (--ckpt), or train again"
@@ -132,6 +130,38 @@ class Evaluation:
                 for pool, chosen in zip(pools, places.tolist(), strict=True)
             ]
         return picks
+
+    def _chunks(self) -> Iterator[tuple[list[list[int]], tuple[Tensor, Tensor], Tensor]]:
+        """The queries some at a time: their pools, the features (B, D) and (B, K, D), and which candidates are real."""
+        queries = self.features.queries("val", self.config.features)[self.rows]
+        icds, size = self.features.icds(self.config.features), max(map(len, self.pools))
+        for start in range(0, len(self.queries), _CHUNK):
+            pools = self.pools[start : start + _CHUNK]
+            rows = torch.tensor([pool + [0] * (size - len(pool)) for pool in pools])
+            mask = torch.tensor([[True] * len(pool) + [False] * (size - len(pool)) for pool in pools])
+            yield pools, (queries[start : start + _CHUNK], icds[rows]), mask
+
+    @torch.no_grad()
+    def explain(self, policy: PointerSelector, picks: list[list[int]]) -> list[dict]:
+        """How sure a policy was of its own picks. For each query `probabilities`, of each pick when it was made, and
+        `considered`, the likeliest candidates for the first place as [question_id, probability]."""
+        train, told = self.data.train_examples, []
+        for pools, chunk, mask in self._chunks():
+            chosen = picks[len(told) : len(told) + len(pools)]
+            places = [[pool.index(row) for row in rows] for pool, rows in zip(pools, chosen, strict=True)]
+            shots = max(map(len, places))
+            padded = torch.tensor([row + [-1] * (shots - len(row)) for row in places])
+            shares = policy.logits(*chunk, padded, mask).softmax(-1)  # (B, S, K), and one more with a stop
+            firsts = shares[:, 0, : mask.shape[1]].topk(min(_CONSIDERED, min(map(len, pools))))
+            of_picks = shares.gather(-1, padded.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+            for pool, row, sure, values, best in zip(
+                pools, places, of_picks.tolist(), firsts.values.tolist(), firsts.indices.tolist(), strict=True
+            ):
+                considered = [
+                    [train[pool[place]].question_id, round(value, 6)] for place, value in zip(best, values, strict=True)
+                ]
+                told.append({"probabilities": [round(p, 6) for p in sure[: len(row)]], "considered": considered})
+        return told
 
     def baseline(self, name: str, shots: int) -> list[list[int]]:
         """What a baseline shows: random and similarities over the whole training split; the oracle ranks the pool by
@@ -173,10 +203,16 @@ class Evaluation:
         return outcomes
 
     def write(
-        self, folder: Path, outcomes: list[Outcome], choices: dict[str, list[list[int]]], ours: str, facts: dict
+        self,
+        folder: Path,
+        outcomes: list[Outcome],
+        choices: dict[str, list[list[int]]],
+        ours: str,
+        facts: dict,
+        reasons: dict[str, list[dict]] | None = None,
     ) -> dict:
         """Predictions (official result JSON) and per-sample JSONL of each method, icds.jsonl of `ours` in pick order,
-        and metrics.json."""
+        and metrics.json. reasons: what `explain` tells of a method's choices."""
         train = self.data.train_examples
         for outcome in outcomes:
             stem = f"{outcome.method}_{outcome.shots}shot"
@@ -193,9 +229,15 @@ class Evaluation:
                     "accuracy": round(score, 6),
                     "references": list(query.answers),
                     "icds": [train[i].question_id for i in picks[: outcome.shots]],
+                    **{name: told[: outcome.shots] if name == "probabilities" else told for name, told in why.items()},
                 }
-                for row, query, score, picks in zip(
-                    rows, self.queries, outcome.scores, choices[outcome.method], strict=True
+                for row, query, score, picks, why in zip(
+                    rows,
+                    self.queries,
+                    outcome.scores,
+                    choices[outcome.method],
+                    (reasons or {}).get(outcome.method) or [{}] * len(rows),
+                    strict=True,
                 )
             ]
             write_text(folder / f"samples_{stem}.jsonl", _json_lines(samples))
@@ -250,10 +292,14 @@ def compare(ours: Outcome, others: list[Outcome]) -> list[dict]:
 
 
 def find_checkpoint(run: RunFolder, wanted: str | None, environ: dict) -> tuple[Path, str]:
-    """Which checkpoint to infer with, and why: `wanted` (a path, best or latest), then LEVER_LM_CHECKPOINT_PATH, then
-    the run's best.json, then the best by val_reward where it was logged, else by val_loss."""
+    """Which checkpoint to infer with, and why: `wanted` (a path, a hub id, best or latest), then
+    LEVER_LM_CHECKPOINT_PATH, then the run's best.json, then the best by val_reward where it was logged, else by
+    val_loss."""
     from_environment = environ.get("LEVER_LM_CHECKPOINT_PATH", "").strip()
     if wanted and wanted not in ("best", "latest"):
+        if os.path.isdir(wanted) and not is_exported(Path(wanted)):
+            path, why = find_checkpoint(RunFolder(wanted), None, {})
+            return path, f"{why}, of the run named by --ckpt"
         return _existing(Path(wanted), "--ckpt"), "named by --ckpt"
     if not wanted and from_environment:
         return _existing(Path(from_environment), "LEVER_LM_CHECKPOINT_PATH"), "named by LEVER_LM_CHECKPOINT_PATH"
@@ -294,7 +340,7 @@ def latest_checkpoint(run: RunFolder) -> Path:
 
 
 def _existing(path: Path, named_by) -> Path:
-    if path.is_file():
+    if path.is_file() or policy_folder(path) is not None:
         return path
     unconverted = path.with_name(path.name.removesuffix("_v2format.ckpt") + ".pt")
     mend = "check the path, or train first (`lever train`)"
@@ -306,7 +352,7 @@ def _existing(path: Path, named_by) -> Path:
 def load_for(path: Path, config: Config) -> PointerSelector:
     """The policy of a checkpoint, if it was made for the features of this config. Raises LeverError otherwise."""
     policy = load_policy(path, config.policy.num_heads)
-    own = own_config(load_torch(path))
+    own = own_config(read_checkpoint(path))
     made_for = {
         "encoder": (encoder_fingerprint(config.features.encoder), same_encoder),
         "features": (config.features.name, str.__eq__),

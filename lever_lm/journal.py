@@ -5,7 +5,7 @@ checkpoint, metrics.jsonl and train.log are then made from it. Whatever a kill l
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -16,8 +16,10 @@ from lever_lm.errors import LeverError
 from lever_lm.files import append_line, remove, write_text
 from lever_lm.guards import At, not_finite
 from lever_lm.policy import PointerSelector
+from lever_lm.progress import BETWEEN_LINES, Track, Work, untracked
 from lever_lm.runs import RunFolder
 from lever_lm.statefile import misfit, problem_of
+from lever_lm.trackers import TensorBoard
 
 # Column name, key, width, precision. The GRPO columns and both headings are what existing scripts parse.
 _COLUMNS = {
@@ -36,6 +38,7 @@ _COLUMNS = {
         ("Beta", "beta", 8, 4),
     ],
 }
+_SHOWN = ("train_loss", "val_loss", "val_reward")  # beside a progress bar
 _HEADINGS = {"rce": "阶段2：RCE预热", "grpo": "阶段3：GRPO训练"}
 
 
@@ -62,12 +65,23 @@ Keep = Callable[[list[dict]], set[Path]]
 
 class Journal:
     """Records epochs of one run. `config` is what its checkpoints carry; `inputs` are the fingerprints of its data,
-    which a resumed run must find unchanged; `keep` names the checkpoints to keep, all without it."""
+    which a resumed run must find unchanged; `keep` names the checkpoints to keep, all without it. `say` is told what
+    everybody should know, `detail` what some like to, `track` shows how far a phase is; `tracker` is told every row."""
 
     def __init__(
-        self, run: RunFolder, config: dict, inputs: dict[str, str], say: Callable[[str], None], keep: Keep | None = None
+        self,
+        run: RunFolder,
+        config: dict,
+        inputs: dict[str, str],
+        say: Callable[[str], None],
+        keep: Keep | None = None,
+        *,
+        detail: Callable[[str], None] | None = None,
+        track: Track = untracked,
+        tracker: TensorBoard | None = None,
     ):
         self.run, self.config, self.inputs, self.say, self.keep = run, config, inputs, say, keep
+        self.detail, self._track, self.tracker = detail or say, track, tracker
         self.rows: list[dict] = []
         self.state: dict | None = None
         self._heading: str | None = None  # the phase whose table this process has opened on the screen
@@ -93,6 +107,8 @@ class Journal:
                 *self._warnings(row),
             ]
         write_text(self.run.log, "".join(line + "\n" for line in lines))
+        if self.tracker is not None:
+            self.tracker.begin(self.rows)
         self._prune()
 
     def _refuse(self, problem: str | None) -> None:
@@ -116,6 +132,17 @@ class Journal:
     def done(self, phase: str) -> int:
         """Epochs of a phase that are finished."""
         return sum(row["phase"] == phase for row in self.rows)
+
+    def epochs(self, phase: str, last: int) -> Iterable[int]:
+        """The numbers of the epochs of a phase that are left up to `last`, under a progress bar with the metrics."""
+        done = self.done(phase)
+        left = Work(range(done + 1, last + 1), "epochs", done=done, now=self._latest, after=BETWEEN_LINES)
+        return self._track(left, phase.upper(), last) if done < last else ()
+
+    def _latest(self) -> str:
+        """The last epoch in a few numbers."""
+        row = self.rows[-1] if self.rows else {}
+        return ", ".join(f"{name} {row[name]:.4f}" for name in _SHOWN if isinstance(row.get(name), (int, float)))
 
     def restore(self, phase: str, policy: PointerSelector, optimizer: torch.optim.Optimizer) -> dict | None:
         """Put weights, optimizer and random state where the last epoch of `phase` left them. Returns the phase's
@@ -154,12 +181,17 @@ class Journal:
         save_torch(self.run.state, self.state)
         self._publish_checkpoint(policy)
         append_line(self.run.metrics, json.dumps(row))
+        again = [kind for kind in row.get("warnings", {}) if kind in self._warned]
         header, warnings = table_header(row["phase"]), self._warnings(row)
         for line in [*(header if self._opens_phase(len(self.rows) - 1) else []), table_row(row), *warnings]:
             append_line(self.run.log, line)
+        if self.tracker is not None:
+            self.tracker.add(row)
         for line in [*(header if self._heading != row["phase"] else []), table_row(row), *warnings]:
             self.say(line)
         self._heading = row["phase"]
+        for kind in again:
+            self.detail(f"       warning, again: {row['warnings'][kind]}")
         self._prune()
 
     def _prune(self) -> None:

@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import socket
+import struct
 import sys
 import time
 from collections.abc import Iterator
@@ -86,6 +87,32 @@ def _take(handle: int) -> tuple[dict | None, bool]:
 def lock(handle: int) -> None:
     """Raises OSError, of TAKEN or NO_LOCKS as a rule."""
     fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def seen(path: Path) -> tuple[dict | None, bool]:
+    """Who took the lock file at `path` last (pid, host, command; None where nobody can be read from it), and whether it
+    is held now. Nothing is taken: nobody is kept out meanwhile. Raises OSError where the file cannot be read."""
+    if os.path.realpath(path) in _held:  # closing the file would drop this process's own lock
+        return _myself(), True
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        holder = _holder(handle)
+        try:
+            return holder, _is_held(handle)
+        except OSError:  # a disk without locks
+            return holder, _lives(holder)
+    finally:
+        os.close(handle)
+
+
+def _is_held(handle: int) -> bool:
+    """Whether a process has a lock on the file that keeps others out. Raises OSError where that cannot be asked."""
+    kind, whole_file = (fcntl.F_WRLCK, os.SEEK_SET), (0, 0, 0)  # type and whence; start, length and pid
+    on_linux = sys.platform == "linux"
+    layout = "hhqqi" if on_linux else "qqihh"  # of struct flock
+    question = struct.pack(layout, *(kind + whole_file if on_linux else whole_file + kind))
+    answer = struct.unpack(layout, fcntl.fcntl(handle, fcntl.F_GETLK, question))
+    return answer[0 if on_linux else 3] != fcntl.F_UNLCK
 
 
 def _is_at(handle: int, path: Path) -> bool:

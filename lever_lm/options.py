@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lever_lm import completion
 from lever_lm.errors import LeverError, UsageError
 from lever_lm.untrusted import json_text, shown
 
@@ -21,22 +22,44 @@ class Common:
     """Options that every command takes."""
 
     config: Annotated[Path | None, typer.Option(help="YAML of config keys, over the named ones.")] = None
-    dataset: Annotated[str | None, typer.Option(help="configs/dataset/NAME.yaml: digits, okvqa_local")] = None
-    lvlm: Annotated[str | None, typer.Option(help="configs/lvlm/NAME.yaml: tiny_qwen2.5_vl, qwen2.5_vl_3B, …")] = None
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="configs/dataset/NAME.yaml: digits, okvqa_local", autocompletion=completion.named("dataset")),
+    ] = None
+    lvlm: Annotated[
+        str | None,
+        typer.Option(
+            help="configs/lvlm/NAME.yaml: tiny_qwen2.5_vl, qwen2.5_vl_3B, …", autocompletion=completion.named("lvlm")
+        ),
+    ] = None
     server: Annotated[
         str | None,
         typer.Option(help="URL of an OpenAI-compatible server that answers as the LVLM: http://HOST:8000/v1"),
     ] = None
     sampler: Annotated[
-        str | None, typer.Option(help="rand_sampler, text_sim_sampler, img_sim_sampler, mix_sampler")
+        str | None,
+        typer.Option(
+            help="rand_sampler, text_sim_sampler, img_sim_sampler, mix_sampler",
+            autocompletion=completion.named("sampler"),
+        ),
     ] = None
-    recipe: Annotated[str | None, typer.Option(help="configs/recipe/NAME.yaml, for example classic")] = None
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="configs/recipe/NAME.yaml, for example classic", autocompletion=completion.named("recipe")),
+    ] = None
     features: Annotated[
-        str | None, typer.Option(help="What queries and ICDs are encoded by: query_img_text_icd_img_text, …")
+        str | None,
+        typer.Option(
+            help="What queries and ICDs are encoded by: query_img_text_icd_img_text, …",
+            autocompletion=completion.features,
+        ),
     ] = None
-    set_: Annotated[list[str] | None, typer.Option("--set", help="One config key: grpo.kl_beta=0.05 (repeatable)")] = (
-        None
-    )
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="One config key: grpo.kl_beta=0.05 (repeatable)", autocompletion=completion.set_keys
+        ),
+    ] = None
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1")] = None
     limit: Annotated[int | None, typer.Option(min=2, help="Use N queries only, for a quick look.")] = None
@@ -47,7 +70,9 @@ class Common:
         bool, typer.Option("--allow-remote", help="Fetch images that parquet files name by http(s) address.")
     ] = False
     results: Annotated[Path, typer.Option(help="Folder for everything that is made.")] = Path("results")
-    run_name: Annotated[str | None, typer.Option(help="Name of the run's folder.")] = None
+    run_name: Annotated[
+        str | None, typer.Option(help="Name of the run's folder.", autocompletion=completion.run_names)
+    ] = None
     resume: Annotated[
         bool, typer.Option("--resume/--no-resume", help="Go on with a run, or refuse one that is there.")
     ] = True
@@ -58,7 +83,17 @@ class Common:
     json_: Annotated[bool, typer.Option("--json", help="The result as JSON on stdout; all else goes to stderr.")] = (
         False
     )
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Results and errors only.")] = False
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Results and errors only; no warnings, no progress.")] = (
+        False
+    )
+    verbose: Annotated[
+        bool,
+        typer.Option(
+            "--verbose",
+            "-v",
+            help="Also versions, paths, cache hits, and every warning of every epoch.",
+        ),
+    ] = False
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False
 
 
@@ -77,7 +112,14 @@ def command(app: typer.Typer, name: str) -> Callable:
         def run(**values: Any) -> None:
             common = Common(**{f.name: values.pop(f.name) for f in fields(Common)})
             _in_force.append(common)
-            function(common, **values)
+            if common.quiet and common.verbose:
+                raise UsageError("--quiet and --verbose ask for less and for more: give one of them")
+            try:
+                function(common, **values)
+            finally:
+                from lever_lm.console import settle
+
+                settle()  # no bar outlives its command
 
         run.__signature__ = signature.replace(parameters=[*own, *shared])
         run.__annotations__ = {p.name: p.annotation for p in [*own, *shared]}
@@ -121,40 +163,55 @@ def training_flags(rce: int | None, grpo: int | None, keep: int | None) -> dict:
     return values
 
 
-def make_pipeline(common: Common, flags: dict | None = None, run_dir: Path | None = None, from_run: Path | None = None):
-    """The pipeline of a command line: named YAMLs < --config < environment < --set < flags. The config of the run
-    folder `from_run` stands in the place of the first three."""
-    from lever_lm.console import Screen
-    from lever_lm.settings import merge, resolve
-
-    screen = Screen(to_stderr=common.json_, quiet=common.quiet)
-    if common.run_name is not None and (
-        common.run_name.startswith(".") or Path(common.run_name).name != common.run_name
-    ):
-        raise UsageError(f"--run-name takes a folder name, found {common.run_name!r}")
-    flags = dict(flags or {})
-    for key, value in (("seed", common.seed), ("device", common.device)):
-        if value is not None:
-            flags[key] = value
-    if common.features is not None:
-        flags["features"] = {"name": common.features}
-    if common.server is not None:
-        flags["lvlm"] = {"server": common.server}
-    if common.limit is not None:
-        few = {"num_queries": common.limit}
-        flags = merge(flags, {"rollout": few, "infer": few})
-    switches = {"skip_bad_examples": common.skip_bad_examples, "allow_remote": common.allow_remote}
-    if any(switches.values()):
-        flags["data"] = {name: True for name, on in switches.items() if on}
-    named = {
-        "dataset": common.dataset,
-        "lvlm": common.lvlm,
+def named_yamls(common: Common) -> dict[str, str | None]:
+    """Kind → the name of its YAML in configs/, the default dataset and LVLM where none is named; None for no YAML."""
+    return {
+        "dataset": common.dataset or DEFAULT_DATASET,
+        "lvlm": common.lvlm or DEFAULT_LVLM,
         "sampler": common.sampler,
         "recipe": common.recipe,
     }
+
+
+def option_values(common: Common) -> dict[str, dict]:
+    """How a common option is spelt → the nested config values it stands for, of those that are given."""
+    few = {"num_queries": common.limit}
+    spelt = {
+        "--seed": (common.seed, {"seed": common.seed}),
+        "--device": (common.device, {"device": common.device}),
+        "--features": (common.features, {"features": {"name": common.features}}),
+        "--server": (common.server, {"lvlm": {"server": common.server}}),
+        "--limit": (common.limit, {"rollout": few, "infer": few}),
+        "--skip-bad-examples": (common.skip_bad_examples or None, {"data": {"skip_bad_examples": True}}),
+        "--allow-remote": (common.allow_remote or None, {"data": {"allow_remote": True}}),
+    }
+    return {option: values for option, (given, values) in spelt.items() if given is not None}
+
+
+def make_pipeline(
+    common: Common,
+    flags: dict | None = None,
+    run_dir: Path | None = None,
+    from_run: Path | None = None,
+    *,
+    as_trained: bool = False,
+):
+    """The pipeline of a command line: named YAMLs < --config < environment < --set < flags. The config of the run
+    folder `from_run`, or with `as_trained` that of `run_dir` where no YAML is named, stands in the place of the first
+    two."""
+    from lever_lm.console import Screen
+    from lever_lm.settings import merge, resolve
+
+    screen = Screen(to_stderr=common.json_, quiet=common.quiet, verbose=common.verbose)
+    _check_run_name(common.run_name)
+    flags = dict(flags or {})
+    for values in option_values(common).values():
+        flags = merge(flags, values)
+    named = {kind: getattr(common, kind) for kind in ("dataset", "lvlm", "sampler", "recipe")}
     base, run_name = None, common.run_name
     if from_run is None:
-        named |= {"dataset": common.dataset or DEFAULT_DATASET, "lvlm": common.lvlm or DEFAULT_LVLM}
+        base = _own_config(run_dir, common) if as_trained else None
+        named = named if base else named_yamls(common)
     else:
         base = _repeated(from_run, {**named, "config": common.config})
         run_name = run_name or f"{from_run.resolve().name}_repeat"
@@ -163,7 +220,42 @@ def make_pipeline(common: Common, flags: dict | None = None, run_dir: Path | Non
         screen.say(f"from the environment: {variable}")
     from lever_lm.pipeline import Pipeline
 
-    return Pipeline(config, screen, results=common.results, run_name=run_name, run_dir=run_dir)
+    pipeline = Pipeline(config, screen, results=common.results, run_name=run_name, run_dir=run_dir)
+    if common.verbose and not common.dry_run:
+        from lever_lm.provenance import versions
+
+        screen.detail("versions: " + ", ".join(f"{name} {found or 'none'}" for name, found in versions().items()))
+        _show_places(pipeline)
+    return pipeline
+
+
+def _check_run_name(name: str | None) -> None:
+    if name is not None and (name.startswith(".") or Path(name).name != name):
+        raise UsageError(f"--run-name takes a folder name, found {name!r}")
+
+
+def make_layout(common: Common):
+    """The paths of a command line, for a command that needs no pipeline: that would load torch."""
+    from lever_lm.runs import Layout
+    from lever_lm.settings import merge, resolve
+
+    _check_run_name(common.run_name)
+    flags: dict = {}
+    for values in option_values(common).values():
+        flags = merge(flags, values)
+    config, _ = resolve(named_yamls(common), common.config, common.set_ or [], flags)
+    return Layout(config, common.results, common.run_name)
+
+
+def _own_config(run_dir: Path | None, common: Common) -> dict | None:
+    """The config of a run that is named by its folder, which is what a command on it goes by; None where there is none,
+    or YAMLs are named."""
+    from lever_lm.runs import RunFolder
+
+    if run_dir is None or any((common.dataset, common.lvlm, common.sampler, common.recipe, common.config)):
+        return None
+    run = RunFolder(run_dir)
+    return run.values() if run.config.is_file() else None
 
 
 def _repeated(run: Path, given: dict) -> dict:
@@ -195,17 +287,10 @@ def planned(common: Common, pipeline, command: str = "", *, own: bool = False, a
     from lever_lm.doctor import ALL, examine
     from lever_lm.planning import as_json, in_all, make_plan
 
-    layout = pipeline.layout
-    places = {
-        "features": layout.features,
-        "rollouts": layout.rollouts,
-        "run": pipeline.run.path,
-        "inference": pipeline.inference,
-    }
+    layout, places = pipeline.layout, _places(pipeline)
     for line in yaml.safe_dump(to_dict(pipeline.config), sort_keys=False).splitlines():
         pipeline.screen.say(line)
-    for name, path in places.items():
-        pipeline.screen.say(f"{name}: {path} ({'there' if path.exists() else 'to be made'})")
+    _show_places(pipeline)
     plan = {"config": to_dict(pipeline.config), "paths": {name: str(path) for name, path in places.items()}}
     if command:
         checks = [c for c in examine(pipeline.config, layout, () if own else ALL) if c.status != "ok"]
@@ -218,6 +303,18 @@ def planned(common: Common, pipeline, command: str = "", *, own: bool = False, a
         plan |= {**sums, "stages": as_json(stages), "missing": [vars(c) for c in checks]}
     emit(common, plan)
     return True
+
+
+def _places(pipeline) -> dict[str, Path]:
+    """Where the stages of a pipeline leave what they make."""
+    layout = pipeline.layout
+    made = {"features": layout.features, "rollouts": layout.rollouts}
+    return {**made, "run": pipeline.run.path, "inference": pipeline.inference}
+
+
+def _show_places(pipeline) -> None:
+    for name, path in _places(pipeline).items():
+        pipeline.screen.say(f"{name}: {path} ({'there' if path.exists() else 'to be made'})")
 
 
 def emit(common: Common, result: dict) -> None:

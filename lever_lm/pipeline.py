@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lever_lm.anomaly import detecting
 from lever_lm.batches import GroupTensors, to_tensors
-from lever_lm.checkpoint import load_torch, policy_digest, save_torch, to_v2, to_v3
+from lever_lm.checkpoint import policy_digest, read_checkpoint, save_torch, to_v2, to_v3
 from lever_lm.compat import check_device_name, resolve_device
 from lever_lm.config import Config, fingerprint
 from lever_lm.console import Screen
@@ -30,16 +30,18 @@ from lever_lm.inference import BASELINES, Evaluation, compare, find_checkpoint, 
 from lever_lm.journal import Journal
 from lever_lm.locks import alone
 from lever_lm.lvlm import CachedLvlm, load_lvlm
+from lever_lm.plots import check_plots, write_plots
 from lever_lm.proposals import new_policy
+from lever_lm.provenance import command_line, environment, own_files, record, verdict
 from lever_lm.provenance import compare as compare_runs
-from lever_lm.provenance import environment, own_files, record, verdict
-from lever_lm.report import write_report
+from lever_lm.report import Evaluated, last_evaluation, write_report
 from lever_lm.rollouts import check_rows, made_elsewhere, make_rollouts, online_rewards
 from lever_lm.runs import LOCK, Layout, RunFolder, inference_folder, lvlm_name, v2_name
 from lever_lm.samplers import check_sampler
 from lever_lm.selection import choose, read_history, worth_keeping
 from lever_lm.shards import Shards
 from lever_lm.stages import CODE
+from lever_lm.trackers import TensorBoard, track
 from lever_lm.training import train_grpo, train_rce
 
 # Where Lever-Plus exports the features of the training split, in the cache folder.
@@ -83,12 +85,13 @@ class Pipeline:
         DIGESTS.keep_in(self.layout.cache / "digests.json")
         self.inference = inference_folder(run_dir) if run_dir else self.layout.inference
         self.detect_anomaly = False  # in training, for the module and operation of a NaN
+        self.tracker: str | None = None  # where the metrics of a training go besides the run's own files
 
     @cached_property
     def data(self) -> VqaData:
         """The dataset; examples that were left out are counted aloud."""
         # The leader first: `datasets` makes a cache of its own from parquet files.
-        with self.shards.leader_first(), DIGESTS.kept(self.shards):
+        with self.shards.leader_first(), DIGESTS.kept(self.shards, self.screen.track):
             data = load_dataset(self.config.data)
         counts = f"{len(data.train_examples)} training and {len(data.val_examples)} evaluation examples"
         self.screen.say(f"data: {data.name}, {counts}")
@@ -100,7 +103,7 @@ class Pipeline:
     def features(self) -> Features:
         """CLIP features of both splits."""
         data = self.data
-        with self.shards.leader_first(), DIGESTS.kept(self.shards):
+        with self.shards.leader_first(), DIGESTS.kept(self.shards, self.screen.track):
             return compute_features(
                 data, self.config.features, self.layout.features, self.config.device, self.screen.track, self.screen.say
             )
@@ -137,6 +140,7 @@ class Pipeline:
         data, lvlm, path = self.data, self.lvlm, self.layout.rollouts
         with self._alone_with(path):
             report = make_rollouts(self.config, data, self.features, lvlm, path, self.screen.say)
+        self.screen.detail(lvlm.tally)
         self.screen.say(
             f"rollouts: {report['groups']} groups, {report['rollouts']} rollouts, mean accuracy "
             f"{report['accuracy']:.3f}; {report['tied']} groups tied in accuracy, "
@@ -193,7 +197,9 @@ class Pipeline:
         record(self.run, environment(self.config, inputs, source.made_of, source.files), self.screen.say)
         own = {"policy": policy.shape, **source.made_for, "dataset": self.config.data.name, "seed": self.config.seed}
         keep = partial(worth_keeping, self.run, latest=self.config.keep) if self.config.keep else None
-        journal = Journal(self.run, own, {**inputs, "training code": str(CODE["training"])}, self.screen.say, keep)
+        made_from = {**inputs, "training code": str(CODE["training"])}
+        beside = {"detail": self.screen.detail, "track": self.screen.track, "tracker": self._tracking}
+        journal = Journal(self.run, own, made_from, self.screen.say, keep, **beside)
         journal.resume()
         if journal.done("grpo") > self.config.grpo.epochs:
             self.screen.say(f"the run has {journal.done('grpo')} GRPO epochs already: nothing is left to train")
@@ -213,6 +219,12 @@ class Pipeline:
             self.screen.say(f"not converted: {error}")
             converted = None
         return {"run": str(self.run.path), "recommended": recommended, "converted": converted}
+
+    @cached_property
+    def _tracking(self) -> TensorBoard | None:
+        if self.tracker is not None:
+            self.screen.say(f"tracker: tensorboard --logdir {self.run.path}")
+        return track(self.tracker, self.run)
 
     def _source(self, rl_data: Path | None, embeddings: Path | None) -> "Source":
         """Rollouts and features to train on: made here; or the rollouts that are there, with the features in a file,
@@ -294,14 +306,15 @@ class Pipeline:
         if path is None:
             path, why = find_checkpoint(self.run, "best", {})
             self.screen.say(f"checkpoint: {path} ({why})")
-        content = load_torch(path)
-        stem = path.stem.removesuffix("_v2format")
+        content = read_checkpoint(path)
+        # What is made of a folder or a hub id goes into the current folder.
+        beside = path if path.is_file() else Path(f"{path.resolve().name}.pt")
         if to == "v3":
             converted, dropped = to_v3(content, path), []
-            output = output or path.with_name(f"{stem}_v3format.pt")
+            output = output or beside.with_name(f"{beside.stem.removesuffix('_v2format')}_v3format.pt")
         else:
             converted, dropped = to_v2(content, path, allow_truncate=allow_truncate)
-            output = output or v2_name(path)
+            output = output or v2_name(beside)
         if output.resolve() == path.resolve():
             raise LeverError(f"{output} is the file to convert: choose another --output")
         save_torch(output, converted)
@@ -337,13 +350,15 @@ class Pipeline:
             self.screen.say(
                 f"the policy may stop early: it chose {shown:.2f} ICDs a query where {max(shots)} were allowed"
             )
-        facts = {"checkpoint": str(path), "why": why}
-        return self._evaluate(method, picks, shots, baselines, self._folder_for(path), facts, policy_digest(policy))
+        facts, reasons = {"checkpoint": str(path), "why": why}, self.evaluation.explain(policy, picks)
+        where = self._folder_for(path)
+        return self._evaluate(method, picks, shots, baselines, where, facts, policy_digest(policy), reasons)
 
     def _folder_for(self, checkpoint: Path) -> Path:
         """Where the inferences of a checkpoint go: by its own run, which need not be the one the options name, and
         apart when it is used with another LVLM than it was trained against."""
-        run, name = RunFolder(checkpoint.resolve().parent), checkpoint.stem.removesuffix("_v2format")
+        path = checkpoint.resolve()
+        run, name = RunFolder(path.parent), (path.stem if path.is_file() else path.name).removesuffix("_v2format")
         here = lvlm_name(self.config.lvlm.path)
         apart = "" if run.lvlm() in (here, None) else f"_with_{here}"
         return self.layout.inference.with_name(run.path.name) / f"{name}{apart}"
@@ -371,10 +386,12 @@ class Pipeline:
         folder: Path,
         facts: dict,
         chosen_by: str,
+        reasons: list[dict] | None = None,
     ) -> dict:
         """Run a method's picks, beside the baselines if asked for; write and return results and paired tests.
 
         chosen_by: digest of the policy or the file that chose. Results of another stand in no table with these.
+        reasons: what Evaluation.explain tells of a policy's picks.
         """
         choices = {method: picks}
         if baselines:
@@ -384,7 +401,9 @@ class Pipeline:
         tests = [test for outcome in ours for test in compare(outcome, outcomes)]
         facts |= {"tests": tests, "okvqa_stem": self.config.infer.okvqa_stem}
         facts["setting"] = f"{self._setting()}-{chosen_by}"
-        metrics = self.shards.from_leader(lambda: self._write(folder, outcomes, choices, method, facts))
+        results = (outcomes, choices, method, facts, {method: reasons})
+        metrics = self.shards.from_leader(lambda: self._write(folder, *results))
+        self.screen.detail(self.lvlm.tally)
         self.screen.say(f"predictions and metrics: {folder}")
         return {**metrics, "folder": str(folder)}
 
@@ -393,14 +412,20 @@ class Pipeline:
         with alone(folder / LOCK, str(folder), "infer with another checkpoint", wait=True):
             return self.evaluation.write(folder, *results)
 
-    def report(self) -> dict:
-        """The page of the run, from its evaluation: the demo's, else that of the checkpoint last inferred with."""
-        folders = [self.inference, *self.inference.glob("*/")]
-        evaluated = [folder for folder in folders if (folder / "metrics.json").is_file()]
-        if not evaluated:
+    def report(self, others: Sequence[Path] = (), output: Path | None = None, figures: Path | None = None) -> dict:
+        """The page of the run and of others laid over it, each from its last evaluation; its charts in `figures`."""
+        if figures is not None:
+            check_plots()
+        main = Evaluated(self.run, last_evaluation(self.inference))
+        if main.inference is None and not self.run.rows():
             raise LeverError(f"no results in {self.inference}: run `lever infer --baselines` or `lever demo` first")
-        newest = max(evaluated, key=lambda folder: (folder / "metrics.json").stat().st_mtime)
-        return {"report": str(write_report(self.run, newest, self.data))}
+        beside = [Evaluated(RunFolder(path), last_evaluation(inference_folder(path))) for path in others]
+        data = None if main.inference is None else self.data
+        page = {"others": beside, "output": output, "command": command_line()}
+        made = {"report": str(write_report(self.run, main.inference, data, **page))}
+        if figures is not None:
+            made["figures"] = [str(path) for path in write_plots([main, *beside], figures)]
+        return made
 
     # ------------------------------------------------------------------ demo
 
@@ -416,16 +441,22 @@ class Pipeline:
         rce = self.run.checkpoint("rce", self.config.rce.epochs)
         policies = {"rce": rce, "grpo": best}
         choices = {name: self.evaluation.baseline(name, max(shots)) for name in BASELINES if name != "oracle"}
+        reasons = {}
         for name, path in policies.items():
-            choices[name] = self.evaluation.choose(load_for(path, self.config), max(shots), path)
+            policy = load_for(path, self.config)
+            choices[name] = self.evaluation.choose(policy, max(shots), path)
+            reasons[name] = self.evaluation.explain(policy, choices[name])
         choices["oracle"] = self.evaluation.baseline("oracle", max(shots))
         outcomes = self.evaluation.run(choices, shots, self.lvlm)
         grpo = [outcome for outcome in outcomes if outcome.method == "grpo"]
         tests = [test for outcome in grpo for test in compare(outcome, outcomes)]
         learned = self._learned(choices)
+        self.screen.detail(self.lvlm.tally)
         facts = {"checkpoint": str(best), "tests": tests, "learned": learned, "setting": self._setting()}
-        metrics = self._write(self.inference, outcomes, choices, "grpo", facts)
-        report = write_report(self.run, self.inference, self.data)
+        metrics = self._write(self.inference, outcomes, choices, "grpo", facts, reasons)
+        if self._tracking is not None:
+            self._tracking.results(metrics["results"])
+        report = write_report(self.run, self.inference, self.data, command=command_line())
         return {
             "table": metrics["results"],
             "report": str(report),

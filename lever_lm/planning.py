@@ -14,6 +14,7 @@ from lever_lm.features import Features, cached_features
 from lever_lm.hub import model_folder, weight_files
 from lever_lm.infoscore import infoscore_calls
 from lever_lm.lvlm import CachedLvlm, load_lvlm
+from lever_lm.progress import duration
 from lever_lm.proposals import propose_groups
 from lever_lm.rollouts import is_made, made_elsewhere, rollout_stamp
 from lever_lm.runs import Layout, RunFolder
@@ -42,7 +43,7 @@ class Stage:
         if self.lvlm_calls:
             parts.append(f"{'' if self.exact else 'at most '}{self.lvlm_calls:,} LVLM calls")
         if self.seconds is None or self.seconds >= 1:
-            parts.append("time unknown" if self.seconds is None else f"about {_duration(self.seconds)}")
+            parts.append("time unknown" if self.seconds is None else f"about {duration(self.seconds)}")
         if self.bytes:
             parts.append(f"{self.bytes / 1e6:,.0f} MB")
         return f"{self.name}: {', '.join(filter(None, parts))}{f' ({self.path})' if self.path else ''}"
@@ -188,9 +189,3 @@ class _Planner:
         except LeverError:
             return None
         return calls * tokens * parameters / reached
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -3,7 +3,9 @@
 import contextlib
 import os
 import platform
+import shlex
 import subprocess
+import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -32,20 +34,29 @@ def environment(config: Config, inputs: dict[str, str], made_of: dict[str, str],
         "platform": platform.platform(),
         "device": _device(config.device),
         "threads": torch.get_num_threads(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": versions(),
         "git_revision": _git_revision(),
         "seed": config.seed,
         "inputs": inputs,
         "fingerprints": made_of,
         "sources": sources,
+        "command": command_line(),
     }
 
 
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
+def command_line() -> str:
+    """The command that this process is, as it may be typed again; empty where it is another program's."""
+    name = Path(sys.argv[0]).name
+    return shlex.join(["lever", *sys.argv[1:]]) if name in ("lever", "__main__.py") else ""
+
+
+def versions() -> dict[str, str | None]:
+    """The version of each package that results can hang on, None for one that is not installed."""
+    found = dict.fromkeys(PACKAGES)
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def _device(name: str) -> str:
@@ -104,7 +115,7 @@ def differences(there: dict, here: dict, prefix: str = "") -> list[str]:
     known to differ."""
     changed = []
     for key, new in here.items():
-        if key == "sources":  # where files lay, not what was in them
+        if key in ("sources", "command"):  # where files lay, not what was in them; and what was typed
             continue
         old = there.get(key) if isinstance(there, dict) else None
         if isinstance(new, dict):

@@ -67,7 +67,10 @@ def check_rows(path: Path, train: Sequence[Example]) -> None:
         if not is_query(key):
             continue
         if int(key) >= len(train):
-            raise LeverError(f"{path}, query {key}: the training split has {len(train)} rows; was it another dataset?")
+            raise LeverError(
+                f"{path}, query {key}: the training split has {len(train)} rows: name the dataset that it was made of "
+                "(--dataset)"
+            )
         query = entry.get("query") if isinstance(entry, dict) else None
         there = query.get("question_id") if isinstance(query, dict) else None
         here = train[int(key)].question_id

@@ -84,6 +84,7 @@ class RunFolder:
         self.best = self.path / "best.json"
         self.report = self.path / "report.html"
         self.environment = self.path / "env.json"
+        self.events = self.path / "tensorboard"
 
     def checkpoint(self, phase: str, epoch: int) -> Path:
         """`rce_epoch1.pt`, `grpo_epoch50.pt`; epochs count from 1."""
@@ -134,7 +135,15 @@ class RunFolder:
 
     def differences(self, config: Config) -> list[str]:
         """What a config would change about the run in the folder, as `key: there → here`."""
-        return _differences(_with_defaults(self.values(), to_dict(Config())), to_dict(config), ())
+        return [
+            f"{'.'.join(key)}: {shown(there)} there, {shown(here)} here"
+            for key, there, here in differing(self.settings(), to_dict(config))
+            if not any(key[: len(free)] == free for free in _FREE)
+        ]
+
+    def settings(self) -> dict:
+        """The nested values of the run's config.yaml, with the defaults of options that it does not know."""
+        return _with_defaults(self.values(), to_dict(Config()))
 
     def values(self) -> dict:
         """The nested values of the run's config.yaml. Raises LeverError where it cannot be read."""
@@ -160,8 +169,14 @@ class RunFolder:
 
     def _clear(self) -> None:
         own = [self.config, self.metrics, self.log, self.state, self.best, self.report, self.environment]
-        for file in [*own, *self.path.glob("rce_epoch*"), *self.path.glob("grpo_epoch*")]:
+        for file in [*own, *self.path.glob("rce_epoch*"), *self.path.glob("grpo_epoch*"), *self.event_files()]:
             remove(file)
+        with contextlib.suppress(OSError):  # none there, or not empty
+            self.events.rmdir()
+
+    def event_files(self) -> list[Path]:
+        """What a tracker wrote for TensorBoard; files of somebody else's beside them are not among these."""
+        return sorted(self.events.glob("events.out.tfevents.*.lever"))
 
 
 def _with_defaults(there, defaults):
@@ -171,13 +186,12 @@ def _with_defaults(there, defaults):
     return {**defaults, **{name: _with_defaults(value, defaults.get(name)) for name, value in there.items()}}
 
 
-def _differences(there, here, key: tuple[str, ...]) -> list[str]:
-    if key in _FREE:
-        return []
+def differing(there, here, key: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], object, object]]:
+    """Where two nested values differ: (key, the value there, the value here), None for one that is not there."""
     if isinstance(there, dict) and isinstance(here, dict):
         names = [*here, *(name for name in there if name not in here)]
-        return [line for name in names for line in _differences(there.get(name), here.get(name), (*key, _key(name)))]
-    return [] if there == here else [f"{'.'.join(key)}: {shown(there)} there, {shown(here)} here"]
+        return [found for name in names for found in differing(there.get(name), here.get(name), (*key, _key(name)))]
+    return [] if there == here else [(key, there, here)]
 
 
 def _key(name) -> str:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lever_lm.checkpoint import load_torch
 from lever_lm.errors import LeverError, UsageError
 from lever_lm.runs import RunFolder
 from lever_lm.untrusted import Line, is_epoch, lines, metrics_rows, read_json, shown
@@ -199,6 +198,8 @@ def _one_phase(rows: list[dict], source: str, notes: list[str]) -> History:
 
 
 def _checkpoint_metrics(run: RunFolder) -> list[dict]:
+    from lever_lm.checkpoint import load_torch  # torch: who asks for a run's state has no time for it
+
     rows = []
     for path in run.path.glob("*_epoch*.pt"):
         match = re.fullmatch(r"(rce|grpo)_epoch(\d{1,9})\.pt", path.name)

@@ -9,6 +9,7 @@ import os
 import types
 import typing
 from pathlib import Path
+from typing import NamedTuple
 
 from lever_lm.config import ASSET_PREFIX, HUB_PREFIX, PACKAGE, Config, DataConfig
 from lever_lm.errors import UsageError
@@ -126,7 +127,7 @@ def _suggest(key: str) -> str:
     leaf = difflib.get_close_matches(key.rsplit(".", 1)[-1], list(by_leaf), n=1, cutoff=0.6)
     section = difflib.get_close_matches(key, {known.split(".")[0] for known in keys}, n=1, cutoff=0.6)
     found = match[0] if match else by_leaf[leaf[0]] if leaf else section[0] if section else None
-    return f" (did you mean {found!r}?)" if found else ""
+    return f" (did you mean {found!r}?)" if found else ": `lever config show --docs` lists all"
 
 
 def _cast(hint, value, key: str):
@@ -266,23 +267,55 @@ def _is_set(values: dict, key: str) -> bool:
 # ---------------------------------------------------------------------- resolving
 
 
+class Layer(NamedTuple):
+    """Nested config values of one source, as it is to be named."""
+
+    source: str
+    values: dict
+
+
+def layers(
+    names: dict[str, str | None],
+    config_file: Path | None,
+    sets: list[str],
+    options: dict[str, dict],
+    base: Layer | None = None,
+) -> tuple[list[Layer], list[str]]:
+    """Whatever sets a config value on a command line, each over those before it; and the environment variables in
+    effect as NAME=value.
+
+    names: kind → name of a YAML in configs/ (None to leave out); options: how an option is spelt → its nested values;
+    base: what wins over all but `sets` and `options`.
+    """
+    found = [
+        Layer(f"configs/{kind}/{name}.yaml", named_yaml(kind, name)) for kind, name in names.items() if name is not None
+    ]
+    if config_file is not None:
+        found.append(Layer(str(config_file), read_yaml(config_file)))
+    over = [] if base is None else [base]
+    over += [Layer("--set", parse_set(item)) for item in sets]
+    over += [Layer(option, values) for option, values in options.items()]
+    in_effect = environment_values(combined(found), over=combined(over))[1]
+    for variable in in_effect:
+        name, _, text = variable.partition("=")
+        parse, to_values = ENVIRONMENT[name]
+        found += [Layer(name, dotted(key, value)) for key, value in to_values(parse(text)).items()]
+    return found + over, in_effect
+
+
+def combined(found: list[Layer]) -> dict:
+    """The nested values of layers, later ones over earlier ones."""
+    values: dict = {}
+    for layer in found:
+        values = merge(values, layer.values)
+    return values
+
+
 def resolve(
     names: dict[str, str | None], config_file: Path | None, sets: list[str], flags: dict, base: dict | None = None
 ):
-    """The Config of a command line, and the environment variables in effect as NAME=value.
-
-    names: kind → name of a YAML in configs/ (None to leave out); flags: nested values of the command's own options;
-    base: nested values that win over all but `sets` and `flags`.
-    """
-    values: dict = {}
-    for kind, name in names.items():
-        if name is not None:
-            values = merge(values, named_yaml(kind, name))
-    if config_file is not None:
-        values = merge(values, read_yaml(config_file))
-    over: dict = base or {}
-    for item in sets:
-        over = merge(over, parse_set(item))
-    over = merge(over, flags)
-    found, in_effect = environment_values(values, over=over)
-    return build(merge(merge(values, found), over)), in_effect
+    """The Config of a command line, and the environment variables in effect as NAME=value: of `layers`, where `flags`
+    are the values of all options, and `base` nested values too."""
+    there = None if base is None else Layer("base", base)
+    found, in_effect = layers(names, config_file, sets, {"options": flags}, there)
+    return build(combined(found)), in_effect

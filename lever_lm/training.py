@@ -47,7 +47,7 @@ def train_rce(
     journal.restore("rce", policy, optimizer)
     steps_per_epoch = math.ceil(len(train) / config.batch_size)
     total = config.epochs * steps_per_epoch
-    for epoch in range(journal.done("rce") + 1, config.epochs + 1):
+    for epoch in journal.epochs("rce", config.epochs):
         began, losses, norms = time.perf_counter(), [], []
         policy.train()
         for i, batch in enumerate(shuffled(train, config.batch_size)):
@@ -108,7 +108,7 @@ def train_grpo(
         learner, seen = projected(policy, train)
         features = {"queries": seen.queries, "icds": seen.icds}
     old = reference = None
-    for epoch in range(journal.done("grpo") + 1, config.epochs + 1):
+    for epoch in journal.epochs("grpo", config.epochs):
         if config.patience and epochs_since_best(journal.rows) >= config.patience:
             journal.say(f"stopped early: val_reward has not risen for {config.patience} epochs (grpo.patience)")
             break

@@ -343,7 +343,7 @@ def chart(path: Path, runs: dict) -> None:
     try:
         import matplotlib
     except ImportError:
-        print("no chart: pip install '.[ablation]'")
+        print("no chart: pip install '.[plots]'")
         return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

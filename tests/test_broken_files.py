@@ -227,7 +227,9 @@ def test_earlier_results_of_another_type_are_no_results(evaluation, results):
 def test_a_report_is_written_or_refused(run, results, digits, data):
     folder, sound = results
     samples = folder / "samples_grpo_1shot.jsonl"
-    rows = [json.loads(line) for line in (folder / "samples_random_1shot.jsonl").read_text().splitlines()]
+    told = {"probabilities": [0.5], "considered": [[digits.train_examples[7].question_id, 0.25]]}
+    lines = (folder / "samples_random_1shot.jsonl").read_text().splitlines()
+    rows = [{**json.loads(line), **told} for line in lines]
     which = data.draw(st.sampled_from(["metrics", "samples", "rows"]))
     put(folder / "metrics.json", data.draw(changed(sound)) if which == "metrics" else sound)
     rows = data.draw(changed(rows)) if which == "samples" else rows

@@ -9,6 +9,7 @@ import pytest
 from lever_lm import digests
 from lever_lm.digests import Digests
 from lever_lm.files import file_digest
+from lever_lm.shards import Shards
 
 
 @pytest.fixture
@@ -161,3 +162,23 @@ def test_a_missing_file_is_an_error_and_so_is_a_pipe(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(OSError, match="no regular file"):
         Digests().of([tmp_path / "pipe"])
+
+
+def test_what_is_read_is_followed_and_what_is_known_is_counted(tmp_path, later):
+    files = [tmp_path / name for name in "abcde"]
+    for file in files:
+        file.write_text(file.name)
+    later(10)
+    seen = []
+
+    def track(items, what, total):
+        seen.append((what, total, items.unit, items.known))
+        return items
+
+    known = Digests()
+    known.of(files[:1])
+    with known.kept(Shards(), track):
+        assert known.of(files[:3]) == list(map(file_digest, files[:3]))
+        known.of(files[:3])
+    known.of(files)
+    assert seen == [("digests", 2, "files", 1)]

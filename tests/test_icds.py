@@ -80,9 +80,15 @@ def test_our_own_choices_evaluated_again_give_the_policys_numbers(trained, lever
     assert again.json["folder"] == str(INFERENCE / "icds_icds")
     ours = trained / again.json["folder"]
     for shots in (1, 2):
-        for kind, name in (("predictions", "json"), ("samples", "jsonl")):
-            one, other = (f / f"{kind}_{m}_{shots}shot.{name}" for f, m in ((theirs, "grpo"), (ours, "icds")))
-            assert one.read_text() == other.read_text()
+        both = ((theirs, "grpo"), (ours, "icds"))
+        one, other = (folder / f"predictions_{method}_{shots}shot.json" for folder, method in both)
+        assert one.read_text() == other.read_text()
+        files = [(folder / f"samples_{method}_{shots}shot.jsonl").read_text() for folder, method in both]
+        one, other = ([json.loads(line) for line in file.splitlines()] for file in files)
+        for row in one:  # nobody knows how sure a file is of its choices
+            assert len(row.pop("probabilities")) == shots
+            assert len(row.pop("considered")) == 8
+        assert one == other
     assert (ours / "icds.jsonl").read_text() == (theirs / "icds.jsonl").read_text()
     rows = [[{**row, "method": "x"} for row in done.json["results"]] for done in (policy, again)]
     assert rows[0] == rows[1]

@@ -196,6 +196,33 @@ def test_more_shots_than_the_pool_holds_are_refused(evaluation, policy):
         evaluation.choose(policy, 65)
 
 
+@pytest.mark.parametrize("stop", [False, True])
+def test_how_sure_the_policy_was_is_what_its_log_prob_says(evaluation, digits_features, config, stop):
+    torch.manual_seed(0)
+    policy = PointerSelector(d_model=64, hidden_dim=32, state_update="gru", stop=stop).eval()
+    queries, icds = digits_features.queries("val", config.features), digits_features.icds(config.features)
+    kept = list(evaluation.pools)
+    evaluation.pools = [pool if i % 2 else pool[:9] for i, pool in enumerate(kept)]
+    try:
+        picks = evaluation.choose(policy, 3)
+        told = evaluation.explain(policy, picks)
+        pools = list(evaluation.pools)
+    finally:
+        evaluation.pools = kept
+    policy.requires_grad_(False)
+    for row, pool, chosen, why in zip(evaluation.rows, pools, picks, told, strict=True):
+        places = torch.tensor([[[pool.index(icd) for icd in chosen]]])
+        one = queries[row][None], icds[pool][None]
+        expected = policy.log_prob(*one, places).exp().item()
+        assert np.prod(why["probabilities"]) == pytest.approx(expected, rel=1e-3, abs=1e-5)
+        first = policy.steps(*one, places)[0][0, 0, : len(pool)]
+        best = first.topk(8).indices.tolist()
+        assert [icd for icd, _ in why["considered"]] == [
+            evaluation.data.train_examples[pool[place]].question_id for place in best
+        ]
+        assert why["considered"][0][1] == why["probabilities"][0]
+
+
 # ---------------------------------------------------------------------- answers, scores, files
 
 

@@ -20,15 +20,17 @@ LEVELS = [
         "stages",
         "settings",
         "runs",
+        "progress",
         "console",
+        "config_views",
         "compat",
         "hub",
         "shards",
         "",
     ],
-    ["losses", "rewards", "metrics", "stems", "stats", "decoder", "encoder", "dryrun", "torchfile"],
+    ["losses", "rewards", "metrics", "stems", "stats", "decoder", "encoder", "dryrun", "torchfile", "exported"],
     ["policy", "checkpoint", "data", "lvlm"],
-    ["features", "samplers", "batches", "guards", "anomaly", "journal", "statefile"],
+    ["features", "samplers", "batches", "guards", "anomaly", "journal", "statefile", "trackers"],
     [
         "proposals",
         "infoscore",
@@ -38,12 +40,26 @@ LEVELS = [
         "online",
         "training",
         "selection",
+        "status",
+        "status_views",
         "inference",
         "icds",
         "provenance",
     ],
-    ["pipeline", "report", "tables", "doctor", "planning"],
-    ["options", "process", "cli", "__main__"],
+    [
+        "pipeline",
+        "report",
+        "plots",
+        "tables",
+        "doctor",
+        "planning",
+        "beside",
+        "retriever",
+        "picking",
+        "card",
+        "sharing",
+    ],
+    ["completion", "options", "process", "config_cli", "cli", "__main__"],
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 PURE = ["losses", "rewards", "metrics", "stems", "stats", "decoder", "encoder", "policy"]
@@ -61,6 +77,8 @@ LATE = {
     "PIL",
     "httpx2",
     "tenacity",
+    "matplotlib",
+    "tensorboard",
 }
 
 

@@ -251,18 +251,18 @@ def test_what_came_back_before_a_batch_broke_off_is_kept(file, prompts):
     assert rest.asked == ["q0", "q0"]
 
 
-def test_progress_counts_the_batches_that_are_left(file, prompts):
+def test_progress_counts_the_prompts_that_are_left(file, prompts):
     opened(file, Counting()).generate(prompts[:2])
     seen = []
 
     def track(items, what, total):
-        seen.append((what, total))
+        if total > 1:  # not the loading of the model
+            seen.append((what, total, items.known, [items.size(batch) for batch in items]))
         return items
 
     opened(file, Counting(batch_size=4), track=track).generate(prompts, "rollouts")
-    ((what, total),) = seen
-    assert total == 2
-    assert "rollouts" in what
+    left = len(prompts) - 2
+    assert seen == [(f"rollouts: {left} prompts to ask, 2 known", left, 2, [4, left - 4])]
 
 
 # ---------------------------------------------------------------------- the file

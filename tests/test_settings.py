@@ -105,7 +105,7 @@ def test_an_unknown_section_is_refused_with_the_nearest(section, nearest):
 
 
 def test_a_key_like_no_other_is_refused_without_a_guess():
-    with pytest.raises(UsageError, match=r"unknown config key 'zzzzqqq'$"):
+    with pytest.raises(UsageError, match=r"unknown config key 'zzzzqqq': `lever config show --docs` lists all$"):
         build({"zzzzqqq": 1})
 
 

@@ -63,7 +63,7 @@ def load_dataset(config: DataConfig) -> VqaData:
         if config.skip_bad_examples:
             examples = _decodable(examples, skipped)
         if not examples:
-            raise LeverError(f"{source_of(config, split)}: the {split} split holds no usable example")
+            raise LeverError(f"{source_of(config, split)}: the {split} split holds no usable example: `lever doctor`")
         ids = [example.question_id for example in examples]
         stamps.append(fingerprint(stamp, ids, _digests(examples)))
         splits[split] = tuple(examples)

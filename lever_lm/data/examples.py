@@ -52,8 +52,8 @@ class Example:
 
     @cached_property
     def answer(self) -> str:
-        """The answer shown when the example is an ICD: the commonest, the first of equals."""
-        return Counter(self.answers).most_common(1)[0][0]
+        """The answer shown where the example is an ICD: the commonest, the first of equals; "" if there is none."""
+        return Counter(self.answers).most_common(1)[0][0] if self.answers else ""
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ def load_lvlm(
 
     from lever_lm.lvlm.local import LocalLvlm, local_fingerprint, vision_fingerprint
 
-    with shards.leader_first(), DIGESTS.kept(shards):
+    with shards.leader_first(), DIGESTS.kept(shards, track):
         fetch_model(config.path, "--lvlm, lvlm.path")
         fingerprint = local_fingerprint(config, prompt, device)
     bank = cache.with_name(f"{cache.stem.replace('answers', 'vision', 1)}_{vision_fingerprint(config, device)}")

@@ -18,6 +18,7 @@ from pathlib import Path
 from lever_lm.data import image_digest
 from lever_lm.errors import LeverError, Unfinished
 from lever_lm.lvlm.prompt import Prompt, cut_answer
+from lever_lm.progress import Track, Work, loaded
 from lever_lm.shards import Shards
 from lever_lm.stages import changed, changes
 from lever_lm.untrusted import shown
@@ -25,7 +26,6 @@ from lever_lm.untrusted import shown
 _SQL_VARIABLES = 500
 _PATIENCE = 60.0  # seconds to wait for the writing of another process
 _LOOK = 1.0  # seconds, where a file that is in use can be left to its user
-Track = Callable[[Iterable, str, int], Iterable]
 
 
 class AnswerCache:
@@ -46,8 +46,8 @@ class AnswerCache:
         by_leader, found = self.shards.from_leader(lambda: (asked, self._look_up(keys)))
         if asked != by_leader:
             raise LeverError(
-                f"rank {self.shards.rank} would ask other prompts than rank 0: do all hosts see the same data, the "
-                "same config, and the same versions of the packages?"
+                f"rank {self.shards.rank} would ask other prompts than rank 0: give all hosts the same data, the "
+                "same config, and the same versions of the packages"
             )
         return found
 
@@ -197,7 +197,7 @@ class CachedLvlm:
     def backend(self):
         """The model itself, loaded on first use."""
         if self._backend is None:
-            self._backend = self._load()
+            self._backend = loaded(self.track, "loading the LVLM", self._load)
         return self._backend
 
     def generate(self, prompts: Sequence[Prompt], what: str = "answers") -> list[str]:
@@ -230,6 +230,11 @@ class CachedLvlm:
         return len(keys) - len(self.cache.get(list(keys)))
 
     @property
+    def tally(self) -> str:
+        """How many prompts this process has asked so far, and how many it had no need to."""
+        return f"LVLM so far: {self.asked:,} prompts asked, {self.known:,} known from {self.cache.path}"
+
+    @property
     def speed(self) -> float | None:
         """Prompts a second in as many processes as these, from when this model was last asked; None before."""
         known = self.cache.get([self._speed_key])
@@ -250,7 +255,7 @@ class CachedLvlm:
         pending = [i for key, i in first.items() if key not in known]
         self.known += len(first) - len(pending)
         if pending:
-            self._ask(pending, keys, prompts, ask, f"{what}: {len(pending)} prompts to ask, {len(known)} known")
+            self._ask(pending, keys, prompts, ask, what, len(known))
             new = self.cache.get([keys[i] for i in pending])
             if len(new) < len(pending):
                 raise LeverError(
@@ -260,9 +265,10 @@ class CachedLvlm:
             known |= new
         return [known[key] for key in keys]
 
-    def _ask(self, pending: list[int], keys: list[str], prompts: Sequence[Prompt], ask, label: str) -> None:
-        """Have the prompts that `pending` numbers answered, by this process its share of the batches, and stored."""
-        backend = self.backend
+    def _ask(self, pending: list[int], keys: list[str], prompts: Sequence[Prompt], ask, what: str, known: int) -> None:
+        """Have the prompts that `pending` numbers answered, by this process its share of the batches, and stored.
+        `known`: how many beside them need not be asked."""
+        backend, label = self.backend, f"{what}: {len(pending)} prompts to ask, {known} known"
         if self.shards.leader and (news := self.cache.changed_since({"LVLM": self.model, "prompt": self.fingerprint})):
             news = news[:1] if "LVLM" in news else news  # the fingerprint is of both
             label += f"; {changes(news)} since answers were last kept here"
@@ -271,9 +277,10 @@ class CachedLvlm:
         batches = backend.batches([prompts[i] for i in pending])
         batches = self.shards.from_leader(lambda: batches)
         mine = self.shards.share(batches)
+        share = sum(map(len, mine))
         if self.shards.world > 1:
-            label += f"; the share of rank 0 of {self.shards.world}: {sum(map(len, mine))}"
-        for batch in self.track(mine, label, len(mine)):
+            label += f"; the share of rank 0 of {self.shards.world}: {share}"
+        for batch in self.track(Work(mine, "prompts", len, known=known), label, share):
             rows = [pending[j] for j in batch]
             try:
                 answers = ask(rows)

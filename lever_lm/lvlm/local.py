@@ -20,6 +20,7 @@ from lever_lm.lvlm.decoding import NotFinite, Prefilled, beam_search, greedy
 from lever_lm.lvlm.kernels import compile_parts, speed_up_vision
 from lever_lm.lvlm.prompt import Prompt, cut_answer, to_messages
 from lever_lm.lvlm.vision import Vision
+from lever_lm.progress import untracked
 from lever_lm.shards import Shards
 from lever_lm.stages import CODE
 
@@ -37,7 +38,7 @@ class LocalLvlm:
         device: str = "auto",
         *,
         bank: Path | None = None,
-        track: Track = lambda items, what, total: items,
+        track: Track = untracked,
         shards: Shards = Shards(),
     ):
         transformers = import_transformers()

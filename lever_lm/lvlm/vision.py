@@ -17,7 +17,8 @@ from lever_lm.data import Image
 from lever_lm.errors import LeverError
 from lever_lm.lvlm.bank import GIB, VisionBank
 from lever_lm.lvlm.cache import Track
-from lever_lm.lvlm.images import CHUNK, chunked, chunked_patches, patches
+from lever_lm.lvlm.images import chunked, chunked_patches, patches
+from lever_lm.progress import Work
 from lever_lm.shards import Shards
 
 _WORKERS = 8
@@ -75,7 +76,8 @@ class Vision:
             what = f"vision: {len(images)} images"
             if self.shards.world > 1:
                 what += f"; the share of rank {self.shards.rank} of {self.shards.world}"
-            for chunk, pixels, grids in self.track(chunks, what, math.ceil(len(images) / CHUNK)):
+            followed = Work(chunks, "images", lambda item: len(item[0]))
+            for chunk, pixels, grids in self.track(followed, what, len(images)):
                 self._through(chunk, pixels, grids)
         finally:
             self.bank.flush()

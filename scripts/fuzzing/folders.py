@@ -252,6 +252,8 @@ def _inference(folder: Path):
             "accuracy": 1.0,
             "references": ["yes"],
             "icds": [0, 1],
+            "probabilities": [0.5, 0.25],
+            "considered": [[0, 0.5], [2, 0.125]],
         }
         for i in (4, 5)
     ]

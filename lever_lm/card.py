@@ -1,0 +1,116 @@
+"""The model card of a policy: README.md with the hub's metadata. What comes from files is text there, no markup."""
+
+import re
+
+import yaml
+
+from lever_lm.config import HUB_PREFIX, Config
+from lever_lm.hub import is_hub_id
+from lever_lm.untrusted import one_line
+
+TAGS = ("in-context-learning", "demonstration-selection", "visual-question-answering", "vision-language-model")
+_MARKUP = re.compile(r"([\\`*_\[\]<>|~&#!$])")
+_BASELINES = ("zero_shot", "random", "img_text_sim")  # what a reader compares with
+# What is certain of a dataset's license; of others their own pages tell.
+_DATA_LICENSES = {
+    "asset:digits": "CC BY 4.0, derived from *Optical Recognition of Handwritten Digits* (E. Alpaydin and C. Kaynak, "
+    "1998, UCI Machine Learning Repository, https://doi.org/10.24432/C50P49), CC BY 4.0"
+}
+
+
+def model_card(
+    name: str, license_: str, config: Config | None, shared: dict, evaluated: dict | None, *, known: bool
+) -> str:
+    """The text of README.md.
+
+    name: of the folder. config: of the run, None where it is not known. shared: the content of config.json. evaluated:
+    results (rows of Evaluation.write), tests, and the method that is this policy; None where it was not evaluated.
+    known: whether dataset and encoder are those of the config; else rollouts and features were somebody's own.
+    """
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("lever_lm"), trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters["md"] = markdown
+    front = yaml.safe_dump(
+        _front_matter(name, license_, config, shared, evaluated, known), sort_keys=False, allow_unicode=True, width=1000
+    )
+    text = environment.get_template("model_card.md.j2").render(
+        front=front,
+        name=name,
+        license=license_,
+        config=config,
+        shared=shared,
+        lvlm=shared["setting"]["lvlm"]["path"] if config else "",
+        known=known,
+        evaluated=evaluated,
+        table=_table(evaluated),
+        tests=_tests(evaluated),
+        data_license=_DATA_LICENSES.get(config.data.okvqa_path, "see the dataset's own terms") if config else "",
+    )
+    return text.rstrip() + "\n"
+
+
+def markdown(value) -> str:
+    """A value as text in Markdown, on one line."""
+    return _MARKUP.sub(r"\\\1", one_line(str(value)))
+
+
+def _front_matter(name: str, license_: str, config: Config, shared: dict, evaluated: dict | None, known: bool) -> dict:
+    front: dict = {"license": license_, "library_name": "lever_lm", "tags": list(TAGS)}
+    setting = shared["setting"]  # without paths of this machine
+    bases = [setting["features"]["encoder"], setting["lvlm"]["path"]] if known else []
+    if bases := [path for path in bases if is_hub_id(path)]:
+        front["base_model"] = bases
+    if known:
+        front["datasets"] = _datasets(config)
+    if evaluated:
+        front["metrics"] = ["accuracy"]
+        front["model-index"] = [{"name": name, "results": [_indexed(config, evaluated)]}]
+    return front
+
+
+def _datasets(config: Config) -> list[str]:
+    """Hub ids where the data came from the hub, else the dataset's name."""
+    paths = (config.data.train_path, config.data.okvqa_path)
+    return [path.removeprefix(HUB_PREFIX) for path in paths if path.startswith(HUB_PREFIX)] or [config.data.name]
+
+
+def _indexed(config: Config, evaluated: dict) -> dict:
+    return {
+        "task": {"type": "visual-question-answering", "name": "Visual question answering"},
+        "dataset": {"type": _datasets(config)[-1], "name": config.data.name, "split": "validation"},
+        "metrics": [
+            {"type": "accuracy", "name": f"VQA accuracy, {_shots(row['shots'])}", "value": round(row["accuracy"], 4)}
+            for row in evaluated["results"]
+            if row["method"] == evaluated["method"]
+        ],
+    }
+
+
+def _shots(count: int) -> str:
+    return f"{count} shot{'s' * (count != 1)}"
+
+
+def _table(evaluated: dict | None) -> list[list[str]]:
+    """Methods down, numbers of shots across: rows of cells, the first is the heading."""
+    rows = evaluated["results"] if evaluated else []
+    shots = sorted({row["shots"] for row in rows if row["shots"]})
+    cells = {(r["method"], r["shots"]): f"{r['accuracy']:.3f} [{r['ci'][0]:.3f}, {r['ci'][1]:.3f}]" for r in rows}
+    methods = dict.fromkeys(row["method"] for row in rows)
+    return [
+        ["method", *map(_shots, shots)],
+        *([_called(m, evaluated), *(cells.get((m, k), cells.get((m, 0), "")) for k in shots)] for m in methods),
+    ]
+
+
+def _called(method: str, evaluated: dict) -> str:
+    return f"**{markdown(method)}, this policy**" if method == evaluated["method"] else markdown(method)
+
+
+def _tests(evaluated: dict | None) -> list[dict]:
+    """The paired tests of this policy at its largest number of shots, against what a reader compares with."""
+    ours = [t for t in evaluated["tests"] if t["method"] == evaluated["method"]] if evaluated else []
+    most = max((test["shots"] for test in ours), default=0)
+    return [test for test in ours if test["shots"] == most and test["against"] in _BASELINES]

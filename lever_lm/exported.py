@@ -1,0 +1,138 @@
+"""A shared policy: a folder of model.safetensors and config.json, or a hub id of such. It is data, and a stranger's.
+
+config.json says of the policy what a checkpoint does (shape, encoder, features, dataset, seed, phase, epoch), and in
+`setting` the config keys that it is used with. Only keys of SETTING are taken from there, and of the paths only those
+that mean the same on every machine: a folder that came from somebody names no file here, and no server.
+"""
+
+import os
+import re
+from pathlib import Path
+
+import torch
+
+from lever_lm.config import ASSET_PREFIX, HUB_PREFIX
+from lever_lm.errors import LeverError
+from lever_lm.hub import POLICY_FILES, fetch_policy, is_hub_id
+from lever_lm.untrusted import is_epoch, read_bytes, read_json, shown
+
+FORMAT, VERSION = "lever_lm/policy", 1
+CONFIG, WEIGHTS = POLICY_FILES
+CARD = "README.md"
+_CONFIG_LIMIT = 1 << 20  # bytes
+_WEIGHTS_LIMIT = 1 << 30
+_LONGEST_ID = 96  # characters of a hub id
+_OF_POLICY = ("policy", "encoder", "features", "dataset", "seed")  # as a checkpoint of ours has them in its config
+_KEYS = {"format", "format_version", "lever_lm", *_OF_POLICY, "phase", "epoch", "chosen"}
+_KEYS |= {"setting", "fingerprints", "packages", "results"}
+_WHAT = "a policy as `lever export` writes it"
+# What of a config a policy is used with, whoever uses it.
+SETTING = {
+    "data": ("name", "okvqa_path", "coco_path", "train_path", "file_prefix"),
+    "features": ("encoder", "name"),
+    "sampler": ("name",),
+    "rollout": ("pool_size",),
+    "prompt": ("style", "template", "separator", "order", "system"),
+    "lvlm": ("path", "num_beams", "length_penalty", "max_new_tokens", "min_pixels", "max_pixels"),
+}
+_PATHS = {("data", "okvqa_path"), ("data", "coco_path"), ("data", "train_path")}
+_MODELS = {("features", "encoder"), ("lvlm", "path")}
+
+
+def setting_of(values: dict) -> dict:
+    """What of nested config values is shared: the keys of SETTING. A folder of this machine is left out; where it holds
+    a model, its name stays, as that of the model to look for."""
+    kept: dict = {}
+    for section, names in SETTING.items():
+        there = values.get(section)
+        for name in names if isinstance(there, dict) else ():
+            if name in there and (value := _shareable((section, name), there[name])) is not None:
+                kept.setdefault(section, {})[name] = value
+    return kept
+
+
+def _shareable(key: tuple[str, str], value):
+    if key not in _PATHS | _MODELS or not isinstance(value, str) or value.startswith((ASSET_PREFIX, HUB_PREFIX)):
+        return value
+    if key in _PATHS:
+        return None if value else value
+    return value if is_hub_id(value) else Path(value.rstrip("/")).name
+
+
+# ---------------------------------------------------------------------- reading
+
+
+def is_exported(folder: Path) -> bool:
+    """Whether a folder holds a policy that `lever export` wrote there."""
+    try:
+        content = read_json(folder / CONFIG, _CONFIG_LIMIT)
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.get("format") == FORMAT
+
+
+def policy_folder(path: str | Path) -> Path | None:
+    """The folder of a shared policy: `path` where it is one, or in the hub's cache, downloaded where it is not there,
+    if it is a hub id OWNER/NAME; None for what can be neither. Raises LeverError where the hub has it not."""
+    if os.path.isdir(path):
+        return Path(path)
+    if (
+        len(str(path)) <= _LONGEST_ID
+        and is_hub_id(str(path))
+        and Path(path).suffix not in (".pt", ".pth", ".ckpt", ".safetensors")
+    ):
+        return fetch_policy(str(path))
+    return None
+
+
+def read_exported(folder: Path, named: str | Path | None = None) -> dict:
+    """A shared policy in the form of a v3 checkpoint, and its `setting`. named: what the folder is called in messages.
+
+    Raises LeverError where a file is missing, too large, or none of ours, or of a later version.
+    """
+    named = folder if named is None else named
+    config = _read_config(folder, named)
+    epoch = config.get("epoch")
+    return {
+        "epoch": epoch - 1 if is_epoch(epoch) and epoch else 0,
+        "phase": config.get("phase") if config.get("phase") in ("rce", "grpo") else "grpo",
+        "model_state_dict": _read_weights(folder / WEIGHTS, named),
+        "kl_beta": 0.0,
+        "metrics": {},
+        "config": {name: config[name] for name in _OF_POLICY if name in config},
+        "setting": config["setting"] if isinstance(config.get("setting"), dict) else {},
+    }
+
+
+def _read_config(folder: Path, named: str | Path) -> dict:
+    try:
+        config = read_json(folder / CONFIG, _CONFIG_LIMIT)
+    except OSError as error:
+        raise LeverError(
+            f"cannot read the checkpoint {named}: Is a directory, and has no {CONFIG} of a policy "
+            f"({error.strerror or error}); expected {_WHAT}, or a checkpoint file"
+        ) from error
+    except ValueError as error:
+        raise LeverError(f"{named}/{CONFIG} is not JSON that can be read: {error}; expected {_WHAT}") from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise LeverError(f"{named}/{CONFIG} is of something else: expected {_WHAT}")
+    if config.get("format_version") != VERSION:
+        raise LeverError(
+            f"{named}: its format is of version {shown(config.get('format_version'))}, this lever_lm reads "
+            f"{VERSION}: install the lever_lm that wrote it ({shown(config.get('lever_lm'))})"
+        )
+    if unknown := sorted(set(config) - _KEYS):
+        raise LeverError(f"{named}/{CONFIG} holds a key {shown(unknown[0])}, which is none of a policy's; {_WHAT}")
+    if not isinstance(config.get("policy"), dict):
+        raise LeverError(f"{named}/{CONFIG} does not say the policy's shape; expected {_WHAT}")
+    return config
+
+
+def _read_weights(path: Path, named: str | Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load
+
+    try:  # read, not mapped: a file that is cut while it is mapped would take the process with it
+        return load(read_bytes(path, _WEIGHTS_LIMIT))
+    except Exception as error:  # SafetensorError, or of a type that torch does not have
+        why = getattr(error, "strerror", None) or shown(re.sub(r"\s+", " ", str(error)), 200).strip("'\"")
+        raise LeverError(f"cannot read the weights {named}/{path.name}: {why}; expected {_WHAT}") from error

@@ -1,0 +1,120 @@
+"""`lever pick`: which demonstrations a policy shows before one question, why these, and what the LVLM then answers."""
+
+import contextlib
+import os
+from collections import Counter
+from pathlib import Path
+
+from lever_lm.console import Screen
+from lever_lm.data import Example
+from lever_lm.errors import LeverError, UsageError
+from lever_lm.inference import find_checkpoint, latest_checkpoint, load_for
+from lever_lm.metrics import vqa_accuracy
+from lever_lm.pipeline import Pipeline
+from lever_lm.retriever import Pick, Retriever
+from lever_lm.runs import RunFolder
+
+
+def checkpoint_here(pipeline: Pipeline, ckpt: str | None) -> tuple[Path, str]:
+    """The checkpoint that the options name, as for `lever infer`, and why. Where they name none and their run has none:
+    that of the dataset's newest run which was trained on the same features. Raises LeverError where there is none."""
+    named = ckpt not in (None, "best", "latest") or (
+        not ckpt and os.environ.get("LEVER_LM_CHECKPOINT_PATH", "").strip()
+    )
+    if named or pipeline.layout.run_name or _last_saved(pipeline.run):
+        return find_checkpoint(pipeline.run, ckpt, dict(os.environ))
+    runs = [RunFolder(folder) for folder in pipeline.layout.run.parent.glob("*/")]
+    unfit = ""
+    for run in sorted(filter(_last_saved, runs), key=_last_saved, reverse=True):
+        try:
+            path, why = find_checkpoint(run, ckpt, {})
+            load_for(path, pipeline.config)
+        except LeverError as error:
+            unfit = unfit or f". The newest run cannot be used: {error}"
+            continue
+        return path, f"{why}, in the newest run: {pipeline.run.path.name} has no checkpoint"
+    raise LeverError(
+        f"no checkpoint in {pipeline.run.path}, nor in another run beside it: `lever demo` trains one in a minute or "
+        f"two on the embedded data, `lever train` one with these options; or name one: --ckpt PATH{unfit}"
+    )
+
+
+def _last_saved(run: RunFolder) -> float:
+    """When the latest checkpoint of a run was written; 0 where there is none."""
+    with contextlib.suppress(LeverError, OSError):
+        return latest_checkpoint(run).stat().st_mtime
+    return 0.0
+
+
+def the_query(
+    retriever: Retriever, image: str | None, question: str | None, example: int | None
+) -> tuple[Example, str]:
+    """What is asked, and where it is from: an image and a question, or an evaluation question, the first if None."""
+    if image is not None:
+        return retriever.query(image, question), "your own"
+    evaluation = retriever.pipeline.data.val_examples
+    if example is None:
+        return evaluation[0], f"question {evaluation[0].question_id}, the first of the evaluation split"
+    found = next((query for query in evaluation if query.question_id == example), None)
+    if found is None:
+        raise UsageError(
+            f"--example {example} is no question of the evaluation split of {retriever.config.data.name}, which begins "
+            f"with {', '.join(str(query.question_id) for query in evaluation[:3])}"
+        )
+    return found, f"question {found.question_id} of the evaluation split"
+
+
+def pick_for(retriever: Retriever, query: Example, shots: int, *, answer: bool, prompt: bool) -> dict:
+    """The picks for a query, as `--json` has them; with the LVLM's answer and the prompt's text where asked for."""
+    picks, config, examples = retriever.pick(query, shots=shots), retriever.config, len(retriever.examples)
+    result = {
+        "query": {**_described(query), "question_id": query.question_id if query.answers else None},
+        "icds": [_row(pick) for pick in picks],
+        "pool": {"size": min(config.rollout.pool_size, examples), "sampler": config.sampler.name, "examples": examples},
+        "checkpoint": str(retriever.checkpoint),
+    }
+    if answer:
+        result["answer"] = retriever.answer(query, picks=picks)
+    if query.answers:
+        result["references"] = list(query.answers)
+    if answer and query.answers:
+        result["accuracy"] = vqa_accuracy(result["answer"], query.answers)
+    if prompt:
+        result["prompt"] = retriever.prompt(query, picks=picks, form="text")
+    return result
+
+
+def _described(example: Example) -> dict:
+    return {"question_id": example.question_id, "question": example.question, "image": str(example.image)}
+
+
+def _row(pick: Pick) -> dict:
+    return {
+        "probability": round(pick.probability, 6),
+        "image_similarity": round(pick.image_similarity, 6),
+        "text_similarity": round(pick.text_similarity, 6),
+        **_described(pick.example),
+        "answer": pick.example.answer,
+    }
+
+
+def show_picks(screen: Screen, result: dict, source: str) -> None:
+    """The same for a person."""
+    query, pool = result["query"], result["pool"]
+    screen.result(f"query: {query['question']} ({source}; {query['image']})")
+    screen.say(
+        f"chosen from a pool of {pool['size']} ({pool['sampler']}, of {pool['examples']} examples), the first pick "
+        "first; p: its probability when it was picked; image, question: their cosine to the query's"
+    )
+    for place, icd in enumerate(result["icds"], 1):
+        alike = f"image {icd['image_similarity']:+.2f}, question {icd['text_similarity']:+.2f}"
+        screen.result(f"{place:>3}. p {icd['probability']:.3f}; {alike}: {icd['question']} → {icd['answer']}")
+        screen.say(f"     question {icd['question_id']}, {icd['image']}")
+    for line in result.get("prompt", "").splitlines():
+        screen.result(f"  | {line}")
+    if "references" in result:
+        counted = ", ".join(f"{answer} ×{n}" for answer, n in Counter(result["references"]).most_common())
+        screen.say(f"references: {counted}")
+    if "answer" in result:
+        scored = f" (VQA accuracy {result['accuracy']:.2f})" if "accuracy" in result else ""
+        screen.result(f"answer: {result['answer']}{scored}")

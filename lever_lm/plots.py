@@ -1,0 +1,183 @@
+"""The report's charts as figures for papers: PNG at 300 dpi, and PDF, sized for a column, without titles.
+
+Colours are Okabe and Ito's, which the colour-blind can tell apart; markers and dashes say the same in grey. The same
+numbers give the same bytes: nothing of the machine, its settings or the time is in a file.
+"""
+
+import importlib.util
+import io
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from lever_lm.errors import LeverError
+from lever_lm.files import atomic_file
+from lever_lm.report.charts import Series
+from lever_lm.report.curves import PHASES, Curve, Evaluated, accuracy_series, training_curves
+from lever_lm.untrusted import one_line
+
+COLUMN, PAGE = 3.3, 6.8  # inches: the width of one column, of both
+_OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+_MARKERS = "os^Dv<>"  # one fewer than colours: the ninth line looks like none before it
+_DASHES = ("-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (4, 1.5, 1, 1.5)))
+_GREY = "#555555"
+_PANELS = 3  # in a row
+_LONGEST = 40  # characters of a name
+# Where the name of a metric is not what a paper calls it.
+_LABELS = {
+    "train_loss": "train loss",
+    "val_loss": "validation loss",
+    "ppo_loss": "PPO loss",
+    "kl": "KL",
+    "adv_std": "Adv Std",
+    "beta": "β",
+}
+# Over matplotlib's own defaults, whatever is set on this machine. Type 42: text in a PDF stays text.
+_STYLE = {
+    "font.size": 8,
+    "axes.labelsize": 8,
+    "axes.titlesize": 8,
+    "legend.fontsize": 7,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E0E0E0",
+    "grid.linewidth": 0.5,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 4,
+    "legend.frameon": False,
+    "pdf.fonttype": 42,
+    "text.parse_math": False,
+}
+_METADATA = {"png": {"Software": None}, "pdf": {"Creator": None, "Producer": None, "CreationDate": None}}
+
+
+def check_plots() -> None:
+    """Raise LeverError where figures cannot be drawn here."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise LeverError("--png needs a package that is not there: pip install 'lever-lm[plots]'")
+
+
+def write_plots(runs: Sequence[Evaluated], directory: Path) -> list[Path]:
+    """Draw the first run and the others over it: accuracy by shots, where one was evaluated, and the training curves of
+    each phase. Returns the files in `directory`, which is made. Raises LeverError where a file cannot be written."""
+    check_plots()
+    import matplotlib
+
+    first, *others = runs
+    series = accuracy_series(
+        first.metrics()["results"], [(one.name, one.metrics()["results"]) for one in others if one.inference]
+    )
+    curves = training_curves([(one.name, one.run.rows()) for one in runs])
+    written = []
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)  # of a name: a box stands for it
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_STYLE)
+        if series:
+            written += _save(_accuracy(series), directory / "accuracy")
+        for phase in PHASES:
+            if panels := [curve for curve in curves if curve.phase == phase]:
+                written += _save(_training(panels), directory / f"training_{phase}")
+    return written
+
+
+def _save(figure, stem: Path) -> list[Path]:
+    paths = []
+    for kind, metadata in _METADATA.items():
+        content, path = io.BytesIO(), stem.with_suffix(f".{kind}")
+        figure.savefig(content, format=kind, dpi=300, bbox_inches="tight", pad_inches=0.02, metadata=metadata)
+        with atomic_file(path) as file:
+            file.write(content.getvalue())
+        paths.append(path)
+    return paths
+
+
+def _accuracy(series: Sequence[Series]):
+    """Accuracy in percent by the number of demonstrations: a line with whiskers for each method, side by side where
+    they meet; what is without demonstrations is one grey line."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(COLUMN, 2.6), layout="constrained")
+    axes = figure.add_subplot()
+    lines = [one for one in series if not one.flat]
+    shots = sorted({x for one in lines for x, _ in one.points})
+    place = {x: i for i, x in enumerate(shots)}  # 1, 2, 4 stand equally far apart
+    for one in (one for one in series if one.flat):
+        axes.axhline(one.points[0][1], color=_GREY, linestyle=(0, (1, 1)), label=_label(one.label))
+    for i, one in enumerate(lines):
+        aside = 0.07 * (i - (len(lines) - 1) / 2)
+        y = [value for _, value in one.points]
+        ends = [(max(v - low, 0), max(high - v, 0)) for v, (low, high) in zip(y, one.intervals, strict=True)]
+        axes.errorbar(
+            [place[x] + aside for x, _ in one.points],
+            y,
+            yerr=list(zip(*ends, strict=True)),
+            label=_label(one.label),
+            capsize=1.5,
+            elinewidth=0.7,
+            **_look(i),
+        )
+    axes.set_xticks(range(len(shots)), [f"{x:g}" for x in shots])
+    axes.set_xlabel("demonstrations")
+    axes.set_ylabel("VQA accuracy (%)")
+    axes.yaxis.set_major_locator(MaxNLocator(6))
+    axes.grid(axis="x", visible=False)
+    figure.legend(loc="outside lower center", ncols=2, handlelength=2.6, columnspacing=1.2)
+    return figure
+
+
+def _training(curves: Sequence[Curve]):
+    """One panel a metric, over epochs; a ring around the epoch that the metric's own strategy chooses, and for a single
+    run a line through all panels where val_reward does."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    columns = min(_PANELS, len(curves))
+    rows = -(-len(curves) // columns)
+    names = list(dict.fromkeys(one.label for curve in curves for one in curve.series))
+    figure = Figure(figsize=(PAGE * columns / _PANELS, 1.45 * rows + 0.3), layout="constrained")
+    chosen = [x for curve in curves if curve.metric == "val_reward" for one in curve.series for x in one.marks]
+    for number, curve in enumerate(curves):
+        axes = figure.add_subplot(rows, columns, number + 1)
+        for one in curve.series:
+            look = _look(names.index(one.label))
+            x, y = zip(*one.points, strict=True)
+            axes.plot(x, y, **{**look, "marker": ""}, label=_label(one.label))
+            rings = [point for point in one.points if point[0] in one.marks]
+            if rings:
+                ring = {"s": 22, "facecolors": "white", "edgecolors": look["color"], "zorder": 3}
+                axes.scatter(*zip(*rings, strict=True), **ring, label="chosen by this metric")
+        for x in chosen if len(names) == 1 else ():
+            axes.axvline(x, color=_GREY, linewidth=0.7, linestyle=(0, (1, 1)), label="chosen by val_reward")
+        axes.set_ylabel(_LABELS.get(curve.metric, curve.metric))
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+    found: dict = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=4)
+    return figure
+
+
+def _look(number: int) -> dict:
+    """Colour, marker and dashes of the n-th line."""
+    return {
+        "color": _OKABE_ITO[number % len(_OKABE_ITO)],
+        "marker": _MARKERS[number % len(_MARKERS)],
+        "linestyle": _DASHES[number % len(_DASHES)],
+    }
+
+
+def _label(name: str) -> str:
+    """A name from a file as a label; matplotlib would leave out one that begins with an underscore."""
+    text = one_line(name)
+    text = text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
+    return f" {text}" if text.startswith("_") else text

@@ -1,0 +1,269 @@
+"""Demonstrations for images and questions of your own, in Python.
+
+    from lever_lm import Retriever
+
+    retriever = Retriever("results/digits/model_cpk/demo")  # a run, a checkpoint, an exported folder, a hub id
+    picks = retriever.pick("x.jpg", "Which number is written here?", shots=4)
+    messages = retriever.prompt("x.jpg", "Which number is written here?", picks)
+
+`retriever.answer(...)`, with the same arguments as `prompt`, asks the LVLM. Picks are chosen as for an evaluation
+query: by the policy, from a pool that the sampler draws from the training split.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from lever_lm.beside import config_beside, locate, results_beside
+from lever_lm.compat import import_transformers
+from lever_lm.config import InferConfig
+from lever_lm.console import Screen
+from lever_lm.data import Example, VqaData, image_digest, image_digests, open_image
+from lever_lm.data.pixels import Undecodable, decoded
+from lever_lm.errors import LeverError, UsageError
+from lever_lm.features import ClipEncoder, Embeddings, Features, encode
+from lever_lm.files import open_regular
+from lever_lm.hub import fetch_model
+from lever_lm.inference import Evaluation, load_for
+from lever_lm.lvlm import Prompt, build_prompt
+from lever_lm.lvlm.prompt import to_messages
+from lever_lm.pipeline import Pipeline
+from lever_lm.progress import untracked
+from lever_lm.untrusted import one_line, shown
+
+FORMS = ("transformers", "openai", "text")
+
+
+@dataclass(frozen=True)
+class Pick:
+    """A demonstration that the policy chose. probability: of this pick among what was left of the pool when it was
+    made. image_similarity, text_similarity: cosines of its image and question to the query's, by the encoder."""
+
+    example: Example
+    probability: float
+    image_similarity: float
+    text_similarity: float
+
+
+class Retriever:
+    """A policy with all it needs to choose demonstrations for any image and question.
+
+    checkpoint: a run folder (its chosen checkpoint, as for `lever infer`), a checkpoint file, a folder of `lever
+    export`, or a hub id OWNER/NAME. Dataset, encoder, features, sampler, pool size, prompt and LVLM are those of the
+    config beside it; these change them:
+    examples: demonstrations of your own in place of the training split, as `Example`s or (image, question, answer).
+    dataset, lvlm: names of YAMLs in configs/. sets: config keys as for --set, `["features.encoder=DIR", "device=cpu"]`.
+    results: the folder of the caches; by default that of the run, else `results`. verbose: say on stderr what is done.
+    pipeline: that of a command line, in place of all of these but `examples`.
+
+    Raises LeverError where the checkpoint is none, was trained on other features, or does not say what it needs; and
+    UsageError (a LeverError) for an unknown name or key. Data, features and LVLM are loaded when first needed.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | Path,
+        *,
+        examples: Sequence[Example | tuple] | None = None,
+        dataset: str | None = None,
+        lvlm: str | None = None,
+        sets: Sequence[str] = (),
+        results: str | Path | None = None,
+        verbose: bool = False,
+        pipeline: Pipeline | None = None,
+    ):
+        self.checkpoint, self.why, values = locate(checkpoint)
+        if pipeline is None:
+            config = config_beside(values, checkpoint, dataset, lvlm, sets, own=examples is not None)
+            screen = Screen(to_stderr=True, quiet=not verbose)
+            pipeline = Pipeline(config, screen, results=results or results_beside(self.checkpoint))
+        self.pipeline, self.config = pipeline, pipeline.config
+        self.policy = load_for(self.checkpoint, self.config)
+        self._own = None if examples is None else _own_examples(examples)
+
+    # ------------------------------------------------------------------ what there is
+
+    @property
+    def examples(self) -> tuple[Example, ...]:
+        """What demonstrations are chosen from: the training split, or those of your own."""
+        return self.pipeline.data.train_examples if self._own is None else self._own
+
+    @cached_property
+    def _embeddings(self) -> Embeddings:
+        """Those of `examples`."""
+        return self.pipeline.features.train if self._own is None else self._encode(self.examples)
+
+    @cached_property
+    def _encoder(self) -> ClipEncoder:
+        features = self.config.features
+        return ClipEncoder(features.encoder, self.config.device, features.batch_size)
+
+    @cached_property
+    def _image_ids(self) -> dict[str, int]:
+        """Digest of each image among `examples` → its id."""
+        digests = image_digests([example.image for example in self.examples])
+        return dict(zip(digests, (example.image_id for example in self.examples), strict=True))
+
+    def _encode(self, examples: Sequence[Example]) -> Embeddings:
+        data = VqaData("own", tuple(examples), (), "")
+        return encode(self._encoder, data, "train", self.pipeline.screen.track if self._own is examples else untracked)
+
+    def _of_queries(self, queries: Sequence[Example]) -> Embeddings:
+        """From the cache where all of them are evaluation examples of the dataset, else made anew."""
+        if self._own is None:
+            row = {example.question_id: i for i, example in enumerate(self.pipeline.data.val_examples)}
+            rows = [row.get(query.question_id) for query in queries]
+            if all(
+                i is not None and self.pipeline.data.val_examples[i] == q for i, q in zip(rows, queries, strict=True)
+            ):
+                return self.pipeline.features.val.take(rows)
+        return self._encode(queries)
+
+    # ------------------------------------------------------------------ choosing
+
+    def pick(self, image, question=None, *, shots: int = 4) -> list[Pick] | list[list[Pick]]:
+        """The demonstrations for a question about an image, the first pick first: `shots` of them, fewer where the
+        policy may stop and did. Lists of N images and N questions give N such lists.
+
+        image: the path of a JPEG, PNG, WEBP, BMP or GIF, or an `Example`, which has its question. The same query gets
+        the same pool and the same picks; never a demonstration with the query's own image. Raises LeverError for an
+        image that cannot be read and for more shots than the pool has, ValueError for lists of different lengths.
+        """
+        queries, one = self._queries(image, question)
+        picks = self._pick(queries, shots) if queries else []
+        return picks[0] if one else picks
+
+    def _pick(self, queries: list[Example], shots: int) -> list[list[Pick]]:
+        train, embedded = self._embeddings, self._of_queries(queries)
+        data = VqaData(self.config.data.name, self.examples, tuple(queries), "")
+        features = Features(train, embedded, self.config.features.encoder, self.config.features.name, "")
+        evaluation = Evaluation(replace(self.config, infer=InferConfig()), data, features)
+        chosen = evaluation.choose(self.policy, shots, self.checkpoint)
+        told = evaluation.explain(self.policy, chosen)
+        return [
+            [
+                Pick(self.examples[row], sure, float(train.image[row] @ image), float(train.text[row] @ text))
+                for row, sure in zip(rows, why["probabilities"], strict=True)
+            ]
+            for rows, why, image, text in zip(chosen, told, embedded.image, embedded.text, strict=True)
+        ]
+
+    def query(self, image: str | Path | Example, question: str | None = None) -> Example:
+        """The query that an image and a question make, without answers. Its number, and so its pool, follows from
+        both. Raises LeverError for an image that cannot be read, UsageError for a question that is none."""
+        if isinstance(image, Example):
+            if question not in (None, image.question):
+                raise ValueError("an Example brings its own question: give an image, or leave the question out")
+            return image
+        if not isinstance(question, str) or not question.strip() or re.search("[\ud800-\udfff]", question):
+            raise UsageError(f"a question about {image} is needed, as text in UTF-8; found {shown(question)}")
+        path = os.fspath(image)
+        _check_image(path)
+        image_digest.cache_clear()  # the file may have changed
+        digest = image_digest(path)
+        number = int(hashlib.sha256(f"{digest} {question}".encode()).hexdigest()[:15], 16)
+        return Example(number, self._image_ids.get(digest, _image_id(digest)), question, (), (), path)
+
+    def _queries(self, image, question) -> tuple[list[Example], bool]:
+        """The queries of `pick`, `prompt` or `answer`, and whether one was asked for, not a list."""
+        if not isinstance(image, (list, tuple)):
+            return [self.query(image, question)], True
+        questions = [None] * len(image) if question is None else question
+        if isinstance(questions, str) or len(questions) != len(image):
+            raise ValueError(f"{len(image)} images need a list of as many questions")
+        return [self.query(*pair) for pair in zip(image, questions, strict=True)], False
+
+    # ------------------------------------------------------------------ showing
+
+    def prompt(self, image, question=None, picks=(), *, form: str = "transformers"):
+        """The conversation that shows the picks, then asks the question; arguments as of `pick`, and what it returned
+        (or `Example`s, in pick order). Lists give a list of conversations.
+
+        form: `transformers`, messages for a processor's `apply_chat_template`, whose images are upright RGB
+        `PIL.Image`s; `openai`, messages for a chat completion, whose images are PNG data URLs; `text`, as the LVLM's
+        chat template renders it, one placeholder an image. Order and wording are those of the config (prompt.*).
+        """
+        if form not in FORMS:
+            raise ValueError(f"unknown form {form!r}: one of {', '.join(FORMS)}")
+        prompts, one = self._prompts(image, question, picks)
+        made = [self._render(prompt, form) for prompt in prompts]
+        return made[0] if one else made
+
+    def answer(self, image, question=None, picks=()) -> str | list[str]:
+        """What the LVLM answers to the conversation of `prompt`; kept in the answer cache. Lists give a list."""
+        prompts, one = self._prompts(image, question, picks)
+        answers = self.pipeline.lvlm.answer(prompts, "answers")
+        return answers[0] if one else answers
+
+    def _prompts(self, image, question, picks) -> tuple[list[Prompt], bool]:
+        queries, one = self._queries(image, question)
+        shown = [picks] if one else picks or [()] * len(queries)
+        if len(shown) != len(queries):
+            raise ValueError(f"{len(queries)} queries need as many lists of picks, found {len(shown)}")
+        examples = [[pick.example if isinstance(pick, Pick) else pick for pick in part] for part in shown]
+        return [build_prompt(icds, q, self.config.prompt) for icds, q in zip(examples, queries, strict=True)], one
+
+    def _render(self, prompt: Prompt, form: str) -> list[dict] | str:
+        messages = to_messages(prompt, self.config.prompt)
+        if form == "text":
+            return self._processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        images = iter(prompt.images)
+        for message in messages:
+            parts = message["content"]
+            message["content"] = [self._image(next(images), form) if p["type"] == "image" else p for p in parts]
+        return messages
+
+    def _image(self, image, form: str) -> dict:
+        if form == "openai":
+            return {"type": "image_url", "image_url": {"url": self._urls.get(image)}}
+        return {"type": "image", "image": open_image(image)}
+
+    @cached_property
+    def _urls(self):
+        from lever_lm.lvlm.server import DataUrls
+
+        import_transformers()  # qwen_vl_utils needs torchvision
+        return DataUrls(self.config.lvlm)
+
+    @cached_property
+    def _processor(self):
+        where = fetch_model(self.config.lvlm.path, "--lvlm, lvlm.path")
+        return import_transformers().AutoProcessor.from_pretrained(str(where))
+
+
+# ---------------------------------------------------------------------- examples of your own
+
+
+def _own_examples(given: Sequence[Example | tuple]) -> tuple[Example, ...]:
+    """Demonstrations as Examples, numbered in their order. Raises LeverError for an image that cannot be read,
+    ValueError for what is neither an Example nor three values."""
+    examples = []
+    for number, item in enumerate(given):
+        if not isinstance(item, Example):
+            if not isinstance(item, (tuple, list)) or len(item) != 3 or not all(isinstance(t, str) for t in item[1:]):
+                raise ValueError(f"example {number}: expected an Example or (image, question, answer), found {item!r}")
+            image, question, answer = os.fspath(item[0]), item[1], item[2]
+            _check_image(image)
+            item = Example(number, _image_id(image_digest(image)), question, (answer,), (answer,), image)
+        examples.append(item)
+    if not examples:
+        raise LeverError("there are no examples to choose from")
+    return tuple(examples)
+
+
+def _image_id(digest: str) -> int:
+    """Of an image that no dataset numbers: below zero, where those of datasets are not."""
+    return -1 - int(digest[:15], 16)
+
+
+def _check_image(path: str) -> None:
+    """Raise LeverError for an image that cannot be shown."""
+    with open_regular(path, "the image") as file:
+        try:
+            decoded(file)
+        except Undecodable as error:
+            raise LeverError(f"cannot decode the image {one_line(path)}: {one_line(str(error))}") from error

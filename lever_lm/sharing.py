@@ -1,0 +1,121 @@
+"""`lever export`: a checkpoint as a folder to share, model.safetensors, config.json and a model card."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from lever_lm import __version__
+from lever_lm.card import model_card
+from lever_lm.checkpoint import load_policy, own_config, policy_digest, read_checkpoint
+from lever_lm.config import Config, to_dict
+from lever_lm.errors import LeverError, UsageError
+from lever_lm.exported import CARD, CONFIG, FORMAT, VERSION, WEIGHTS, is_exported, setting_of
+from lever_lm.files import remove, write_json, write_tensors, write_text
+from lever_lm.policy import PointerSelector
+from lever_lm.provenance import PACKAGES, read_environment
+from lever_lm.report.results import read_metrics
+from lever_lm.runs import RunFolder, inference_folder
+from lever_lm.settings import build
+from lever_lm.untrusted import is_epoch, read_json
+
+_LONGEST = 200  # characters of a version or a fingerprint
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")  # as the hub names them
+
+
+def export(checkpoint: Path, why: str, folder: Path, *, license_: str = "apache-2.0", overwrite: bool = False) -> dict:
+    """Write a checkpoint into `folder` to be shared: the same bytes for the same run. Returns what was written.
+
+    why: this checkpoint. What it was trained with is taken from the run that it lies in, and else not known. Raises
+    LeverError where the folder holds something else, unless `overwrite`, and for a checkpoint that cannot be loaded;
+    UsageError for a license that is no name.
+    """
+    if not _LICENSE.fullmatch(license_):
+        raise UsageError(
+            f"--license takes a name as the hub has it, such as apache-2.0 or cc-by-4.0; found {license_!r}"
+        )
+    if not checkpoint.is_file():
+        raise LeverError(f"{checkpoint} is an exported policy already: copy its folder")
+    _check_folder(folder, overwrite)
+    run, content, policy = RunFolder(checkpoint.parent), read_checkpoint(checkpoint), load_policy(checkpoint)
+    config = build(run.values()) if run.config.is_file() else None
+    own, made = own_config(content), read_environment(run)
+    # Trained on rollouts and features of somebody's own, it names no encoder, and its config's data are not its own.
+    known = config is not None and isinstance(own.get("encoder"), str)
+    evaluated = _evaluated(run, checkpoint, policy) if known else None
+    shared = {
+        "format": FORMAT,
+        "format_version": VERSION,
+        "lever_lm": __version__,
+        "policy": policy.shape,
+        **{name: own[name] for name in ("encoder", "features", "dataset", "seed") if name in own},
+        "phase": "rce" if content.get("phase") == "rce" else "grpo",
+        "epoch": content["epoch"] + 1 if is_epoch(content.get("epoch")) else None,  # from 1, as in file names
+        "chosen": why,
+        "setting": _setting(config, known),
+        "fingerprints": _texts(made.get("fingerprints"), ("data", "encoder", "lvlm")),
+        "packages": _texts(made.get("packages"), PACKAGES),
+        "results": [row for row in evaluated["results"] if row["method"] == evaluated["method"]] if evaluated else [],
+    }
+    card = model_card(folder.resolve().name, license_, config, shared, evaluated, known=known)
+    # The config is what makes the folder a policy: it goes first and comes last, so that it is never one of two halves.
+    remove(folder / CONFIG)
+    write_tensors(folder / WEIGHTS, {name: t.contiguous() for name, t in policy.state_dict().items()}, {"format": "pt"})
+    write_text(folder / CARD, card)
+    write_json(folder / CONFIG, shared)
+    files = [str(folder / name) for name in (WEIGHTS, CONFIG, CARD)]
+    return {
+        "folder": str(folder),
+        "files": files,
+        "checkpoint": str(checkpoint),
+        "why": why,
+        "evaluated": bool(evaluated),
+    }
+
+
+def _check_folder(folder: Path, overwrite: bool) -> None:
+    """Raise LeverError where a folder holds anything but what an export wrote, or could not finish writing."""
+    if folder.exists() and not folder.is_dir():
+        raise LeverError(f"{folder} is a file: choose another DIR")
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(".")} if folder.is_dir() else set()
+    unfinished = WEIGHTS in names and names <= {WEIGHTS, CARD}
+    if names and not (overwrite or unfinished or is_exported(folder)):
+        raise LeverError(
+            f"{folder} is not empty, and holds no earlier export: choose another DIR, or write into it with "
+            f"--overwrite ({WEIGHTS}, {CONFIG} and {CARD} are replaced)"
+        )
+
+
+def _setting(config: Config | None, known: bool) -> dict:
+    """What of the config the policy is used with. Data and encoder that are not known are nobody's default."""
+    setting = setting_of(to_dict(config)) if config else {}
+    return setting if known else {key: part for key, part in setting.items() if key not in ("data", "features")}
+
+
+def _texts(values, names: Sequence[str]) -> dict[str, str]:
+    """Those of an env.json's entries that are there."""
+    found = {name: values.get(name) for name in names} if isinstance(values, dict) else {}
+    return {name: value for name, value in found.items() if isinstance(value, str) and len(value) < _LONGEST}
+
+
+def _evaluated(run: RunFolder, checkpoint: Path, policy: PointerSelector) -> dict | None:
+    """The newest evaluation of a checkpoint with the LVLM that it was trained with: results, tests, which method it is,
+    and on how many queries; None where there is none."""
+    folder, stem = inference_folder(run.path), checkpoint.stem.removesuffix("_v2format")
+    files = [one / "metrics.json" for one in (folder, *folder.glob("*/")) if "_with_" not in one.name]
+    there = [file for file in files if file.is_file()]
+    for file in sorted(there, key=lambda file: file.stat().st_mtime, reverse=True):
+        try:
+            found, raw = read_metrics(file), read_json(file)
+        except (LeverError, OSError, ValueError):
+            continue
+        digest = str(raw.get("setting", "")).partition("-")[2]  # of the policy, where `lever infer` wrote it
+        if Path(found["checkpoint"]).stem.removesuffix("_v2format") != stem or digest not in (
+            "",
+            policy_digest(policy),
+        ):
+            continue
+        methods = {row["method"] for row in found["results"]}
+        if method := next((m for m in (stem.partition("_")[0], "policy") if m in methods), None):
+            n = max(row["n"] for row in found["results"])
+            return {**found, "method": method, "n": n, "okvqa_stem": raw.get("okvqa_stem") is True}
+    return None

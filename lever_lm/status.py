@@ -1,0 +1,260 @@
+"""The state of a run, read from its folder while it is at work or after it has ended: nothing there is touched, no lock
+is taken and no model is loaded.
+"""
+
+import contextlib
+import itertools
+import os
+import re
+import shlex
+import sqlite3
+import statistics
+import subprocess
+import time
+import urllib.parse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from lever_lm.config import Config
+from lever_lm.errors import LeverError
+from lever_lm.locks import seen
+from lever_lm.runs import LOCK, Layout, RunFolder
+from lever_lm.selection import STRATEGIES, best_row, read_log
+from lever_lm.settings import build
+from lever_lm.untrusted import metrics_rows, read_json
+
+PHASES = ("rce", "grpo")
+_LATELY = 10  # epochs that the time of one is taken from
+_GPU = "name,memory.used,memory.total,utilization.gpu"
+_PATIENCE = 5.0  # seconds for nvidia-smi, which hangs where a driver does
+Told = TypeVar("Told")
+
+
+def run_status(run: RunFolder, layout: Layout | None = None) -> dict:
+    """The state of a run as plain values. `layout` says where its rollouts and answers are, unless its own config and
+    place do. A file that cannot be read is among the `notes`, and the rest is told without it.
+
+    state: running, finished, killed (epochs are missing and nobody is at work), not begun, or unknown where there are
+    checkpoints and no config. phase: rollouts, rce, grpo, or done; epoch and epochs are of rce and grpo, `seconds_left`
+    of training. Raises LeverError where there is no folder.
+    """
+    if run.path.is_file():
+        raise LeverError(f"{run.path} is a file: name its folder, {run.path.parent}")
+    if not run.path.is_dir():
+        raise LeverError(
+            f"no run folder {run.path}: train first (`lever train`), or name the run (RUN_DIR, --run-name, --results); "
+            "`lever status --all` lists those that are there"
+        )
+    notes: list[str] = []
+    config = _told(notes, lambda: build(run.settings())) if run.config.is_file() else None
+    layout = (_own_layout(run, config) if config else None) or layout
+    process, working = _worker(run.path / LOCK)
+    rows = _told(notes, lambda: _rows(run, notes, working)) or []
+    checkpoints = _checkpoints(run)
+    done = {name: max([0, *(epoch for phase, epoch in checkpoints if phase == name)]) for name in PHASES}
+    done |= {name: max([0, *(row["epoch"] for row in rows if row["phase"] == name)]) for name in PHASES if rows}
+    wanted = {name: getattr(config, name).epochs if config else None for name in PHASES}
+    left = {name: max(0, wanted[name] - done[name]) if config else 0 for name in PHASES}
+    if config and _stopped_early(rows, config):
+        left["grpo"] = 0
+    state, why = _state(config, done, left, process, working)
+    begun = any(done.values())
+    now_at = next((name for name in PHASES if left[name]), "done" if begun else "rollouts")
+    counted = now_at if now_at in PHASES else PHASES[done["grpo"] > 0]
+    times = {name: _epoch_time(rows, checkpoints, name) for name in PHASES}
+    made = layout is not None and layout.rollouts.is_file()
+    return {
+        "run": str(run.path),
+        "state": state,
+        "why": why,
+        "process": process,
+        "phase": "rollouts" if state in ("running", "killed") and not begun and not made else now_at,
+        "epoch": done[counted],
+        "epochs": wanted[counted],
+        "phases": {name: {"done": done[name], "of": wanted[name]} for name in PHASES},
+        "checkpoint": _latest(checkpoints),
+        "epoch_time": times[counted],
+        "seconds_left": _seconds_left(left, times),
+        "metrics": rows[-1] if rows else None,
+        "best": _best(rows),
+        "rollouts": {"path": str(layout.rollouts), "exists": made} if layout else None,
+        "answers": _answers(layout.answers) if layout else None,
+        "bytes": _bytes(run.path),
+        "command": _command(run, layout, process) if state in ("killed", "not begun") else None,
+        "notes": notes,
+    }
+
+
+def _told(notes: list[str], read: Callable[[], Told]) -> Told | None:
+    """What `read` gives; None, and a note, where a file is not what it should be."""
+    try:
+        return read()
+    except LeverError as error:
+        notes.append(str(error))
+        return None
+
+
+def _own_layout(run: RunFolder, config: Config) -> Layout | None:
+    """The paths of a run in the folder where `lever train` puts it."""
+    place = run.path.resolve()
+    if place.parent.name != "model_cpk":
+        return None
+    unnamed = Layout(config, place.parents[2])
+    return unnamed if unnamed.run.name == place.name else Layout(config, place.parents[2], place.name)
+
+
+# ---------------------------------------------------------------------- what is going on
+
+
+def _worker(lock: Path) -> tuple[dict | None, bool]:
+    """Who works under a lock file, or left it behind, since when (seconds of the epoch), and whether it still does."""
+    try:
+        holder, held = seen(lock)
+        return {**(holder or {"pid": None, "host": None, "command": ""}), "since": lock.stat().st_mtime}, held
+    except OSError:
+        return None, False
+
+
+def _state(config: Config | None, done: dict, left: dict, process: dict | None, working: bool) -> tuple[str, str]:
+    """The state, and what it was concluded from."""
+    missing = ", ".join(f"{count} {name.upper()} epochs" for name, count in left.items() if count)
+    if working:
+        return "running", "a process is at work in it"
+    if process:
+        return "killed", f"process {process['pid']} on {process['host']} ended in the midst of it"
+    if config is None and any(done.values()):
+        return "unknown", "no config.yaml that can be read says how many epochs it was to have; Lever-Plus keeps none"
+    if not any(done.values()):
+        return "not begun", "no epoch has ended, and nobody is at work"
+    if missing:
+        return "killed", f"{missing} are missing, and nobody is at work"
+    return "finished", "all epochs of its config are there"
+
+
+def _stopped_early(rows: list[dict], config: Config) -> bool:
+    """Whether GRPO ended by grpo.patience: the first best epoch lies that far back."""
+    grpo = [row for row in rows if row["phase"] == "grpo"]
+    best = best_row(grpo, STRATEGIES["val_reward"])
+    return bool(config.grpo.patience and best and grpo[-1]["epoch"] - best["epoch"] >= config.grpo.patience)
+
+
+# ---------------------------------------------------------------------- what is there
+
+
+def _rows(run: RunFolder, notes: list[str], working: bool) -> list[dict]:
+    """The rows of metrics.jsonl, else of train.log."""
+    if run.metrics.is_file():
+        rows, said = metrics_rows(run.metrics)
+        notes += [] if working else said  # a row that is just being written is cut short, too
+        return rows
+    if run.log.is_file():
+        with contextlib.suppress(LeverError):  # no table in it yet
+            return read_log(run.log).rows
+    return []
+
+
+def _checkpoints(run: RunFolder) -> dict[tuple[str, int], os.DirEntry]:
+    """(phase, epoch) → file."""
+    found = {}
+    with os.scandir(run.path) as entries:
+        for entry in entries:
+            if match := re.fullmatch(r"(rce|grpo)_epoch(\d{1,9})(_v2format\.ckpt|\.pt)", entry.name):
+                key = match[1], int(match[2])
+                if match[3] == ".pt" or key not in found:
+                    found[key] = entry
+    return found
+
+
+def _latest(checkpoints: dict[tuple[str, int], os.DirEntry]) -> dict | None:
+    """The last checkpoint, and how many seconds ago it was written."""
+    if not checkpoints:
+        return None
+    entry = checkpoints[max(checkpoints, key=lambda key: (PHASES.index(key[0]), key[1]))]
+    try:
+        return {"path": entry.path, "age": round(max(0.0, time.time() - entry.stat().st_mtime), 1)}
+    except OSError:  # pruned a moment ago
+        return None
+
+
+def _epoch_time(rows: list[dict], checkpoints: dict[tuple[str, int], os.DirEntry], phase: str) -> float | None:
+    """Seconds that an epoch of a phase takes of late: the mean of what the rows say, or the time from one checkpoint to
+    the next as a rule, which writing them is a part of."""
+    times = [row.get("epoch_time") for row in rows if row["phase"] == phase][-_LATELY:]
+    known = [value for value in times if isinstance(value, (int, float)) and 0 <= value < float("inf")]
+    if not known:
+        return None
+    last = {name: entry for name, entry in checkpoints.items() if name[0] == phase}
+    written = []
+    for key in sorted(last)[-_LATELY:]:
+        with contextlib.suppress(OSError):  # pruned a moment ago
+            written.append((key[1], last[key].stat().st_mtime))
+    gaps = [(later - then) / (epoch - before) for (before, then), (epoch, later) in itertools.pairwise(written)]
+    return max(sum(known) / len(known), statistics.median(gaps) if gaps else 0.0)
+
+
+def _seconds_left(left: dict[str, int], times: dict[str, float | None]) -> float | None:
+    """Of training; None where the speed of a phase is not known yet."""
+    if any(left[name] and times[name] is None for name in PHASES):
+        return None
+    return sum(left[name] * (times[name] or 0.0) for name in PHASES)
+
+
+def _best(rows: list[dict]) -> dict:
+    """Metric → the best epoch so far and its value, among the epochs that are chosen from."""
+    phase = PHASES[any(row["phase"] == "grpo" for row in rows)]
+    of_phase = [row for row in rows if row["phase"] == phase]
+    best = {name: best_row(of_phase, STRATEGIES[name]) for name in ("val_reward", "val_loss")}
+    return {n: {"phase": phase, "epoch": row["epoch"], "value": row[n]} for n, row in best.items() if row}
+
+
+def _answers(path: Path) -> int | None:
+    """How many answers the cache holds; None where there is none, or somebody is just writing to it."""
+    if not path.is_file():
+        return None
+    try:
+        address = f"file:{urllib.parse.quote(str(path.resolve()))}?mode=ro"
+        with contextlib.closing(sqlite3.connect(address, uri=True, timeout=1.0)) as db:
+            if db.execute("SELECT 1 FROM sqlite_master WHERE type NOT IN ('table', 'index')").fetchone():
+                return None  # a view may never end
+            return db.execute("SELECT count(*) FROM answers WHERE key NOT LIKE 'speed:%'").fetchone()[0]
+    except (sqlite3.Error, ValueError):
+        return None
+
+
+def _bytes(folder: Path) -> int:
+    """Of all files below a folder."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):  # gone meanwhile
+                total += os.lstat(os.path.join(place, name)).st_size
+    return total
+
+
+def _command(run: RunFolder, layout: Layout | None, process: dict | None) -> str | None:
+    """What goes on with a run: the command that began it, where it was kept; else what has the same effect."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        if isinstance(command := read_json(run.environment).get("command"), str) and command:
+            return command
+    if not run.config.is_file():  # killed before it was written: the lock names the command
+        return f"lever {process['command']}" if process and process["command"] else None
+    named = ["--run-name", layout.run_name] if layout and layout.run_name else []
+    usual = layout is not None and layout.run.resolve() == run.path.resolve()
+    where = ["--results", str(layout.dataset.parent), *named] if usual else ["--run-dir", str(run.path)]
+    return shlex.join(["lever", "train", "--config", str(run.config), *where])
+
+
+def gpus() -> list[dict]:
+    """Name, MiB used and in all, and utilisation in percent of each GPU of this host, by nvidia-smi; [] without it."""
+    command = ["nvidia-smi", f"--query-gpu={_GPU}", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE, check=True).stdout
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        return []
+    found = []
+    for line in answer.splitlines():
+        name, *figures = line.rsplit(",", 3)
+        used, total, busy = (int(text) if text.strip().isdecimal() else None for text in (*figures, "", "", "")[:3])
+        found.append({"name": name.strip(), "used": used, "total": total, "utilization": busy})
+    return found

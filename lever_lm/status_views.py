@@ -1,0 +1,88 @@
+"""The state of a run as a person reads it on the terminal."""
+
+import time
+from pathlib import Path
+
+from lever_lm.progress import duration
+from lever_lm.status import PHASES
+
+_SHOWN = ("train_loss", "val_loss", "ppo_loss", "kl", "beta", "temperature", "reward", "val_reward")
+_FAR = 24 * 3600  # seconds; what ends later has no hour of the day
+
+
+def status_lines(status: dict) -> list[str]:
+    """The state of a run for the terminal."""
+    facts = {
+        "why": _why(status),
+        "training": ", then ".join(_count(name, **status["phases"][name]) for name in PHASES),
+        "checkpoint": _checkpoint_line(status["checkpoint"]),
+        "time": _time_line(status),
+        "last epoch": _numbers(status["metrics"] or {}),
+        "best": ", ".join(f"{k} {v['value']:.4f} in epoch {v['epoch']}" for k, v in status["best"].items()),
+        "rollouts": _rollouts_line(status),
+        "disk": f"{status['bytes'] / 1e6:,.1f} MB",
+        "GPU": "; ".join(map(_gpu_line, status["gpus"])) or "none seen by nvidia-smi: cpu",
+        "go on with": status["command"],
+    }
+    lines = [f"{status['run']}: {status['state']}", *(f"  {name:<11} {text}" for name, text in facts.items() if text)]
+    return lines + [f"  {'note':<11} {note}" for note in status["notes"]]
+
+
+def status_row(status: dict) -> str:
+    """The state of a run on one line, its name last: nothing need be cut."""
+    *_, dataset, _, name = Path(status["run"]).resolve().parts
+    epochs = f"{status['epoch']}/{'?' if status['epochs'] is None else status['epochs']}"
+    phase = f"{status['phase'].upper()} " if status["phase"] in PHASES else ""
+    left = f"{duration(status['seconds_left'])} left" if status["seconds_left"] else ""
+    best = status["best"].get("val_reward")
+    reward = f"val_reward {best['value']:.4f}" if best else ""
+    return f"{status['state']:<9}  {phase + epochs:<12}  {left:<11}  {reward:<17}  {dataset}/{name}"
+
+
+def _why(status: dict) -> str:
+    process = status["process"]
+    if status["state"] != "running":
+        return status["why"]
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(process["since"]))
+    return f"process {process['pid']} on {process['host']} since {since}: lever {process['command']}"
+
+
+def _count(name: str, done: int, of: int | None) -> str:
+    return f"{name.upper()} {done}" + (f" of {of}" if of is not None else "") + " epochs"
+
+
+def _checkpoint_line(latest: dict | None) -> str:
+    return f"{Path(latest['path']).name}, {duration(latest['age'])} old" if latest else "none yet"
+
+
+def _time_line(status: dict) -> str:
+    each, left = status["epoch_time"], status["seconds_left"]
+    parts = [] if each is None else [f"{duration(each)} an epoch"]
+    if left and left < _FAR and status["state"] == "running":
+        parts.append(f"{duration(left)} of training left, until about {time.strftime('%H:%M', _at(left))}")
+    elif left:
+        parts.append(f"{duration(left)} of training left")
+    return ", ".join(parts)
+
+
+def _at(seconds: float) -> time.struct_time:
+    return time.localtime(time.time() + seconds)
+
+
+def _numbers(row: dict) -> str:
+    values = [f"{name} {row[name]:.4f}" for name in _SHOWN if isinstance(row.get(name), (int, float))]
+    return f"{row['phase'].upper()} {row['epoch']}: {', '.join(values)}" if values else ""
+
+
+def _rollouts_line(status: dict) -> str:
+    if status["rollouts"] is None:
+        return ""
+    there = status["rollouts"]["path"] if status["rollouts"]["exists"] else "not made yet"
+    return there + (f"; {status['answers']:,} answers in the cache" if status["answers"] is not None else "")
+
+
+def _gpu_line(gpu: dict) -> str:
+    known = gpu["used"] is not None and gpu["total"] is not None
+    memory = f"{gpu['used'] / 1024:.1f} of {gpu['total'] / 1024:.1f} GiB" if known else ""
+    busy = f"{gpu['utilization']} % busy" if gpu["utilization"] is not None else ""
+    return ", ".join(filter(None, [gpu["name"], memory, busy]))

@@ -1,0 +1,368 @@
+"""The Python API, `lever pick` and the example script: the picks of `lever infer`, for images of one's own."""
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import INFERENCE, RUN, SCRIPTS, clean_environment
+
+import lever_lm
+from lever_lm import retriever as module
+from lever_lm.beside import config_beside, results_beside
+from lever_lm.cli import app
+from lever_lm.config import asset_path
+from lever_lm.errors import LeverError, UsageError
+from lever_lm.lvlm.prompt import cut_answer
+from lever_lm.process import run as run_command
+from lever_lm.retriever import Pick, Retriever
+
+QUESTION = "What is the French word for this digit?"
+IMAGE = asset_path("asset:digits") / "val2014/COCO_val2014_000000000011.jpg"
+
+
+@pytest.fixture(scope="module")
+def home(trained_once, tmp_path_factory) -> Path:
+    """A folder in which `lever train` and `lever infer` were run."""
+    folder = tmp_path_factory.mktemp("retriever")
+    shutil.copytree(trained_once, folder, dirs_exist_ok=True)
+    assert run_command(app, ["infer", "--shots", "3", "--limit", "30", "--results", str(folder / "results")]) == 0
+    shutil.copy(IMAGE, folder / "x.jpg")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def retriever(home) -> Retriever:
+    return Retriever(home / RUN)
+
+
+def chosen(picks):
+    return [pick.example.question_id for pick in picks]
+
+
+# ---------------------------------------------------------------------- as documented
+
+
+def test_the_five_lines_of_the_docstring_run_as_they_are_written(home, monkeypatch):
+    lines = [line[4:] for line in module.__doc__.splitlines() if line.startswith("    ")]
+    assert len([line for line in lines if line.strip()]) <= 5
+    monkeypatch.chdir(home)
+    (home / RUN).rename(home / RUN.with_name("demo"))
+    try:
+        scope: dict = {}
+        exec("\n".join(lines), scope)
+        answer = scope["retriever"].answer("x.jpg", "Which number is written here?", scope["picks"])
+    finally:
+        (home / RUN.with_name("demo")).rename(home / RUN)
+    assert len(scope["picks"]) == 4
+    assert all(isinstance(pick, Pick) for pick in scope["picks"])
+    assert [turn["role"] for turn in scope["messages"]] == ["system", "user"]
+    assert isinstance(answer, str)
+
+
+def test_the_package_offers_it_and_imports_no_torch_before(tmp_path):
+    code = (
+        "import sys, lever_lm\nassert 'torch' not in sys.modules\nfrom lever_lm import Retriever, Pick, load_policy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=clean_environment(), check=True, timeout=60)
+    with pytest.raises(AttributeError, match="no attribute 'Retrieber'"):
+        _ = lever_lm.Retrieber
+
+
+# ---------------------------------------------------------------------- which picks
+
+
+def test_evaluation_queries_get_the_picks_and_probabilities_of_lever_infer(home, retriever):
+    (samples,) = (home / INFERENCE).rglob("samples_grpo_3shot.jsonl")
+    rows = [json.loads(line) for line in samples.read_text().splitlines()]
+    by_id = {query.question_id: query for query in retriever.pipeline.data.val_examples}
+    queries = [by_id[row["question_id"]] for row in rows]
+    picks = retriever.pick(queries, shots=3)
+    assert [chosen(one) for one in picks] == [row["icds"] for row in rows]
+    assert [[p.probability for p in one] for one in picks] == [row["probabilities"] for row in rows]
+    assert retriever.answer(queries, picks=picks) == [row["answer"] for row in rows]
+    assert len(rows) == 30
+
+
+def test_an_image_of_ones_own_gets_its_own_pool_the_same_each_time_whatever_its_name(retriever, tmp_path):
+    picks = retriever.pick(IMAGE, QUESTION, shots=4)
+    shutil.copy(IMAGE, tmp_path / "another.jpg")
+    assert retriever.pick(str(tmp_path / "another.jpg"), QUESTION, shots=4) == picks
+    assert len(set(chosen(picks))) == 4
+    assert all(0 < pick.probability <= 1 for pick in picks)
+    assert retriever.query(IMAGE, QUESTION).question_id != retriever.query(IMAGE, QUESTION + "?").question_id
+    both = retriever.pick([IMAGE, IMAGE], [QUESTION, QUESTION], shots=4)
+    assert [chosen(one) for one in both] == [chosen(picks)] * 2
+    assert retriever.pick([], []) == []
+
+
+def test_similarities_are_the_cosines_of_images_and_questions(retriever):
+    train = retriever.examples[7]
+    (first, *_), encoder = retriever.pick(IMAGE, QUESTION, shots=2), retriever._encoder
+    from lever_lm.data import open_image
+
+    image, other = encoder.images([open_image(str(IMAGE)), open_image(first.example.image)])
+    text, asked = encoder.texts([QUESTION, first.example.question])
+    assert first.image_similarity == pytest.approx(float(image @ other), abs=1e-5)
+    assert first.text_similarity == pytest.approx(float(text @ asked), abs=1e-5)
+    assert train.answer
+
+
+def test_the_image_of_a_training_example_is_never_shown_before_itself(retriever):
+    train = retriever.examples
+    image = train[0].image
+    twins = {e.question_id for e in train if e.image_id == train[0].image_id}
+    assert retriever.query(image, QUESTION).image_id == train[0].image_id
+    pool = min(60, len(train))
+    assert not twins & set(chosen(retriever.pick(image, train[0].question, shots=pool)))
+
+
+def test_a_file_that_changes_is_another_query(retriever, tmp_path):
+    path = tmp_path / "x.jpg"
+    shutil.copy(IMAGE, path)
+    before = retriever.query(path, QUESTION)
+    shutil.copy(IMAGE.with_name("COCO_val2014_000000000013.jpg"), path)
+    assert retriever.query(path, QUESTION).question_id != before.question_id
+
+
+# ---------------------------------------------------------------------- demonstrations of one's own
+
+
+def test_demonstrations_of_ones_own_are_the_pool(home, retriever):
+    shown = retriever.examples[:5]
+    triples = [(Path(e.image), e.question, f"answer {i}") for i, e in enumerate(shown)]
+    own = Retriever(home / RUN, examples=triples, results=home / "results")
+    picks = own.pick(IMAGE, QUESTION, shots=5)
+    assert sorted(pick.example.answer for pick in picks) == [f"answer {i}" for i in range(5)]
+    assert own.answer(IMAGE, QUESTION, picks[:2])
+    again = Retriever(home / RUN, examples=shown, results=home / "results").pick(IMAGE, QUESTION, shots=5)
+    assert [p.example.question for p in again] == [p.example.question for p in picks]
+    with pytest.raises(LeverError, match="cannot pick 6 shots from a pool of 5"):
+        own.pick(IMAGE, QUESTION, shots=6)
+    own_image = own.pick(shown[0].image, QUESTION, shots=1)[0]
+    assert Path(own_image.example.image) != Path(shown[0].image)
+
+
+def test_examples_that_are_none_are_refused(home):
+    for bad in (["x"], [(IMAGE, QUESTION)], [(IMAGE, QUESTION, 7)]):
+        with pytest.raises(ValueError, match="example 0: expected"):
+            Retriever(home / RUN, examples=bad)
+    with pytest.raises(LeverError, match=r"cannot read the image gone\.jpg"):
+        Retriever(home / RUN, examples=[("gone.jpg", QUESTION, "a")])
+    with pytest.raises(LeverError, match="no examples"):
+        Retriever(home / RUN, examples=[])
+
+
+# ---------------------------------------------------------------------- prompts
+
+
+def test_the_messages_are_what_the_model_is_asked(home, retriever):
+    """Through the library's own processor and `generate`, the messages give the answer that `answer` gives."""
+    from lever_lm.compat import import_transformers
+
+    transformers = import_transformers()
+    folder = str(asset_path("asset:tiny-qwen2.5-vl"))
+    processor = transformers.AutoProcessor.from_pretrained(folder)
+    model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    picks = retriever.pick(IMAGE, QUESTION, shots=2)
+    messages = retriever.prompt(IMAGE, QUESTION, picks)
+    inputs = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    written = model.generate(**inputs, max_new_tokens=5, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    answer = cut_answer(processor.batch_decode(written, skip_special_tokens=True)[0])
+    assert retriever.answer(IMAGE, QUESTION, picks) == answer
+    text = retriever.prompt(IMAGE, QUESTION, picks, form="text")
+    assert text == processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    places = [text.index(pick.example.question + " Short answer: " + pick.example.answer) for pick in picks]
+    assert places[0] > places[1], "the first pick stands nearest the query"
+
+
+def test_messages_for_a_server_hold_the_images_and_are_json(retriever):
+    picks = retriever.pick(IMAGE, QUESTION, shots=2)
+    messages = retriever.prompt(IMAGE, QUESTION, picks, form="openai")
+    assert json.loads(json.dumps(messages)) == messages
+    images = [part for part in messages[1]["content"] if part["type"] == "image_url"]
+    assert len(images) == 3
+    assert all(part["image_url"]["url"].startswith("data:image/png;base64,") for part in images)
+    assert retriever.prompt([IMAGE], [QUESTION], [picks], form="openai") == [messages]
+
+
+def test_arguments_that_do_not_fit_are_refused(retriever, tmp_path):
+    with pytest.raises(ValueError, match="2 images need a list"):
+        retriever.pick([IMAGE, IMAGE], QUESTION)
+    for question in (None, " ", b"why?", "half \ud800"):
+        with pytest.raises(UsageError, match=r"a question about .* is needed"):
+            retriever.pick(IMAGE, question)
+    with pytest.raises(ValueError, match="unknown form"):
+        retriever.prompt(IMAGE, QUESTION, form="html")
+    with pytest.raises(ValueError, match="brings its own question"):
+        retriever.pick(retriever.examples[0], "another?")
+    (tmp_path / "none.jpg").write_text("no image")
+    with pytest.raises(LeverError, match=r"cannot decode the image .*none\.jpg: it is none of JPEG"):
+        retriever.pick(tmp_path / "none.jpg", QUESTION)
+    with pytest.raises(LeverError, match="lower --shots"):
+        retriever.pick(IMAGE, QUESTION, shots=65)
+
+
+# ---------------------------------------------------------------------- which policy
+
+
+def test_a_run_and_its_checkpoint_are_found_with_the_config_beside_them(home, retriever):
+    assert retriever.checkpoint.parent == home / RUN
+    assert "best by val_reward" in retriever.why
+    assert retriever.pipeline.layout.features == home / "results/digits/cache/features_tiny-clip.safetensors"
+    named = Retriever(retriever.checkpoint, results=home / "results", sets=["rollout.pool_size=9", "seed=4"])
+    assert (named.config.rollout.pool_size, named.config.seed) == (9, 4)
+    assert named.config.sampler == retriever.config.sampler
+    assert len(named.pick(IMAGE, QUESTION, shots=9)) == 9
+
+
+def test_a_checkpoint_alone_does_not_say_what_it_needs(home, tmp_path):
+    shutil.copy(home / RUN / "grpo_epoch4.pt", tmp_path / "alone.pt")
+    assert results_beside(tmp_path / "alone.pt") == Path("results")
+    with pytest.raises(LeverError, match=r"alone\.pt names no dataset: say which \(dataset=NAME\)"):
+        Retriever(tmp_path / "alone.pt")
+    with pytest.raises(LeverError, match="by which CLIP it sees"):
+        Retriever(tmp_path / "alone.pt", examples=[(IMAGE, QUESTION, "a")])
+    told = Retriever(tmp_path / "alone.pt", dataset="digits", lvlm="tiny_qwen2.5_vl", results=home / "results")
+    assert len(told.pick(IMAGE, QUESTION)) == 4
+    with pytest.raises(UsageError, match="unknown dataset"):
+        Retriever(tmp_path / "alone.pt", dataset="digitz")
+    with pytest.raises(LeverError, match="no checkpoint gone: expected a run folder"):
+        Retriever("gone")
+
+
+def test_a_policy_from_elsewhere_finds_its_dataset_by_name_and_environment(monkeypatch, tmp_path):
+    values = {"data": {"name": "okvqa", "file_prefix": ""}, "features": {"encoder": "asset:tiny-clip"}}
+    monkeypatch.setenv("OKVQA_PATH", str(tmp_path))
+    config = config_beside(values, "theirs", None, None, [], own=False)
+    assert (config.data.name, config.data.okvqa_path, config.data.coco_path) == ("okvqa", str(tmp_path), "data/coco")
+    with pytest.raises(LeverError, match="theirs was trained on 'zoo', which is none of configs/dataset: say which"):
+        config_beside({**values, "data": {"name": "zoo"}}, "theirs", None, None, [], own=False)
+    assert config_beside({**values, "data": {"name": "zoo"}}, "theirs", None, None, [], own=True).data.name == "zoo"
+
+
+# ---------------------------------------------------------------------- lever pick
+
+
+@pytest.fixture
+def in_home(home, lever, monkeypatch):
+    monkeypatch.chdir(home)
+    return lever
+
+
+def test_pick_shows_what_is_shown_why_and_the_answer(in_home, retriever):
+    done = in_home("pick", "--image", "x.jpg", "--question", QUESTION, "--json", "--prompt", "--shots", "3")
+    assert done.status == 0, done.err
+    picks = retriever.pick(IMAGE, QUESTION, shots=3)
+    assert [icd["question_id"] for icd in done.json["icds"]] == chosen(picks)
+    assert [icd["probability"] for icd in done.json["icds"]] == [pick.probability for pick in picks]
+    assert done.json["answer"] == retriever.answer(IMAGE, QUESTION, picks)
+    assert done.json["query"] == {"question_id": None, "question": QUESTION, "image": "x.jpg"}
+    assert done.json["why"] == "best by val_reward"
+    assert done.json["checkpoint"] == f"{RUN}/{retriever.checkpoint.name}"
+    assert done.json["pool"] == {"size": 64, "sampler": "mix_sampler", "examples": len(retriever.examples)}
+    assert done.json["prompt"].count("<|image_pad|>") == 4
+    assert "references" not in done.json
+    shown = in_home("pick", "--image", "x.jpg", "--question", QUESTION, "--shots", "3", "--quiet").out
+    assert [line.split(".")[0].strip() for line in shown.splitlines()[1:4]] == ["1", "2", "3"]
+    assert shown.splitlines()[-1] == f"answer: {done.json['answer']}"
+
+
+def test_pick_alone_takes_the_first_evaluation_question_and_scores_the_answer(in_home, retriever):
+    done, first = in_home("pick", "--json"), retriever.pipeline.data.val_examples[0]
+    assert done.json["query"]["question_id"] == first.question_id
+    assert done.json["references"] == list(first.answers)
+    assert 0 <= done.json["accuracy"] <= 1
+    assert "the first of the evaluation split" in done.err
+    other = retriever.pipeline.data.val_examples[9]
+    done = in_home("pick", "--json", "--no-answer", "--example", other.question_id)
+    assert done.json["query"]["question"] == other.question
+    assert "answer" not in done.json
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (("--image", "x.jpg"), 2, "an --image with its --question"),
+        (("--question", "why?"), 2, "an --image with its --question"),
+        (("--image", "x.jpg", "--question", "why?", "--example", "1"), 2, "or --example"),
+        (("--example", "1"), 2, "is no question of the evaluation split of digits, which begins with"),
+        (("--image", "gone.jpg", "--question", "why?"), 1, "cannot read the image gone.jpg: No such file"),
+        (("--image", ".", "--question", "why?"), 1, "cannot read the image .: Is a directory"),
+        (("--image", "x.jpg", "--question", " "), 2, "a question about x.jpg is needed"),
+        (("--run-name", "none"), 1, "no run folder results/digits/model_cpk/none"),
+        (("--ckpt", "gone.pt"), 1, "no checkpoint gone.pt (from --ckpt)"),
+        (("--features", "query_img_icd_img"), 1, "pass the same --features"),
+    ],
+)
+def test_what_pick_cannot_do_is_one_message(in_home, words, status, said):
+    done = in_home("pick", *words)
+    assert done.status == status
+    assert said in done.err
+    assert done.err.count("lever: ") == 1
+
+
+def test_pick_takes_the_newest_run_that_fits_and_says_so(home, lever, tmp_path):
+    runs = tmp_path / RUN.parent
+    shutil.copytree(home / RUN, runs / "demo")
+    shutil.copytree(home / "results/digits/cache", tmp_path / "results/digits/cache")
+    (runs / "empty").mkdir()
+    shutil.copytree(home / RUN, runs / "other")
+    for name, age in (("demo", 10), ("other", 100)):
+        for file in (runs / name).glob("*_epoch*"):
+            os.utime(file, (1e9 - age, 1e9 - age))
+    done = lever("pick", "--json", "--no-answer")
+    assert done.status == 0, done.err
+    assert Path(done.json["checkpoint"]).parent.name == "demo"
+    assert done.json["why"] == f"best by val_reward, in the newest run: {RUN.name} has no checkpoint"
+    shutil.rmtree(tmp_path / "results")
+    nothing = lever("pick")
+    assert nothing.status == 1
+    assert "`lever demo`" in nothing.err
+    assert "`lever train`" in nothing.err
+
+
+def test_text_from_data_does_not_steer_the_terminal(in_home):
+    done = in_home("pick", "--image", "x.jpg", "--question", "red \x1b[31m?\nlever: all is well", "--no-answer")
+    assert done.status == 0
+    assert "\x1b" not in done.out
+    assert "\nlever: all is well" not in done.out
+
+
+# ---------------------------------------------------------------------- the script
+
+
+def test_the_example_script_picks_for_a_folder_of_images(home, tmp_path, retriever, script, monkeypatch, capsys):
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in (11, 13):
+        shutil.copy(IMAGE.with_name(f"COCO_val2014_{number:012d}.jpg"), images)
+    (images / "notes.txt").write_text("no image")
+    words = [str(images), QUESTION, "--policy", str(RUN), "--shots", "2", "--answer"]
+    monkeypatch.chdir(home)
+    monkeypatch.setattr(sys, "argv", ["pick_for_my_images.py", *words])
+    script("pick_for_my_images").main()
+    shown = capsys.readouterr().out
+    picks = retriever.pick(IMAGE, QUESTION, shots=2)
+    assert shown.startswith(f"{IMAGE.name}: {QUESTION} {retriever.answer(IMAGE, QUESTION, picks)}\n")
+    assert f"  {picks[0].probability:.3f}  {Path(picks[0].example.image).name}" in shown
+    assert shown.count(f"{QUESTION} ") >= 2
+    assert retriever.prompt(IMAGE, QUESTION, picks, form="text") in shown
+    (images / "examples.json").write_text(json.dumps([[IMAGE.name, "What is this?", "own"]]))
+    words = [str(images), QUESTION, "--policy", str(RUN), "--shots", "1", "--examples", str(images / "examples.json")]
+    monkeypatch.setattr(sys, "argv", ["pick_for_my_images.py", *words])
+    with pytest.raises(LeverError, match="no training example is left"):  # the one demonstration is the first image
+        script("pick_for_my_images").main()
+
+
+def test_the_example_script_is_short_and_documented():
+    text = (SCRIPTS / "pick_for_my_images.py").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 60
+    assert "python scripts/pick_for_my_images.py" in ast.get_docstring(ast.parse(text))

@@ -1,0 +1,346 @@
+"""Sharing: what `lever export` writes, that it loads to equal logits, strictly, and a card that the hub understands."""
+
+import itertools
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from helpers import INFERENCE, RUN, files_in
+from official import hub_cache
+from safetensors.torch import load_file, save_file
+
+from lever_lm import load_policy
+from lever_lm.card import markdown
+from lever_lm.checkpoint import read_checkpoint, save_torch, v3_content
+from lever_lm.config import Config, DataConfig, FeatureConfig, LvlmConfig, to_dict
+from lever_lm.decoder import VARIANTS
+from lever_lm.errors import LeverError, UsageError
+from lever_lm.exported import setting_of
+from lever_lm.policy import PointerSelector
+from lever_lm.sharing import export
+
+NAMES = {"model.safetensors", "config.json", "README.md"}
+EVERY = [
+    {**dict(zip(VARIANTS, values, strict=True)), "stop": stop}
+    for *values, stop in itertools.product(*VARIANTS.values(), (False, True))
+]
+
+
+def saved(path: Path, **shape) -> Path:
+    """A v3 file of a policy whose every weight is its own."""
+    torch.manual_seed(3)
+    policy = PointerSelector(**{"d_model": 6, "hidden_dim": 8, **shape})
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    content = v3_content(
+        policy, epoch=4, phase="grpo", kl_beta=0.1, metrics={}, config={"encoder": "clip@1", "seed": 5}
+    )
+    save_torch(path, content)
+    return path
+
+
+@pytest.fixture
+def shared(tmp_path) -> Path:
+    """An exported folder."""
+    export(saved(tmp_path / "grpo_epoch5.pt"), "named", tmp_path / "shared")
+    return tmp_path / "shared"
+
+
+def logits(policy: PointerSelector) -> torch.Tensor:
+    torch.manual_seed(1)
+    query, candidates = torch.randn(3, policy.d_model), torch.randn(3, 7, policy.d_model)
+    return policy.logits(query, candidates, torch.tensor([[0, 3, 4], [5, 1, -1], [2, 6, 0]]))
+
+
+def front_matter(folder: Path) -> dict:
+    _, front, _ = (folder / "README.md").read_text().split("---\n", 2)
+    return yaml.safe_load(front)
+
+
+def change(folder: Path, **values) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **values}))
+
+
+# ---------------------------------------------------------------------- there and back
+
+
+@pytest.mark.parametrize("variant", EVERY, ids=lambda v: "-".join(map(str, v.values())))
+def test_every_variant_comes_back_with_equal_logits(tmp_path, variant):
+    path = saved(tmp_path / "grpo_epoch5.pt", num_layers=2, num_heads=2, temperature=0.3, **variant)
+    export(path, "named", tmp_path / "shared")
+    before, after = load_policy(path), load_policy(tmp_path / "shared")
+    assert not after.training
+    assert after.shape == before.shape
+    assert torch.equal(logits(after), logits(before))
+
+
+def test_the_files_are_those_and_the_same_bytes_each_time(tmp_path, shared):
+    assert {path.name for path in shared.iterdir()} == NAMES
+    export(tmp_path / "grpo_epoch5.pt", "named", tmp_path / "again" / "shared")
+    for name in NAMES:
+        assert (shared / name).read_bytes() == (tmp_path / "again/shared" / name).read_bytes()
+    config = json.loads((shared / "config.json").read_text())
+    assert (config["format"], config["format_version"]) == ("lever_lm/policy", 1)
+    assert (config["phase"], config["epoch"], config["encoder"], config["seed"]) == ("grpo", 5, "clip@1", 5)
+    content = read_checkpoint(shared)
+    assert (content["phase"], content["epoch"]) == ("grpo", 4)
+
+
+def test_the_card_is_one_that_the_hubs_client_reads(trained, lever):
+    assert lever("infer", "--limit", "8", "--shots", "1,2", "--baselines").status == 0
+    done = lever("export", RUN, "shared policy", "--json", "--license", "mit")
+    assert done.status == 0, done.err
+    assert done.json["evaluated"] is True
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.load(trained / "shared policy" / "README.md", ignore_metadata_errors=False)
+    assert card.data.license == "mit"
+    assert card.data.library_name == "lever_lm"
+    assert card.data.datasets == ["digits"]
+    (metrics,) = (trained / INFERENCE).glob("*/metrics.json")
+    rows = [row for row in json.loads(metrics.read_text())["results"] if row["method"] == "grpo"]
+    assert [(r.metric_name, r.metric_value) for r in card.data.eval_results] == [
+        (f"VQA accuracy, {row['shots']} shot{'s' * (row['shots'] > 1)}", round(row["accuracy"], 4)) for row in rows
+    ]
+    for row in rows:
+        assert f"{row['accuracy']:.3f} [{row['ci'][0]:.3f}, {row['ci'][1]:.3f}]" in card.text
+    assert "VQA accuracy on 8 queries" in card.text
+    assert "CC BY 4.0" in card.text
+    assert "zero\\_shot" in card.text
+    assert json.loads((trained / "shared policy/config.json").read_text())["results"] == rows
+
+
+def test_the_cards_five_lines_run_as_they_are_written(trained, lever, monkeypatch):
+    assert lever("export", RUN, "shared").status == 0
+    text = (trained / "shared/README.md").read_text()
+    assert "This checkpoint was not evaluated" in text
+    (lines,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    from lever_lm.config import asset_path
+
+    shutil.copy(next((asset_path("asset:digits") / "val2014").glob("*.jpg")), trained / "x.jpg")
+    scope: dict = {}
+    exec(lines.replace("OWNER/NAME", "shared"), scope)
+    assert len(scope["picks"]) == 4
+    assert scope["retriever"].config.sampler.name == "mix_sampler"
+    done = lever("pick", "--ckpt", "shared", "--image", "x.jpg", "--question", "What is shown here?", "--json")
+    assert [icd["question_id"] for icd in done.json["icds"]] == [p.example.question_id for p in scope["picks"]]
+
+
+def test_infer_and_convert_take_the_folder(trained, lever):
+    assert lever("export", RUN, "out/shared", "--ckpt", "latest").status == 0
+    ours = lever("infer", "--ckpt", "latest", "--limit", "8", "--json")
+    theirs = lever("infer", "--ckpt", "out/shared", "--limit", "8", "--json")
+    assert theirs.status == 0, theirs.err
+    assert theirs.json["results"][0]["accuracy"] == ours.json["results"][0]["accuracy"]
+    assert theirs.json["folder"] == "results/digits/inference/out/shared"
+    assert lever("convert", "out/shared").status == 0
+    assert lever("convert", "out/shared", "--to", "v3").status == 0
+    want = logits(load_policy(RUN / "grpo_epoch4.pt"))
+    for made in ("shared_v2format.ckpt", "shared_v3format.pt"):
+        assert torch.equal(logits(load_policy(trained / made)), want)
+
+
+# ---------------------------------------------------------------------- a hub id
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Path:
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "home/hub"))
+    return tmp_path / "home"
+
+
+def test_a_hub_id_is_taken_from_the_hubs_cache(hub, shared, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    hub_cache(hub, "some.one/my-policy_1.0", "model", shared, left_out=("README.md", "more.safetensors"))
+    assert torch.equal(logits(load_policy("some.one/my-policy_1.0")), logits(load_policy(shared)))
+
+
+def test_a_hub_id_that_is_not_here_names_the_command_that_fetches_it(hub, shared, tmp_path, lever):
+    wanted = r"hf download some/one config\.json model\.safetensors"
+    with pytest.raises(LeverError, match=wanted):
+        load_policy("some/one")
+    hub_cache(hub, "some/one", "model", shared, left_out=("model.safetensors",))
+    with pytest.raises(LeverError, match=wanted):
+        load_policy("some/one")
+    done = lever("infer", "--ckpt", "some/one")
+    assert done.status == 1
+    assert done.err.count("lever: ") == 1
+    with pytest.raises(LeverError, match=r"cannot read the checkpoint some/one\.pt"):  # a file's name: no hub id
+        load_policy("some/one.pt")
+
+
+# ---------------------------------------------------------------------- strictly
+
+
+def test_weights_that_do_not_fit_are_refused(shared):
+    weights, good = shared / "model.safetensors", load_file(shared / "model.safetensors")
+    for bad, message in (
+        ({**good, "more": torch.zeros(1)}, "does not hold the weights"),
+        ({k: v for k, v in good.items() if k != "attn_norms.0.bias"}, "does not hold the weights"),
+        ({**good, "query_proj.weight": torch.zeros(9, 9)}, "'hidden_dim'=8, as its config says"),
+        ({**good, "attn_norms.0.bias": torch.full((8,), float("nan"))}, "NaN or infinite weights in attn_norms"),
+        ({**good, "attn_norms.0.bias": torch.zeros(8, dtype=torch.int8)}, "not the weights"),
+    ):
+        save_file(bad, weights)
+        with pytest.raises(LeverError, match=message):
+            load_policy(shared)
+    weights.write_bytes((1 << 40).to_bytes(8, "little") + b"{}")
+    with pytest.raises(LeverError, match=r"cannot read the weights .*model\.safetensors"):
+        load_policy(shared)
+    save_torch(weights, {"weights": torch.zeros(3)})  # a pickle
+    with pytest.raises(LeverError, match="cannot read the weights"):
+        load_policy(shared)
+    weights.unlink()
+    with pytest.raises(LeverError, match="No such file"):
+        load_policy(shared)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"policy": {"d_model": 6, "hidden_dim": 1 << 40}}, "does not hold the weights"),
+        ({"policy": {"d_model": 6, "hidden_dim": 8, "num_layers": 1 << 40}}, "does not hold the weights"),
+        ({"policy": {"d_model": 6, "hidden_dim": 8, "script": "x"}}, "does not hold the weights"),
+        ({"policy": None}, "does not say the policy's shape"),
+        ({"format_version": 2}, "version 2, this lever_lm reads 1: install the lever_lm"),
+        ({"format": "transformers"}, "is of something else"),
+        ({"auto_map": {"AutoModel": "x.py"}}, "holds a key 'auto_map'"),
+    ],
+)
+def test_a_config_that_lies_is_refused(shared, values, message):
+    change(shared, **values)
+    with pytest.raises(LeverError, match=message):
+        load_policy(shared)
+
+
+def test_folders_of_something_else_are_refused(tmp_path, shared):
+    for content in ("", "[]", "{", '{"architectures": ["CLIPModel"]}', '{"format": "lever_lm/policy"' * 9):
+        (shared / "config.json").write_text(content)
+        with pytest.raises(LeverError, match=r"config\.json"):
+            load_policy(shared)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(LeverError, match=r"cannot read the checkpoint .*empty: .*lever export"):
+        load_policy(tmp_path / "empty")
+
+
+def test_a_strangers_setting_names_no_server_and_no_file_here(trained, lever):
+    """What is shared is used with keys of a short list: a stranger's folder cannot have images sent anywhere."""
+    from lever_lm.retriever import Retriever
+
+    assert lever("export", RUN, "shared").status == 0
+    setting = json.loads((trained / "shared/config.json").read_text())["setting"]
+    setting["lvlm"] |= {"server": "http://stranger.example/v1"}
+    setting["data"] |= {"allow_remote": True, "coco_path": "/etc"}
+    change(trained / "shared", setting={**setting, "device": "cuda:9"})
+    config = Retriever("shared").config
+    assert (config.lvlm.server, config.data.allow_remote, config.device) == ("", False, "auto")
+    assert config.data.coco_path == "asset:digits"
+    setting["prompt"] = {"template": "no question"}
+    change(trained / "shared", setting=setting)
+    with pytest.raises(UsageError, match=r"prompt\.template"):
+        Retriever("shared")
+
+
+# ---------------------------------------------------------------------- what is not told
+
+
+def test_paths_of_this_machine_are_not_shared(tmp_path):
+    (tmp_path / "clip-of-mine").mkdir()
+    config = Config(
+        data=DataConfig(name="okvqa", okvqa_path="/home/me/okvqa", coco_path="hub:some/images", train_path=""),
+        features=FeatureConfig(encoder=str(tmp_path / "clip-of-mine")),
+        lvlm=LvlmConfig(path="Qwen/Qwen2.5-VL-3B-Instruct", server="http://me:8000/v1"),
+    )
+    setting = setting_of(to_dict(config))
+    assert setting["data"] == {"name": "okvqa", "coco_path": "hub:some/images", "train_path": "", "file_prefix": ""}
+    assert setting["features"]["encoder"] == "clip-of-mine"
+    assert setting["lvlm"]["path"] == "Qwen/Qwen2.5-VL-3B-Instruct"
+    assert "server" not in setting["lvlm"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
+    export(saved(tmp_path / "grpo_epoch5.pt"), "named", tmp_path / "shared")
+    for name in ("config.json", "README.md"):
+        assert str(tmp_path) not in (tmp_path / "shared" / name).read_text()
+    assert front_matter(tmp_path / "shared")["base_model"] == ["Qwen/Qwen2.5-VL-3B-Instruct"]
+    assert "see the dataset's own terms" in (tmp_path / "shared/README.md").read_text()
+
+
+def test_a_checkpoint_of_unknown_origin_claims_no_dataset(tmp_path):
+    golden = Path(__file__).parent / "data/checkpoints/rce_epoch2_plain_L1.pt"
+    export(golden, "named", tmp_path / "shared")
+    config = json.loads((tmp_path / "shared/config.json").read_text())
+    assert {"encoder", "dataset"}.isdisjoint(config)
+    assert config["setting"] == {}
+    assert "datasets" not in front_matter(tmp_path / "shared")
+    text = (tmp_path / "shared/README.md").read_text()
+    assert "Not recorded" in text
+    assert not re.search("digits|learning rate|tiny-clip|Qwen", text)
+    assert torch.equal(logits(load_policy(tmp_path / "shared")), logits(load_policy(golden)))
+
+
+def test_a_run_on_features_of_ones_own_claims_no_dataset_either(tmp_path):
+    shutil.copy(Path(__file__).parent / "data/checkpoints/rce_epoch2_plain_L1.pt", tmp_path / "rce_epoch2.pt")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(Config())))
+    export(tmp_path / "rce_epoch2.pt", "named", tmp_path / "shared")
+    config = json.loads((tmp_path / "shared/config.json").read_text())
+    assert {"data", "features"}.isdisjoint(config["setting"])
+    assert config["setting"]["rollout"] == {"pool_size": 64}
+    text = (tmp_path / "shared/README.md").read_text()
+    assert "Not recorded" in text
+    assert "learning rate" in text
+    assert "digits" not in text
+
+
+def test_a_folder_whose_name_is_markup_makes_a_sound_card(tmp_path):
+    name = "a_b `c` <img src=x> | --- [d](e)\n---\nlicense: mine: *f*"
+    export(saved(tmp_path / "grpo_epoch5.pt"), "n|a\n# m", tmp_path / name)
+    text = (tmp_path / name / "README.md").read_text()
+    assert front_matter(tmp_path / name)["license"] == "apache-2.0"
+    assert "<img" not in text.replace("\\<img", "")
+    assert "\n# m" not in text
+    assert markdown("a|b\n*c*") == "a\\|b\\\\n\\*c\\*"
+
+
+# ---------------------------------------------------------------------- where to
+
+
+def test_what_is_there_is_not_overwritten_unasked(trained, lever):
+    (trained / "own").mkdir()
+    (trained / "own/config.json").write_text('{"architectures": []}')
+    before = files_in(trained / "own")
+    done = lever("export", RUN, "own")
+    assert (done.status, files_in(trained / "own")) == (1, before)
+    assert "holds no earlier export: choose another DIR, or write into it with --overwrite" in done.err
+    assert lever("export", RUN, "own", "--overwrite").status == 0
+    (trained / "own/.gitattributes").write_text("*.safetensors filter=lfs\n")
+    assert lever("export", RUN, "own", "--ckpt", "latest").status == 0, "an earlier export is replaced"
+    assert (trained / "own/.gitattributes").is_file()
+    (trained / "own/config.json").unlink()  # as an export that was killed leaves it
+    with pytest.raises(LeverError, match="of a policy"):
+        load_policy(trained / "own")
+    assert lever("export", RUN, "own").status == 0
+    load_policy(trained / "own")
+
+
+def test_arguments_of_export(trained, lever):
+    assert lever("export", "alone").status == 0
+    assert {path.name for path in (trained / "alone").iterdir()} == NAMES
+    for words, status, said in (
+        ((), 2, "takes [RUN_DIR] DIR"),
+        (("a", "b", "c"), 2, "takes [RUN_DIR] DIR"),
+        (("gone", "out"), 1, "no run folder gone"),
+        ((RUN, RUN / "config.yaml"), 1, "is a file: choose another DIR"),
+        ((RUN, "out", "--license", "do: what\nyou want"), 2, "--license takes a name"),
+        ((RUN, "out", "--ckpt", "alone"), 1, "is an exported policy already"),
+    ):
+        done = lever("export", *words)
+        assert (done.status, done.err.count("lever: ")) == (status, 1)
+        assert said in done.err
+    assert not (trained / "out").exists()

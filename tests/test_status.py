@@ -1,0 +1,264 @@
+"""`lever status`: what it says of a run at work, killed, finished, not begun, of Lever-Plus's making, of a broken one;
+and that it changes nothing there."""
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers import RUN, SMALL, clean_environment, files_in
+
+from lever_lm import status as status_module
+from lever_lm.journal import table_header, table_row
+from lever_lm.locks import alone, seen
+from lever_lm.runs import LOCK, RunFolder
+from lever_lm.status import gpus
+
+KEYS = {"run", "state", "phase", "epoch", "epochs", "checkpoint", "seconds_left", "metrics", "best", "answers", "gpus"}
+
+
+def rows_of(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def at_work(warm):
+    """A `lever train` of very many epochs in a process of its own, some GRPO epochs on its way."""
+    command = [sys.executable, "-m", "lever_lm", "train", *SMALL[:4], "--grpo-epochs", "5000"]
+    process = subprocess.Popen(command, cwd=warm, env=clean_environment(), stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (warm / RUN / "grpo_epoch5.pt").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    yield process
+    process.kill()
+    process.wait()
+
+
+# ---------------------------------------------------------------------- states
+
+
+def test_a_run_at_work_and_after_it_was_killed(at_work, lever, tmp_path):
+    first = lever("status", "--json")
+    assert first.status == 0, first.err
+    found = first.json
+    assert found.keys() >= KEYS
+    assert (found["state"], found["phase"], found["epochs"]) == ("running", "grpo", 5000)
+    assert found["process"]["pid"] == at_work.pid
+    assert found["process"]["since"] == pytest.approx(time.time(), abs=120)
+    assert found["phases"]["rce"] == {"done": 2, "of": 2}
+    assert found["seconds_left"] == pytest.approx((5000 - found["epoch"]) * found["epoch_time"])
+    assert found["answers"] > 100
+    assert found["command"] is None
+    second = lever("status", RUN)
+    assert second.out.splitlines()[0] == f"{RUN}: running"
+    assert f"process {at_work.pid} on " in second.out
+    assert "of training left, until about" in second.out
+    assert at_work.poll() is None, "it goes on"
+
+    at_work.send_signal(signal.SIGKILL)
+    at_work.wait()
+    before = files_in(tmp_path)
+    found = lever("status", "--json").json
+    assert (found["state"], found["epochs"]) == ("killed", 5000)
+    assert found["epoch"] == max(row["epoch"] for row in rows_of(tmp_path / RUN) if row["phase"] == "grpo") > 5
+    assert f"process {at_work.pid}" in found["why"]
+    assert found["command"] == f"lever train {' '.join(SMALL[:4])} --grpo-epochs 5000"
+    spoken = lever("status", "--quiet").out
+    assert f"  go on with  {found['command']}\n" in spoken
+    assert files_in(tmp_path) == before, "nothing was touched"
+
+
+def test_a_finished_run_and_one_that_is_to_go_on(trained, lever):
+    before = files_in(trained)
+    found = lever("status", "--json").json
+    rows = rows_of(trained / RUN)
+    assert (found["state"], found["phase"], found["epoch"], found["epochs"]) == ("finished", "done", 4, 4)
+    assert found["metrics"] == rows[-1]
+    grpo = [row for row in rows if row["phase"] == "grpo"]
+    best = max(grpo, key=lambda row: row["val_reward"])
+    assert found["best"]["val_reward"] == {"phase": "grpo", "epoch": best["epoch"], "value": best["val_reward"]}
+    assert found["checkpoint"]["path"] == str(RUN / "grpo_epoch4.pt")
+    assert found["rollouts"]["exists"]
+    assert found["bytes"] == sum(size for name, (size, _) in before.items() if name.startswith(str(RUN)))
+    assert found["seconds_left"] == 0
+    assert found["notes"] == []
+    assert files_in(trained) == before
+    config = trained / RUN / "config.yaml"
+    config.write_text(config.read_text().replace("  epochs: 4\n", "  epochs: 9\n"))
+    (trained / RUN / "env.json").unlink()
+    more = lever("status", RUN, "--json").json
+    assert (more["state"], more["phase"], more["epoch"], more["epochs"]) == ("killed", "grpo", 4, 9)
+    assert more["seconds_left"] == pytest.approx(5 * more["epoch_time"])
+    assert more["command"] == f"lever train --config {RUN}/config.yaml --results {trained}/results"
+    gone_on = lever(*more["command"].split()[1:], "--json")
+    assert gone_on.status == 0, gone_on.err
+    assert lever("status", "--json").json["state"] == "finished"
+
+
+def test_a_run_that_stopped_early_is_finished(trained, lever):
+    run = trained / RUN
+    config = (run / "config.yaml").read_text().replace("  epochs: 4\n", "  epochs: 9\n")
+    (run / "config.yaml").write_text(config.replace("patience: 0", "patience: 2"))
+    rows = rows_of(run)
+    for row in rows:
+        row["val_reward"] = 2.0 if (row["phase"], row["epoch"]) == ("grpo", 2) else 1.0
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert lever("status", "--json").json["state"] == "finished"
+
+
+def test_nothing_was_begun_and_there_is_nothing(lever, tmp_path):
+    (tmp_path / "empty").mkdir()
+    found = lever("status", "empty", "--json")
+    assert (found.status, found.json["state"], found.json["epoch"]) == (0, "not begun", 0)
+    for arguments, words in [
+        (["nowhere"], "no run folder nowhere"),
+        ([], str(RUN)),
+        (["--all"], "no run below results"),
+    ]:
+        refused = lever("status", *arguments, "--json")
+        assert (refused.status, refused.out) == (1, "")
+        assert words in refused.err
+        assert "lever train" in refused.err
+    (tmp_path / "file").write_text("x")
+    assert "is a file" in lever("status", "file").err
+
+
+def test_a_run_killed_before_its_first_epoch_says_what_goes_on(lever, tmp_path):
+    (tmp_path / RUN).mkdir(parents=True)
+    left = {"pid": 2**22 + 5, "host": "elsewhere", "command": "train --limit 24"}
+    (tmp_path / RUN / LOCK).write_text(json.dumps(left))
+    found = lever("status", "--json").json
+    assert (found["state"], found["phase"], found["command"]) == ("killed", "rollouts", "lever train --limit 24")
+
+
+def test_a_folder_of_lever_plus_is_read_by_its_checkpoints_or_its_log(lever, tmp_path):
+    run = tmp_path / "v3_RandSampler_Qwen2_5-VL-3B-Instruct"
+    run.mkdir()
+    for name in ("rce_epoch5.pt", "grpo_epoch1.pt", "grpo_epoch23.pt", "grpo_epoch9_v2format.ckpt", "notes.txt"):
+        (run / name).write_bytes(b"no checkpoint that could be loaded")
+    found = lever("status", run, "--json").json
+    assert (found["state"], found["epoch"], found["epochs"]) == ("unknown", 23, None)
+    assert Path(found["checkpoint"]["path"]).name == "grpo_epoch23.pt"
+    assert found["checkpoint"]["age"] < 60
+    row = {"phase": "grpo", "epoch": 23, "train_loss": 0.1, "val_loss": 0.5, "ppo_loss": 0.1, "kl": 0.05}
+    row |= {"adv_std": 0.5, "adv_max": 1.0, "beta": 0.1}
+    (run / "train.log").write_text("\n".join([*table_header("grpo"), table_row(row), ""]), encoding="utf-8")
+    found = lever("status", run, "--json").json
+    assert (found["epoch"], found["metrics"]["kl"], found["best"]["val_loss"]["epoch"]) == (23, 0.05, 23)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml", "env.json", LOCK])
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff\xfe\x00{", b"[1, 2", b'{"pid": {}, "epoch": "x", "\x1b[2J": [[[', None]
+)
+def test_a_broken_file_is_said_and_the_rest_is_told(trained, lever, name, content):
+    path = trained / RUN / name
+    path.unlink(missing_ok=True)
+    path.mkdir() if content is None else path.write_bytes(content)
+    done = lever("status")
+    assert done.status == 0, done.err
+    assert "grpo_epoch4.pt" in done.out
+    assert "defect" not in done.err
+    assert "\x1b" not in done.out
+    if content and name in ("metrics.jsonl", "config.yaml"):
+        assert done.out.count("\n  note ") == 1
+
+
+def test_a_row_that_is_being_written_is_not_read_yet(trained, lever):
+    metrics = trained / RUN / "metrics.jsonl"
+    metrics.write_text(metrics.read_text() + '{"phase": "grpo", "epoch": 5, "tra')
+    dead = lever("status", "--json").json
+    assert dead["epoch"] == 4
+    assert "cut short" in dead["notes"][0]
+    with RunFolder(trained / RUN).alone(lambda text: None):
+        assert lever("status", "--json").json["notes"] == []
+
+
+def test_every_run_below_results_has_a_line(trained, lever):
+    shutil.copytree(trained / RUN, trained / "results/okvqa/model_cpk/v3_Other")
+    done = lever("status", "--all")
+    assert [line.split()[0] for line in done.out.splitlines()] == ["finished", "finished"]
+    assert [line.split()[-1] for line in done.out.splitlines()] == [f"digits/{RUN.name}", "okvqa/v3_Other"]
+    assert [run["state"] for run in lever("status", "--all", "--json").json["runs"]] == ["finished", "finished"]
+
+
+# ---------------------------------------------------------------------- how it looks
+
+
+def test_looking_at_a_lock_neither_takes_nor_drops_it(tmp_path):
+    path, take = (
+        tmp_path / "lock",
+        "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'r+'), fcntl.LOCK_EX | fcntl.LOCK_NB)",
+    )
+
+    def others_can_take_it() -> bool:
+        return subprocess.run([sys.executable, "-c", take, path], capture_output=True, check=False).returncode == 0
+
+    with alone(path, "it", "wait"):
+        assert seen(path) == (
+            {"pid": os.getpid(), "host": os.uname().nodename, "command": seen(path)[0]["command"]},
+            True,
+        )
+        assert not others_can_take_it()
+    path.write_text('{"pid": 1, "host": "h", "command": "train"}')
+    assert seen(path) == ({"pid": 1, "host": "h", "command": "train"}, False)
+    code = f"from lever_lm.locks import seen; from pathlib import Path; print(seen(Path({str(path)!r}))[1])"
+    with open(path, "r+") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        looked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert looked.stdout == "True\n"
+        assert not others_can_take_it()
+    assert others_can_take_it()
+
+
+def test_gpus_are_those_that_nvidia_smi_names(tmp_path, monkeypatch):
+    stub = tmp_path / "nvidia-smi"
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    stub.write_text("#!/bin/sh\necho 'NVIDIA H200, 12288, 143771, 97'\necho 'odd, name, [N/A], 5, [N/A]'\n")
+    stub.chmod(0o755)
+    first, second = gpus()
+    assert first == {"name": "NVIDIA H200", "used": 12288, "total": 143771, "utilization": 97}
+    assert second == {"name": "odd, name", "used": None, "total": 5, "utilization": None}
+    monkeypatch.setattr(status_module, "_PATIENCE", 0.2)
+    for script in ("exit 9", "exec sleep 60"):
+        stub.write_text(f"#!/bin/sh\n{script}\n")
+        assert gpus() == []
+    monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
+    assert gpus() == []
+
+
+def test_it_loads_neither_torch_nor_numpy(trained):
+    code = (
+        "import sys\nfrom lever_lm.cli import app\nfrom lever_lm.process import run\n"
+        f"run(app, ['status', {str(RUN)!r}])\nrun(app, ['status'])\n"
+        "sys.exit(', '.join(sorted({'torch', 'numpy', 'transformers'} & set(sys.modules))) or 0)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=trained, env=clean_environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(": finished") == 2
+
+
+def test_a_metric_that_is_not_finite_hinders_nothing(trained, lever):
+    metrics = trained / RUN / "metrics.jsonl"
+    row = {**rows_of(trained / RUN)[-1], "val_reward": float("nan"), "val_loss": float("-inf"), "epoch_time": 1e308}
+    last = [json.dumps(row | {"epoch": epoch}) + "\n" for epoch in (5, 6)]
+    metrics.write_text(metrics.read_text() + "".join(last))
+    config = trained / RUN / "config.yaml"
+    config.write_text(config.read_text().replace("  epochs: 4\n", "  epochs: 9\n"))
+    with RunFolder(trained / RUN).alone(lambda text: None):
+        done = lever("status")
+    assert done.status == 0, done.err
+    assert "val_loss -inf" in done.out
+    found = lever("status", "--json").json
+    assert (found["epoch"], found["metrics"]["val_reward"]) == (6, None)
+    assert found["best"]["val_reward"]["epoch"] <= 4
