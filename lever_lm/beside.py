@@ -8,7 +8,7 @@ from lever_lm.checkpoint import own_config, read_checkpoint
 from lever_lm.config import Config
 from lever_lm.errors import LeverError
 from lever_lm.exported import is_exported, policy_folder, setting_of
-from lever_lm.inference import find_checkpoint
+from lever_lm.finding import find_checkpoint
 from lever_lm.runs import RunFolder
 from lever_lm.settings import build, configs_root, environment_values, merge, named_yaml, parse_set, read_yaml
 from lever_lm.untrusted import one_line

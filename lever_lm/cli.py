@@ -81,11 +81,12 @@ def demo(
     pipeline = make_pipeline(common, training_flags(rce_epochs, grpo_epochs, keep))
     if planned(common, pipeline, "demo", answers=1 + 7 * len(numbers)):
         return
+    from lever_lm.evaluating import demo as run_demo
     from lever_lm.tables import show_results
 
     refuse_resuming(common, pipeline)
     pipeline.detect_anomaly, pipeline.tracker = detect_anomaly, tracker
-    result = pipeline.demo(numbers, overwrite=common.overwrite)
+    result = run_demo(pipeline, numbers, overwrite=common.overwrite)
     show_results(pipeline.screen, result["table"], result["tests"])
     pipeline.screen.say(f"report: {result['report']}")
     emit(common, result)
@@ -209,12 +210,13 @@ def infer(
     pipeline = make_pipeline(common, {"infer": {"okvqa_stem": True}} if okvqa_stem else {})
     if planned(common, pipeline, "infer", answers=len(numbers) + baselines * (1 + 5 * len(numbers))):
         return
+    from lever_lm import evaluating
     from lever_lm.tables import show_results
 
     if icds is not None:
-        result = pipeline.infer_icds(icds, numbers, baselines=baselines)
+        result = evaluating.infer_icds(pipeline, icds, numbers, baselines=baselines)
     else:
-        result = pipeline.infer(numbers, ckpt=ckpt, baselines=baselines)
+        result = evaluating.infer(pipeline, numbers, ckpt=ckpt, baselines=baselines)
     show_results(pipeline.screen, result["results"], result["tests"], stemmed=result["okvqa_stem"])
     emit(common, result)
 
@@ -303,7 +305,7 @@ def export(
     pipeline = make_pipeline(common, run_dir=where[0] if len(where) == 2 else None)
     if planned(common, pipeline):
         return
-    from lever_lm.inference import find_checkpoint
+    from lever_lm.finding import find_checkpoint
     from lever_lm.sharing import export as write
 
     path, why = find_checkpoint(pipeline.run, ckpt, dict(os.environ))
@@ -351,7 +353,9 @@ def report(
         raise UsageError(f"{len(others) + 1} run folders make one page only with --compare")
     pipeline = make_pipeline(common, run_dir=first, as_trained=True)
     if not planned(common, pipeline):
-        result = pipeline.report(others, output, png)
+        from lever_lm.evaluating import report as make_report
+
+        result = make_report(pipeline, others, output, png)
         pipeline.screen.say(f"report: {result['report']}")
         for figure in result.get("figures", ()):
             pipeline.screen.say(f"figure: {figure}")

@@ -4,8 +4,6 @@ A choice is a list of training rows per query in pick order, best first; the pro
 """
 
 import json
-import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,22 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lever_lm.checkpoint import load_policy, own_config, read_checkpoint
 from lever_lm.config import Config
 from lever_lm.data import Example, VqaData
 from lever_lm.errors import LeverError
-from lever_lm.exported import is_exported, policy_folder
-from lever_lm.features import Embeddings, Features, encoder_fingerprint, same_encoder
+from lever_lm.features import Embeddings, Features
 from lever_lm.files import write_json, write_text
 from lever_lm.lvlm import CachedLvlm, build_prompt
 from lever_lm.metrics import vqa_accuracy
 from lever_lm.policy import PointerSelector
-from lever_lm.runs import RunFolder, v2_name
 from lever_lm.samplers import allowed, nearest, query_rng, sample_pools, similarity_rows
-from lever_lm.selection import STRATEGIES, best_row, read_best, read_history
 from lever_lm.stats import bootstrap_interval, paired_test
 from lever_lm.stems import Stems, learn_stems
-from lever_lm.untrusted import one_line, read_json
+from lever_lm.untrusted import read_json
 
 BASELINES = ("zero_shot", "random", "text_sim", "img_sim", "img_text_sim", "oracle")
 _SIMILARITY_PARTS = {
@@ -286,82 +280,3 @@ def compare(ours: Outcome, others: list[Outcome]) -> list[dict]:
         {"method": ours.method, "against": other.method, "shots": ours.shots, **paired_test(ours.scores, other.scores)}
         for other in same
     ]
-
-
-# ---------------------------------------------------------------------- checkpoints
-
-
-def find_checkpoint(run: RunFolder, wanted: str | None, environ: dict) -> tuple[Path, str]:
-    """Which checkpoint to infer with, and why: `wanted` (a path, a hub id, best or latest), then
-    LEVER_LM_CHECKPOINT_PATH, then the run's best.json, then the best by val_reward where it was logged, else by
-    val_loss."""
-    from_environment = environ.get("LEVER_LM_CHECKPOINT_PATH", "").strip()
-    if wanted and wanted not in ("best", "latest"):
-        if os.path.isdir(wanted) and not is_exported(Path(wanted)):
-            path, why = find_checkpoint(RunFolder(wanted), None, {})
-            return path, f"{why}, of the run named by --ckpt"
-        return _existing(Path(wanted), "--ckpt"), "named by --ckpt"
-    if not wanted and from_environment:
-        return _existing(Path(from_environment), "LEVER_LM_CHECKPOINT_PATH"), "named by LEVER_LM_CHECKPOINT_PATH"
-    if wanted == "latest":
-        return latest_checkpoint(run), "the latest of the run"
-    gone = ""
-    if run.best.is_file():
-        answer = read_best(run)
-        path = run.path / Path(answer["checkpoint"]).name  # the folder may have been moved since
-        path = next((file for file in (path, v2_name(path)) if file.is_file()), path)
-        if path.is_file():
-            chosen_among, now = answer.get("rows"), sum(row["phase"] == answer.get("phase") for row in run.rows())
-            stale = isinstance(chosen_among, int) and chosen_among < now
-            more = f", chosen when {chosen_among} of {now} epochs were there: `lever best-ckpt` again" if stale else ""
-            return path, f"best.json of the run, strategy {answer['strategy']}{more}"
-        gone = f"; {run.best.name} names {one_line(path.name)}, which is gone: `lever best-ckpt` chooses again"
-    history = read_history(run, None)
-    strategy = "val_reward" if any("val_reward" in row for row in history.rows) else "val_loss"
-    row = best_row(history.rows, STRATEGIES[strategy])
-    if row is None:
-        raise LeverError(f"no epoch of {run.path} has a finite {strategy}; name one: --ckpt PATH")
-    path = run.checkpoint(history.phase, row["epoch"])
-    return _existing(path if path.is_file() else v2_name(path), run.path), f"best by {strategy}{gone}"
-
-
-def latest_checkpoint(run: RunFolder) -> Path:
-    """The last epoch of the last phase in a run folder, its v2 file where there is no other. Raises LeverError when
-    there is none."""
-    for phase in ("grpo", "rce"):
-        names = {
-            match[0]: (int(match[1]), not match[2])
-            for path in run.path.glob(f"{phase}_epoch*")
-            if (match := re.fullmatch(rf"{phase}_epoch(\d+)(?:\.pt|(_v2format)\.ckpt)", path.name))
-        }
-        if names:
-            return run.path / max(names, key=names.__getitem__)
-    raise LeverError(f"no checkpoint in {run.path}: train first (`lever train`), or name one with --ckpt PATH")
-
-
-def _existing(path: Path, named_by) -> Path:
-    if path.is_file() or policy_folder(path) is not None:
-        return path
-    unconverted = path.with_name(path.name.removesuffix("_v2format.ckpt") + ".pt")
-    mend = "check the path, or train first (`lever train`)"
-    if path.name.endswith("_v2format.ckpt") and unconverted.is_file():
-        mend = f"convert it first: `lever convert {unconverted}`"
-    raise LeverError(f"no checkpoint {path} (from {named_by}): {mend}")
-
-
-def load_for(path: Path, config: Config) -> PointerSelector:
-    """The policy of a checkpoint, if it was made for the features of this config. Raises LeverError otherwise."""
-    policy = load_policy(path, config.policy.num_heads)
-    own = own_config(read_checkpoint(path))
-    made_for = {
-        "encoder": (encoder_fingerprint(config.features.encoder), same_encoder),
-        "features": (config.features.name, str.__eq__),
-    }
-    for key, (here, same) in made_for.items():
-        there = own.get(key)
-        if there is not None and not same(str(there), here):
-            raise LeverError(
-                f"{path} was trained on the {key} {there!r} and would be given {here!r}: pass the same --features and "
-                "--dataset (features.encoder) as in training"
-            )
-    return policy

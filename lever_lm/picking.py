@@ -8,7 +8,7 @@ from pathlib import Path
 from lever_lm.console import Screen
 from lever_lm.data import Example
 from lever_lm.errors import LeverError, UsageError
-from lever_lm.inference import find_checkpoint, latest_checkpoint, load_for
+from lever_lm.finding import find_checkpoint, latest_checkpoint, load_for
 from lever_lm.metrics import vqa_accuracy
 from lever_lm.pipeline import Pipeline
 from lever_lm.retriever import Pick, Retriever

@@ -1,9 +1,8 @@
-"""Which stages a command needs, what is already there, and in what order: data → features → rollouts → training →
-selection → conversion → inference → report."""
+"""Which stages a training needs, what is already there, and in what order: data → features → rollouts → training →
+selection → conversion. evaluating.py goes on from there."""
 
 import contextlib
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -13,30 +12,28 @@ from torch import Tensor
 
 from lever_lm.anomaly import detecting
 from lever_lm.batches import GroupTensors, to_tensors
-from lever_lm.checkpoint import policy_digest, read_checkpoint, save_torch, to_v2, to_v3
+from lever_lm.checkpoint import read_checkpoint, save_torch, to_v2, to_v3
 from lever_lm.compat import check_device_name, resolve_device
-from lever_lm.config import Config, fingerprint
+from lever_lm.config import Config
 from lever_lm.console import Screen
 from lever_lm.data import VqaData, load_dataset
 from lever_lm.data.groups import check_reward_mode, is_query, load_groups, read_rollouts, split_ids
 from lever_lm.digests import DIGESTS
 from lever_lm.doctor import ALL, examine, require
 from lever_lm.errors import LeverError, UsageError
-from lever_lm.features import Features, compute_features, encoder_fingerprint, read_embeddings
+from lever_lm.features import Features, compute_features, read_embeddings
 from lever_lm.files import file_digest
+from lever_lm.finding import find_checkpoint
 from lever_lm.hub import fetch_model
-from lever_lm.icds import read_icds
-from lever_lm.inference import BASELINES, Evaluation, compare, find_checkpoint, load_for
+from lever_lm.inference import Evaluation
 from lever_lm.journal import Journal
 from lever_lm.locks import alone
 from lever_lm.lvlm import CachedLvlm, load_lvlm
-from lever_lm.plots import check_plots, write_plots
 from lever_lm.proposals import new_policy
-from lever_lm.provenance import command_line, environment, own_files, record, verdict
 from lever_lm.provenance import compare as compare_runs
-from lever_lm.report import Evaluated, last_evaluation, write_report
+from lever_lm.provenance import environment, own_files, record, verdict
 from lever_lm.rollouts import check_rows, made_elsewhere, make_rollouts, online_rewards
-from lever_lm.runs import LOCK, Layout, RunFolder, inference_folder, lvlm_name, v2_name
+from lever_lm.runs import LOCK, Layout, RunFolder, inference_folder, v2_name
 from lever_lm.samplers import check_sampler
 from lever_lm.selection import choose, read_history, worth_keeping
 from lever_lm.shards import Shards
@@ -65,8 +62,8 @@ class Source:
 class Pipeline:
     """The stages of one config over one results folder. Data, features and LVLM are made when first needed.
 
-    Under torchrun `rollouts`, `infer` and `infer_icds` are calls of the whole job: its processes share the questions to
-    the LVLM, each does the rest for itself, and the leader alone writes. The other stages are the work of one process.
+    Under torchrun `rollouts` is a call of the whole job: its processes share the questions to the LVLM, each does the
+    rest for itself, and the leader alone writes. The other stages are the work of one process.
     """
 
     def __init__(
@@ -172,19 +169,20 @@ class Pipeline:
         another process is at work in the run's folder."""
         if from_run is None:
             with self.run.alone(self.screen.say):
-                return self._train(rl_data, embeddings, overwrite)
+                return self.train_here(rl_data, embeddings, overwrite)
         original = RunFolder(from_run)
         if original.path.resolve() == self.run.path.resolve():
             raise UsageError(f"{from_run} cannot be repeated in itself: another --run-name or --run-dir")
         own = {**own_files(original), **({"rl_data": rl_data} if rl_data else {})}
         with self.run.alone(self.screen.say):
-            trained = self._train(own.get("rl_data"), embeddings or own.get("embeddings"), overwrite)
+            trained = self.train_here(own.get("rl_data"), embeddings or own.get("embeddings"), overwrite)
         repeated = compare_runs(original, self.run, self.config)
         for line in verdict(repeated):
             self.screen.result(line)
         return {**trained, "repeated": repeated}
 
-    def _train(self, rl_data: Path | None, embeddings: Path | None, overwrite: bool) -> dict:
+    def train_here(self, rl_data: Path | None, embeddings: Path | None, overwrite: bool) -> dict:
+        """`train` in a run folder that is kept to this process already."""
         if not overwrite:
             self.run.check(self.config)  # before the costly part, not after it
         source = self._source(rl_data, embeddings)
@@ -198,7 +196,7 @@ class Pipeline:
         own = {"policy": policy.shape, **source.made_for, "dataset": self.config.data.name, "seed": self.config.seed}
         keep = partial(worth_keeping, self.run, latest=self.config.keep) if self.config.keep else None
         made_from = {**inputs, "training code": str(CODE["training"])}
-        beside = {"detail": self.screen.detail, "track": self.screen.track, "tracker": self._tracking}
+        beside = {"detail": self.screen.detail, "track": self.screen.track, "tracker": self.tracking}
         journal = Journal(self.run, own, made_from, self.screen.say, keep, **beside)
         journal.resume()
         if journal.done("grpo") > self.config.grpo.epochs:
@@ -221,7 +219,8 @@ class Pipeline:
         return {"run": str(self.run.path), "recommended": recommended, "converted": converted}
 
     @cached_property
-    def _tracking(self) -> TensorBoard | None:
+    def tracking(self) -> TensorBoard | None:
+        """Where the metrics go besides the run's own files; None for nowhere."""
         if self.tracker is not None:
             self.screen.say(f"tracker: tensorboard --logdir {self.run.path}")
         return track(self.tracker, self.run)
@@ -322,164 +321,6 @@ class Pipeline:
         if dropped:
             self.screen.say(f"warning: v2 has one layer; left out {', '.join(dropped)}: its choices will differ")
         return {"input": str(path), "output": str(output), "to": to, "dropped": dropped}
-
-    # ------------------------------------------------------------------ inference
-
-    def _setting(self) -> str:
-        """Fingerprint of what results must share to stand in one table: data, pools, features, model, prompt."""
-        parts = (self.config.sampler, self.config.rollout.pool_size, self.config.seed, self.config.infer)
-        parts += (CODE["inference"],)
-        encoder = encoder_fingerprint(self.config.features.encoder)
-        return fingerprint(self.data.fingerprint, encoder, self.config.features.name, self.lvlm.fingerprint, *parts)
-
-    def _check_shots(self, shots: Sequence[int]) -> None:
-        if max(shots) > self.config.rollout.pool_size:
-            raise UsageError(f"--shots {max(shots)} exceeds rollout.pool_size {self.config.rollout.pool_size}")
-
-    def infer(self, shots: Sequence[int], *, ckpt: str | None = None, baselines: bool = False) -> dict:
-        """Answer the evaluation queries with a checkpoint's choices; writes and returns results and paired tests."""
-        self._check_shots(shots)
-        path, why = find_checkpoint(self.run, ckpt, dict(os.environ))
-        self.check(*ALL)
-        self.screen.say(f"checkpoint: {path} ({why})")
-        policy = load_for(path, self.config)
-        method = next((phase for phase in ("rce", "grpo") if path.stem.startswith(phase)), "policy")
-        picks = self.evaluation.choose(policy, max(shots), path)
-        if policy.stop:
-            shown = sum(map(len, picks)) / len(picks)
-            self.screen.say(
-                f"the policy may stop early: it chose {shown:.2f} ICDs a query where {max(shots)} were allowed"
-            )
-        facts, reasons = {"checkpoint": str(path), "why": why}, self.evaluation.explain(policy, picks)
-        where = self._folder_for(path)
-        return self._evaluate(method, picks, shots, baselines, where, facts, policy_digest(policy), reasons)
-
-    def _folder_for(self, checkpoint: Path) -> Path:
-        """Where the inferences of a checkpoint go: by its own run, which need not be the one the options name, and
-        apart when it is used with another LVLM than it was trained against."""
-        path = checkpoint.resolve()
-        run, name = RunFolder(path.parent), (path.stem if path.is_file() else path.name).removesuffix("_v2format")
-        here = lvlm_name(self.config.lvlm.path)
-        apart = "" if run.lvlm() in (here, None) else f"_with_{here}"
-        return self.layout.inference.with_name(run.path.name) / f"{name}{apart}"
-
-    def infer_icds(self, path: Path, shots: Sequence[int], *, baselines: bool = False) -> dict:
-        """Answer the evaluation queries with the choices in a file, anybody's."""
-        self.check(*(ALL if baselines else ("data", "lvlm")))
-        without_pools = Evaluation(self.config, self.data, None)  # and so without features
-        picks = read_icds(path, without_pools.queries, self.data.train_examples, max(shots))
-        if baselines:
-            self._check_shots(shots)
-        else:
-            self.evaluation = without_pools
-        # The default run's name holds the LVLM's already.
-        apart = f"_with_{lvlm_name(self.config.lvlm.path)}" if self.layout.run_name else ""
-        folder = self.layout.inference / f"icds_{path.stem}{apart}"
-        return self._evaluate("icds", picks, shots, baselines, folder, {"icds": str(path)}, file_digest(path))
-
-    def _evaluate(
-        self,
-        method: str,
-        picks: list[list[int]],
-        shots: Sequence[int],
-        baselines: bool,
-        folder: Path,
-        facts: dict,
-        chosen_by: str,
-        reasons: list[dict] | None = None,
-    ) -> dict:
-        """Run a method's picks, beside the baselines if asked for; write and return results and paired tests.
-
-        chosen_by: digest of the policy or the file that chose. Results of another stand in no table with these.
-        reasons: what Evaluation.explain tells of a policy's picks.
-        """
-        choices = {method: picks}
-        if baselines:
-            choices = {**{name: self.evaluation.baseline(name, max(shots)) for name in BASELINES}, **choices}
-        outcomes = self.evaluation.run(choices, shots, self.lvlm)
-        ours = [outcome for outcome in outcomes if outcome.method == method]
-        tests = [test for outcome in ours for test in compare(outcome, outcomes)]
-        facts |= {"tests": tests, "okvqa_stem": self.config.infer.okvqa_stem}
-        facts["setting"] = f"{self._setting()}-{chosen_by}"
-        results = (outcomes, choices, method, facts, {method: reasons})
-        metrics = self.shards.from_leader(lambda: self._write(folder, *results))
-        self.screen.detail(self.lvlm.tally)
-        self.screen.say(f"predictions and metrics: {folder}")
-        return {**metrics, "folder": str(folder)}
-
-    def _write(self, folder: Path, *results) -> dict:
-        """Evaluation.write, by one process after another: each adds its rows to those in the folder."""
-        with alone(folder / LOCK, str(folder), "infer with another checkpoint", wait=True):
-            return self.evaluation.write(folder, *results)
-
-    def report(self, others: Sequence[Path] = (), output: Path | None = None, figures: Path | None = None) -> dict:
-        """The page of the run and of others laid over it, each from its last evaluation; its charts in `figures`."""
-        if figures is not None:
-            check_plots()
-        main = Evaluated(self.run, last_evaluation(self.inference))
-        if main.inference is None and not self.run.rows():
-            raise LeverError(f"no results in {self.inference}: run `lever infer --baselines` or `lever demo` first")
-        beside = [Evaluated(RunFolder(path), last_evaluation(inference_folder(path))) for path in others]
-        data = None if main.inference is None else self.data
-        page = {"others": beside, "output": output, "command": command_line()}
-        made = {"report": str(write_report(self.run, main.inference, data, **page))}
-        if figures is not None:
-            made["figures"] = [str(path) for path in write_plots([main, *beside], figures)]
-        return made
-
-    # ------------------------------------------------------------------ demo
-
-    def demo(self, shots: Sequence[int], *, overwrite: bool = False) -> dict:
-        """Everything on one page: train, then every method on the same evaluation queries, then the report."""
-        self._check_shots(shots)
-        with self.run.alone(self.screen.say):
-            return self._demo(shots, overwrite)
-
-    def _demo(self, shots: Sequence[int], overwrite: bool) -> dict:
-        trained = self._train(None, None, overwrite)
-        best = Path(trained["recommended"]["checkpoint"])
-        rce = self.run.checkpoint("rce", self.config.rce.epochs)
-        policies = {"rce": rce, "grpo": best}
-        choices = {name: self.evaluation.baseline(name, max(shots)) for name in BASELINES if name != "oracle"}
-        reasons = {}
-        for name, path in policies.items():
-            policy = load_for(path, self.config)
-            choices[name] = self.evaluation.choose(policy, max(shots), path)
-            reasons[name] = self.evaluation.explain(policy, choices[name])
-        choices["oracle"] = self.evaluation.baseline("oracle", max(shots))
-        outcomes = self.evaluation.run(choices, shots, self.lvlm)
-        grpo = [outcome for outcome in outcomes if outcome.method == "grpo"]
-        tests = [test for outcome in grpo for test in compare(outcome, outcomes)]
-        learned = self._learned(choices)
-        self.screen.detail(self.lvlm.tally)
-        facts = {"checkpoint": str(best), "tests": tests, "learned": learned, "setting": self._setting()}
-        metrics = self._write(self.inference, outcomes, choices, "grpo", facts, reasons)
-        if self._tracking is not None:
-            self._tracking.results(metrics["results"])
-        report = write_report(self.run, self.inference, self.data, command=command_line())
-        return {
-            "table": metrics["results"],
-            "report": str(report),
-            "tests": tests,
-            "learned": learned,
-            "recommended": trained["recommended"],
-            "run": str(self.run.path),
-        }
-
-    def _learned(self, choices: dict[str, list[list[int]]]) -> dict:
-        """What GRPO changed after RCE: the share of evaluation queries with another first pick, and val_reward."""
-        changed = sum(ours[0] != theirs[0] for ours, theirs in zip(choices["grpo"], choices["rce"], strict=True))
-        last_rce = [row for row in self.run.rows() if row["phase"] == "rce"][-1]
-        learned = {
-            "first_picks_changed": changed / len(choices["grpo"]),
-            "val_reward_rce": last_rce["val_reward"],
-            "val_reward_grpo": max(row["val_reward"] for row in self.run.rows() if row["phase"] == "grpo"),
-        }
-        self.screen.say(
-            f"GRPO changed the first pick of {learned['first_picks_changed']:.0%} of the queries; validation reward "
-            f"{learned['val_reward_rce']:.3f} after RCE, {learned['val_reward_grpo']:.3f} after GRPO"
-        )
-        return learned
 
 
 def check_names(config: Config) -> None:

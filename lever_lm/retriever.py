@@ -27,8 +27,9 @@ from lever_lm.data.pixels import Undecodable, decoded
 from lever_lm.errors import LeverError, UsageError
 from lever_lm.features import ClipEncoder, Embeddings, Features, encode
 from lever_lm.files import open_regular
+from lever_lm.finding import load_for
 from lever_lm.hub import fetch_model
-from lever_lm.inference import Evaluation, load_for
+from lever_lm.inference import Evaluation
 from lever_lm.lvlm import Prompt, build_prompt
 from lever_lm.lvlm.prompt import to_messages
 from lever_lm.pipeline import Pipeline

@@ -27,7 +27,8 @@ from lever_lm.config import Config
 from lever_lm.console import Screen
 from lever_lm.data.groups import load_groups, split_ids
 from lever_lm.files import write_json
-from lever_lm.inference import BASELINES, load_for
+from lever_lm.finding import load_for
+from lever_lm.inference import BASELINES
 from lever_lm.journal import Journal
 from lever_lm.judging import group_statistics
 from lever_lm.pipeline import Pipeline

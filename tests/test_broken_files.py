@@ -13,9 +13,10 @@ from lever_lm.config import Config, to_dict
 from lever_lm.data import load_dataset
 from lever_lm.data.groups import load_groups
 from lever_lm.errors import LeverError, UsageError
+from lever_lm.finding import find_checkpoint
 from lever_lm.hub import missing_files
 from lever_lm.icds import read_icds
-from lever_lm.inference import Evaluation, Outcome, find_checkpoint
+from lever_lm.inference import Evaluation, Outcome
 from lever_lm.report import write_report
 from lever_lm.runs import RunFolder
 from lever_lm.selection import STRATEGIES, choose, kept_choice, read_history

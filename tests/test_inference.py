@@ -14,7 +14,8 @@ from helpers import INFERENCE, RUN, files_in, track
 from lever_lm.checkpoint import save_torch, to_v2, v3_content
 from lever_lm.config import to_dict
 from lever_lm.errors import LeverError, UsageError
-from lever_lm.inference import BASELINES, Evaluation, compare, find_checkpoint, latest_checkpoint, load_for
+from lever_lm.finding import find_checkpoint, latest_checkpoint, load_for
+from lever_lm.inference import BASELINES, Evaluation, compare
 from lever_lm.lvlm import load_lvlm
 from lever_lm.metrics import vqa_accuracy
 from lever_lm.options import parse_shots

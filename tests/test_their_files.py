@@ -21,7 +21,7 @@ from lever_lm.config import PromptConfig, asset_path
 from lever_lm.data.groups import is_query
 from lever_lm.errors import LeverError
 from lever_lm.features import read_embeddings
-from lever_lm.inference import latest_checkpoint
+from lever_lm.finding import latest_checkpoint
 from lever_lm.lvlm import build_prompt
 from lever_lm.lvlm.prompt import to_messages
 from lever_lm.policy import PointerSelector

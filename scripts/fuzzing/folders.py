@@ -92,7 +92,7 @@ def log_file(folder: Path) -> Target:
 
 def best_file(folder: Path) -> Target:
     """A run's best.json, as `lever infer` and `lever convert` read it."""
-    from lever_lm.inference import find_checkpoint
+    from lever_lm.finding import find_checkpoint
     from lever_lm.runs import RunFolder
     from lever_lm.selection import kept_choice, read_best
 
