@@ -340,13 +340,17 @@ def report(
     common: Common,
     runs: Annotated[
         list[Path] | None,
-        typer.Argument(help="Run folder; by default the one the options name.", autocompletion=completion.run_folders),
+        typer.Argument(
+            metavar="[RUN_DIR]...",
+            help="Run folder, by default the one the options name; with --compare, several.",
+            autocompletion=completion.run_folders,
+        ),
     ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Lay the further runs over the first.")] = False,
     output: Annotated[Path | None, typer.Option(help="Where to, in place of report.html in the run folder.")] = None,
     png: Annotated[Path | None, typer.Option(metavar="DIR", help="Also its charts as PNG and PDF for papers.")] = None,
 ) -> None:
-    """One self-contained HTML page of an evaluated run."""
+    """One self-contained HTML page: results, what was chosen and how surely, training, config; runs compared."""
     _in_one_process("report")
     first, *others = runs or [None]
     if others and not compare:

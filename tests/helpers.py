@@ -3,7 +3,9 @@
 Everything is made once a session from the shipped assets; a test that writes gets a copy of its own.
 """
 
+import contextlib
 import importlib
+import io
 import json
 import os
 import shutil
@@ -52,6 +54,21 @@ def run_lever(*arguments, cwd: Path, prefix: tuple[str, ...] = (), **extra: str)
     command = [*prefix, sys.executable, "-m", "lever_lm", *map(str, arguments)]
     done = subprocess.run(command, cwd=cwd, env=clean_environment(**extra), capture_output=True, text=True, timeout=300)
     return Done(done.returncode, done.stdout, done.stderr)
+
+
+def run_here(*arguments, cwd: Path) -> Done:
+    """The command line in this process, which has imported everything: seconds sooner than in one of its own."""
+    from lever_lm.cli import app
+    from lever_lm.process import run
+
+    out, err, before = io.StringIO(), io.StringIO(), os.getcwd()
+    os.chdir(cwd)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            status = run(app, [str(argument) for argument in arguments])
+    finally:
+        os.chdir(before)
+    return Done(status, out.getvalue(), err.getvalue())
 
 
 def files_in(folder: Path) -> dict[str, tuple[int, int]]:
@@ -151,19 +168,10 @@ def answers_in(folder: Path) -> int:
 
 
 @pytest.fixture
-def lever(tmp_path, monkeypatch, capsys):
+def lever(tmp_path, monkeypatch):
     """The command line in this process, in an empty folder: arguments → Done."""
-    from lever_lm.cli import app
-    from lever_lm.process import run as run_command
-
     monkeypatch.chdir(tmp_path)
-
-    def run(*arguments) -> Done:
-        capsys.readouterr()
-        status = run_command(app, [str(argument) for argument in arguments])
-        return Done(status, *capsys.readouterr())
-
-    return run
+    return lambda *arguments: run_here(*arguments, cwd=tmp_path)
 
 
 @pytest.fixture(scope="session")

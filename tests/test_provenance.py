@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 import yaml
-from helpers import RUN, SMALL, run_lever
+from helpers import RUN, SMALL, run_here, run_lever
 
 from lever_lm.checkpoint import save_torch
 from lever_lm.config import Config
@@ -135,7 +135,7 @@ def test_another_environment_is_named(trained):
     content = json.loads(path.read_text())
     content["packages"]["torch"] = "1.0"
     path.write_text(json.dumps(content))
-    done = run_lever("train", "--from-run", RUN, cwd=trained)
+    done = run_here("train", "--from-run", RUN, cwd=trained)
     assert done.status == 0, done.err
     assert f"differs from {RUN}: environment: packages.torch: '1.0' there" in done.out
 
@@ -147,12 +147,12 @@ def test_files_of_ones_own_are_found_again_or_asked_for(trained, tmp_path):
     torch.save(torch.randn(2504, 16), own["embeddings"])
     small = ("--rce-epochs", "1", "--grpo-epochs", "2")
     files = [str(word) for name, path in own.items() for word in (f"--{name.replace('_', '-')}", path)]
-    assert run_lever("train", *small, *files, "--run-dir", "mine", cwd=trained).status == 0
+    assert run_here("train", *small, *files, "--run-dir", "mine", cwd=trained).status == 0
     assert own_files(RunFolder(trained / "mine")) == own
-    done = run_lever("train", "--from-run", "mine", "--run-dir", "again", cwd=trained)
+    done = run_here("train", "--from-run", "mine", "--run-dir", "again", cwd=trained)
     assert done.out.splitlines()[-1] == "repeated mine: all metrics and weights of 3 epochs are identical", done.err
     own["embeddings"].unlink()
-    done = run_lever("train", "--from-run", "mine", "--run-dir", "third", cwd=trained)
+    done = run_here("train", "--from-run", "mine", "--run-dir", "third", cwd=trained)
     assert done.status == 1
     assert "mine.pt' , which is not there: --embeddings FILE" in done.err.replace("',", "' ,")
 
@@ -166,7 +166,7 @@ def test_files_of_ones_own_are_found_again_or_asked_for(trained, tmp_path):
     ],
 )
 def test_what_cannot_be_repeated_is_refused(trained, words, status, message):
-    done = run_lever("train", *words, cwd=trained)
+    done = run_here("train", *words, cwd=trained)
     assert done.status == status
     assert message in done.err
     assert done.err.count("\n") == 1
@@ -176,11 +176,11 @@ def test_what_cannot_be_repeated_is_refused(trained, words, status, message):
 
 
 def test_pruned_runs_keep_the_latest_and_the_best_of_every_strategy_and_go_on_as_others_do(trained, warm_copy):
-    pruned = run_lever("train", *SMALL, "--keep", "1", cwd=warm_copy)
+    pruned = run_here("train", *SMALL, "--keep", "1", cwd=warm_copy)
     assert pruned.status == 0, pruned.err
     run, whole = RunFolder(warm_copy / RUN), RunFolder(trained / RUN)
     best = {
-        json.loads(run_lever("best-ckpt", "--strategy", strategy, "--json", cwd=warm_copy).out)["epoch"]
+        json.loads(run_here("best-ckpt", "--strategy", strategy, "--json", cwd=warm_copy).out)["epoch"]
         for strategy in ("val_loss", "ppo_loss", "adv_std", "val_reward", "val_top_reward")
     }
     kept = {int(path.stem.removeprefix("grpo_epoch")) for path in run.path.glob("grpo_epoch*.pt")}
@@ -188,7 +188,7 @@ def test_pruned_runs_keep_the_latest_and_the_best_of_every_strategy_and_go_on_as
     assert run.checkpoint("rce", 2).is_file()
     more = ("--limit", "24", "--rce-epochs", "2", "--grpo-epochs", "12")
     for folder, keep in ((warm_copy, ("--keep", "2")), (trained, ())):
-        done = run_lever("train", *more, *keep, cwd=folder)
+        done = run_here("train", *more, *keep, cwd=folder)
         assert done.status == 0, done.err
     left = {path.name for path in run.path.glob("*_epoch*.pt")}
     assert len(left) < 14 == len(list(whole.path.glob("*_epoch*.pt")))
@@ -198,14 +198,14 @@ def test_pruned_runs_keep_the_latest_and_the_best_of_every_strategy_and_go_on_as
 
 def test_a_checkpoint_that_was_chosen_is_spared_and_one_that_is_gone_is_not_passed_over_in_silence(trained):
     run = RunFolder(trained / RUN)
-    chosen = run_lever("best-ckpt", "--strategy", "ppo_loss", "--json", cwd=trained).json
+    chosen = run_here("best-ckpt", "--strategy", "ppo_loss", "--json", cwd=trained).json
     more = ("--limit", "24", "--rce-epochs", "2", "--grpo-epochs", "12", "--keep", "1")
-    assert run_lever("train", *more, cwd=trained).status == 0
+    assert run_here("train", *more, cwd=trained).status == 0
     path = trained / chosen["checkpoint"]
     assert path.is_file()
     path.unlink()
     for command in (("infer", "--shots", "1", "--limit", "4"), ("convert",)):
-        done = run_lever(*command, cwd=trained)
+        done = run_here(*command, cwd=trained)
         assert done.status == 0, done.err
         assert f"best.json names {path.name}, which is gone: `lever best-ckpt` chooses again" in done.out
     assert run.checkpoint("grpo", 12).is_file()
@@ -213,9 +213,9 @@ def test_a_checkpoint_that_was_chosen_is_spared_and_one_that_is_gone_is_not_pass
 
 def test_a_finished_run_is_pruned_too(trained):
     run, more = RunFolder(trained / RUN), ("--limit", "24", "--rce-epochs", "2", "--grpo-epochs", "12")
-    assert run_lever("train", *more, cwd=trained).status == 0
+    assert run_here("train", *more, cwd=trained).status == 0
     everything = {path.name for path in run.path.glob("*_epoch*.pt")}
-    done = run_lever("train", *more, "--keep", "1", cwd=trained)
+    done = run_here("train", *more, "--keep", "1", cwd=trained)
     assert done.status == 0, done.err
     left = {path.name for path in run.path.glob("*_epoch*.pt")}
     assert left < everything
@@ -231,8 +231,8 @@ def warm_copy(trained_once, tmp_path_factory):
 
 
 def test_a_negative_number_to_keep_is_refused(tmp_path):
-    assert run_lever("train", "--keep", "0", cwd=tmp_path).status == 2
-    done = run_lever("train", "--set", "keep=-1", cwd=tmp_path)
+    assert run_here("train", "--keep", "0", cwd=tmp_path).status == 2
+    done = run_here("train", "--set", "keep=-1", cwd=tmp_path)
     assert (done.status, done.err) == (2, "lever: keep must not be negative, found -1 (--keep)\n")
 
 

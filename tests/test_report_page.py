@@ -5,7 +5,7 @@ import os
 import shutil
 
 import pytest
-from helpers import RUN, run_lever
+from helpers import RUN, run_here
 
 WIDTHS, SCHEMES = (1280, 390), ("light", "dark")
 FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking")
@@ -57,7 +57,7 @@ def page_file(trained_once, tmp_path_factory):
         ("infer", "--shots", "4", *other),
         ("report", RUN, RUN.with_name("other"), "--compare"),
     ):
-        done = run_lever(*command, cwd=folder)
+        done = run_here(*command, cwd=folder)
         assert done.status == 0, done.err
     return folder / RUN / "report.html"
 
