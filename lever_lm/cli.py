@@ -341,7 +341,7 @@ def report(
     runs: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="[RUN_DIR]...",
+            metavar="RUN_DIR",
             help="Run folder, by default the one the options name; with --compare, several.",
             autocompletion=completion.run_folders,
         ),

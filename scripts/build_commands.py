@@ -28,6 +28,14 @@ def spelling(option) -> str:
     return f"{names}{value}"
 
 
+def place(argument) -> str:
+    """`[RUN_DIR]`, `[RUN_DIR]…`, `NAME`."""
+    if argument.metavar and argument.metavar.startswith("["):
+        return argument.metavar
+    name = argument.metavar or argument.name.upper()
+    return (name if argument.required else f"[{name}]") + "…" * (argument.nargs < 0)
+
+
 def table(options) -> list[str]:
     """Options as rows, their help as it is."""
     rows = ["| option | |", "| --- | --- |"]
@@ -60,7 +68,7 @@ def page() -> str:
         arguments = [p for p in command.params if p.param_type_name == "argument"]
         own = [p for p in command.params if p.param_type_name == "option" and p.name not in shared and p.name != "help"]
         lacking = [p.opts[0] for p in common if p.name not in {q.name for q in command.params}]
-        usage = " ".join(p.name.upper() if p.required else f"[{p.name.upper()}]" for p in arguments)
+        usage = " ".join(map(place, arguments))
         lines += [
             f"## {name}",
             "",
@@ -69,7 +77,7 @@ def page() -> str:
             f"    {name} {usage}".rstrip() + " [OPTIONS]",
             "",
         ]
-        lines += [f"- `{p.name.upper()}`: {getattr(p, 'help', '') or ''}" for p in arguments]
+        lines += [f"- `{p.metavar or p.name.upper()}`: {getattr(p, 'help', '') or ''}" for p in arguments]
         lines += [""] if arguments else []
         lines += [*table(own), ""] if own else []
         lines += [f"Without {', '.join(f'`{option}`' for option in lacking)}.", ""] if lacking else []
