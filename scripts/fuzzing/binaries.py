@@ -305,10 +305,59 @@ def _spoil_answers(rng: Random, content: bytes, keys: list[str], path: Path) -> 
     return path.read_bytes()
 
 
+# ---------------------------------------------------------------------- a policy that was shared
+
+
+def _exported(folder: Path) -> Path:
+    """A folder as `lever export` writes it."""
+    from lever_lm.checkpoint import save_torch, v3_content
+    from lever_lm.policy import PointerSelector
+    from lever_lm.runs import RunFolder
+    from lever_lm.settings import resolve
+    from lever_lm.sharing import export
+
+    run, settings = RunFolder(folder), resolve({"dataset": "digits", "lvlm": "tiny_qwen2.5_vl"}, None, [], {})[0]
+    run.open(settings)
+    torch.manual_seed(0)
+    policy = PointerSelector(d_model=4, hidden_dim=4, state_update="gru", stop=True)
+    config = {"encoder": "tiny-clip@0", "features": "query_img_text_icd_img_text", "dataset": "digits", "seed": 0}
+    content = v3_content(policy, epoch=0, phase="grpo", kl_beta=0.1, metrics={}, config=config)
+    save_torch(run.checkpoint("grpo", 1), content)
+    export(run.checkpoint("grpo", 1), "why", folder / "shared")
+    return folder / "shared"
+
+
+def _use(folder: Path) -> None:
+    """What `--ckpt DIR` does with a shared policy before any data is read."""
+    from lever_lm.beside import config_beside, locate
+    from lever_lm.checkpoint import load_policy
+
+    path, _, values = locate(folder)
+    load_policy(path)
+    config_beside(values, folder, None, None, [], own=False)
+
+
+def exported_config(folder: Path) -> Target:
+    """The config.json of a shared policy."""
+    path = _exported(folder) / "config.json"
+    seeds = [path.read_bytes()]
+    known = [b"{}", b"[]", b"[" * 100_000, b'{"format":"lever_lm/policy"}', b" " * (2 << 20)]
+    return Target(seeds, spoil_json, to_file(path, lambda: _use(path.parent)), known)
+
+
+def exported_weights(folder: Path) -> Target:
+    """The model.safetensors of a shared policy."""
+    path = _exported(folder) / "model.safetensors"
+    seeds = [path.read_bytes()]
+    return Target(seeds, spoil_safetensors, to_file(path, lambda: _use(path.parent)), [b"", b"\xff" * 8])
+
+
 PARSERS = [
     Parser("embeddings.npy", npy),
     Parser("embeddings.safetensors", safetensors),
     Parser("features", features),
     Parser("bank", bank),
     Parser("answers", answers),
+    Parser("exported-config", exported_config),
+    Parser("exported-weights", exported_weights),
 ]

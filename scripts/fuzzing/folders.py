@@ -50,16 +50,20 @@ def choices(run, log: Path | None) -> None:
 
 
 def metrics_file(folder: Path) -> Target:
-    """A run's metrics.jsonl, as `lever best-ckpt` and the report read it."""
-    from lever_lm.report import _curves
+    """A run's metrics.jsonl, as `lever best-ckpt`, `lever status` and the report read it."""
+    from lever_lm.options import finite
+    from lever_lm.report.curves import curve_chart, training_curves
     from lever_lm.runs import RunFolder
+    from lever_lm.status import run_status
 
     run = RunFolder(folder / "run")
     run.path.mkdir()
 
     def read() -> None:
+        json.dumps(finite(run_status(run)), allow_nan=False)
         choices(run, None)
-        _curves(run.rows())
+        for curve in training_curves([("x", run.rows())]):
+            curve_chart(curve)
 
     known = [
         b'{"epoch":' * _DEEP,
