@@ -39,7 +39,7 @@ def config_beside(
     is not needed. Raises LeverError where it is and nothing says which, UsageError for unknown names and keys."""
     if dataset is not None:
         found = named_yaml("dataset", dataset)
-        values = merge({"features": found.get("features", {})}, {**values, "data": found["data"]})
+        values = merge({"features": found.get("features", {})}, {**values, "data": found.get("data", {})})
     data = values.get("data")
     if not own and not (isinstance(data, dict) and data.get("okvqa_path")):
         values = {**values, "data": _same_name(data, checkpoint)}
@@ -58,8 +58,8 @@ def _same_name(data, checkpoint) -> dict:
     """The dataset of configs/ whose folder has the name that a shared policy's had: its paths were somebody else's."""
     name = data.get("name") if isinstance(data, dict) else None
     files = sorted((configs_root() / "dataset").glob("*.yaml"))
-    for found in (read_yaml(file)["data"] for file in files):
-        if found["name"] == name:
+    for found in (read_yaml(file).get("data") for file in files):
+        if isinstance(found, dict) and found.get("name") == name:
             return found
     what = f"was trained on {one_line(str(name))!r}, which is none of configs/dataset" if name else "names no dataset"
     raise LeverError(f"{checkpoint} {what}: say which (dataset=NAME), or bring ICDs of your own (examples=…)")

@@ -308,7 +308,8 @@ def export(
     from lever_lm.finding import find_checkpoint
     from lever_lm.sharing import export as write
 
-    path, why = find_checkpoint(pipeline.run, ckpt, dict(os.environ))
+    named = len(where) == 2 or common.run_name
+    path, why = find_checkpoint(pipeline.run, ckpt, {} if named else dict(os.environ))
     pipeline.screen.say(f"checkpoint: {path} ({why})")
     result = write(path, why, where[-1], license_=license_, overwrite=common.overwrite)
     if not result["evaluated"]:

@@ -62,6 +62,8 @@ def examine(config: Config, layout: Layout, needs: Sequence[str] = ALL, *, count
             checks += counts(config.data)
     if "encoder" in needs:
         checks.append(model("features.encoder", config.features.encoder))
+    if count:
+        checks += out_of_place(config)
     if "lvlm" in needs:
         checks += server(config) if config.lvlm.server else [model("lvlm.path", config.lvlm.path)]
     checks += device(config, with_lvlm="lvlm" in needs and not config.lvlm.server)
@@ -105,6 +107,18 @@ def data_files(config: DataConfig) -> Iterable[Check]:
             except LeverError as error:
                 found, _, mend = str(error).partition(": ")
                 yield Check(f"{split} images", "missing", found, mend)
+
+
+def out_of_place(config: Config) -> Iterable[Check]:
+    """A warning for each shipped model that is to look at data of somebody's own: these know the digits alone."""
+    if config.data.okvqa_path.startswith(ASSET_PREFIX):
+        return
+    for key, path, other in (
+        ("features.encoder", config.features.encoder, "--set features.encoder=openai/clip-vit-large-patch14"),
+        ("lvlm.path", config.lvlm.path, "--lvlm qwen2.5_vl_3B"),
+    ):
+        if path.startswith(ASSET_PREFIX) and not (key == "lvlm.path" and config.lvlm.server):
+            yield Check(key, "warning", f"{path} knows the embedded digits alone", other)
 
 
 def _file(what: str, path: Path, mend: str) -> Check:

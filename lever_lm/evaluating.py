@@ -105,12 +105,18 @@ def _evaluate(
         choices = {**{name: evaluation.baseline(name, max(shots)) for name in BASELINES}, **choices}
     outcomes = evaluation.run(choices, shots, pipeline.lvlm)
     facts |= {"tests": _tests(outcomes, chosen.method), "okvqa_stem": pipeline.config.infer.okvqa_stem}
-    facts["setting"] = f"{_setting(pipeline)}-{chosen.digest}"
+    facts |= {"setting": f"{_setting(pipeline)}-{chosen.digest}", **_shown_to(pipeline)}
+    facts["policies"] = {chosen.method: chosen.digest} if chosen.reasons is not None else {}
     results = (outcomes, choices, chosen.method, facts, {chosen.method: chosen.reasons})
     metrics = pipeline.shards.from_leader(lambda: _write(evaluation, folder, *results))
     pipeline.screen.detail(pipeline.lvlm.tally)
     pipeline.screen.say(f"predictions and metrics: {folder}")
     return {**metrics, "folder": str(folder)}
+
+
+def _shown_to(pipeline: Pipeline) -> dict:
+    """Which model saw the demonstrations, and in which order: facts of a metrics.json."""
+    return {"lvlm": lvlm_name(pipeline.config.lvlm.path), "order": pipeline.config.prompt.order}
 
 
 def _tests(outcomes: Sequence[Outcome], ours: str) -> list[dict]:
@@ -139,16 +145,19 @@ def _demo(pipeline: Pipeline, shots: Sequence[int], overwrite: bool) -> dict:
     best, evaluation = Path(trained["recommended"]["checkpoint"]), pipeline.evaluation
     policies = {"rce": pipeline.run.checkpoint("rce", pipeline.config.rce.epochs), "grpo": best}
     choices = {name: evaluation.baseline(name, max(shots)) for name in BASELINES if name != "oracle"}
-    reasons = {}
+    reasons, digests = {}, {}
     for name, path in policies.items():
         policy = load_for(path, pipeline.config)
+        digests[name] = policy_digest(policy)
         choices[name] = evaluation.choose(policy, max(shots), path)
         reasons[name] = evaluation.explain(policy, choices[name])
     choices["oracle"] = evaluation.baseline("oracle", max(shots))
     outcomes = evaluation.run(choices, shots, pipeline.lvlm)
     tests, learned = _tests(outcomes, "grpo"), _learned(pipeline, choices)
     pipeline.screen.detail(pipeline.lvlm.tally)
-    facts = {"checkpoint": str(best), "tests": tests, "learned": learned, "setting": _setting(pipeline)}
+    setting = "-".join((_setting(pipeline), *digests.values()))
+    facts = {"checkpoint": str(best), "tests": tests, "learned": learned, "setting": setting}
+    facts |= {"policies": digests, **_shown_to(pipeline)}
     metrics = _write(evaluation, pipeline.inference, outcomes, choices, "grpo", facts, reasons)
     if pipeline.tracking is not None:
         pipeline.tracking.results(metrics["results"])
@@ -189,8 +198,10 @@ def report(
     if figures is not None:
         check_plots()
     main = Evaluated(pipeline.run, last_evaluation(pipeline.inference))
-    if main.inference is None and not pipeline.run.rows():
+    if main.inference is None and not main.rows():
         raise LeverError(f"no results in {pipeline.inference}: run `lever infer --baselines` or `lever demo` first")
+    if main.inference is not None:
+        pipeline.screen.say(f"results: {main.inference}, the last evaluation with baselines, or the last")
     beside = [Evaluated(RunFolder(path), last_evaluation(inference_folder(path))) for path in others]
     data = None if main.inference is None else pipeline.data
     page = {"others": beside, "output": output, "command": command_line()}

@@ -36,6 +36,7 @@ SETTING = {
     "lvlm": ("path", "num_beams", "length_penalty", "max_new_tokens", "min_pixels", "max_pixels"),
 }
 _PATHS = {("data", "okvqa_path"), ("data", "coco_path"), ("data", "train_path")}
+_EVERYWHERE = rf"{ASSET_PREFIX}[\w-][\w.-]*|{HUB_PREFIX}[\w-][\w.-]*/[\w-][\w.-]*"  # no way out of the assets
 _MODELS = {("features", "encoder"), ("lvlm", "path")}
 
 
@@ -52,11 +53,16 @@ def setting_of(values: dict) -> dict:
 
 
 def _shareable(key: tuple[str, str], value):
-    if key not in _PATHS | _MODELS or not isinstance(value, str) or value.startswith((ASSET_PREFIX, HUB_PREFIX)):
+    if not isinstance(value, str):
         return value
-    if key in _PATHS:
+    if key == ("data", "file_prefix"):
+        return None if "/" in value else value
+    if key not in _PATHS | _MODELS or re.fullmatch(_EVERYWHERE, value):
+        return value
+    if key in _PATHS or value.startswith((ASSET_PREFIX, HUB_PREFIX)):
         return None if value else value
-    return value if is_hub_id(value) else Path(value.rstrip("/")).name
+    name = value if is_hub_id(value) else Path(value.rstrip("/")).name
+    return None if name.startswith((".", "~")) else name
 
 
 # ---------------------------------------------------------------------- reading
@@ -73,13 +79,15 @@ def is_exported(folder: Path) -> bool:
 
 def policy_folder(path: str | Path) -> Path | None:
     """The folder of a shared policy: `path` where it is one, or in the hub's cache, downloaded where it is not there,
-    if it is a hub id OWNER/NAME; None for what can be neither. Raises LeverError where the hub has it not."""
+    if it is a hub id OWNER/NAME; None for what can be neither, as a path into a folder that is here. Raises LeverError
+    where the hub has it not."""
     if os.path.isdir(path):
         return Path(path)
     if (
         len(str(path)) <= _LONGEST_ID
         and is_hub_id(str(path))
         and Path(path).suffix not in (".pt", ".pth", ".ckpt", ".safetensors")
+        and not os.path.isdir(Path(path).parts[0])  # `results/…`, mistyped, is nobody's business
     ):
         return fetch_policy(str(path))
     return None
@@ -132,7 +140,10 @@ def _read_weights(path: Path, named: str | Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load
 
     try:  # read, not mapped: a file that is cut while it is mapped would take the process with it
-        return load(read_bytes(path, _WEIGHTS_LIMIT))
+        weights = load(read_bytes(path, _WEIGHTS_LIMIT))
+        if small := next((t.dtype for t in weights.values() if t.is_floating_point() and t.element_size() < 2), None):
+            raise ValueError(f"{small} can be stored, and not computed with")
+        return weights
     except Exception as error:  # SafetensorError, or of a type that torch does not have
         why = getattr(error, "strerror", None) or shown(re.sub(r"\s+", " ", str(error)), 200).strip("'\"")
         raise LeverError(f"cannot read the weights {named}/{path.name}: {why}; expected {_WHAT}") from error

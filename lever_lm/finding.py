@@ -12,7 +12,7 @@ from lever_lm.features import encoder_fingerprint, same_encoder
 from lever_lm.policy import PointerSelector
 from lever_lm.runs import RunFolder, v2_name
 from lever_lm.selection import STRATEGIES, best_row, read_best, read_history
-from lever_lm.untrusted import one_line
+from lever_lm.untrusted import one_line, shown
 
 
 def find_checkpoint(run: RunFolder, wanted: str | None, environ: dict) -> tuple[Path, str]:
@@ -24,6 +24,8 @@ def find_checkpoint(run: RunFolder, wanted: str | None, environ: dict) -> tuple[
         if os.path.isdir(wanted) and not is_exported(Path(wanted)):
             path, why = find_checkpoint(RunFolder(wanted), None, {})
             return path, f"{why}, of the run named by --ckpt"
+        if wanted.startswith((".", "~")) and not os.path.exists(wanted):  # a path, and no hub id
+            raise LeverError(f"no checkpoint {wanted} (from --ckpt): check the path, or train first (`lever train`)")
         return _existing(Path(wanted), "--ckpt"), "named by --ckpt"
     if not wanted and from_environment:
         return _existing(Path(from_environment), "LEVER_LM_CHECKPOINT_PATH"), "named by LEVER_LM_CHECKPOINT_PATH"
@@ -85,7 +87,7 @@ def load_for(path: Path, config: Config) -> PointerSelector:
         there = own.get(key)
         if there is not None and not same(str(there), here):
             raise LeverError(
-                f"{path} was trained on the {key} {there!r} and would be given {here!r}: pass the same --features and "
-                "--dataset (features.encoder) as in training"
+                f"{path} was trained on the {key} {shown(str(there), 200)} and would be given {here!r}: pass the same "
+                "--features and --dataset (features.encoder) as in training"
             )
     return policy

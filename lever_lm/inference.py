@@ -21,6 +21,7 @@ from lever_lm.files import write_json, write_text
 from lever_lm.lvlm import CachedLvlm, build_prompt
 from lever_lm.metrics import vqa_accuracy
 from lever_lm.policy import PointerSelector
+from lever_lm.progress import WORTH_A_WORD, Track, Work, untracked
 from lever_lm.samplers import allowed, nearest, query_rng, sample_pools, similarity_rows
 from lever_lm.stats import bootstrap_interval, paired_test
 from lever_lm.stems import Stems, learn_stems
@@ -62,8 +63,8 @@ class Evaluation:
     """The evaluation queries of a config with their pools, and what every method chooses for them. Without features
     there are no pools: only choices from outside can be run then."""
 
-    def __init__(self, config: Config, data: VqaData, features: Features | None):
-        self.config, self.data, self.features = config, data, features
+    def __init__(self, config: Config, data: VqaData, features: Features | None, track: Track = untracked):
+        self.config, self.data, self.features, self.track = config, data, features, track
         total = len(data.val_examples)
         count = min(config.infer.num_queries or total, total)
         # A subset of a larger one, and in the order of the file.
@@ -85,6 +86,7 @@ class Evaluation:
             (self.embeddings, self.features.train),
             size=self.config.rollout.pool_size,
             seed=self.config.seed,
+            track=self.track,
         )
 
     @cached_property
@@ -146,7 +148,8 @@ class Evaluation:
             shots = max(map(len, places))
             padded = torch.tensor([row + [-1] * (shots - len(row)) for row in places])
             shares = policy.logits(*chunk, padded, mask).softmax(-1)  # (B, S, K), and one more with a stop
-            firsts = shares[:, 0, : mask.shape[1]].topk(min(_CONSIDERED, min(map(len, pools))))
+            real = shares[:, 0, : mask.shape[1]].masked_fill(~mask, -1.0)
+            firsts = real.topk(min(_CONSIDERED, min(map(len, pools))))
             of_picks = shares.gather(-1, padded.clamp(min=0).unsqueeze(-1)).squeeze(-1)
             for pool, row, sure, values, best in zip(
                 pools, places, of_picks.tolist(), firsts.values.tolist(), firsts.indices.tolist(), strict=True
@@ -166,14 +169,14 @@ class Evaluation:
         ids, images = np.array([e.question_id for e in train]), np.array([e.image_id for e in train])
         parts = _SIMILARITY_PARTS.get(name, _SIMILARITY_PARTS["img_text_sim"])
         scores = similarity_rows(self.embeddings, self.features.train, parts)
-        picks = []
-        for query, pool, row in zip(self.queries, self.pools, scores, strict=True):
-            rng, rows = query_rng(self.config.seed, query), allowed(query, ids, images)
+        picks, rows = [], zip(self.queries, self.pools, scores, strict=True)
+        for query, pool, row in self.track(Work(rows, "queries", after=WORTH_A_WORD), name, len(self.queries)):
+            rng, among = query_rng(self.config.seed, query), allowed(query, ids, images)
             if name == "oracle":
-                rows = np.array(pool)
+                among = np.array(pool)
                 # Similarities lie within ±2, so an accuracy step of 0.1 always outweighs them.
-                row[rows] += 100 * np.array([vqa_accuracy(train[i].answer, query.answers) for i in pool])
-            chosen = rng.permutation(rows)[:shots].tolist() if name == "random" else nearest(row, rows, shots, rng)
+                row[among] += 100 * np.array([vqa_accuracy(train[i].answer, query.answers) for i in pool])
+            chosen = rng.permutation(among)[:shots].tolist() if name == "random" else nearest(row, among, shots, rng)
             picks.append(chosen)
         return picks
 
@@ -241,23 +244,26 @@ class Evaluation:
         ]
         write_text(folder / "icds.jsonl", _json_lines(icds))
         results = [outcome.summary() for outcome in outcomes]
-        metrics = {**facts, "results": [*_earlier(folder / "metrics.json", results, facts.get("setting")), *results]}
+        earlier = _earlier(folder / "metrics.json", results, facts.get("setting"))
+        new = {(test["method"], test["against"], test["shots"]) for test in facts.get("tests", ())}
+        tests = [test for test in earlier["tests"] if (test["method"], test["against"], test["shots"]) not in new]
+        metrics = {**facts, "tests": [*tests, *facts.get("tests", ())], "results": [*earlier["results"], *results]}
         write_json(folder / "metrics.json", metrics)
         return metrics
 
 
-def _earlier(path: Path, results: list[dict], setting: str | None) -> list[dict]:
-    """Rows of an earlier metrics.json of the same setting that the new results do not replace."""
+def _earlier(path: Path, results: list[dict], setting: str | None) -> dict[str, list[dict]]:
+    """Results of an earlier metrics.json of the same setting that the new ones do not replace, and its tests."""
     try:
         there = read_json(path)
     except (OSError, ValueError):
-        return []
+        there = None
     if setting is None or not isinstance(there, dict) or there.get("setting") != setting:
-        return []
+        return {"results": [], "tests": []}
     new = {(row["method"], row["shots"]) for row in results}
-    rows = there.get("results")
-    kept = filter(is_result, rows if isinstance(rows, list) else [])
-    return [row for row in kept if (row["method"], row["shots"]) not in new]
+    rows, tests = (found if isinstance(found := there.get(name), list) else [] for name in ("results", "tests"))
+    kept = [row for row in rows if is_result(row) and (row["method"], row["shots"]) not in new]
+    return {"results": kept, "tests": [test for test in tests if is_test(test)]}
 
 
 def is_result(row) -> bool:
@@ -267,6 +273,14 @@ def is_result(row) -> bool:
     if not isinstance(row, dict) or not all(isinstance(row.get(key), kind) for key, kind in kinds.items()):
         return False
     return len(row["ci"]) == 2 and all(isinstance(end, number) for end in row["ci"])
+
+
+_TEST = {"method": str, "against": str, "shots": int, **dict.fromkeys(("difference", "low", "high", "p"), (int, float))}
+
+
+def is_test(row) -> bool:
+    """Whether a value is a row of the tests in a metrics.json."""
+    return isinstance(row, dict) and all(isinstance(row.get(key), kind) for key, kind in _TEST.items())
 
 
 def _json_lines(rows: list[dict]) -> str:

@@ -108,9 +108,3 @@ def alarms(row: dict, config: GrpoConfig) -> dict[str, str]:
     if row["kl"] < 0:
         found["k1"] = "the KL estimate is negative and so no penalty: grpo.kl=k3 is one on logged rollouts too"
     return found
-
-
-def epochs_since_best(rows: list[dict]) -> int:
-    """GRPO epochs since the first one of the largest val_reward."""
-    values = [row["val_reward"] for row in rows if row["phase"] == "grpo"]
-    return len(values) - 1 - values.index(max(values)) if values else 0

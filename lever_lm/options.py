@@ -76,9 +76,10 @@ class Common:
     resume: Annotated[
         bool, typer.Option("--resume/--no-resume", help="Go on with a run, or refuse one that is there.")
     ] = True
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start the run over; its checkpoints are deleted.")] = (
-        False
-    )
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Start the run over, its checkpoints are deleted; of an export: replace it."),
+    ] = False
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and with which config.")] = False
     json_: Annotated[bool, typer.Option("--json", help="The result as JSON on stdout; all else goes to stderr.")] = (
         False

@@ -22,7 +22,7 @@ def checkpoint_here(pipeline: Pipeline, ckpt: str | None) -> tuple[Path, str]:
         not ckpt and os.environ.get("LEVER_LM_CHECKPOINT_PATH", "").strip()
     )
     if named or pipeline.layout.run_name or _last_saved(pipeline.run):
-        return find_checkpoint(pipeline.run, ckpt, dict(os.environ))
+        return find_checkpoint(pipeline.run, ckpt, {} if pipeline.layout.run_name else dict(os.environ))
     runs = [RunFolder(folder) for folder in pipeline.layout.run.parent.glob("*/")]
     unfit = ""
     for run in sorted(filter(_last_saved, runs), key=_last_saved, reverse=True):
@@ -66,11 +66,11 @@ def the_query(
 
 def pick_for(retriever: Retriever, query: Example, shots: int, *, answer: bool, prompt: bool) -> dict:
     """The picks for a query, as `--json` has them; with the LVLM's answer and the prompt's text where asked for."""
-    picks, config, examples = retriever.pick(query, shots=shots), retriever.config, len(retriever.examples)
+    picks, pool, sampler = retriever.pick(query, shots=shots), retriever.pool(query), retriever.config.sampler.name
     result = {
         "query": {**_described(query), "question_id": query.question_id if query.answers else None},
         "icds": [_row(pick) for pick in picks],
-        "pool": {"size": min(config.rollout.pool_size, examples), "sampler": config.sampler.name, "examples": examples},
+        "pool": {"size": len(pool), "sampler": sampler, "examples": len(retriever.examples)},
         "checkpoint": str(retriever.checkpoint),
     }
     if answer:

@@ -120,7 +120,7 @@ class Pipeline:
     @cached_property
     def evaluation(self) -> Evaluation:
         """The evaluation queries with their pools."""
-        return Evaluation(self.config, self.data, self.features)
+        return Evaluation(self.config, self.data, self.features, self.screen.track)
 
     def check(self, *needs: str) -> None:
         """Raise LeverError with all that is missing for a command, before anything is loaded or made."""

@@ -13,11 +13,13 @@ from pathlib import Path
 from lever_lm.errors import LeverError
 from lever_lm.files import atomic_file
 from lever_lm.report.charts import Series
-from lever_lm.report.curves import PHASES, Curve, Evaluated, accuracy_series, training_curves
+from lever_lm.report.curves import PHASES, Curve, Evaluated, accuracy_series, distinct_names, training_curves
 from lever_lm.untrusted import one_line
 
 COLUMN, PAGE = 3.3, 6.8  # inches: the width of one column, of both
 _OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+# In the order of the colours, which are then those of the page.
+_METHODS = ("m_grpo", "m_rce", "m_img_text_sim", "m_img_sim", "m_text_sim", "m_random", "m_oracle")
 _MARKERS = "os^Dv<>"  # one fewer than colours: the ninth line looks like none before it
 _DASHES = ("-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (4, 1.5, 1, 1.5)))
 _GREY = "#555555"
@@ -68,11 +70,10 @@ def write_plots(runs: Sequence[Evaluated], directory: Path) -> list[Path]:
     check_plots()
     import matplotlib
 
-    first, *others = runs
-    series = accuracy_series(
-        first.metrics()["results"], [(one.name, one.metrics()["results"]) for one in others if one.inference]
-    )
-    curves = training_curves([(one.name, one.run.rows()) for one in runs])
+    names, (first, *others) = distinct_names(runs), runs
+    beside = [(name, one.metrics()["results"]) for name, one in zip(names[1:], others, strict=True) if one.inference]
+    series = accuracy_series(first.metrics()["results"], beside)
+    curves = training_curves([(name, one.rows()) for name, one in zip(names, runs, strict=True)])
     written = []
     with matplotlib.rc_context(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph", UserWarning)  # of a name: a box stands for it
@@ -121,7 +122,7 @@ def _accuracy(series: Sequence[Series]):
             label=_label(one.label),
             capsize=1.5,
             elinewidth=0.7,
-            **_look(i),
+            **_look(_METHODS.index(one.colour) if one.colour in _METHODS else len(_METHODS) + i),
         )
     axes.set_xticks(range(len(shots)), [f"{x:g}" for x in shots])
     axes.set_xlabel("demonstrations")

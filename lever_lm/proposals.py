@@ -18,6 +18,7 @@ from lever_lm.errors import LeverError, UsageError
 from lever_lm.features import Features
 from lever_lm.lvlm import Prompt, build_prompt
 from lever_lm.policy import PointerSelector
+from lever_lm.progress import WORTH_A_WORD, Track, Work, untracked
 from lever_lm.samplers import query_rng, sample_pools
 
 # How many more sequences than wanted are drawn, so that repeats can be dropped.
@@ -58,18 +59,20 @@ class Proposals:
         ]
 
 
-def propose_groups(config: Config, data: VqaData, features: Features) -> Proposals:
+def propose_groups(config: Config, data: VqaData, features: Features, track: Track = untracked) -> Proposals:
     """The groups of a config, not yet answered."""
     train = data.train_examples
     rows = query_rows(config.rollout.num_queries, len(train), config.seed)
     queries = [train[row] for row in rows]
     embeddings = (features.train.take(rows), features.train)
-    pools = sample_pools(config.sampler, queries, train, embeddings, size=config.rollout.pool_size, seed=config.seed)
+    made = {"size": config.rollout.pool_size, "seed": config.seed, "track": track}
+    pools = sample_pools(config.sampler, queries, train, embeddings, **made)
     policy = new_policy(config, features.train.image.shape[1]).eval()
     query_features, icd_features = features.queries("train", config.features), features.icds(config.features)
+    work = Work(zip(queries, rows, pools, strict=True), "groups", after=WORTH_A_WORD)
     groups = [
         propose(config.rollout, query, policy, query_features[row], icd_features[pool], config.seed)
-        for query, row, pool in zip(queries, rows, pools, strict=True)
+        for query, row, pool in track(work, f"proposals: {len(rows)} groups", len(rows))
     ]
     return Proposals(rows, queries, pools, groups)
 

@@ -10,10 +10,7 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
-import torch
-
 from lever_lm import __version__
-from lever_lm.checkpoint import load_torch, weights_of
 from lever_lm.config import PACKAGE, Config
 from lever_lm.errors import LeverError
 from lever_lm.files import write_json
@@ -22,12 +19,15 @@ from lever_lm.untrusted import FILE_LIMIT, read_json, shown
 
 PACKAGES = ("torch", "transformers", "datasets", "numpy", "safetensors", "tokenizers", "qwen-vl-utils", "pillow")
 _TIMES = ("epoch_time", "step_time")  # of a row of metrics.jsonl: never the same twice
+_LONGEST = 10_000  # characters of a command
 _NAMED = 8  # differences that are listed, of each kind
 
 
 def environment(config: Config, inputs: dict[str, str], made_of: dict[str, str], sources: dict[str, str]) -> dict:
     """The content of env.json: versions, revision, platform, device and threads; `inputs`, the digests of what is
     trained on; `made_of`, the fingerprints of data and models these came from; `sources`, files of somebody's own."""
+    import torch  # here and below: who asks for a run's state has no time for it
+
     return {
         "lever_lm": __version__,
         "python": platform.python_version(),
@@ -50,6 +50,16 @@ def command_line() -> str:
     return shlex.join(["lever", *sys.argv[1:]]) if name in ("lever", "__main__.py") else ""
 
 
+def typed_again(command) -> str:
+    """What an env.json has as its `command`, as a command to be typed; empty where it is none of `lever`. It may be a
+    stranger's: nothing in it is more than words to a shell."""
+    try:
+        words = shlex.split(command) if isinstance(command, str) and len(command) <= _LONGEST else []
+    except ValueError:  # a quotation without end
+        return ""
+    return shlex.join(words) if words[:1] == ["lever"] else ""
+
+
 def versions() -> dict[str, str | None]:
     """The version of each package that results can hang on, None for one that is not installed."""
     found = dict.fromkeys(PACKAGES)
@@ -60,6 +70,8 @@ def versions() -> dict[str, str | None]:
 
 
 def _device(name: str) -> str:
+    import torch
+
     if name == "cpu" or not torch.cuda.is_available():
         return f"cpu, {platform.machine()}, {os.cpu_count()} cores"
     return torch.cuda.get_device_name(torch.device(name) if name != "auto" else None)
@@ -87,7 +99,8 @@ def _git(*words: str) -> str:
 
 def record(run: RunFolder, here: dict, say: Callable[[str], None]) -> None:
     """Write env.json when a run begins. When it goes on elsewhere or with other versions, say so and add what it goes
-    on with to `resumed_with`: the first entry stays what the run was begun with."""
+    on with to `resumed_with`: the first entry stays what the run was begun with. `last_command` is the one that it
+    goes on with, where that is another one."""
     there = read_environment(run)
     if not there:
         write_json(run.environment, here)
@@ -95,10 +108,14 @@ def record(run: RunFolder, here: dict, say: Callable[[str], None]) -> None:
     earlier = there.get("resumed_with")
     earlier = earlier if isinstance(earlier, list) else []
     last = earlier[-1] if earlier and isinstance(earlier[-1], dict) else there
-    changed = differences(last, here)
-    if changed:
+    now = dict(there)
+    if here["command"] != there.get("last_command", there.get("command")):
+        now["last_command"] = here["command"]
+    if changed := differences(last, here):
         say(f"going on with another environment than before: {listed(changed)}")
-        write_json(run.environment, {**there, "resumed_with": [*earlier, here]})
+        now["resumed_with"] = [*earlier, here]
+    if now != there:
+        write_json(run.environment, now)
 
 
 def read_environment(run: RunFolder) -> dict:
@@ -115,7 +132,7 @@ def differences(there: dict, here: dict, prefix: str = "") -> list[str]:
     known to differ."""
     changed = []
     for key, new in here.items():
-        if key in ("sources", "command"):  # where files lay, not what was in them; and what was typed
+        if key in ("sources", "command", "last_command"):  # where files lay, not what was in them; and what was typed
             continue
         old = there.get(key) if isinstance(there, dict) else None
         if isinstance(new, dict):
@@ -187,6 +204,10 @@ def _first_difference(original: RunFolder, repeated: RunFolder) -> tuple[str | N
 
 def _other_weights(one: Path, other: Path) -> str | None:
     """The first tensor that differs between two checkpoints."""
+    import torch
+
+    from lever_lm.checkpoint import load_torch, weights_of
+
     there, here = (weights_of(load_torch(path), path) for path in (one, other))
     if there.keys() != here.keys():
         return min(there.keys() ^ here.keys())

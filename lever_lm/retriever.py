@@ -36,6 +36,7 @@ from lever_lm.pipeline import Pipeline
 from lever_lm.progress import untracked
 from lever_lm.untrusted import one_line, shown
 
+_HALVES = "[\ud800-\udfff]"  # of characters, as undecodable bytes leave them
 FORMS = ("transformers", "openai", "text")
 
 
@@ -56,7 +57,8 @@ class Retriever:
     checkpoint: a run folder (its chosen checkpoint, as for `lever infer`), a checkpoint file, a folder of `lever
     export`, or a hub id OWNER/NAME. Dataset, encoder, features, sampler, pool size, prompt and LVLM are those of the
     config beside it; these change them:
-    examples: demonstrations of your own in place of the training split, as `Example`s or (image, question, answer).
+    examples: demonstrations of your own in place of the training split, as `Example`s or (image, question, answer);
+    picks number them (`question_id`) from 0 in this order.
     dataset, lvlm: names of YAMLs in configs/. sets: config keys as for --set, `["features.encoder=DIR", "device=cpu"]`.
     results: the folder of the caches; by default that of the run, else `results`. verbose: say on stderr what is done.
     pipeline: that of a command line, in place of all of these but `examples`.
@@ -138,11 +140,20 @@ class Retriever:
         picks = self._pick(queries, shots) if queries else []
         return picks[0] if one else picks
 
-    def _pick(self, queries: list[Example], shots: int) -> list[list[Pick]]:
-        train, embedded = self._embeddings, self._of_queries(queries)
+    def pool(self, image, question=None) -> list[Example]:
+        """What the demonstrations of one query are chosen from; arguments as of `query`."""
+        (rows,) = self._evaluation([self.query(image, question)]).pools
+        return [self.examples[row] for row in rows]
+
+    def _evaluation(self, queries: list[Example]) -> Evaluation:
         data = VqaData(self.config.data.name, self.examples, tuple(queries), "")
-        features = Features(train, embedded, self.config.features.encoder, self.config.features.name, "")
-        evaluation = Evaluation(replace(self.config, infer=InferConfig()), data, features)
+        encoder, name = self.config.features.encoder, self.config.features.name
+        features = Features(self._embeddings, self._of_queries(queries), encoder, name, "")
+        return Evaluation(replace(self.config, infer=InferConfig()), data, features)
+
+    def _pick(self, queries: list[Example], shots: int) -> list[list[Pick]]:
+        evaluation = self._evaluation(queries)
+        train, embedded = evaluation.features.train, evaluation.features.val
         chosen = evaluation.choose(self.policy, shots, self.checkpoint)
         told = evaluation.explain(self.policy, chosen)
         return [
@@ -155,19 +166,24 @@ class Retriever:
 
     def query(self, image: str | Path | Example, question: str | None = None) -> Example:
         """The query that an image and a question make, without answers. Its number, and so its pool, follows from
-        both. Raises LeverError for an image that cannot be read, UsageError for a question that is none."""
+        both; an `Example` keeps that of its dataset, except with demonstrations of your own. Raises LeverError for an
+        image that cannot be read, UsageError for a question that is none."""
         if isinstance(image, Example):
             if question not in (None, image.question):
                 raise ValueError("an Example brings its own question: give an image, or leave the question out")
-            return image
-        if not isinstance(question, str) or not question.strip() or re.search("[\ud800-\udfff]", question):
+            return image if self._own is None else self._numbered(image)
+        if not isinstance(question, str) or not question.strip() or re.search(_HALVES, question):
             raise UsageError(f"a question about {image} is needed, as text in UTF-8; found {shown(question)}")
-        path = os.fspath(image)
+        path = os.fsdecode(image)
         _check_image(path)
         image_digest.cache_clear()  # the file may have changed
-        digest = image_digest(path)
-        number = int(hashlib.sha256(f"{digest} {question}".encode()).hexdigest()[:15], 16)
-        return Example(number, self._image_ids.get(digest, _image_id(digest)), question, (), (), path)
+        return self._numbered(Example(0, 0, question, (), (), path))
+
+    def _numbered(self, query: Example) -> Example:
+        """A query under the number that its image and question make, its image under the id it has among `examples`."""
+        (digest,) = image_digests([query.image])
+        number = int(hashlib.sha256(f"{digest} {query.question}".encode()).hexdigest()[:15], 16)
+        return replace(query, question_id=number, image_id=self._image_ids.get(digest, _image_id(digest)))
 
     def _queries(self, image, question) -> tuple[list[Example], bool]:
         """The queries of `pick`, `prompt` or `answer`, and whether one was asked for, not a list."""
@@ -241,19 +257,26 @@ class Retriever:
 
 def _own_examples(given: Sequence[Example | tuple]) -> tuple[Example, ...]:
     """Demonstrations as Examples, numbered in their order. Raises LeverError for an image that cannot be read,
-    ValueError for what is neither an Example nor three values."""
+    ValueError for what is neither an Example nor an image and two texts in UTF-8."""
     examples = []
     for number, item in enumerate(given):
         if not isinstance(item, Example):
             if not isinstance(item, (tuple, list)) or len(item) != 3 or not all(isinstance(t, str) for t in item[1:]):
                 raise ValueError(f"example {number}: expected an Example or (image, question, answer), found {item!r}")
-            image, question, answer = os.fspath(item[0]), item[1], item[2]
+            image, question, answer = os.fsdecode(item[0]), item[1], item[2]
+            if re.search(_HALVES, question + answer):
+                raise ValueError(f"example {number}: text in UTF-8 is needed, found {shown(item[1:])}")
             _check_image(image)
-            item = Example(number, _image_id(image_digest(image)), question, (answer,), (answer,), image)
+            item = Example(number, 0, question, (answer,), (answer,), image)
         examples.append(item)
     if not examples:
         raise LeverError("there are no examples to choose from")
-    return tuple(examples)
+    # Numbers of datasets say nothing here: one content is one image, whatever it was called where it came from.
+    digests = image_digests([example.image for example in examples])
+    return tuple(
+        replace(example, question_id=number, image_id=_image_id(digest))
+        for number, (example, digest) in enumerate(zip(examples, digests, strict=True))
+    )
 
 
 def _image_id(digest: str) -> int:

@@ -93,7 +93,7 @@ def make_rollouts(
     here, shards = rollout_stamp(config, data, features, lvlm), lvlm.shards
     if shards.from_leader(lambda: _look(path, here, say)):
         return shards.from_leader(lambda: group_report(path))
-    proposals, train = propose_groups(config, data, features), data.train_examples
+    proposals, train = propose_groups(config, data, features, lvlm.track), data.train_examples
     if config.rollout.infoscore:
         add_infoscore(proposals, config, train, lvlm)
     prompts = proposals.prompts(config, train)

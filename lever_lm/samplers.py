@@ -14,6 +14,7 @@ from lever_lm.config import SamplerConfig
 from lever_lm.data import Example
 from lever_lm.errors import LeverError, UsageError
 from lever_lm.features import Embeddings
+from lever_lm.progress import WORTH_A_WORD, Track, Work, untracked
 
 # Breaks ties of repeated questions; far under any difference that means something.
 _JITTER = 1e-6
@@ -67,6 +68,7 @@ def sample_pools(
     *,
     size: int,
     seed: int,
+    track: Track = untracked,
 ) -> list[list[int]]:
     """The pool of each query, as rows of `train`; smaller than `size` only where fewer examples are allowed.
 
@@ -80,7 +82,8 @@ def sample_pools(
     by_text = _rows_or_none(embeddings, "text", text_share, len(queries))
     by_image = _rows_or_none(embeddings, "img", image_share, len(queries))
     pools = []
-    for query, text, image in zip(queries, by_text, by_image, strict=True):
+    work = Work(zip(queries, by_text, by_image, strict=True), "queries", after=WORTH_A_WORD)
+    for query, text, image in track(work, f"pools: {len(queries)} queries", len(queries)):
         rng, rows = query_rng(seed, query), allowed(query, ids, images)
         if rows.size == 0:
             raise LeverError(f"question {query.question_id}: no training example is left to show before it")
@@ -100,14 +103,15 @@ def _one_pool(rows: np.ndarray, sources, size: int, rng: np.random.Generator) ->
     for scores, count in sources:
         if count:
             chosen += nearest(scores, rows, count, rng, exclude=chosen)
-    rest = rows if not chosen else np.setdiff1d(rows, chosen)
+    rest = rows if not chosen else np.setdiff1d(rows, chosen, assume_unique=True)
     chosen += rng.permutation(rest)[: size - len(chosen)].tolist()
     return [chosen[i] for i in rng.permutation(len(chosen))]
 
 
 def nearest(scores: np.ndarray, rows: np.ndarray, count: int, rng: np.random.Generator, exclude=()) -> list[int]:
-    """The `count` rows of highest score, best first; ties in random order. scores (N,), rows a subset of 0..N−1."""
-    rows = np.setdiff1d(rows, exclude) if len(exclude) else rows
+    """The `count` rows of highest score, best first; ties in random order. scores (N,), rows distinct ones of 0..N−1,
+    exclude likewise."""
+    rows = np.setdiff1d(rows, exclude, assume_unique=True) if len(exclude) else rows
     noisy = scores[rows] + _JITTER * rng.random(rows.size)
     count = min(count, rows.size)
     top = np.argpartition(-noisy, count - 1)[:count] if count < rows.size else np.arange(rows.size)

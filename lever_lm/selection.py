@@ -90,6 +90,13 @@ def best_row(rows: list[dict], strategy: Strategy) -> dict | None:
     return min(qualified, key=lambda pair: pair[0])[1] if qualified else None
 
 
+def epochs_since_best(rows: list[dict]) -> int:
+    """GRPO epochs since the first one of the largest val_reward; 0 where none has any."""
+    grpo = [row for row in rows if row["phase"] == "grpo"]
+    best = best_row(grpo, STRATEGIES["val_reward"])
+    return len(grpo) - 1 - grpo.index(best) if best else 0
+
+
 def choose(history: History, name: str, run: RunFolder | None) -> dict:
     """The answer of `lever best-ckpt`: strategy, epoch, checkpoint, exists, metrics, rows, excluded, others, why."""
     strategy = check_strategy(name)

@@ -19,6 +19,7 @@ from lever_lm.settings import build
 from lever_lm.untrusted import is_epoch, read_json
 
 _LONGEST = 200  # characters of a version or a fingerprint
+_ADVICE = re.compile(r"(, chosen when|; best\.json names).*", re.DOTALL)  # of find_checkpoint, to the run's owner
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")  # as the hub names them
 
 
@@ -41,7 +42,7 @@ def export(checkpoint: Path, why: str, folder: Path, *, license_: str = "apache-
     own, made = own_config(content), read_environment(run)
     # Trained on rollouts and features of somebody's own, it names no encoder, and its config's data are not its own.
     known = config is not None and isinstance(own.get("encoder"), str)
-    evaluated = _evaluated(run, checkpoint, policy) if known else None
+    evaluated = _evaluated(run, policy) if known else None
     shared = {
         "format": FORMAT,
         "format_version": VERSION,
@@ -50,7 +51,7 @@ def export(checkpoint: Path, why: str, folder: Path, *, license_: str = "apache-
         **{name: own[name] for name in ("encoder", "features", "dataset", "seed") if name in own},
         "phase": "rce" if content.get("phase") == "rce" else "grpo",
         "epoch": content["epoch"] + 1 if is_epoch(content.get("epoch")) else None,  # from 1, as in file names
-        "chosen": why,
+        "chosen": _ADVICE.sub("", why),
         "setting": _setting(config, known),
         "fingerprints": _texts(made.get("fingerprints"), ("data", "encoder", "lvlm")),
         "packages": _texts(made.get("packages"), PACKAGES),
@@ -97,10 +98,10 @@ def _texts(values, names: Sequence[str]) -> dict[str, str]:
     return {name: value for name, value in found.items() if isinstance(value, str) and len(value) < _LONGEST}
 
 
-def _evaluated(run: RunFolder, checkpoint: Path, policy: PointerSelector) -> dict | None:
-    """The newest evaluation of a checkpoint with the LVLM that it was trained with: results, tests, which method it is,
-    and on how many queries; None where there is none."""
-    folder, stem = inference_folder(run.path), checkpoint.stem.removesuffix("_v2format")
+def _evaluated(run: RunFolder, policy: PointerSelector) -> dict | None:
+    """The newest evaluation of a policy with the LVLM that it was trained with: results, tests, which method it is, and
+    on how many queries; None where there is none. Told by its weights: a file's name outlives what was in it."""
+    folder, digest = inference_folder(run.path), policy_digest(policy)
     files = [one / "metrics.json" for one in (folder, *folder.glob("*/")) if "_with_" not in one.name]
     there = [file for file in files if file.is_file()]
     for file in sorted(there, key=lambda file: file.stat().st_mtime, reverse=True):
@@ -108,14 +109,10 @@ def _evaluated(run: RunFolder, checkpoint: Path, policy: PointerSelector) -> dic
             found, raw = read_metrics(file), read_json(file)
         except (LeverError, OSError, ValueError):
             continue
-        digest = str(raw.get("setting", "")).partition("-")[2]  # of the policy, where `lever infer` wrote it
-        if Path(found["checkpoint"]).stem.removesuffix("_v2format") != stem or digest not in (
-            "",
-            policy_digest(policy),
-        ):
-            continue
-        methods = {row["method"] for row in found["results"]}
-        if method := next((m for m in (stem.partition("_")[0], "policy") if m in methods), None):
+        policies = raw.get("policies")
+        policies = policies if isinstance(policies, dict) else {}
+        methods = (row["method"] for row in found["results"])
+        if (method := next((m for m in methods if policies.get(m) == digest), None)) is not None:
             n = max(row["n"] for row in found["results"])
             return {**found, "method": method, "n": n, "okvqa_stem": raw.get("okvqa_stem") is True}
     return None

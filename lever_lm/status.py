@@ -19,14 +19,21 @@ from typing import TypeVar
 from lever_lm.config import Config
 from lever_lm.errors import LeverError
 from lever_lm.locks import seen
+from lever_lm.provenance import typed_again
 from lever_lm.runs import LOCK, Layout, RunFolder
-from lever_lm.selection import STRATEGIES, best_row, read_log
+from lever_lm.selection import STRATEGIES, best_row, epochs_since_best, read_log
 from lever_lm.settings import build
 from lever_lm.untrusted import metrics_rows, read_json
 
 PHASES = ("rce", "grpo")
 _LATELY = 10  # epochs that the time of one is taken from
 _GPU = "name,memory.used,memory.total,utilization.gpu"
+_COMPUTED = (
+    "SELECT 1 FROM sqlite_master WHERE type NOT IN ('table', 'index') "
+    "UNION ALL SELECT 1 FROM pragma_table_xinfo('answers') WHERE hidden"
+)
+_ANEW = ("--overwrite", "--no-resume")  # what goes on with a run does without these
+_CUT = 200  # characters of one that a lock file holds, at most
 _PATIENCE = 5.0  # seconds for nvidia-smi, which hangs where a driver does
 Told = TypeVar("Told")
 
@@ -37,7 +44,8 @@ def run_status(run: RunFolder, layout: Layout | None = None) -> dict:
 
     state: running, finished, killed (epochs are missing and nobody is at work), not begun, or unknown where there are
     checkpoints and no config. phase: rollouts, rce, grpo, or done; epoch and epochs are of rce and grpo, `seconds_left`
-    of training. Raises LeverError where there is no folder.
+    of training, None until the speed of each phase is known, and `phase_seconds_left` of the phase that is counted.
+    Raises LeverError where there is no folder.
     """
     if run.path.is_file():
         raise LeverError(f"{run.path} is a file: name its folder, {run.path.parent}")
@@ -56,26 +64,28 @@ def run_status(run: RunFolder, layout: Layout | None = None) -> dict:
     done |= {name: max([0, *(row["epoch"] for row in rows if row["phase"] == name)]) for name in PHASES if rows}
     wanted = {name: getattr(config, name).epochs if config else None for name in PHASES}
     left = {name: max(0, wanted[name] - done[name]) if config else 0 for name in PHASES}
-    if config and _stopped_early(rows, config):
+    early = bool(config and left["grpo"] and 0 < config.grpo.patience <= epochs_since_best(rows))
+    if early:
         left["grpo"] = 0
-    state, why = _state(config, done, left, process, working)
-    begun = any(done.values())
-    now_at = next((name for name in PHASES if left[name]), "done" if begun else "rollouts")
+    state, why = _state(config, done, left, process, working, early)
+    now_at = next((name for name in PHASES if left[name]), "done" if any(done.values()) else "rce")
     counted = now_at if now_at in PHASES else PHASES[done["grpo"] > 0]
     times = {name: _epoch_time(rows, checkpoints, name) for name in PHASES}
     made = layout is not None and layout.rollouts.is_file()
+    trains = any(done.values()) or made or run.config.is_file() or _trains_on_a_file(process)
     return {
         "run": str(run.path),
         "state": state,
         "why": why,
         "process": process,
-        "phase": "rollouts" if state in ("running", "killed") and not begun and not made else now_at,
+        "phase": now_at if trains else "rollouts",
         "epoch": done[counted],
         "epochs": wanted[counted],
         "phases": {name: {"done": done[name], "of": wanted[name]} for name in PHASES},
         "checkpoint": _latest(checkpoints),
         "epoch_time": times[counted],
         "seconds_left": _seconds_left(left, times),
+        "phase_seconds_left": _seconds_left({counted: left[counted]}, times),
         "metrics": rows[-1] if rows else None,
         "best": _best(rows),
         "rollouts": {"path": str(layout.rollouts), "exists": made} if layout else None,
@@ -116,27 +126,34 @@ def _worker(lock: Path) -> tuple[dict | None, bool]:
         return None, False
 
 
-def _state(config: Config | None, done: dict, left: dict, process: dict | None, working: bool) -> tuple[str, str]:
+def _state(
+    config: Config | None, done: dict, left: dict, process: dict | None, working: bool, early: bool
+) -> tuple[str, str]:
     """The state, and what it was concluded from."""
     missing = ", ".join(f"{count} {name.upper()} epochs" for name, count in left.items() if count)
     if working:
         return "running", "a process is at work in it"
     if process:
-        return "killed", f"process {process['pid']} on {process['host']} ended in the midst of it"
+        return "killed", f"{who(process)} ended in the midst of it"
     if config is None and any(done.values()):
         return "unknown", "no config.yaml that can be read says how many epochs it was to have; Lever-Plus keeps none"
     if not any(done.values()):
         return "not begun", "no epoch has ended, and nobody is at work"
     if missing:
         return "killed", f"{missing} are missing, and nobody is at work"
+    if early:
+        return "finished", f"stopped early by grpo.patience after epoch {done['grpo']}"
     return "finished", "all epochs of its config are there"
 
 
-def _stopped_early(rows: list[dict], config: Config) -> bool:
-    """Whether GRPO ended by grpo.patience: the first best epoch lies that far back."""
-    grpo = [row for row in rows if row["phase"] == "grpo"]
-    best = best_row(grpo, STRATEGIES["val_reward"])
-    return bool(config.grpo.patience and best and grpo[-1]["epoch"] - best["epoch"] >= config.grpo.patience)
+def who(process: dict) -> str:
+    """Who works, or worked, under a lock file, which may be empty."""
+    return "a process" if process["pid"] is None else f"process {process['pid']} on {process['host']}"
+
+
+def _trains_on_a_file(process: dict | None) -> bool:
+    """Whether a command names rollouts of the user's own: it makes none."""
+    return process is not None and any(word.startswith("--rl-data") for word in process["command"].split())
 
 
 # ---------------------------------------------------------------------- what is there
@@ -194,10 +211,10 @@ def _epoch_time(rows: list[dict], checkpoints: dict[tuple[str, int], os.DirEntry
 
 
 def _seconds_left(left: dict[str, int], times: dict[str, float | None]) -> float | None:
-    """Of training; None where the speed of a phase is not known yet."""
-    if any(left[name] and times[name] is None for name in PHASES):
+    """Of these phases; None where the speed of one is not known yet."""
+    if any(left[name] and times[name] is None for name in left):
         return None
-    return sum(left[name] * (times[name] or 0.0) for name in PHASES)
+    return sum(left[name] * (times[name] or 0.0) for name in left)
 
 
 def _best(rows: list[dict]) -> dict:
@@ -215,8 +232,8 @@ def _answers(path: Path) -> int | None:
     try:
         address = f"file:{urllib.parse.quote(str(path.resolve()))}?mode=ro"
         with contextlib.closing(sqlite3.connect(address, uri=True, timeout=1.0)) as db:
-            if db.execute("SELECT 1 FROM sqlite_master WHERE type NOT IN ('table', 'index')").fetchone():
-                return None  # a view may never end
+            if db.execute(_COMPUTED).fetchone():
+                return None  # a view may never end, and a column that is made when it is read may be of any size
             return db.execute("SELECT count(*) FROM answers WHERE key NOT LIKE 'speed:%'").fetchone()[0]
     except (sqlite3.Error, ValueError):
         return None
@@ -233,16 +250,23 @@ def _bytes(folder: Path) -> int:
 
 
 def _command(run: RunFolder, layout: Layout | None, process: dict | None) -> str | None:
-    """What goes on with a run: the command that began it, where it was kept; else what has the same effect."""
+    """What goes on with a run: the command that last went on with it, or began it, where it was kept; else what has the
+    same effect."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        if isinstance(command := read_json(run.environment).get("command"), str) and command:
-            return command
-    if not run.config.is_file():  # killed before it was written: the lock names the command
-        return f"lever {process['command']}" if process and process["command"] else None
+        kept = read_json(run.environment)
+        if command := typed_again(kept.get("last_command", kept.get("command"))):
+            return shlex.join(_without_anew(shlex.split(command)))
+    if not run.config.is_file():  # killed before it was written: the lock names the command, or its beginning
+        whole = process is not None and 0 < len(process["command"]) < _CUT
+        return shlex.join(["lever", *_without_anew(process["command"].split())]) if whole else None
     named = ["--run-name", layout.run_name] if layout and layout.run_name else []
     usual = layout is not None and layout.run.resolve() == run.path.resolve()
     where = ["--results", str(layout.dataset.parent), *named] if usual else ["--run-dir", str(run.path)]
     return shlex.join(["lever", "train", "--config", str(run.config), *where])
+
+
+def _without_anew(words: list[str]) -> list[str]:
+    return [word for word in words if word not in _ANEW]
 
 
 def gpus() -> list[dict]:

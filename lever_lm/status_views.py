@@ -1,10 +1,11 @@
 """The state of a run as a person reads it on the terminal."""
 
+import socket
 import time
 from pathlib import Path
 
 from lever_lm.progress import duration
-from lever_lm.status import PHASES
+from lever_lm.status import PHASES, who
 
 _SHOWN = ("train_loss", "val_loss", "ppo_loss", "kl", "beta", "temperature", "reward", "val_reward")
 _FAR = 24 * 3600  # seconds; what ends later has no hour of the day
@@ -21,7 +22,7 @@ def status_lines(status: dict) -> list[str]:
         "best": ", ".join(f"{k} {v['value']:.4f} in epoch {v['epoch']}" for k, v in status["best"].items()),
         "rollouts": _rollouts_line(status),
         "disk": f"{status['bytes'] / 1e6:,.1f} MB",
-        "GPU": "; ".join(map(_gpu_line, status["gpus"])) or "none seen by nvidia-smi: cpu",
+        "GPU": _gpus_line(status),
         "go on with": status["command"],
     }
     lines = [f"{status['run']}: {status['state']}", *(f"  {name:<11} {text}" for name, text in facts.items() if text)]
@@ -33,10 +34,11 @@ def status_row(status: dict) -> str:
     *_, dataset, _, name = Path(status["run"]).resolve().parts
     epochs = f"{status['epoch']}/{'?' if status['epochs'] is None else status['epochs']}"
     phase = f"{status['phase'].upper()} " if status["phase"] in PHASES else ""
-    left = f"{duration(status['seconds_left'])} left" if status["seconds_left"] else ""
+    known, at_least = status["seconds_left"], status["phase_seconds_left"]
+    left = f"{duration(known)} left" if known else f"> {duration(at_least)} left" if known is None and at_least else ""
     best = status["best"].get("val_reward")
     reward = f"val_reward {best['value']:.4f}" if best else ""
-    return f"{status['state']:<9}  {phase + epochs:<12}  {left:<11}  {reward:<17}  {dataset}/{name}"
+    return f"{status['state']:<9}  {phase + epochs:<16}  {left:<13}  {reward:<17}  {dataset}/{name}"
 
 
 def _why(status: dict) -> str:
@@ -44,7 +46,8 @@ def _why(status: dict) -> str:
     if status["state"] != "running":
         return status["why"]
     since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(process["since"]))
-    return f"process {process['pid']} on {process['host']} since {since}: lever {process['command']}"
+    command = f": lever {process['command']}" if process["command"] else ""
+    return f"{who(process)} since {since}{command}"
 
 
 def _count(name: str, done: int, of: int | None) -> str:
@@ -56,12 +59,14 @@ def _checkpoint_line(latest: dict | None) -> str:
 
 
 def _time_line(status: dict) -> str:
-    each, left = status["epoch_time"], status["seconds_left"]
+    each, left, of = status["epoch_time"], status["seconds_left"], "training"
+    if left is None:
+        left, of = status["phase_seconds_left"], "this phase"
     parts = [] if each is None else [f"{duration(each)} an epoch"]
     if left and left < _FAR and status["state"] == "running":
-        parts.append(f"{duration(left)} of training left, until about {time.strftime('%H:%M', _at(left))}")
+        parts.append(f"{duration(left)} of {of} left, until about {time.strftime('%H:%M', _at(left))}")
     elif left:
-        parts.append(f"{duration(left)} of training left")
+        parts.append(f"{duration(left)} of {of} left")
     return ", ".join(parts)
 
 
@@ -79,6 +84,13 @@ def _rollouts_line(status: dict) -> str:
         return ""
     there = status["rollouts"]["path"] if status["rollouts"]["exists"] else "not made yet"
     return there + (f"; {status['answers']:,} answers in the cache" if status["answers"] is not None else "")
+
+
+def _gpus_line(status: dict) -> str:
+    """Those of this host, and where the run is, if elsewhere."""
+    here = "; ".join(map(_gpu_line, status["gpus"])) or "none on this host"
+    host = status["process"]["host"] if status["state"] == "running" else None
+    return here if host in (None, socket.gethostname()) else f"{here}; the run is on {host}"
 
 
 def _gpu_line(gpu: dict) -> str:

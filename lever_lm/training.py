@@ -21,7 +21,7 @@ from lever_lm.batches import Batch, GroupTensors
 from lever_lm.config import GrpoConfig, RceConfig
 from lever_lm.guards import At, Pass, check_groups, grpo_terms, rce_terms
 from lever_lm.journal import Journal
-from lever_lm.judging import alarms, epochs_since_best, group_report, group_statistics, projected, validate
+from lever_lm.judging import alarms, group_report, group_statistics, projected, validate
 from lever_lm.losses import (
     adapt_kl_beta,
     group_mean,
@@ -35,6 +35,7 @@ from lever_lm.losses import (
 from lever_lm.online import Answer, explore, mix, online_statistics
 from lever_lm.policy import PointerSelector
 from lever_lm.rewards import group_advantage, group_mean_std, normalize_group, tied_groups
+from lever_lm.selection import epochs_since_best
 
 _BACKBONE = ("input_proj", "query_proj", "cand_proj")
 

@@ -80,6 +80,7 @@ def test_random_groups_have_the_shapes_that_are_asked_for(bench):
     assert int(train.sequences.max()) < 9
 
 
+@pytest.mark.slow
 def test_a_tiny_race_is_run_to_its_end_and_written_down(tmp_path):
     small = ["--queries", "20", "--rce-epochs", "1", "--grpo-epochs", "1", "--threads", "1"]
     command = [sys.executable, SCRIPTS / "bench_training.py", *small, "--markdown", tmp_path / "table.md"]

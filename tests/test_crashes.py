@@ -16,7 +16,7 @@ from remains import asked_again, broken, differences, doubled, left_overs
 slow = pytest.mark.slow
 # command, what is done when, at which event of which file, the how manieth of them
 MOMENTS = [
-    ("rollout", "kill before", "write", "features_", 0),
+    pytest.param("rollout", "kill before", "write", "features_", 0, marks=slow),
     ("rollout", "torn", "write", "/vision_", 0),
     ("rollout", "kill before", "unlink", "answers_tiny-qwen2_5-vl.sqlite-journal", 3),  # within a commit
     pytest.param("rollout", "kill after", "unlink", "answers_tiny-qwen2_5-vl.sqlite-journal", 3, marks=slow),

@@ -90,6 +90,16 @@ def test_examples_that_cannot_be_used_are_counted(lever, official):
     assert "warning" in {check["status"] for check in done.json["checks"]}
 
 
+def test_a_model_of_digits_before_other_data_is_noticed(lever, official):
+    done = lever("doctor", *REAL, *TINY, "--json")
+    said = {check["what"]: check for check in done.json["checks"] if "digits alone" in check["found"]}
+    assert said.keys() == {"features.encoder", "lvlm.path"}
+    assert {check["status"] for check in said.values()} == {"warning"}
+    assert "openai/clip" in said["features.encoder"]["mend"]
+    embedded = lever("doctor", "--json")
+    assert not any("digits alone" in check["found"] for check in embedded.json["checks"])
+
+
 def test_a_part_of_ok_vqa_is_noticed(lever, official):
     done = lever("doctor", *REAL, *TINY, "--json")
     assert done.status == 0

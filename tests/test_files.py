@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import RUN, SMALL, clean_environment, run_lever
+from helpers import RUN, SMALL, clean_environment, run_here, run_lever
 from safetensors import safe_open
 
 from lever_lm import locks
@@ -376,8 +376,8 @@ def test_a_second_training_in_a_run_folder_is_refused_and_the_first_goes_on(warm
     while not (warm / RUN / "metrics.jsonl").is_file() and started.poll() is None:
         time.sleep(0.01)
     started.send_signal(signal.SIGSTOP)  # so that it is still there when the second comes
-    second = run_lever("train", *SMALL, cwd=warm)
-    elsewhere = run_lever("train", *SMALL, "--run-name", "other", cwd=warm)
+    second = run_here("train", *SMALL, cwd=warm)
+    elsewhere = run_here("train", *SMALL, "--run-name", "other", cwd=warm)
     started.send_signal(signal.SIGCONT)
     out, err = started.communicate(timeout=120)
     assert (second.status, second.out) == (1, "")

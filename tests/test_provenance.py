@@ -71,6 +71,12 @@ def test_a_run_that_goes_on_elsewhere_keeps_what_it_was_begun_with_and_says_what
     assert content == env()
 
 
+def test_what_was_typed_is_no_difference_of_environments():
+    typed = [env(command=f"lever train --grpo-epochs {count}", last_command=f"lever {count}") for count in (2, 3)]
+    assert differences(*typed) == []
+    assert differences(env(seed=1), env(seed=2)) != []
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"packages": 3, "resumed_with": {"a": 1}}', "[" * 9999])
 def test_an_env_json_of_whatever_content_stops_no_run(tmp_path, content):
     run = RunFolder(tmp_path)

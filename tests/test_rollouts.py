@@ -328,6 +328,21 @@ def test_making_returns_the_report_of_the_file(make, tmp_path):
 # ---------------------------------------------------------------------- not twice
 
 
+def test_pools_and_proposals_are_followed_as_the_answers_are(digits, digits_features, config, tmp_path):
+    followed = []
+
+    def follow(items, what, total):
+        followed.append((what.split(":")[0], total))
+        return items
+
+    stamp = local_fingerprint(config.lvlm, config.prompt, "cpu")
+    cache = AnswerCache(tmp_path / "answers.sqlite")
+    lvlm = CachedLvlm(lambda: LocalLvlm(config.lvlm, config.prompt, "cpu"), stamp, cache, follow)
+    make_rollouts(config, digits, digits_features, lvlm, tmp_path / "rl_data.json", lambda text: None)
+    assert followed[:2] == [("pools", QUERIES), ("proposals", QUERIES)]
+    assert followed[-1][0] == "rollouts"
+
+
 def test_unchanged_inputs_make_nothing_again(make, tmp_path):
     first, _ = make()
     path = tmp_path / "rl_data.json"

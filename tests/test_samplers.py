@@ -89,6 +89,23 @@ def test_queries_of_another_split_may_have_any_training_example_but_their_image(
     assert len(features.image) == 12
 
 
+def test_pools_that_take_long_are_followed_and_come_out_the_same(train):
+    items, features = train
+    seen = []
+
+    def follow(work, what, total):
+        seen.append((what, total, work.unit, work.after > 0, 0))
+        for number, item in enumerate(work, 1):
+            yield item
+            seen[-1] = (*seen[-1][:-1], number)
+
+    followed = sample_pools(
+        SamplerConfig("mix_sampler"), items, items, (features, features), size=16, seed=0, track=follow
+    )
+    assert followed == pools("mix_sampler", train)
+    assert seen == [(f"pools: {TRAIN} queries", TRAIN, "queries", True, TRAIN)]
+
+
 def test_allowed_is_neither_the_question_nor_its_image():
     ids, images = np.array([5, 6, 7, 8]), np.array([1, 1, 2, 3])
     assert allowed(Example(7, 1, "", (), (), ""), ids, images).tolist() == [3]

@@ -482,7 +482,7 @@ def killed(features_file, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_after_a_kill_the_rest_is_asked_and_the_result_is_the_unbroken_one(unbroken, killed, tmp_path, processes):
     shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
     run = run_lever if processes == 1 else torchrun

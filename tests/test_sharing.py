@@ -19,7 +19,7 @@ from lever_lm.checkpoint import read_checkpoint, save_torch, v3_content
 from lever_lm.config import Config, DataConfig, FeatureConfig, LvlmConfig, to_dict
 from lever_lm.decoder import VARIANTS
 from lever_lm.errors import LeverError, UsageError
-from lever_lm.exported import setting_of
+from lever_lm.exported import policy_folder, setting_of
 from lever_lm.policy import PointerSelector
 from lever_lm.sharing import export
 
@@ -114,6 +114,44 @@ def test_the_card_is_one_that_the_hubs_client_reads(trained, lever):
     assert "CC BY 4.0" in card.text
     assert "zero\\_shot" in card.text
     assert json.loads((trained / "shared policy/config.json").read_text())["results"] == rows
+
+
+def test_a_policy_that_was_overwritten_leaves_its_successor_no_results(trained, lever):
+    """`lever demo` and `lever train --overwrite` leave files of the same names."""
+    assert lever("infer", "--limit", "8", "--ckpt", RUN / "grpo_epoch4.pt", "--json").status == 0
+    (metrics,) = (trained / INFERENCE).glob("*/metrics.json")
+    demo = {**json.loads(metrics.read_text()), "setting": "of no policy"}
+    (trained / INFERENCE / "metrics.json").write_text(json.dumps(demo))
+    words = ("export", RUN, "shared", "--ckpt", "latest", "--json")
+    assert lever(*words).json["evaluated"] is True
+    content = torch.load(trained / RUN / "grpo_epoch4.pt", weights_only=False)
+    other = torch.load(trained / RUN / "grpo_epoch3.pt", weights_only=False)
+    save_torch(trained / RUN / "grpo_epoch4.pt", {**other, "epoch": content["epoch"]})
+    assert lever(*words).json["evaluated"] is False
+    assert "This checkpoint was not evaluated" in (trained / "shared/README.md").read_text()
+    assert json.loads((trained / "shared/config.json").read_text())["results"] == []
+
+
+def test_advice_to_the_runs_owner_is_not_shared(tmp_path):
+    path = saved(tmp_path / "grpo_epoch5.pt")
+    for why, told in (
+        ("best.json of the run, strategy kl, chosen when 2 of 4 epochs were there: `lever best-ckpt` again", "kl"),
+        (
+            "best by val_loss; best.json names grpo_epoch9.pt, which is gone: `lever best-ckpt` chooses again",
+            "val_loss",
+        ),
+    ):
+        export(path, why, tmp_path / "shared")
+        chosen = json.loads((tmp_path / "shared/config.json").read_text())["chosen"]
+        assert chosen.endswith(told)
+        assert "again" not in (tmp_path / "shared/README.md").read_text()
+
+
+def test_export_of_a_run_that_is_named_takes_no_checkpoint_of_the_environment(trained, lever, monkeypatch):
+    monkeypatch.setenv("LEVER_LM_CHECKPOINT_PATH", str(RUN / "grpo_epoch1.pt"))
+    for words in ((RUN, "shared"), ("shared", "--run-name", RUN.name)):
+        assert lever("export", *words, "--json").json["why"] == "best by val_reward"
+    assert lever("export", "shared", "--json").json["why"] == "named by LEVER_LM_CHECKPOINT_PATH"
 
 
 def test_the_cards_five_lines_run_as_they_are_written(trained, lever, monkeypatch):
@@ -344,3 +382,38 @@ def test_arguments_of_export(trained, lever):
         assert (done.status, done.err.count("lever: ")) == (status, 1)
         assert said in done.err
     assert not (trained / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value"),
+    [
+        ("features", "encoder", "asset:../../../home/me/clip"),
+        ("features", "encoder", ".."),
+        ("features", "encoder", "~"),
+        ("lvlm", "path", "asset:../lvlm"),
+        ("data", "okvqa_path", "asset:../../okvqa"),
+        ("data", "train_path", "hub:../here"),
+        ("data", "file_prefix", "../../../photos/"),
+    ],
+)
+def test_no_path_of_a_strangers_config_leads_out_of_the_assets(section, name, value):
+    assert setting_of({section: {name: value}}) == {}
+
+
+def test_a_mistyped_path_into_a_folder_that_is_here_is_no_hub_id(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("lever_lm.exported.fetch_policy", asked.append)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results").mkdir()
+    for path in ("results/demo", "reslts/grpo.pt"):
+        assert policy_folder(path) is None
+    assert asked == []
+    policy_folder("some/one")
+    assert asked == ["some/one"]
+
+
+def test_weights_that_cannot_be_computed_with_are_refused(shared):
+    weights = load_file(shared / "model.safetensors")
+    save_file({name: t.to(torch.float8_e4m3fn) for name, t in weights.items()}, shared / "model.safetensors")
+    with pytest.raises(LeverError, match="float8"):
+        load_policy(shared)

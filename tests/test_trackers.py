@@ -1,6 +1,7 @@
 """`--tracker tensorboard`: every epoch once, whatever happened, read back with TensorBoard's own reader."""
 
 import importlib.util
+import itertools
 import signal
 import subprocess
 import sys
@@ -89,6 +90,41 @@ def test_going_on_replaces_what_was_there_and_leaves_strangers_alone(run):
     third.begin([row("rce", 1)])
     assert run.event_files() == [second.path, third.path]
     assert theirs.read_text() == "own"
+
+
+def test_accuracies_outlive_a_run_that_goes_on_and_are_there_once(run):
+    first = TensorBoard(run)
+    first.begin([row("rce", 1)])
+    measured = [{"method": "grpo", "shots": shots, "accuracy": 0.25 * shots} for shots in (1, 2)]
+    first.results(measured)
+    for broken in (b"", b"cut short", b"\xff" * 40, b"\x09" + bytes(11) + b"accuracy/" + bytes(4)):
+        with first.path.open("ab") as file:
+            file.write(broken)
+        first = TensorBoard(run)
+        first.begin([row("rce", 1), row("rce", 2)])
+        scalars, _ = read(run.events)
+        assert scalars["accuracy/grpo"] == [(1, 0.25), (2, 0.5)]
+        assert len(scalars["rce/val_loss"]) == 2
+    first.results([*measured, {"method": "rce", "shots": 1, "accuracy": 0.5}])
+    first.results([{"method": "grpo", "shots": 2, "accuracy": 0.75}])  # measured anew, and other than before
+    scalars, _ = read(run.events)
+    assert scalars["accuracy/grpo"] == [(1, 0.25), (2, 0.5), (2, 0.75)]
+    assert scalars["accuracy/rce"] == [(1, 0.5)]
+    TensorBoard(run).begin([])
+    assert read(run.events)[0]["accuracy/grpo"] == [(1, 0.25), (2, 0.75)]
+
+
+def test_epochs_before_have_the_times_at_which_they_would_have_ended(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    rows = [row("rce", epoch, epoch_time=took) for epoch, took in ((1, 5.0), (2, 30.0), (3, float("nan")), (4, 60.0))]
+    TensorBoard(run).begin(rows)
+    events = EventAccumulator(str(run.events))
+    events.Reload()
+    times = [event.wall_time for event in events.Scalars("rce/val_loss")]
+    assert times[-1] == pytest.approx(time.time(), abs=60)
+    assert [after - before for before, after in itertools.pairwise(times)] == pytest.approx([30.0, 0.0, 60.0])
+    assert events.FirstEventTimestamp() == pytest.approx(times[0] - 5.0)
 
 
 def test_an_open_tensorboard_forgets_the_file_before(run):

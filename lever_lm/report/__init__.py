@@ -6,10 +6,11 @@ from pathlib import Path
 
 import yaml
 
+from lever_lm.checkpoint import load_policy, policy_digest
 from lever_lm.data import VqaData
 from lever_lm.errors import LeverError
 from lever_lm.files import write_text
-from lever_lm.provenance import read_environment
+from lever_lm.provenance import typed_again
 from lever_lm.report import words
 from lever_lm.report.curves import (
     PHASES,
@@ -17,20 +18,21 @@ from lever_lm.report.curves import (
     accuracy_chart,
     accuracy_series,
     curve_chart,
+    distinct_names,
     training_curves,
 )
 from lever_lm.report.gallery import EACH, LEARNED, make_cards, pick_queries, read_shown, right_labels
 from lever_lm.report.results import is_finite, last_evaluation, read_samples, samples_file
 from lever_lm.runs import RunFolder, differing
-from lever_lm.selection import read_history
 from lever_lm.stats import paired_test
-from lever_lm.untrusted import CONFIG_LIMIT, printable, read_bytes, shown
+from lever_lm.untrusted import CONFIG_LIMIT, printable, read_bytes, read_json, shown
 
 __all__ = ["Evaluated", "last_evaluation", "write_report"]
 
 _EPOCHS = ("phase", "epoch", "train_loss", "val_loss", "ppo_loss", "kl", "adv_std", "adv_max", "beta", "val_reward")
 _MOST = 200  # epochs in the table
-_NOT_COMPARED = ("command", "sources", "resumed_with")  # of env.json
+_LONGEST = 200  # characters of a value that differs
+_NOT_COMPARED = ("command", "last_command", "sources", "resumed_with")  # of env.json
 
 
 def write_report(
@@ -71,21 +73,23 @@ def _render(**values) -> str:
 def _page(main: Evaluated, data: VqaData | None, others: list[Evaluated]) -> dict:
     """The values of the page's template."""
     metrics = main.metrics()
-    history = read_history(main.run, None) if main.inference is None else _history(main.run)
-    runs = [(one.name, one.run.rows()) for one in (main, *others)]
-    rows = runs[0][1] or (history.rows if history else [])
-    series = accuracy_series(metrics["results"], [(one.name, one.metrics()["results"]) for one in others])
-    curves = training_curves([(main.name, rows), *runs[1:]])
-    environment = read_environment(main.run)
+    history, rows = main.history(), main.rows()
+    names = distinct_names([main, *others])
+    series = accuracy_series(
+        metrics["results"], [(name, one.metrics()["results"]) for name, one in zip(names[1:], others, strict=True)]
+    )
+    curves = training_curves([(name, one.rows()) for name, one in zip(names, (main, *others), strict=True)])
+    environment = _environment(main.run)
     judged = [row for row in rows if row["phase"] == (history.phase if history else "grpo")]
     return {
-        "run": main.name,
-        "names": [name for name, _ in runs],
+        "run": names[0],
+        "names": names,
         "results": [_readable(row) for row in metrics["results"]],
         **_by_shots(metrics),
         "checkpoint": printable(metrics["checkpoint"]),
         "chart": accuracy_chart(series) if any(one.points for one in series) else "",
-        "nearest": _settings(main.run).get("prompt", {}).get("order") == "first_pick_last",
+        "nearest": metrics.get("order") == "first_pick_last",
+        "stale": _is_stale(main.run, metrics),
         **_chosen(main, metrics, data),
         "phases": [
             (title, [(curve.title, curve_chart(curve)) for curve in curves if curve.phase == phase])
@@ -102,17 +106,21 @@ def _page(main: Evaluated, data: VqaData | None, others: list[Evaluated]) -> dic
         "left_out": max(0, len(rows) - _MOST),
         "config": _text(main.run.config),
         "environment": printable(yaml.safe_dump(environment, sort_keys=False, allow_unicode=True)),
-        "trained_by": printable(str(environment.get("command") or "")),
-        "compared": [_compared(main, one) for one in others],
+        "trained_by": printable(typed_again(environment.get("command"))),
+        "compared": [_compared((main, names[0]), pair) for pair in zip(others, names[1:], strict=True)],
     }
 
 
-def _history(run: RunFolder):
-    """A run's metrics; None where there are none, as where choices from a file were evaluated."""
+def _is_stale(run: RunFolder, metrics: dict) -> bool:
+    """Whether the policy that was evaluated is another than its checkpoint holds now: the run was made again since."""
+    path = run.path / Path(metrics["checkpoint"]).name
+    digests = {digest for digest in metrics["policies"].values() if isinstance(digest, str)}
+    if not (digests and metrics["checkpoint"] and path.is_file()):
+        return False
     try:
-        return read_history(run, None)
+        return policy_digest(load_policy(path)) not in digests
     except LeverError:
-        return None
+        return True
 
 
 def _chosen(main: Evaluated, metrics: dict, data: VqaData | None) -> dict:
@@ -121,14 +129,14 @@ def _chosen(main: Evaluated, metrics: dict, data: VqaData | None) -> dict:
     nothing = {"sentence": "", "learned": "", "labels": [], "cards": [], "counts": {}, "each": EACH, "shots": 0}
     if found is None:
         return nothing
-    lvlm = printable(main.run.lvlm() or "the LVLM")
+    lvlm = printable(metrics.get("lvlm") or main.run.lvlm() or "the LVLM")
     chosen, counts = pick_queries(found)
     labels = right_labels(found, data)
     at = (found.method, found.shots)
     return {
         "sentence": words.in_one_sentence(metrics["results"], metrics["tests"], *at, lvlm),
         "learned": words.of_choices(labels, found.method),
-        "labels": [_readable(row) for row in labels],
+        "labels": labels,
         "cards": make_cards(found, data, chosen),
         "counts": {kind: (len(chosen[kind]), number) for kind, number in counts.items()},
         "each": EACH,
@@ -148,7 +156,7 @@ def _by_shots(metrics: dict) -> dict:
         "tests": said if any(said) else [],
         "columns_of_shots": shots,
         "by_method": [(m, [cells.get((m, k)) or cells.get((m, 0)) for k in shots]) for m in methods],
-        "learned_methods": LEARNED,
+        "learned_methods": [next((m for m in LEARNED if m in methods), "")],
     }
 
 
@@ -174,18 +182,28 @@ def _text(path: Path) -> str:
         return ""
 
 
+def _environment(run: RunFolder) -> dict:
+    """The content of a run's env.json; {} where there is none, or more than a page can show."""
+    try:
+        content = read_json(run.environment, CONFIG_LIMIT)
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 # ---------------------------------------------------------------------- beside another run
 
 
-def _compared(main: Evaluated, other: Evaluated) -> dict:
-    """How another run differs: config, environment, and the paired test on the queries that both answered."""
+def _compared(ours: tuple[Evaluated, str], theirs: tuple[Evaluated, str]) -> dict:
+    """How another run differs, both with their names: config, environment, and the paired tests."""
+    (main, _), (other, name) = ours, theirs
     settings = [_settings(one.run) for one in (main, other)]
-    environments = [{**read_environment(one.run), **dict.fromkeys(_NOT_COMPARED)} for one in (main, other)]
+    environments = [{**_environment(one.run), **dict.fromkeys(_NOT_COMPARED)} for one in (main, other)]
     return {
-        "name": other.name,
+        "name": name,
         "config": _differing(*settings),
         "environment": _differing(*environments),
-        "tests": _tests(main, other),
+        "tests": _tests(ours, theirs),
     }
 
 
@@ -198,20 +216,25 @@ def _settings(run: RunFolder) -> dict:
 
 
 def _differing(ours: dict, theirs: dict) -> list[tuple[str, str, str]]:
-    return [(printable(".".join(key)), shown(here), shown(there)) for key, here, there in differing(ours, theirs)]
+    return [(printable(".".join(key)), _plain(here), _plain(there)) for key, here, there in differing(ours, theirs)]
 
 
-def _tests(main: Evaluated, other: Evaluated) -> list[str]:
-    ours, theirs = (
-        {(row["method"], row["shots"]) for row in one.metrics()["results"] if row["shots"]} for one in (main, other)
-    )
+def _plain(value) -> str:
+    """A value of a config, as it would be typed."""
+    return printable(value[:_LONGEST]) if isinstance(value, str) and value else shown(value, _LONGEST)
+
+
+def _tests(ours: tuple[Evaluated, str], theirs: tuple[Evaluated, str]) -> list[str]:
+    """What each learned method that both have does on the queries that both answered, with the same references."""
+    runs, names = zip(ours, theirs, strict=True)
+    done = [{(row["method"], row["shots"]) for row in run.metrics()["results"] if row["shots"]} for run in runs]
     said = []
-    for method, shots in sorted(ours & theirs):
-        if method in ("grpo", "rce", "policy", "icds"):
-            one, two = (read_samples(samples_file(run.inference, method, shots)) for run in (main, other))
-            both = [i for i in one if i in two]
+    for method, shots in sorted(done[0] & done[1]):
+        if method in LEARNED:
+            one, two = (read_samples(samples_file(run.inference, method, shots)) for run in runs)
+            both = [i for i in one if i in two and one[i].references == two[i].references]
             if both:
                 scores = [[samples[i].accuracy for i in both] for samples in (one, two)]
-                names = {"method": f"{method} of {main.name}", "against": f"{method} of {other.name}", "shots": shots}
-                said.append(f"On {len(both):,} queries. {words.of_test({**names, **paired_test(*scores)})}")
+                told = {"method": f"{method} of {names[0]}", "against": f"{method} of {names[1]}", "shots": shots}
+                said.append(f"On {len(both):,} queries. {words.of_test({**told, **paired_test(*scores)})}")
     return said

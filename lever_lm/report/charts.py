@@ -8,6 +8,7 @@ from html import escape
 
 _LEFT, _TOP, _BOTTOM = 42, 20, 36
 _LABEL = 13  # units between two labels at the right
+_DOTS = 200  # of a line, about: more stand on each other
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,11 @@ def _line(frame: _Frame, one: Series, show: Callable[[float], str]) -> str:
     for (x, _), (low, high) in zip(places, one.intervals, strict=False):
         ends = f'y1="{frame.down(low):.1f}" y2="{frame.down(high):.1f}"'
         parts.append(f'<line class="whisker" x1="{x:.1f}" x2="{x:.1f}" {ends}/>')
-    for (x, y), (epoch, value) in zip(places, one.points, strict=True):
+    every = len(places) // _DOTS + 1
+    for i, ((x, y), (epoch, value)) in enumerate(zip(places, one.points, strict=True)):
         chosen = one.marks.get(epoch)
+        if i % every and not chosen and i < len(places) - 1:
+            continue
         text = f"{one.label}, {epoch:g}: {show(value)}" + (f", chosen by {chosen}" if chosen else "")
         radius = 'class="chosen" r="4.5"' if chosen else f'r="{2.5 if len(places) < 30 else 1.5}"'
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" {radius}><title>{escape(text)}</title></circle>')
@@ -146,7 +150,7 @@ def _labels(frame: _Frame, series: Sequence[Series]) -> list[str]:
 
 def round_ticks(low: float, high: float, about: int) -> list[float]:
     """Round numbers over a range, about so many, the first at or below `low` and the last at or above `high`."""
-    span = (high - low) or abs(high) or 1.0
+    span = max((high - low) or abs(high) or 1.0, 1e-300)  # of what is smaller there is no tenth
     step = 10.0 ** math.floor(math.log10(span / about))
     step *= next((factor for factor in (1, 2, 5) if step * factor * about >= span), 10)
     first, last = math.floor(low / step), math.ceil(high / step)

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lever_lm.errors import LeverError
 from lever_lm.report.charts import Series, line_chart
 from lever_lm.report.gallery import LEARNED
 from lever_lm.report.results import is_finite, read_metrics
 from lever_lm.report.words import METHODS
 from lever_lm.runs import RunFolder
-from lever_lm.selection import STRATEGIES, best_row
+from lever_lm.selection import STRATEGIES, History, best_row, read_history
 from lever_lm.untrusted import printable
 
 METRICS = {
@@ -41,10 +42,34 @@ class Evaluated:
         return printable(self.run.path.resolve().name)
 
     def metrics(self) -> dict:
-        """Results, tests and checkpoint of the evaluation, all empty where there is none."""
+        """What read_metrics has of the evaluation, all empty where there is none."""
         if self.inference is None:
-            return {"results": [], "tests": [], "checkpoint": ""}
+            return {"results": [], "tests": [], "checkpoint": "", "policies": {}}
         return read_metrics(self.inference / "metrics.json")
+
+    def history(self) -> History | None:
+        """Where its metrics are from, as `lever best-ckpt` reads them; None where there are none, as where choices from
+        a file were evaluated."""
+        try:
+            return read_history(self.run, None)
+        except LeverError:
+            return None
+
+    def rows(self) -> list[dict]:
+        """The metrics of each epoch: all of metrics.jsonl, else those that its checkpoints or its log have."""
+        if rows := self.run.rows():
+            return rows
+        history = self.history()
+        return [{"phase": history.phase, **row} for row in history.rows] if history else []
+
+
+def distinct_names(runs: Sequence[Evaluated]) -> list[str]:
+    """A name for each run: its folder's, with as much of the path before it as tells it from the others."""
+    paths = [one.run.path.resolve().parts for one in runs]
+    deepest = max(map(len, paths))
+    depth = next((n for n in range(1, deepest) if len({path[-n:] for path in paths}) == len(set(paths))), deepest)
+    names = [printable("/".join(path[-depth:])) for path in paths]
+    return [f"{name} ({names[:i].count(name) + 1})" if name in names[:i] else name for i, name in enumerate(names)]
 
 
 def _drawable(results: Sequence[dict]) -> list[dict]:

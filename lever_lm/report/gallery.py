@@ -39,12 +39,13 @@ class Shown:
 
 
 def read_shown(inference: Path, results: Sequence[dict]) -> Shown | None:
-    """The learned method of an evaluation at its most shots, and what else was run there; None where only baselines
-    were. Raises LeverError where samples cannot be read."""
+    """The learned method of an evaluation at the most shots at which random demonstrations were shown too, and what
+    else was run there; None where only baselines were. Raises LeverError where samples cannot be read."""
     learned = [row for row in results if row["method"] in LEARNED]
     if not learned:
         return None
-    chosen = min(learned, key=lambda row: (LEARNED.index(row["method"]), -row["shots"]))
+    beside = {row["shots"] for row in results if row["method"] == "random"}
+    chosen = min(learned, key=lambda row: (LEARNED.index(row["method"]), row["shots"] not in beside, -row["shots"]))
     methods = dict.fromkeys(row["method"] for row in results if row["shots"] in (chosen["shots"], 0))
     samples = {}
     for method in methods:
@@ -97,15 +98,15 @@ def by_id(examples: Sequence[Example]) -> dict[int, Example]:
 
 
 def pick_queries(found: Shown) -> tuple[dict[str, list[int]], dict[str, int]]:
-    """Question ids of each kind (`win`, `loss`, `sample`), a few spread over the file, and how many there are."""
+    """Question ids of each kind, and how many there are: `sample`, drawn from all; of the others some `win`s and
+    `loss`es, spread over the file."""
     ours, random = found.ours, found.samples.get("random", {})
     gap = {i: ours[i].accuracy - random[i].accuracy for i in ours if i in random}
     kinds = {"win": [i for i in gap if gap[i] > 0], "loss": [i for i in gap if gap[i] < 0]}
-    chosen = {kind: _spread(ids, EACH) for kind, ids in kinds.items()}
-    rest = [i for i in ours if i not in chosen["win"] and i not in chosen["loss"]]
-    drawn = np.random.default_rng(0).permutation(len(rest))[:EACH]
-    chosen["sample"] = [rest[i] for i in sorted(drawn.tolist())]
-    return chosen, {**{kind: len(ids) for kind, ids in kinds.items()}, "sample": len(ours)}
+    ids, drawn = list(ours), np.random.default_rng(0).permutation(len(ours))[:EACH]
+    sample = [ids[i] for i in sorted(drawn.tolist())]
+    chosen = {kind: _spread([i for i in ids if i not in sample], EACH) for kind, ids in kinds.items()}
+    return {**chosen, "sample": sample}, {**{kind: len(ids) for kind, ids in kinds.items()}, "sample": len(ours)}
 
 
 def _spread(ids: list[int], count: int) -> list[int]:

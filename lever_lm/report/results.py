@@ -1,15 +1,17 @@
 """What `lever infer` left in a folder, read back: results, paired tests, and the sample of every query."""
 
+import errno
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from lever_lm.errors import LeverError
-from lever_lm.inference import is_result
+from lever_lm.inference import is_result, is_test
 from lever_lm.untrusted import LINE_LIMIT, Line, lines, loads, read_json, shown
 
 LARGEST = 1e300  # of what is drawn: differences stay finite
-_TEST = {"method": str, "against": str, "shots": int, **dict.fromkeys(("difference", "low", "high", "p"), (int, float))}
+_MOST = 2000  # results of an evaluation, and tests: ours have some ten methods at some ten numbers of shots
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ def is_finite(value) -> bool:
 
 
 def read_metrics(path: Path) -> dict:
-    """results, tests and checkpoint of a metrics.json. Raises LeverError where it is none."""
+    """results, tests and checkpoint of a metrics.json; where they are known also lvlm, order (of the prompt) and
+    policies, method → digest. Raises LeverError where it is none."""
     mend = "run `lever infer --baselines` or `lever demo` first"
     try:
         found = read_json(path)
@@ -41,19 +44,22 @@ def read_metrics(path: Path) -> dict:
     found = found if isinstance(found, dict) else {}
     results, tests, checkpoint = found.get("results"), found.get("tests", []), found.get("checkpoint", "")
     sound = isinstance(results, list) and isinstance(tests, list) and all(map(is_result, results))
-    if not (sound and results and all(map(_is_test, tests)) and isinstance(checkpoint, str)):
+    if not (sound and results and all(map(is_test, tests)) and isinstance(checkpoint, str)):
         raise LeverError(f"{path} holds no results of `lever infer`: {mend}")
-    return {"results": results, "tests": tests, "checkpoint": checkpoint}
-
-
-def _is_test(row) -> bool:
-    return isinstance(row, dict) and all(isinstance(row.get(key), kind) for key, kind in _TEST.items())
+    if max(len(results), len(tests)) > _MOST:
+        raise LeverError(f"{path} holds {len(results):,} results and {len(tests):,} tests, more than {_MOST:,}: {mend}")
+    known = {name: value for name in ("lvlm", "order") if isinstance(value := found.get(name), str)}
+    policies = found.get("policies")
+    known["policies"] = policies if isinstance(policies, dict) else {}
+    return {"results": results, "tests": tests, "checkpoint": checkpoint, **known}
 
 
 def last_evaluation(folder: Path) -> Path | None:
-    """The evaluation that was written last, of those in a run's inference folder; None where there is none."""
+    """The evaluation that was written last, of those in a run's inference folder that have random demonstrations to
+    compare with, else of all; None where there is none."""
     found = [one for one in (folder, *folder.glob("*/")) if (one / "metrics.json").is_file()]
-    return max(found, key=lambda one: (one / "metrics.json").stat().st_mtime, default=None)
+    beside = [one for one in found if any(one.glob("samples_random_*.jsonl"))]
+    return max(beside or found, key=lambda one: (one / "metrics.json").stat().st_mtime, default=None)
 
 
 def samples_file(folder: Path, method: str, shots: int) -> Path:
@@ -67,6 +73,8 @@ def samples_file(folder: Path, method: str, shots: int) -> Path:
 def read_samples(path: Path) -> dict[int, Sample]:
     """The samples in a file by question id, in its order. Raises LeverError naming the line that holds none."""
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
+            raise OSError(errno.EINVAL, "it is no regular file")
         return {sample.question_id: sample for sample in _samples(path)}
     except OSError as error:
         raise LeverError(f"cannot read {path}: {error.strerror or error}; run `lever infer` again") from error

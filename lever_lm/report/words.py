@@ -41,20 +41,24 @@ def count_shots(shots: int) -> str:
 
 
 def in_one_sentence(results: Sequence[dict], tests: Sequence[dict], method: str, shots: int, lvlm: str) -> str:
-    """The result of a run: the accuracy of its method at its most shots, beside random and similarity."""
+    """The result of a run: the accuracy of its method, beside random demonstrations and similarity."""
     ours = next(row for row in results if (row["method"], row["shots"]) == (method, shots))
+    chosen = "from a file" if method == "icds" else f"chosen by {named(method)}"
     said = (
-        f"With {count_shots(shots)} chosen by {named(method)}, {lvlm} answers {percent(ours['accuracy'])} of "
-        f"{ours['n']:,} queries right"
+        f"With {count_shots(shots)} {chosen}, {lvlm} reaches a VQA accuracy of {percent(ours['accuracy'])} on "
+        f"{ours['n']:,} queries"
     )
-    against = [test for test in tests if test["method"] == method and test["shots"] == shots]
-    gaps = [
-        f"{points(test['difference'])} points against {named(test['against'])}"
-        + (" demonstrations" if test["against"] == "random" else "")
-        for test in against
-        if test["against"] in ("random", "img_text_sim")
-    ]
+    beside = {test["against"]: test for test in tests if (test["method"], test["shots"]) == (method, shots)}
+    gaps = [_gap(beside[other]) for other in ("random", "img_text_sim") if other in beside]
     return said + (f": {' and '.join(gaps)}." if gaps else ".")
+
+
+def _gap(test: dict) -> str:
+    """`+50.4 points [+45.4, +55.8] against random demonstrations`, or that it cannot be told apart from them."""
+    other = "random demonstrations" if test["against"] == "random" else named(test["against"])
+    if test["p"] >= _ALPHA:
+        return f"not to be told apart from {other}"
+    return f"{points(test['difference'])} points [{points(test['low'])}, {points(test['high'])}] against {other}"
 
 
 def of_test(test: dict) -> str:
@@ -78,16 +82,17 @@ def of_choices(rows: Sequence[dict], method: str) -> str:
     found = {row["method"]: row for row in rows}
     if method not in found:
         return ""
-    ours = found[method]
-    first, any_right, none = ours["first"], ours["with_right"], ours["without"]
-    said = f"The first demonstration that {named(method)} shows has an answer that is right for {percent(first)} of "
+    ours, name = found[method], "the file" if method == "icds" else named(method)
+    said = (
+        f"The answer of the first demonstration that {name} shows matches a reference of {percent(ours['first'])} of "
+    )
     said += "the queries"
     beside = [f"{percent(found[m]['first'])} for {named(m)}" for m in ("img_text_sim", "random") if m in found]
     said += f" (it is {' and '.join(beside)})." if beside else "."
-    if any_right is not None and none is not None:
+    if ours["with_right"] is not None and ours["without"] is not None:
         said += (
-            f" The model is right on {percent(any_right)} of the queries where any of its demonstrations is, and on "
-            f"{percent(none)} of the others."
+            f" Where any shown answer matches, the VQA accuracy is {percent(ours['with_right'])}, elsewhere "
+            f"{percent(ours['without'])}."
         )
     return said
 
@@ -100,31 +105,33 @@ def strategies(rows: Sequence[dict]) -> list[dict]:
     chosen = []
     for name, strategy in STRATEGIES.items():
         row = best_row(list(rows), strategy)
-        chosen.append({"name": name, "why": strategy.why, "epoch": row["epoch"] if row else None, "row": row or {}})
+        values = {row.get(strategy.metric) for row in rows}
+        why = "equal in all epochs: the first" if row and len(values) == 1 < len(rows) else strategy.why
+        chosen.append({"name": name, "why": why, "epoch": row["epoch"] if row else None, "row": row or {}})
     return chosen
 
 
 _HEALTH = {
-    "frac_reward_zero_std": ("groups tied in reward", "share", "no signal: more varied rollouts, a finer reward.mode"),
-    "zero_grad_frac": ("rollouts without gradient", "share", "tied or clipped: lower grpo.refresh_every, grpo.lr"),
-    "clip_frac": ("ratios outside the clip range", "share", "above 70 %: lower grpo.lr or grpo.refresh_every"),
-    "kl_share": ("share of KL in the loss", "share", "above 90 %: lower grpo.kl_beta"),
-    "entropy": ("entropy of the first pick (nats)", "number", "falling to 0: raise grpo.entropy_beta or grpo.kl_beta"),
-    "grad_norm": ("gradient norm", "number", "growing: lower grpo.lr"),
+    "frac_reward_zero_std": ("groups tied in reward", "share", "nothing to learn from"),
+    "zero_grad_frac": ("rollouts without gradient", "share", "tied, or clipped"),
+    "clip_frac": ("ratios outside the clip range", "share", "how far the policy is from the old one"),
+    "kl_share": ("share of KL in the loss", "share", "how much pulls back to the reference policy"),
+    "entropy": ("entropy of the first pick (nats)", "number", "near 0 one candidate takes all"),
+    "grad_norm": ("gradient norm", "number", "before it is cut at grpo.max_grad_norm"),
     "reward": ("mean reward of the rollouts", "number", ""),
     "reward_std": ("spread of rewards in a group", "number", ""),
 }
 
 
 def health(rows: Sequence[dict]) -> list[dict]:
-    """What GRPO had to learn from, at its first and last epoch, and what to do about it."""
+    """What GRPO had to learn from, at its first and last epoch."""
     rows = [row for row in rows if row["phase"] == "grpo"]
     table = []
-    for key, (name, kind, mend) in _HEALTH.items():
+    for key, (name, kind, what) in _HEALTH.items():
         values = [row[key] for row in rows if is_finite(row.get(key))]
         if values:
             show = percent if kind == "share" else "{:.3g}".format
-            table.append({"name": name, "first": show(values[0]), "last": show(values[-1]), "mend": mend})
+            table.append({"name": name, "first": show(values[0]), "last": show(values[-1]), "what": what})
     return table
 
 
@@ -134,8 +141,8 @@ def of_groups(rows: Sequence[dict]) -> str:
     skipped, tied = last.get("groups_skipped"), last.get("frac_reward_zero_std")
     if not (is_finite(skipped) and is_finite(tied)):
         return ""
-    said = f"{skipped:,} groups ({percent(tied)}) teach nothing, since all their rollouts have the same reward"
-    return said + ("; that is much." if tied > 1 / 2 else "; the others do.")
+    said = f"{skipped:,} groups teach nothing: all their rollouts have the same reward, or they have a single one"
+    return said + (". That is more than half of them." if tied > 1 / 2 else ".")
 
 
 def warnings_of(rows: Sequence[dict]) -> list[str]:
