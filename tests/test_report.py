@@ -164,6 +164,14 @@ def test_the_run_is_said_in_one_sentence():
     assert words.in_one_sentence(results, [], "icds", 4, "Qwen").startswith("With 4 demonstrations from a file, Qwen")
 
 
+def test_a_strategy_whose_metric_never_moves_says_so():
+    rows = [{"phase": "grpo", "epoch": i, "adv_std": 0.9, "val_loss": 1 / i} for i in (1, 2, 3)]
+    said = {row["name"]: (row["epoch"], row["why"]) for row in words.strategies(rows)}
+    assert said["adv_std"] == (1, "equal in all epochs: the first")
+    assert said["val_loss"] == (3, "least validation loss")
+    assert said["kl"][0] is None
+
+
 # ---------------------------------------------------------------------- which queries
 
 

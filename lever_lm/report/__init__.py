@@ -136,7 +136,7 @@ def _chosen(main: Evaluated, metrics: dict, data: VqaData | None) -> dict:
     return {
         "sentence": words.in_one_sentence(metrics["results"], metrics["tests"], *at, lvlm),
         "learned": words.of_choices(labels, found.method),
-        "labels": labels,
+        "labels": [_readable(row) for row in labels],
         "cards": make_cards(found, data, chosen),
         "counts": {kind: (len(chosen[kind]), number) for kind, number in counts.items()},
         "each": EACH,

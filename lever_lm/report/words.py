@@ -105,8 +105,9 @@ def strategies(rows: Sequence[dict]) -> list[dict]:
     chosen = []
     for name, strategy in STRATEGIES.items():
         row = best_row(list(rows), strategy)
-        values = {row.get(strategy.metric) for row in rows}
-        why = "equal in all epochs: the first" if row and len(values) == 1 < len(rows) else strategy.why
+        values = [value for row in rows if is_finite(value := row.get(strategy.metric))]
+        equal = row is not None and len(values) > 1 == len(set(values))
+        why = "equal in all epochs: the first" if equal else strategy.why
         chosen.append({"name": name, "why": why, "epoch": row["epoch"] if row else None, "row": row or {}})
     return chosen
 

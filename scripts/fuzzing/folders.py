@@ -52,6 +52,7 @@ def choices(run, log: Path | None) -> None:
 def metrics_file(folder: Path) -> Target:
     """A run's metrics.jsonl, as `lever best-ckpt`, `lever status` and the report read it."""
     from lever_lm.options import finite
+    from lever_lm.report import words
     from lever_lm.report.curves import curve_chart, training_curves
     from lever_lm.runs import RunFolder
     from lever_lm.status import run_status
@@ -62,8 +63,11 @@ def metrics_file(folder: Path) -> Target:
     def read() -> None:
         json.dumps(finite(run_status(run)), allow_nan=False)
         choices(run, None)
-        for curve in training_curves([("x", run.rows())]):
+        rows = run.rows()
+        for curve in training_curves([("x", rows)]):
             curve_chart(curve)
+        for tell in (words.strategies, words.health, words.of_groups, words.warnings_of):
+            tell(rows)
 
     known = [
         b'{"epoch":' * _DEEP,
