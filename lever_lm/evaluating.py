@@ -201,7 +201,7 @@ def report(
     if main.inference is None and not main.rows():
         raise LeverError(f"no results in {pipeline.inference}: run `lever infer --baselines` or `lever demo` first")
     if main.inference is not None:
-        pipeline.screen.say(f"results: {main.inference}, the last evaluation with baselines, or the last")
+        pipeline.screen.say(f"results: {main.inference} (the last evaluation with baselines; without any, the last)")
     beside = [Evaluated(RunFolder(path), last_evaluation(inference_folder(path))) for path in others]
     data = None if main.inference is None else pipeline.data
     page = {"others": beside, "output": output, "command": command_line()}
