@@ -118,10 +118,10 @@ def record(run: RunFolder, here: dict, say: Callable[[str], None]) -> None:
         write_json(run.environment, now)
 
 
-def read_environment(run: RunFolder) -> dict:
-    """The content of a run's env.json, {} where there is none that can be read."""
+def read_environment(run: RunFolder, limit: int = FILE_LIMIT) -> dict:
+    """The content of a run's env.json; {} where there is none that can be read, or one of more than `limit` bytes."""
     try:
-        content = read_json(run.environment, FILE_LIMIT)
+        content = read_json(run.environment, limit)
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -10,7 +10,7 @@ from lever_lm.checkpoint import load_policy, policy_digest
 from lever_lm.data import VqaData
 from lever_lm.errors import LeverError
 from lever_lm.files import write_text
-from lever_lm.provenance import typed_again
+from lever_lm.provenance import read_environment, typed_again
 from lever_lm.report import words
 from lever_lm.report.curves import (
     PHASES,
@@ -21,11 +21,11 @@ from lever_lm.report.curves import (
     distinct_names,
     training_curves,
 )
-from lever_lm.report.gallery import EACH, LEARNED, make_cards, pick_queries, read_shown, right_labels
+from lever_lm.report.gallery import LEARNED, make_cards, pick_queries, read_shown, right_labels
 from lever_lm.report.results import is_finite, last_evaluation, read_samples, samples_file
 from lever_lm.runs import RunFolder, differing
 from lever_lm.stats import paired_test
-from lever_lm.untrusted import CONFIG_LIMIT, printable, read_bytes, read_json, shown
+from lever_lm.untrusted import CONFIG_LIMIT, printable, read_bytes, shown
 
 __all__ = ["Evaluated", "last_evaluation", "write_report"]
 
@@ -66,7 +66,7 @@ def _render(**values) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": words.percent, "points": words.points, "named": words.named}
+    environment.filters |= {"percent": words.percent, "named": words.named}
     return environment.get_template("report.html.j2").render(**values)
 
 
@@ -79,7 +79,7 @@ def _page(main: Evaluated, data: VqaData | None, others: list[Evaluated]) -> dic
         metrics["results"], [(name, one.metrics()["results"]) for name, one in zip(names[1:], others, strict=True)]
     )
     curves = training_curves([(name, one.rows()) for name, one in zip(names, (main, *others), strict=True)])
-    environment = _environment(main.run)
+    environment = read_environment(main.run, CONFIG_LIMIT)
     judged = [row for row in rows if row["phase"] == (history.phase if history else "grpo")]
     return {
         "run": names[0],
@@ -126,7 +126,7 @@ def _is_stale(run: RunFolder, metrics: dict) -> bool:
 def _chosen(main: Evaluated, metrics: dict, data: VqaData | None) -> dict:
     """The sentence of the run, and what its policy chose."""
     found = read_shown(main.inference, metrics["results"]) if main.inference and data else None
-    nothing = {"sentence": "", "learned": "", "labels": [], "cards": [], "counts": {}, "each": EACH, "shots": 0}
+    nothing = {"sentence": "", "learned": "", "labels": [], "cards": [], "counts": {}}
     if found is None:
         return nothing
     lvlm = printable(metrics.get("lvlm") or main.run.lvlm() or "the LVLM")
@@ -139,8 +139,6 @@ def _chosen(main: Evaluated, metrics: dict, data: VqaData | None) -> dict:
         "labels": [_readable(row) for row in labels],
         "cards": make_cards(found, data, chosen),
         "counts": {kind: (len(chosen[kind]), number) for kind, number in counts.items()},
-        "each": EACH,
-        "shots": found.shots,
     }
 
 
@@ -182,15 +180,6 @@ def _text(path: Path) -> str:
         return ""
 
 
-def _environment(run: RunFolder) -> dict:
-    """The content of a run's env.json; {} where there is none, or more than a page can show."""
-    try:
-        content = read_json(run.environment, CONFIG_LIMIT)
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
 # ---------------------------------------------------------------------- beside another run
 
 
@@ -198,7 +187,8 @@ def _compared(ours: tuple[Evaluated, str], theirs: tuple[Evaluated, str]) -> dic
     """How another run differs, both with their names: config, environment, and the paired tests."""
     (main, _), (other, name) = ours, theirs
     settings = [_settings(one.run) for one in (main, other)]
-    environments = [{**_environment(one.run), **dict.fromkeys(_NOT_COMPARED)} for one in (main, other)]
+    left_out = dict.fromkeys(_NOT_COMPARED)
+    environments = [{**read_environment(one.run, CONFIG_LIMIT), **left_out} for one in (main, other)]
     return {
         "name": name,
         "config": _differing(*settings),
