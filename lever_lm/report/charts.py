@@ -115,7 +115,7 @@ def _line(frame: _Frame, one: Series, show: Callable[[float], str]) -> str:
         )
     places = [(frame.across(x), frame.down(y)) for x, y in one.points]
     parts = [f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in places)}"/>']
-    for (x, _), (low, high) in zip(places, one.intervals, strict=False):
+    for (x, _), (low, high) in zip(places, one.intervals, strict=True) if one.intervals else ():
         ends = f'y1="{frame.down(low):.1f}" y2="{frame.down(high):.1f}"'
         parts.append(f'<line class="whisker" x1="{x:.1f}" x2="{x:.1f}" {ends}/>')
     every = len(places) // _DOTS + 1
