@@ -13,6 +13,7 @@ from lever_lm.config import LvlmConfig, PromptConfig, asset_path
 from lever_lm.errors import LeverError
 from lever_lm.lvlm import build_prompt, cut_answer
 from lever_lm.lvlm.decoding import beam_search
+from lever_lm.lvlm.kernels import float32_logits, repeatable_attention
 from lever_lm.lvlm.local import LocalLvlm, local_fingerprint
 
 TINY = "asset:tiny-qwen2.5-vl"
@@ -339,3 +340,44 @@ def test_the_fingerprint_leaves_out_what_changes_no_answer(tmp_path):
         dataclasses.replace(config, path=str(moved)),
     ]
     assert len({local_fingerprint(one, prompt, "cpu") for one in same}) == 1
+
+
+def test_what_picks_a_token_is_compared_in_float32():
+    head = torch.nn.Linear(2, 3, bias=False, dtype=torch.bfloat16)
+    head.weight.data = torch.tensor([[256, 0.25], [256, 0.5], [0, 0]], dtype=torch.bfloat16)
+    hidden = torch.ones(1, 2, dtype=torch.bfloat16)
+    assert head(hidden)[0, :2].tolist() == [256, 256]  # in bfloat16 the two largest are equal, and the first would win
+    logits = float32_logits(head, hidden)
+    assert logits.dtype == torch.float32
+    assert logits[0].tolist() == [256.25, 256.5, 0]
+    assert float32_logits(head.float(), hidden.float()).tolist() == logits.tolist()
+    nested = float32_logits(head.bfloat16(), hidden.expand(4, 5, 2))
+    assert nested.shape == (4, 5, 3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_a_decoding_step_repeats_itself():
+    """The shapes of the 3B model: 32 prompts of up to 2,000 tokens, one new token each, padding masked."""
+    torch.manual_seed(0)
+    shape = {"dtype": torch.bfloat16, "device": "cuda"}
+    query, key, value = torch.randn(32, 16, 1, 128, **shape), *torch.randn(2, 32, 16, 2000, 128, **shape)
+    mask = (torch.arange(2000, device="cuda") < torch.randint(1500, 2000, (32, 1), device="cuda"))[:, None, None]
+    head = torch.nn.Linear(2048, 151936, bias=False, **shape)
+    with torch.inference_mode(), repeatable_attention():
+        first, *others = [
+            float32_logits(head, torch.nn.functional.scaled_dot_product_attention(query, key, value, mask).flatten(1))
+            for _ in range(12)
+        ]
+    assert all(torch.equal(first, other) for other in others)
+    wide = torch.nn.functional.scaled_dot_product_attention(query.double(), key.double(), value.double(), mask)
+    exact = wide.flatten(1) @ head.weight.double().T
+    assert float((first - exact).norm() / exact.norm()) < 0.01
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_on_a_gpu_answers_in_bfloat16_repeat_themselves(picks, num_beams):
+    lvlm = LocalLvlm(LvlmConfig(path=TINY, dtype="bfloat16", num_beams=num_beams), PromptConfig(), "cuda")
+    prompts = [build_prompt(icds, query, PromptConfig()) for icds, query in picks]
+    first = lvlm.generate(prompts)
+    assert [lvlm.generate(prompts) for _ in range(5)] == [first] * 5

@@ -17,7 +17,7 @@ from lever_lm.errors import LeverError
 from lever_lm.hub import content_digests, fetch_model, model_folder
 from lever_lm.lvlm.cache import Track
 from lever_lm.lvlm.decoding import NotFinite, Prefilled, beam_search, greedy
-from lever_lm.lvlm.kernels import compile_parts, speed_up_vision
+from lever_lm.lvlm.kernels import compile_parts, float32_logits, repeatable_attention, speed_up_vision
 from lever_lm.lvlm.prompt import Prompt, cut_answer, to_messages
 from lever_lm.lvlm.vision import Vision
 from lever_lm.progress import untracked
@@ -232,18 +232,19 @@ class LocalLvlm:
         cache = out.past_key_values
 
         def step(tokens: Tensor, position: Tensor, mask: Tensor) -> Tensor:
-            out = decoder(
-                inputs_embeds=self.model.get_input_embeddings()(tokens),
-                attention_mask=mask,
-                position_ids=position.expand(3, -1, -1),
-                past_key_values=cache,
-                use_cache=True,
-            )
-            return head(out.last_hidden_state[:, -1])
+            with repeatable_attention():
+                out = decoder(
+                    inputs_embeds=self.model.get_input_embeddings()(tokens),
+                    attention_mask=mask,
+                    position_ids=position.expand(3, -1, -1),
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+            return float32_logits(head, out.last_hidden_state[:, -1])
 
         last = out.last_hidden_state[torch.arange(len(prompts), device=self.device), lengths - 1]
         following = positions.masked_fill(mask == 0, 0).amax((0, 2)) + 1
-        return Prefilled(head(last), cache, mask, following, step)
+        return Prefilled(float32_logits(head, last), cache, mask, following, step)
 
     def _score(self, pairs: list[tuple[Prompt, list[int]]]) -> list[float]:
         """Log-prob of each target after its prompt."""
@@ -257,7 +258,7 @@ class LocalLvlm:
         real = offset < counts[:, None]
         places = (lengths - counts)[:, None] + offset.where(real, 0)
         rows = torch.arange(len(pairs), device=self.device)[:, None]
-        log_probs = self.model.lm_head(hidden[rows, places - 1]).float().log_softmax(-1)
+        log_probs = float32_logits(self.model.lm_head, hidden[rows, places - 1]).log_softmax(-1)
         of_tokens = log_probs.gather(-1, ids[rows, places][..., None]).squeeze(-1)
         sums = (of_tokens * real).sum(-1).tolist()
         for (prompt, _), value in zip(pairs, sums, strict=True):
