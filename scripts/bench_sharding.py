@@ -8,7 +8,7 @@ digits, 1 process twice and N.
 `3b` is the 3B shape with random weights, made by bench_lvlm.py; digits are small images, which `lvlm.min_pixels` makes
 as large as photographs. Each run has a results folder of its own with the CLIP features in it and no answers. Answering
 is timed by the command itself: from when every process has its model to when the last one has asked its share. The rest
-is start-up. Prints a table in Markdown, with whether each rollout file has the bytes of the first one; exits with 1 where
+is start-up. Prints a table in Markdown and whether each rollout file has the bytes of the first one; exits with 1 where
 one has not. `--json FILE` keeps the numbers.
 """
 

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from lever_lm.compat import import_transformers
 from lever_lm.config import LvlmConfig, PromptConfig, asset_path
@@ -363,14 +364,15 @@ def test_on_a_gpu_a_decoding_step_repeats_itself():
     query, key, value = torch.randn(32, 16, 1, 128, **shape), *torch.randn(2, 32, 16, 2000, 128, **shape)
     mask = (torch.arange(2000, device="cuda") < torch.randint(1500, 2000, (32, 1), device="cuda"))[:, None, None]
     head = torch.nn.Linear(2048, 151936, bias=False, **shape)
-    with torch.inference_mode(), repeatable_attention():
-        first, *others = [
-            float32_logits(head, torch.nn.functional.scaled_dot_product_attention(query, key, value, mask).flatten(1))
-            for _ in range(12)
-        ]
+    with torch.inference_mode():
+        with repeatable_attention():
+            first, *others = [
+                float32_logits(head, F.scaled_dot_product_attention(query, key, value, mask).flatten(1))
+                for _ in range(12)
+            ]
+        wide = F.scaled_dot_product_attention(query.double(), key.double(), value.double(), mask)
+        exact = wide.flatten(1) @ head.weight.double().T
     assert all(torch.equal(first, other) for other in others)
-    wide = torch.nn.functional.scaled_dot_product_attention(query.double(), key.double(), value.double(), mask)
-    exact = wide.flatten(1) @ head.weight.double().T
     assert float((first - exact).norm() / exact.norm()) < 0.01
 
 
