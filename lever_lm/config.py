@@ -56,7 +56,7 @@ class FeatureConfig:
 class SamplerConfig:
     """How the pool of a query is drawn from the training examples (its size is rollout.pool_size)."""
 
-    name: str = "rand_sampler"
+    name: str = "rand_sampler"  # or text_sim_sampler, img_sim_sampler; mix_sampler: 1/2 random, 1/4 text, 1/4 image
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from lever_lm.lvlm import CachedLvlm, build_prompt
 from lever_lm.metrics import vqa_accuracy
 from lever_lm.policy import PointerSelector
 from lever_lm.progress import WORTH_A_WORD, Track, Work, untracked
-from lever_lm.samplers import allowed, nearest, query_rng, sample_pools, similarity_rows
+from lever_lm.samplers import Candidates, nearest, query_rng, sample_pools, similarity_rows
 from lever_lm.stats import bootstrap_interval, paired_test
 from lever_lm.stems import Stems, learn_stems
 from lever_lm.untrusted import read_json
@@ -88,6 +88,11 @@ class Evaluation:
             seed=self.config.seed,
             track=self.track,
         )
+
+    @cached_property
+    def candidates(self) -> Candidates:
+        """The training split as what may be shown before a query."""
+        return Candidates(self.data.train_examples)
 
     @cached_property
     def stems(self) -> Stems | None:
@@ -166,12 +171,11 @@ class Evaluation:
         if name == "zero_shot":
             return [[] for _ in self.queries]
         train = self.data.train_examples
-        ids, images = np.array([e.question_id for e in train]), np.array([e.image_id for e in train])
         parts = _SIMILARITY_PARTS.get(name, _SIMILARITY_PARTS["img_text_sim"])
         scores = similarity_rows(self.embeddings, self.features.train, parts)
         picks, rows = [], zip(self.queries, self.pools, scores, strict=True)
         for query, pool, row in self.track(Work(rows, "queries", after=WORTH_A_WORD), name, len(self.queries)):
-            rng, among = query_rng(self.config.seed, query), allowed(query, ids, images)
+            rng, among = query_rng(self.config.seed, query), self.candidates.allowed(query)
             if name == "oracle":
                 among = np.array(pool)
                 # Similarities lie within ±2, so an accuracy step of 0.1 always outweighs them.
