@@ -184,7 +184,8 @@ def _score(trajectory: dict, pool: list[int], text: str, gt_prob: float | None, 
 def _scores(text: str, gt_prob: float | None, query: Example) -> dict:
     """What rewards are made of, by its names in the rollout file."""
     answer = cut_answer(text)
-    accuracy = round(vqa_accuracy(answer, query.answers), 6)
+    # Always normalised: that `Yes` is worth nothing where all ten wrote `yes` is a rule of the scorer, and no lesson.
+    accuracy = round(vqa_accuracy(answer, query.answers, always_normalize=True), 6)
     f1, edit = relevance(answer, query.answers)
     return {
         "vqa_correct": int(accuracy > 0),

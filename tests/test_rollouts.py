@@ -236,8 +236,9 @@ def test_scores_are_the_vqa_accuracy_of_the_answers(trajectories, digits):
         references = digits.train_examples[row].answers
         answer = cut_answer(trajectory["vqa_raw_generation"])
         assert trajectory["vqa_pred_answer"] == answer
-        assert trajectory["vqa_acc_score"] == pytest.approx(vqa_accuracy(answer, references), abs=1e-6)
-        assert trajectory["vqa_correct"] == (vqa_accuracy(answer, references) > 0)
+        accuracy = vqa_accuracy(answer, references, always_normalize=True)
+        assert trajectory["vqa_acc_score"] == pytest.approx(accuracy, abs=1e-6)
+        assert trajectory["vqa_correct"] == (accuracy > 0)
         f1, edit = relevance(answer, references)
         assert trajectory["vqa_rel_token_f1"] == pytest.approx(f1, abs=1e-6)
         assert trajectory["vqa_rel_edit_sim"] == pytest.approx(edit, abs=1e-6)
