@@ -584,6 +584,7 @@ def test_results_of_the_same_setting_add_up_and_others_replace_them(trained, lev
     assert rows("--shots", "2", "--limit", "12") == [("grpo", 1, 12), ("grpo", 2, 12)]
     assert rows("--shots", "1,2", "--limit", "12") == [("grpo", 1, 12), ("grpo", 2, 12)]
     assert rows("--shots", "2", "--limit", "10") == [("grpo", 2, 10)]
+    assert rows("--shots", "1", "--limit", "10", "--set", "prompt.cut=classic") == [("grpo", 1, 10)]
 
 
 def test_inferences_lie_under_the_name_of_their_checkpoints_own_run(trained, lever):

@@ -300,6 +300,35 @@ def test_retrieval_takes_the_most_similar_pairs_that_no_beam_took(entries, digit
         assert proposed["retrieval"] == [pair for pair in pairs if pair not in proposed["beam"]][:2]
 
 
+# ---------------------------------------------------------------------- where an answer is cut
+
+
+class Dressed:
+    """An LVLM that sees the same thing everywhere."""
+
+    def batches(self, prompts):
+        return [list(range(len(prompts)))]
+
+    def generate(self, prompts):
+        return ["Shorts Question: what"] * len(prompts)
+
+
+def test_an_answer_is_cut_by_the_rule_of_the_config_and_asked_once(digits, digits_features, config, tmp_path):
+    def cut(rule, backend):
+        prompt = dataclasses.replace(config.prompt, cut=rule)
+        lvlm = CachedLvlm(lambda: backend, "dressed", AnswerCache(tmp_path / "answers.sqlite"), track)
+        few = dataclasses.replace(config, prompt=prompt, rollout=dataclasses.replace(config.rollout, num_queries=3))
+        make_rollouts(few, digits, digits_features, lvlm, tmp_path / "rl_data.json", said.append)
+        entries = json.loads((tmp_path / "rl_data.json").read_text(encoding="utf-8"))
+        found = [t for key, e in entries.items() if key != "_meta" for t in e["pointer_candidates"]]
+        return {(t["vqa_raw_generation"], t["vqa_pred_answer"]) for t in found}
+
+    said = []
+    assert cut("turn", Dressed()) == {("Shorts Question: what", "Shorts")}
+    assert cut("classic", None) == {("Shorts Question: what", "")}
+    assert "is made again: the prompt has changed;" in said[0]
+
+
 # ---------------------------------------------------------------------- the report
 
 
