@@ -68,10 +68,12 @@ class PromptConfig:
     separator: str = "\n"  # between one ICD and the next image, within one turn
     order: str = "first_pick_last"  # the first pick stands nearest the query; or first_pick_first
     system: str = "You are a helpful assistant."
+    cut: str = "turn"  # an answer ends at a line break, a comma, or the next turn; classic: also at Short in Shorts
 
     def __post_init__(self):
         _one_of("prompt.style", self.style, ("interleaved", "dialogue"))
         _one_of("prompt.order", self.order, ("first_pick_last", "first_pick_first"))
+        _one_of("prompt.cut", self.cut, ("turn", "classic"))
         parts = re.split(r"(\{question\}|\{answer\})", self.template)
         if parts[1::2] != ["{question}", "{answer}"] or parts[-1]:
             raise UsageError(

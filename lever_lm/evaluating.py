@@ -91,7 +91,7 @@ def _folder_for(pipeline: Pipeline, checkpoint: Path) -> Path:
 def _setting(pipeline: Pipeline) -> str:
     """Fingerprint of what results must share to stand in one table: data, pools, features, model, prompt."""
     config = pipeline.config
-    parts = (config.sampler, config.rollout.pool_size, config.seed, config.infer, CODE["inference"])
+    parts = (config.sampler, config.rollout.pool_size, config.seed, config.infer, config.prompt.cut, CODE["inference"])
     encoder = encoder_fingerprint(config.features.encoder)
     return fingerprint(pipeline.data.fingerprint, encoder, config.features.name, pipeline.lvlm.fingerprint, *parts)
 

@@ -39,21 +39,24 @@ _CONSIDERED = 8  # candidates for the first place that are kept with a sample
 
 @dataclass(frozen=True)
 class Outcome:
-    """One method at one number of shots: predictions and scores, query by query."""
+    """One method at one number of shots: predictions and scores, query by query. scores: official; raw_scores:
+    official, against the unreduced answers; normalized_scores: with answers always normalised."""
 
     method: str
     shots: int
     predictions: list[str]
     scores: list[float]
     raw_scores: list[float]
+    normalized_scores: list[float]
 
     def summary(self) -> dict:
-        """Accuracy as a fraction with its 95 % bootstrap interval; raw_accuracy is against the unreduced answers."""
+        """The official accuracy as a fraction with its 95 % bootstrap interval, and the means of the other scores."""
         return {
             "method": self.method,
             "shots": self.shots,
             "accuracy": float(np.mean(self.scores)),
             "ci": list(bootstrap_interval(self.scores)),
+            "normalized_accuracy": float(np.mean(self.normalized_scores)),
             "raw_accuracy": float(np.mean(self.raw_scores)),
             "n": len(self.scores),
         }
@@ -167,7 +170,8 @@ class Evaluation:
 
     def baseline(self, name: str, shots: int) -> list[list[int]]:
         """What a baseline shows: random and similarities over the whole training split; the oracle ranks the pool by
-        the accuracy of each ICD's own answer against the query's references, by similarity among equals."""
+        the accuracy of each ICD's own answer against the query's references, always normalised as in a reward, and by
+        similarity among equals."""
         if name == "zero_shot":
             return [[] for _ in self.queries]
         train = self.data.train_examples
@@ -179,7 +183,8 @@ class Evaluation:
             if name == "oracle":
                 among = np.array(pool)
                 # Similarities lie within ±2, so an accuracy step of 0.1 always outweighs them.
-                row[among] += 100 * np.array([vqa_accuracy(train[i].answer, query.answers) for i in pool])
+                right = [vqa_accuracy(train[i].answer, query.answers, always_normalize=True) for i in pool]
+                row[among] += 100 * np.array(right)
             chosen = rng.permutation(among)[:shots].tolist() if name == "random" else nearest(row, among, shots, rng)
             picks.append(chosen)
         return picks
@@ -198,9 +203,11 @@ class Evaluation:
         for i, (method, k) in enumerate(jobs):
             written = answers[i * len(self.queries) : (i + 1) * len(self.queries)]
             predictions = [self.stems.reduce(answer) for answer in written] if self.stems else written
-            scores = [vqa_accuracy(p, query.answers) for p, query in zip(predictions, self.queries, strict=True)]
+            pairs = [(p, query.answers) for p, query in zip(predictions, self.queries, strict=True)]
+            scores = [vqa_accuracy(*pair) for pair in pairs]
+            normalized = [vqa_accuracy(*pair, always_normalize=True) for pair in pairs]
             raw = [vqa_accuracy(p, query.raw_answers) for p, query in zip(written, self.queries, strict=True)]
-            outcomes.append(Outcome(method, k, predictions, scores, raw))
+            outcomes.append(Outcome(method, k, predictions, scores, raw, normalized))
         return outcomes
 
     def write(
@@ -271,10 +278,12 @@ def _earlier(path: Path, results: list[dict], setting: str | None) -> dict[str, 
 
 
 def is_result(row) -> bool:
-    """Whether a value is a row of the results in a metrics.json."""
+    """Whether a value is a row of the results in a metrics.json. normalized_accuracy may be missing: 0.1 had none."""
     number = (int, float)
     kinds = {"method": str, "shots": int, "accuracy": number, "raw_accuracy": number, "n": int, "ci": list}
     if not isinstance(row, dict) or not all(isinstance(row.get(key), kind) for key, kind in kinds.items()):
+        return False
+    if not isinstance(row.get("normalized_accuracy", 0.0), number):
         return False
     return len(row["ci"]) == 2 and all(isinstance(end, number) for end in row["ci"])
 

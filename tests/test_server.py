@@ -632,6 +632,7 @@ def test_the_fingerprint_follows_what_is_asked_and_not_where():
     for other in ({"path": "x"}, {"max_new_tokens": 6}, {"max_pixels": 10**6}, {"min_pixels": 4000}):
         assert server_fingerprint(dataclasses.replace(base, **other), prompt) != stamp
     assert server_fingerprint(base, PromptConfig(style="dialogue")) != stamp
+    assert server_fingerprint(base, PromptConfig(cut="classic")) == stamp, "answers are kept uncut"
     here = LvlmConfig(path=TINY)
     assert server_fingerprint(dataclasses.replace(here, server="http://a/v1"), prompt) != local_fingerprint(
         here, prompt, "cpu"

@@ -18,7 +18,7 @@ from lever_lm.hub import content_digests, fetch_model, model_folder
 from lever_lm.lvlm.cache import Track
 from lever_lm.lvlm.decoding import NotFinite, Prefilled, beam_search, greedy
 from lever_lm.lvlm.kernels import compile_parts, float32_logits, repeatable_attention, speed_up_vision
-from lever_lm.lvlm.prompt import Prompt, cut_answer, to_messages
+from lever_lm.lvlm.prompt import Prompt, cut_answer, to_messages, wording
 from lever_lm.lvlm.vision import Vision
 from lever_lm.progress import untracked
 from lever_lm.shards import Shards
@@ -73,8 +73,8 @@ class LocalLvlm:
     # ------------------------------------------------------------------ answering
 
     def answer(self, prompts: Sequence[Prompt]) -> list[str]:
-        """The answer to each prompt, cut as SPEC'd in prompt.cut_answer. Order in, order out."""
-        return [cut_answer(text) for text in self.generate(prompts)]
+        """The answer to each prompt, cut as in prompt.cut_answer. Order in, order out."""
+        return [cut_answer(text, self.prompt.cut) for text in self.generate(prompts)]
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt]) -> list[str]:
@@ -289,7 +289,7 @@ def local_fingerprint(config: LvlmConfig, prompt: PromptConfig, device: str) -> 
     prompt style. Needs no model loaded."""
     settings = {name: value for name, value in vars(config).items() if name not in ("path", "dtype", *LVLM_SPEED)}
     precision = str(_dtype(config.dtype, resolve_device(device)))
-    return fingerprint(CODE["answers"], CODE["vision"], _weights(config.path), settings, precision, prompt)
+    return fingerprint(CODE["answers"], CODE["vision"], _weights(config.path), settings, precision, wording(prompt))
 
 
 def vision_fingerprint(config: LvlmConfig, device: str) -> str:

@@ -20,7 +20,7 @@ from lever_lm.config import LvlmConfig, PromptConfig, fingerprint
 from lever_lm.data import Image, open_image
 from lever_lm.errors import LeverError, Unfinished
 from lever_lm.lvlm.client import Client, ServerError, check_server, served_name
-from lever_lm.lvlm.prompt import Prompt, cut_answer, to_messages
+from lever_lm.lvlm.prompt import Prompt, cut_answer, to_messages, wording
 from lever_lm.stages import CODE
 
 _ROUNDS = 8  # prompts in a batch for each request under way: what a killed job may have to ask again
@@ -57,7 +57,7 @@ class ServerLvlm:
 
     def answer(self, prompts: Sequence[Prompt]) -> list[str]:
         """The answer to each prompt, cut as in prompt.cut_answer."""
-        return [cut_answer(text) for text in self.generate(prompts)]
+        return [cut_answer(text, self.prompt.cut) for text in self.generate(prompts)]
 
     def answer_log_prob(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
         """log P(answer | prompt): the sum over the answer's tokens, the end-of-turn token not among them; rounded to
@@ -224,4 +224,4 @@ def server_fingerprint(config: LvlmConfig, prompt: PromptConfig) -> str:
     model's name, decoding, image budget, prompt style. Not with the server's address; and never that of a local model,
     whose precision and weights are known."""
     names = ("path", "max_new_tokens", "min_pixels", "max_pixels")
-    return fingerprint("server", CODE["answers"], *(getattr(config, name) for name in names), prompt)
+    return fingerprint("server", CODE["answers"], *(getattr(config, name) for name in names), wording(prompt))
