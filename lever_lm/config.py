@@ -13,6 +13,7 @@ from lever_lm.untrusted import shown
 
 PACKAGE = Path(__file__).parent
 ASSET_PREFIX, HUB_PREFIX = "asset:", "hub:"
+TOKEN_EDGE = 28  # pixels of an image, along each side, that are one token of a Qwen2.5-VL
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,8 @@ class LvlmConfig:
             raise UsageError(f"lvlm.workers must be -1 or more, found {self.workers}")
         if self.min_pixels > self.max_pixels:
             raise UsageError(f"lvlm.min_pixels {self.min_pixels} exceeds lvlm.max_pixels {self.max_pixels}")
+        if self.max_pixels < TOKEN_EDGE**2:
+            raise UsageError(f"lvlm.max_pixels must be {TOKEN_EDGE**2} or more, one token, found {self.max_pixels}")
         _positive(self, "lvlm", "concurrency", "timeout")
         _not_negative(self, "lvlm", "retries")
         if self.server:

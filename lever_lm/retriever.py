@@ -31,6 +31,7 @@ from lever_lm.finding import load_for
 from lever_lm.hub import fetch_model
 from lever_lm.inference import Evaluation
 from lever_lm.lvlm import Prompt, build_prompt
+from lever_lm.lvlm.processor import load_processor
 from lever_lm.lvlm.prompt import to_messages
 from lever_lm.pipeline import Pipeline
 from lever_lm.progress import untracked
@@ -242,7 +243,7 @@ class Retriever:
     @cached_property
     def _processor(self):
         where = fetch_model(self.config.lvlm.path, "--lvlm, lvlm.path")
-        return import_transformers().AutoProcessor.from_pretrained(str(where))
+        return load_processor(self.config.lvlm.path, where)
 
 
 # ---------------------------------------------------------------------- examples of your own

@@ -5,19 +5,22 @@ import json
 import random
 import shutil
 
+import PIL.Image
 import pytest
 import torch
+from models import SPOILT, TINY, copied, edited
 from torch.nn import functional as F
 
 from lever_lm.compat import import_transformers
 from lever_lm.config import LvlmConfig, PromptConfig, asset_path
-from lever_lm.errors import LeverError
+from lever_lm.data import open_image
+from lever_lm.errors import LeverError, UsageError
 from lever_lm.lvlm import build_prompt, cut_answer
 from lever_lm.lvlm.decoding import beam_search
+from lever_lm.lvlm.images import fitted
 from lever_lm.lvlm.kernels import float32_logits, repeatable_attention
 from lever_lm.lvlm.local import LocalLvlm, local_fingerprint
 
-TINY = "asset:tiny-qwen2.5-vl"
 STYLES = ("interleaved", "dialogue")
 PROMPTS = 54  # a setting: nine of every number of shots
 
@@ -200,6 +203,59 @@ def test_every_distinct_image_is_encoded_once(prompts):
     assert sum(encoded) == len(ours.vision.bank) == len(distinct) < shown
 
 
+def picture(width: int, height: int):
+    return PIL.Image.frombytes("RGB", (width, height), random.Random(3).randbytes(3 * width * height))
+
+
+@pytest.mark.parametrize(
+    ("size", "most", "expected"),
+    [
+        ((600, 20), 12544, (448, 28)),
+        ((20, 600), 12544, (28, 448)),
+        ((3000, 20), 12544, (448, 28)),
+        ((300, 20), 784, (28, 28)),
+    ],
+)
+def test_a_thin_image_has_a_row_of_tokens_within_the_budget(size, most, expected):
+    config = LvlmConfig(min_pixels=784, max_pixels=most)
+    shown = fitted(picture(*size), config)
+    assert shown.size == expected
+    assert fitted(shown, config).size == expected, "a server that resizes again changes nothing"
+
+
+@pytest.mark.parametrize("size", [(640, 480), (480, 640), (2000, 1500), (600, 20), (1, 150), (30, 30), (61, 47)])
+def test_any_other_image_is_resized_as_the_library_does(size):
+    import_transformers()
+    from qwen_vl_utils import fetch_image
+
+    config = LvlmConfig()
+    limits = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
+    expected = fetch_image({"image": picture(*size), **limits})
+    found = fitted(picture(*size), config)
+    assert (found.size, found.tobytes()) == (expected.size, expected.tobytes())
+
+
+def test_a_thin_image_is_answered_and_counted(prompts, tmp_path):
+    picture(600, 20).save(tmp_path / "thin.png")
+    query = dataclasses.replace(prompts[0].query, image=str(tmp_path / "thin.png"))
+    prompt = dataclasses.replace(prompts[2], query=query)
+    ours = make(max_pixels=12544)
+    (answer,) = ours.generate([prompt])
+    assert ours.vision.tokens(query.image) == 16
+    images = [fitted(open_image(image), ours.config) for image in prompt.images]
+    text = ours.processor.apply_chat_template(
+        conversation(prompt, "interleaved"), tokenize=False, add_generation_prompt=True
+    )
+    inputs = ours.processor(text=[text], images=images, return_tensors="pt")
+    written = ours.model.generate(**inputs, max_new_tokens=5, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert answer == ours.tokenizer.decode(written, skip_special_tokens=True)
+
+
+def test_a_budget_below_one_token_is_refused():
+    with pytest.raises(UsageError, match=r"lvlm\.max_pixels must be 784 or more, one token, found 783"):
+        LvlmConfig(min_pixels=1, max_pixels=783)
+
+
 @pytest.mark.parametrize("job", ["generate", "answer_log_prob"])
 def test_a_question_that_holds_an_image_placeholder_is_refused_by_name(lvlm, prompts, job):
     query = dataclasses.replace(prompts[0].query, question="what is <|image_pad|> here?")
@@ -276,7 +332,7 @@ def test_length_penalty_of_the_config_is_used(several_ends, prompts):
 
 
 def broken(folder, name: str):
-    shutil.copytree(asset_path(TINY), folder)
+    copied(folder)
     (folder / name).write_bytes((folder / name).read_bytes()[:200])
     return folder
 
@@ -298,6 +354,24 @@ def test_a_damaged_model_is_named(tmp_path, name):
     with pytest.raises(LeverError, match="damaged") as caught:
         make(path=broken(tmp_path / "damaged", name))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_a_model_without_a_part_of_its_processor_is_refused_with_the_files_to_fetch(tmp_path, name):
+    spoil, words = SPOILT[name]
+    with pytest.raises(LeverError, match="damaged") as caught:
+        make(path=spoil(copied(tmp_path / "damaged")))
+    for word in (*words, "fetch", "again", "lvlm.path"):
+        assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_chat_template_in_the_tokenizers_config_alone_is_used(tmp_path, lvlm, prompts):
+    folder = copied(tmp_path / "elsewhere")
+    moved = folder / "chat_template.jinja"
+    edited(folder, "tokenizer_config.json", chat_template=moved.read_text())
+    moved.unlink()
+    assert make(path=folder).generate(prompts[:12]) == lvlm.generate(prompts[:12])
 
 
 def test_a_model_of_another_kind_is_refused():

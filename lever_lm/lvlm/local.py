@@ -18,6 +18,7 @@ from lever_lm.hub import content_digests, fetch_model, model_folder
 from lever_lm.lvlm.cache import Track
 from lever_lm.lvlm.decoding import NotFinite, Prefilled, beam_search, greedy
 from lever_lm.lvlm.kernels import compile_parts, float32_logits, repeatable_attention, speed_up_vision
+from lever_lm.lvlm.processor import load_processor
 from lever_lm.lvlm.prompt import Prompt, cut_answer, to_messages, wording
 from lever_lm.lvlm.vision import Vision
 from lever_lm.progress import untracked
@@ -43,12 +44,12 @@ class LocalLvlm:
     ):
         transformers = import_transformers()
         self.config, self.prompt, self.device = config, prompt, resolve_device(device)
-        where = str(fetch_model(config.path, "--lvlm, lvlm.path"))
+        where = fetch_model(config.path, "--lvlm, lvlm.path")
+        self.processor = load_processor(config.path, where)
         self.dtype = _dtype(config.dtype, self.device)
         attention = {} if config.attention == "auto" else {"attn_implementation": config.attention}
         try:
-            self.processor = transformers.AutoProcessor.from_pretrained(where)
-            model = load_whole(transformers.Qwen2_5_VLForConditionalGeneration, where, self.dtype, **attention)
+            model = load_whole(transformers.Qwen2_5_VLForConditionalGeneration, str(where), self.dtype, **attention)
         except Exception as error:  # a directory of anybody's making: the library can fail on it in any way
             raise LeverError(
                 f"cannot load the LVLM {config.path}: {first_line(error)} (--lvlm, lvlm.path: a cached hub id or a "

@@ -20,6 +20,7 @@ from lever_lm.config import LvlmConfig, PromptConfig, fingerprint
 from lever_lm.data import Image, open_image
 from lever_lm.errors import LeverError, Unfinished
 from lever_lm.lvlm.client import Client, ServerError, check_server, served_name
+from lever_lm.lvlm.images import fitted
 from lever_lm.lvlm.prompt import Prompt, cut_answer, to_messages, wording
 from lever_lm.stages import CODE
 
@@ -190,7 +191,7 @@ class DataUrls:
     encoded once while it is among the last that were asked for, whichever thread asks."""
 
     def __init__(self, config: LvlmConfig):
-        self.limits = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
+        self.config = config
         self.room = max(1, _URL_MEMORY // (4 * config.max_pixels))  # 3 bytes a pixel, 4 characters for 3 bytes
         self._known: OrderedDict[Image, Future] = OrderedDict()
         self._lock = threading.Lock()
@@ -211,11 +212,9 @@ class DataUrls:
         return url.result()
 
     def _encode(self, image: Image) -> str:
-        from qwen_vl_utils import fetch_image
-
         content = BytesIO()
         # Without loss; the least effort is a third of the time for a tenth more bytes.
-        fetch_image({"image": open_image(image), **self.limits}).save(content, "PNG", compress_level=1)
+        fitted(open_image(image), self.config).save(content, "PNG", compress_level=1)
         return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
