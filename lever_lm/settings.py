@@ -395,7 +395,7 @@ _KINDS = {"dataset": (("data",), "name"), "lvlm": (("lvlm", "prompt"), "path"), 
 
 
 def _of_kind(kind: str, values: dict, run: dict) -> dict:
-    """What a named YAML changes about a run's config: the sections of its kind alone, so that --dataset leaves the run's
+    """What a named YAML changes about a run's config: the sections of its kind alone, so that --dataset leaves the
     sampler as it is. One that names another dataset or LVLM than the run's brings that section whole. A recipe is about
     the training and comes as it is."""
     if kind not in _KINDS:
