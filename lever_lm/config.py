@@ -130,6 +130,7 @@ class LvlmConfig:
 
 # What of an LVLM changes the time its answers take, and not the answers.
 LVLM_SPEED = ("batch_size", "batch_tokens", "compile", "workers", "bank_memory", "bank_disk")
+LVLM_MACHINE = ("dtype", "attention")  # and what depends on the machine that it runs on
 LVLM_SPEED += ("server", "concurrency", "timeout", "retries")  # that a server answered is in its own fingerprint
 
 

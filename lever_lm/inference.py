@@ -277,6 +277,16 @@ def _earlier(path: Path, results: list[dict], setting: str | None) -> dict[str, 
     return {"results": kept, "tests": [test for test in tests if is_test(test)]}
 
 
+def rows_of_another_setting(path: Path, setting: str) -> int:
+    """How many results an earlier metrics.json holds of another setting, which new ones would replace."""
+    try:
+        there = read_json(path)
+    except (OSError, ValueError):
+        return 0
+    rows = there.get("results") if isinstance(there, dict) and there.get("setting") != setting else None
+    return len(rows) if isinstance(rows, list) else 0
+
+
 def is_result(row) -> bool:
     """Whether a value is a row of the results in a metrics.json. normalized_accuracy may be missing: 0.1 had none."""
     number = (int, float)
