@@ -212,7 +212,7 @@ def test_a_query_of_another_schema_is_refused(tmp_path, entry):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "not json", '{"1": ', "[" * 100_000, "\ufeff{}"], ids=["empty", "text", "cut", "deep", "bom"]
+    "text", ["", "not json", '{"1": ', "[" * 100_000, "\ufeff"], ids=["empty", "text", "cut", "deep", "bom"]
 )
 def test_a_file_that_is_no_json_is_refused(tmp_path, text):
     with pytest.raises(LeverError, match=r"rl_data\.json is not JSON"):

@@ -257,10 +257,15 @@ def test_a_budget_below_one_token_is_refused():
 
 
 @pytest.mark.parametrize("job", ["generate", "answer_log_prob"])
-def test_a_question_that_holds_an_image_placeholder_is_refused_by_name(lvlm, prompts, job):
-    query = dataclasses.replace(prompts[0].query, question="what is <|image_pad|> here?")
-    prompt = dataclasses.replace(prompts[0], query=query)
-    with pytest.raises(LeverError, match=r"<\|image_pad\|>"):
+@pytest.mark.parametrize("field", ["question", "answers"])
+def test_a_text_that_holds_an_image_placeholder_is_refused_by_its_own_question(lvlm, prompts, job, field):
+    prompt = next(prompt for prompt in prompts if len(prompt.icds) == 2)
+    text = "what is <|image_pad|> here?"
+    spoilt = dataclasses.replace(
+        prompt.icds[1], question_id=424242, **{field: text if field == "question" else (text,)}
+    )
+    prompt = dataclasses.replace(prompt, icds=(prompt.icds[0], spoilt))
+    with pytest.raises(LeverError, match=r"question 424242: <\|image_pad\|> must not stand there"):
         getattr(lvlm, job)([prompt], *([["three"]] if job == "answer_log_prob" else []))
 
 

@@ -211,9 +211,10 @@ def test_an_image_that_is_not_there_is_named(tiny, prompts):
 
 
 def test_a_question_that_holds_an_image_placeholder_is_refused_by_name(tiny, prompts):
-    query = dataclasses.replace(prompts[0].query, question="what is <|image_pad|> here?")
-    with pytest.raises(LeverError, match=rf"question {query.question_id}.*<\|image_pad\|>"):
-        make(tiny.url).generate([dataclasses.replace(prompts[0], query=query)])
+    prompt = next(prompt for prompt in prompts if prompt.icds)
+    spoilt = dataclasses.replace(prompt.icds[0], question_id=424242, question="what is <|image_pad|> here?")
+    with pytest.raises(LeverError, match=r"question 424242: <\|image_pad\|>"):
+        make(tiny.url).generate([dataclasses.replace(prompt, icds=(spoilt, *prompt.icds[1:]))])
 
 
 def test_batches_keep_the_order_and_are_a_few_rounds_of_requests(serve, prompts):

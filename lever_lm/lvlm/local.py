@@ -19,7 +19,7 @@ from lever_lm.lvlm.cache import Track
 from lever_lm.lvlm.decoding import NotFinite, Prefilled, beam_search, greedy
 from lever_lm.lvlm.kernels import compile_parts, float32_logits, repeatable_attention, speed_up_vision
 from lever_lm.lvlm.processor import load_processor
-from lever_lm.lvlm.prompt import Prompt, cut_answer, to_messages, wording
+from lever_lm.lvlm.prompt import Prompt, cut_answer, holder, to_messages, wording
 from lever_lm.lvlm.vision import Vision
 from lever_lm.progress import untracked
 from lever_lm.shards import Shards
@@ -177,8 +177,8 @@ class LocalLvlm:
         short = self.tokenizer(text, add_special_tokens=False).input_ids
         if short.count(self.image_token_id) != len(prompt.images):
             raise LeverError(
-                f"a prompt about {prompt.images[-1]} has {short.count(self.image_token_id)} image placeholders for "
-                f"{len(prompt.images)} images: its questions or answers must not contain {self.image_token}"
+                f"{holder(prompt, self.image_token)}: {self.image_token} must not stand there; "
+                f"its prompt has {short.count(self.image_token_id)} image placeholders for {len(prompt.images)} images"
             )
         counts = iter(map(self.vision.tokens, prompt.images))
         ids: list[int] = []

@@ -21,7 +21,7 @@ from lever_lm.data import Image, open_image
 from lever_lm.errors import LeverError, Unfinished
 from lever_lm.lvlm.client import Client, ServerError, check_server, served_name
 from lever_lm.lvlm.images import fitted
-from lever_lm.lvlm.prompt import Prompt, cut_answer, to_messages, wording
+from lever_lm.lvlm.prompt import Prompt, cut_answer, holder, to_messages, wording
 from lever_lm.stages import CODE
 
 _ROUNDS = 8  # prompts in a batch for each request under way: what a killed job may have to ask again
@@ -134,10 +134,7 @@ class ServerLvlm:
         images, messages = iter(prompt.images), []
         for turn in to_messages(prompt, self.prompt):
             if any(_IMAGE_TOKEN in part.get("text", "") for part in turn["content"]):
-                raise LeverError(
-                    f"question {prompt.query.question_id}: the questions and answers of its prompt must not contain "
-                    f"{_IMAGE_TOKEN}"
-                )
+                raise LeverError(f"{holder(prompt, _IMAGE_TOKEN)}: {_IMAGE_TOKEN} must not stand there")
             parts = [self._image(next(images)) if part["type"] == "image" else part for part in turn["content"]]
             alone = len(parts) == 1 and parts[0]["type"] == "text"
             messages.append({"role": turn["role"], "content": parts[0]["text"] if alone else parts})
