@@ -325,6 +325,23 @@ def test_the_fingerprint_follows_everything_an_answer_depends_on(tmp_path):
         (folder / name).write_bytes(content)
         changed.append((dataclasses.replace(config, path=str(folder)), prompt))
     stamps = [local_fingerprint(*pair, "cpu") for pair in [(config, prompt), *changed]]
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("penalty", [1.05, 1.5])
+def test_a_repetition_penalty_is_that_of_plain_generate(prompts, beams, penalty):
+    ours, unpunished = flatten(make(num_beams=beams, repetition_penalty=penalty)), flatten(make(num_beams=beams))
+    answers = ours.generate(prompts)
+    assert answers == [plain_answer(ours, prompt, num_beams=beams, repetition_penalty=penalty) for prompt in prompts]
+    assert answers != unpunished.generate(prompts)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_the_tokenizers_own_token_alone_ends_an_answer(several_ends, prompts, beams):
+    ours = flatten(make(path=several_ends, num_beams=beams, eos="tokenizer"))
+    assert ours.eos.tolist() == [ours.tokenizer.eos_token_id]
+    end = {"eos_token_id": ours.tokenizer.eos_token_id}
+    assert ours.generate(prompts) == [plain_answer(ours, prompt, num_beams=beams, **end) for prompt in prompts]
+
+
     assert len(set(stamps)) == len(stamps)
 
 
@@ -340,3 +357,5 @@ def test_the_fingerprint_leaves_out_what_changes_no_answer(tmp_path):
     ]
     stamps = {local_fingerprint(one, prompt, "cpu") for one in same}
     assert {local_fingerprint(config, PromptConfig(cut="classic"), "cpu")} == stamps, "answers are kept uncut"
+        (dataclasses.replace(config, repetition_penalty=1.05), prompt),
+        (dataclasses.replace(config, eos="tokenizer"), prompt),

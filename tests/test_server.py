@@ -629,7 +629,13 @@ def test_the_fingerprint_follows_what_is_asked_and_not_where():
     stamp = server_fingerprint(base, prompt)
     for same in ({"server": "https://b/v1"}, {"concurrency": 3}, {"timeout": 1.0}, {"retries": 0}, {"batch_size": 3}):
         assert server_fingerprint(dataclasses.replace(base, **same), prompt) == stamp
-    for other in ({"path": "x"}, {"max_new_tokens": 6}, {"max_pixels": 10**6}, {"min_pixels": 4000}):
+    for other in (
+        {"path": "x"},
+        {"repetition_penalty": 1.05},
+        {"max_new_tokens": 6},
+        {"max_pixels": 10**6},
+        {"min_pixels": 4000},
+    ):
         assert server_fingerprint(dataclasses.replace(base, **other), prompt) != stamp
     assert server_fingerprint(base, PromptConfig(style="dialogue")) != stamp
     assert server_fingerprint(base, PromptConfig(cut="classic")) == stamp, "answers are kept uncut"
@@ -659,6 +665,11 @@ def test_a_run_goes_on_at_another_address(tmp_path):
 @pytest.fixture(scope="module")
 def tiny_by_path():
     """The shipped model under the name that the config `tiny_qwen2.5_vl` asks a server for."""
+def test_an_end_of_ones_own_is_refused_with_a_server():
+    with pytest.raises(UsageError, match=r"lvlm\.eos is tokenizer: --set lvlm\.eos=model"):
+        LvlmConfig(server="http://a/v1", eos="tokenizer")
+
+
     folder = str(asset_path(TINY))
     with Loopback(TinyChat(folder, folder)).running() as server:
         yield server

@@ -61,7 +61,7 @@ class LocalLvlm:
             compile_parts(self.model)
         self.tokenizer, image_processor = self.processor.tokenizer, self.processor.image_processor
         image_processor.size = {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels}
-        eos = model.generation_config.eos_token_id
+        eos = model.generation_config.eos_token_id if config.eos == "model" else self.tokenizer.eos_token_id
         self.eos = torch.tensor(eos if isinstance(eos, list) else [eos], device=self.device)
         pad = model.generation_config.pad_token_id
         self.pad = self.tokenizer.pad_token_id if pad is None else pad
@@ -71,6 +71,9 @@ class LocalLvlm:
         self._budget = config.batch_tokens
 
     # ------------------------------------------------------------------ answering
+        self._process = None
+        if config.repetition_penalty != 1:
+            self._process = transformers.RepetitionPenaltyLogitsProcessor(float(config.repetition_penalty))
 
     def answer(self, prompts: Sequence[Prompt]) -> list[str]:
         """The answer to each prompt, cut as in prompt.cut_answer. Order in, order out."""
@@ -85,10 +88,10 @@ class LocalLvlm:
             prefilled = self._prefill(batch)
             try:
                 if self.config.num_beams == 1:
-                    tokens = greedy(prefilled, self.config.max_new_tokens, self.eos, self.pad)
+                    tokens = greedy(prefilled, self.config.max_new_tokens, self.eos, self.pad, self._process)
                 else:
                     decoding = (self.config.num_beams, self.config.max_new_tokens, self.eos, self.pad)
-                    tokens = beam_search(prefilled, *decoding, self.config.length_penalty)
+                    tokens = beam_search(prefilled, *decoding, self.config.length_penalty, self._process)
             except NotFinite as error:
                 raise self._broken(batch[error.places[0]], "logits") from error
             return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
@@ -226,7 +229,7 @@ class LocalLvlm:
     def _prefill(self, prompts: Sequence[Prompt]) -> Prefilled:
         """Run the prompts through the language model. Padding stands on the right, where no token of a prompt looks:
         attention needs no mask but the causal one, and so takes its fast kernel."""
-        _, mask, lengths, embeddings, positions = self._inputs(prompts, [()] * len(prompts))
+        ids, mask, lengths, embeddings, positions = self._inputs(prompts, [()] * len(prompts))
         decoder, head = self.model.model.language_model, self.model.lm_head
         out = decoder(inputs_embeds=embeddings, position_ids=positions, use_cache=True)
         cache = out.past_key_values
@@ -243,7 +246,7 @@ class LocalLvlm:
 
         last = out.last_hidden_state[torch.arange(len(prompts), device=self.device), lengths - 1]
         following = positions.masked_fill(mask == 0, 0).amax((0, 2)) + 1
-        return Prefilled(head(last), cache, mask, following, step)
+        return Prefilled(head(last), cache, mask, following, step, ids.where(mask == 1, ids[:, :1]))
 
     def _score(self, pairs: list[tuple[Prompt, list[int]]]) -> list[float]:
         """Log-prob of each target after its prompt."""

@@ -42,10 +42,17 @@ class ServerLvlm:
         owner = check_server(config).get("owned_by")
         self._urls = DataUrls(config)
         # Qwen's generation_config has a repetition penalty, which servers apply by default: it punishes what is copied
-        # from a demonstration. The standard field clears it in `transformers serve`, the other in vLLM and SGLang.
+        # from a demonstration. The standard field clears it in `transformers serve`, the other sets it in vLLM and
+        # SGLang.
         self._decoding = {"model": served_name(config.path), "temperature": 0, "frequency_penalty": 0}
         if owner in ("vllm", "sglang"):
-            self._decoding["repetition_penalty"] = 1.0
+            self._decoding["repetition_penalty"] = config.repetition_penalty
+        elif config.repetition_penalty != 1:
+            raise ServerError(
+                f"the server {config.server} is neither vLLM nor SGLang, which take lvlm.repetition_penalty "
+                f"{config.repetition_penalty:g}",
+                "--set lvlm.repetition_penalty=1, or drop --server to answer in this process",
+            )
 
     def generate(self, prompts: Sequence[Prompt]) -> list[str]:
         """What the model writes after each prompt, uncut. Order in, order out. Raises Unfinished."""
@@ -223,5 +230,5 @@ def server_fingerprint(config: LvlmConfig, prompt: PromptConfig) -> str:
     """Changes with everything an answer of a server depends on but the question, as far as it can be known here: the
     model's name, decoding, image budget, prompt style. Not with the server's address; and never that of a local model,
     whose precision and weights are known."""
-    names = ("path", "max_new_tokens", "min_pixels", "max_pixels")
+    names = ("path", "repetition_penalty", "max_new_tokens", "min_pixels", "max_pixels")
     return fingerprint("server", CODE["answers"], *(getattr(config, name) for name in names), wording(prompt))
