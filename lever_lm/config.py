@@ -156,6 +156,7 @@ class RolloutConfig:
     infoscore_candidates: int = 0  # how many of the pool that search tries at each step; 0: all
     distinct_orders: bool = False  # the same ICDs in another order are another rollout, not a duplicate
     gt_prob: bool = False  # also score P(reference answers), which the reward modes with gtprob need
+    gt_prob_end: bool = True  # of answers that end there, so that 1 has no share in 10; no: of texts that begin so
 
     def __post_init__(self):
         _positive(self, "rollout", "num_queries", "pool_size", "shots")
