@@ -342,6 +342,14 @@ def test_the_tokenizers_own_token_alone_ends_an_answer(several_ends, prompts, be
     assert ours.generate(prompts) == [plain_answer(ours, prompt, num_beams=beams, **end) for prompt in prompts]
 
 
+@pytest.mark.parametrize("answer", ["10,000", "12:30 pm"])
+def test_five_new_tokens_are_too_few_for_numbers(lvlm, answer):
+    """Each digit, comma and colon is a token of its own, in Qwen's tokenizer and in the shipped one of its kind."""
+    tokens = lvlm.tokenizer(answer).input_ids
+    assert len(tokens) > LvlmConfig.max_new_tokens
+    assert [lvlm.tokenizer.decode(token) for token in tokens[:5]] == list(answer[:5])
+
+
 # ---------------------------------------------------------------------- loading
 
 
