@@ -97,6 +97,10 @@ class LvlmConfig:
     bank_disk: float = 64.0  # GiB in the cache folder for image features; 0: none is written
     num_beams: int = 1
     length_penalty: float = 1.0
+    repetition_penalty: float = 1.0  # above 1: against tokens that the prompt has, so against copied answers too
+    eos: str = (
+        "model"  # what ends an answer: each token that the model's generation config names; or tokenizer: its own
+    )
     max_new_tokens: int = 5
     min_pixels: int = 3136
     max_pixels: int = 1003520
@@ -107,9 +111,10 @@ class LvlmConfig:
 
     def __post_init__(self):
         _one_of("lvlm.dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+        _one_of("lvlm.eos", self.eos, ("model", "tokenizer"))
         _one_of("lvlm.attention", self.attention, ("auto", "sdpa", "eager", "flash_attention_2"))
         sizes = ("batch_size", "batch_tokens", "num_beams", "max_new_tokens", "min_pixels", "max_pixels")
-        _positive(self, "lvlm", *sizes)
+        _positive(self, "lvlm", *sizes, "repetition_penalty")
         _not_negative(self, "lvlm", "bank_memory", "bank_disk")
         if self.workers < -1:
             raise UsageError(f"lvlm.workers must be -1 or more, found {self.workers}")
@@ -125,6 +130,11 @@ class LvlmConfig:
                 raise UsageError(
                     f"a server answers greedily, but lvlm.num_beams is {self.num_beams}: --set lvlm.num_beams=1, or "
                     "drop --server (lvlm.server) to search beams in this process"
+                )
+            if self.eos != "model":
+                raise UsageError(
+                    f"a server ends its answers where the model's generation config says, but lvlm.eos is {self.eos}: "
+                    "--set lvlm.eos=model, or drop --server (lvlm.server)"
                 )
 
 
@@ -150,6 +160,7 @@ class RolloutConfig:
     infoscore_candidates: int = 0  # how many of the pool that search tries at each step; 0: all
     distinct_orders: bool = False  # the same ICDs in another order are another rollout, not a duplicate
     gt_prob: bool = False  # also score P(reference answers), which the reward modes with gtprob need
+    gt_prob_end: bool = True  # of answers that end there, so that 1 has no share in 10; no: of texts that begin so
 
     def __post_init__(self):
         _positive(self, "rollout", "num_queries", "pool_size", "shots")

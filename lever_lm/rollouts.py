@@ -5,6 +5,7 @@ n queries, K pool, G rollouts per query, S shots. What is proposed: proposals.py
 """
 
 import math
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -98,7 +99,8 @@ def make_rollouts(
         add_infoscore(proposals, config, train, lvlm)
     prompts = proposals.prompts(config, train)
     texts = iter(lvlm.generate(prompts, "rollouts"))
-    probs = iter(_reference_probs(prompts, lvlm) if config.rollout.gt_prob else [None] * len(prompts))
+    end = config.rollout.gt_prob_end
+    probs = iter(_reference_probs(prompts, lvlm, end) if config.rollout.gt_prob else [None] * len(prompts))
     content: dict = {"_meta": {**here, "n_train": len(train)}}
     by_query = (proposals.rows, proposals.queries, proposals.pools, proposals.groups)
     for row, query, pool, group in zip(*by_query, strict=True):
@@ -140,7 +142,8 @@ def online_rewards(
         prompts = [build_prompt(icds, query, config.prompt) for query, icds in jobs]
         texts = lvlm.generate(prompts, "online rollouts")
         with_probs = "gtprob" in config.reward.mode
-        probs = _reference_probs(prompts, lvlm) if with_probs else [None] * len(prompts)
+        end = config.rollout.gt_prob_end
+        probs = _reference_probs(prompts, lvlm, end) if with_probs else [None] * len(prompts)
         cut = config.prompt.cut
         scored = (_scores(text, prob, query, cut) for text, prob, (query, _) in zip(texts, probs, jobs, strict=True))
         values = [trajectory_reward(scores, config.reward.mode, weights, "an online rollout") for scores in scored]
@@ -152,14 +155,20 @@ def online_rewards(
 # ---------------------------------------------------------------------- scoring
 
 
-def _reference_probs(prompts: list[Prompt], lvlm: CachedLvlm) -> list[float]:
-    """Σ over a query's distinct reference answers of min(count / 3, 1) · P(answer | prompt), for each prompt."""
+def _reference_probs(prompts: list[Prompt], lvlm: CachedLvlm, end: bool) -> list[float]:
+    """Σ over a query's distinct reference answers of min(count / 3, 1) · P(answer | prompt), for each prompt.
+
+    With `end`, P is that of the answer and the end of the turn after it: these exclude one another, so that the sum is
+    at most 1. Without, it is that of any text that begins so, and `1` and `10` share probability. Answers are composed
+    (NFC), as tokenizers do: é is one answer, whichever way it was typed.
+    """
     pairs = [
         (i, answer, min(count / 3, 1.0))
         for i, prompt in enumerate(prompts)
-        for answer, count in Counter(prompt.query.answers).items()
+        for answer, count in Counter(unicodedata.normalize("NFC", text) for text in prompt.query.answers).items()
     ]
-    log_probs = lvlm.answer_log_prob([prompts[i] for i, _, _ in pairs], [answer for _, answer, _ in pairs], "gt_prob")
+    asked = [prompts[i] for i, _, _ in pairs], [answer for _, answer, _ in pairs]
+    log_probs = lvlm.answer_log_prob(*asked, "gt_prob", end=end)
     totals = [0.0] * len(prompts)
     for (i, _, weight), log_prob in zip(pairs, log_probs, strict=True):
         totals[i] += weight * math.exp(log_prob)

@@ -17,7 +17,7 @@ from lever_lm.lvlm.cache import AnswerCache
 from lever_lm.lvlm.local import LocalLvlm, local_fingerprint
 from lever_lm.metrics import normalize_answer, relevance, vqa_accuracy
 from lever_lm.proposals import new_policy, query_rows
-from lever_lm.rollouts import group_report, make_rollouts
+from lever_lm.rollouts import group_report, make_rollouts, online_rewards
 
 QUERIES = 12
 # Field → (type, least, most) of every trajectory (golden/rl_data_schema.md); None allowed where marked.
@@ -327,6 +327,44 @@ def test_an_answer_is_cut_by_the_rule_of_the_config_and_asked_once(digits, digit
     assert cut("turn", Dressed()) == {("Shorts Question: what", "Shorts")}
     assert cut("classic", None) == {("Shorts Question: what", "")}
     assert "is made again: the prompt has changed;" in said[0]
+
+
+# ---------------------------------------------------------------------- the probability of the references
+
+
+@pytest.mark.parametrize("end", [True, False])
+def test_gt_prob_is_the_weighted_probability_of_the_distinct_references(make, digits, config, tmp_path, end):
+    rollout = dataclasses.replace(config.rollout, num_queries=2, random=3, beam=0, sample=0, gt_prob=True)
+    _, model = make(dataclasses.replace(config, rollout=dataclasses.replace(rollout, gt_prob_end=end)))
+    content, train = json.loads((tmp_path / "rl_data.json").read_text(encoding="utf-8")), digits.train_examples
+    found = [(int(key), t) for key, entry in content.items() if key != "_meta" for t in entry["pointer_candidates"]]
+    assert len(found) >= 6
+    for row, trajectory in found:
+        prompt = build_prompt([train[i] for i in trajectory["pointer_global"]], train[row], config.prompt)
+        counts = Counter(train[row].answers)
+        scores = model.answer_log_prob([prompt] * len(counts), list(counts), end=end)
+        expected = sum(min(n / 3, 1) * math.exp(s) for n, s in zip(counts.values(), scores, strict=True))
+        assert trajectory["vqa_gt_prob"] == pytest.approx(expected, abs=1e-4)
+        assert not end or trajectory["vqa_gt_prob"] <= 1
+
+
+def test_a_reference_is_one_answer_whichever_way_it_was_typed(digits, config):
+    class Certain:
+        """An LVLM that is sure of every answer."""
+
+        def generate(self, prompts, what):
+            return ["caf\xe9"] * len(prompts)
+
+        def answer_log_prob(self, prompts, answers, what, *, end):
+            asked.append((answers, end))
+            return [0.0] * len(answers)
+
+    asked, query = [], dataclasses.replace(digits.train_examples[0], answers=("cafe\u0301", "caf\xe9") * 5)
+    scored = dataclasses.replace(config, reward=dataclasses.replace(config.reward, mode="hard01_plus_gtprob"))
+    rows, pools = torch.tensor([0]), torch.tensor([[1, 2]])
+    rewards = online_rewards(scored, [query, *digits.train_examples[1:3]], rows, pools, Certain())
+    rewards(torch.tensor([[[0, 1]]]))
+    assert asked == [(["caf\xe9"], True)]
 
 
 # ---------------------------------------------------------------------- the report
