@@ -28,7 +28,7 @@ def checkpoint_here(pipeline: Pipeline, ckpt: str | None) -> tuple[Path, str]:
     for run in sorted(filter(_last_saved, runs), key=_last_saved, reverse=True):
         try:
             path, why = find_checkpoint(run, ckpt, {})
-            load_for(path, pipeline.config)
+            load_for(path, pipeline.config, lambda text: None)
         except LeverError as error:
             unfit = unfit or f". The newest run cannot be used: {error}"
             continue

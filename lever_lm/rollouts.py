@@ -61,8 +61,9 @@ def made_elsewhere(path: Path) -> bool:
     return "fingerprint" not in _meta(path)
 
 
-def check_rows(path: Path, train: Sequence[Example]) -> None:
-    """Raise LeverError where a rollout file's query ids are not the rows of this training split."""
+def check_rows(path: Path, train: Sequence[Example], *, named: bool = True) -> None:
+    """Raise LeverError where a rollout file's query ids are not the rows of this training split; and unless the user
+    `named` the dataset, where a query does not say its question, so that nobody knows."""
     for key, entry in read_rollouts(path).items():
         if not is_query(key):
             continue
@@ -74,6 +75,11 @@ def check_rows(path: Path, train: Sequence[Example]) -> None:
         query = entry.get("query") if isinstance(entry, dict) else None
         there = query.get("question_id") if isinstance(query, dict) else None
         here = train[int(key)].question_id
+        if there is None and not named:
+            raise LeverError(
+                f"{path}, query {key} has no query.question_id to tell of which dataset it is, so its features are "
+                "missing: --embeddings FILE, or --dataset NAME where the query ids are that dataset's training rows"
+            )
         if there is not None and str(there) != str(here):
             raise LeverError(
                 f"{path}, query {key}: question {shown(there)} there, question {here} in row {key} of the training "
@@ -129,7 +135,6 @@ def online_rewards(
 ) -> Callable[[Tensor], Tensor]:
     """What answers the rollouts of a policy that is learning: sequences (n, G, S) of pool positions, −1 where one is
     shorter, for the queries `rows` (n,) with `pools` (n, K) of training rows → rewards (n, G), by reward.mode."""
-    weights = {name: getattr(config.reward, name) for name in ("hard_weight", "soft_weight", "rel_weight")}
 
     def rewards(sequences: Tensor) -> Tensor:
         jobs = [
@@ -142,7 +147,7 @@ def online_rewards(
         with_probs = "gtprob" in config.reward.mode
         probs = _reference_probs(prompts, lvlm) if with_probs else [None] * len(prompts)
         scored = (_scores(text, prob, query) for text, prob, (query, _) in zip(texts, probs, jobs, strict=True))
-        values = [trajectory_reward(scores, config.reward.mode, weights, "an online rollout") for scores in scored]
+        values = [trajectory_reward(scores, config.reward, "an online rollout") for scores in scored]
         return torch.tensor(values).view(sequences.shape[:2])
 
     return rewards
