@@ -12,6 +12,7 @@ from lever_lm.errors import LeverError, UsageError
 from lever_lm.options import (
     Common,
     command,
+    dataset_named,
     emit,
     finite,
     make_layout,
@@ -118,6 +119,8 @@ def train(
     """Features, pools and rollouts where missing; then RCE and GRPO; then the recommended checkpoint is converted."""
     _in_one_process("train")
     check_tracker(tracker)
+    if embeddings is not None and (common.features or any(key.startswith("features.") for key in common.set_ or [])):
+        raise UsageError("--embeddings are the features: leave --features and features.* out")
     pipeline = make_pipeline(common, training_flags(rce_epochs, grpo_epochs, keep), run_dir, from_run)
     if rl_data is None and from_run is None and (path := os.environ.get("RL_DATA_PATH", "").strip()):
         pipeline.screen.say(f"from the environment: RL_DATA_PATH={path}")
@@ -126,7 +129,8 @@ def train(
         return
     refuse_resuming(common, pipeline)
     pipeline.detect_anomaly, pipeline.tracker = detect_anomaly, tracker
-    result = pipeline.train(rl_data=rl_data, embeddings=embeddings, overwrite=common.overwrite, from_run=from_run)
+    own = {"rl_data": rl_data, "embeddings": embeddings, "dataset_named": dataset_named(common, pipeline.config)}
+    result = pipeline.train(**own, overwrite=common.overwrite, from_run=from_run)
     emit(common, result)
 
 

@@ -191,6 +191,12 @@ class RewardConfig:
     rel_weight: float = 0.1
     skip_fallback: bool = True  # drop rollouts scored by the fallback metric
     require_positive: bool = False  # drop queries without a correct rollout
+    missing: str = "refuse"  # a rollout that lacks a score of the mode: refuse, drop; lineage: no vqa_gt_prob is 0
+    max_groups: int = 0  # groups of a rollout file to train on, the first by query id; 0: all (--limit)
+
+    def __post_init__(self):
+        _one_of("reward.missing", self.missing, ("refuse", "drop", "lineage"))
+        _not_negative(self, "reward", "max_groups")
 
 
 @dataclass(frozen=True)

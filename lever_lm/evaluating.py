@@ -46,7 +46,7 @@ def infer(pipeline: Pipeline, shots: Sequence[int], *, ckpt: str | None = None, 
     path, why = find_checkpoint(pipeline.run, ckpt, dict(os.environ))
     pipeline.check(*ALL)
     pipeline.screen.say(f"checkpoint: {path} ({why})")
-    policy = load_for(path, pipeline.config)
+    policy = load_for(path, pipeline.config, pipeline.screen.say)
     method = next((phase for phase in ("rce", "grpo") if path.stem.startswith(phase)), "policy")
     picks = pipeline.evaluation.choose(policy, max(shots), path)
     if policy.stop:
@@ -208,7 +208,7 @@ def _demo(pipeline: Pipeline, shots: Sequence[int], overwrite: bool) -> dict:
     choices = {name: evaluation.baseline(name, max(shots)) for name in BASELINES if name != "oracle"}
     reasons, digests = {}, {}
     for name, path in policies.items():
-        policy = load_for(path, pipeline.config)
+        policy = load_for(path, pipeline.config, pipeline.screen.say)
         digests[name] = policy_digest(policy)
         choices[name] = evaluation.choose(policy, max(shots), path)
         reasons[name] = evaluation.explain(policy, choices[name])

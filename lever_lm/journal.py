@@ -86,6 +86,7 @@ class Journal:
         self.state: dict | None = None
         self._heading: str | None = None  # the phase whose table this process has opened on the screen
         self._warned: set[str] = set()
+        self._note: str | None = None
 
     def resume(self) -> None:
         """Load the state of an earlier process, if there is one, and bring the files beside it up to date."""
@@ -103,6 +104,7 @@ class Journal:
         for i, row in enumerate(self.rows):
             lines += [
                 *(table_header(row["phase"]) if self._opens_phase(i) else []),
+                *([str(row["note"])] if "note" in row else []),
                 table_row(row),
                 *self._warnings(row),
             ]
@@ -158,9 +160,17 @@ class Journal:
         optimizer.load_state_dict(self.state["optimizer"])
         return self.state["extra"]
 
+    def note(self, text: str) -> None:
+        """Say what is different from the next epoch on; train.log has it before that epoch, whose row keeps it."""
+        self._note = text
+        self.say(text)
+        append_line(self.run.log, text)
+
     def commit(self, row: dict, policy: PointerSelector, optimizer: torch.optim.Optimizer, extra: dict) -> None:
         """An epoch is finished: state, then checkpoint, then the metrics and log lines. Raises LeverError when a
         metric, weight or moment is not finite, before anything is written."""
+        if self._note is not None:
+            row["note"], self._note = self._note, None
         at = At(row["phase"], row["epoch"])
         if name := not_finite(row):
             raise at.stop(f"{name} is {row.get(name, 'not finite')}")

@@ -85,7 +85,7 @@ class Retriever:
             screen = Screen(to_stderr=True, quiet=not verbose)
             pipeline = Pipeline(config, screen, results=results or results_beside(self.checkpoint))
         self.pipeline, self.config = pipeline, pipeline.config
-        self.policy = load_for(self.checkpoint, self.config)
+        self.policy = load_for(self.checkpoint, self.config, *([pipeline.screen.say] if pipeline else []))
         self._own = None if examples is None else _own_examples(examples)
 
     # ------------------------------------------------------------------ what there is

@@ -303,6 +303,18 @@ def test_answers_of_another_schema_are_refused_by_question(world, entries):
         world.load()
 
 
+def test_an_annotator_who_left_a_blank_is_one_of_ten_and_ten_blanks_are_refused(world):
+    answers = [{"answer": text} for text in ("", " ", "", "cat", "cat", "dog")]
+    world.annotations["train"][4]["answers"] = answers
+    (example,) = (one for one in world.load().train_examples if one.question_id == 30)
+    assert example.answers == ("", " ", "", "cat", "cat", "dog"), "a blank still counts in the accuracy"
+    assert example.answer == "cat", "and is never shown"
+    world.annotations["train"][4]["answers"] = answers[:3]
+    with pytest.raises(LeverError, match=r"annotations\.json: all answers to question 30 are blank; .*--skip-bad"):
+        world.load()
+    assert len(world.load(skip_bad_examples=True).skipped) == 1
+
+
 @pytest.mark.parametrize("text", [None, "", "  ", 7])
 def test_a_question_without_text_is_refused(world, text):
     world.questions["train"][4]["question"] = text

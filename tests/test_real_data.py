@@ -956,6 +956,7 @@ BAD_PARQUET = {
     "an image id over 2**63": (_every("image_id", lambda i: str(2**63 if i == 3 else i)), ["19401", "image_id"]),
     "no answers": (_row(answers=[]), ["19401", "answers"]),
     "answers that are null": (_row(answers=None), ["19401", "answers"]),
+    "answers that are all blank": (_row(answers=["", " "]), ["19401", "blank"]),
     "an answer that is null": (_row(answers=["cat", None]), ["19401", "answers"]),
     "answers that are one text": (_every("answers", lambda i: "cat"), ["91", "answers"]),
     "objects without answer": (_every("answers", lambda i: [{"text": "cat"}]), ["91", "answers"]),

@@ -53,8 +53,10 @@ class Example:
 
     @cached_property
     def answer(self) -> str:
-        """The answer shown where the example is an ICD: the commonest, the first of equals; "" if there is none."""
-        return Counter(self.answers).most_common(1)[0][0] if self.answers else ""
+        """The answer shown where the example is an ICD: the commonest that is not blank, the first of equals; "" if
+        there is none."""
+        given = Counter(filter(str.strip, self.answers))
+        return given.most_common(1)[0][0] if given else ""
 
     @cached_property
     def content(self) -> str:

@@ -132,6 +132,8 @@ def _example(item, annotated, questions_path, annotations_path, folder, split, s
         raise LeverError(
             f"{annotations_path}: question {question_id} needs a list of objects with 'answer', found {shown(entries)}"
         )
+    if not any(entry["answer"].strip() for entry in entries):
+        raise LeverError(f"{annotations_path}: all answers to question {question_id} are blank")
     # Answers repeat over and over: equal ones are kept once.
     answers = tuple(shared.setdefault(entry["answer"], entry["answer"]) for entry in entries)
     typed = (entry.get("raw_answer", entry["answer"]) for entry in entries)

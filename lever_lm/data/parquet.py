@@ -258,6 +258,8 @@ def _problem(row: dict) -> str | None:
     answers = row["answers"]
     if not isinstance(answers, list) or not answers or not all(isinstance(_text(a, "answer"), str) for a in answers):
         return f"it needs a list of answers, found {shown(answers)}"
+    if not any(_text(a, "answer").strip() for a in answers):
+        return "all its answers are blank"
     raw = row.get("raw_answers") or [_text(a, "raw_answer") or "" for a in answers]
     if not isinstance(raw, list) or not all(isinstance(a, str) for a in raw):
         return f"its raw answers must be a list of texts, found {shown(raw)} (raw_answers or answers)"
