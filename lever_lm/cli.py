@@ -163,11 +163,16 @@ def best_ckpt(
     run = pipeline.run if log is None or run_dir is not None else None
     history = read_history(run, log)
     answer = choose(history, strategy, run)
-    before = None
+    before, not_kept = None, None
     if answer["epoch"] is not None and run is not None:
         before = kept_choice(run)
-        write_json(run.best, finite(answer))
+        try:
+            write_json(run.best, finite(answer))
+        except LeverError as error:
+            before, not_kept = None, error
     show_choice(pipeline.screen, history, answer, show_all)
+    if not_kept:
+        pipeline.screen.say(f"warning: the choice is not kept: {not_kept}; `--ckpt {answer['checkpoint']}` names it")
     if before not in (None, (answer["strategy"], answer["epoch"])):
         pipeline.screen.say(f"{run.best}: this replaces the choice of {before[0]}, epoch {before[1]}")
     emit(common, answer)
@@ -272,7 +277,7 @@ def pick(
     changed = changes(path, pipeline.config)
     for line in change_lines(changed):
         pipeline.screen.say(line)
-    pipeline.check("data", "encoder", *([] if no_answer else ["lvlm"]))
+    pipeline.check("data", "encoder", *([] if no_answer else ["lvlm"]), writes=not no_answer)
     retriever = Retriever(path, pipeline=pipeline)
     query, source = the_query(retriever, image and str(image), question, example)
     result = pick_for(retriever, query, shots, answer=not no_answer, prompt=prompt)

@@ -274,13 +274,16 @@ def device(config: Config, *, with_lvlm: bool) -> Iterable[Check]:
         yield Check("GPU memory", "ok", about)
 
 
+_OWN_RESULTS = "--results DIR of your own (and --ckpt RUN_DIR for a run that is here)"
+
+
 def folder(path: Path) -> Check:
     """Whether results can be written."""
     there = _existing(path)
     if not there.is_dir():
         return Check("results", "missing", f"{there} is not a folder", "--results DIR")
     if not os.access(there, os.W_OK | os.X_OK):
-        return Check("results", "missing", f"{there} may not be written to", f"chmod u+w {there}, or --results DIR")
+        return Check("results", "missing", f"{there} may not be written to", f"chmod u+w {there}, or {_OWN_RESULTS}")
     return Check("results", "ok", str(path))
 
 

@@ -257,7 +257,7 @@ def report(
 ) -> dict:
     """The page of the run and of others laid over it, each from its last evaluation; its charts in `figures`."""
     if figures is not None:
-        check_plots()
+        check_plots(figures)
     main = Evaluated(pipeline.run, last_evaluation(pipeline.inference))
     if main.inference is None and not main.rows():
         raise LeverError(f"no results in {pipeline.inference}: run `lever infer --baselines` or `lever demo` first")
@@ -265,8 +265,8 @@ def report(
         pipeline.screen.say(f"results: {main.inference} (the last evaluation with baselines; without any, the last)")
     if left_out := others_settings(pipeline.inference):
         pipeline.screen.say(
-            f"left out: {', '.join(folder.name for folder in left_out)}: not evaluated under the run's own setting, or "
-            "by lever_lm 0.1, which did not say; `lever infer` again"
+            f"left out: {', '.join(folder.name for folder in left_out)}: not the run's own setting (metrics.json says "
+            "what was changed), or evaluated by lever_lm 0.1, which did not say: `lever infer` again"
         )
     beside = [Evaluated(RunFolder(path), last_evaluation(inference_folder(path))) for path in others]
     data = None if main.inference is None else pipeline.data

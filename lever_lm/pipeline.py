@@ -21,12 +21,12 @@ from lever_lm.data.groups import check_reward_mode, read_groups, split_ids
 from lever_lm.digests import DIGESTS
 from lever_lm.doctor import ALL, examine, require
 from lever_lm.errors import LeverError, UsageError
-from lever_lm.features import Features, compute_features, read_embeddings
+from lever_lm.features import Features, compute_features, features_fingerprint, read_embeddings
 from lever_lm.files import file_digest
 from lever_lm.finding import find_checkpoint
 from lever_lm.hub import fetch_model
 from lever_lm.inference import Evaluation
-from lever_lm.journal import Journal
+from lever_lm.journal import Journal, state_of
 from lever_lm.locks import alone
 from lever_lm.lvlm import CachedLvlm, load_lvlm
 from lever_lm.proposals import new_policy
@@ -122,9 +122,11 @@ class Pipeline:
         """The evaluation queries with their pools."""
         return Evaluation(self.config, self.data, self.features, self.screen.track)
 
-    def check(self, *needs: str) -> None:
-        """Raise LeverError with all that is missing for a command, before anything is loaded or made."""
-        require(examine(self.config, self.layout, needs))
+    def check(self, *needs: str, writes: bool = True) -> None:
+        """Raise LeverError with all that is missing for a command, before anything is loaded or made. writes: the
+        results folder has to take what is made."""
+        found = examine(self.config, self.layout, needs)
+        require(check for check in found if writes or check.what not in ("results", "disk"))
 
     # ------------------------------------------------------------------ rollouts
 
@@ -190,17 +192,20 @@ class Pipeline:
         """`train` in a run folder that is kept to this process already."""
         if not overwrite:
             self.run.check(self.config)  # before the costly part, not after it
+            self._check_features(rl_data, embeddings)
         source = self._source(rl_data, embeddings, dataset_named)
         train, val = self._groups(source.rollouts, source.queries, source.icds)
         device = resolve_device(self.config.device)
         initial = new_policy(self.config, source.icds.shape[1])
         policy = new_policy(self.config, source.icds.shape[1]).to(device)
         inputs = {"rollouts": file_digest(source.rollouts), "features": source.stamp}
+        made_from = {**inputs, "training code": str(CODE["training"])}
+        if not overwrite and self.run.state.is_file():
+            state_of(self.run, made_from)  # a run that is refused stays as it was
         self.run.open(self.config, overwrite=overwrite)
         record(self.run, environment(self.config, inputs, source.made_of, source.files), self.screen.say)
         own = {"policy": policy.shape, **source.made_for, "seed": self.config.seed}
         keep = partial(worth_keeping, self.run, latest=self.config.keep) if self.config.keep else None
-        made_from = {**inputs, "training code": str(CODE["training"])}
         beside = {"detail": self.screen.detail, "track": self.screen.track, "tracker": self.tracking}
         journal = Journal(self.run, own, made_from, self.screen.say, keep, **beside)
         journal.resume()
@@ -222,6 +227,16 @@ class Pipeline:
             self.screen.say(f"not converted: {error}")
             converted = None
         return {"run": str(self.run.path), "recommended": recommended, "converted": converted}
+
+    def _check_features(self, rl_data: Path | None, embeddings: Path | None) -> None:
+        """Raise LeverError where the run that is there was begun on other data or with another encoder, before anything
+        is made for it: features, rollouts, digests of images."""
+        exported = (self.layout.cache / EXPORTED_EMBEDDINGS).is_file()
+        if embeddings is None and not exported and self.run.state.is_file():
+            self.check(*(ALL if rl_data is None else ("data", "encoder")))
+            fetch_model(self.config.features.encoder, "features.encoder")
+            data = load_dataset(self.config.data)
+            state_of(self.run, {"features": features_fingerprint(data, self.config.features)})
 
     @cached_property
     def tracking(self) -> TensorBoard | None:
