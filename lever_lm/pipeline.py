@@ -115,6 +115,7 @@ class Pipeline:
             cache=self.layout.answers,
             track=self.screen.track,
             shards=self.shards,
+            say=self.screen.say,
         )
 
     @cached_property
@@ -124,7 +125,7 @@ class Pipeline:
 
     def check(self, *needs: str) -> None:
         """Raise LeverError with all that is missing for a command, before anything is loaded or made."""
-        require(examine(self.config, self.layout, needs))
+        require(examine(self.config, self.layout, needs, wait=self.config.lvlm.wait, say=self.screen.say))
 
     # ------------------------------------------------------------------ rollouts
 
