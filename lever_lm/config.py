@@ -104,10 +104,11 @@ class LvlmConfig:
     max_new_tokens: int = 5
     min_pixels: int = 3136
     max_pixels: int = 1003520
-    server: str = ""  # URL of an OpenAI-compatible server that answers as model `path`; empty: it runs in this process
+    server: str = ""  # URL of an OpenAI-compatible server that answers as model `path`, or URL,URL,…; empty: in process
     concurrency: int = 32  # requests under way at a server at once
     timeout: float = 120.0  # seconds a request may take
     retries: int = 5  # of a request that failed in a way that may pass
+    wait: float = 0.0  # seconds to wait for a server that is starting, or starting again; 0: as long as the retries
 
     def __post_init__(self):
         _one_of("lvlm.dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
@@ -123,9 +124,10 @@ class LvlmConfig:
         if self.max_pixels < TOKEN_EDGE**2:
             raise UsageError(f"lvlm.max_pixels must be {TOKEN_EDGE**2} or more, one token, found {self.max_pixels}")
         _positive(self, "lvlm", "concurrency", "timeout")
-        _not_negative(self, "lvlm", "retries")
+        _not_negative(self, "lvlm", "retries", "wait")
         if self.server:
-            _check_url("lvlm.server", self.server, "--server http://127.0.0.1:8000/v1")
+            for url in self.server.split(","):
+                _check_url("lvlm.server", url.strip(), "--server http://127.0.0.1:8000/v1")
             if self.num_beams > 1:
                 raise UsageError(
                     f"a server answers greedily, but lvlm.num_beams is {self.num_beams}: --set lvlm.num_beams=1, or "
@@ -137,11 +139,17 @@ class LvlmConfig:
                     "--set lvlm.eos=model, or drop --server (lvlm.server)"
                 )
 
+    @property
+    def servers(self) -> list[str]:
+        """The URLs of `server`, each once."""
+        return list(dict.fromkeys(url.strip().rstrip("/") for url in self.server.split(","))) if self.server else []
+
 
 # What of an LVLM changes the time its answers take, and not the answers.
 LVLM_SPEED = ("batch_size", "batch_tokens", "compile", "workers", "bank_memory", "bank_disk")
+# That a server answered is in its own fingerprint.
+LVLM_SPEED += ("server", "concurrency", "timeout", "retries", "wait")
 LVLM_MACHINE = ("dtype", "attention")  # and what depends on the machine that it runs on
-LVLM_SPEED += ("server", "concurrency", "timeout", "retries")  # that a server answered is in its own fingerprint
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class Common:
     ] = None
     server: Annotated[
         str | None,
-        typer.Option(help="URL of an OpenAI-compatible server that answers as the LVLM: http://HOST:8000/v1"),
+        typer.Option(help="URL[,URL…] of OpenAI-compatible servers that answer as the LVLM: http://HOST:8000/v1"),
     ] = None
     sampler: Annotated[
         str | None,

@@ -115,6 +115,7 @@ class Pipeline:
             cache=self.layout.answers,
             track=self.screen.track,
             shards=self.shards,
+            say=self.screen.say,
         )
 
     @cached_property
@@ -125,7 +126,7 @@ class Pipeline:
     def check(self, *needs: str, writes: bool = True) -> None:
         """Raise LeverError with all that is missing for a command, before anything is loaded or made. writes: the
         results folder has to take what is made."""
-        found = examine(self.config, self.layout, needs)
+        found = examine(self.config, self.layout, needs, wait=self.config.lvlm.wait, say=self.screen.say)
         require(check for check in found if writes or check.what not in ("results", "disk"))
 
     # ------------------------------------------------------------------ rollouts
