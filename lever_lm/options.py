@@ -203,7 +203,8 @@ def make_pipeline(
     from lever_lm.console import Screen
     from lever_lm.settings import merge, resolve
 
-    screen = Screen(to_stderr=common.json_, quiet=common.quiet, verbose=common.verbose)
+    quiet = common.quiet and not common.dry_run  # a plan is what was asked for
+    screen = Screen(to_stderr=common.json_, quiet=quiet, verbose=common.verbose)
     _check_run_name(common.run_name)
     flags = dict(flags or {})
     for values in option_values(common).values():
