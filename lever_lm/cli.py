@@ -17,8 +17,10 @@ from lever_lm.options import (
     make_layout,
     make_pipeline,
     parse_shots,
+    pipeline_of_run,
     planned,
     refuse_resuming,
+    run_folder,
     training_flags,
 )
 from lever_lm.shards import Shards
@@ -151,7 +153,7 @@ def best_ckpt(
 
     _in_one_process("best-ckpt")
     check_strategy(strategy)
-    pipeline = make_pipeline(common, run_dir=run_dir)
+    pipeline = pipeline_of_run(common, run_dir=run_dir)
     if planned(common, pipeline):
         return
     run = pipeline.run if log is None or run_dir is not None else None
@@ -183,7 +185,7 @@ def convert(
     _in_one_process("convert")
     if to not in ("v2", "v3"):
         raise UsageError(f"--to takes v2 or v3, found {to!r}")
-    pipeline = make_pipeline(common)
+    pipeline = pipeline_of_run(common)
     if not planned(common, pipeline):
         emit(common, pipeline.convert(ckpt, output=output, to=to, allow_truncate=allow_truncate))
 
@@ -209,12 +211,20 @@ def infer(
     numbers = parse_shots(shots)
     if icds is not None and ckpt is not None:
         raise UsageError("--icds and --ckpt both say what is shown: give one of them")
-    pipeline = make_pipeline(common, {"infer": {"okvqa_stem": True}} if okvqa_stem else {})
-    if planned(common, pipeline, "infer", answers=len(numbers) + baselines * (1 + 5 * len(numbers))):
-        return
     from lever_lm import evaluating
+    from lever_lm.finding import find_checkpoint
+    from lever_lm.runs import RunFolder
     from lever_lm.tables import show_results
 
+    def find(run: Path, _) -> tuple[Path, str]:
+        return find_checkpoint(RunFolder(run), ckpt, dict(os.environ))
+
+    stemmed = {"infer": {"okvqa_stem": True}} if okvqa_stem else {}
+    pipeline = pipeline_of_run(common, stemmed, find=find if icds is None else None)
+    if common.dry_run:
+        pipeline.inference = evaluating.planned_folder(pipeline, ckpt, icds)
+    if planned(common, pipeline, "infer", answers=len(numbers) + baselines * (1 + 5 * len(numbers))):
+        return
     if icds is not None:
         result = evaluating.infer_icds(pipeline, icds, numbers, baselines=baselines)
     else:
@@ -242,18 +252,29 @@ def pick(
     _in_one_process("pick")
     if (image is None) != (question is None) or (image is not None and example is not None):
         raise UsageError("pick takes an --image with its --question, or --example QUESTION_ID, or none of them")
-    pipeline = make_pipeline(common)
-    if planned(common, pipeline):
-        return
+    from lever_lm.beside import change_lines, changes
     from lever_lm.picking import checkpoint_here, pick_for, show_picks, the_query
     from lever_lm.retriever import Retriever
 
-    path, why = checkpoint_here(pipeline, ckpt)
+    chosen: list[tuple[Path, str]] = []
+
+    def find(run: Path, layout) -> tuple[Path, str]:
+        chosen.append(checkpoint_here(run, layout, ckpt))
+        return chosen[0]
+
+    pipeline = pipeline_of_run(common, find=find)
+    if planned(common, pipeline):
+        return
+    path, why = chosen[0]
     pipeline.screen.say(f"checkpoint: {path} ({why})")
+    changed = changes(path, pipeline.config)
+    for line in change_lines(changed):
+        pipeline.screen.say(line)
     pipeline.check("data", "encoder", *([] if no_answer else ["lvlm"]))
     retriever = Retriever(path, pipeline=pipeline)
     query, source = the_query(retriever, image and str(image), question, example)
-    result = {**pick_for(retriever, query, shots, answer=not no_answer, prompt=prompt), "why": why}
+    result = pick_for(retriever, query, shots, answer=not no_answer, prompt=prompt)
+    result |= {"why": why, "changed": changed}
     show_picks(pipeline.screen, result, source)
     emit(common, result)
 
@@ -271,7 +292,7 @@ def status(
     from lever_lm.status_views import status_lines, status_row
 
     if common.dry_run:
-        planned(common, make_pipeline(common, run_dir=run_dir))
+        planned(common, pipeline_of_run(common, run_dir=run_dir))
         return
     screen = Screen(to_stderr=common.json_, quiet=common.quiet, verbose=common.verbose)
     if all_:
@@ -283,7 +304,7 @@ def status(
         emit(common, {"runs": found})
         return
     layout = None if run_dir is not None else make_layout(common)
-    result = {**run_status(RunFolder(run_dir or layout.run), layout), "gpus": gpus()}
+    result = {**run_status(RunFolder(run_dir or run_folder(common, layout)), layout), "gpus": gpus()}
     for line in status_lines(result):
         screen.result(line)
     emit(common, result)
@@ -304,7 +325,7 @@ def export(
     where = where or []
     if len(where) > 2 or not (where or common.dry_run):
         raise UsageError(f"export takes [RUN_DIR] DIR, found {len(where)} folders: `lever export policy`")
-    pipeline = make_pipeline(common, run_dir=where[0] if len(where) == 2 else None)
+    pipeline = pipeline_of_run(common, run_dir=where[0] if len(where) == 2 else None)
     if planned(common, pipeline):
         return
     from lever_lm.finding import find_checkpoint
@@ -325,7 +346,7 @@ def doctor(common: Common) -> None:
     """What is missing for a config, before any model is loaded: files, counts, models, GPU, disk; and what mends it."""
     from lever_lm.doctor import examine
 
-    pipeline = make_pipeline(common)
+    pipeline = (pipeline_of_run if common.run_name else make_pipeline)(common)
     if planned(common, pipeline):
         return
     checks = examine(pipeline.config, pipeline.layout, count=True)
@@ -358,7 +379,7 @@ def report(
     first, *others = runs or [None]
     if others and not compare:
         raise UsageError(f"{len(others) + 1} run folders make one page only with --compare")
-    pipeline = make_pipeline(common, run_dir=first, as_trained=True)
+    pipeline = pipeline_of_run(common, run_dir=first)
     if not planned(common, pipeline):
         from lever_lm.evaluating import report as make_report
 

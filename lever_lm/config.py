@@ -13,6 +13,7 @@ from lever_lm.untrusted import shown
 
 PACKAGE = Path(__file__).parent
 ASSET_PREFIX, HUB_PREFIX = "asset:", "hub:"
+TOKEN_EDGE = 28  # pixels of an image, along each side, that are one token of a Qwen2.5-VL
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class FeatureConfig:
 class SamplerConfig:
     """How the pool of a query is drawn from the training examples (its size is rollout.pool_size)."""
 
-    name: str = "rand_sampler"
+    name: str = "rand_sampler"  # or text_sim_sampler, img_sim_sampler; mix_sampler: 1/2 random, 1/4 text, 1/4 image
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,12 @@ class PromptConfig:
     separator: str = "\n"  # between one ICD and the next image, within one turn
     order: str = "first_pick_last"  # the first pick stands nearest the query; or first_pick_first
     system: str = "You are a helpful assistant."
+    cut: str = "turn"  # an answer ends at a line break, a comma, or the next turn; classic: also at Short in Shorts
 
     def __post_init__(self):
         _one_of("prompt.style", self.style, ("interleaved", "dialogue"))
         _one_of("prompt.order", self.order, ("first_pick_last", "first_pick_first"))
+        _one_of("prompt.cut", self.cut, ("turn", "classic"))
         parts = re.split(r"(\{question\}|\{answer\})", self.template)
         if parts[1::2] != ["{question}", "{answer}"] or parts[-1]:
             raise UsageError(
@@ -112,6 +115,8 @@ class LvlmConfig:
             raise UsageError(f"lvlm.workers must be -1 or more, found {self.workers}")
         if self.min_pixels > self.max_pixels:
             raise UsageError(f"lvlm.min_pixels {self.min_pixels} exceeds lvlm.max_pixels {self.max_pixels}")
+        if self.max_pixels < TOKEN_EDGE**2:
+            raise UsageError(f"lvlm.max_pixels must be {TOKEN_EDGE**2} or more, one token, found {self.max_pixels}")
         _positive(self, "lvlm", "concurrency", "timeout")
         _not_negative(self, "lvlm", "retries")
         if self.server:
@@ -125,6 +130,7 @@ class LvlmConfig:
 
 # What of an LVLM changes the time its answers take, and not the answers.
 LVLM_SPEED = ("batch_size", "batch_tokens", "compile", "workers", "bank_memory", "bank_disk")
+LVLM_MACHINE = ("dtype", "attention")  # and what depends on the machine that it runs on
 LVLM_SPEED += ("server", "concurrency", "timeout", "retries")  # that a server answered is in its own fingerprint
 
 

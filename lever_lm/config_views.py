@@ -82,7 +82,7 @@ def run_config(path: Path) -> Config:
 
 
 def _layered(*arguments) -> list[Layer]:
-    return layers(*arguments)[0]
+    return layers(*arguments).found
 
 
 def _view(name: str, *found: Layer) -> View:

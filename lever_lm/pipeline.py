@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lever_lm.anomaly import detecting
 from lever_lm.batches import GroupTensors, to_tensors
-from lever_lm.checkpoint import read_checkpoint, save_torch, to_v2, to_v3
+from lever_lm.checkpoint import format_of, read_checkpoint, save_torch, to_v2, to_v3
 from lever_lm.compat import check_device_name, resolve_device
 from lever_lm.config import Config
 from lever_lm.console import Screen
@@ -306,6 +306,9 @@ class Pipeline:
             path, why = find_checkpoint(self.run, "best", {})
             self.screen.say(f"checkpoint: {path} ({why})")
         content = read_checkpoint(path)
+        if path.is_file() and format_of(content) == to:
+            other = {"v2": "v3", "v3": "v2"}[to]
+            raise LeverError(f"{path} is a {to} checkpoint already: nothing to convert (--to {other} is the other way)")
         # What is made of a folder or a hub id goes into the current folder.
         beside = path if path.is_file() else Path(f"{path.resolve().name}.pt")
         if to == "v3":

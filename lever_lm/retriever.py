@@ -31,6 +31,7 @@ from lever_lm.finding import load_for
 from lever_lm.hub import fetch_model
 from lever_lm.inference import Evaluation
 from lever_lm.lvlm import Prompt, build_prompt
+from lever_lm.lvlm.processor import load_processor
 from lever_lm.lvlm.prompt import to_messages
 from lever_lm.pipeline import Pipeline
 from lever_lm.progress import untracked
@@ -105,12 +106,6 @@ class Retriever:
         features = self.config.features
         return ClipEncoder(features.encoder, self.config.device, features.batch_size)
 
-    @cached_property
-    def _image_ids(self) -> dict[str, int]:
-        """Digest of each image among `examples` → its id."""
-        digests = image_digests([example.image for example in self.examples])
-        return dict(zip(digests, (example.image_id for example in self.examples), strict=True))
-
     def _encode(self, examples: Sequence[Example]) -> Embeddings:
         data = VqaData("own", tuple(examples), (), "")
         return encode(self._encoder, data, "train", self.pipeline.screen.track if self._own is examples else untracked)
@@ -180,10 +175,9 @@ class Retriever:
         return self._numbered(Example(0, 0, question, (), (), path))
 
     def _numbered(self, query: Example) -> Example:
-        """A query under the number that its image and question make, its image under the id it has among `examples`."""
-        (digest,) = image_digests([query.image])
-        number = int(hashlib.sha256(f"{digest} {query.question}".encode()).hexdigest()[:15], 16)
-        return replace(query, question_id=number, image_id=self._image_ids.get(digest, _image_id(digest)))
+        """A query under the numbers that its image and question make."""
+        number = int(hashlib.sha256(f"{query.content} {query.question}".encode()).hexdigest()[:15], 16)
+        return replace(query, question_id=number, image_id=_image_id(query.content))
 
     def _queries(self, image, question) -> tuple[list[Example], bool]:
         """The queries of `pick`, `prompt` or `answer`, and whether one was asked for, not a list."""
@@ -249,7 +243,7 @@ class Retriever:
     @cached_property
     def _processor(self):
         where = fetch_model(self.config.lvlm.path, "--lvlm, lvlm.path")
-        return import_transformers().AutoProcessor.from_pretrained(str(where))
+        return load_processor(self.config.lvlm.path, where)
 
 
 # ---------------------------------------------------------------------- examples of your own

@@ -102,7 +102,7 @@ def make_rollouts(
     content: dict = {"_meta": {**here, "n_train": len(train)}}
     by_query = (proposals.rows, proposals.queries, proposals.pools, proposals.groups)
     for row, query, pool, group in zip(*by_query, strict=True):
-        scored = [_score(trajectory, pool, next(texts), next(probs), query) for trajectory in group]
+        scored = [_score(trajectory, pool, next(texts), next(probs), query, config.prompt.cut) for trajectory in group]
         content[str(row)] = {"query": _query(row, query), "candidate_pool_ids": pool, "pointer_candidates": scored}
     if shards.leader:
         write_json(path, content, indent=None)
@@ -141,7 +141,8 @@ def online_rewards(
         texts = lvlm.generate(prompts, "online rollouts")
         with_probs = "gtprob" in config.reward.mode
         probs = _reference_probs(prompts, lvlm) if with_probs else [None] * len(prompts)
-        scored = (_scores(text, prob, query) for text, prob, (query, _) in zip(texts, probs, jobs, strict=True))
+        cut = config.prompt.cut
+        scored = (_scores(text, prob, query, cut) for text, prob, (query, _) in zip(texts, probs, jobs, strict=True))
         values = [trajectory_reward(scores, config.reward.mode, weights, "an online rollout") for scores in scored]
         return torch.tensor(values).view(sequences.shape[:2])
 
@@ -165,7 +166,7 @@ def _reference_probs(prompts: list[Prompt], lvlm: CachedLvlm) -> list[float]:
     return totals
 
 
-def _score(trajectory: dict, pool: list[int], text: str, gt_prob: float | None, query: Example) -> dict:
+def _score(trajectory: dict, pool: list[int], text: str, gt_prob: float | None, query: Example, cut: str) -> dict:
     """A trajectory of the rollout file."""
     blank = {"beam_rank": None, "beam_score": None, "logprob_score": None, "temperature": None}
     return {
@@ -173,18 +174,19 @@ def _score(trajectory: dict, pool: list[int], text: str, gt_prob: float | None, 
         **trajectory,
         "pointer_global": [pool[i] for i in trajectory["pointer"]],
         "vqa_raw_generation": text,
-        "vqa_pred_answer": cut_answer(text),
-        **_scores(text, gt_prob, query),
+        "vqa_pred_answer": cut_answer(text, cut),
+        **_scores(text, gt_prob, query, cut),
         "vqa_eval_mode": "vqaEval",
         "eval_split_used": "train",
         "eval_failed": False,
     }
 
 
-def _scores(text: str, gt_prob: float | None, query: Example) -> dict:
+def _scores(text: str, gt_prob: float | None, query: Example, cut: str) -> dict:
     """What rewards are made of, by its names in the rollout file."""
-    answer = cut_answer(text)
-    accuracy = round(vqa_accuracy(answer, query.answers), 6)
+    answer = cut_answer(text, cut)
+    # Always normalised: that `Yes` is worth nothing where all ten wrote `yes` is a rule of the scorer, and no lesson.
+    accuracy = round(vqa_accuracy(answer, query.answers, always_normalize=True), 6)
     f1, edit = relevance(answer, query.answers)
     return {
         "vqa_correct": int(accuracy > 0),

@@ -647,6 +647,59 @@ def test_a_converted_file_stands_beside_its_source(trained, lever):
     assert all(states[0][name].equal(tensor) for name, tensor in states[1].items())
 
 
+def spoilt(content: dict, how: str) -> dict:
+    """The content of a checkpoint of either format with its weights spoilt."""
+    name = "model_state_dict" if "model_state_dict" in content else "state_dict"
+    state = dict(content[name])
+    key = next(key for key in state if key.endswith("cand_proj.weight"))
+    if how == "NaN":
+        state[key] = state[key].clone()
+        state[key][0, 0] = float("nan")
+    elif how == "infinite":
+        state[key] = state[key] / 0.0
+    elif how == "a tensor missing":
+        del state[key]
+    elif how == "a tensor of another shape":
+        state[key] = state[key][:1]
+    elif how == "a tensor too many":
+        state[f"{key}.more"] = state[key]
+    else:
+        state = {"encoder.weight": state[key]}
+    return {**content, name: state}
+
+
+SPOILT = ["NaN", "infinite", "a tensor missing", "a tensor of another shape", "a tensor too many", "of another model"]
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["ours", "the lineage's"])
+@pytest.mark.parametrize("how", SPOILT)
+@pytest.mark.parametrize("to", ["v2", "v3"])
+def test_convert_refuses_weights_that_no_policy_has(trained, lever, tmp_path, to, how, own):
+    import torch
+
+    source = RUN / "grpo_epoch1.pt"
+    if to == "v3":
+        assert lever("convert", source, "--output", "sound.ckpt").status == 0
+        source = Path("sound.ckpt")
+    content = spoilt(torch.load(source, weights_only=True), how)
+    if not own:
+        content = {key: value for key, value in content.items() if key not in ("config", "format", "lever_lm_config")}
+    torch.save(content, "spoilt.pt")
+    before = files_in(Path())
+    done = lever("convert", "spoilt.pt", "--to", to, "--output", "made.ckpt", "--json")
+    assert_refused(done, 1, "spoilt.pt", *{"NaN": ["NaN"], "infinite": ["infinite"]}.get(how, ["PointerSelector"]))
+    assert files_in(Path()) == before
+
+
+def test_convert_refuses_a_file_that_is_of_the_format_already(trained, lever):
+    """Its metrics would be lost on the way."""
+    assert lever("convert", RUN / "grpo_epoch1.pt", "--output", "v2.ckpt").status == 0
+    before = files_in(Path())
+    assert_refused(lever("convert", RUN / "grpo_epoch1.pt", "--to", "v3", "--json"), 1, "a v3 checkpoint already")
+    assert_refused(lever("convert", "v2.ckpt", "--json"), 1, "a v2 checkpoint already")
+    assert files_in(Path()) == before
+
+
 def test_convert_never_writes_over_what_it_reads(trained, lever):
     source = trained / RUN / "grpo_epoch3.pt"
     content = source.read_bytes()

@@ -125,6 +125,13 @@ def test_an_answer_is_cut_on_the_way_out_and_kept_uncut(file, prompts):
     assert opened(file).generate(prompts[:1]) == ["q0 a, and more"]
 
 
+def test_where_an_answer_is_cut_is_no_reason_to_ask_again(file, prompts):
+    named = [with_query(prompts[0], question="Shorts")]
+    assert opened(file, Counting()).answer(named) == ["Shorts a"]
+    known = CachedLvlm(no_model, "model-1", AnswerCache(file), tracked, cut="classic")
+    assert known.answer(named) == [""]
+
+
 def test_nothing_to_ask_needs_no_model(file):
     assert opened(file).generate([]) == []
 

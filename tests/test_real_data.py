@@ -44,7 +44,7 @@ from lever_lm.features import ClipEncoder, compute_features, encoder_fingerprint
 from lever_lm.hub import fetch_model, missing_files, model_folder, weights_digest
 from lever_lm.lvlm import build_prompt, load_lvlm
 from lever_lm.lvlm.local import LocalLvlm, local_fingerprint
-from lever_lm.samplers import allowed
+from lever_lm.samplers import Candidates
 from lever_lm.settings import resolve
 
 CLIP, QWEN = "openai/clip-vit-large-patch14", "Qwen/Qwen2.5-VL-3B-Instruct"
@@ -328,13 +328,28 @@ def test_every_image_of_a_copy_has_the_official_pixels(official, parquet):
 
 def test_two_questions_about_one_image_are_never_shown_with_each_other(official, parquet):
     data, expected = load(parquet).train_examples, load(official).train_examples
-    ids, images = np.array([e.question_id for e in data]), np.array([e.image_id for e in data])
-    assert images.dtype == np.int64
-    theirs = np.array([e.image_id for e in expected])
-    assert len(set(images.tolist())) == len(set(theirs.tolist())) < len(data)
+    ours, theirs = Candidates(data), Candidates(expected)
+    assert len({e.image_id for e in data}) == len({e.image_id for e in expected}) < len(data)
     for query, same in zip(data, expected, strict=True):
-        assert allowed(query, ids, images).tolist() == allowed(same, ids, theirs).tolist()
-        assert not [row for row in allowed(query, ids, images) if data[row].image == query.image]
+        assert ours.allowed(query).tolist() == theirs.allowed(same).tolist() == theirs.allowed(query).tolist()
+        assert not [row for row in ours.allowed(query) if data[row].image == query.image]
+
+
+@pytest.mark.parametrize("train_has_ids", [False, True])
+def test_no_query_sees_its_own_picture_where_one_split_alone_has_image_ids(official, tmp_path, train_has_ids):
+    """The evaluation questions ask another thing about the photographs of the training split."""
+    rows = parquet_rows(official, "train")
+    asked = [{**row, "question_id": str(7 + i), "question": "And this?"} for i, row in enumerate(rows)]
+    for name, table, has_ids in (("train", rows, train_has_ids), ("val", asked, not train_has_ids)):
+        numbered = [{**row, "image_id": 5000 + i} if has_ids else row for i, row in enumerate(table)]
+        write_parquet(tmp_path / f"{name}.parquet", numbered)
+    data = load(tmp_path)
+    candidates, pictures = Candidates(data.train_examples), [example.image for example in data.train_examples]
+    for query in (*data.train_examples, *data.val_examples):
+        shown = [pictures[row] for row in candidates.allowed(query)]
+        assert query.image in pictures
+        assert query.image not in shown
+        assert len(shown) == len(pictures) - pictures.count(query.image)
 
 
 def test_what_was_answered_about_the_official_files_is_known_of_the_copy(official, parquet, tmp_path):

@@ -236,8 +236,9 @@ def test_scores_are_the_vqa_accuracy_of_the_answers(trajectories, digits):
         references = digits.train_examples[row].answers
         answer = cut_answer(trajectory["vqa_raw_generation"])
         assert trajectory["vqa_pred_answer"] == answer
-        assert trajectory["vqa_acc_score"] == pytest.approx(vqa_accuracy(answer, references), abs=1e-6)
-        assert trajectory["vqa_correct"] == (vqa_accuracy(answer, references) > 0)
+        accuracy = vqa_accuracy(answer, references, always_normalize=True)
+        assert trajectory["vqa_acc_score"] == pytest.approx(accuracy, abs=1e-6)
+        assert trajectory["vqa_correct"] == (accuracy > 0)
         f1, edit = relevance(answer, references)
         assert trajectory["vqa_rel_token_f1"] == pytest.approx(f1, abs=1e-6)
         assert trajectory["vqa_rel_edit_sim"] == pytest.approx(edit, abs=1e-6)
@@ -297,6 +298,35 @@ def test_retrieval_takes_the_most_similar_pairs_that_no_beam_took(entries, digit
             proposed[trajectory["gen_method"]].append(set(trajectory["pointer"]))
         pairs = [set(order[start : start + 2]) for start in range(0, len(order), 2)]
         assert proposed["retrieval"] == [pair for pair in pairs if pair not in proposed["beam"]][:2]
+
+
+# ---------------------------------------------------------------------- where an answer is cut
+
+
+class Dressed:
+    """An LVLM that sees the same thing everywhere."""
+
+    def batches(self, prompts):
+        return [list(range(len(prompts)))]
+
+    def generate(self, prompts):
+        return ["Shorts Question: what"] * len(prompts)
+
+
+def test_an_answer_is_cut_by_the_rule_of_the_config_and_asked_once(digits, digits_features, config, tmp_path):
+    def cut(rule, backend):
+        prompt = dataclasses.replace(config.prompt, cut=rule)
+        lvlm = CachedLvlm(lambda: backend, "dressed", AnswerCache(tmp_path / "answers.sqlite"), track)
+        few = dataclasses.replace(config, prompt=prompt, rollout=dataclasses.replace(config.rollout, num_queries=3))
+        make_rollouts(few, digits, digits_features, lvlm, tmp_path / "rl_data.json", said.append)
+        entries = json.loads((tmp_path / "rl_data.json").read_text(encoding="utf-8"))
+        found = [t for key, e in entries.items() if key != "_meta" for t in e["pointer_candidates"]]
+        return {(t["vqa_raw_generation"], t["vqa_pred_answer"]) for t in found}
+
+    said = []
+    assert cut("turn", Dressed()) == {("Shorts Question: what", "Shorts")}
+    assert cut("classic", None) == {("Shorts Question: what", "")}
+    assert "is made again: the prompt has changed;" in said[0]
 
 
 # ---------------------------------------------------------------------- the report

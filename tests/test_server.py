@@ -182,6 +182,14 @@ def test_images_go_out_upright_resized_and_without_loss(tmp_path, kind):
     assert (sent.width < sent.height) == (kind == "turned")
 
 
+def test_a_thin_image_gets_the_local_answer(tiny, prompts, tmp_path):
+    rng = random.Random(3)
+    PIL.Image.frombytes("RGB", (600, 20), rng.randbytes(3 * 600 * 20)).save(tmp_path / "thin.png")
+    query = dataclasses.replace(prompts[0].query, image=str(tmp_path / "thin.png"))
+    thin = [dataclasses.replace(prompt, query=query) for prompt in prompts[:6]]
+    assert make(tiny.url, max_pixels=12544).generate(thin) == local(max_pixels=12544).generate(thin)
+
+
 def test_each_image_is_encoded_once_and_no_more_are_kept_than_fit(serve, prompts, monkeypatch):
     encoded, opened = [], server_module.open_image
     monkeypatch.setattr(server_module, "open_image", lambda image: encoded.append(image) or opened(image))
@@ -632,6 +640,7 @@ def test_the_fingerprint_follows_what_is_asked_and_not_where():
     for other in ({"path": "x"}, {"max_new_tokens": 6}, {"max_pixels": 10**6}, {"min_pixels": 4000}):
         assert server_fingerprint(dataclasses.replace(base, **other), prompt) != stamp
     assert server_fingerprint(base, PromptConfig(style="dialogue")) != stamp
+    assert server_fingerprint(base, PromptConfig(cut="classic")) == stamp, "answers are kept uncut"
     here = LvlmConfig(path=TINY)
     assert server_fingerprint(dataclasses.replace(here, server="http://a/v1"), prompt) != local_fingerprint(
         here, prompt, "cpu"

@@ -199,8 +199,12 @@ def dumped(path, content):
 def test_training_on_their_rollouts_in_every_reward_mode(lever, tmp_path, mode, layout):
     path = dumped(tmp_path / "rl_data.json", LAYOUTS[layout]())
     options = ("--embeddings", EMBEDDINGS, "--set", f"reward.mode={mode}", *QUICK)
+    if "gtprob" in mode:  # query 69 has none
+        refused(lever("train", "--rl-data", path, *options), "query 69, trajectory 0 has no vqa_gt_prob")
+        options += ("--set", "reward.missing=lineage")
     done = lever("train", "--rl-data", path, *options)
     assert done.status == 0, done.err
+    assert ("13 have no vqa_gt_prob, which counts as 0" in done.err) == ("gtprob" in mode)
     rows = RunFolder(tmp_path / done.json["run"]).rows()
     assert [row["phase"] for row in rows] == ["rce", "grpo"]
     assert all(math.isfinite(row["val_loss"]) for row in rows)
@@ -536,24 +540,29 @@ def test_a_log_with_everything_odd_at_once(lever, tmp_path):
         "保存检查点：grpo_epoch1.pt",
         their_row(2, val="4.5e+00", ppo="-inf", kl="0.3"),
         their_row(3, val="4.5", ppo="-0.2", kl="6.0E-02", std="inf"),
+        their_row(4, val="4.6", ppo="0.2", kl="2.0E-02"),
+        their_row(5, val="4.7", ppo="-0.1", kl="9.0E-02", std="1e-9"),
     ]
     path = log(tmp_path / "old.log", first, before=RCE_TABLE)
     with path.open("ab") as file:
-        file.write(log(tmp_path / "new.log", rows, before=RCE_TABLE).read_bytes() + their_row(4, val=0.01).encode())
+        file.write(log(tmp_path / "new.log", rows, before=RCE_TABLE).read_bytes() + their_row(6, val=0.01).encode())
     path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
     answers = {
         name: lever("best-ckpt", "--log", path, "--strategy", name, "--json").json
         for name in ("val_loss", "ppo_loss", "kl", "adv_std")
     }
     assert {name: answer["epoch"] for name, answer in answers.items()} == {
-        "val_loss": 2,
-        "ppo_loss": 3,
-        "kl": 3,
-        "adv_std": 1,
+        "val_loss": 4,
+        "ppo_loss": 5,
+        "kl": 4,
+        "adv_std": 4,
     }
     answer = answers["val_loss"]
-    assert answer["rows"] == 3
-    assert answer["excluded"] == [{"epoch": 1, "why": "val_loss is nan"}]
+    assert answer["rows"] == 5
+    whys = {1: "val_loss is nan", 2: "ppo_loss is -inf", 3: "adv_std is inf"}
+    assert all(
+        answer["excluded"] == [{"epoch": e, "why": why} for e, why in whys.items()] for answer in answers.values()
+    )
     assert answer["checkpoint"] is None
     assert len(answer["notes"]) == 2
     assert not (tmp_path / "results").exists(), "a log is no run: nothing is kept"

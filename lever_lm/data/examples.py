@@ -55,6 +55,11 @@ class Example:
         """The answer shown where the example is an ICD: the commonest, the first of equals; "" if there is none."""
         return Counter(self.answers).most_common(1)[0][0] if self.answers else ""
 
+    @cached_property
+    def content(self) -> str:
+        """The digest of the image's content. Raises LeverError when the image is not there."""
+        return image_digest(self.image)
+
 
 @dataclass(frozen=True)
 class VqaData:

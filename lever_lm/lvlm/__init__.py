@@ -21,7 +21,9 @@ def load_lvlm(
 
         fingerprint = server_fingerprint(config, prompt)
         model = server_fingerprint(config, PromptConfig())
-        return CachedLvlm(lambda: ServerLvlm(config, prompt), fingerprint, AnswerCache(cache, shards), track, model)
+        return CachedLvlm(
+            lambda: ServerLvlm(config, prompt), fingerprint, AnswerCache(cache, shards), track, model, prompt.cut
+        )
 
     from lever_lm.lvlm.local import LocalLvlm, local_fingerprint, vision_fingerprint
 
@@ -35,4 +37,5 @@ def load_lvlm(
         AnswerCache(cache, shards),
         track,
         local_fingerprint(config, PromptConfig(), device),
+        prompt.cut,
     )

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+from lever_lm.config import PromptConfig
 from lever_lm.data import image_digest
 from lever_lm.errors import LeverError, Unfinished
 from lever_lm.lvlm.prompt import Prompt, cut_answer
@@ -181,13 +182,22 @@ class CachedLvlm:
 
     `load` makes the backend (generate, answer_log_prob, batches); `fingerprint` is that of model, decoding and
     prompt style, `model` the same for any prompt style. Keys also hold texts and image contents, so changed data is
-    asked anew. Batches are cut from the sorted list of unknown prompts and committed whole: what a killed job left is
-    the same batches again. The processes of a job deal them among themselves; each makes the same calls with the same
-    prompts, gets all answers, and calls `batches` of the backend whenever the others do.
+    asked anew. Answers are kept as they were written; `cut` is the rule by which they end (prompt.cut). Batches are cut
+    from the sorted list of unknown prompts and committed whole: what a killed job left is the same batches again. The
+    processes of a job deal them among themselves; each makes the same calls with the same prompts, gets all answers,
+    and calls `batches` of the backend whenever the others do.
     """
 
-    def __init__(self, load: Callable[[], object], fingerprint: str, cache: AnswerCache, track: Track, model: str = ""):
-        self._load, self._backend = load, None
+    def __init__(
+        self,
+        load: Callable[[], object],
+        fingerprint: str,
+        cache: AnswerCache,
+        track: Track,
+        model: str = "",
+        cut: str = PromptConfig.cut,
+    ):
+        self._load, self._backend, self._cut = load, None, cut
         self.fingerprint, self.cache, self.track, self.shards = fingerprint, cache, track, cache.shards
         self.model = model or fingerprint
         self.asked = 0  # prompts that went to the model in this process
@@ -209,7 +219,7 @@ class CachedLvlm:
 
     def answer(self, prompts: Sequence[Prompt], what: str = "answers") -> list[str]:
         """The answer to each prompt, cut at its end."""
-        return [cut_answer(text) for text in self.generate(prompts, what)]
+        return [cut_answer(text, self._cut) for text in self.generate(prompts, what)]
 
     def answer_log_prob(
         self, prompts: Sequence[Prompt], answers: Sequence[str], what: str = "log-probs"

@@ -17,8 +17,9 @@ from lever_lm.errors import LeverError
 from lever_lm.hub import content_digests, fetch_model, model_folder
 from lever_lm.lvlm.cache import Track
 from lever_lm.lvlm.decoding import NotFinite, Prefilled, beam_search, greedy
-from lever_lm.lvlm.kernels import compile_parts, speed_up_vision
-from lever_lm.lvlm.prompt import Prompt, cut_answer, to_messages
+from lever_lm.lvlm.kernels import compile_parts, float32_logits, repeatable_attention, speed_up_vision
+from lever_lm.lvlm.processor import load_processor
+from lever_lm.lvlm.prompt import Prompt, cut_answer, to_messages, wording
 from lever_lm.lvlm.vision import Vision
 from lever_lm.progress import untracked
 from lever_lm.shards import Shards
@@ -43,12 +44,12 @@ class LocalLvlm:
     ):
         transformers = import_transformers()
         self.config, self.prompt, self.device = config, prompt, resolve_device(device)
-        where = str(fetch_model(config.path, "--lvlm, lvlm.path"))
+        where = fetch_model(config.path, "--lvlm, lvlm.path")
+        self.processor = load_processor(config.path, where)
         self.dtype = _dtype(config.dtype, self.device)
         attention = {} if config.attention == "auto" else {"attn_implementation": config.attention}
         try:
-            self.processor = transformers.AutoProcessor.from_pretrained(where)
-            model = load_whole(transformers.Qwen2_5_VLForConditionalGeneration, where, self.dtype, **attention)
+            model = load_whole(transformers.Qwen2_5_VLForConditionalGeneration, str(where), self.dtype, **attention)
         except Exception as error:  # a directory of anybody's making: the library can fail on it in any way
             raise LeverError(
                 f"cannot load the LVLM {config.path}: {first_line(error)} (--lvlm, lvlm.path: a cached hub id or a "
@@ -73,8 +74,8 @@ class LocalLvlm:
     # ------------------------------------------------------------------ answering
 
     def answer(self, prompts: Sequence[Prompt]) -> list[str]:
-        """The answer to each prompt, cut as SPEC'd in prompt.cut_answer. Order in, order out."""
-        return [cut_answer(text) for text in self.generate(prompts)]
+        """The answer to each prompt, cut as in prompt.cut_answer. Order in, order out."""
+        return [cut_answer(text, self.prompt.cut) for text in self.generate(prompts)]
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt]) -> list[str]:
@@ -232,18 +233,19 @@ class LocalLvlm:
         cache = out.past_key_values
 
         def step(tokens: Tensor, position: Tensor, mask: Tensor) -> Tensor:
-            out = decoder(
-                inputs_embeds=self.model.get_input_embeddings()(tokens),
-                attention_mask=mask,
-                position_ids=position.expand(3, -1, -1),
-                past_key_values=cache,
-                use_cache=True,
-            )
-            return head(out.last_hidden_state[:, -1])
+            with repeatable_attention():
+                out = decoder(
+                    inputs_embeds=self.model.get_input_embeddings()(tokens),
+                    attention_mask=mask,
+                    position_ids=position.expand(3, -1, -1),
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+            return float32_logits(head, out.last_hidden_state[:, -1])
 
         last = out.last_hidden_state[torch.arange(len(prompts), device=self.device), lengths - 1]
         following = positions.masked_fill(mask == 0, 0).amax((0, 2)) + 1
-        return Prefilled(head(last), cache, mask, following, step)
+        return Prefilled(float32_logits(head, last), cache, mask, following, step)
 
     def _score(self, pairs: list[tuple[Prompt, list[int]]]) -> list[float]:
         """Log-prob of each target after its prompt."""
@@ -257,7 +259,7 @@ class LocalLvlm:
         real = offset < counts[:, None]
         places = (lengths - counts)[:, None] + offset.where(real, 0)
         rows = torch.arange(len(pairs), device=self.device)[:, None]
-        log_probs = self.model.lm_head(hidden[rows, places - 1]).float().log_softmax(-1)
+        log_probs = float32_logits(self.model.lm_head, hidden[rows, places - 1]).log_softmax(-1)
         of_tokens = log_probs.gather(-1, ids[rows, places][..., None]).squeeze(-1)
         sums = (of_tokens * real).sum(-1).tolist()
         for (prompt, _), value in zip(pairs, sums, strict=True):
@@ -288,7 +290,7 @@ def local_fingerprint(config: LvlmConfig, prompt: PromptConfig, device: str) -> 
     prompt style. Needs no model loaded."""
     settings = {name: value for name, value in vars(config).items() if name not in ("path", "dtype", *LVLM_SPEED)}
     precision = str(_dtype(config.dtype, resolve_device(device)))
-    return fingerprint(CODE["answers"], CODE["vision"], _weights(config.path), settings, precision, prompt)
+    return fingerprint(CODE["answers"], CODE["vision"], _weights(config.path), settings, precision, wording(prompt))
 
 
 def vision_fingerprint(config: LvlmConfig, device: str) -> str:

@@ -20,7 +20,8 @@ from lever_lm.config import LvlmConfig, PromptConfig, fingerprint
 from lever_lm.data import Image, open_image
 from lever_lm.errors import LeverError, Unfinished
 from lever_lm.lvlm.client import Client, ServerError, check_server, served_name
-from lever_lm.lvlm.prompt import Prompt, cut_answer, to_messages
+from lever_lm.lvlm.images import fitted
+from lever_lm.lvlm.prompt import Prompt, cut_answer, to_messages, wording
 from lever_lm.stages import CODE
 
 _ROUNDS = 8  # prompts in a batch for each request under way: what a killed job may have to ask again
@@ -57,7 +58,7 @@ class ServerLvlm:
 
     def answer(self, prompts: Sequence[Prompt]) -> list[str]:
         """The answer to each prompt, cut as in prompt.cut_answer."""
-        return [cut_answer(text) for text in self.generate(prompts)]
+        return [cut_answer(text, self.prompt.cut) for text in self.generate(prompts)]
 
     def answer_log_prob(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
         """log P(answer | prompt): the sum over the answer's tokens, the end-of-turn token not among them; rounded to
@@ -190,7 +191,7 @@ class DataUrls:
     encoded once while it is among the last that were asked for, whichever thread asks."""
 
     def __init__(self, config: LvlmConfig):
-        self.limits = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
+        self.config = config
         self.room = max(1, _URL_MEMORY // (4 * config.max_pixels))  # 3 bytes a pixel, 4 characters for 3 bytes
         self._known: OrderedDict[Image, Future] = OrderedDict()
         self._lock = threading.Lock()
@@ -211,11 +212,9 @@ class DataUrls:
         return url.result()
 
     def _encode(self, image: Image) -> str:
-        from qwen_vl_utils import fetch_image
-
         content = BytesIO()
         # Without loss; the least effort is a third of the time for a tenth more bytes.
-        fetch_image({"image": open_image(image), **self.limits}).save(content, "PNG", compress_level=1)
+        fitted(open_image(image), self.config).save(content, "PNG", compress_level=1)
         return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
@@ -224,4 +223,4 @@ def server_fingerprint(config: LvlmConfig, prompt: PromptConfig) -> str:
     model's name, decoding, image budget, prompt style. Not with the server's address; and never that of a local model,
     whose precision and weights are known."""
     names = ("path", "max_new_tokens", "min_pixels", "max_pixels")
-    return fingerprint("server", CODE["answers"], *(getattr(config, name) for name in names), prompt)
+    return fingerprint("server", CODE["answers"], *(getattr(config, name) for name in names), wording(prompt))
