@@ -1,8 +1,8 @@
 """Which test holds each statement of the documentation to its value; the list of them is doc_statements.yaml.
 
-A passage (a paragraph, a list item, a table's row) that holds a number, an option, a key, a variable or a file's name
-is a statement. An entry covers the passages in which its `says` stands, word for word; one in the heading of a table
-covers the whole table. It names the tests of the value, the command that prints what was `measured`, or `why_not`.
+A sentence, or part of one up to a semicolon, that holds a number or something of the code is a statement. An entry
+covers the sentences that its excerpts (`says`) touch, word for word; in the heading of a table it covers the table. It
+names the tests of the value, the command that prints what was `measured`, or `why_not`.
 """
 
 import ast
@@ -25,11 +25,9 @@ KINDS = {"test", "measured", "why_not"}
 
 @functools.cache
 def entries(page: str) -> list[dict]:
-    """The entries of a page; `test` and `measured` as lists."""
+    """The entries of a page, each value as a list."""
     listed = yaml.safe_load(LIST.read_text(encoding="utf-8"))[page]
-    return [
-        {key: [value] if key in KINDS and isinstance(value, str) else value for key, value in e.items()} for e in listed
-    ]
+    return [{key: [value] if isinstance(value, str) else value for key, value in entry.items()} for entry in listed]
 
 
 def plain(text: str) -> str:
@@ -37,18 +35,29 @@ def plain(text: str) -> str:
     return re.sub(r"\]\([^)\s]+\)", "]", re.sub(r"\s+", " ", text)).strip()
 
 
-def covered(page: str) -> dict[str, list[dict]]:
-    """Every passage, by page and line, and the entries that cover it."""
-    found, heading, before = {}, [], None
+def sentences(text: str) -> list[tuple[int, int]]:
+    """Where the sentences of a passage begin and end, without the number of a list's item."""
+    starts = [0, *(match.end() for match in re.finditer(r"[.;] (?=[A-Z`*\[(\"])", text))]
+    spans = list(zip(starts, [*starts[1:], len(text)], strict=True))
+    return spans[1:] if re.match(r"\d+\. ", text) else spans
+
+
+@functools.cache
+def walked(page: str) -> tuple[list[str], set[str]]:
+    """The statements of a page that no entry covers, and the excerpts that stand in it."""
+    bare, used, table, before = [], set(), False, ""
+    says = [plain(text) for entry in entries(page) for text in entry["says"]]
     for part in pages.passages(page):
-        own = [entry for entry in entries(page) if plain(entry["says"]) in plain(part.text)]
-        if part.language != "row":
-            heading = []
-        elif before != "row":
-            heading = own
+        text = plain(part.text)
+        here = [excerpt for excerpt in says if excerpt in text]
+        table = part.language == "row" and (table if before == "row" else bool(here))
         before = part.language
-        found[str(part)] = own + [entry for entry in heading if entry not in own]
-    return found
+        spans = [(text.index(excerpt), text.index(excerpt) + len(excerpt)) for excerpt in here]
+        for start, end in [] if table else sentences(text):
+            if HOLDS.search(text, start, end) and not any(first < end and start < last for first, last in spans):
+                bare.append(f"{page}, line {part.line}: {text[start:end]}")
+        used.update(here)
+    return bare, used
 
 
 @functools.cache
@@ -60,21 +69,19 @@ def names_in(name: str) -> set[str]:
 
 @pytest.mark.parametrize("page", STATED)
 def test_every_entry_stands_in_its_page(page):
-    used = [entry["says"] for found in covered(page).values() for entry in found]
-    assert not [entry["says"] for entry in entries(page) if entry["says"] not in used]
+    assert not [text for entry in entries(page) for text in entry["says"] if plain(text) not in walked(page)[1]]
 
 
 @pytest.mark.parametrize("page", STATED)
 def test_every_statement_has_a_test_of_its_value(page):
-    bare = [part for part, found in covered(page).items() if HOLDS.search(plain(part.split(": ", 1)[1])) and not found]
+    bare = walked(page)[0]
     assert not bare, "\n".join([f"{len(bare)} without an entry in {LIST.name}:", *bare])
 
 
 @pytest.mark.parametrize("page", STATED)
 def test_every_test_and_every_command_of_an_entry_is_there(page):
     for entry in entries(page):
-        assert len(KINDS & entry.keys()) >= 1, entry
-        assert entry.keys() <= KINDS | {"says"}, entry
+        assert {"says"} < entry.keys() <= KINDS | {"says"}, entry
         for name, _, test in (reference.partition("::") for reference in entry.get("test", [])):
             assert test in names_in(name), f"{name} has no {test}: {entry}"
         for command in entry.get("measured", []):
