@@ -91,7 +91,7 @@ def demo(
     pipeline.detect_anomaly, pipeline.tracker = detect_anomaly, tracker
     result = run_demo(pipeline, numbers, overwrite=common.overwrite)
     show_results(pipeline.screen, result["table"], result["tests"])
-    pipeline.screen.say(f"report: {result['report']}")
+    pipeline.screen.result(f"report: {result['report']}")
     emit(common, result)
 
 
@@ -184,7 +184,9 @@ def best_ckpt(
 def convert(
     common: Common,
     ckpt: Annotated[Path | None, typer.Argument(help="Checkpoint; by default the run's best.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Where to, in place of <stem>_v2format.ckpt")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Where to, in place of <stem>_v2format.ckpt or <stem>_v3format.pt")
+    ] = None,
     to: Annotated[str, typer.Option(help="v2, or v3 for the way back")] = "v2",
     allow_truncate: Annotated[bool, typer.Option("--allow-truncate", help="Keep the first of several layers.")] = False,
 ) -> None:
@@ -359,11 +361,11 @@ def doctor(common: Common) -> None:
     checks = examine(pipeline.config, pipeline.layout, count=True)
     missing = sum(check.status == "missing" for check in checks)
     for check in checks:
-        pipeline.screen.say(check.line())
+        pipeline.screen.result(check.line())
     emit(common, {"ok": not missing, "checks": [vars(check) for check in checks]})
     if missing:
         raise LeverError(f"{missing} missing: the lines above say what mends {'them' if missing > 1 else 'it'}")
-    pipeline.screen.say("nothing is missing")
+    pipeline.screen.result("nothing is missing")
 
 
 @command(app, "report")
@@ -391,9 +393,9 @@ def report(
         from lever_lm.evaluating import report as make_report
 
         result = make_report(pipeline, others, output, png)
-        pipeline.screen.say(f"report: {result['report']}")
+        pipeline.screen.result(f"report: {result['report']}")
         for figure in result.get("figures", ()):
-            pipeline.screen.say(f"figure: {figure}")
+            pipeline.screen.result(f"figure: {figure}")
         emit(common, result)
 
 

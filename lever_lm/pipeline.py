@@ -141,7 +141,7 @@ class Pipeline:
         with self._alone_with(path):
             report = make_rollouts(self.config, data, self.features, lvlm, path, self.screen.say)
         self.screen.detail(lvlm.tally)
-        self.screen.say(
+        self.screen.result(
             f"rollouts: {report['groups']} groups, {report['rollouts']} rollouts, mean accuracy "
             f"{report['accuracy']:.3f}; {report['tied']} groups tied in accuracy, "
             f"{report['all_right']} all right, {report['all_wrong']} all wrong"
@@ -316,7 +316,7 @@ class Pipeline:
         answer = choose(read_history(self.run, None), "val_reward", self.run)
         if answer["epoch"] is None:
             raise LeverError(f"no checkpoint of {self.run.path} can be recommended: {answer['why']}")
-        self.screen.say(f"recommended: {answer['checkpoint']} ({answer['why']})")
+        self.screen.result(f"recommended: {answer['checkpoint']} ({answer['why']})")
         return answer
 
     # ------------------------------------------------------------------ conversion
@@ -324,7 +324,7 @@ class Pipeline:
     def convert(
         self, path: Path | None = None, *, output: Path | None = None, to: str = "v2", allow_truncate: bool = False
     ) -> dict:
-        """A v3 file to `<stem>_v2format.ckpt`, or a v2 file back to `<stem>.pt`. Without a path, the run's best."""
+        """A v3 file to `<stem>_v2format.ckpt`, or a v2 file to `<stem>_v3format.pt`. Without a path, the run's best."""
         if path is None:
             path, why = find_checkpoint(self.run, "best", {})
             self.screen.say(f"checkpoint: {path} ({why})")
@@ -343,7 +343,7 @@ class Pipeline:
         if output.resolve() == path.resolve():
             raise LeverError(f"{output} is the file to convert: choose another --output")
         save_torch(output, converted)
-        self.screen.say(f"converted {path} → {output}")
+        self.screen.result(f"converted {path} → {output}")
         if dropped:
             self.screen.say(f"warning: v2 has one layer; left out {', '.join(dropped)}: its choices will differ")
         return {"input": str(path), "output": str(output), "to": to, "dropped": dropped}

@@ -287,6 +287,14 @@ def test_the_floor_and_the_clip_hold_for_the_spread_of_the_batch():
     assert group_advantage(far, scale="none")[1].tolist() == [-5.0, 5.0]
 
 
+def test_a_rank_has_no_scale():
+    ranks = group_advantage(REWARDS, REAL, method="rank")
+    assert ranks.tolist() == [[-1.0, 0.0, 1.0], [-1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
+    assert all(
+        torch.equal(group_advantage(REWARDS, REAL, method="rank", scale=scale), ranks) for scale in ADVANTAGE_SCALES
+    )
+
+
 def test_an_unknown_scale_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match=r"unknown advantage scale 'pool'; .*group, batch, none \(grpo\.advantage_sca"):
         group_advantage(torch.zeros(1, 2), scale="pool")

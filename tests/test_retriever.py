@@ -320,6 +320,12 @@ def test_pick_alone_takes_the_first_evaluation_question_and_scores_the_answer(in
     assert "answer" not in done.json
 
 
+def test_to_choose_only_no_lvlm_is_needed(in_home):
+    without = in_home("pick", "--json", "--no-answer", "--run-name", RUN.name, "--set", "lvlm.path=gone/model")
+    assert without.status == 0, without.err
+    assert without.json["icds"] == in_home("pick", "--json").json["icds"]
+
+
 @pytest.mark.parametrize(
     ("words", "status", "said"),
     [
