@@ -123,12 +123,13 @@ def train(
     if rl_data is None and from_run is None and (path := os.environ.get("RL_DATA_PATH", "").strip()):
         pipeline.screen.say(f"from the environment: RL_DATA_PATH={path}")
         rl_data = Path(path)
-    if planned(common, pipeline, "train", own=rl_data is not None):
+    own = {"rl_data": rl_data, "embeddings": embeddings}
+    if planned(common, pipeline, "train", **own, from_run=from_run):
         return
     refuse_resuming(common, pipeline)
     pipeline.detect_anomaly, pipeline.tracker = detect_anomaly, tracker
-    own = {"rl_data": rl_data, "embeddings": embeddings, "dataset_named": dataset_named(common, pipeline.config)}
-    result = pipeline.train(**own, overwrite=common.overwrite, from_run=from_run)
+    named = dataset_named(common, pipeline.config)
+    result = pipeline.train(**own, overwrite=common.overwrite, from_run=from_run, dataset_named=named)
     emit(common, result)
 
 

@@ -156,13 +156,18 @@ def online_rewards(
 # ---------------------------------------------------------------------- scoring
 
 
+def references(query: Example) -> dict[str, int]:
+    """The distinct reference answers of a query and how many annotators gave each, without the blanks of those who gave
+    none: they are no text to be probable."""
+    return Counter(filter(str.strip, query.answers))
+
+
 def _reference_probs(prompts: list[Prompt], lvlm: CachedLvlm) -> list[float]:
-    """Σ over a query's distinct reference answers of min(count / 3, 1) · P(answer | prompt), for each prompt; without
-    the blanks of annotators who gave none, which are no text to be probable."""
+    """Σ over a query's distinct reference answers of min(count / 3, 1) · P(answer | prompt), for each prompt."""
     pairs = [
         (i, answer, min(count / 3, 1.0))
         for i, prompt in enumerate(prompts)
-        for answer, count in Counter(filter(str.strip, prompt.query.answers)).items()
+        for answer, count in references(prompt.query).items()
     ]
     log_probs = lvlm.answer_log_prob([prompts[i] for i, _, _ in pairs], [answer for _, answer, _ in pairs], "gt_prob")
     totals = [0.0] * len(prompts)
