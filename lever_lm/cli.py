@@ -99,7 +99,9 @@ def train(
     rce_epochs: RceEpochs = None,
     grpo_epochs: GrpoEpochs = None,
     keep: Keep = None,
-    rl_data: Annotated[Path | None, typer.Option(help="Train on this rollout file; no dataset, no LVLM.")] = None,
+    rl_data: Annotated[
+        Path | None, typer.Option(help="Train on this rollout file; with --embeddings, no dataset and no LVLM.")
+    ] = None,
     embeddings: Annotated[
         Path | None, typer.Option(help="(N, D) features for --rl-data: .pt, .pth, .npy or .safetensors")
     ] = None,
