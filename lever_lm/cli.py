@@ -101,7 +101,9 @@ def train(
     rce_epochs: RceEpochs = None,
     grpo_epochs: GrpoEpochs = None,
     keep: Keep = None,
-    rl_data: Annotated[Path | None, typer.Option(help="Train on this rollout file; no dataset, no LVLM.")] = None,
+    rl_data: Annotated[
+        Path | None, typer.Option(help="Train on this rollout file; with --embeddings, no dataset and no LVLM.")
+    ] = None,
     embeddings: Annotated[
         Path | None, typer.Option(help="(N, D) features for --rl-data: .pt, .pth, .npy or .safetensors")
     ] = None,
@@ -125,12 +127,13 @@ def train(
     if rl_data is None and from_run is None and (path := os.environ.get("RL_DATA_PATH", "").strip()):
         pipeline.screen.say(f"from the environment: RL_DATA_PATH={path}")
         rl_data = Path(path)
-    if planned(common, pipeline, "train", own=rl_data is not None):
+    own = {"rl_data": rl_data, "embeddings": embeddings}
+    if planned(common, pipeline, "train", **own, from_run=from_run):
         return
     refuse_resuming(common, pipeline)
     pipeline.detect_anomaly, pipeline.tracker = detect_anomaly, tracker
-    own = {"rl_data": rl_data, "embeddings": embeddings, "dataset_named": dataset_named(common, pipeline.config)}
-    result = pipeline.train(**own, overwrite=common.overwrite, from_run=from_run)
+    named = dataset_named(common, pipeline.config)
+    result = pipeline.train(**own, overwrite=common.overwrite, from_run=from_run, dataset_named=named)
     emit(common, result)
 
 

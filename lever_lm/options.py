@@ -345,9 +345,19 @@ def refuse_resuming(common: Common, pipeline) -> None:
         )
 
 
-def planned(common: Common, pipeline, command: str = "", *, own: bool = False, answers: int = 0) -> bool:
+def planned(
+    common: Common,
+    pipeline,
+    command: str = "",
+    *,
+    rl_data: Path | None = None,
+    embeddings: Path | None = None,
+    from_run: Path | None = None,
+    answers: int = 0,
+) -> bool:
     """With --dry-run: show the plan instead of doing it. For the long commands that is their stages and what is missing
-    (own: rollouts and features are somebody's own; answers: evaluation prompts of each query)."""
+    (rl_data, embeddings: files of the user's own, else those of the run `from_run`; answers: evaluation prompts of each
+    query)."""
     if not common.dry_run:
         return False
     import yaml
@@ -355,6 +365,8 @@ def planned(common: Common, pipeline, command: str = "", *, own: bool = False, a
     from lever_lm.config import to_dict
     from lever_lm.doctor import ALL, examine
     from lever_lm.planning import as_json, in_all, make_plan
+    from lever_lm.provenance import own_files
+    from lever_lm.runs import RunFolder
 
     layout, places = pipeline.layout, _places(pipeline)
     for line in yaml.safe_dump(to_dict(pipeline.config), sort_keys=False).splitlines():
@@ -362,8 +374,13 @@ def planned(common: Common, pipeline, command: str = "", *, own: bool = False, a
     _show_places(pipeline)
     plan = {"config": to_dict(pipeline.config), "paths": {name: str(path) for name, path in places.items()}}
     if command:
-        checks = [c for c in examine(pipeline.config, layout, () if own else ALL) if c.status != "ok"]
-        stages = make_plan(pipeline.config, layout, pipeline.run, command, own=own, answers=answers)
+        files = own_files(RunFolder(from_run)) if from_run is not None else {}
+        rl_data, embeddings = rl_data or files.get("rl_data"), embeddings or files.get("embeddings")
+        needs = ALL if rl_data is None or pipeline.config.grpo.online else () if embeddings else ("data", "encoder")
+        checks = [c for c in examine(pipeline.config, layout, needs) if c.status != "ok"]
+        stages = make_plan(
+            pipeline.config, layout, pipeline.run, command, rl_data=rl_data, embeddings=embeddings, answers=answers
+        )
         where = str(pipeline.inference)
         stages = [replace(stage, path=where) if stage.name == "inference" else stage for stage in stages]
         for line in (*(check.line() for check in checks), *(stage.line() for stage in stages)):
