@@ -73,7 +73,12 @@ def load_policy(path: str | Path, num_heads: int = 1) -> PointerSelector:
     temperature are not in those: num_heads is taken as given and the temperature is 0.1. Raises LeverError when the
     file is no checkpoint, or its weights do not fit exactly.
     """
-    content = read_checkpoint(path)
+    return policy_of(read_checkpoint(path), path, num_heads)
+
+
+def policy_of(content: dict, path: str | Path, num_heads: int = 1) -> PointerSelector:
+    """The policy in the content of a v3 or v2 file, in eval mode, as `load_policy` gives it; path: what the file is
+    called in messages. Raises LeverError where weights are missing, do not fit, or are NaN or infinite."""
     state, config = weights_of(content, path), own_config(content)
     shape = (
         infer_shape(state, num_heads, path)
@@ -127,6 +132,11 @@ def own_config(content: dict) -> dict:
     """What a file of ours says of itself ({} for a file of the lineage)."""
     found = (content.get(key) for key in (OWN_KEY, "config"))
     return next((config for config in found if isinstance(config, dict) and config), {})
+
+
+def format_of(content: dict) -> str:
+    """Return the format of a checkpoint's content: v2 where the weights stand in a state_dict, else v3."""
+    return "v2" if "state_dict" in content and "model_state_dict" not in content else "v3"
 
 
 def weights_of(content: dict, path: str | Path) -> dict[str, Tensor]:
@@ -207,8 +217,10 @@ def _rename(key: str, prefixes: dict[str, str]) -> str:
 def to_v2(content: dict, path: str | Path, *, allow_truncate: bool = False) -> tuple[dict, list[str]]:
     """The v2 content of a v3 file, and the names of weights that were left out.
 
-    Raises LeverError when v2 cannot express the policy: more than one layer, unless allow_truncate drops them.
+    Raises LeverError when the file holds no sound policy, or when v2 cannot express it: more than one layer, unless
+    allow_truncate drops them.
     """
+    policy_of(content, path)
     state = weights_of(content, path)
     shape = infer_shape(state, 1, path)
     beyond = [f"{option}={shape[option]}" for option, held in _IN_V2.items() if shape[option] not in held]
@@ -237,7 +249,9 @@ def to_v2(content: dict, path: str | Path, *, allow_truncate: bool = False) -> t
 
 
 def to_v3(content: dict, path: str | Path) -> dict:
-    """The v3 content of a v2 file; phase and metrics are not in v2 and stay empty."""
+    """The v3 content of a v2 file; phase and metrics are not in v2 and stay empty. Raises LeverError when the file
+    holds no sound policy."""
+    policy_of(content, path)
     state = weights_of(content, path)
     own = own_config(content)
     return {

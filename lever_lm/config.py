@@ -13,6 +13,7 @@ from lever_lm.untrusted import shown
 
 PACKAGE = Path(__file__).parent
 ASSET_PREFIX, HUB_PREFIX = "asset:", "hub:"
+TOKEN_EDGE = 28  # pixels of an image, along each side, that are one token of a Qwen2.5-VL
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class FeatureConfig:
 class SamplerConfig:
     """How the pool of a query is drawn from the training examples (its size is rollout.pool_size)."""
 
-    name: str = "rand_sampler"
+    name: str = "rand_sampler"  # or text_sim_sampler, img_sim_sampler; mix_sampler: 1/2 random, 1/4 text, 1/4 image
 
 
 @dataclass(frozen=True)
@@ -103,10 +104,11 @@ class LvlmConfig:
     max_new_tokens: int = 5
     min_pixels: int = 3136
     max_pixels: int = 1003520
-    server: str = ""  # URL of an OpenAI-compatible server that answers as model `path`; empty: it runs in this process
+    server: str = ""  # URL of an OpenAI-compatible server that answers as model `path`, or URL,URL,…; empty: in process
     concurrency: int = 32  # requests under way at a server at once
     timeout: float = 120.0  # seconds a request may take
     retries: int = 5  # of a request that failed in a way that may pass
+    wait: float = 0.0  # seconds to wait for a server that is starting, or starting again; 0: as long as the retries
 
     def __post_init__(self):
         _one_of("lvlm.dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
@@ -119,10 +121,13 @@ class LvlmConfig:
             raise UsageError(f"lvlm.workers must be -1 or more, found {self.workers}")
         if self.min_pixels > self.max_pixels:
             raise UsageError(f"lvlm.min_pixels {self.min_pixels} exceeds lvlm.max_pixels {self.max_pixels}")
+        if self.max_pixels < TOKEN_EDGE**2:
+            raise UsageError(f"lvlm.max_pixels must be {TOKEN_EDGE**2} or more, one token, found {self.max_pixels}")
         _positive(self, "lvlm", "concurrency", "timeout")
-        _not_negative(self, "lvlm", "retries")
+        _not_negative(self, "lvlm", "retries", "wait")
         if self.server:
-            _check_url("lvlm.server", self.server, "--server http://127.0.0.1:8000/v1")
+            for url in self.server.split(","):
+                _check_url("lvlm.server", url.strip(), "--server http://127.0.0.1:8000/v1")
             if self.num_beams > 1:
                 raise UsageError(
                     f"a server answers greedily, but lvlm.num_beams is {self.num_beams}: --set lvlm.num_beams=1, or "
@@ -134,10 +139,17 @@ class LvlmConfig:
                     "--set lvlm.eos=model, or drop --server (lvlm.server)"
                 )
 
+    @property
+    def servers(self) -> list[str]:
+        """The URLs of `server`, each once."""
+        return list(dict.fromkeys(url.strip().rstrip("/") for url in self.server.split(","))) if self.server else []
+
 
 # What of an LVLM changes the time its answers take, and not the answers.
 LVLM_SPEED = ("batch_size", "batch_tokens", "compile", "workers", "bank_memory", "bank_disk")
-LVLM_SPEED += ("server", "concurrency", "timeout", "retries")  # that a server answered is in its own fingerprint
+# That a server answered is in its own fingerprint.
+LVLM_SPEED += ("server", "concurrency", "timeout", "retries", "wait")
+LVLM_MACHINE = ("dtype", "attention")  # and what depends on the machine that it runs on
 
 
 @dataclass(frozen=True)
@@ -187,6 +199,12 @@ class RewardConfig:
     rel_weight: float = 0.1
     skip_fallback: bool = True  # drop rollouts scored by the fallback metric
     require_positive: bool = False  # drop queries without a correct rollout
+    missing: str = "refuse"  # a rollout that lacks a score of the mode: refuse, drop; lineage: no vqa_gt_prob is 0
+    max_groups: int = 0  # groups of a rollout file to train on, the first by query id; 0: all (--limit)
+
+    def __post_init__(self):
+        _one_of("reward.missing", self.missing, ("refuse", "drop", "lineage"))
+        _not_negative(self, "reward", "max_groups")
 
 
 @dataclass(frozen=True)

@@ -2,24 +2,26 @@
 
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
 from lever_lm.compat import resolve_device
-from lever_lm.config import ASSET_PREFIX, HUB_PREFIX, Config, DataConfig, asset_path
+from lever_lm.config import ASSET_PREFIX, HUB_PREFIX, Config, DataConfig, LvlmConfig, asset_path
 from lever_lm.data import in_parquet, source_of
+from lever_lm.data.naming import files_of
 from lever_lm.data.okvqa import SPLITS, annotations_file, images_folder, questions_file
 from lever_lm.data.okvqa import load_split as load_official
-from lever_lm.data.parquet import files_of
 from lever_lm.data.parquet import load_split as load_parquet
-from lever_lm.errors import LeverError
-from lever_lm.hub import cached_snapshot, is_hub_id, missing_files, model_folder, weight_files
+from lever_lm.errors import LeverError, MendableError
+from lever_lm.hub import cached_snapshot, is_hub_id, lacking, model_folder, weight_files
 from lever_lm.lvlm.client import ServerError, check_server
+from lever_lm.lvlm.needs import GIB, beyond_reach, memory_needed
+from lever_lm.lvlm.processor import load_processor
+from lever_lm.progress import unsaid
 from lever_lm.runs import Layout
 
-GIB = 1 << 30
 _IMAGE_FEATURES = 391 * 2048 * 2  # bytes of an image of 640 × 480 in the 3B model
 ALL = ("data", "encoder", "lvlm")  # what commands need; some need less: train on rollouts and features of one's own
 _EXAMPLES = {"okvqa": (9009, 5046), "okvqa_hub": (9009, 5046), "vqav2": (443757, 214354)}
@@ -30,7 +32,6 @@ _DOWNLOAD = {  # GiB
     "lmms-lab/OK-VQA": 0.8,
     "Multimodal-Fatima/OK-VQA_train": 1.5,
 }
-_ACTIVATIONS = 2 * GIB  # beside the weights, in the smallest batches
 
 
 @dataclass(frozen=True)
@@ -49,23 +50,34 @@ class Check:
         return f"{self.status:>7}  {self.what}: {self.found}{f' → {self.mend}' if self.mend else ''}"
 
 
-def examine(config: Config, layout: Layout, needs: Sequence[str] = ALL, *, count: bool = False) -> list[Check]:
+def examine(
+    config: Config,
+    layout: Layout,
+    needs: Sequence[str] = ALL,
+    *,
+    count: bool = False,
+    wait: float = 0.0,
+    say: Callable[[str], None] = unsaid,
+) -> list[Check]:
     """Everything a config needs on this machine, as far as `needs` goes (of ALL).
 
-    `count` also reads the data files and counts what is in them.
+    `count` also reads the data files and counts what is in them. wait: seconds to give a server that is still starting;
+    `say` is told when it is waited for.
     """
     checks = [*packages()] if count else []
     if "data" in needs:
         files = list(data_files(config.data))
         checks += files
-        if count and all(check.status == "ok" for check in files):
-            checks += counts(config.data)
     if "encoder" in needs:
         checks.append(model("features.encoder", config.features.encoder))
+    if "lvlm" in needs:
+        checks += server(config, wait, say) if config.lvlm.server else [lvlm(config.lvlm.path)]
     if count:
         checks += out_of_place(config)
-    if "lvlm" in needs:
-        checks += server(config) if config.lvlm.server else [model("lvlm.path", config.lvlm.path)]
+        if "data" in needs and all(check.status == "ok" for check in files):
+            answers: list[str] = []
+            checks += counts(config.data, answers)
+            checks += answer_lengths(config.lvlm, answers)
     checks += device(config, with_lvlm="lvlm" in needs and not config.lvlm.server)
     return [*checks, folder(layout.dataset), disk(config, layout, checks)]
 
@@ -94,8 +106,12 @@ def data_files(config: DataConfig) -> Iterable[Check]:
         if source.startswith(HUB_PREFIX):
             yield _hub_dataset(source.removeprefix(HUB_PREFIX), split)
         elif in_parquet(config, split):
-            files = files_of(asset_path(source), split)
-            yield Check(f"{split} data", "ok", f"{len(files)} parquet files in {source}")
+            try:
+                files = files_of(asset_path(source), split)
+                yield Check(f"{split} data", "ok", f"{len(files)} parquet files in {source}")
+            except LeverError as error:
+                found, _, mend = str(error).partition("; ")
+                yield Check(f"{split} data", "missing", found, mend)
         else:
             root = asset_path(source)
             for official in (questions_file, annotations_file):
@@ -143,8 +159,9 @@ def _hub_dataset(repository: str, split: str) -> Check:
     return Check(f"{split} data", "missing", f"{repository} is not in the hub's cache", mend, fetched=True)
 
 
-def counts(config: DataConfig) -> Iterable[Check]:
-    """How many examples each split has, and how many cannot be used. Images are looked up, not decoded."""
+def counts(config: DataConfig, answers: list[str]) -> Iterable[Check]:
+    """How many examples each split has, and how many cannot be used. Images are looked up, not decoded. The reference
+    answers of those that can be used are added to `answers`."""
     lenient = replace(config, skip_bad_examples=True)
     for split, expected in zip(SPLITS, _EXAMPLES.get(config.name, (None, None)), strict=True):
         skipped: list[str] = []
@@ -152,8 +169,10 @@ def counts(config: DataConfig) -> Iterable[Check]:
         try:
             examples, _ = load(source_of(config, split), lenient, split, skipped)
         except LeverError as error:
-            yield Check(f"{split} examples", "missing", str(error), "replace the file")
+            found, _, mend = str(error).partition("; ")
+            yield Check(f"{split} examples", "missing", found, mend or "replace the file")
             continue
+        answers += [answer for example in examples for answer in example.answers]
         found = f"{len(examples)} usable"
         if skipped:
             status = "warning" if config.skip_bad_examples and examples else "missing"
@@ -166,13 +185,30 @@ def counts(config: DataConfig) -> Iterable[Check]:
             yield Check(f"{split} examples", "ok", found)
 
 
+def answer_lengths(config: LvlmConfig, answers: Sequence[str]) -> Iterable[Check]:
+    """A warning with the share of the reference answers, each annotator's counted, that are longer in the model's own
+    tokens than what it may write; none where its tokenizer is not here."""
+    folder = model_folder(config.path)
+    if folder is None or not answers:
+        return
+    try:
+        tokenizer = load_processor(config.path, folder).tokenizer
+    except LeverError:  # a check of its own where the model runs here
+        return
+    longer, longest = beyond_reach(tokenizer, answers, config.max_new_tokens)
+    if longer:
+        share = f"{longer / len(answers):.1%}, {longer} of {len(answers)}, each annotator's counted"
+        found = f"reference answers of both splits that are longer than lvlm.max_new_tokens, {config.max_new_tokens}"
+        yield Check("answer lengths", "warning", f"{found}: {share}", f"--set lvlm.max_new_tokens={longest} for all")
+
+
 # ---------------------------------------------------------------------- models and machine
 
 
 def model(option: str, path: str) -> Check:
-    """A model's directory or hub id: its config and all weights are there."""
+    """A model's directory or hub id: its config, all weights and the files of its processor are there."""
     found = model_folder(path)
-    missing = missing_files(found) if found else []
+    missing = lacking(found) if found else []
     if found and not missing:
         size = sum(file.stat().st_size for file in weight_files(found))
         return Check(option, "ok", f"{path}, {size / GIB:.2f} GiB")
@@ -180,26 +216,47 @@ def model(option: str, path: str) -> Check:
         lacks = f"lacks {', '.join(missing)} in" if missing else "is not in"
         mend = f"hf download {path}, or --set {option}=DIR"
         return Check(option, "missing", f"{path} {lacks} the hub's cache", mend, fetched=True)
-    what = f"lacks {', '.join(missing)}" if missing else "is no directory and no hub id OWNER/NAME"
-    return Check(option, "missing", f"{path} {what}", f"--set {option}=DIR or OWNER/NAME")
+    other = f"--set {option}=DIR or OWNER/NAME"
+    if missing:
+        return Check(option, "missing", f"{path} lacks {', '.join(missing)}", f"fetch these files again, or {other}")
+    return Check(option, "missing", f"{path} is no directory and no hub id OWNER/NAME", other)
 
 
-def server(config: Config) -> Iterable[Check]:
-    """Whether a server is there that answers as the LVLM, and, as far as it says who it is, scores what is to be."""
-    url, path = config.lvlm.server, config.lvlm.path
-    try:
-        listed = check_server(config.lvlm)
-    except ServerError as error:
-        yield Check("lvlm.server", "missing", error.found, error.mend)
-        return
-    if listed:
-        yield Check("lvlm.server", "ok", f"{url} serves {path}")
-    else:
-        found = f"{url} is there and does not say what it serves"
-        yield Check("lvlm.server", "warning", found, f"the first question will tell whether it knows {path}")
-    if (config.rollout.gt_prob or config.rollout.infoscore) and listed.get("owned_by") != "vllm":
-        found = f"reference answers are to be scored, and {url} does not say that it is vLLM, which can"
-        yield Check("log-probs", "warning", found, "rollout.gt_prob=false and rollout.infoscore=0, unless it can too")
+def lvlm(path: str) -> Check:
+    """The LVLM that runs in this process: its files are there, and its processor can be used."""
+    check = model("lvlm.path", path)
+    if check.status == "ok":
+        try:
+            load_processor(path, model_folder(path))
+        except MendableError as error:
+            return Check("lvlm.path", "missing", error.found, error.mend)
+    return check
+
+
+def server(config: Config, wait: float, say: Callable[[str], None]) -> Iterable[Check]:
+    """Whether every server of the config is there and answers as the LVLM, and, as far as it says who it is, scores
+    what is to be."""
+    for url in config.lvlm.servers:
+        try:
+            served = check_server(replace(config.lvlm, server=url), say, wait=wait)
+        except ServerError as error:
+            yield Check("lvlm.server", "missing", error.found, error.mend)
+            continue
+        mended = ""
+        if served.url != url:
+            mended = f", where {url} has no list of models"
+            say(f"server: {served.url} is asked{mended}")
+        if served.card:
+            yield Check("lvlm.server", "ok", f"{served.url} serves {config.lvlm.path}{mended}")
+        else:
+            found = f"{served.url} is there and does not say what it serves{mended}"
+            mend = f"the first question will tell whether it knows {config.lvlm.path}"
+            yield Check("lvlm.server", "warning", found, mend)
+        if (config.rollout.gt_prob or config.rollout.infoscore) and served.card.get("owned_by") != "vllm":
+            found = f"reference answers are to be scored, and {url} does not say that it is vLLM, which can"
+            yield Check(
+                "log-probs", "warning", found, "rollout.gt_prob=false and rollout.infoscore=0, unless it can too"
+            )
 
 
 def device(config: Config, *, with_lvlm: bool) -> Iterable[Check]:
@@ -212,17 +269,21 @@ def device(config: Config, *, with_lvlm: bool) -> Iterable[Check]:
         yield Check("device", "missing", str(error), "--device cpu, or a machine with a GPU")
         return
     found = model_folder(config.lvlm.path) if with_lvlm else None
-    weights = sum(file.stat().st_size for file in weight_files(found)) if found else 0
-    if chosen.type != "cuda":
+    on_gpu = chosen.type == "cuda"
+    parts = memory_needed(config.lvlm, found, on_gpu=on_gpu) if found else {}
+    needed = sum(parts.values())
+    if not on_gpu:
         yield Check("device", "ok", f"{chosen}, {os.cpu_count()} cores")
-        if weights > GIB:
-            yield Check("device", "warning", f"no GPU for an LVLM of {weights / GIB:.0f} GiB: days", "use a GPU")
+        if needed > GIB:
+            found = f"no GPU for an LVLM of {parts['weights'] / GIB:.0f} GiB: days"
+            yield Check("device", "warning", found, "use a GPU")
         return
     free, total = torch.cuda.mem_get_info(chosen)
-    width = 2 if config.lvlm.dtype == "float32" else 1  # the hub's weights are bfloat16
-    needed = weights * width + _ACTIVATIONS if weights > GIB else weights
     memory = f"{torch.cuda.get_device_name(chosen)}, {free / GIB:.0f} of {total / GIB:.0f} GiB free"
     about = f"{memory}, about {needed / GIB:.1f} needed"
+    if parts:
+        listed = ", ".join(f"{what} {size / GIB:.1f}" for what, size in parts.items())
+        about += f" at the least: {listed}" + ("" if config.lvlm.bank_memory else "; image features take of the rest")
     if needed > total:
         yield Check("GPU memory", "missing", about, "a larger GPU, or a smaller LVLM: --lvlm qwen2.5_vl_3B")
     elif needed > free:
@@ -231,13 +292,16 @@ def device(config: Config, *, with_lvlm: bool) -> Iterable[Check]:
         yield Check("GPU memory", "ok", about)
 
 
+_OWN_RESULTS = "--results DIR of your own (and --ckpt RUN_DIR for a run that is here)"
+
+
 def folder(path: Path) -> Check:
     """Whether results can be written."""
     there = _existing(path)
     if not there.is_dir():
         return Check("results", "missing", f"{there} is not a folder", "--results DIR")
     if not os.access(there, os.W_OK | os.X_OK):
-        return Check("results", "missing", f"{there} may not be written to", f"chmod u+w {there}, or --results DIR")
+        return Check("results", "missing", f"{there} may not be written to", f"chmod u+w {there}, or {_OWN_RESULTS}")
     return Check("results", "ok", str(path))
 
 

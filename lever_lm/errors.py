@@ -9,6 +9,14 @@ class UsageError(LeverError):
     """The command line itself is wrong (unknown key, name or value). The CLI exits with 2."""
 
 
+class MendableError(LeverError):
+    """An error in two parts: what was found, and what mends it."""
+
+    def __init__(self, found: str, mend: str):
+        super().__init__(f"{found}: {mend}")
+        self.found, self.mend = found, mend
+
+
 class Unfinished(LeverError):
     """Asking many things ended early. answered: position in what was asked → what came back before, worth keeping."""
 

@@ -2,21 +2,29 @@
 
 import re
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 
 from lever_lm.compat import first_line
 from lever_lm.config import asset_path
 from lever_lm.digests import DIGESTS
 from lever_lm.errors import LeverError
-from lever_lm.untrusted import one_line, read_json
+from lever_lm.untrusted import loads, one_line, read_json
 
 # What a model needs of its repository; the same weights in other formats stay there.
 _MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")
 # What of a repository is a policy: config.json says which, and nothing else is fetched.
 POLICY_FILES = ("config.json", "model.safetensors")
+# What a model's processor is made of: one of the files of each entry, or all of a tuple. Without them the library goes
+# on in silence: with an empty vocabulary, or with another size of images.
+_PROCESSOR_FILES = (
+    (("tokenizer.json",), ("vocab.json", "merges.txt")),
+    (("preprocessor_config.json",), ("processor_config.json",)),
+)
 _NAMED = 20  # shards of an index that are missing, named at most
 # What counts as here. A snapshot may lack other files of its repository: the hub's client holds it for incomplete then.
 _NEEDED = {"model": _MODEL_FILES, "dataset": ("*.parquet",)}
+_HEADER_LIMIT = 100 << 20  # bytes of the header of a safetensors file, as the library has it
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -64,6 +72,40 @@ def missing_files(folder: Path) -> list[str]:
     return missing + ([] if weight_files(folder) else ["model.safetensors"])
 
 
+def lacking(folder: Path) -> list[str]:
+    """Return the files that a model's folder lacks: config, weights, tokenizer, image processor."""
+    return missing_files(folder) + missing_processor_files(folder)
+
+
+def missing_processor_files(folder: Path) -> list[str]:
+    """Return the files of a tokenizer and of an image processor that a model's folder lacks, the usual name of each."""
+    return [
+        choices[0][0]
+        for choices in _PROCESSOR_FILES
+        if not any(all((folder / name).is_file() for name in names) for names in choices)
+    ]
+
+
+def parameter_count(folder: Path) -> float:
+    """Return the number of a model's weights: from the headers of its safetensors files. A file whose header cannot be
+    read counts as bfloat16, two bytes each."""
+    return sum(map(_parameters, weight_files(folder)))
+
+
+def _parameters(path: Path) -> float:
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = loads(file.read(length)) if 2 <= length <= _HEADER_LIMIT else {}
+        return sum(prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__") or _by_size(path)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return _by_size(path)
+
+
+def _by_size(path: Path) -> float:
+    return path.stat().st_size / 2
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The weights of a model, in the format that is loaded: safetensors where there are any."""
     return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
@@ -75,16 +117,19 @@ def fetch_model(path: str, option: str) -> Path:
     Raises LeverError naming `option` when it is neither here nor to be had.
     """
     folder = model_folder(path)
-    if folder is not None and not missing_files(folder):
+    if folder is not None and not lacking(folder):
         return folder
     if not is_hub_id(path):
-        found = "is no directory" if folder is None else f"lacks {', '.join(missing_files(folder))}"
-        raise LeverError(f"the model {path} {found}: expected a directory of a model or a hub id OWNER/NAME ({option})")
+        found = "is no directory" if folder is None else f"lacks {', '.join(lacking(folder))}"
+        mend = "" if folder is None else "fetch these files again, or "
+        raise LeverError(
+            f"the model {path} {found}: {mend}name a directory of a model or a hub id OWNER/NAME ({option})"
+        )
     import huggingface_hub
 
     try:
         folder = Path(huggingface_hub.snapshot_download(path, allow_patterns=list(_MODEL_FILES)))
-        if missing := missing_files(folder):  # offline, the client gives back what there is
+        if missing := lacking(folder):  # offline, the client gives back what there is
             raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}")
         return folder
     except Exception as error:  # no network, offline mode, no such repository, no space

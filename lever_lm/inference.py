@@ -22,7 +22,7 @@ from lever_lm.lvlm import CachedLvlm, build_prompt
 from lever_lm.metrics import vqa_accuracy
 from lever_lm.policy import PointerSelector
 from lever_lm.progress import WORTH_A_WORD, Track, Work, untracked
-from lever_lm.samplers import allowed, nearest, query_rng, sample_pools, similarity_rows
+from lever_lm.samplers import Candidates, nearest, query_rng, sample_pools, similarity_rows
 from lever_lm.stats import bootstrap_interval, paired_test
 from lever_lm.stems import Stems, learn_stems
 from lever_lm.untrusted import read_json
@@ -91,6 +91,11 @@ class Evaluation:
             seed=self.config.seed,
             track=self.track,
         )
+
+    @cached_property
+    def candidates(self) -> Candidates:
+        """The training split as what may be shown before a query."""
+        return Candidates(self.data.train_examples)
 
     @cached_property
     def stems(self) -> Stems | None:
@@ -170,12 +175,11 @@ class Evaluation:
         if name == "zero_shot":
             return [[] for _ in self.queries]
         train = self.data.train_examples
-        ids, images = np.array([e.question_id for e in train]), np.array([e.image_id for e in train])
         parts = _SIMILARITY_PARTS.get(name, _SIMILARITY_PARTS["img_text_sim"])
         scores = similarity_rows(self.embeddings, self.features.train, parts)
         picks, rows = [], zip(self.queries, self.pools, scores, strict=True)
         for query, pool, row in self.track(Work(rows, "queries", after=WORTH_A_WORD), name, len(self.queries)):
-            rng, among = query_rng(self.config.seed, query), allowed(query, ids, images)
+            rng, among = query_rng(self.config.seed, query), self.candidates.allowed(query)
             if name == "oracle":
                 among = np.array(pool)
                 # Similarities lie within ±2, so an accuracy step of 0.1 always outweighs them.
@@ -271,6 +275,16 @@ def _earlier(path: Path, results: list[dict], setting: str | None) -> dict[str, 
     rows, tests = (found if isinstance(found := there.get(name), list) else [] for name in ("results", "tests"))
     kept = [row for row in rows if is_result(row) and (row["method"], row["shots"]) not in new]
     return {"results": kept, "tests": [test for test in tests if is_test(test)]}
+
+
+def rows_of_another_setting(path: Path, setting: str) -> int:
+    """How many results an earlier metrics.json holds of another setting, which new ones would replace."""
+    try:
+        there = read_json(path)
+    except (OSError, ValueError):
+        return 0
+    rows = there.get("results") if isinstance(there, dict) and there.get("setting") != setting else None
+    return len(rows) if isinstance(rows, list) else 0
 
 
 def is_result(row) -> bool:

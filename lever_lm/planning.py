@@ -3,7 +3,6 @@
 import contextlib
 import math
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from lever_lm.compat import resolve_device
 from lever_lm.config import Config
@@ -11,7 +10,7 @@ from lever_lm.data import StoredImage, VqaData, load_dataset, open_image
 from lever_lm.doctor import disk_needed, group_size
 from lever_lm.errors import LeverError
 from lever_lm.features import Features, cached_features
-from lever_lm.hub import model_folder, weight_files
+from lever_lm.hub import model_folder, parameter_count
 from lever_lm.infoscore import infoscore_calls
 from lever_lm.lvlm import CachedLvlm, load_lvlm
 from lever_lm.progress import duration
@@ -183,7 +182,7 @@ class _Planner:
         folder = model_folder(model)
         if folder is None or calls == 0:
             return None if calls else 0.0
-        parameters = sum(Path(file).stat().st_size for file in weight_files(folder)) / 2
+        parameters = parameter_count(folder)
         try:
             reached = _REACHED.get(resolve_device(self.config.device).type, _REACHED["cuda"])
         except LeverError:

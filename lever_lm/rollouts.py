@@ -62,8 +62,9 @@ def made_elsewhere(path: Path) -> bool:
     return "fingerprint" not in _meta(path)
 
 
-def check_rows(path: Path, train: Sequence[Example]) -> None:
-    """Raise LeverError where a rollout file's query ids are not the rows of this training split."""
+def check_rows(path: Path, train: Sequence[Example], *, named: bool = True) -> None:
+    """Raise LeverError where a rollout file's query ids are not the rows of this training split; and unless the user
+    `named` the dataset, where a query does not say its question, so that nobody knows."""
     for key, entry in read_rollouts(path).items():
         if not is_query(key):
             continue
@@ -75,6 +76,11 @@ def check_rows(path: Path, train: Sequence[Example]) -> None:
         query = entry.get("query") if isinstance(entry, dict) else None
         there = query.get("question_id") if isinstance(query, dict) else None
         here = train[int(key)].question_id
+        if there is None and not named:
+            raise LeverError(
+                f"{path}, query {key} has no query.question_id to tell of which dataset it is, so its features are "
+                "missing: --embeddings FILE, or --dataset NAME where the query ids are that dataset's training rows"
+            )
         if there is not None and str(there) != str(here):
             raise LeverError(
                 f"{path}, query {key}: question {shown(there)} there, question {here} in row {key} of the training "
@@ -131,7 +137,6 @@ def online_rewards(
 ) -> Callable[[Tensor], Tensor]:
     """What answers the rollouts of a policy that is learning: sequences (n, G, S) of pool positions, −1 where one is
     shorter, for the queries `rows` (n,) with `pools` (n, K) of training rows → rewards (n, G), by reward.mode."""
-    weights = {name: getattr(config.reward, name) for name in ("hard_weight", "soft_weight", "rel_weight")}
 
     def rewards(sequences: Tensor) -> Tensor:
         jobs = [
@@ -146,7 +151,7 @@ def online_rewards(
         probs = _reference_probs(prompts, lvlm, end) if with_probs else [None] * len(prompts)
         cut = config.prompt.cut
         scored = (_scores(text, prob, query, cut) for text, prob, (query, _) in zip(texts, probs, jobs, strict=True))
-        values = [trajectory_reward(scores, config.reward.mode, weights, "an online rollout") for scores in scored]
+        values = [trajectory_reward(scores, config.reward, "an online rollout") for scores in scored]
         return torch.tensor(values).view(sequences.shape[:2])
 
     return rewards
@@ -160,12 +165,15 @@ def _reference_probs(prompts: list[Prompt], lvlm: CachedLvlm, end: bool) -> list
 
     With `end`, P is that of the answer and the end of the turn after it: these exclude one another, so that the sum is
     at most 1. Without, it is that of any text that begins so, and `1` and `10` share probability. Answers are composed
-    (NFC), as tokenizers do: é is one answer, whichever way it was typed.
+    (NFC), as tokenizers do: é is one answer, whichever way it was typed. Blanks of annotators who gave no answer are
+    left out: they are no text to be probable.
     """
     pairs = [
         (i, answer, min(count / 3, 1.0))
         for i, prompt in enumerate(prompts)
-        for answer, count in Counter(unicodedata.normalize("NFC", text) for text in prompt.query.answers).items()
+        for answer, count in Counter(
+            unicodedata.normalize("NFC", text) for text in filter(str.strip, prompt.query.answers)
+        ).items()
     ]
     asked = [prompts[i] for i, _, _ in pairs], [answer for _, answer, _ in pairs]
     log_probs = lvlm.answer_log_prob(*asked, "gt_prob", end=end)

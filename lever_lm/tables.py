@@ -23,10 +23,10 @@ def show_results(screen: Screen, results: list[dict], tests: list[dict], *, stem
     ours = tests[0]["method"] if tests else results[-1]["method"]
     for row in results:
         if row["method"] == ours:
-            screen.say(f"{row['method']} at {count_shots(row['shots'])}: {_accuracies(row)}")
+            screen.result(f"{row['method']} at {count_shots(row['shots'])}: {_accuracies(row)}")
     for test in tests:
         if test["against"] in ("img_text_sim", "rce"):
-            screen.say(
+            screen.result(
                 f"{test['method']} − {test['against']} at {count_shots(test['shots'])}: {test['difference']:+.3f} "
                 f"[{test['low']:+.3f}, {test['high']:+.3f}], p = {test['p']:.4f} (paired)"
             )
@@ -61,12 +61,12 @@ def show_choice(screen: Screen, history: History, answer: dict, show_all: bool) 
         beside = "" if metric in LOGGED else metric  # a strategy of ours has no column in the table that scripts parse
         width = len(beside) + 2 if beside else 0
         for line in (marker, f"{names}{beside:>{width}}", rule + "-" * width):
-            screen.say(line)
+            screen.result(line)
         for row in history.rows:
             value = row.get(beside)
-            screen.say(table_row(row) + (f"{value:>{width}.5f}" if isinstance(value, float) else ""))
+            screen.result(table_row(row) + (f"{value:>{width}.5f}" if isinstance(value, float) else ""))
     for item in answer["excluded"]:
-        screen.say(f"excluded: epoch {item['epoch']} ({item['why']})")
+        screen.result(f"excluded: epoch {item['epoch']} ({item['why']})")
     if answer["epoch"] is not None:
         place = f": {answer['checkpoint']}" if answer["checkpoint"] else ""
         why = f"{answer['why']}; from {answer['source']}"

@@ -1,13 +1,21 @@
 """What is missing is said at once, before anything is loaded or made, with what mends it."""
 
 import json
+import math
+import shutil
 
 import pytest
 from helpers import SMALL, files_in
+from models import SPOILT, copied, edited
+from models import TINY as TINY_QWEN
 from official import build_official, image_path, read_official
 
 from lever_lm import doctor
-from lever_lm.config import LvlmConfig
+from lever_lm.config import LvlmConfig, asset_path
+from lever_lm.errors import LeverError
+from lever_lm.features import ClipEncoder
+from lever_lm.hub import parameter_count
+from lever_lm.lvlm.needs import GIB, memory_needed
 from lever_lm.settings import resolve
 
 REAL = ("--dataset", "okvqa_local", "--lvlm", "qwen2.5_vl_3B")
@@ -116,6 +124,66 @@ def test_a_broken_model_directory_is_named_by_what_it_lacks(lever, tmp_path):
     assert "lacks config.json, one.safetensors" in found["lvlm.path"]["found"]
 
 
+@pytest.mark.parametrize("name", SPOILT)
+def test_a_part_of_a_processor_that_is_missing_is_named_before_the_work(lever, tmp_path, name):
+    spoil, words = SPOILT[name]
+    spoil(copied(tmp_path / "model"))
+    for command in ("doctor", "rollout"):
+        done = lever(command, "--set", f"lvlm.path={tmp_path / 'model'}")
+        assert done.status == 1
+        (line,) = [line for line in (done.out + done.err).splitlines() if "lvlm.path: " in line]
+        for word in (*words, "fetch", "again"):
+            assert word in line
+        assert "defect" not in done.err
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_chat_template_in_the_tokenizers_config_alone_is_enough(lever, tmp_path):
+    folder = copied(tmp_path / "model")
+    edited(folder, "tokenizer_config.json", chat_template=(folder / "chat_template.jinja").read_text())
+    (folder / "chat_template.jinja").unlink()
+    assert lever("doctor", "--set", f"lvlm.path={folder}").status == 0
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "processor_config.json"])
+def test_an_encoder_without_a_part_of_its_processor_is_named(lever, tmp_path, name):
+    shutil.copytree(asset_path("asset:tiny-clip"), tmp_path / "clip")
+    (tmp_path / "clip" / name).unlink()
+    usual = {"processor_config.json": "preprocessor_config.json"}.get(name, name)
+    found = missing(lever("doctor", "--set", f"features.encoder={tmp_path / 'clip'}", "--json"))
+    assert f"lacks {usual}" in found["features.encoder"]["found"]
+    with pytest.raises(LeverError, match=f"lacks {usual}: fetch these files again"):
+        ClipEncoder(str(tmp_path / "clip"), "cpu", 8)
+
+
+def test_reference_answers_that_are_too_long_to_write_are_counted(lever, official):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(asset_path(TINY_QWEN))
+    answers = [
+        given["answer"]
+        for split in ("train", "val")
+        for annotation in read_official(official, split)[1]
+        for given in annotation["answers"]
+    ]
+    lengths = [len(tokenizer(answer, add_special_tokens=False).input_ids) for answer in answers]
+    longest = max(lengths)
+    assert longest > 1
+
+    def warning(most: int) -> list[dict]:
+        done = lever("doctor", *REAL, *TINY, "--set", f"lvlm.max_new_tokens={most}", "--json")
+        assert done.status == 0
+        return [check for check in done.json["checks"] if check["what"] == "answer lengths"]
+
+    for most in range(1, longest):
+        longer = sum(length > most for length in lengths)
+        (check,) = warning(most)
+        assert check["status"] == "warning"
+        assert f": {longer / len(answers):.1%}, {longer} of {len(answers)}, " in check["found"]
+        assert f"--set lvlm.max_new_tokens={longest}" in check["mend"]
+    assert warning(longest) == []
+
+
 def test_results_that_cannot_be_written_are_named(lever, tmp_path):
     (tmp_path / "results").write_text("a file")
     assert "is not a folder" in missing(lever("doctor", "--json"))["results"]["found"]
@@ -128,6 +196,13 @@ def test_too_small_a_disk_is_named_before_the_work(lever, tmp_path):
     assert done.status == 1
     assert done.err.startswith("lever: disk: ")
     assert files_in(tmp_path) == {}
+
+
+def test_what_is_to_be_downloaded_is_as_large_as_the_page_says(lever, official):
+    """7 GiB of the model, 1.6 of CLIP."""
+    for options, size in ((REAL, "8.6"), ((*REAL, *TINY[:2]), "1.6"), ((*REAL, *TINY[2:]), "7.0")):
+        (disk,) = [check for check in lever("doctor", *options, "--json").json["checks"] if check["what"] == "disk"]
+        assert f" and {size} to download" in disk["found"]
 
 
 def test_a_gpu_that_is_not_there_is_named(lever):
@@ -154,6 +229,60 @@ def test_the_memory_of_the_gpu_is_set_against_the_models(tmp_path, monkeypatch, 
     (check,) = doctor.device(config, with_lvlm=True)
     assert check.status == status
     assert "about 7.0 needed" in check.found
+
+
+def sized(folder, shapes: dict[str, list[int]], dtype: str = "BF16"):
+    """A model's folder whose weights are holes in two files: headers with these shapes, and nothing on the disk."""
+    width = {"BF16": 2, "F32": 4}[dtype]
+    (folder / "config.json").write_text("{}")
+    for number, (name, shape) in enumerate(shapes.items()):
+        size = math.prod(shape) * width
+        entries = {name: {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}, "__metadata__": {"format": "pt"}}
+        header = json.dumps(entries).encode()
+        with open(folder / f"model-{number}.safetensors", "wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            file.truncate(8 + len(header) + size)
+    return folder
+
+
+WEIGHTS = {"three": {"a": [3 << 20, 1 << 10], "b": [1 << 29]}, "seven": {"a": [7 << 20, 1 << 10]}}  # 3.5 and 7 · 2^30
+
+
+@pytest.mark.parametrize(
+    ("model", "stored", "settings", "expected"),
+    [
+        ("three", "BF16", {}, {"weights": 7, "the smallest batches": 2}),
+        ("three", "F32", {}, {"weights": 7, "the smallest batches": 2}),
+        ("three", "BF16", {"dtype": "float32"}, {"weights": 14, "the smallest batches": 4}),
+        ("three", "F32", {"dtype": "float16"}, {"weights": 7, "the smallest batches": 2}),
+        ("seven", "BF16", {}, {"weights": 14, "the smallest batches": 2}),
+        (
+            "seven",
+            "BF16",
+            {"bank_memory": 3.0},
+            {"weights": 14, "the smallest batches": 2, "image features (lvlm.bank_memory)": 3},
+        ),
+    ],
+)
+def test_memory_is_counted_from_the_shapes_and_the_precision_asked_for(tmp_path, model, stored, settings, expected):
+    folder = sized(tmp_path, WEIGHTS[model], stored)
+    config = LvlmConfig(path=str(folder), **settings)
+    assert memory_needed(config, folder, on_gpu=True) == {what: gib * GIB for what, gib in expected.items()}
+
+
+def test_on_a_cpu_the_weights_are_float32(tmp_path):
+    folder = sized(tmp_path, WEIGHTS["three"])
+    assert memory_needed(LvlmConfig(), folder, on_gpu=False)["weights"] == 14 * GIB
+    assert memory_needed(LvlmConfig(dtype="bfloat16"), folder, on_gpu=False)["weights"] == 7 * GIB
+
+
+def test_the_shipped_models_weights_are_counted_as_the_library_does():
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    folder = asset_path(TINY_QWEN)
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder)
+    assert parameter_count(folder) == sum(weight.numel() for weight in model.parameters())
+    assert memory_needed(LvlmConfig(), folder, on_gpu=True) == {"weights": 2 * parameter_count(folder)}
 
 
 # ---------------------------------------------------------------------- the plan

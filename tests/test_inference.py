@@ -547,7 +547,7 @@ def test_a_checkpoint_of_another_encoder_stops_infer_before_anything_is_written(
 def test_the_run_folder_holds_the_config_that_was_resolved(trained, digits_config):
     there = yaml.safe_load((trained / RUN / "config.yaml").read_text())
     expected = to_dict(digits_config)
-    expected["rollout"]["num_queries"] = expected["infer"]["num_queries"] = 24
+    expected["rollout"]["num_queries"] = expected["infer"]["num_queries"] = expected["reward"]["max_groups"] = 24
     expected["rce"]["epochs"], expected["grpo"]["epochs"] = 2, 4
     assert there == expected
 
@@ -571,6 +571,19 @@ def test_a_choice_among_fewer_epochs_than_there_are_now_is_said_to_be_stale(trai
     (trained / RUN / "best.json").write_text(json.dumps({**best, "rows": best["rows"] - 1}))
     assert find_checkpoint(RunFolder(trained / RUN), None, {})[0] == path
     assert "`lever best-ckpt` again" in find_checkpoint(RunFolder(trained / RUN), None, {})[1]
+
+
+def test_a_choice_of_an_epoch_that_broke_is_said_to_be_one(trained, lever):
+    assert lever("best-ckpt", "--strategy", "val_reward").status == 0
+    run = RunFolder(trained / RUN)
+    epoch = json.loads(run.best.read_text())["epoch"]
+    rows = [{**row, "kl": float("nan")} if row["epoch"] == epoch else row for row in run.rows()]
+    run.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path, why = find_checkpoint(run, None, {})
+    assert path == run.checkpoint("grpo", epoch)
+    assert "an epoch that broke" in why
+    run.best.unlink()
+    assert find_checkpoint(run, None, {})[0] != path
 
 
 def test_results_of_the_same_setting_add_up_and_others_replace_them(trained, lever):

@@ -6,17 +6,22 @@ import math
 import random
 import shutil
 
+import PIL.Image
 import pytest
 import torch
+from models import SPOILT, TINY, copied, edited
+from torch.nn import functional as F
 
 from lever_lm.compat import import_transformers
 from lever_lm.config import LvlmConfig, PromptConfig, asset_path
-from lever_lm.errors import LeverError
+from lever_lm.data import open_image
+from lever_lm.errors import LeverError, UsageError
 from lever_lm.lvlm import build_prompt, cut_answer
 from lever_lm.lvlm.decoding import beam_search
+from lever_lm.lvlm.images import fitted
+from lever_lm.lvlm.kernels import float32_logits, repeatable_attention
 from lever_lm.lvlm.local import LocalLvlm, local_fingerprint
 
-TINY = "asset:tiny-qwen2.5-vl"
 STYLES = ("interleaved", "dialogue")
 PROMPTS = 54  # a setting: nine of every number of shots
 
@@ -253,11 +258,69 @@ def test_every_distinct_image_is_encoded_once(prompts):
     assert sum(encoded) == len(ours.vision.bank) == len(distinct) < shown
 
 
+def picture(width: int, height: int):
+    return PIL.Image.frombytes("RGB", (width, height), random.Random(3).randbytes(3 * width * height))
+
+
+@pytest.mark.parametrize(
+    ("size", "most", "expected"),
+    [
+        ((600, 20), 12544, (448, 28)),
+        ((20, 600), 12544, (28, 448)),
+        ((3000, 20), 12544, (448, 28)),
+        ((300, 20), 784, (28, 28)),
+    ],
+)
+def test_a_thin_image_has_a_row_of_tokens_within_the_budget(size, most, expected):
+    config = LvlmConfig(min_pixels=784, max_pixels=most)
+    shown = fitted(picture(*size), config)
+    assert shown.size == expected
+    assert fitted(shown, config).size == expected, "a server that resizes again changes nothing"
+
+
+@pytest.mark.parametrize("size", [(640, 480), (480, 640), (2000, 1500), (600, 20), (1, 150), (30, 30), (61, 47)])
+def test_any_other_image_is_resized_as_the_library_does(size):
+    import_transformers()
+    from qwen_vl_utils import fetch_image
+
+    config = LvlmConfig()
+    limits = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
+    expected = fetch_image({"image": picture(*size), **limits})
+    found = fitted(picture(*size), config)
+    assert (found.size, found.tobytes()) == (expected.size, expected.tobytes())
+
+
+def test_a_thin_image_is_answered_and_counted(prompts, tmp_path):
+    picture(600, 20).save(tmp_path / "thin.png")
+    query = dataclasses.replace(prompts[0].query, image=str(tmp_path / "thin.png"))
+    prompt = dataclasses.replace(prompts[2], query=query)
+    ours = make(max_pixels=12544)
+    (answer,) = ours.generate([prompt])
+    assert ours.vision.tokens(query.image) == 16
+    images = [fitted(open_image(image), ours.config) for image in prompt.images]
+    text = ours.processor.apply_chat_template(
+        conversation(prompt, "interleaved"), tokenize=False, add_generation_prompt=True
+    )
+    inputs = ours.processor(text=[text], images=images, return_tensors="pt")
+    written = ours.model.generate(**inputs, max_new_tokens=5, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert answer == ours.tokenizer.decode(written, skip_special_tokens=True)
+
+
+def test_a_budget_below_one_token_is_refused():
+    with pytest.raises(UsageError, match=r"lvlm\.max_pixels must be 784 or more, one token, found 783"):
+        LvlmConfig(min_pixels=1, max_pixels=783)
+
+
 @pytest.mark.parametrize("job", ["generate", "answer_log_prob"])
-def test_a_question_that_holds_an_image_placeholder_is_refused_by_name(lvlm, prompts, job):
-    query = dataclasses.replace(prompts[0].query, question="what is <|image_pad|> here?")
-    prompt = dataclasses.replace(prompts[0], query=query)
-    with pytest.raises(LeverError, match=r"<\|image_pad\|>"):
+@pytest.mark.parametrize("field", ["question", "answers"])
+def test_a_text_that_holds_an_image_placeholder_is_refused_by_its_own_question(lvlm, prompts, job, field):
+    prompt = next(prompt for prompt in prompts if len(prompt.icds) == 2)
+    text = "what is <|image_pad|> here?"
+    spoilt = dataclasses.replace(
+        prompt.icds[1], question_id=424242, **{field: text if field == "question" else (text,)}
+    )
+    prompt = dataclasses.replace(prompt, icds=(prompt.icds[0], spoilt))
+    with pytest.raises(LeverError, match=r"question 424242: <\|image_pad\|> must not stand there"):
         getattr(lvlm, job)([prompt], *([["three"]] if job == "answer_log_prob" else []))
 
 
@@ -354,7 +417,7 @@ def test_five_new_tokens_are_too_few_for_numbers(lvlm, answer):
 
 
 def broken(folder, name: str):
-    shutil.copytree(asset_path(TINY), folder)
+    copied(folder)
     (folder / name).write_bytes((folder / name).read_bytes()[:200])
     return folder
 
@@ -376,6 +439,24 @@ def test_a_damaged_model_is_named(tmp_path, name):
     with pytest.raises(LeverError, match="damaged") as caught:
         make(path=broken(tmp_path / "damaged", name))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_a_model_without_a_part_of_its_processor_is_refused_with_the_files_to_fetch(tmp_path, name):
+    spoil, words = SPOILT[name]
+    with pytest.raises(LeverError, match="damaged") as caught:
+        make(path=spoil(copied(tmp_path / "damaged")))
+    for word in (*words, "fetch", "again", "lvlm.path"):
+        assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_chat_template_in_the_tokenizers_config_alone_is_used(tmp_path, lvlm, prompts):
+    folder = copied(tmp_path / "elsewhere")
+    moved = folder / "chat_template.jinja"
+    edited(folder, "tokenizer_config.json", chat_template=moved.read_text())
+    moved.unlink()
+    assert make(path=folder).generate(prompts[:12]) == lvlm.generate(prompts[:12])
 
 
 def test_a_model_of_another_kind_is_refused():
@@ -422,3 +503,45 @@ def test_the_fingerprint_leaves_out_what_changes_no_answer(tmp_path):
     ]
     stamps = {local_fingerprint(one, prompt, "cpu") for one in same}
     assert {local_fingerprint(config, PromptConfig(cut="classic"), "cpu")} == stamps, "answers are kept uncut"
+
+
+def test_what_picks_a_token_is_compared_in_float32():
+    head = torch.nn.Linear(2, 3, bias=False, dtype=torch.bfloat16)
+    head.weight.data = torch.tensor([[256, 0.25], [256, 0.5], [0, 0]], dtype=torch.bfloat16)
+    hidden = torch.ones(1, 2, dtype=torch.bfloat16)
+    assert head(hidden)[0, :2].tolist() == [256, 256]  # in bfloat16 the two largest are equal, and the first would win
+    logits = float32_logits(head, hidden)
+    assert logits.dtype == torch.float32
+    assert logits[0].tolist() == [256.25, 256.5, 0]
+    assert float32_logits(head.float(), hidden.float()).tolist() == logits.tolist()
+    nested = float32_logits(head.bfloat16(), hidden.expand(4, 5, 2))
+    assert nested.shape == (4, 5, 3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_a_decoding_step_repeats_itself():
+    """The shapes of the 3B model: 32 prompts of up to 2,000 tokens, one new token each, padding masked."""
+    torch.manual_seed(0)
+    shape = {"dtype": torch.bfloat16, "device": "cuda"}
+    query, key, value = torch.randn(32, 16, 1, 128, **shape), *torch.randn(2, 32, 16, 2000, 128, **shape)
+    mask = (torch.arange(2000, device="cuda") < torch.randint(1500, 2000, (32, 1), device="cuda"))[:, None, None]
+    head = torch.nn.Linear(2048, 151936, bias=False, **shape)
+    with torch.inference_mode():
+        with repeatable_attention():
+            first, *others = [
+                float32_logits(head, F.scaled_dot_product_attention(query, key, value, mask).flatten(1))
+                for _ in range(12)
+            ]
+        wide = F.scaled_dot_product_attention(query.double(), key.double(), value.double(), mask)
+        exact = wide.flatten(1) @ head.weight.double().T
+    assert all(torch.equal(first, other) for other in others)
+    assert float((first - exact).norm() / exact.norm()) < 0.01
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_on_a_gpu_answers_in_bfloat16_repeat_themselves(picks, num_beams):
+    lvlm = LocalLvlm(LvlmConfig(path=TINY, dtype="bfloat16", num_beams=num_beams), PromptConfig(), "cuda")
+    prompts = [build_prompt(icds, query, PromptConfig()) for icds, query in picks]
+    first = lvlm.generate(prompts)
+    assert [lvlm.generate(prompts) for _ in range(5)] == [first] * 5

@@ -3,6 +3,7 @@
 The backend here is a stand-in that counts: it is the thing outside the cache. The cache and its file are real.
 """
 
+import contextlib
 import dataclasses
 import sqlite3
 
@@ -10,7 +11,7 @@ import pytest
 
 from lever_lm.data import Example, image_digest
 from lever_lm.errors import LeverError, Unfinished
-from lever_lm.lvlm import CachedLvlm, Prompt
+from lever_lm.lvlm import CachedLvlm, Prompt, cache
 from lever_lm.lvlm.cache import AnswerCache
 
 
@@ -338,3 +339,8 @@ def test_a_cache_below_a_file_is_no_place(tmp_path):
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(LeverError, match="cache"):
         AnswerCache(tmp_path / "cache" / "answers.sqlite")
+
+
+def test_answers_outlast_a_power_failure_by_the_setting_that_is_named(tmp_path):
+    with contextlib.closing(cache._open(tmp_path / "answers.sqlite")) as db:
+        assert db.execute("PRAGMA synchronous").fetchone() == (3,)  # EXTRA

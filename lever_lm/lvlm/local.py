@@ -17,8 +17,9 @@ from lever_lm.errors import LeverError
 from lever_lm.hub import content_digests, fetch_model, model_folder
 from lever_lm.lvlm.cache import Track
 from lever_lm.lvlm.decoding import NotFinite, Prefilled, beam_search, greedy
-from lever_lm.lvlm.kernels import compile_parts, speed_up_vision
-from lever_lm.lvlm.prompt import Prompt, cut_answer, to_messages, wording
+from lever_lm.lvlm.kernels import compile_parts, float32_logits, repeatable_attention, speed_up_vision
+from lever_lm.lvlm.processor import load_processor
+from lever_lm.lvlm.prompt import Prompt, cut_answer, holder, to_messages, wording
 from lever_lm.lvlm.vision import Vision
 from lever_lm.progress import untracked
 from lever_lm.shards import Shards
@@ -45,12 +46,12 @@ class LocalLvlm:
     ):
         transformers = import_transformers()
         self.config, self.prompt, self.device = config, prompt, resolve_device(device)
-        where = str(fetch_model(config.path, "--lvlm, lvlm.path"))
+        where = fetch_model(config.path, "--lvlm, lvlm.path")
+        self.processor = load_processor(config.path, where)
         self.dtype = _dtype(config.dtype, self.device)
         attention = {} if config.attention == "auto" else {"attn_implementation": config.attention}
         try:
-            self.processor = transformers.AutoProcessor.from_pretrained(where)
-            model = load_whole(transformers.Qwen2_5_VLForConditionalGeneration, where, self.dtype, **attention)
+            model = load_whole(transformers.Qwen2_5_VLForConditionalGeneration, str(where), self.dtype, **attention)
         except Exception as error:  # a directory of anybody's making: the library can fail on it in any way
             raise LeverError(
                 f"cannot load the LVLM {config.path}: {first_line(error)} (--lvlm, lvlm.path: a cached hub id or a "
@@ -189,8 +190,8 @@ class LocalLvlm:
         short = self.tokenizer(text, add_special_tokens=False).input_ids
         if short.count(self.image_token_id) != len(prompt.images):
             raise LeverError(
-                f"a prompt about {prompt.images[-1]} has {short.count(self.image_token_id)} image placeholders for "
-                f"{len(prompt.images)} images: its questions or answers must not contain {self.image_token}"
+                f"{holder(prompt, self.image_token)}: {self.image_token} must not stand there; "
+                f"its prompt has {short.count(self.image_token_id)} image placeholders for {len(prompt.images)} images"
             )
         counts = iter(map(self.vision.tokens, prompt.images))
         ids: list[int] = []
@@ -245,18 +246,19 @@ class LocalLvlm:
         cache = out.past_key_values
 
         def step(tokens: Tensor, position: Tensor, mask: Tensor) -> Tensor:
-            out = decoder(
-                inputs_embeds=self.model.get_input_embeddings()(tokens),
-                attention_mask=mask,
-                position_ids=position.expand(3, -1, -1),
-                past_key_values=cache,
-                use_cache=True,
-            )
-            return head(out.last_hidden_state[:, -1])
+            with repeatable_attention():
+                out = decoder(
+                    inputs_embeds=self.model.get_input_embeddings()(tokens),
+                    attention_mask=mask,
+                    position_ids=position.expand(3, -1, -1),
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+            return float32_logits(head, out.last_hidden_state[:, -1])
 
         last = out.last_hidden_state[torch.arange(len(prompts), device=self.device), lengths - 1]
         following = positions.masked_fill(mask == 0, 0).amax((0, 2)) + 1
-        return Prefilled(head(last), cache, mask, following, step, ids.where(mask == 1, ids[:, :1]))
+        return Prefilled(float32_logits(head, last), cache, mask, following, step, ids.where(mask == 1, ids[:, :1]))
 
     def _score(self, pairs: list[tuple[Prompt, list[int]]]) -> list[float]:
         """Log-prob of each target after its prompt."""
@@ -273,7 +275,7 @@ class LocalLvlm:
         )
         before, wanted = hidden[rows, places - 1].split(_SCORED), ids[rows, places].split(_SCORED)
         head, loss = self.model.lm_head, torch.nn.functional.cross_entropy
-        of_tokens = [-loss(head(h).float(), w, reduction="none") for h, w in zip(before, wanted, strict=True)]
+        of_tokens = [-loss(float32_logits(head, h), w, reduction="none") for h, w in zip(before, wanted, strict=True)]
         sums = [float(part.sum()) for part in torch.cat(of_tokens).cpu().split(counts)]
         for (prompt, _), value in zip(pairs, sums, strict=True):
             if not math.isfinite(value):

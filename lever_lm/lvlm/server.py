@@ -20,12 +20,17 @@ from lever_lm.compat import import_transformers
 from lever_lm.config import LvlmConfig, PromptConfig, fingerprint
 from lever_lm.data import Image, open_image
 from lever_lm.errors import LeverError, Unfinished
-from lever_lm.lvlm.client import Client, ServerError, check_server, served_name
-from lever_lm.lvlm.prompt import Prompt, cut_answer, to_messages, wording
+from lever_lm.lvlm.client import SEE_LOG, ServerError, served_name
+from lever_lm.lvlm.images import fitted
+from lever_lm.lvlm.prompt import Prompt, cut_answer, holder, to_messages, wording
+from lever_lm.lvlm.room import Room
+from lever_lm.lvlm.servers import Servers, check_servers
+from lever_lm.progress import unsaid
 from lever_lm.stages import CODE
 
 _ROUNDS = 8  # prompts in a batch for each request under way: what a killed job may have to ask again
 _URL_MEMORY = 1 << 30  # bytes of encoded images to keep
+_BROKEN_OFF = ("abort", "error", "content_filter")  # a finish_reason of these leaves half an answer
 _IMAGE_TOKEN, _END_OF_TURN = "<|image_pad|>", "<|im_end|>"
 # Our own request fields for log-probs, which a server that has none of them may name when it refuses.
 _SCORING = {"prompt_logprobs": 0, "add_generation_prompt": False, "continue_final_message": True}
@@ -37,16 +42,18 @@ class ServerLvlm:
     The API key is read from OPENAI_API_KEY and goes nowhere but into the requests.
     """
 
-    def __init__(self, config: LvlmConfig, prompt: PromptConfig):
+    def __init__(self, config: LvlmConfig, prompt: PromptConfig, say: Callable[[str], None] = unsaid):
         import_transformers()  # qwen_vl_utils needs torchvision
-        self.config, self.prompt = config, prompt
-        owner = check_server(config).get("owned_by")
-        self._urls = DataUrls(config)
+        self.config, self.prompt, self.say = config, prompt, say
+        served = check_servers(config, say, wait=config.wait)
+        self.servers = [one.url for one in served]
+        owners = {one.card.get("owned_by") for one in served}
+        self._urls, self._room = DataUrls(config), Room(config, prompt, served)
         # Qwen's generation_config has a repetition penalty, which servers apply by default: it punishes what is copied
         # from a demonstration. The standard field clears it in `transformers serve`, the other sets it in vLLM and
         # SGLang.
         self._decoding = {"model": served_name(config.path), "temperature": 0, "frequency_penalty": 0}
-        if owner in ("vllm", "sglang"):
+        if owners <= {"vllm", "sglang"}:
             self._decoding["repetition_penalty"] = config.repetition_penalty
         elif config.repetition_penalty != 1:
             raise ServerError(
@@ -61,6 +68,7 @@ class ServerLvlm:
         def request(i: int) -> dict:
             return {"messages": self._messages(prompts[i]), "max_tokens": self.config.max_new_tokens}
 
+        self._room.check(prompts)
         return self._ask(len(prompts), request, lambda i, answer: self._text(prompts[i], answer))
 
     def answer(self, prompts: Sequence[Prompt]) -> list[str]:
@@ -110,14 +118,16 @@ class ServerLvlm:
             raise
 
     def batches(self, prompts: Sequence[Prompt], answers: Sequence[str] | None = None) -> list[list[int]]:
-        """Indices of the prompts in batches, in their order: rollouts of one query share images, and stay together."""
-        size = _ROUNDS * self.config.concurrency
+        """Indices of the prompts in batches, in their order: rollouts of one query share images, and stay together.
+        Raises LeverError for a prompt that the server has no room for, before any is asked."""
+        self._room.check(prompts)
+        size = _ROUNDS * self.config.concurrency * len(self.servers)
         return [list(range(start, min(start + size, len(prompts)))) for start in range(0, len(prompts), size)]
 
     # ------------------------------------------------------------------ asking
 
     def _ask(self, count: int, request: Callable[[int], dict], read: Callable[[int, dict], object]) -> list:
-        """read(i, the server's answer to request(i)) for i < count, `lvlm.concurrency` of them at once."""
+        """read(i, a server's answer to request(i)) for i < count, `lvlm.concurrency` of them at each server at once."""
         answered: dict[int, object] = {}
         try:
             asyncio.run(self._ask_all(count, request, read, answered))
@@ -126,15 +136,15 @@ class ServerLvlm:
         return [answered[i] for i in range(count)]
 
     async def _ask_all(self, count: int, request, read, answered: dict) -> None:
-        places = asyncio.Semaphore(self.config.concurrency)
+        places = asyncio.Semaphore(self.config.concurrency * len(self.servers))
 
-        async def ask(client: Client, i: int) -> None:
+        async def ask(servers: Servers, i: int) -> None:
             async with places:
                 body = await asyncio.to_thread(lambda: json.dumps({**self._decoding, **request(i)}).encode())
-                answered[i] = read(i, await client.complete(body))
+                answered[i] = read(i, await servers.complete(body))
 
-        async with Client(self.config) as client:
-            tasks = [asyncio.create_task(ask(client, i)) for i in range(count)]
+        async with Servers(self.config, self.servers, self.say) as servers:
+            tasks = [asyncio.create_task(ask(servers, i)) for i in range(count)]
             try:
                 await asyncio.gather(*tasks)
             finally:  # the first failure, or Ctrl-C, ends the others
@@ -147,10 +157,7 @@ class ServerLvlm:
         images, messages = iter(prompt.images), []
         for turn in to_messages(prompt, self.prompt):
             if any(_IMAGE_TOKEN in part.get("text", "") for part in turn["content"]):
-                raise LeverError(
-                    f"question {prompt.query.question_id}: the questions and answers of its prompt must not contain "
-                    f"{_IMAGE_TOKEN}"
-                )
+                raise LeverError(f"{holder(prompt, _IMAGE_TOKEN)}: {_IMAGE_TOKEN} must not stand there")
             parts = [self._image(next(images)) if part["type"] == "image" else part for part in turn["content"]]
             alone = len(parts) == 1 and parts[0]["type"] == "text"
             messages.append({"role": turn["role"], "content": parts[0]["text"] if alone else parts})
@@ -160,12 +167,23 @@ class ServerLvlm:
         return {"type": "image_url", "image_url": {"url": self._urls.get(image)}}
 
     def _text(self, prompt: Prompt, answer: dict) -> str:
-        text = answer["choices"][0]["message"].get("content")
+        choice, usage = answer["choices"][0], answer.get("usage")
+        text, ended = choice["message"].get("content"), choice.get("finish_reason")
+        asked = f"question {prompt.query.question_id}"
         if not isinstance(text, str):
             raise ServerError(
-                f"the server {self.config.server} answered question {prompt.query.question_id} without text",
+                f"the server {self.config.server} answered {asked} without text",
                 "serve the model without a reasoning or tool parser",
             )
+        written = usage.get("completion_tokens") if isinstance(usage, dict) else None
+        if ended == "length" and isinstance(written, int) and written < self.config.max_new_tokens:
+            raise ServerError(
+                f"the server {self.config.server} cut its answer to {asked} after {written} of "
+                f"{self.config.max_new_tokens} tokens: the prompt leaves no room for more",
+                "start it with a larger --max-model-len, or take fewer --shots or a smaller lvlm.max_pixels",
+            )
+        if ended in _BROKEN_OFF:
+            raise ServerError(f"the server {self.config.server} broke off its answer to {asked}: {ended}", SEE_LOG)
         return text.encode(errors="replace").decode()  # half a surrogate pair is JSON and can be stored nowhere
 
 
@@ -211,7 +229,7 @@ class DataUrls:
     encoded once while it is among the last that were asked for, whichever thread asks."""
 
     def __init__(self, config: LvlmConfig):
-        self.limits = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
+        self.config = config
         self.room = max(1, _URL_MEMORY // (4 * config.max_pixels))  # 3 bytes a pixel, 4 characters for 3 bytes
         self._known: OrderedDict[Image, Future] = OrderedDict()
         self._lock = threading.Lock()
@@ -232,11 +250,9 @@ class DataUrls:
         return url.result()
 
     def _encode(self, image: Image) -> str:
-        from qwen_vl_utils import fetch_image
-
         content = BytesIO()
         # Without loss; the least effort is a third of the time for a tenth more bytes.
-        fetch_image({"image": open_image(image), **self.limits}).save(content, "PNG", compress_level=1)
+        fitted(open_image(image), self.config).save(content, "PNG", compress_level=1)
         return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
