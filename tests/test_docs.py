@@ -470,7 +470,7 @@ def every_option() -> set[str]:
 
 
 # Options of others that pages name outside of a command.
-FOREIGN_OPTIONS = {"--limit-mm-per-prompt", "--compile", "--exhaustive"}
+FOREIGN_OPTIONS = {"--limit-mm-per-prompt", "--max-model-len", "--dtype", "--compile", "--exhaustive"}
 
 
 @pytest.mark.parametrize("page", PAGES)
