@@ -1,17 +1,27 @@
-"""A checkpoint named by anything, and the config that lies beside it: of a run, or of a policy that was shared."""
+"""A checkpoint named by anything, and the config that it is used under: of its run, or of a policy that was shared. The
+command line and `Retriever` go by the same functions.
+"""
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from lever_lm.checkpoint import own_config, read_checkpoint
-from lever_lm.config import Config
+from lever_lm.config import LVLM_MACHINE, Config, to_dict
 from lever_lm.errors import LeverError
-from lever_lm.exported import is_exported, policy_folder, setting_of
+from lever_lm.exported import PLACES, SETTING, is_exported, policy_folder, setting_of
 from lever_lm.finding import find_checkpoint
-from lever_lm.runs import RunFolder
-from lever_lm.settings import build, configs_root, environment_values, merge, named_yaml, parse_set, read_yaml
+from lever_lm.provenance import read_environment
+from lever_lm.runs import RunFolder, lvlm_name
+from lever_lm.settings import Layer, Layers, build, combined, configs_root, layers, read_yaml
 from lever_lm.untrusted import one_line
+
+# What makes an evaluation one of the run's own. Where files are says nothing of what is in them.
+_COMPARED = [(section, name) for section, names in SETTING.items() for name in names if (section, name) not in PLACES]
+_COMPARED += [("lvlm", name) for name in LVLM_MACHINE]
+_NAMES = {("lvlm", "path"), ("features", "encoder")}  # told by their last part: a model may lie anywhere
+_OF_A_COMMAND = ("device", "infer", "keep")
+_LONGEST = 100  # characters of a value
 
 
 def locate(checkpoint: str | Path) -> tuple[Path, str, dict]:
@@ -21,10 +31,9 @@ def locate(checkpoint: str | Path) -> tuple[Path, str, dict]:
     if os.path.isdir(path) and not is_exported(path):
         run = RunFolder(path)
         found, why = find_checkpoint(run, None, {})
-        return found, why, run.values() if run.config.is_file() else {}
+        return found, why, values_of(run)
     if os.path.isfile(path):
-        run = RunFolder(path.parent)
-        return path, "as named", run.values() if run.config.is_file() else {}
+        return path, "as named", values_of(RunFolder(path.parent))
     if policy_folder(path) is None:
         raise LeverError(f"no checkpoint {path}: expected a run folder, a checkpoint, an exported folder or OWNER/NAME")
     content = read_checkpoint(path)
@@ -32,26 +41,59 @@ def locate(checkpoint: str | Path) -> tuple[Path, str, dict]:
     return path, "as named", {**setting_of(content["setting"]), "seed": seed}
 
 
+def values_of(run: RunFolder) -> dict:
+    """The nested config values that a run is used under: its own, without those of a single command. {} where it has no
+    config, or learned from features of the user's own, of which its config says nothing."""
+    sources = read_environment(run).get("sources")
+    if not run.config.is_file() or (isinstance(sources, dict) and "embeddings" in sources):
+        return {}
+    return {key: value for key, value in run.values().items() if key not in _OF_A_COMMAND}
+
+
+# ---------------------------------------------------------------------- what is in force
+
+
+def layers_beside(
+    values: dict,
+    checkpoint,
+    names: dict[str, str | None],
+    config_file: Path | None = None,
+    sets: Sequence[str] = (),
+    options: dict[str, dict] | None = None,
+    *,
+    own: bool = False,
+) -> Layers:
+    """What sets the config under which a checkpoint is used: the values from beside it, and over them what is given.
+    names, config_file, sets, options: as of `layers`. own: no dataset is needed. Raises LeverError where one is and
+    nothing says which, UsageError for unknown names and keys."""
+
+    def made(run: dict) -> Layers:
+        return layers(names, config_file, list(sets), options or {}, run=Layer("the run", run))
+
+    found = made(values)
+    given = combined(found.found)
+    if not own and not _has(given, "data", "okvqa_path"):
+        found = made({**values, "data": _same_name(values.get("data"), checkpoint)})
+        given = combined(found.found)
+    if not _has(given, "features", "encoder"):
+        raise LeverError(
+            f"{checkpoint} does not say by which CLIP it sees: sets=['features.encoder=OWNER/NAME'], or on the command "
+            "line --set features.encoder=OWNER/NAME"
+        )
+    return found
+
+
 def config_beside(
     values: dict, checkpoint, dataset: str | None, lvlm: str | None, sets: Sequence[str], own: bool
 ) -> Config:
-    """The config of nested values, and what is given in their place: names of YAMLs, items of --set. own: the dataset
-    is not needed. Raises LeverError where it is and nothing says which, UsageError for unknown names and keys."""
-    if dataset is not None:
-        found = named_yaml("dataset", dataset)
-        values = merge({"features": found.get("features", {})}, {**values, "data": found.get("data", {})})
-    data = values.get("data")
-    if not own and not (isinstance(data, dict) and data.get("okvqa_path")):
-        values = {**values, "data": _same_name(data, checkpoint)}
-    if lvlm is not None:
-        values = merge(values, named_yaml("lvlm", lvlm))
-    values = merge(values, {"data": environment_values(values)[0].get("data", {})})
-    for item in sets:
-        values = merge(values, parse_set(item))
-    features = values.get("features")
-    if not (isinstance(features, dict) and features.get("encoder")):
-        raise LeverError(f"{checkpoint} does not say by which CLIP it sees: sets=['features.encoder=OWNER/NAME']")
-    return build(values)
+    """The config of `layers_beside`."""
+    names = {"dataset": dataset, "lvlm": lvlm}
+    return build(combined(layers_beside(values, checkpoint, names, sets=sets, own=own).found))
+
+
+def _has(values: dict, section: str, key: str) -> bool:
+    part = values.get(section)
+    return isinstance(part, dict) and bool(part.get(key))
 
 
 def _same_name(data, checkpoint) -> dict:
@@ -62,10 +104,57 @@ def _same_name(data, checkpoint) -> dict:
         if isinstance(found, dict) and found.get("name") == name:
             return found
     what = f"was trained on {one_line(str(name))!r}, which is none of configs/dataset" if name else "names no dataset"
-    raise LeverError(f"{checkpoint} {what}: say which (dataset=NAME), or bring ICDs of your own (examples=…)")
+    raise LeverError(
+        f"{checkpoint} {what}: say which (dataset=NAME), or bring ICDs of your own (examples=…); on the command line "
+        "--dataset NAME"
+    )
 
 
 def results_beside(checkpoint: Path) -> Path:
     """The results folder, with its caches, in which a checkpoint's run is; `results` for one that is elsewhere."""
     runs = checkpoint.resolve().parent.parent
     return runs.parent.parent if runs.name == "model_cpk" else Path("results")
+
+
+# ---------------------------------------------------------------------- what was changed
+
+
+def changes(checkpoint: Path, config: Config) -> dict[str, dict]:
+    """What a config changes about the setting that a checkpoint was trained in: dotted key → the value in the `run` and
+    the one `here`. Nothing is known to differ where no config lies beside it, but the LVLM that a run folder of
+    Lever-Plus is named after."""
+    if checkpoint.is_file():
+        run = RunFolder(checkpoint.parent)
+        return changes_of_run(run, config)
+    return _changes(locate(checkpoint)[2], config)
+
+
+def changes_of_run(run: RunFolder, config: Config) -> dict[str, dict]:
+    """The same for a run folder."""
+    if not values_of(run):
+        there = {} if run.config.is_file() or run.lvlm() is None else {"lvlm": {"path": run.lvlm()}}
+        return _changes(there, config)
+    return _changes(run.settings(), config)
+
+
+def _changes(there: dict, config: Config) -> dict[str, dict]:
+    here, found = to_dict(config), {}
+    for section, name in _COMPARED:
+        part = there.get(section)
+        if isinstance(part, dict) and name in part:
+            old, new = part[name], here[section][name]
+            if old != new and not ((section, name) in _NAMES and lvlm_name(str(old)) == lvlm_name(new)):
+                found[f"{section}.{name}"] = {"run": old, "here": new}
+    if "seed" in there and there["seed"] != here["seed"]:
+        found["seed"] = {"run": there["seed"], "here": here["seed"]}
+    return found
+
+
+def change_lines(changed: dict[str, dict]) -> list[str]:
+    """What was changed, for a person: a line for each key."""
+    return [f"{key}: {_short(pair['run'])} in the run, {_short(pair['here'])} here" for key, pair in changed.items()]
+
+
+def _short(value) -> str:
+    text = one_line(str(value))
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"

@@ -11,6 +11,7 @@ from lever_lm.untrusted import one_line
 TAGS = ("in-context-learning", "demonstration-selection", "visual-question-answering", "vision-language-model")
 _MARKUP = re.compile(r"([\\`*_\[\]<>|~&#!$])")
 _BASELINES = ("zero_shot", "random", "img_text_sim")  # what a reader compares with
+_NORMALIZED = "normalized_accuracy"  # a score that results of 0.1 do not hold
 # What is certain of a dataset's license; of others their own pages tell.
 _DATA_LICENSES = {
     "asset:digits": "CC BY 4.0, derived from *Optical Recognition of Handwritten Digits* (E. Alpaydin and C. Kaynak, "
@@ -94,14 +95,18 @@ def _shots(count: int) -> str:
 
 
 def _table(evaluated: dict | None) -> list[list[str]]:
-    """Methods down, numbers of shots across: rows of cells, the first is the heading."""
+    """Methods down, numbers of shots across: rows of cells, the first is the heading; the last has the accuracy of this
+    policy with answers always normalised, where the results hold it."""
     rows = evaluated["results"] if evaluated else []
     shots = sorted({row["shots"] for row in rows if row["shots"]})
     cells = {(r["method"], r["shots"]): f"{r['accuracy']:.3f} [{r['ci'][0]:.3f}, {r['ci'][1]:.3f}]" for r in rows}
-    methods = dict.fromkeys(row["method"] for row in rows)
+    methods, ours = dict.fromkeys(row["method"] for row in rows), evaluated["method"] if evaluated else ""
+    always = {row["shots"]: row[_NORMALIZED] for row in rows if row["method"] == ours and _NORMALIZED in row}
+    normalized = [f"{always[k]:.3f}" if k in always else "" for k in shots]
     return [
         ["method", *map(_shots, shots)],
         *([_called(m, evaluated), *(cells.get((m, k), cells.get((m, 0), "")) for k in shots)] for m in methods),
+        *([[f"{_called(ours, evaluated)}, answers always normalised", *normalized]] if any(normalized) else []),
     ]
 
 

@@ -12,13 +12,16 @@ from lever_lm.errors import LeverError, UsageError
 from lever_lm.options import (
     Common,
     command,
+    dataset_named,
     emit,
     finite,
     make_layout,
     make_pipeline,
     parse_shots,
+    pipeline_of_run,
     planned,
     refuse_resuming,
+    run_folder,
     training_flags,
 )
 from lever_lm.shards import Shards
@@ -88,7 +91,7 @@ def demo(
     pipeline.detect_anomaly, pipeline.tracker = detect_anomaly, tracker
     result = run_demo(pipeline, numbers, overwrite=common.overwrite)
     show_results(pipeline.screen, result["table"], result["tests"])
-    pipeline.screen.say(f"report: {result['report']}")
+    pipeline.screen.result(f"report: {result['report']}")
     emit(common, result)
 
 
@@ -116,6 +119,8 @@ def train(
     """Features, pools and rollouts where missing; then RCE and GRPO; then the recommended checkpoint is converted."""
     _in_one_process("train")
     check_tracker(tracker)
+    if embeddings is not None and (common.features or any(key.startswith("features.") for key in common.set_ or [])):
+        raise UsageError("--embeddings are the features: leave --features and features.* out")
     pipeline = make_pipeline(common, training_flags(rce_epochs, grpo_epochs, keep), run_dir, from_run)
     if rl_data is None and from_run is None and (path := os.environ.get("RL_DATA_PATH", "").strip()):
         pipeline.screen.say(f"from the environment: RL_DATA_PATH={path}")
@@ -124,7 +129,8 @@ def train(
         return
     refuse_resuming(common, pipeline)
     pipeline.detect_anomaly, pipeline.tracker = detect_anomaly, tracker
-    result = pipeline.train(rl_data=rl_data, embeddings=embeddings, overwrite=common.overwrite, from_run=from_run)
+    own = {"rl_data": rl_data, "embeddings": embeddings, "dataset_named": dataset_named(common, pipeline.config)}
+    result = pipeline.train(**own, overwrite=common.overwrite, from_run=from_run)
     emit(common, result)
 
 
@@ -151,17 +157,22 @@ def best_ckpt(
 
     _in_one_process("best-ckpt")
     check_strategy(strategy)
-    pipeline = make_pipeline(common, run_dir=run_dir)
+    pipeline = pipeline_of_run(common, run_dir=run_dir)
     if planned(common, pipeline):
         return
     run = pipeline.run if log is None or run_dir is not None else None
     history = read_history(run, log)
     answer = choose(history, strategy, run)
-    before = None
+    before, not_kept = None, None
     if answer["epoch"] is not None and run is not None:
         before = kept_choice(run)
-        write_json(run.best, finite(answer))
+        try:
+            write_json(run.best, finite(answer))
+        except LeverError as error:
+            before, not_kept = None, error
     show_choice(pipeline.screen, history, answer, show_all)
+    if not_kept:
+        pipeline.screen.say(f"warning: the choice is not kept: {not_kept}; `--ckpt {answer['checkpoint']}` names it")
     if before not in (None, (answer["strategy"], answer["epoch"])):
         pipeline.screen.say(f"{run.best}: this replaces the choice of {before[0]}, epoch {before[1]}")
     emit(common, answer)
@@ -173,7 +184,9 @@ def best_ckpt(
 def convert(
     common: Common,
     ckpt: Annotated[Path | None, typer.Argument(help="Checkpoint; by default the run's best.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Where to, in place of <stem>_v2format.ckpt")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Where to, in place of <stem>_v2format.ckpt or <stem>_v3format.pt")
+    ] = None,
     to: Annotated[str, typer.Option(help="v2, or v3 for the way back")] = "v2",
     allow_truncate: Annotated[bool, typer.Option("--allow-truncate", help="Keep the first of several layers.")] = False,
 ) -> None:
@@ -181,7 +194,7 @@ def convert(
     _in_one_process("convert")
     if to not in ("v2", "v3"):
         raise UsageError(f"--to takes v2 or v3, found {to!r}")
-    pipeline = make_pipeline(common)
+    pipeline = pipeline_of_run(common)
     if not planned(common, pipeline):
         emit(common, pipeline.convert(ckpt, output=output, to=to, allow_truncate=allow_truncate))
 
@@ -207,12 +220,20 @@ def infer(
     numbers = parse_shots(shots)
     if icds is not None and ckpt is not None:
         raise UsageError("--icds and --ckpt both say what is shown: give one of them")
-    pipeline = make_pipeline(common, {"infer": {"okvqa_stem": True}} if okvqa_stem else {})
-    if planned(common, pipeline, "infer", answers=len(numbers) + baselines * (1 + 5 * len(numbers))):
-        return
     from lever_lm import evaluating
+    from lever_lm.finding import find_checkpoint
+    from lever_lm.runs import RunFolder
     from lever_lm.tables import show_results
 
+    def find(run: Path, _) -> tuple[Path, str]:
+        return find_checkpoint(RunFolder(run), ckpt, dict(os.environ))
+
+    stemmed = {"infer": {"okvqa_stem": True}} if okvqa_stem else {}
+    pipeline = pipeline_of_run(common, stemmed, find=find if icds is None else None)
+    if common.dry_run:
+        pipeline.inference = evaluating.planned_folder(pipeline, ckpt, icds)
+    if planned(common, pipeline, "infer", answers=len(numbers) + baselines * (1 + 5 * len(numbers))):
+        return
     if icds is not None:
         result = evaluating.infer_icds(pipeline, icds, numbers, baselines=baselines)
     else:
@@ -240,18 +261,29 @@ def pick(
     _in_one_process("pick")
     if (image is None) != (question is None) or (image is not None and example is not None):
         raise UsageError("pick takes an --image with its --question, or --example QUESTION_ID, or none of them")
-    pipeline = make_pipeline(common)
-    if planned(common, pipeline):
-        return
+    from lever_lm.beside import change_lines, changes
     from lever_lm.picking import checkpoint_here, pick_for, show_picks, the_query
     from lever_lm.retriever import Retriever
 
-    path, why = checkpoint_here(pipeline, ckpt)
+    chosen: list[tuple[Path, str]] = []
+
+    def find(run: Path, layout) -> tuple[Path, str]:
+        chosen.append(checkpoint_here(run, layout, ckpt))
+        return chosen[0]
+
+    pipeline = pipeline_of_run(common, find=find)
+    if planned(common, pipeline):
+        return
+    path, why = chosen[0]
     pipeline.screen.say(f"checkpoint: {path} ({why})")
-    pipeline.check("data", "encoder", *([] if no_answer else ["lvlm"]))
+    changed = changes(path, pipeline.config)
+    for line in change_lines(changed):
+        pipeline.screen.say(line)
+    pipeline.check("data", "encoder", *([] if no_answer else ["lvlm"]), writes=not no_answer)
     retriever = Retriever(path, pipeline=pipeline)
     query, source = the_query(retriever, image and str(image), question, example)
-    result = {**pick_for(retriever, query, shots, answer=not no_answer, prompt=prompt), "why": why}
+    result = pick_for(retriever, query, shots, answer=not no_answer, prompt=prompt)
+    result |= {"why": why, "changed": changed}
     show_picks(pipeline.screen, result, source)
     emit(common, result)
 
@@ -269,7 +301,7 @@ def status(
     from lever_lm.status_views import status_lines, status_row
 
     if common.dry_run:
-        planned(common, make_pipeline(common, run_dir=run_dir))
+        planned(common, pipeline_of_run(common, run_dir=run_dir))
         return
     screen = Screen(to_stderr=common.json_, quiet=common.quiet, verbose=common.verbose)
     if all_:
@@ -281,7 +313,7 @@ def status(
         emit(common, {"runs": found})
         return
     layout = None if run_dir is not None else make_layout(common)
-    result = {**run_status(RunFolder(run_dir or layout.run), layout), "gpus": gpus()}
+    result = {**run_status(RunFolder(run_dir or run_folder(common, layout)), layout), "gpus": gpus()}
     for line in status_lines(result):
         screen.result(line)
     emit(common, result)
@@ -302,7 +334,7 @@ def export(
     where = where or []
     if len(where) > 2 or not (where or common.dry_run):
         raise UsageError(f"export takes [RUN_DIR] DIR, found {len(where)} folders: `lever export policy`")
-    pipeline = make_pipeline(common, run_dir=where[0] if len(where) == 2 else None)
+    pipeline = pipeline_of_run(common, run_dir=where[0] if len(where) == 2 else None)
     if planned(common, pipeline):
         return
     from lever_lm.finding import find_checkpoint
@@ -323,17 +355,17 @@ def doctor(common: Common) -> None:
     """What is missing for a config, before any model is loaded: files, counts, models, GPU, disk; and what mends it."""
     from lever_lm.doctor import examine
 
-    pipeline = make_pipeline(common)
+    pipeline = (pipeline_of_run if common.run_name else make_pipeline)(common)
     if planned(common, pipeline):
         return
     checks = examine(pipeline.config, pipeline.layout, count=True)
     missing = sum(check.status == "missing" for check in checks)
     for check in checks:
-        pipeline.screen.say(check.line())
+        pipeline.screen.result(check.line())
     emit(common, {"ok": not missing, "checks": [vars(check) for check in checks]})
     if missing:
         raise LeverError(f"{missing} missing: the lines above say what mends {'them' if missing > 1 else 'it'}")
-    pipeline.screen.say("nothing is missing")
+    pipeline.screen.result("nothing is missing")
 
 
 @command(app, "report")
@@ -356,14 +388,14 @@ def report(
     first, *others = runs or [None]
     if others and not compare:
         raise UsageError(f"{len(others) + 1} run folders make one page only with --compare")
-    pipeline = make_pipeline(common, run_dir=first, as_trained=True)
+    pipeline = pipeline_of_run(common, run_dir=first)
     if not planned(common, pipeline):
         from lever_lm.evaluating import report as make_report
 
         result = make_report(pipeline, others, output, png)
-        pipeline.screen.say(f"report: {result['report']}")
+        pipeline.screen.result(f"report: {result['report']}")
         for figure in result.get("figures", ()):
-            pipeline.screen.say(f"figure: {figure}")
+            pipeline.screen.result(f"figure: {figure}")
         emit(common, result)
 
 

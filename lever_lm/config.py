@@ -57,7 +57,7 @@ class FeatureConfig:
 class SamplerConfig:
     """How the pool of a query is drawn from the training examples (its size is rollout.pool_size)."""
 
-    name: str = "rand_sampler"
+    name: str = "rand_sampler"  # or text_sim_sampler, img_sim_sampler; mix_sampler: 1/2 random, 1/4 text, 1/4 image
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,12 @@ class PromptConfig:
     separator: str = "\n"  # between one ICD and the next image, within one turn
     order: str = "first_pick_last"  # the first pick stands nearest the query; or first_pick_first
     system: str = "You are a helpful assistant."
+    cut: str = "turn"  # an answer ends at a line break, a comma, or the next turn; classic: also at Short in Shorts
 
     def __post_init__(self):
         _one_of("prompt.style", self.style, ("interleaved", "dialogue"))
         _one_of("prompt.order", self.order, ("first_pick_last", "first_pick_first"))
+        _one_of("prompt.cut", self.cut, ("turn", "classic"))
         parts = re.split(r"(\{question\}|\{answer\})", self.template)
         if parts[1::2] != ["{question}", "{answer}"] or parts[-1]:
             raise UsageError(
@@ -95,6 +97,10 @@ class LvlmConfig:
     bank_disk: float = 64.0  # GiB in the cache folder for image features; 0: none is written
     num_beams: int = 1
     length_penalty: float = 1.0
+    repetition_penalty: float = 1.0  # above 1: against tokens that the prompt has, so against copied answers too
+    eos: str = (
+        "model"  # what ends an answer: each token that the model's generation config names; or tokenizer: its own
+    )
     max_new_tokens: int = 5
     min_pixels: int = 3136
     max_pixels: int = 1003520
@@ -106,9 +112,10 @@ class LvlmConfig:
 
     def __post_init__(self):
         _one_of("lvlm.dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+        _one_of("lvlm.eos", self.eos, ("model", "tokenizer"))
         _one_of("lvlm.attention", self.attention, ("auto", "sdpa", "eager", "flash_attention_2"))
         sizes = ("batch_size", "batch_tokens", "num_beams", "max_new_tokens", "min_pixels", "max_pixels")
-        _positive(self, "lvlm", *sizes)
+        _positive(self, "lvlm", *sizes, "repetition_penalty")
         _not_negative(self, "lvlm", "bank_memory", "bank_disk")
         if self.workers < -1:
             raise UsageError(f"lvlm.workers must be -1 or more, found {self.workers}")
@@ -126,6 +133,11 @@ class LvlmConfig:
                     f"a server answers greedily, but lvlm.num_beams is {self.num_beams}: --set lvlm.num_beams=1, or "
                     "drop --server (lvlm.server) to search beams in this process"
                 )
+            if self.eos != "model":
+                raise UsageError(
+                    f"a server ends its answers where the model's generation config says, but lvlm.eos is {self.eos}: "
+                    "--set lvlm.eos=model, or drop --server (lvlm.server)"
+                )
 
     @property
     def servers(self) -> list[str]:
@@ -135,13 +147,9 @@ class LvlmConfig:
 
 # What of an LVLM changes the time its answers take, and not the answers.
 LVLM_SPEED = ("batch_size", "batch_tokens", "compile", "workers", "bank_memory", "bank_disk")
-LVLM_SPEED += (
-    "server",
-    "concurrency",
-    "timeout",
-    "retries",
-    "wait",
-)  # that a server answered is in its own fingerprint
+# That a server answered is in its own fingerprint.
+LVLM_SPEED += ("server", "concurrency", "timeout", "retries", "wait")
+LVLM_MACHINE = ("dtype", "attention")  # and what depends on the machine that it runs on
 
 
 @dataclass(frozen=True)
@@ -160,6 +168,7 @@ class RolloutConfig:
     infoscore_candidates: int = 0  # how many of the pool that search tries at each step; 0: all
     distinct_orders: bool = False  # the same ICDs in another order are another rollout, not a duplicate
     gt_prob: bool = False  # also score P(reference answers), which the reward modes with gtprob need
+    gt_prob_end: bool = True  # of answers that end there, so that 1 has no share in 10; no: of texts that begin so
 
     def __post_init__(self):
         _positive(self, "rollout", "num_queries", "pool_size", "shots")
@@ -190,6 +199,12 @@ class RewardConfig:
     rel_weight: float = 0.1
     skip_fallback: bool = True  # drop rollouts scored by the fallback metric
     require_positive: bool = False  # drop queries without a correct rollout
+    missing: str = "refuse"  # a rollout that lacks a score of the mode: refuse, drop; lineage: no vqa_gt_prob is 0
+    max_groups: int = 0  # groups of a rollout file to train on, the first by query id; 0: all (--limit)
+
+    def __post_init__(self):
+        _one_of("reward.missing", self.missing, ("refuse", "drop", "lineage"))
+        _not_negative(self, "reward", "max_groups")
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from pathlib import Path
 from lever_lm.compat import resolve_device
 from lever_lm.config import ASSET_PREFIX, HUB_PREFIX, Config, DataConfig, LvlmConfig, asset_path
 from lever_lm.data import in_parquet, source_of
+from lever_lm.data.naming import files_of
 from lever_lm.data.okvqa import SPLITS, annotations_file, images_folder, questions_file
 from lever_lm.data.okvqa import load_split as load_official
-from lever_lm.data.parquet import files_of
 from lever_lm.data.parquet import load_split as load_parquet
 from lever_lm.errors import LeverError, MendableError
 from lever_lm.hub import cached_snapshot, is_hub_id, lacking, model_folder, weight_files
@@ -106,8 +106,12 @@ def data_files(config: DataConfig) -> Iterable[Check]:
         if source.startswith(HUB_PREFIX):
             yield _hub_dataset(source.removeprefix(HUB_PREFIX), split)
         elif in_parquet(config, split):
-            files = files_of(asset_path(source), split)
-            yield Check(f"{split} data", "ok", f"{len(files)} parquet files in {source}")
+            try:
+                files = files_of(asset_path(source), split)
+                yield Check(f"{split} data", "ok", f"{len(files)} parquet files in {source}")
+            except LeverError as error:
+                found, _, mend = str(error).partition("; ")
+                yield Check(f"{split} data", "missing", found, mend)
         else:
             root = asset_path(source)
             for official in (questions_file, annotations_file):
@@ -165,7 +169,8 @@ def counts(config: DataConfig, answers: list[str]) -> Iterable[Check]:
         try:
             examples, _ = load(source_of(config, split), lenient, split, skipped)
         except LeverError as error:
-            yield Check(f"{split} examples", "missing", str(error), "replace the file")
+            found, _, mend = str(error).partition("; ")
+            yield Check(f"{split} examples", "missing", found, mend or "replace the file")
             continue
         answers += [answer for example in examples for answer in example.answers]
         found = f"{len(examples)} usable"
@@ -287,13 +292,16 @@ def device(config: Config, *, with_lvlm: bool) -> Iterable[Check]:
         yield Check("GPU memory", "ok", about)
 
 
+_OWN_RESULTS = "--results DIR of your own (and --ckpt RUN_DIR for a run that is here)"
+
+
 def folder(path: Path) -> Check:
     """Whether results can be written."""
     there = _existing(path)
     if not there.is_dir():
         return Check("results", "missing", f"{there} is not a folder", "--results DIR")
     if not os.access(there, os.W_OK | os.X_OK):
-        return Check("results", "missing", f"{there} may not be written to", f"chmod u+w {there}, or --results DIR")
+        return Check("results", "missing", f"{there} may not be written to", f"chmod u+w {there}, or {_OWN_RESULTS}")
     return Check("results", "ok", str(path))
 
 

@@ -9,20 +9,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lever_lm.beside import change_lines, changes, changes_of_run
 from lever_lm.checkpoint import policy_digest
 from lever_lm.config import fingerprint
+from lever_lm.data import VqaData, load_dataset
 from lever_lm.doctor import ALL
 from lever_lm.errors import LeverError, UsageError
 from lever_lm.features import encoder_fingerprint
 from lever_lm.files import file_digest
 from lever_lm.finding import find_checkpoint, load_for
 from lever_lm.icds import read_icds
-from lever_lm.inference import BASELINES, Evaluation, Outcome, compare
+from lever_lm.inference import BASELINES, Evaluation, Outcome, compare, rows_of_another_setting
 from lever_lm.locks import alone
 from lever_lm.pipeline import Pipeline
 from lever_lm.plots import check_plots, write_plots
-from lever_lm.provenance import command_line
-from lever_lm.report import Evaluated, last_evaluation, write_report
+from lever_lm.provenance import command_line, read_environment
+from lever_lm.report import Evaluated, last_evaluation, others_settings, write_report
 from lever_lm.runs import LOCK, RunFolder, inference_folder, lvlm_name
 from lever_lm.stages import CODE
 
@@ -44,7 +46,7 @@ def infer(pipeline: Pipeline, shots: Sequence[int], *, ckpt: str | None = None, 
     path, why = find_checkpoint(pipeline.run, ckpt, dict(os.environ))
     pipeline.check(*ALL)
     pipeline.screen.say(f"checkpoint: {path} ({why})")
-    policy = load_for(path, pipeline.config)
+    policy = load_for(path, pipeline.config, pipeline.screen.say)
     method = next((phase for phase in ("rce", "grpo") if path.stem.startswith(phase)), "policy")
     picks = pipeline.evaluation.choose(policy, max(shots), path)
     if policy.stop:
@@ -53,8 +55,9 @@ def infer(pipeline: Pipeline, shots: Sequence[int], *, ckpt: str | None = None, 
             f"the policy may stop early: it chose {mean:.2f} ICDs a query where {max(shots)} were allowed"
         )
     chosen = Chosen(method, picks, policy_digest(policy), pipeline.evaluation.explain(policy, picks))
-    facts = {"checkpoint": str(path), "why": why}
-    return _evaluate(pipeline, chosen, shots, baselines, _folder_for(pipeline, path), facts)
+    changed = _changed(pipeline, path, pipeline.data)
+    facts = {"checkpoint": str(path), "why": why, "changed": changed}
+    return _evaluate(pipeline, chosen, shots, baselines, _folder_for(pipeline, path, changed), facts)
 
 
 def infer_icds(pipeline: Pipeline, path: Path, shots: Sequence[int], *, baselines: bool = False) -> dict:
@@ -66,10 +69,10 @@ def infer_icds(pipeline: Pipeline, path: Path, shots: Sequence[int], *, baseline
         _check_shots(pipeline, shots)
     else:
         pipeline.evaluation = without_pools
-    # The default run's name holds the LVLM's already.
-    apart = f"_with_{lvlm_name(pipeline.config.lvlm.path)}" if pipeline.layout.run_name else ""
-    folder = pipeline.layout.inference / f"icds_{path.stem}{apart}"
-    return _evaluate(pipeline, Chosen("icds", picks, file_digest(path)), shots, baselines, folder, {"icds": str(path)})
+    changed = _changed(pipeline, None, pipeline.data)
+    facts = {"icds": str(path), "changed": changed}
+    folder = _folder_of_icds(pipeline, path, changed)
+    return _evaluate(pipeline, Chosen("icds", picks, file_digest(path)), shots, baselines, folder, facts)
 
 
 def _check_shots(pipeline: Pipeline, shots: Sequence[int]) -> None:
@@ -78,20 +81,72 @@ def _check_shots(pipeline: Pipeline, shots: Sequence[int]) -> None:
         raise UsageError(f"--shots {max(shots)} exceeds rollout.pool_size {size}")
 
 
-def _folder_for(pipeline: Pipeline, checkpoint: Path) -> Path:
+def planned_folder(pipeline: Pipeline, ckpt: str | None, icds: Path | None) -> Path:
+    """The folder that `infer` or `infer_icds` would write to; that of the run's inferences where there is no checkpoint
+    yet, or the data cannot be read."""
+    try:
+        if icds is not None:
+            return _folder_of_icds(pipeline, icds, _changed(pipeline, None, load_dataset(pipeline.config.data)))
+        path, _ = find_checkpoint(pipeline.run, ckpt, dict(os.environ))
+        return _folder_for(pipeline, path, _changed(pipeline, path, load_dataset(pipeline.config.data)))
+    except LeverError:
+        return pipeline.inference
+
+
+def _changed(pipeline: Pipeline, checkpoint: Path | None, data: VqaData) -> dict[str, dict]:
+    """What the pipeline's config changes about the setting that a checkpoint, or for None the pipeline's run, was
+    trained in, and whether the data are others than the run's of that name."""
+    run = pipeline.run if checkpoint is None else RunFolder(checkpoint.parent)
+    changed = changes_of_run(run, pipeline.config) if checkpoint is None else changes(checkpoint, pipeline.config)
+    fingerprints = read_environment(run).get("fingerprints")
+    there = fingerprints.get("data") if isinstance(fingerprints, dict) else None
+    if isinstance(there, str) and there != data.fingerprint and "data.name" not in changed:
+        changed["data"] = {"run": there, "here": data.fingerprint}
+    return changed
+
+
+def _say_changed(pipeline: Pipeline, changed: dict[str, dict]) -> None:
+    keys = {key: pair for key, pair in changed.items() if key != "data"}
+    for line in change_lines(keys):
+        pipeline.screen.say(line)
+    if "data" in changed:
+        pipeline.screen.say(
+            f"data: not what the run was trained on, though its data.name is {pipeline.config.data.name} too"
+        )
+    if changed:
+        pipeline.screen.say("these results stand apart from those of the run's own setting")
+
+
+def _folder_for(pipeline: Pipeline, checkpoint: Path, changed: dict[str, dict]) -> Path:
     """Where the inferences of a checkpoint go: by its own run, which need not be the one the options name, and apart
-    when it is used with another LVLM than it was trained against."""
+    when it is used with another LVLM or under another setting than it was trained in."""
     path = checkpoint.resolve()
-    run, name = RunFolder(path.parent), (path.stem if path.is_file() else path.name).removesuffix("_v2format")
-    here = lvlm_name(pipeline.config.lvlm.path)
-    apart = "" if run.lvlm() in (here, None) else f"_with_{here}"
-    return pipeline.layout.inference.with_name(run.path.name) / f"{name}{apart}"
+    name = (path.stem if path.is_file() else path.name).removesuffix("_v2format")
+    return pipeline.layout.inference.with_name(path.parent.name) / f"{name}{_apart(pipeline, changed)}"
+
+
+def _folder_of_icds(pipeline: Pipeline, path: Path, changed: dict[str, dict]) -> Path:
+    # The default run's name holds the LVLM's already.
+    with_lvlm = f"_with_{lvlm_name(pipeline.config.lvlm.path)}" if pipeline.layout.run_name else ""
+    others = {key: pair for key, pair in changed.items() if key != _LVLM}
+    return pipeline.layout.inference / f"icds_{path.stem}{with_lvlm}{_apart(pipeline, others)}"
+
+
+_LVLM = "lvlm.path"
+
+
+def _apart(pipeline: Pipeline, changed: dict[str, dict]) -> str:
+    """What the name of a folder has in the end where the setting is not the run's own: the LVLM, and a fingerprint of
+    the other keys' values, which are in its metrics.json."""
+    others = {key: pair["here"] for key, pair in changed.items() if key != _LVLM}
+    with_lvlm = f"_with_{lvlm_name(pipeline.config.lvlm.path)}" if _LVLM in changed else ""
+    return with_lvlm + (f"_changed_{fingerprint(others)[:8]}" if others else "")
 
 
 def _setting(pipeline: Pipeline) -> str:
     """Fingerprint of what results must share to stand in one table: data, pools, features, model, prompt."""
     config = pipeline.config
-    parts = (config.sampler, config.rollout.pool_size, config.seed, config.infer, CODE["inference"])
+    parts = (config.sampler, config.rollout.pool_size, config.seed, config.infer, config.prompt.cut, CODE["inference"])
     encoder = encoder_fingerprint(config.features.encoder)
     return fingerprint(pipeline.data.fingerprint, encoder, config.features.name, pipeline.lvlm.fingerprint, *parts)
 
@@ -101,6 +156,7 @@ def _evaluate(
 ) -> dict:
     """Run a method's picks, beside the baselines if asked for; write and return results and paired tests."""
     evaluation, choices = pipeline.evaluation, {chosen.method: chosen.picks}
+    _say_changed(pipeline, facts["changed"])
     if baselines:
         choices = {**{name: evaluation.baseline(name, max(shots)) for name in BASELINES}, **choices}
     outcomes = evaluation.run(choices, shots, pipeline.lvlm)
@@ -108,7 +164,7 @@ def _evaluate(
     facts |= {"setting": f"{_setting(pipeline)}-{chosen.digest}", **_shown_to(pipeline)}
     facts["policies"] = {chosen.method: chosen.digest} if chosen.reasons is not None else {}
     results = (outcomes, choices, chosen.method, facts, {chosen.method: chosen.reasons})
-    metrics = pipeline.shards.from_leader(lambda: _write(evaluation, folder, *results))
+    metrics = pipeline.shards.from_leader(lambda: _write(pipeline, folder, *results))
     pipeline.screen.detail(pipeline.lvlm.tally)
     pipeline.screen.say(f"predictions and metrics: {folder}")
     return {**metrics, "folder": str(folder)}
@@ -124,10 +180,15 @@ def _tests(outcomes: Sequence[Outcome], ours: str) -> list[dict]:
     return [test for outcome in outcomes if outcome.method == ours for test in compare(outcome, list(outcomes))]
 
 
-def _write(evaluation: Evaluation, folder: Path, *results) -> dict:
-    """Evaluation.write, by one process after another: each adds its rows to those in the folder."""
+def _write(pipeline: Pipeline, folder: Path, *results) -> dict:
+    """Evaluation.write, by one process after another: each adds its rows to those in the folder. Rows that it replaces
+    are said."""
     with alone(folder / LOCK, str(folder), "infer with another checkpoint", wait=True):
-        return evaluation.write(folder, *results)
+        if count := rows_of_another_setting(folder / "metrics.json", results[3]["setting"]):
+            pipeline.screen.say(
+                f"{folder}: {count} results of other queries, other data, another policy or version are replaced"
+            )
+        return pipeline.evaluation.write(folder, *results)
 
 
 # ---------------------------------------------------------------------- the demo
@@ -147,7 +208,7 @@ def _demo(pipeline: Pipeline, shots: Sequence[int], overwrite: bool) -> dict:
     choices = {name: evaluation.baseline(name, max(shots)) for name in BASELINES if name != "oracle"}
     reasons, digests = {}, {}
     for name, path in policies.items():
-        policy = load_for(path, pipeline.config)
+        policy = load_for(path, pipeline.config, pipeline.screen.say)
         digests[name] = policy_digest(policy)
         choices[name] = evaluation.choose(policy, max(shots), path)
         reasons[name] = evaluation.explain(policy, choices[name])
@@ -157,8 +218,8 @@ def _demo(pipeline: Pipeline, shots: Sequence[int], overwrite: bool) -> dict:
     pipeline.screen.detail(pipeline.lvlm.tally)
     setting = "-".join((_setting(pipeline), *digests.values()))
     facts = {"checkpoint": str(best), "tests": tests, "learned": learned, "setting": setting}
-    facts |= {"policies": digests, **_shown_to(pipeline)}
-    metrics = _write(evaluation, pipeline.inference, outcomes, choices, "grpo", facts, reasons)
+    facts |= {"policies": digests, "changed": {}, **_shown_to(pipeline)}
+    metrics = _write(pipeline, pipeline.inference, outcomes, choices, "grpo", facts, reasons)
     if pipeline.tracking is not None:
         pipeline.tracking.results(metrics["results"])
     page = write_report(pipeline.run, pipeline.inference, pipeline.data, command=command_line())
@@ -196,12 +257,17 @@ def report(
 ) -> dict:
     """The page of the run and of others laid over it, each from its last evaluation; its charts in `figures`."""
     if figures is not None:
-        check_plots()
+        check_plots(figures)
     main = Evaluated(pipeline.run, last_evaluation(pipeline.inference))
     if main.inference is None and not main.rows():
         raise LeverError(f"no results in {pipeline.inference}: run `lever infer --baselines` or `lever demo` first")
     if main.inference is not None:
         pipeline.screen.say(f"results: {main.inference} (the last evaluation with baselines; without any, the last)")
+    if left_out := others_settings(pipeline.inference):
+        pipeline.screen.say(
+            f"left out: {', '.join(folder.name for folder in left_out)}: not the run's own setting (metrics.json says "
+            "what was changed), or evaluated by lever_lm 0.1, which did not say: `lever infer` again"
+        )
     beside = [Evaluated(RunFolder(path), last_evaluation(inference_folder(path))) for path in others]
     data = None if main.inference is None else pipeline.data
     page = {"others": beside, "output": output, "command": command_line()}

@@ -7,11 +7,12 @@ that mean the same on every machine: a folder that came from somebody names no f
 
 import os
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 
-from lever_lm.config import ASSET_PREFIX, HUB_PREFIX
+from lever_lm.config import ASSET_PREFIX, HUB_PREFIX, LVLM_MACHINE, LVLM_SPEED, LvlmConfig, PromptConfig
 from lever_lm.errors import LeverError
 from lever_lm.hub import POLICY_FILES, fetch_policy, is_hub_id
 from lever_lm.untrusted import is_epoch, read_bytes, read_json, shown
@@ -22,7 +23,8 @@ CARD = "README.md"
 _CONFIG_LIMIT = 1 << 20  # bytes
 _WEIGHTS_LIMIT = 1 << 30
 _LONGEST_ID = 96  # characters of a hub id
-_OF_POLICY = ("policy", "encoder", "features", "dataset", "seed")  # as a checkpoint of ours has them in its config
+# As a checkpoint of ours has them in its config.
+_OF_POLICY = ("policy", "encoder", "features", "embeddings", "dataset", "seed")
 _KEYS = {"format", "format_version", "lever_lm", *_OF_POLICY, "phase", "epoch", "chosen"}
 _KEYS |= {"setting", "fingerprints", "packages", "results"}
 _WHAT = "a policy as `lever export` writes it"
@@ -32,10 +34,10 @@ SETTING = {
     "features": ("encoder", "name"),
     "sampler": ("name",),
     "rollout": ("pool_size",),
-    "prompt": ("style", "template", "separator", "order", "system"),
-    "lvlm": ("path", "num_beams", "length_penalty", "max_new_tokens", "min_pixels", "max_pixels"),
+    "prompt": tuple(field.name for field in fields(PromptConfig)),
+    "lvlm": tuple(f.name for f in fields(LvlmConfig) if f.name not in (*LVLM_SPEED, *LVLM_MACHINE)),
 }
-_PATHS = {("data", "okvqa_path"), ("data", "coco_path"), ("data", "train_path")}
+PLACES = {("data", "okvqa_path"), ("data", "coco_path"), ("data", "train_path")}
 _EVERYWHERE = rf"{ASSET_PREFIX}[\w-][\w.-]*|{HUB_PREFIX}[\w-][\w.-]*/[\w-][\w.-]*"  # no way out of the assets
 _MODELS = {("features", "encoder"), ("lvlm", "path")}
 
@@ -57,9 +59,9 @@ def _shareable(key: tuple[str, str], value):
         return value
     if key == ("data", "file_prefix"):
         return None if "/" in value else value
-    if key not in _PATHS | _MODELS or re.fullmatch(_EVERYWHERE, value):
+    if key not in PLACES | _MODELS or re.fullmatch(_EVERYWHERE, value):
         return value
-    if key in _PATHS or value.startswith((ASSET_PREFIX, HUB_PREFIX)):
+    if key in PLACES or value.startswith((ASSET_PREFIX, HUB_PREFIX)):
         return None if value else value
     name = value if is_hub_id(value) else Path(value.rstrip("/")).name
     return None if name.startswith((".", "~")) else name

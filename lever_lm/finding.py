@@ -2,6 +2,8 @@
 
 import os
 import re
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 from lever_lm.checkpoint import load_policy, own_config, read_checkpoint
@@ -11,7 +13,7 @@ from lever_lm.exported import is_exported, policy_folder
 from lever_lm.features import encoder_fingerprint, same_encoder
 from lever_lm.policy import PointerSelector
 from lever_lm.runs import RunFolder, v2_name
-from lever_lm.selection import STRATEGIES, best_row, read_best, read_history
+from lever_lm.selection import STRATEGIES, best_row, broken, read_best, read_history
 from lever_lm.untrusted import one_line, shown
 
 
@@ -37,9 +39,12 @@ def find_checkpoint(run: RunFolder, wanted: str | None, environ: dict) -> tuple[
         path = run.path / Path(answer["checkpoint"]).name  # the folder may have been moved since
         path = next((file for file in (path, v2_name(path)) if file.is_file()), path)
         if path.is_file():
-            chosen_among, now = answer.get("rows"), sum(row["phase"] == answer.get("phase") for row in run.rows())
+            rows = [row for row in run.rows() if row["phase"] == answer.get("phase")]
+            chosen_among, now = answer.get("rows"), len(rows)
             stale = isinstance(chosen_among, int) and chosen_among < now
             more = f", chosen when {chosen_among} of {now} epochs were there: `lever best-ckpt` again" if stale else ""
+            if any(broken(row) for row in rows if row["epoch"] == answer.get("epoch")):
+                more = ", an epoch that broke: `lever best-ckpt` again"
             return path, f"best.json of the run, strategy {answer['strategy']}{more}"
         gone = f"; {run.best.name} names {one_line(path.name)}, which is gone: `lever best-ckpt` chooses again"
     history = read_history(run, None)
@@ -75,8 +80,9 @@ def _existing(path: Path, named_by) -> Path:
     raise LeverError(f"no checkpoint {path} (from {named_by}): {mend}")
 
 
-def load_for(path: Path, config: Config) -> PointerSelector:
-    """The policy of a checkpoint, if it was made for the features of this config. Raises LeverError otherwise."""
+def load_for(path: Path, config: Config, say: Callable[[str], None] = warnings.warn) -> PointerSelector:
+    """The policy of a checkpoint, if it was made for the features of this config. Raises LeverError otherwise; of
+    features from a file nobody can tell whose they are, and that is said."""
     policy = load_policy(path, config.policy.num_heads)
     own = own_config(read_checkpoint(path))
     made_for = {
@@ -90,4 +96,9 @@ def load_for(path: Path, config: Config) -> PointerSelector:
                 f"{path} was trained on the {key} {shown(str(there), 200)} and would be given {here!r}: pass the same "
                 "--features and --dataset (features.encoder) as in training"
             )
+    if (embeddings := own.get("embeddings")) is not None:
+        say(
+            f"warning: {path} was trained on features of your own, {shown(str(embeddings), 200)}, and is given those "
+            f"of {config.features.encoder}: unless these are the same, its choices mean nothing"
+        )
     return policy

@@ -5,11 +5,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from lever_lm.data import Example
+from lever_lm.data.examples import whole_id
 from lever_lm.errors import LeverError
-from lever_lm.samplers import allowed
+from lever_lm.samplers import Candidates
 from lever_lm.untrusted import loads, read_bytes, shown
 
 _FORMAT = 'expected {"question_id": [ICD question_ids]}, or lines {"question_id": 1, "icds": [2, 3]} as in icds.jsonl'
@@ -19,11 +18,11 @@ def read_icds(path: Path, queries: Sequence[Example], train: Sequence[Example], 
     """The rows of `train` chosen for each query, in pick order, `shots` of each list.
 
     Raises LeverError naming file and question when a query has no choice or too few, when an ICD is no training
-    example, or shows the query itself or its image.
+    example, stands twice among them, or shows the query itself or its image.
     """
     chosen = _by_question(_content(path), path)
     row_of = {example.question_id: row for row, example in enumerate(train)}
-    ids, images = np.array([e.question_id for e in train]), np.array([e.image_id for e in train])
+    candidates = Candidates(train)
     without = [query.question_id for query in queries if query.question_id not in chosen]
     if without:
         raise LeverError(
@@ -39,11 +38,13 @@ def read_icds(path: Path, queries: Sequence[Example], train: Sequence[Example], 
         if unknown:
             raise LeverError(f"{where}: ICD {unknown[0]} is not a question of the training split (--icds)")
         rows = [row_of[icd] for icd in icds[:shots]]
-        fine = np.zeros(len(train), dtype=bool)
-        fine[allowed(query, ids, images)] = True
-        if not fine[rows].all():
-            leak = next(icd for icd, row in zip(icds[:shots], rows, strict=True) if not fine[row])
-            raise LeverError(f"{where}: ICD {leak} is the question itself or shows its image (--icds)")
+        withheld = candidates.withheld(query)
+        for icd, row in zip(icds[:shots], rows, strict=True):
+            if row in withheld:
+                raise LeverError(f"{where}: ICD {icd} is the question itself or shows its image (--icds)")
+        if len(set(rows)) < shots:
+            twice = next(icd for icd in icds if icds[:shots].count(icd) > 1)
+            raise LeverError(f"{where}: ICD {twice} appears twice among the {shots} that are shown (--icds)")
         picks.append(rows)
     return picks
 
@@ -85,19 +86,11 @@ def _by_question(content, path: Path) -> dict[int, list[int]]:
         pairs = [(row["question_id"], row.get("icds")) for row in rows]
     chosen: dict[int, list[int]] = {}
     for question, icds in pairs:
-        if _number(question) is None or not isinstance(icds, list) or any(_number(icd) is None for icd in icds):
+        if whole_id(question) is None or not isinstance(icds, list) or any(whole_id(icd) is None for icd in icds):
             raise LeverError(f"{path}, question {shown(question, 40)}: {_FORMAT}; found {shown(icds)} (--icds)")
-        if _number(question) in chosen:
+        if whole_id(question) in chosen:
             raise LeverError(f"{path}: question {question} appears twice (--icds)")
-        chosen[_number(question)] = [_number(icd) for icd in icds]
+        chosen[whole_id(question)] = [whole_id(icd) for icd in icds]
     if not chosen:
         raise LeverError(f"{path} is empty: {_FORMAT} (--icds)")
     return chosen
-
-
-def _number(value) -> int | None:
-    """A question id: a number, or text of one as JSON keys are."""
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return value
-    text = isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 20
-    return int(value) if text else None

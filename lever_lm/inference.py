@@ -22,7 +22,7 @@ from lever_lm.lvlm import CachedLvlm, build_prompt
 from lever_lm.metrics import vqa_accuracy
 from lever_lm.policy import PointerSelector
 from lever_lm.progress import WORTH_A_WORD, Track, Work, untracked
-from lever_lm.samplers import allowed, nearest, query_rng, sample_pools, similarity_rows
+from lever_lm.samplers import Candidates, nearest, query_rng, sample_pools, similarity_rows
 from lever_lm.stats import bootstrap_interval, paired_test
 from lever_lm.stems import Stems, learn_stems
 from lever_lm.untrusted import read_json
@@ -39,21 +39,24 @@ _CONSIDERED = 8  # candidates for the first place that are kept with a sample
 
 @dataclass(frozen=True)
 class Outcome:
-    """One method at one number of shots: predictions and scores, query by query."""
+    """One method at one number of shots: predictions and scores, query by query. scores: official; raw_scores:
+    official, against the unreduced answers; normalized_scores: with answers always normalised."""
 
     method: str
     shots: int
     predictions: list[str]
     scores: list[float]
     raw_scores: list[float]
+    normalized_scores: list[float]
 
     def summary(self) -> dict:
-        """Accuracy as a fraction with its 95 % bootstrap interval; raw_accuracy is against the unreduced answers."""
+        """The official accuracy as a fraction with its 95 % bootstrap interval, and the means of the other scores."""
         return {
             "method": self.method,
             "shots": self.shots,
             "accuracy": float(np.mean(self.scores)),
             "ci": list(bootstrap_interval(self.scores)),
+            "normalized_accuracy": float(np.mean(self.normalized_scores)),
             "raw_accuracy": float(np.mean(self.raw_scores)),
             "n": len(self.scores),
         }
@@ -88,6 +91,11 @@ class Evaluation:
             seed=self.config.seed,
             track=self.track,
         )
+
+    @cached_property
+    def candidates(self) -> Candidates:
+        """The training split as what may be shown before a query."""
+        return Candidates(self.data.train_examples)
 
     @cached_property
     def stems(self) -> Stems | None:
@@ -162,20 +170,21 @@ class Evaluation:
 
     def baseline(self, name: str, shots: int) -> list[list[int]]:
         """What a baseline shows: random and similarities over the whole training split; the oracle ranks the pool by
-        the accuracy of each ICD's own answer against the query's references, by similarity among equals."""
+        the accuracy of each ICD's own answer against the query's references, always normalised as in a reward, and by
+        similarity among equals."""
         if name == "zero_shot":
             return [[] for _ in self.queries]
         train = self.data.train_examples
-        ids, images = np.array([e.question_id for e in train]), np.array([e.image_id for e in train])
         parts = _SIMILARITY_PARTS.get(name, _SIMILARITY_PARTS["img_text_sim"])
         scores = similarity_rows(self.embeddings, self.features.train, parts)
         picks, rows = [], zip(self.queries, self.pools, scores, strict=True)
         for query, pool, row in self.track(Work(rows, "queries", after=WORTH_A_WORD), name, len(self.queries)):
-            rng, among = query_rng(self.config.seed, query), allowed(query, ids, images)
+            rng, among = query_rng(self.config.seed, query), self.candidates.allowed(query)
             if name == "oracle":
                 among = np.array(pool)
                 # Similarities lie within ±2, so an accuracy step of 0.1 always outweighs them.
-                row[among] += 100 * np.array([vqa_accuracy(train[i].answer, query.answers) for i in pool])
+                right = [vqa_accuracy(train[i].answer, query.answers, always_normalize=True) for i in pool]
+                row[among] += 100 * np.array(right)
             chosen = rng.permutation(among)[:shots].tolist() if name == "random" else nearest(row, among, shots, rng)
             picks.append(chosen)
         return picks
@@ -194,9 +203,11 @@ class Evaluation:
         for i, (method, k) in enumerate(jobs):
             written = answers[i * len(self.queries) : (i + 1) * len(self.queries)]
             predictions = [self.stems.reduce(answer) for answer in written] if self.stems else written
-            scores = [vqa_accuracy(p, query.answers) for p, query in zip(predictions, self.queries, strict=True)]
+            pairs = [(p, query.answers) for p, query in zip(predictions, self.queries, strict=True)]
+            scores = [vqa_accuracy(*pair) for pair in pairs]
+            normalized = [vqa_accuracy(*pair, always_normalize=True) for pair in pairs]
             raw = [vqa_accuracy(p, query.raw_answers) for p, query in zip(written, self.queries, strict=True)]
-            outcomes.append(Outcome(method, k, predictions, scores, raw))
+            outcomes.append(Outcome(method, k, predictions, scores, raw, normalized))
         return outcomes
 
     def write(
@@ -266,11 +277,23 @@ def _earlier(path: Path, results: list[dict], setting: str | None) -> dict[str, 
     return {"results": kept, "tests": [test for test in tests if is_test(test)]}
 
 
+def rows_of_another_setting(path: Path, setting: str) -> int:
+    """How many results an earlier metrics.json holds of another setting, which new ones would replace."""
+    try:
+        there = read_json(path)
+    except (OSError, ValueError):
+        return 0
+    rows = there.get("results") if isinstance(there, dict) and there.get("setting") != setting else None
+    return len(rows) if isinstance(rows, list) else 0
+
+
 def is_result(row) -> bool:
-    """Whether a value is a row of the results in a metrics.json."""
+    """Whether a value is a row of the results in a metrics.json. normalized_accuracy may be missing: 0.1 had none."""
     number = (int, float)
     kinds = {"method": str, "shots": int, "accuracy": number, "raw_accuracy": number, "n": int, "ci": list}
     if not isinstance(row, dict) or not all(isinstance(row.get(key), kind) for key, kind in kinds.items()):
+        return False
+    if not isinstance(row.get("normalized_accuracy", 0.0), number):
         return False
     return len(row["ci"]) == 2 and all(isinstance(end, number) for end in row["ci"])
 

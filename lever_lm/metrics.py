@@ -73,17 +73,18 @@ def normalize_answer(text: str) -> str:
     return _strip_articles(_strip_punctuation(_clean(text)))
 
 
-def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
+def vqa_accuracy(prediction: str, answers: Sequence[str], *, always_normalize: bool = False) -> float:
     """Official accuracy of one prediction in [0, 1]: mean over the leave-one-out sets of min(1, matches / 3).
 
-    answers: what the annotators wrote, ten as a rule. Returns 0.0 where there are none. When all of them agree the
-    evaluator compares the raw strings, prediction and answers alike.
+    answers: what the annotators wrote, ten as a rule. Returns 0.0 where there are none. Where all answers are the same
+    string, outer blanks aside, the evaluator normalises neither them nor the prediction: `Yes` scores 0 against ten
+    `yes`. always_normalize: normalise there too, as rewards do; the accuracy is then not the official one.
     """
     if not answers:
         return 0.0
     prediction = _clean(prediction)
     references = [_clean(answer) for answer in answers]
-    if len(set(answers)) > 1:
+    if always_normalize or len(set(references)) > 1:
         prediction = normalize_answer(prediction)
         references = [normalize_answer(answer) for answer in references]
     hits = [reference == prediction for reference in references]

@@ -3,7 +3,7 @@
 import inspect
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
@@ -182,50 +182,126 @@ def option_values(common: Common) -> dict[str, dict]:
         "--device": (common.device, {"device": common.device}),
         "--features": (common.features, {"features": {"name": common.features}}),
         "--server": (common.server, {"lvlm": {"server": common.server}}),
-        "--limit": (common.limit, {"rollout": few, "infer": few}),
+        "--limit": (common.limit, {"rollout": few, "reward": {"max_groups": common.limit}, "infer": few}),
         "--skip-bad-examples": (common.skip_bad_examples or None, {"data": {"skip_bad_examples": True}}),
         "--allow-remote": (common.allow_remote or None, {"data": {"allow_remote": True}}),
     }
     return {option: values for option, (given, values) in spelt.items() if given is not None}
 
 
-def make_pipeline(
+def make_pipeline(common: Common, flags: dict | None = None, run_dir: Path | None = None, from_run: Path | None = None):
+    """The pipeline of a command line that makes something: named YAMLs < --config < environment < --set < flags. The
+    config of the run folder `from_run` stands in the place of the first two."""
+    from lever_lm.pipeline import Pipeline
+    from lever_lm.settings import Layer
+
+    screen, run_name = _screen(common), common.run_name
+    if from_run is None:
+        made = _layers(common, flags)
+    else:
+        base = _repeated(from_run, {kind: getattr(common, kind) for kind in (*_KINDS, "config")})
+        made = _layers(common, flags, dict.fromkeys(_KINDS), base=Layer("base", base))
+        run_name = run_name or f"{from_run.resolve().name}_repeat"
+    config = _config_of(made, screen)
+    return _shown(common, Pipeline(config, screen, results=common.results, run_name=run_name, run_dir=run_dir))
+
+
+def pipeline_of_run(
     common: Common,
     flags: dict | None = None,
-    run_dir: Path | None = None,
-    from_run: Path | None = None,
     *,
-    as_trained: bool = False,
+    run_dir: Path | None = None,
+    find: Callable[[Path, Any], tuple[Path, str]] | None = None,
 ):
-    """The pipeline of a command line: named YAMLs < --config < environment < --set < flags. The config of the run
-    folder `from_run`, or with `as_trained` that of `run_dir` where no YAML is named, stands in the place of the first
-    two."""
-    from lever_lm.console import Screen
-    from lever_lm.settings import merge, resolve
+    """The pipeline of a command on a run: the run's own config, and over it what the command line says. Where there is
+    none, that of the command line alone.
 
-    screen = Screen(to_stderr=common.json_, quiet=common.quiet, verbose=common.verbose)
-    _check_run_name(common.run_name)
-    flags = dict(flags or {})
-    for values in option_values(common).values():
-        flags = merge(flags, values)
-    named = {kind: getattr(common, kind) for kind in ("dataset", "lvlm", "sampler", "recipe")}
-    base, run_name = None, common.run_name
-    if from_run is None:
-        base = _own_config(run_dir, common) if as_trained else None
-        named = named if base else named_yamls(common)
-    else:
-        base = _repeated(from_run, {**named, "config": common.config})
-        run_name = run_name or f"{from_run.resolve().name}_repeat"
-    config, in_effect = resolve(named, common.config, common.set_ or [], flags, base)
-    for variable in in_effect:
-        screen.say(f"from the environment: {variable}")
+    run_dir: the run's folder; by default the one that the options name. find: (run folder, its Layout) → the checkpoint
+    that is used and why, for a command that uses one: the config beside it counts. With --dry-run none need be there.
+    """
+    from lever_lm.beside import layers_beside, locate, values_of
     from lever_lm.pipeline import Pipeline
+    from lever_lm.runs import Layout, RunFolder
+    from lever_lm.settings import build, combined
 
-    pipeline = Pipeline(config, screen, results=common.results, run_name=run_name, run_dir=run_dir)
+    made = _layers(common, flags)
+    layout = Layout(build(combined(made.found)), common.results, common.run_name)
+    run = RunFolder(run_dir or run_folder(common, layout))
+    values, named = values_of(run) if find is None else {}, run.path
+    if find is not None:
+        try:
+            named, _ = find(run.path, layout)
+            values = locate(named)[2]
+        except LeverError:
+            if not common.dry_run:
+                raise
+    if values:
+        names = {kind: getattr(common, kind) for kind in _KINDS}
+        made = layers_beside(values, named, names, common.config, common.set_ or [], _spelt(common, flags))
+    screen = _screen(common)
+    where = {"results": common.results, "run_name": common.run_name, "run_dir": run_dir}
+    pipeline = Pipeline(_config_of(made, screen), screen, **where)
+    pipeline.run = run
+    if values:
+        screen.detail(f"the setting is that of {named}")
+    return _shown(common, pipeline)
+
+
+_KINDS = ("dataset", "lvlm", "sampler", "recipe")
+
+
+def run_folder(common: Common, layout) -> Path:
+    """The folder of the run that the options name. A --run-name that the dataset of the options has no run of, and no
+    option names a dataset, is that of the only dataset that has one. Raises UsageError where several have."""
+    named = common.dataset or common.config or any(item.startswith("data.") for item in common.set_ or [])
+    if common.run_name is None or named or layout.run.is_dir():
+        return layout.run
+    found = sorted(path for path in common.results.glob("*/model_cpk/*") if path.name == common.run_name)
+    if len(found) > 1:
+        folders = ", ".join(map(str, found))
+        raise UsageError(f"--run-name {common.run_name} is a run of {len(found)} datasets ({folders}): add --dataset")
+    return found[0] if found else layout.run
+
+
+def _screen(common: Common):
+    from lever_lm.console import Screen
+
+    quiet = common.quiet and not common.dry_run  # a plan is what was asked for
+    return Screen(to_stderr=common.json_, quiet=quiet, verbose=common.verbose)
+
+
+def _spelt(common: Common, flags: dict | None) -> dict[str, dict]:
+    return {**option_values(common), **({"flags": flags} if flags else {})}
+
+
+def _layers(common: Common, flags: dict | None = None, names: dict | None = None, **base):
+    """The layers of a command line; its YAMLs, the default dataset and LVLM among them, unless `names` are given."""
+    from lever_lm.settings import layers
+
+    _check_run_name(common.run_name)
+    config = None if base else common.config
+    return layers(names or named_yamls(common), config, common.set_ or [], _spelt(common, flags), **base)
+
+
+def _config_of(made, screen):
+    """The config of layers; variables of the environment that count, or would, are said."""
+    from lever_lm.settings import build, combined
+
+    config = build(combined(made.found))
+    for variable in made.in_effect:
+        screen.say(f"from the environment: {variable}")
+    for variable in made.passed_over:
+        screen.say(f"passed over: {variable}")
+    return config
+
+
+def _shown(common: Common, pipeline):
+    """With --verbose: say versions and places."""
     if common.verbose and not common.dry_run:
         from lever_lm.provenance import versions
 
-        screen.detail("versions: " + ", ".join(f"{name} {found or 'none'}" for name, found in versions().items()))
+        found = ", ".join(f"{name} {number or 'none'}" for name, number in versions().items())
+        pipeline.screen.detail(f"versions: {found}")
         _show_places(pipeline)
     return pipeline
 
@@ -235,28 +311,20 @@ def _check_run_name(name: str | None) -> None:
         raise UsageError(f"--run-name takes a folder name, found {name!r}")
 
 
+def dataset_named(common: Common, config) -> bool:
+    """Return whether the command line, a config or the environment says which dataset is meant: else it is the embedded
+    one, by default."""
+    from lever_lm.config import DataConfig
+
+    return common.dataset is not None or config.data.okvqa_path != DataConfig.okvqa_path
+
+
 def make_layout(common: Common):
     """The paths of a command line, for a command that needs no pipeline: that would load torch."""
     from lever_lm.runs import Layout
-    from lever_lm.settings import merge, resolve
+    from lever_lm.settings import build, combined
 
-    _check_run_name(common.run_name)
-    flags: dict = {}
-    for values in option_values(common).values():
-        flags = merge(flags, values)
-    config, _ = resolve(named_yamls(common), common.config, common.set_ or [], flags)
-    return Layout(config, common.results, common.run_name)
-
-
-def _own_config(run_dir: Path | None, common: Common) -> dict | None:
-    """The config of a run that is named by its folder, which is what a command on it goes by; None where there is none,
-    or YAMLs are named."""
-    from lever_lm.runs import RunFolder
-
-    if run_dir is None or any((common.dataset, common.lvlm, common.sampler, common.recipe, common.config)):
-        return None
-    run = RunFolder(run_dir)
-    return run.values() if run.config.is_file() else None
+    return Layout(build(combined(_layers(common).found)), common.results, common.run_name)
 
 
 def _repeated(run: Path, given: dict) -> dict:
@@ -296,6 +364,8 @@ def planned(common: Common, pipeline, command: str = "", *, own: bool = False, a
     if command:
         checks = [c for c in examine(pipeline.config, layout, () if own else ALL) if c.status != "ok"]
         stages = make_plan(pipeline.config, layout, pipeline.run, command, own=own, answers=answers)
+        where = str(pipeline.inference)
+        stages = [replace(stage, path=where) if stage.name == "inference" else stage for stage in stages]
         for line in (*(check.line() for check in checks), *(stage.line() for stage in stages)):
             pipeline.screen.say(line)
         total = in_all(stages)

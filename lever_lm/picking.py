@@ -5,37 +5,40 @@ import os
 from collections import Counter
 from pathlib import Path
 
+from lever_lm.checkpoint import load_policy
 from lever_lm.console import Screen
 from lever_lm.data import Example
 from lever_lm.errors import LeverError, UsageError
-from lever_lm.finding import find_checkpoint, latest_checkpoint, load_for
+from lever_lm.finding import find_checkpoint, latest_checkpoint
 from lever_lm.metrics import vqa_accuracy
-from lever_lm.pipeline import Pipeline
 from lever_lm.retriever import Pick, Retriever
-from lever_lm.runs import RunFolder
+from lever_lm.runs import Layout, RunFolder
 
 
-def checkpoint_here(pipeline: Pipeline, ckpt: str | None) -> tuple[Path, str]:
+def checkpoint_here(run: Path, layout: Layout, ckpt: str | None) -> tuple[Path, str]:
     """The checkpoint that the options name, as for `lever infer`, and why. Where they name none and their run has none:
-    that of the dataset's newest run which was trained on the same features. Raises LeverError where there is none."""
+    that of the dataset's newest run. Raises LeverError where there is none.
+
+    run: the folder of the run that the options name; layout: the paths that they give.
+    """
     named = ckpt not in (None, "best", "latest") or (
         not ckpt and os.environ.get("LEVER_LM_CHECKPOINT_PATH", "").strip()
     )
-    if named or pipeline.layout.run_name or _last_saved(pipeline.run):
-        return find_checkpoint(pipeline.run, ckpt, {} if pipeline.layout.run_name else dict(os.environ))
-    runs = [RunFolder(folder) for folder in pipeline.layout.run.parent.glob("*/")]
+    if named or layout.run_name or _last_saved(RunFolder(run)):
+        return find_checkpoint(RunFolder(run), ckpt, {} if layout.run_name else dict(os.environ))
+    runs = [RunFolder(folder) for folder in layout.run.parent.glob("*/")]
     unfit = ""
-    for run in sorted(filter(_last_saved, runs), key=_last_saved, reverse=True):
+    for other in sorted(filter(_last_saved, runs), key=_last_saved, reverse=True):
         try:
-            path, why = find_checkpoint(run, ckpt, {})
-            load_for(path, pipeline.config)
+            path, why = find_checkpoint(other, ckpt, {})
+            load_policy(path)
         except LeverError as error:
             unfit = unfit or f". The newest run cannot be used: {error}"
             continue
-        return path, f"{why}, in the newest run: {pipeline.run.path.name} has no checkpoint"
+        return path, f"{why}, in the newest run: {run.name} has no checkpoint"
     raise LeverError(
-        f"no checkpoint in {pipeline.run.path}, nor in another run beside it: `lever demo` trains one in a minute or "
-        f"two on the embedded data, `lever train` one with these options; or name one: --ckpt PATH{unfit}"
+        f"no checkpoint in {run}, nor in another run beside it: `lever demo` trains one in a minute or two on the "
+        f"embedded data, `lever train` one with these options; or name one: --ckpt PATH{unfit}"
     )
 
 

@@ -2,9 +2,10 @@
 
 Q queries, N training examples, K pool size. Each query has its own random generator, so a pool depends on the seed
 and the query alone, never on the order of calls. Neither a query nor its image is ever among its candidates: that is
-decided in `allowed`, and only there.
+decided in `Candidates`, and only there.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -33,9 +34,35 @@ def query_rng(seed: int, query: Example) -> np.random.Generator:
     return np.random.default_rng([seed, query.question_id])
 
 
-def allowed(query: Example, train_ids: np.ndarray, train_images: np.ndarray) -> np.ndarray:
-    """Rows of `train` that may stand before this query: not the question itself, not another one on its image."""
-    return np.flatnonzero((train_ids != query.question_id) & (train_images != query.image_id))
+class Candidates:
+    """The training split as what may be shown before a query. Equal content is one image, whatever its ids say; an
+    equal `image_id` is one image, too. Raises LeverError for an image that cannot be read."""
+
+    def __init__(self, train: Sequence[Example]):
+        self._images = [(example.image_id, example.content) for example in train]
+        self._about: dict[int | str, list[int]] = defaultdict(list)  # image_id or content → rows
+        self._asked: dict[int, list[int]] = defaultdict(list)  # question_id → rows
+        for row, example in enumerate(train):
+            self._asked[example.question_id].append(row)
+            for name in self._images[row]:
+                self._about[name].append(row)
+
+    def withheld(self, query: Example) -> set[int]:
+        """Rows of `train` that may not stand before this query: the question itself, and those on its image."""
+        own: set[int] = set()
+        names = [query.image_id, query.content]
+        for name in names:  # grows on the way: each row may know the image by another name
+            for row in self._about.get(name, ()):
+                if row not in own:
+                    own.add(row)
+                    names += self._images[row]
+        return own.union(self._asked.get(query.question_id, ()))
+
+    def allowed(self, query: Example) -> np.ndarray:
+        """The other rows of `train`, in order."""
+        fine = np.ones(len(self._images), dtype=bool)
+        fine[list(self.withheld(query))] = False
+        return np.flatnonzero(fine)
 
 
 def similarity_rows(queries: Embeddings, train: Embeddings, parts: frozenset[str]) -> Iterator[np.ndarray]:
@@ -60,6 +87,18 @@ def check_sampler(config: SamplerConfig) -> None:
         raise UsageError(f"unknown sampler {config.name!r}: one of {', '.join(SAMPLERS)} (--sampler)")
 
 
+def candidate_counts(name: str, size: int) -> list[int]:
+    """How many of a pool's candidates are random, text-similar and image-similar: the sampler's shares of `size`, by
+    largest remainder, the earlier of equals first. A mix_sampler's pool of one is random, one of two has a text-similar
+    candidate and no image-similar one."""
+    exact = [share * size for share in SAMPLERS[name]]
+    found = [int(share) for share in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: found[i] - exact[i])
+    for i in by_remainder[: size - sum(found)]:
+        found[i] += 1
+    return found
+
+
 def sample_pools(
     config: SamplerConfig,
     queries: Sequence[Example],
@@ -76,25 +115,26 @@ def sample_pools(
     """
     check_sampler(config)
     _, text_share, image_share = SAMPLERS[config.name]
+    _, of_text, of_image = candidate_counts(config.name, size)
     if embeddings is None and text_share + image_share:
         raise ValueError(f"{config.name} needs embeddings")
-    ids, images = np.array([e.question_id for e in train]), np.array([e.image_id for e in train])
-    by_text = _rows_or_none(embeddings, "text", text_share, len(queries))
-    by_image = _rows_or_none(embeddings, "img", image_share, len(queries))
+    candidates = Candidates(train)
+    by_text = _rows_or_none(embeddings, "text", of_text, len(queries))
+    by_image = _rows_or_none(embeddings, "img", of_image, len(queries))
     pools = []
     work = Work(zip(queries, by_text, by_image, strict=True), "queries", after=WORTH_A_WORD)
     for query, text, image in track(work, f"pools: {len(queries)} queries", len(queries)):
-        rng, rows = query_rng(seed, query), allowed(query, ids, images)
+        rng, rows = query_rng(seed, query), candidates.allowed(query)
         if rows.size == 0:
             raise LeverError(f"question {query.question_id}: no training example is left to show before it")
-        sources = [(text, int(text_share * size)), (image, int(image_share * size))]
+        sources = [(text, of_text), (image, of_image)]
         pools.append(_one_pool(rows, sources, size, rng))
     return pools
 
 
-def _rows_or_none(embeddings, part: str, share: float, count: int) -> Iterable[np.ndarray | None]:
+def _rows_or_none(embeddings, part: str, asked: int, count: int) -> Iterable[np.ndarray | None]:
     """Similarities for a source that is asked for, None per query for one that is not."""
-    return similarity_rows(*embeddings, frozenset({part})) if share else [None] * count
+    return similarity_rows(*embeddings, frozenset({part})) if asked else [None] * count
 
 
 def _one_pool(rows: np.ndarray, sources, size: int, rng: np.random.Generator) -> list[int]:

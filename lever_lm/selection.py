@@ -69,15 +69,22 @@ def check_strategy(name: str) -> Strategy:
     return STRATEGIES[name]
 
 
+def broken(row: dict, *more: str) -> str:
+    """Return which of LOGGED, or of `more` metrics, are NaN or infinite in a row, "" where none is: of an epoch that
+    broke, no number says anything."""
+    numbers = {name: row[name] for name in (*LOGGED, *more) if isinstance(row.get(name), float)}
+    return ", ".join(f"{name} is {number}" for name, number in numbers.items() if not math.isfinite(number))
+
+
 def usable(rows: list[dict], strategy: Strategy) -> tuple[list[dict], list[dict]]:
-    """Rows with a finite value of the strategy's metric, and the others as {epoch, why}."""
+    """Rows of epochs that did not break and have the strategy's metric, and the others as {epoch, why}."""
     kept, excluded = [], []
     for row in rows:
         value = row.get(strategy.metric)
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
+        if why := broken(row, strategy.metric):
+            excluded.append({"epoch": row["epoch"], "why": why})
+        elif not isinstance(value, (int, float)) or isinstance(value, bool):
             excluded.append({"epoch": row["epoch"], "why": f"no {strategy.metric}"})
-        elif not math.isfinite(value):
-            excluded.append({"epoch": row["epoch"], "why": f"{strategy.metric} is {value}"})
         else:
             kept.append(row)
     return kept, excluded
@@ -116,7 +123,9 @@ def choose(history: History, name: str, run: RunFolder | None) -> dict:
             f"{nearest['epoch']} with {nearest[strategy.metric]:.5g}. Try another --strategy"
         )
     elif row is None:
-        why = f"no epoch has a finite {strategy.metric} in {history.source}. Try another --strategy"
+        why = (
+            f"no epoch has a finite {strategy.metric} and no broken number in {history.source}. Try another --strategy"
+        )
     return {
         "strategy": name,
         "epoch": row["epoch"] if row else None,

@@ -1,19 +1,25 @@
 """From YAML files, environment variables and flags to one Config.
 
-Precedence: dataclass default < named YAMLs < --config < environment < --set < flag. YAML files hold only differences.
+Precedence: dataclass default < named YAMLs < --config < environment < --set < flag. YAML files hold only differences. A
+--config file that names folders of data keeps them whatever the environment says. For a command on a trained run, the
+config of the run stands in the place of the defaults.
+
+Values are read by the type of their field: text as it is written (`007`, `1.10`, `no`), integers in decimal.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import os
+import re
 import types
 import typing
 from pathlib import Path
 from typing import NamedTuple
 
-from lever_lm.config import ASSET_PREFIX, HUB_PREFIX, PACKAGE, Config, DataConfig
+from lever_lm.config import ASSET_PREFIX, HUB_PREFIX, PACKAGE, Config, DataConfig, to_dict
 from lever_lm.errors import UsageError
-from lever_lm.untrusted import CONFIG_LIMIT, load_yaml, read_bytes, shown
+from lever_lm.untrusted import CONFIG_LIMIT, Scalar, load_yaml, printable, read_bytes, shown
 
 
 def configs_root() -> Path:
@@ -32,9 +38,10 @@ def named_yaml(kind: str, name: str) -> dict:
 
 
 def read_yaml(path: Path) -> dict:
-    """A YAML mapping of plain values. Raises UsageError naming the file when it is missing or something else."""
+    """A YAML mapping of plain values, read by the types of their fields. Raises UsageError naming the file when it is
+    missing or something else."""
     try:
-        content = load_yaml(read_bytes(path, CONFIG_LIMIT, pipe=True))
+        content = _by_type(Config, load_yaml(read_bytes(path, CONFIG_LIMIT, pipe=True), as_written=True))
     except OSError as error:
         raise UsageError(f"cannot read the config {path}: {error.strerror or error} (--config)") from error
     except ValueError as error:
@@ -77,16 +84,61 @@ def dotted(key: str, value) -> dict:
 
 
 def parse_set(item: str) -> dict:
-    """One `--set key=value`; the value is read as YAML."""
+    """One `--set key=value`. The value of a text field is what was typed, or in quotes what YAML reads; that of another
+    field is read as YAML, by its type."""
     key, equals, text = item.partition("=")
     if not equals or not key:
         raise UsageError(f"--set takes key=value, found {shown(item)}")
     if key.count(".") > _PARTS:
         raise UsageError(f"unknown config key {shown(key)} (--set)")
+    hint = _hint(key.strip())
     try:
-        return dotted(key.strip(), load_yaml(text))
+        if hint is str:
+            return dotted(key.strip(), _unquoted(text))
+        return dotted(key.strip(), _by_type(hint, load_yaml(text, as_written=True)))
     except ValueError as error:
         raise UsageError(f"--set {shown(key).strip(_QUOTES)}: {shown(text)} is not a YAML value: {error}") from error
+
+
+def _unquoted(text: str) -> str:
+    """A text as it was typed; what is in quotes as a whole, as YAML reads it."""
+    if text.strip()[:1] in ("'", '"'):
+        with contextlib.suppress(ValueError):
+            if isinstance(value := load_yaml(text), str):
+                return value
+    return text
+
+
+def _hint(key: str):
+    """The type of the field that a dotted key names; None where there is none."""
+    hint = Config
+    for part in key.split("."):
+        hint = typing.get_type_hints(hint).get(part) if dataclasses.is_dataclass(hint) else None
+    return hint
+
+
+_DECIMAL = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
+
+
+def _by_type(hint, value):
+    """Values of `load_yaml(…, as_written=True)` as plain ones, read by the types of their fields where these are known.
+    An integer that is written in no decimal digits, as 010 or 1:30, stays text, which `build` refuses."""
+    if isinstance(value, dict):
+        hints = typing.get_type_hints(hint) if dataclasses.is_dataclass(hint) else {}
+        return {key: _by_type(hints.get(key), item) for key, item in value.items()}
+    if isinstance(value, list):
+        item_hint = typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else None
+        return [_by_type(item_hint, item) for item in value]
+    if not isinstance(value, Scalar):
+        return value
+    if typing.get_origin(hint) is tuple:
+        hint = typing.get_args(hint)[0]
+    number = isinstance(value.value, (int, float)) and not isinstance(value.value, bool)
+    if value.value is not None and (
+        hint is str or (number and (hint is float or (hint is int and not _DECIMAL.fullmatch(value.text))))
+    ):
+        return value.text
+    return value.value
 
 
 def build(values: dict) -> Config:
@@ -171,7 +223,7 @@ def _check_bounds(value, key: str) -> None:
 def _check_names(config: Config) -> None:
     """Raise UsageError for what cannot be the name of a folder or a part of one: these name our files."""
     name = config.data.name
-    if name in ("", ".", "..") or "/" in name or _is_long(name):
+    if name in ("", ".", "..") or "/" in name or _is_long(name) or printable(name) != name or set(name) & {"\n", "\t"}:
         raise UsageError(f"data.name must be a folder's name, found {shown(name)}")
     for key, path in (("lvlm.path", config.lvlm.path), ("features.encoder", config.features.encoder)):
         if _is_long(Path(path).name):
@@ -217,6 +269,10 @@ ENVIRONMENT = {
 }
 
 
+# Those that say where files are on this machine; the others are of a training.
+_PLACES = ("OKVQA_PATH", "VQAV2_PATH", "COCO_PATH")
+
+
 def environment_values(values: dict, environ=os.environ, over: dict | None = None) -> tuple[dict, list[str]]:
     """Config values that the environment sets, and the variables in effect as NAME=value.
 
@@ -224,24 +280,35 @@ def environment_values(values: dict, environ=os.environ, over: dict | None = Non
     local files leave the embedded dataset and the hub's copies alone. An empty variable is none. Raises UsageError on
     a bad value.
     """
-    elsewhere = _paths_of_others(values, environ)
     found, in_effect = {}, []
-    for name, (parse, to_values) in ENVIRONMENT.items():
+    for name, set_to in _environment(values, environ, over or {}).items():
+        found = merge(found, set_to)
+        in_effect.append(f"{name}={environ[name]}")
+    return found, in_effect
+
+
+def _environment(values: dict, environ, over: dict, names=tuple(ENVIRONMENT)) -> dict[str, dict]:
+    """Of `names`, each variable in effect and the nested values that it sets, without those that `over` sets."""
+    elsewhere = _paths_of_others(merge(values, over), environ)
+    found = {}
+    for name in names:
+        parse, to_values = ENVIRONMENT[name]
         text = environ.get(name, "")
         if not text.strip() or name in elsewhere:
             continue
         try:
-            parsed = parse(text)
+            set_to = to_values(parse(text))
         except ValueError as error:
             words = str(error)[:_LONGEST]
             raise UsageError(
                 f"the environment variable {name} is {shown(text)}: {words}; unset it or mend it"
             ) from error
-        for key, value in to_values(parsed).items():
-            found = merge(found, dotted(key, value))
-        if not all(_is_set(over or {}, key) for key in to_values(parsed)):
-            in_effect.append(f"{name}={text}")
-    return found, in_effect
+        left = {key: value for key, value in set_to.items() if not _is_set(over, key)}
+        if left and not (name in _PLACES and next(iter(set_to)) not in left):
+            found[name] = {}
+            for key, value in left.items():
+                found[name] = merge(found[name], dotted(key, value))
+    return found
 
 
 def _paths_of_others(values: dict, environ) -> tuple[str, ...]:
@@ -249,7 +316,7 @@ def _paths_of_others(values: dict, environ) -> tuple[str, ...]:
     data = values.get("data", {})
     data = data if isinstance(data, dict) else {}  # build() refuses it
     if str(data.get("okvqa_path", DataConfig.okvqa_path)).startswith((ASSET_PREFIX, HUB_PREFIX)):
-        return ("OKVQA_PATH", "VQAV2_PATH", "COCO_PATH")
+        return _PLACES
     if data.get("file_prefix", DataConfig.file_prefix) != "v2_":
         return ("VQAV2_PATH",)
     return ("OKVQA_PATH",) if environ.get("VQAV2_PATH", "").strip() else ()
@@ -274,33 +341,74 @@ class Layer(NamedTuple):
     values: dict
 
 
+class Layers(NamedTuple):
+    """Whatever sets a config value, each over those before it; the environment variables in effect as NAME=value; and
+    those that a --config file wins over, as a sentence each."""
+
+    found: list[Layer]
+    in_effect: list[str]
+    passed_over: list[str]
+
+
 def layers(
     names: dict[str, str | None],
     config_file: Path | None,
     sets: list[str],
     options: dict[str, dict],
     base: Layer | None = None,
-) -> tuple[list[Layer], list[str]]:
-    """Whatever sets a config value on a command line, each over those before it; and the environment variables in
-    effect as NAME=value.
+    run: Layer | None = None,
+) -> Layers:
+    """What sets the config values of a command line.
 
     names: kind → name of a YAML in configs/ (None to leave out); options: how an option is spelt → its nested values;
-    base: what wins over all but `sets` and `options`.
+    base: what wins over all but `sets` and `options`; run: the config of a run that is used, under all others. Of a run
+    a named YAML changes what it names alone, and the environment where its files are.
     """
-    found = [
-        Layer(f"configs/{kind}/{name}.yaml", named_yaml(kind, name)) for kind, name in names.items() if name is not None
-    ]
+    found = [] if run is None else [run]
+    for kind, name in names.items():
+        if name is not None:
+            values = named_yaml(kind, name)
+            values = values if run is None else _of_kind(kind, values, run.values)
+            found.append(Layer(f"configs/{kind}/{name}.yaml", values))
+    places: dict = {}
     if config_file is not None:
-        found.append(Layer(str(config_file), read_yaml(config_file)))
+        content = read_yaml(config_file)
+        found.append(Layer(str(config_file), content))
+        data = content.get("data")
+        keys = ("okvqa_path", "coco_path", "train_path")
+        places = {"data": {key: data[key] for key in keys if key in data}} if isinstance(data, dict) else {}
     over = [] if base is None else [base]
     over += [Layer("--set", parse_set(item)) for item in sets]
     over += [Layer(option, values) for option, values in options.items()]
-    in_effect = environment_values(combined(found), over=combined(over))[1]
-    for variable in in_effect:
-        name, _, text = variable.partition("=")
-        parse, to_values = ENVIRONMENT[name]
-        found += [Layer(name, dotted(key, value)) for key, value in to_values(parse(text)).items()]
-    return found + over, in_effect
+    known, above = combined(found), combined(over)
+    variables = tuple(ENVIRONMENT) if run is None else _PLACES
+    wanted = _environment(known, os.environ, above, variables)
+    taken = _environment(known, os.environ, merge(places, above), variables)
+    found += [Layer(name, values) for name, values in taken.items()]
+    in_effect = [f"{name}={os.environ[name]}" for name in taken]
+    passed = [f"{name}={os.environ[name]} (the folders are named by {config_file})" for name in wanted.keys() - taken]
+    return Layers(found + over, in_effect, sorted(passed))
+
+
+# Kind of a named YAML → the sections that it is about, and the key that says which one it names.
+_KINDS = {"dataset": (("data",), "name"), "lvlm": (("lvlm", "prompt"), "path"), "sampler": (("sampler",), "name")}
+
+
+def _of_kind(kind: str, values: dict, run: dict) -> dict:
+    """What a named YAML changes about a run's config: the sections of its kind alone, so that --dataset leaves the
+    sampler as it is. One that names another dataset or LVLM than the run's brings that section whole. A recipe is about
+    the training and comes as it is."""
+    if kind not in _KINDS:
+        return values
+    sections, identity = _KINDS[kind]
+    kept = {section: values[section] for section in sections if section in values}
+    if kind == "dataset" and "features" not in run:
+        kept["features"] = values.get("features", {})
+    first = sections[0]
+    there, here = run.get(first), kept.get(first)
+    if isinstance(here, dict) and not (isinstance(there, dict) and there.get(identity) == here.get(identity)):
+        kept[first] = {**to_dict(Config())[first], **here}
+    return kept
 
 
 def combined(found: list[Layer]) -> dict:
@@ -317,5 +425,5 @@ def resolve(
     """The Config of a command line, and the environment variables in effect as NAME=value: of `layers`, where `flags`
     are the values of all options, and `base` nested values too."""
     there = None if base is None else Layer("base", base)
-    found, in_effect = layers(names, config_file, sets, {"options": flags}, there)
-    return build(combined(found)), in_effect
+    made = layers(names, config_file, sets, {"options": flags}, there)
+    return build(combined(made.found)), made.in_effect

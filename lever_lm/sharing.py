@@ -13,7 +13,7 @@ from lever_lm.exported import CARD, CONFIG, FORMAT, VERSION, WEIGHTS, is_exporte
 from lever_lm.files import remove, write_json, write_tensors, write_text
 from lever_lm.policy import PointerSelector
 from lever_lm.provenance import PACKAGES, read_environment
-from lever_lm.report.results import read_metrics
+from lever_lm.report.results import is_the_runs_own, read_metrics
 from lever_lm.runs import RunFolder, inference_folder
 from lever_lm.settings import build
 from lever_lm.untrusted import is_epoch, read_json
@@ -48,7 +48,7 @@ def export(checkpoint: Path, why: str, folder: Path, *, license_: str = "apache-
         "format_version": VERSION,
         "lever_lm": __version__,
         "policy": policy.shape,
-        **{name: own[name] for name in ("encoder", "features", "dataset", "seed") if name in own},
+        **{name: own[name] for name in ("encoder", "features", "embeddings", "dataset", "seed") if name in own},
         "phase": "rce" if content.get("phase") == "rce" else "grpo",
         "epoch": content["epoch"] + 1 if is_epoch(content.get("epoch")) else None,  # from 1, as in file names
         "chosen": _ADVICE.sub("", why),
@@ -99,10 +99,10 @@ def _texts(values, names: Sequence[str]) -> dict[str, str]:
 
 
 def _evaluated(run: RunFolder, policy: PointerSelector) -> dict | None:
-    """The newest evaluation of a policy with the LVLM that it was trained with: results, tests, which method it is, and
-    on how many queries; None where there is none. Told by its weights: a file's name outlives what was in it."""
+    """The newest evaluation of a policy under the setting that it was trained in: results, tests, which method it is,
+    and on how many queries; None where there is none. Told by its weights: a file's name outlives what was in it."""
     folder, digest = inference_folder(run.path), policy_digest(policy)
-    files = [one / "metrics.json" for one in (folder, *folder.glob("*/")) if "_with_" not in one.name]
+    files = [one / "metrics.json" for one in (folder, *folder.glob("*/")) if is_the_runs_own(one)]
     there = [file for file in files if file.is_file()]
     for file in sorted(there, key=lambda file: file.stat().st_mtime, reverse=True):
         try:

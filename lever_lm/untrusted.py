@@ -165,12 +165,10 @@ def is_epoch(value) -> bool:
 
 
 def loads(content: bytes | str, *, nan: bool = False, halves: bool = False):
-    """A JSON text as Python values. Raises ValueError for what is none, for a key that an object holds twice, numbers
-    beyond 64 bits or a float, NaN and infinity, lone surrogates unless `halves`, and deep nesting. Where `nan`, numbers
-    are taken as they come: what is too large is infinity."""
-    text = content if isinstance(content, str) else content.decode("utf-8")
-    if text.startswith("\ufeff"):
-        raise ValueError("it begins with a byte order mark: save it as UTF-8 without one")
+    """A JSON text as Python values; a byte order mark before it is passed over. Raises ValueError for what is none, for
+    a key that an object holds twice, numbers beyond 64 bits or a float, NaN and infinity, lone surrogates unless
+    `halves`, and deep nesting. Where `nan`, numbers are taken as they come: what is too large is infinity."""
+    text = (content if isinstance(content, str) else content.decode("utf-8")).removeprefix("\ufeff")
     strict = {"parse_int": _integer, "parse_float": _float, "parse_constant": _float}
     numbers = {"parse_int": _any_integer} if nan else strict
     with _no_collection():
@@ -246,12 +244,21 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 # ---------------------------------------------------------------------- YAML
 
 
-def load_yaml(content: bytes | str):
-    """A YAML text as Python values. Raises ValueError for what is none or holds more than plain values: tags, anchors
-    and aliases, a key twice in one mapping, numerals beyond all use, deep nesting."""
+class Scalar(NamedTuple):
+    """A YAML value that stands without quotes and is no text by YAML 1.1: as it is written, and what YAML takes it for
+    (`007`: 7, `1:30`: 90, `no`: False)."""
+
+    text: str
+    value: object
+
+
+def load_yaml(content: bytes | str, *, as_written: bool = False):
+    """A YAML text as Python values; with `as_written` a `Scalar` for each value that YAML takes for no text. Raises
+    ValueError for what is none or holds more than plain values: tags, anchors and aliases, a key twice in one mapping,
+    numerals beyond all use, deep nesting."""
     try:
         text = content if isinstance(content, str) else content.decode("utf-8")
-        return yaml.load(text, _PlainLoader)
+        return yaml.load(text, _WrittenLoader if as_written else _PlainLoader)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
@@ -294,3 +301,16 @@ class _PlainLoader(yaml.SafeLoader):
                 raise yaml.MarkedYAMLError(None, None, f"{shown(key)} appears twice", key_node.start_mark)
             found[key] = self.construct_object(value_node, deep)
         return found
+
+
+class _WrittenLoader(_PlainLoader):
+    """The same, keeping how values are written; keys are plain values."""
+
+    def construct_object(self, node, deep=False):
+        value = super().construct_object(node, deep)
+        is_text = not isinstance(node, yaml.ScalarNode) or node.style is not None or isinstance(value, str)
+        return value if is_text else Scalar(node.value, value)
+
+    def construct_mapping(self, node, deep=False):
+        found = super().construct_mapping(node, deep)
+        return {key.value if isinstance(key, Scalar) else key: value for key, value in found.items()}

@@ -1,4 +1,5 @@
-"""How `lever rollout` scales with the processes of a torchrun job on this host: the digits, 1 process and N.
+"""How `lever rollout` scales with the processes of a torchrun job on this host, and whether it repeats itself: the
+digits, 1 process twice and N.
 
     python scripts/bench_sharding.py                      # the shipped model; N: the GPUs of this host, else 2 on a CPU
     python scripts/bench_sharding.py --model 3b --limit 400 -- --set lvlm.min_pixels=307200
@@ -7,7 +8,8 @@
 `3b` is the 3B shape with random weights, made by bench_lvlm.py; digits are small images, which `lvlm.min_pixels` makes
 as large as photographs. Each run has a results folder of its own with the CLIP features in it and no answers. Answering
 is timed by the command itself: from when every process has its model to when the last one has asked its share. The rest
-is start-up. Prints a table in Markdown and whether the rollout files are equal; `--json FILE` keeps the numbers.
+is start-up. Prints a table in Markdown and whether each rollout file has the bytes of the first one; exits with 1 where
+one has not. `--json FILE` keeps the numbers.
 """
 
 import argparse
@@ -64,13 +66,13 @@ def main() -> None:
     """Run, compare, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--limit", type=int, default=200, help="queries; about 15 prompts each")
-    parser.add_argument("--processes", type=int, nargs="+", help="default: 1 and the number of GPUs, or 1 and 2")
+    parser.add_argument("--processes", type=int, nargs="+", help="default: 1, 1 and the number of GPUs, or 1, 1 and 2")
     parser.add_argument("--model", default=TINY, help="a directory, an asset, or 3b")
     parser.add_argument("--json", type=Path, help="keep the numbers here")
     parser.add_argument("options", nargs="*", help="more options of `lever rollout`, after --")
     arguments = parser.parse_args()
     gpus = torch.cuda.device_count()
-    counts = arguments.processes or [1, gpus if gpus > 1 else 2]
+    counts = arguments.processes or [1, 1, gpus if gpus > 1 else 2]
     with tempfile.TemporaryDirectory() as root:
         model = arguments.model
         if model == "3b":
@@ -88,17 +90,19 @@ def main() -> None:
             folder = with_features(Path(root, str(number)), warm)
             rows.append(run(folder, processes, ["--limit", str(arguments.limit), *options]))
     files = [row.pop("file") for row in rows]
-    equal = all(file == files[0] for file in files)
+    for row, file in zip(rows, files, strict=True):
+        row["equal"] = file == files[0]
+    equal = all(row["equal"] for row in rows)
     where = f"{gpus} × {torch.cuda.get_device_name(0)}" if gpus else f"{os.cpu_count()} cores"
     print(f"{arguments.model}, {rows[0]['prompts']} prompts, {where}\n")
-    print("| processes | prompts/s | scaling | seconds in all | of them start-up |\n| --- | --- | --- | --- | --- |")
+    print("| processes | prompts/s | scaling | seconds in all | of them start-up | rollout file |")
+    print("| --- | --- | --- | --- | --- | --- |")
     for row in rows:
         row["scaling"] = row["prompts_per_second"] / rows[0]["prompts_per_second"]
         print(
             f"| {row['processes']} | {row['prompts_per_second']:.1f} | ×{row['scaling']:.2f} | {row['seconds']:.1f} "
-            f"| {row['startup']:.1f} |"
+            f"| {row['startup']:.1f} | {'equal' if row['equal'] else 'DIFFERENT'}, {len(files[0]):,} bytes |"
         )
-    print(f"\nrollout files: {'equal' if equal else 'DIFFERENT'}")
     if arguments.json:
         arguments.json.write_text(json.dumps({"where": where, "equal": equal, "runs": rows}, indent=1))
     if not equal:

@@ -133,11 +133,11 @@ class TinyChat:
         import torch
 
         assert body["temperature"] == 0
-        assert body["repetition_penalty"] == 1.0
         inputs = self._inputs(body)
         ids = inputs["input_ids"][0]
         with torch.inference_mode():
-            written = self.model.generate(**inputs, max_new_tokens=body["max_tokens"], do_sample=False)[0, len(ids) :]
+            decoding = {"max_new_tokens": body["max_tokens"], "repetition_penalty": float(body["repetition_penalty"])}
+            written = self.model.generate(**inputs, do_sample=False, **decoding)[0, len(ids) :]
             reply = said(self.processor.tokenizer.decode(written, skip_special_tokens=True))
             if body.get("prompt_logprobs") is not None:
                 reply.body["prompt_logprobs"] = [None, *self._scores(inputs, ids)]

@@ -116,3 +116,24 @@ def sayings() -> str:
 
 def _line(text: str, position: int) -> int:
     return text.count("\n", 0, position) + 1
+
+
+@lru_cache
+def passages(page: str) -> tuple[Part, ...]:
+    """The paragraphs, list items and table rows of a page, each on one line; language: `row` of a table's, else ``."""
+    found, lines, start = [], [], 1
+
+    def end() -> None:
+        text = " ".join(line.strip() for line in lines)
+        if text and not re.match(r"#|\|[ :|-]+$", text):
+            found.append(Part(page, start, "row" if text.startswith("|") else "", text))
+        lines.clear()
+
+    for number, line in enumerate([*prose(page).splitlines(), ""], 1):
+        if not line.strip() or re.match(r"\s*([-*] |\d+\. |\||#)", line):
+            end()
+        if not lines:
+            start = number
+        lines.append(line)
+    end()
+    return tuple(found)

@@ -116,3 +116,8 @@ def test_every_row_is_a_config_that_differs_from_ours(ablate, world):
 def test_classic_is_the_recipe(ablate):
     config = ablate.config_of("synthetic", ablate.CLASSIC, 0).grpo
     assert (config.anchor, config.top_k, config.dropout, config.reference) == ("init", (3, 5), "new_only", "old")
+
+
+def test_the_ablation_is_as_large_as_the_page_says(ablate):
+    assert ablate.synthetic.World().queries == 800
+    assert (ablate.UNSEEN, ablate.SHOTS) == (1000, [1, 2, 4])

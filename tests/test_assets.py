@@ -1,11 +1,14 @@
 """What is shipped: small, loadable by the libraries' own means, in the official layout."""
 
 import json
+import math
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 
 from lever_lm.compat import import_transformers
 from lever_lm.config import PACKAGE, asset_path
@@ -119,3 +122,27 @@ def test_the_source_of_the_digits_is_attributed():
     text = (ASSETS / "digits" / "ATTRIBUTION.md").read_text()
     assert "UCI" in text
     assert "CC BY 4.0" in text or "Creative Commons Attribution 4.0" in text
+
+
+def test_each_model_has_fewer_than_a_million_parameters():
+    for name in ("tiny-clip", "tiny-qwen2.5-vl"):
+        with safe_open(asset_path(f"asset:{name}") / "model.safetensors", "pt") as weights:
+            assert 100_000 < sum(math.prod(weights.get_slice(key).get_shape()) for key in list(weights.keys())) < 1e6
+
+
+def is_smudged(split, image) -> bool:
+    """Pale and blurred: the grey values of clean digits scatter by 70 and more."""
+    path = ASSETS / f"digits/{split}2014/COCO_{split}2014_{image:012d}.jpg"
+    return np.asarray(Image.open(path).convert("L"), dtype=float).std() < 65
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_two_of_five_images_are_smudged(digits, split):
+    rows = digits.train_examples if split == "train" else digits.val_examples
+    smudged = [is_smudged(split, image) for image in sorted({row.image_id for row in rows})]
+    assert np.mean(smudged) == pytest.approx(0.4, abs=0.01)
+
+
+def test_the_tutorials_query_is_smudged_and_of_its_picks_all_but_the_first():
+    assert is_smudged("val", 10)
+    assert [is_smudged("train", image) for image in (1227, 945, 720, 935)] == [False, True, True, True]

@@ -188,7 +188,7 @@ def results(evaluation, tmp_path):
 
 
 def write(evaluation, folder, other: str) -> dict:
-    outcomes = [Outcome(name, 1, ["two"] * 3, [0.0, 0.3, 1.0], [0.0, 0.3, 1.0]) for name in (other, "grpo")]
+    outcomes = [Outcome(name, 1, ["two"] * 3, *[[0.0, 0.3, 1.0]] * 3) for name in (other, "grpo")]
     choices = {outcome.method: [[0], [1], [2]] for outcome in outcomes}
     test = {"method": "grpo", "against": other, "shots": 1, "difference": 0.1, "low": 0.0, "high": 0.2, "p": 0.5}
     return evaluation.write(folder, outcomes, choices, "grpo", {"setting": "s", "checkpoint": "c", "tests": [test]})
@@ -312,7 +312,7 @@ def test_official_files_are_read_or_refused(tmp_path_factory, data):
 
 
 @pytest.mark.parametrize(
-    "text", ['{"questions": [], "questions": []}', '{"questions": [NaN]}', "\ufeff{}", '{"questions": "\\ud800"}']
+    "text", ['{"questions": [], "questions": []}', '{"questions": NaN}', "\ufeff{}", '{"questions": "\\ud800"}']
 )
 def test_official_files_are_read_strictly(tmp_path, text):
     root = small_digits(tmp_path / "world", 3, 2)

@@ -3,6 +3,8 @@
 Most commands run in this process through the real entry function; what concerns the process itself gets one.
 """
 
+import importlib.metadata
+import inspect
 import json
 import os
 import pickle
@@ -16,7 +18,7 @@ import pytest
 import yaml
 from helpers import RUN, SMALL, Done, clean_environment, files_in, run_lever
 
-from lever_lm import __version__
+from lever_lm import __version__, cli
 from lever_lm.checkpoint import load_torch
 
 COMMANDS = ("demo", "train", "rollout", "best-ckpt", "convert", "infer", "pick", "export", "report", "status", "doctor")
@@ -388,8 +390,48 @@ def test_the_real_thing_has_the_places_that_the_seed_document_names(lever):
 def test_quiet_leaves_errors_alone(trained, lever):
     done = lever("train", *SMALL, "--quiet")
     assert (done.status, done.err) == (0, "")
-    assert done.out == ""
+    assert [line.split()[0] for line in done.out.splitlines()] == ["rollouts:", "recommended:", "converted"]
     assert lever("convert", "missing.pt", "--quiet").err.startswith("lever: ")
+
+
+def test_quiet_leaves_results_alone(trained, lever):
+    """What was asked for is printed: table and tests, epochs, paths, plan, list."""
+    spoken = lever("infer", "--shots", "1", "--limit", "8", "--baselines").out
+    quiet = lever("infer", "--shots", "1", "--limit", "8", "--baselines", "--quiet").out
+    assert quiet == spoken[spoken.index("VQA accuracy") :]
+    assert "(paired)" in quiet
+    assert [line.split()[0] for line in lever("best-ckpt", "--show-all", "--quiet").out.splitlines()[3:7]] == [*"1234"]
+    assert lever("report", "--quiet").out == f"report: {RUN}/report.html\n"
+    converted = lever("convert", RUN / "grpo_epoch3.pt", "--quiet").out
+    assert converted == f"converted {RUN}/grpo_epoch3.pt → {RUN}/grpo_epoch3_v2format.ckpt\n"
+    assert lever("rollout", *SMALL[:2], "--quiet").out.startswith("rollouts: 24 groups, ")
+    assert "\nin all: " in lever("train", "--limit", "30", "--run-name", "more", "--dry-run", "--quiet").out
+    missing = lever("doctor", "--set", "lvlm.path=gone/model", "--quiet")
+    assert missing.status == 1
+    assert "missing  lvlm.path: " in missing.out
+
+
+def test_verbose_adds_versions_paths_cache_hits_and_every_warning(trained, lever):
+    alarm = ("--set", "grpo.kl_beta=1000", "--set", "grpo.refresh_every=1", "--set", "grpo.lr=0.1")
+    said = {}
+    for name, options in (("plain", []), ("verbose", ["-v"])):
+        done = lever("train", *SMALL, "--run-name", name, *alarm, *options)
+        assert done.status == 0, done.err
+        said[name] = [line.replace(f"/{name}", "/NAME") for line in done.out.splitlines()]
+    more = "\n".join(set(said["verbose"]) - set(said["plain"]))
+    assert f"versions: torch {importlib.metadata.version('torch')}" in more
+    assert "features: results/digits/cache/features_tiny-clip.safetensors (there)" in more
+    assert "LVLM so far: 0 prompts asked, " in more
+    rows = [json.loads(line) for line in (trained / RUN.with_name("plain") / "metrics.jsonl").read_text().splitlines()]
+    kinds = [kind for row in rows for kind in row.get("warnings", {})]
+    plain, verbose = (sum("warning" in line for line in said[name]) for name in ("plain", "verbose"))
+    assert (plain, verbose) == (len(set(kinds)), len(kinds))
+    assert plain < verbose
+
+
+def test_without_shots_the_demo_shows_1_2_and_4_and_infer_4(trained, lever):
+    assert inspect.signature(cli.demo).parameters["shots"].default == "1,2,4"
+    assert [row["shots"] for row in lever("infer", "--limit", "4", "--json").json["results"]] == [4]
 
 
 # ---------------------------------------------------------------------- the environment
@@ -596,6 +638,15 @@ def test_convert_goes_both_ways_and_where_it_is_told(trained, lever):
     assert all(torch.equal(there[name], back[name]) for name in there)
 
 
+def test_a_converted_file_stands_beside_its_source(trained, lever):
+    stem = str(RUN / "grpo_epoch3")
+    assert lever("convert", f"{stem}.pt", "--json").json["output"] == f"{stem}_v2format.ckpt"
+    back = lever("convert", f"{stem}_v2format.ckpt", "--to", "v3", "--json").json
+    assert (back["to"], back["output"]) == ("v3", f"{stem}_v3format.pt")
+    states = [load_torch(trained / f"{stem}{end}.pt")["model_state_dict"] for end in ("", "_v3format")]
+    assert all(states[0][name].equal(tensor) for name, tensor in states[1].items())
+
+
 def spoilt(content: dict, how: str) -> dict:
     """The content of a checkpoint of either format with its weights spoilt."""
     name = "model_state_dict" if "model_state_dict" in content else "state_dict"
@@ -701,6 +752,14 @@ def test_a_terminal_that_lacks_our_characters_is_no_failure(trained):
     done = run_lever("best-ckpt", "--show-all", cwd=trained, PYTHONIOENCODING="ascii")
     assert done.status == 0, done.err
     assert "GRPO" in done.out
+
+
+@pytest.mark.parametrize("variables", [{"LC_ALL": "C"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}], ids=str)
+def test_text_on_the_command_line_is_utf_8_whatever_the_locale(tmp_path, variables):
+    words = ["config", "show", "--json", "--set", "prompt.system=Où est 什么?"]
+    done = run_lever(*words, cwd=tmp_path, **variables)
+    assert done.status == 0, done.err
+    assert done.json["config"]["prompt"]["system"] == "Où est 什么?"
 
 
 def test_a_choice_that_replaces_another_is_said(trained, lever):

@@ -3,10 +3,11 @@
 import pytest
 import yaml
 
-from lever_lm.config import Config, asset_path
+from lever_lm.config import Config, asset_path, to_dict
 from lever_lm.settings import all_keys, configs_root, resolve
 
 YAMLS = sorted(configs_root().rglob("*.yaml"))
+LVLMS = ("qwen2.5_vl_3B", "qwen2.5_vl_3B_classic", "qwen2.5_vl_3B_server")
 
 
 def flat(values, prefix=""):
@@ -60,7 +61,59 @@ def test_yamls_hold_known_keys_only():
         assert {key for key, _ in flat(yaml.safe_load(path.read_text(encoding="utf-8")))} <= known, path
 
 
+def test_the_classic_lvlm_asks_decodes_and_cuts_as_lever_plus_does():
+    config, _ = resolve({"lvlm": "qwen2.5_vl_3B_classic"}, None, [], {})
+    lvlm, prompt = config.lvlm, config.prompt
+    assert (lvlm.num_beams, lvlm.max_new_tokens, lvlm.length_penalty) == (3, 5, 0.0)
+    assert (lvlm.repetition_penalty, lvlm.eos) == (1.05, "tokenizer")
+    assert (prompt.order, prompt.cut) == ("first_pick_first", "classic")
+
+
 def test_the_defaults_alone_are_a_config():
     assert Config().rollout.pool_size == 64
     assert Config().grpo.epochs == 50
     assert Config().rce.epochs == 5
+
+
+def values(config) -> dict:
+    return dict(flat(to_dict(config)))
+
+
+def test_the_defaults_are_those_that_the_pages_name():
+    named = {
+        "grpo.top_k": [], "grpo.dropout": "both", "grpo.anchor": "rce", "grpo.refresh_every": 5,
+        "grpo.reference": "start",
+        "grpo.advantage": "zscore", "grpo.advantage_scale": "group", "grpo.advantage_clip": 5.0,
+        "grpo.clip_epsilon": 0.2, "grpo.clip_epsilon_high": 0.0, "grpo.kl_beta": 0.1, "grpo.kl": "k3",
+        "grpo.adaptive_kl": False, "grpo.schedule": "constant", "grpo.warmup_steps": 0, "grpo.patience": 0,
+        "grpo.entropy_beta": 0.0, "grpo.freeze_backbone": False, "grpo.online": False, "grpo.epochs": 50,
+        "grpo.batch_size": 64, "rce.epochs": 5, "rce.batch_size": 64, "rce.temperature_start": 2.0,
+        "rce.temperature_end": 0.5, "policy.state_update": "none", "policy.scorer": "dot", "policy.diversity": "none",
+        "policy.stop": False, "rollout.infoscore": 0, "rollout.pool_size": 64, "rollout.num_queries": 5000,
+        "rollout.shots": 2, "lvlm.bank_disk": 64.0, "lvlm.batch_tokens": 65536, "lvlm.concurrency": 32,
+        "lvlm.retries": 5, "lvlm.timeout": 120.0, "lvlm.max_new_tokens": 5, "lvlm.num_beams": 1,
+    }  # fmt: skip
+    found = values(Config())
+    assert {key: found[key] for key in named} == named
+    of_lvlms = {name: resolve({"lvlm": name}, None, [], {})[0].lvlm.num_beams for name in LVLMS}
+    assert of_lvlms == {"qwen2.5_vl_3B": 3, "qwen2.5_vl_3B_classic": 3, "qwen2.5_vl_3B_server": 1}
+    digits, okvqa, vqav2 = (resolve({"dataset": n}, None, [], {})[0] for n in ("digits", "okvqa_local", "vqav2_local"))
+    assert (digits.rollout.num_queries, digits.rollout.shots, digits.sampler.name) == (600, 2, "mix_sampler")
+    assert (okvqa.sampler.name, vqav2.sampler.name) == ("rand_sampler", "rand_sampler")
+
+
+def test_classic_sets_what_the_page_has_in_bold():
+    ours, classic = (values(resolve({"recipe": name}, None, [], {})[0]) for name in (None, "classic"))
+    assert {key: value for key, value in classic.items() if ours[key] != value} == {
+        "grpo.top_k": [3, 5],
+        "grpo.dropout": "new_only",
+        "grpo.anchor": "init",
+        "grpo.refresh_every": 0,
+        "grpo.reference": "old",
+        "grpo.adaptive_kl": True,
+        "rce.batch_size": 1,
+        "grpo.batch_size": 1,
+        "rce.lr": 1e-4,
+        "grpo.lr": 5e-6,
+        "grpo.weight_decay": 0.01,
+    }

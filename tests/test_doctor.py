@@ -197,6 +197,13 @@ def test_too_small_a_disk_is_named_before_the_work(lever, tmp_path):
     assert files_in(tmp_path) == {}
 
 
+def test_what_is_to_be_downloaded_is_as_large_as_the_page_says(lever, official):
+    """7 GiB of the model, 1.6 of CLIP."""
+    for options, size in ((REAL, "8.6"), ((*REAL, *TINY[:2]), "1.6"), ((*REAL, *TINY[2:]), "7.0")):
+        (disk,) = [check for check in lever("doctor", *options, "--json").json["checks"] if check["what"] == "disk"]
+        assert f" and {size} to download" in disk["found"]
+
+
 def test_a_gpu_that_is_not_there_is_named(lever):
     import torch
 

@@ -305,3 +305,11 @@ def test_the_script_ends_with_a_table_and_the_status_of_its_worst(tmp_path):
     assert [line.split("|")[1].strip() for line in lines[:5]] == ["parser", "---", "best", "icds", "all"]
     assert lines[4].split("|")[2].strip() == "40"
     assert fuzz("--parsers", "nothing").returncode == 2
+
+
+def test_the_bounds_of_the_fuzzer(script):
+    harness, pictures = script("fuzzing.harness"), script("fuzzing.pictures")
+    assert harness.Parser("text", None).memory == 256 << 20
+    assert [parser.memory for parser in pictures.PARSERS] == [768 << 20]
+    assert harness.Limits._field_defaults["case"] == 5.0
+    assert harness._LONGEST == 2000

@@ -700,6 +700,22 @@ def test_a_hostile_image_is_refused_in_one_message(bad_images, kind):
     assert "--skip-bad-examples" in told
 
 
+def test_the_largest_and_the_longest_image(tmp_path):
+    """Of 89 megapixels and of sides 1 : 200; larger or longer ones are refused by their heads alone."""
+    cases = {
+        (9459, 9459): "truncated", (9460, 9460): "9460 by 9460 pixels, more than 89478485",
+        (200, 1): None, (201, 1): "ratio over 200", (1, 200): None, (1, 201): "ratio over 200",
+    }  # fmt: skip
+    for (width, height), why in cases.items():
+        path = tmp_path / f"{width}x{height}.png"
+        path.write_bytes(png(width, height, bytes(min(500, (width + 1) * height))))
+        if why is None:
+            assert open_image(str(path)).size == (width, height)
+        else:
+            with pytest.raises(LeverError, match=why):
+                open_image(str(path))
+
+
 DECODES = """
 import resource, sys
 from concurrent.futures import ThreadPoolExecutor

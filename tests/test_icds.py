@@ -253,19 +253,21 @@ def test_an_icd_that_is_no_training_question_is_named(refuse, tmp_path, choices,
     assert len(read_icds(written(tmp_path, as_object(beyond)), queries, digits.train_examples, 3)) == LIMIT
 
 
-def test_an_icd_that_shows_the_querys_own_image_is_refused(lever, tmp_path, prompts):
-    """The digits share no image between their splits: a copy in which one does."""
+@pytest.mark.parametrize("image", [None, 555], ids=["its id", "another id"])
+def test_an_icd_that_shows_the_querys_own_image_is_refused(lever, tmp_path, prompts, image):
+    """The digits share no image between their splits: a copy in which one does, under its id or under another."""
     root = small_digits(tmp_path / "world")
     for kind, key in (("OpenEnded_mscoco", "questions"), ("mscoco", "annotations")):
         name = "{}_{}_{}.json"
         train, val = (root / name.format(kind, f"{s}2014", key) for s in ("train", "val"))
         content = json.loads(train.read_text())
         leak = json.loads(val.read_text())[key][0]
-        content[key].append({**leak, "question_id": 777})
+        again = {} if key == "annotations" else {"question": "What else?"}
+        content[key].append({**leak, **again, "question_id": 777, "image_id": image or leak["image_id"]})
         train.write_text(json.dumps(content))
-        question, image = leak["question_id"], leak["image_id"]
-    (shown,) = root.glob(f"val2014/*{image:012d}.jpg")
-    (root / "train2014" / shown.name.replace("val", "train")).write_bytes(shown.read_bytes())
+        question, number = leak["question_id"], leak["image_id"]
+    (shown,) = root.glob(f"val2014/*{number:012d}.jpg")
+    (root / f"train2014/COCO_train2014_{image or number:012d}.jpg").write_bytes(shown.read_bytes())
     places = ("--set", f"data.okvqa_path={root}", "--set", f"data.coco_path={root}")
     config = resolve({"dataset": "digits"}, None, list(places[1::2]), {})[0]
     data = load_dataset(config.data)
@@ -277,6 +279,14 @@ def test_an_icd_that_shows_the_querys_own_image_is_refused(lever, tmp_path, prom
     refused(done, path, f"question {question}", "ICD 777", "its image")
     assert files_in(tmp_path) == before
     assert lever("infer", "--icds", path, "--shots", "1", "--quiet", *places).status == 0, "the leak is not shown"
+
+
+def test_an_icd_that_stands_twice_in_a_choice_is_refused(refuse, tmp_path, choices, queries, digits):
+    one, other = choices[queries[0].question_id][:2]
+    twice, question = changed(choices, 3, [one, str(one), other])
+    refuse(as_lines(twice), f"question {question}", f"ICD {one} appears twice")
+    beyond, _ = changed(choices, 3, [one, other, one])  # a third ICD is neither shown nor looked at
+    assert len(read_icds(written(tmp_path, as_object(beyond)), queries, digits.train_examples, 2)) == LIMIT
 
 
 @pytest.mark.parametrize("again", [str, int], ids=["text", "number"])

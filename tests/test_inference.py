@@ -13,15 +13,17 @@ from helpers import INFERENCE, RUN, files_in, track
 
 from lever_lm.checkpoint import save_torch, to_v2, v3_content
 from lever_lm.config import to_dict
+from lever_lm.console import Screen
 from lever_lm.errors import LeverError, UsageError
 from lever_lm.finding import find_checkpoint, latest_checkpoint, load_for
-from lever_lm.inference import BASELINES, Evaluation, compare
+from lever_lm.inference import BASELINES, Evaluation, compare, is_result
 from lever_lm.lvlm import load_lvlm
 from lever_lm.metrics import vqa_accuracy
 from lever_lm.options import parse_shots
 from lever_lm.policy import PointerSelector
 from lever_lm.runs import RunFolder
 from lever_lm.samplers import SAMPLERS
+from lever_lm.tables import show_results
 
 QUERIES = 40
 
@@ -144,7 +146,8 @@ def test_the_oracle_ranks_the_pool_by_the_accuracy_of_its_own_answers(evaluation
     right = 0
     for query, pool, chosen in zip(evaluation.queries, evaluation.pools, evaluation.baseline("oracle", 4), strict=True):
         assert set(chosen) <= set(pool)
-        scores = {i: vqa_accuracy(digits.train_examples[i].answer, query.answers) for i in pool}
+        answers = {i: digits.train_examples[i].answer for i in pool}
+        scores = {i: vqa_accuracy(answer, query.answers, always_normalize=True) for i, answer in answers.items()}
         assert [scores[i] for i in chosen] == sorted(scores.values(), reverse=True)[:4]
         right += scores[chosen[0]] > 0
     assert right > 0.9 * QUERIES
@@ -319,6 +322,40 @@ def test_accuracy_against_raw_answers_is_labelled_apart(evaluated, evaluation):
     for outcome in evaluated[1]:
         raw = [vqa_accuracy(a, q.raw_answers) for a, q in zip(outcome.predictions, evaluation.queries, strict=True)]
         assert outcome.summary()["raw_accuracy"] == pytest.approx(np.mean(raw))
+
+
+class Shouting:
+    """An LVLM that knows every answer and writes it in capitals."""
+
+    def answer(self, prompts, what):
+        return [prompt.query.answer.upper() for prompt in prompts]
+
+
+def test_the_official_accuracy_is_the_headline_and_the_always_normalised_one_beside_it(evaluation, tmp_path):
+    choices = {"zero_shot": evaluation.baseline("zero_shot", 1)}
+    outcomes = evaluation.run(choices, [1], Shouting())
+    agreed = [len(set(query.answers)) == 1 for query in evaluation.queries]
+    assert outcomes[0].scores == [0.0 if same else 1.0 for same in agreed]
+    assert outcomes[0].normalized_scores == [1.0] * QUERIES
+    (row,) = evaluation.write(tmp_path, outcomes, choices, "zero_shot", {})["results"]
+    assert (row["accuracy"], row["normalized_accuracy"]) == (pytest.approx(1 - np.mean(agreed)), 1.0)
+    assert 0.1 < row["accuracy"] < 0.9
+
+
+def test_results_without_the_always_normalised_accuracy_are_results_still():
+    row = {"method": "grpo", "shots": 1, "accuracy": 0.5, "raw_accuracy": 0.5, "n": 8, "ci": [0.4, 0.6]}
+    assert is_result(row)
+    assert is_result({**row, "normalized_accuracy": 0.5})
+    assert not is_result({**row, "normalized_accuracy": "0.5"})
+
+
+def test_the_terminal_labels_both_accuracies(capsys):
+    row = {"method": "grpo", "shots": 1, "accuracy": 0.5, "ci": [0.4, 0.6], "raw_accuracy": 0.5, "n": 8}
+    show_results(Screen(), [{**row, "normalized_accuracy": 0.75}, {**row, "shots": 2, "raw_accuracy": 0.25}], [])
+    seen = capsys.readouterr().out
+    assert "Official VQA accuracy on 8 queries" in seen
+    assert "grpo at 1 shot: 0.500 official, 0.750 with answers always normalised\n" in seen
+    assert "grpo at 2 shots: 0.500 official, 0.250 official against `raw_answer`\n" in seen
 
 
 def test_paired_tests_compare_at_the_same_number_of_shots(evaluated):
@@ -510,7 +547,7 @@ def test_a_checkpoint_of_another_encoder_stops_infer_before_anything_is_written(
 def test_the_run_folder_holds_the_config_that_was_resolved(trained, digits_config):
     there = yaml.safe_load((trained / RUN / "config.yaml").read_text())
     expected = to_dict(digits_config)
-    expected["rollout"]["num_queries"] = expected["infer"]["num_queries"] = 24
+    expected["rollout"]["num_queries"] = expected["infer"]["num_queries"] = expected["reward"]["max_groups"] = 24
     expected["rce"]["epochs"], expected["grpo"]["epochs"] = 2, 4
     assert there == expected
 
@@ -536,6 +573,19 @@ def test_a_choice_among_fewer_epochs_than_there_are_now_is_said_to_be_stale(trai
     assert "`lever best-ckpt` again" in find_checkpoint(RunFolder(trained / RUN), None, {})[1]
 
 
+def test_a_choice_of_an_epoch_that_broke_is_said_to_be_one(trained, lever):
+    assert lever("best-ckpt", "--strategy", "val_reward").status == 0
+    run = RunFolder(trained / RUN)
+    epoch = json.loads(run.best.read_text())["epoch"]
+    rows = [{**row, "kl": float("nan")} if row["epoch"] == epoch else row for row in run.rows()]
+    run.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path, why = find_checkpoint(run, None, {})
+    assert path == run.checkpoint("grpo", epoch)
+    assert "an epoch that broke" in why
+    run.best.unlink()
+    assert find_checkpoint(run, None, {})[0] != path
+
+
 def test_results_of_the_same_setting_add_up_and_others_replace_them(trained, lever):
     def rows(*options):
         done = lever("infer", "--ckpt", "latest", "--json", *options)
@@ -547,6 +597,7 @@ def test_results_of_the_same_setting_add_up_and_others_replace_them(trained, lev
     assert rows("--shots", "2", "--limit", "12") == [("grpo", 1, 12), ("grpo", 2, 12)]
     assert rows("--shots", "1,2", "--limit", "12") == [("grpo", 1, 12), ("grpo", 2, 12)]
     assert rows("--shots", "2", "--limit", "10") == [("grpo", 2, 10)]
+    assert rows("--shots", "1", "--limit", "10", "--set", "prompt.cut=classic") == [("grpo", 1, 10)]
 
 
 def test_inferences_lie_under_the_name_of_their_checkpoints_own_run(trained, lever):

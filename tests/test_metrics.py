@@ -1,9 +1,11 @@
 """VQA accuracy against the official evaluator's own numbers, relevance by hand."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
+import vqa_rule
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -78,6 +80,32 @@ def test_the_prediction_is_stripped_even_where_all_agree():
     assert vqa_accuracy(" cat\n", ["cat"] * 10) == 1.0
 
 
+@pytest.mark.parametrize("outer", ["black ", " black", "black\n", "\tblack", "\xa0black"])
+def test_annotators_agree_whatever_the_blanks_around_their_answers(outer):
+    answers = ["black"] * 9 + [outer]
+    assert vqa_accuracy("Black", answers) == 0.0
+    assert vqa_accuracy("black", answers) == 1.0
+    assert vqa_accuracy("Black", answers, always_normalize=True) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "official", "always"),
+    [
+        ("Yes", ["yes"] * 10, 0.0, 1.0),
+        ("the cat.", ["cat"] * 10, 0.0, 1.0),
+        ("2", ["two"] * 10, 0.0, 1.0),
+        ("yes", ["yes"] * 10, 1.0, 1.0),
+        ("Yes", ["yes"] * 9 + ["no"], 1.0, 1.0),
+        ("no", ["yes"] * 10, 0.0, 0.0),
+        ("Yes", ["yes"], 0.0, 0.0),
+        ("Yes", [], 0.0, 0.0),
+    ],
+)
+def test_what_is_always_normalised_differs_where_all_agree_and_nowhere_else(prediction, answers, official, always):
+    assert vqa_accuracy(prediction, answers) == official
+    assert vqa_accuracy(prediction, answers, always_normalize=True) == always
+
+
 def test_without_annotators_nothing_is_right():
     assert vqa_accuracy("cat", []) == 0.0
 
@@ -104,6 +132,118 @@ def test_contractions_are_pairs_of_single_words():
     assert all(" " not in left + right for left, right in CONTRACTIONS.items())
     assert CONTRACTIONS["youve"] == "you've"
     assert len(CONTRACTIONS) > 100
+
+
+# ---------------------------------------------------------------------- a transcription of the official rule
+
+WORDS = [
+    "cat",
+    "Cat",
+    "black",
+    "red car",
+    "two",
+    "2",
+    "none",
+    "TEN",
+    "a",
+    "the",
+    "an",
+    "A cat",
+    "dont",
+    "don't",
+    "youre",
+]
+WORDS += [
+    "1,000",
+    "1000",
+    "3.5",
+    ".5",
+    "st. john",
+    "u.s.a.",
+    "a.m",
+    "t-shirt",
+    "rock/roll",
+    "what?",
+    "(left)",
+    "x=y",
+    "...",
+    "",
+]
+WORDS += [
+    "café",
+    "cafe\u0301",
+    "日本",
+    "٣",
+    "Å",
+    "ß",
+    "İ",
+    "1،000",
+    "yes",
+    "Yes",
+    "yes!",
+    "! yes",
+    "4,5",
+    "4, 5",
+    "." * 40,
+    "-",
+    "5'6",
+]
+AROUND = [
+    "",
+    "",
+    "",
+    " ",
+    "  ",
+    "\n",
+    "\t",
+    "\xa0",
+    "\u3000",
+    ".",
+    ",",
+    "!",
+    ";",
+    "-",
+    " .",
+    ". ",
+    ", ",
+    "_",
+    "\r",
+    "\x1c",
+]
+
+
+def drawn_text(rng: random.Random) -> str:
+    """A word or some, what may stand around one before, between and after them."""
+    text = rng.choice(AROUND) + rng.choice(WORDS)
+    while rng.random() < 0.3:
+        text += rng.choice([" ", *AROUND]) + rng.choice(WORDS)
+    text += rng.choice(AROUND)
+    return text.upper() if rng.random() < 0.1 else text
+
+
+def drawn_answers(rng: random.Random) -> list[str]:
+    """What annotators wrote: all the same, the same but for blanks, or a few texts some times each."""
+    texts = [drawn_text(rng) for _ in range(rng.choice([1, 1, 1, 2, 3, 10]))]
+    answers = [rng.choice(texts) for _ in range(rng.choice([1, 3, 10, 10, 10]))]
+    if rng.random() < 0.5:
+        answers = [
+            rng.choice(["", "", " ", "\n", "\t"]) + answer + rng.choice(["", "", " ", "\n"]) for answer in answers
+        ]
+    return answers
+
+
+def test_accuracy_is_that_of_a_slow_transcription_of_the_official_rule():
+    rng, wrong, scores = random.Random(13), [], set()
+    for _ in range(6_000):
+        answers = drawn_answers(rng)
+        near = [rng.choice(AROUND) + rng.choice(answers) + rng.choice(AROUND) for _ in range(6)]
+        for prediction in [*near, rng.choice(answers), rng.choice(answers).strip().title(), drawn_text(rng)]:
+            expected = vqa_rule.accuracy(prediction, answers)
+            scores.add(round(expected, 6))
+            if abs(vqa_accuracy(prediction, answers) - expected) > 1e-12:
+                wrong.append((prediction, answers, expected))
+    assert not wrong
+    assert len(scores) >= 5, "scores that are all alike prove nothing"
 
 
 # ---------------------------------------------------------------------- relevance

@@ -362,6 +362,23 @@ def test_what_the_rollouts_asked_is_not_asked_again_and_what_is_new_is(logged, d
     assert before < logged[2].asked <= before + int(tensors.mask.sum())
 
 
+class Shouting:
+    """An LVLM that knows every answer and writes it in capitals."""
+
+    def generate(self, prompts, what="answers"):
+        return [prompt.query.answer.upper() for prompt in prompts]
+
+
+def test_a_reward_does_not_hang_on_how_an_answer_is_written(logged, digits):
+    """Also where all ten annotators agree, where the official evaluator compares the strings as they are."""
+    config, train = logged[0], digits.train_examples
+    agreed = [row for row, query in enumerate(train) if len(set(query.answers)) == 1][:3]
+    disagreed = [row for row, query in enumerate(train) if query.answers.count(query.answer) in range(4, 10)][:3]
+    rows, pools = torch.tensor(agreed + disagreed), torch.tensor([[2000, 2001]] * 6)
+    answer = online_rewards(config, train, rows, pools, Shouting())
+    assert answer(torch.tensor([[[0, 1]]] * 6)).flatten().tolist() == [2.0] * 6  # right, and all of the accuracy
+
+
 def test_a_shorter_sequence_is_a_shorter_prompt(logged, digits):
     config, path, lvlm = logged
     groups, train, expected = load_groups(path), digits.train_examples, []
@@ -370,7 +387,8 @@ def test_a_shorter_sequence_is_a_shorter_prompt(logged, digits):
         prompts = [
             build_prompt([train[group.pool[i]] for i in picks], query, config.prompt) for picks in ([3], [5, 2], [7])
         ]
-        expected.append([vqa_accuracy(cut_answer(text), query.answers) for text in lvlm.generate(prompts)])
+        answers = [cut_answer(text) for text in lvlm.generate(prompts)]
+        expected.append([vqa_accuracy(answer, query.answers, always_normalize=True) for answer in answers])
     asked = lvlm.asked
     sequences = torch.tensor([[[3, -1], [5, 2], [7, -1]]]).expand(len(groups), -1, -1)
     found = answering(logged, digits, groups, mode="soft_only")(sequences)

@@ -97,11 +97,46 @@ def test_the_demonstrated_answer_is_the_commonest_of_the_annotators(processor):
         ("three Question: what", "three"),
         ("threeAnswer: four", "three"),
         ("three Short answer: four", "three"),
+        ("three short Answer: four", "three"),
         ("question mark", "question mark"),
         ("Question: what", ""),
         ("hot dog.", "hot dog."),
+        ("Shorts", "Shorts"),
+        ("Shortstop", "Shortstop"),
+        ("Short sleeve", "Short sleeve"),
+        ("Answering machine", "Answering machine"),
+        ("Questionnaire", "Questionnaire"),
+        ("a Question", "a Question"),
+        ("Answer: cat", "cat"),
+        ("Answer: Shorts Question: what", "Shorts"),
+        ("Short answer: 1,000", "1,000"),
+        ("\nAnswer:\nShort answer: cat\ndog", "cat"),
+        ("Answer: Question: what", ""),
+        ("Answer:", ""),
+        ("12:30 pm", "12:30 pm"),
         ("", ""),
     ],
 )
 def test_an_answer_ends_where_the_model_goes_on_with_something_else(written, answer):
     assert cut_answer(written) == answer
+
+
+@pytest.mark.parametrize(
+    ("written", "answer"),
+    [
+        ("Shorts", ""),
+        ("red Shorts", "red"),
+        ("Answer: cat", ""),
+        ("a Questionnaire", "a"),
+        ("question: what", "question: what"),
+        ("\n three, four", "three"),
+        ("three\nfour", "three"),
+    ],
+)
+def test_the_classic_rule_ends_an_answer_within_a_word(written, answer):
+    assert cut_answer(written, "classic") == answer
+
+
+def test_a_comma_ends_no_answer_where_answers_hold_one():
+    assert cut_answer("red, white, and blue Question: what", comma=False) == "red, white, and blue"
+    assert cut_answer("red, white", comma=True) == "red"

@@ -260,6 +260,21 @@ def test_a_card_has_what_the_policy_gave_each_pick(evaluated, lever):
     assert "With random demonstrations" in page
 
 
+def test_the_page_labels_both_accuracies_and_reads_results_that_have_one(evaluated, lever):
+    (path,) = (evaluated / INFERENCE).glob("*/metrics.json")
+    metrics = json.loads(path.read_text())
+    for row in metrics["results"]:
+        row |= {"accuracy": 0.515625, "normalized_accuracy": 0.765625, "raw_accuracy": 0.265625}
+    del metrics["results"][-1]["normalized_accuracy"]
+    path.write_text(json.dumps(metrics))
+    page = page_of(lever)
+    heads = re.findall(r'<th scope="col">([^<]*(?:official|normalised)[^<]*)</th>', page)
+    assert heads == ["official accuracy", "always normalised", "official, against raw answers"]
+    rows = len(metrics["results"])
+    assert page.count("<td>76.6 %</td><td>26.6 %</td>") == rows - 1
+    assert page.count("<td>–</td><td>26.6 %</td>") == 1
+
+
 def test_the_same_run_makes_the_same_page_that_is_small_enough_to_mail(evaluated, lever):
     first = page_of(lever)
     assert page_of(lever) == first

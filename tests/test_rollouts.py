@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from helpers import track
+from helpers import small_digits, track
 
 from lever_lm.config import PromptConfig
 from lever_lm.data.groups import load_groups
@@ -17,7 +17,7 @@ from lever_lm.lvlm.cache import AnswerCache
 from lever_lm.lvlm.local import LocalLvlm, local_fingerprint
 from lever_lm.metrics import normalize_answer, relevance, vqa_accuracy
 from lever_lm.proposals import new_policy, query_rows
-from lever_lm.rollouts import group_report, make_rollouts
+from lever_lm.rollouts import _reference_probs, group_report, make_rollouts, online_rewards
 
 QUERIES = 12
 # Field → (type, least, most) of every trajectory (golden/rl_data_schema.md); None allowed where marked.
@@ -236,8 +236,9 @@ def test_scores_are_the_vqa_accuracy_of_the_answers(trajectories, digits):
         references = digits.train_examples[row].answers
         answer = cut_answer(trajectory["vqa_raw_generation"])
         assert trajectory["vqa_pred_answer"] == answer
-        assert trajectory["vqa_acc_score"] == pytest.approx(vqa_accuracy(answer, references), abs=1e-6)
-        assert trajectory["vqa_correct"] == (vqa_accuracy(answer, references) > 0)
+        accuracy = vqa_accuracy(answer, references, always_normalize=True)
+        assert trajectory["vqa_acc_score"] == pytest.approx(accuracy, abs=1e-6)
+        assert trajectory["vqa_correct"] == (accuracy > 0)
         f1, edit = relevance(answer, references)
         assert trajectory["vqa_rel_token_f1"] == pytest.approx(f1, abs=1e-6)
         assert trajectory["vqa_rel_edit_sim"] == pytest.approx(edit, abs=1e-6)
@@ -297,6 +298,73 @@ def test_retrieval_takes_the_most_similar_pairs_that_no_beam_took(entries, digit
             proposed[trajectory["gen_method"]].append(set(trajectory["pointer"]))
         pairs = [set(order[start : start + 2]) for start in range(0, len(order), 2)]
         assert proposed["retrieval"] == [pair for pair in pairs if pair not in proposed["beam"]][:2]
+
+
+# ---------------------------------------------------------------------- where an answer is cut
+
+
+class Dressed:
+    """An LVLM that sees the same thing everywhere."""
+
+    def batches(self, prompts):
+        return [list(range(len(prompts)))]
+
+    def generate(self, prompts):
+        return ["Shorts Question: what"] * len(prompts)
+
+
+def test_an_answer_is_cut_by_the_rule_of_the_config_and_asked_once(digits, digits_features, config, tmp_path):
+    def cut(rule, backend):
+        prompt = dataclasses.replace(config.prompt, cut=rule)
+        lvlm = CachedLvlm(lambda: backend, "dressed", AnswerCache(tmp_path / "answers.sqlite"), track)
+        few = dataclasses.replace(config, prompt=prompt, rollout=dataclasses.replace(config.rollout, num_queries=3))
+        make_rollouts(few, digits, digits_features, lvlm, tmp_path / "rl_data.json", said.append)
+        entries = json.loads((tmp_path / "rl_data.json").read_text(encoding="utf-8"))
+        found = [t for key, e in entries.items() if key != "_meta" for t in e["pointer_candidates"]]
+        return {(t["vqa_raw_generation"], t["vqa_pred_answer"]) for t in found}
+
+    said = []
+    assert cut("turn", Dressed()) == {("Shorts Question: what", "Shorts")}
+    assert cut("classic", None) == {("Shorts Question: what", "")}
+    assert "is made again: the prompt has changed;" in said[0]
+
+
+# ---------------------------------------------------------------------- the probability of the references
+
+
+@pytest.mark.parametrize("end", [True, False])
+def test_gt_prob_is_the_weighted_probability_of_the_distinct_references(make, digits, config, tmp_path, end):
+    rollout = dataclasses.replace(config.rollout, num_queries=2, random=3, beam=0, sample=0, gt_prob=True)
+    _, model = make(dataclasses.replace(config, rollout=dataclasses.replace(rollout, gt_prob_end=end)))
+    content, train = json.loads((tmp_path / "rl_data.json").read_text(encoding="utf-8")), digits.train_examples
+    found = [(int(key), t) for key, entry in content.items() if key != "_meta" for t in entry["pointer_candidates"]]
+    assert len(found) >= 6
+    for row, trajectory in found:
+        prompt = build_prompt([train[i] for i in trajectory["pointer_global"]], train[row], config.prompt)
+        counts = Counter(train[row].answers)
+        scores = model.answer_log_prob([prompt] * len(counts), list(counts), end=end)
+        expected = sum(min(n / 3, 1) * math.exp(s) for n, s in zip(counts.values(), scores, strict=True))
+        assert trajectory["vqa_gt_prob"] == pytest.approx(expected, abs=1e-4)
+        assert not end or trajectory["vqa_gt_prob"] <= 1
+
+
+def test_a_reference_is_one_answer_whichever_way_it_was_typed(digits, config):
+    class Certain:
+        """An LVLM that is sure of every answer."""
+
+        def generate(self, prompts, what):
+            return ["caf\xe9"] * len(prompts)
+
+        def answer_log_prob(self, prompts, answers, what, *, end):
+            asked.append((answers, end))
+            return [0.0] * len(answers)
+
+    asked, query = [], dataclasses.replace(digits.train_examples[0], answers=("cafe\u0301", "caf\xe9") * 5)
+    scored = dataclasses.replace(config, reward=dataclasses.replace(config.reward, mode="hard01_plus_gtprob"))
+    rows, pools = torch.tensor([0]), torch.tensor([[1, 2]])
+    rewards = online_rewards(scored, [query, *digits.train_examples[1:3]], rows, pools, Certain())
+    rewards(torch.tensor([[[0, 1]]]))
+    assert asked == [(["caf\xe9"], True)]
 
 
 # ---------------------------------------------------------------------- the report
@@ -420,3 +488,45 @@ def test_more_shots_than_there_are_candidates_are_refused(make, config):
     rollout = dataclasses.replace(config.rollout, shots=2600, pool_size=2600)
     with pytest.raises(LeverError, match=r"rollout\.shots"):
         make(dataclasses.replace(config, rollout=rollout))
+
+
+# ---------------------------------------------------------------------- P(reference answers)
+
+
+class Halves:
+    """An LVLM by which every answer has the probability 1/2."""
+
+    def answer_log_prob(self, prompts, answers, what):
+        self.asked = list(answers)
+        return [math.log(0.5)] * len(answers)
+
+
+def test_blank_answers_are_no_references(digits):
+    example = dataclasses.replace(digits.train_examples[0], answers=("", "one", "one", "uno", " ", "") + ("two",) * 4)
+    model = Halves()
+    prompt = build_prompt([], example, PromptConfig())
+    assert _reference_probs([prompt], model) == [pytest.approx(0.5 * (2 / 3 + 1 / 3 + 1))]
+    assert model.asked == ["one", "uno", "two"]
+
+
+def test_a_blank_annotator_does_not_stop_rollouts_with_reference_probabilities(lever, tmp_path):
+    root = small_digits(tmp_path / "world", 12, 4)
+    path = root / "mscoco_train2014_annotations.json"
+    content = json.loads(path.read_text())
+    for entry in content["annotations"]:
+        entry["answers"][9] |= {"answer": "", "raw_answer": ""}
+    path.write_text(json.dumps(content))
+    data = ("--set", f"data.okvqa_path={root}", "--set", f"data.coco_path={root}", "--set", "rollout.pool_size=4")
+    scored = (
+        "--set",
+        "rollout.gt_prob=true",
+        "--set",
+        "rollout.infoscore=1",
+        "--set",
+        "rollout.infoscore_candidates=2",
+    )
+    done = lever("rollout", *data, *scored, "--json")
+    assert done.status == 0, done.err
+    entries = [v for k, v in json.loads((tmp_path / done.json["path"]).read_text()).items() if k != "_meta"]
+    assert len(entries) == 12
+    assert all(0 < t["vqa_gt_prob"] < 10 for entry in entries for t in entry["pointer_candidates"])

@@ -6,20 +6,23 @@ import torch
 import torch.nn.functional as F
 
 from lever_lm.config import SamplerConfig
-from lever_lm.data import Example
+from lever_lm.data import Example, StoredImage
 from lever_lm.errors import LeverError, UsageError
 from lever_lm.features import Embeddings
-from lever_lm.samplers import SAMPLERS, allowed, nearest, query_rng, sample_pools, similarity_rows
+from lever_lm.samplers import SAMPLERS, Candidates, candidate_counts, nearest, query_rng, sample_pools, similarity_rows
 
 TRAIN = 60
 
 
-def examples(count, first=0, per_image=3):
+def example(question_id, image_id, content=None):
+    """A question about an image whose content is what `content` says, of its own where that says nothing."""
+    image = StoredImage(f"content of {image_id}" if content is None else content, 0, None)
+    return Example(question_id, image_id, f"q{question_id}?", ("a",), ("a",), image)
+
+
+def examples(count, per_image=3):
     """Every `per_image` consecutive questions are about the same image."""
-    return [
-        Example(first + i, (first + i) // per_image, f"q{i}?", ("a",), ("a",), f"{(first + i) // per_image}.jpg")
-        for i in range(count)
-    ]
+    return [example(i, i // per_image) for i in range(count)]
 
 
 def embeddings(count, seed=0, dim=8):
@@ -83,7 +86,7 @@ def test_a_pool_is_smaller_only_where_fewer_examples_are_allowed(name, train):
 
 def test_queries_of_another_split_may_have_any_training_example_but_their_image():
     items, features = examples(12), embeddings(12)
-    query = Example(999, 2, "?", ("a",), ("a",), "2.jpg")  # its image is that of rows 6–8
+    query = example(999, 2)  # its image is that of rows 6–8
     (pool,) = sample_pools(SamplerConfig(), [query], items, None, size=64, seed=0)
     assert sorted(pool) == [0, 1, 2, 3, 4, 5, 9, 10, 11]
     assert len(features.image) == 12
@@ -107,9 +110,28 @@ def test_pools_that_take_long_are_followed_and_come_out_the_same(train):
 
 
 def test_allowed_is_neither_the_question_nor_its_image():
-    ids, images = np.array([5, 6, 7, 8]), np.array([1, 1, 2, 3])
-    assert allowed(Example(7, 1, "", (), (), ""), ids, images).tolist() == [3]
-    assert allowed(Example(9, 9, "", (), (), ""), ids, images).tolist() == [0, 1, 2, 3]
+    candidates = Candidates([example(5, 1), example(6, 1), example(7, 2), example(8, 3)])
+    assert candidates.allowed(example(7, 1)).tolist() == [3]
+    assert candidates.allowed(example(9, 9)).tolist() == [0, 1, 2, 3]
+
+
+def test_equal_content_is_one_image_whatever_its_ids_say_and_so_is_an_equal_id():
+    contents = [(1, "a"), (2, "a"), (2, "b"), (3, "b"), (4, "c"), (5, "d")]
+    candidates = Candidates([example(10 + row, *image) for row, image in enumerate(contents)])
+    assert candidates.allowed(example(99, 77, "c")).tolist() == [0, 1, 2, 3, 5], "the content alone"
+    assert candidates.allowed(example(99, 4, "z")).tolist() == [0, 1, 2, 3, 5], "the id alone"
+    assert candidates.allowed(example(99, 4, "d")).tolist() == [0, 1, 2, 3], "either"
+    assert candidates.allowed(example(99, 77, "a")).tolist() == [4, 5], "by way of a second name of the image"
+    assert candidates.allowed(example(14, 88, "z")).tolist() == [0, 1, 2, 3, 5], "the question itself"
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_no_pool_shows_the_querys_photograph_where_each_question_numbers_its_own(name, train):
+    """As in a folder that numbers images by questions: three questions on each photograph, each under another id."""
+    items, features = [example(i, 1000 + i, f"photograph {i // 3}") for i in range(TRAIN)], train[1]
+    found = sample_pools(SamplerConfig(name), items, items, (features, features), size=16, seed=0)
+    assert all(len(pool) == 16 for pool in found)
+    assert not [q for q, pool in zip(items, found, strict=True) if q.image in [items[row].image for row in pool]]
 
 
 # ---------------------------------------------------------------------- which examples
@@ -133,6 +155,36 @@ def test_the_mixture_is_a_quarter_text_a_quarter_image_and_the_rest_at_random(tr
         rest = [row for row in rows if row not in by_text]
         by_image = ranked(features.image @ features.image[query.question_id], rest)[:4]
         assert {*by_text, *by_image} <= set(pool)
+
+
+@pytest.mark.parametrize(
+    ("size", "shares"),
+    [
+        (1, [1, 0, 0]),
+        (2, [1, 1, 0]),
+        (3, [1, 1, 1]),
+        (4, [2, 1, 1]),
+        (5, [3, 1, 1]),
+        (6, [3, 2, 1]),
+        (7, [3, 2, 2]),
+        (64, [32, 16, 16]),
+    ],
+)
+def test_the_mixture_of_a_small_pool_has_of_each_source_as_far_as_they_go(train, size, shares):
+    assert candidate_counts("mix_sampler", size) == shares
+    items, features = train
+    for query, pool in zip(items, pools("mix_sampler", train, size=size), strict=True):
+        rows = [row for row, item in enumerate(items) if item.image_id != query.image_id]
+        by_text = ranked(features.text @ features.text[query.question_id], rows)[: shares[1]]
+        rest = [row for row in rows if row not in by_text]
+        by_image = ranked(features.image @ features.image[query.question_id], rest)[: shares[2]]
+        assert len(pool) == min(size, len(rows))
+        assert {*by_text, *by_image} <= set(pool)
+
+
+@pytest.mark.parametrize(("name", "shares"), [("rand", [7, 0, 0]), ("text_sim", [0, 7, 0]), ("img_sim", [0, 0, 7])])
+def test_a_sampler_of_one_source_takes_all_from_it(name, shares):
+    assert candidate_counts(f"{name}_sampler", 7) == shares
 
 
 def test_the_random_part_is_drawn_evenly():

@@ -16,7 +16,17 @@ from lever_lm.checkpoint import save_torch
 from lever_lm.errors import LeverError, UsageError
 from lever_lm.journal import table_header, table_row
 from lever_lm.runs import RunFolder
-from lever_lm.selection import GRPO_MARKER, STRATEGIES, best_row, check_strategy, choose, read_history, read_log
+from lever_lm.selection import (
+    GRPO_MARKER,
+    STRATEGIES,
+    best_row,
+    check_strategy,
+    choose,
+    epochs_since_best,
+    read_history,
+    read_log,
+    worth_keeping,
+)
 
 GOLDEN = Path(__file__).parent / "data" / "best_checkpoint"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text(encoding="utf-8"))
@@ -151,6 +161,53 @@ def test_rows_that_are_not_finite_are_excluded_and_said_so(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("broken", ["train_loss", "val_loss", "ppo_loss", "kl", "adv_std", "adv_max", "beta"])
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("source", ["metrics", "checkpoints", "log"])
+def test_an_epoch_that_broke_is_chosen_by_no_strategy(tmp_path, broken, number, source):
+    """Epoch 2 is the best by every metric, but for one number."""
+    best = {"val_loss": 0.1, "ppo_loss": -9.0, "kl": 0.05, "adv_std": 9.0, "val_reward": 9.0, "val_top_reward": 9.0}
+    usual = {"val_loss": 1.0, "ppo_loss": 0.0, "kl": 0.03, "adv_std": 1.0, "val_reward": 1.0, "val_top_reward": 1.0}
+    rows = [row(1, **usual), row(2, **{**best, broken: number}), row(3, **{**usual, "val_loss": 0.5})]
+    if source == "log":
+        run, history = None, read_log(write_log(tmp_path, log_text(rows)))
+    else:
+        run = run_with(tmp_path, rows)
+        if source == "checkpoints":
+            for one in rows:
+                save_torch(run.checkpoint("grpo", one["epoch"]), {"metrics": one})
+            run.metrics.unlink()
+        history = read_history(run, None)
+    by_log = ("val_reward", "val_top_reward") if source == "log" else ()
+    for name in STRATEGIES.keys() - by_log:
+        answer = choose(history, name, run)
+        assert answer["epoch"] == (3 if name == "val_loss" else 1)
+        assert answer["excluded"] == [{"epoch": 2, "why": f"{broken} is {number}"}]
+        assert answer["others"] == {
+            other: None if other in by_log else 3 if other == "val_loss" else 1 for other in STRATEGIES if other != name
+        }
+    assert epochs_since_best(rows) == 2
+    run = RunFolder(tmp_path)
+    assert run.checkpoint("grpo", 2) not in worth_keeping(run, rows, latest=1)
+
+
+def test_where_every_epoch_broke_or_is_out_of_range_none_is_chosen(tmp_path):
+    rows = [row(1, kl=0.05, beta=math.nan), row(2, kl=0.2), row(3, kl=0.11, adv_max=math.inf)]
+    history = read_history(run_with(tmp_path, rows), None)
+    answer = choose(history, "kl", None)
+    assert answer["epoch"] is None
+    assert "nearest is epoch 2 with 0.2" in answer["why"]
+    assert choose(read_history(run_with(tmp_path, rows[::2]), None), "val_loss", None)["epoch"] is None
+
+
+def test_an_rce_row_is_judged_by_the_columns_it_has(tmp_path):
+    rows = [
+        {"phase": "rce", "epoch": i, "train_loss": t, "val_loss": v} for i, t, v in ((1, math.nan, 1.0), (2, 1, 2.0))
+    ]
+    answer = choose(read_history(run_with(tmp_path, rows), None), "val_loss", None)
+    assert (answer["epoch"], answer["excluded"]) == (2, [{"epoch": 1, "why": "train_loss is nan"}])
+
+
 def test_a_metric_nobody_logged_has_no_best_epoch(tmp_path):
     history = read_history(run_with(tmp_path, [row(1)]), None)
     answer = choose(history, "val_reward", None)
@@ -205,7 +262,7 @@ def test_rows_with_nan_and_inf_are_read_and_excluded(tmp_path):
     )
     history = read_log(write_log(tmp_path, text))
     assert len(history.rows) == 4
-    assert pick(history, "val_loss") == 2
+    assert pick(history, "val_loss") == 4
     assert pick(history, "ppo_loss") == 4
     assert [e["epoch"] for e in choose(history, "ppo_loss", None)["excluded"]] == [1, 2, 3]
 

@@ -121,6 +121,37 @@ def test_log_probs_are_those_of_the_local_model(tiny, prompts, style):
     assert all(score < 0 and round(score, 6) == score for score in scores)
 
 
+@pytest.mark.parametrize("style", ["interleaved", "dialogue"])
+def test_log_probs_with_the_end_of_the_turn_are_those_of_the_local_model(tiny, prompts, style):
+    texts = ("three", "twenty one", "end", "1", "né – ✓ 3")
+    answers = [texts[i % len(texts)] for i in range(len(prompts))]
+    scores = make(tiny.url, style).answer_log_prob(prompts, answers, end=True)
+    assert scores == pytest.approx(local(style).answer_log_prob(prompts, answers, end=True), abs=1e-4)
+    assert tiny.asked[-1]["continue_final_message"] is False
+
+
+def test_an_answer_that_is_typed_in_parts_is_scored_as_the_composed_one(serve, prompts):
+    reply = said("")
+    reply.body["prompt_logprobs"] = places(("\n", -1), ("caf", -1), ("é", -2))
+    server = serve(lambda request: reply)
+    assert make(server.url).answer_log_prob(prompts[:1], ["cafe\u0301"]) == [-3.0]
+    assert server.asked[0]["messages"][-1]["content"] == "caf\xe9"
+
+
+def test_a_repetition_penalty_is_sent_and_gives_the_local_answers(tiny, prompts):
+    answers = make(tiny.url, repetition_penalty=20.0).generate(prompts)
+    assert tiny.asked[-1]["repetition_penalty"] == 20
+    assert answers == local(repetition_penalty=20.0).generate(prompts)
+    assert answers != make(tiny.url).generate(prompts)
+
+
+def test_a_server_that_may_not_take_a_repetition_penalty_is_refused(serve):
+    server = serve(lambda request: said("three"), listed=models(NAME, owner="somebody"))
+    with pytest.raises(LeverError, match=r"neither vLLM nor SGLang.*--set lvlm\.repetition_penalty=1"):
+        make(server.url, repetition_penalty=1.05)
+    assert not server.asked
+
+
 def test_an_answer_is_cut_at_its_end(tiny, prompts):
     assert make(tiny.url).answer(prompts[:6]) == local().answer(prompts[:6])
 
@@ -228,9 +259,10 @@ def test_an_image_that_is_not_there_is_named(tiny, prompts):
 
 
 def test_a_question_that_holds_an_image_placeholder_is_refused_by_name(tiny, prompts):
-    query = dataclasses.replace(prompts[0].query, question="what is <|image_pad|> here?")
-    with pytest.raises(LeverError, match=rf"question {query.question_id}.*<\|image_pad\|>"):
-        make(tiny.url).generate([dataclasses.replace(prompts[0], query=query)])
+    prompt = next(prompt for prompt in prompts if prompt.icds)
+    spoilt = dataclasses.replace(prompt.icds[0], question_id=424242, question="what is <|image_pad|> here?")
+    with pytest.raises(LeverError, match=r"question 424242: <\|image_pad\|>"):
+        make(tiny.url).generate([dataclasses.replace(prompt, icds=(spoilt, *prompt.icds[1:]))])
 
 
 def test_batches_keep_the_order_and_are_a_few_rounds_of_requests(serve, prompts):
@@ -789,6 +821,21 @@ def test_the_tokens_at_the_end_must_spell_the_answer(answer, tokens, expected):
     assert log_prob_at_end(places(*tokens), answer) == expected
 
 
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        ([("\n", -9), ("bus", -4), ("<|im_end|>", -1), ("\n", -7)], -5),
+        ([("\n", -9), ("a", -1), (" bus", -4), ("<|im_end|>", -1)], None),
+        ([("\n", -9), ("bus", -4)], None),
+        ([("\n", -9), ("bus", -4), ("\n", -7)], None),
+        ([("\n", -9)], None),
+        ([], None),
+    ],
+)
+def test_with_the_end_the_answer_stands_before_the_token_that_closes_the_turn(tokens, expected):
+    assert log_prob_at_end(places(*tokens), "bus", "<|im_end|>") == expected
+
+
 ODD = [{}, {"3": {"logprob": -1}}, 3, "x", {"3": {"logprob": "much", "decoded_token": "three"}}]
 ODD += [{"3": {"logprob": score, "decoded_token": "three"}} for score in (float("nan"), 10**400, None)]
 
@@ -803,6 +850,13 @@ def test_log_probs_that_do_not_fit_the_answer_are_refused_by_name(serve, prompts
     reply.body["prompt_logprobs"] = places(("\n", -1), ("four", -1))
     with pytest.raises(LeverError, match=rf"question {prompts[0].query.question_id}: the tokens .* 'three'"):
         make(serve(lambda request: reply).url).answer_log_prob(prompts[:1], ["three"])
+
+
+def test_a_turn_that_the_server_does_not_close_is_refused_with_what_leaves_the_end_out(serve, prompts):
+    reply = said("")
+    reply.body["prompt_logprobs"] = places(("\n", -1), ("three", -1))
+    with pytest.raises(LeverError, match=r"'three' and <\|im_end\|> .*: rollout\.gt_prob_end=false"):
+        make(serve(lambda request: reply).url).answer_log_prob(prompts[:1], ["three"], end=True)
 
 
 # ---------------------------------------------------------------------- what was done is kept
@@ -877,6 +931,11 @@ def test_a_server_must_be_a_url(url):
         LvlmConfig(server=url)
 
 
+def test_an_end_of_ones_own_is_refused_with_a_server():
+    with pytest.raises(UsageError, match=r"lvlm\.eos is tokenizer: --set lvlm\.eos=model"):
+        LvlmConfig(server="http://a/v1", eos="tokenizer")
+
+
 def test_a_password_in_the_url_is_refused_unseen():
     with pytest.raises(UsageError, match="OPENAI_API_KEY") as caught:
         LvlmConfig(server="http://me:secret@host/v1")
@@ -907,9 +966,16 @@ def test_the_fingerprint_follows_what_is_asked_and_not_where():
         {"batch_size": 3},
     ):
         assert server_fingerprint(dataclasses.replace(base, **same), prompt) == stamp
-    for other in ({"path": "x"}, {"max_new_tokens": 6}, {"max_pixels": 10**6}, {"min_pixels": 4000}):
+    for other in (
+        {"path": "x"},
+        {"repetition_penalty": 1.05},
+        {"max_new_tokens": 6},
+        {"max_pixels": 10**6},
+        {"min_pixels": 4000},
+    ):
         assert server_fingerprint(dataclasses.replace(base, **other), prompt) != stamp
     assert server_fingerprint(base, PromptConfig(style="dialogue")) != stamp
+    assert server_fingerprint(base, PromptConfig(cut="classic")) == stamp, "answers are kept uncut"
     here = LvlmConfig(path=TINY)
     assert server_fingerprint(dataclasses.replace(here, server="http://a/v1"), prompt) != local_fingerprint(
         here, prompt, "cpu"

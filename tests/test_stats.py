@@ -29,6 +29,11 @@ def test_the_interval_of_two_scores_is_that_of_their_four_resamples():
     assert bootstrap_interval([0.0, 1.0], level=0.4) == (0.5, 0.5)
 
 
+def test_twelve_answers_say_little():
+    # Sums of twelve fair coins: at most 3 with a probability of 7 %, at most 2 with one of 2 %.
+    assert bootstrap_interval([0.0, 1.0] * 6) == (0.25, 0.75)
+
+
 def test_a_lower_level_is_narrower():
     values = list(np.random.default_rng(0).random(50))
     wide, narrow = bootstrap_interval(values, level=0.99), bootstrap_interval(values, level=0.5)

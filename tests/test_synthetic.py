@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from lever_lm.batches import to_tensors
 from lever_lm.policy import PointerSelector
 from lever_lm.rollouts import load_groups
 
@@ -286,3 +287,18 @@ def test_the_command_refuses_sizes_that_do_not_fit(tmp_path, monkeypatch, capsys
     assert stopped.value.code == 2
     assert "lower --queries" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_under_the_lineages_dropout_the_kl_of_unchanged_weights_is_noise(tmp_path):
+    synthetic.write(tmp_path, World(n_train=900, queries=80))
+    embeddings = torch.load(tmp_path / "embeddings.pt", weights_only=True)
+    groups = to_tensors(load_groups(tmp_path / "rl_data.json"), embeddings, embeddings)
+    batch = groups.batch(torch.arange(len(groups)))
+    torch.manual_seed(0)
+    policy = PointerSelector(d_model=768, hidden_dim=256)  # dropout 0.5, of attention 0.1, as the lineage's
+    with torch.no_grad():
+        old, new = (
+            policy.train(mode).log_prob(batch.query, batch.candidates, batch.sequences) for mode in (False, True)
+        )
+    gap = (new - old)[batch.mask]
+    assert float((gap.exp() - 1 - gap).mean()) == pytest.approx(0.35, abs=0.05)

@@ -32,7 +32,7 @@ def load_lvlm(
         fingerprint = server_fingerprint(config, prompt)
         model = server_fingerprint(config, PromptConfig())
         return CachedLvlm(
-            lambda: ServerLvlm(config, prompt, say), fingerprint, AnswerCache(cache, shards), track, model
+            lambda: ServerLvlm(config, prompt, say), fingerprint, AnswerCache(cache, shards), track, model, prompt.cut
         )
 
     from lever_lm.lvlm.local import LocalLvlm, local_fingerprint, vision_fingerprint
@@ -47,4 +47,5 @@ def load_lvlm(
         AnswerCache(cache, shards),
         track,
         local_fingerprint(config, PromptConfig(), device),
+        prompt.cut,
     )

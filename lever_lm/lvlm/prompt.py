@@ -7,8 +7,14 @@ from dataclasses import dataclass
 from lever_lm.config import PromptConfig
 from lever_lm.data import Example, Image
 
-# What ends an answer: the model going on with the next question, or listing alternatives.
-_END_OF_ANSWER = re.compile(r"\n|Question|Answer|Short|, ")
+# The model going on with the next turn, in whatever case: no answer holds one of these with its colon.
+_NEXT_TURN = r"(?:question|(?:short )?answer):"
+_END = {
+    True: re.compile(rf"\n|, |{_NEXT_TURN}", re.IGNORECASE),  # an answer holds no comma and blank
+    False: re.compile(rf"\n|{_NEXT_TURN}", re.IGNORECASE),
+}
+_HEADING = re.compile(r"(?:\s*(?:short )?answer:)*\s*", re.IGNORECASE)
+_CLASSIC_END = re.compile(r"\n|Question|Answer|Short|, ")
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,18 @@ def build_prompt(picks: Sequence[Example], query: Example, config: PromptConfig)
     model trusts that place most, and a policy that never sees its earlier picks cannot learn to put its best last."""
     icds = tuple(reversed(picks)) if config.order == "first_pick_last" else tuple(picks)
     return Prompt(icds, query)
+
+
+def wording(config: PromptConfig) -> dict:
+    """The options that change what a model is asked: all but where its answer is cut, as answers are kept uncut."""
+    return {name: value for name, value in vars(config).items() if name != "cut"}
+
+
+def holder(prompt: Prompt, token: str) -> str:
+    """Which question of a prompt holds a token of the model's own, in its text or answer; for a message."""
+    examples = (*prompt.icds, prompt.query)
+    named = (f"question {e.question_id}" for e in examples if token in e.question or token in e.answer)
+    return next(named, "prompt.template, prompt.system")
 
 
 def to_messages(prompt: Prompt, config: PromptConfig) -> list[dict]:
@@ -66,6 +84,14 @@ def _text(text: str) -> dict:
     return {"type": "text", "text": text}
 
 
-def cut_answer(text: str) -> str:
-    """The answer in what the model wrote: up to the first newline, further question or comma list, stripped."""
-    return _END_OF_ANSWER.split(text.lstrip(), maxsplit=1)[0].strip()
+def cut_answer(text: str, rule: str = PromptConfig.cut, *, comma: bool = True) -> str:
+    """The answer in what the model wrote, stripped.
+
+    rule `turn`: a heading `Answer:` or `Short answer:` is dropped; the answer ends at a line break, where the model
+    goes on with the next turn (`Question:`, `Answer:`, `Short answer:`), and, if `comma`, at `, `, which no answer of
+    VQA holds. `classic`, the rule of Lever-Plus: it ends at a line break, at `, `, and at Question, Answer or Short
+    with a capital, even within a word: nothing is left of `Shorts`.
+    """
+    if rule == "classic":
+        return _CLASSIC_END.split(text.lstrip(), maxsplit=1)[0].strip()
+    return _END[comma].split(text[_HEADING.match(text).end() :], maxsplit=1)[0].strip()

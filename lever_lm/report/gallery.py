@@ -65,7 +65,7 @@ def right_labels(found: Shown, data: VqaData) -> list[dict]:
 
     @cache
     def fits(icd: int, query: int) -> bool:
-        return vqa_accuracy(train[icd].answer, val[query].answers) > 0
+        return matches_a_reference(train[icd], val[query])
 
     rows = []
     for method, samples in found.samples.items():
@@ -87,6 +87,11 @@ def right_labels(found: Shown, data: VqaData) -> list[dict]:
                 }
             )
     return rows
+
+
+def matches_a_reference(icd: Example, query: Example) -> bool:
+    """Whether an ICD's own answer would score against the query's references, both normalised."""
+    return vqa_accuracy(icd.answer, query.answers, always_normalize=True) > 0
 
 
 def by_id(examples: Sequence[Example]) -> dict[int, Example]:
@@ -172,7 +177,7 @@ class _Teller:
             "question": printable(example.question),
             "answer": printable(example.answer),
             "share": share,
-            "fits": vqa_accuracy(example.answer, self.query.answers) > 0,
+            "fits": matches_a_reference(example, self.query),
         }
 
 

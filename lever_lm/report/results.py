@@ -56,10 +56,29 @@ def read_metrics(path: Path) -> dict:
 
 def last_evaluation(folder: Path) -> Path | None:
     """The evaluation that was written last, of those in a run's inference folder that have random demonstrations to
-    compare with, else of all; None where there is none."""
-    found = [one for one in (folder, *folder.glob("*/")) if (one / "metrics.json").is_file()]
+    compare with, else of all; None where there is none. One under another setting than the run's is not the run's."""
+    found = [one for one in _evaluations(folder) if is_the_runs_own(one)]
     beside = [one for one in found if any(one.glob("samples_random_*.jsonl"))]
     return max(beside or found, key=lambda one: (one / "metrics.json").stat().st_mtime, default=None)
+
+
+def others_settings(folder: Path) -> list[Path]:
+    """The evaluations in a run's inference folder that `last_evaluation` leaves out, by name."""
+    return sorted(one for one in _evaluations(folder) if not is_the_runs_own(one))
+
+
+def _evaluations(folder: Path) -> list[Path]:
+    return [one for one in (folder, *folder.glob("*/")) if (one / "metrics.json").is_file()]
+
+
+def is_the_runs_own(folder: Path) -> bool:
+    """Whether an evaluation was made under the setting that its run was trained in: its metrics.json says that nothing
+    was changed. What cannot be read is left to `read_metrics` to refuse."""
+    try:
+        found = read_json(folder / "metrics.json")
+    except (OSError, ValueError):
+        return True
+    return not isinstance(found, dict) or found.get("changed") == {}
 
 
 def samples_file(folder: Path, method: str, shots: int) -> Path:

@@ -247,11 +247,11 @@ def rollouts(folder: Path) -> Target:
 
 def icds(folder: Path) -> Target:
     """`--icds FILE` in its three layouts."""
-    from lever_lm.data import Example
+    from lever_lm.data import Example, StoredImage
     from lever_lm.icds import read_icds
 
     def example(i: int) -> Example:
-        return Example(i, i, "what?", ("yes",), ("yes",), f"{i}.jpg")
+        return Example(i, i, "what?", ("yes",), ("yes",), StoredImage(f"image {i}", i, None))
 
     path, queries, train = folder / "icds.json", [example(1), example(2)], [example(i) for i in range(10, 20)]
     parse = to_file(path, lambda: read_icds(path, queries, train, 2))
