@@ -268,7 +268,7 @@ def test_an_integer_in_decimal_digits_is_taken(text, value):
 
 
 def test_a_number_is_no_time_of_the_day():
-    with pytest.raises(UsageError, match="grpo.lr must be of type float, found '1:30'"):
+    with pytest.raises(UsageError, match=r"grpo\.lr must be of type float, found '1:30'"):
         resolve({}, None, ["grpo.lr=1:30"], {})
     assert resolve({}, None, ["grpo.lr=010"], {})[0].grpo.lr == 10.0
 
