@@ -15,15 +15,12 @@ from lever_lm.options import (
     dataset_named,
     emit,
     finite,
-    make_layout,
-    make_pipeline,
     parse_shots,
-    pipeline_of_run,
     planned,
     refuse_resuming,
-    run_folder,
     training_flags,
 )
+from lever_lm.pipelines import make_pipeline, pipeline_of_run, run_paths
 from lever_lm.shards import Shards
 from lever_lm.trackers import check_tracker
 
@@ -315,8 +312,8 @@ def status(
             screen.result(status_row(one))
         emit(common, {"runs": found})
         return
-    layout = None if run_dir is not None else make_layout(common)
-    result = {**run_status(RunFolder(run_dir or run_folder(common, layout)), layout), "gpus": gpus()}
+    layout, folder = (None, run_dir) if run_dir is not None else run_paths(common)
+    result = {**run_status(RunFolder(folder), layout), "gpus": gpus()}
     for line in status_lines(result):
         screen.result(line)
     emit(common, result)

@@ -199,7 +199,7 @@ class Pipeline:
         inputs = {"rollouts": file_digest(source.rollouts), "features": source.stamp}
         made_from = {**inputs, "training code": str(CODE["training"])}
         if not overwrite and self.run.state.is_file():
-            state_of(self.run, made_from)  # a run that is refused stays as it was
+            state_of(self.run, made_from, policy)  # a run that is refused stays as it was
         self.run.open(self.config, overwrite=overwrite)
         record(self.run, environment(self.config, inputs, source.made_of, source.files), self.screen.say)
         own = {"policy": policy.shape, **source.made_for, "seed": self.config.seed}
@@ -229,7 +229,7 @@ class Pipeline:
     def _check_features(self, rl_data: Path | None, embeddings: Path | None) -> None:
         """Raise LeverError where the run that is there was begun on other data or with another encoder, before anything
         is made for it: features, rollouts, digests of images."""
-        exported = (self.layout.cache / EXPORTED_EMBEDDINGS).is_file()
+        exported = self.layout.exported.is_file()
         if embeddings is None and not exported and self.run.state.is_file():
             self.check(*(ALL if rl_data is None else ("data", "encoder")))
             fetch_model(self.config.features.encoder, "features.encoder")

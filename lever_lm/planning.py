@@ -3,6 +3,7 @@
 import contextlib
 import math
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from lever_lm.compat import resolve_device
 from lever_lm.config import Config
