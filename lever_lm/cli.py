@@ -12,6 +12,7 @@ from lever_lm.errors import LeverError, UsageError
 from lever_lm.options import (
     Common,
     command,
+    dataset_named,
     emit,
     finite,
     make_layout,
@@ -118,6 +119,8 @@ def train(
     """Features, pools and rollouts where missing; then RCE and GRPO; then the recommended checkpoint is converted."""
     _in_one_process("train")
     check_tracker(tracker)
+    if embeddings is not None and (common.features or any(key.startswith("features.") for key in common.set_ or [])):
+        raise UsageError("--embeddings are the features: leave --features and features.* out")
     pipeline = make_pipeline(common, training_flags(rce_epochs, grpo_epochs, keep), run_dir, from_run)
     if rl_data is None and from_run is None and (path := os.environ.get("RL_DATA_PATH", "").strip()):
         pipeline.screen.say(f"from the environment: RL_DATA_PATH={path}")
@@ -126,7 +129,8 @@ def train(
         return
     refuse_resuming(common, pipeline)
     pipeline.detect_anomaly, pipeline.tracker = detect_anomaly, tracker
-    result = pipeline.train(rl_data=rl_data, embeddings=embeddings, overwrite=common.overwrite, from_run=from_run)
+    own = {"rl_data": rl_data, "embeddings": embeddings, "dataset_named": dataset_named(common, pipeline.config)}
+    result = pipeline.train(**own, overwrite=common.overwrite, from_run=from_run)
     emit(common, result)
 
 
@@ -159,11 +163,16 @@ def best_ckpt(
     run = pipeline.run if log is None or run_dir is not None else None
     history = read_history(run, log)
     answer = choose(history, strategy, run)
-    before = None
+    before, not_kept = None, None
     if answer["epoch"] is not None and run is not None:
         before = kept_choice(run)
-        write_json(run.best, finite(answer))
+        try:
+            write_json(run.best, finite(answer))
+        except LeverError as error:
+            before, not_kept = None, error
     show_choice(pipeline.screen, history, answer, show_all)
+    if not_kept:
+        pipeline.screen.say(f"warning: the choice is not kept: {not_kept}; `--ckpt {answer['checkpoint']}` names it")
     if before not in (None, (answer["strategy"], answer["epoch"])):
         pipeline.screen.say(f"{run.best}: this replaces the choice of {before[0]}, epoch {before[1]}")
     emit(common, answer)
@@ -270,7 +279,7 @@ def pick(
     changed = changes(path, pipeline.config)
     for line in change_lines(changed):
         pipeline.screen.say(line)
-    pipeline.check("data", "encoder", *([] if no_answer else ["lvlm"]))
+    pipeline.check("data", "encoder", *([] if no_answer else ["lvlm"]), writes=not no_answer)
     retriever = Retriever(path, pipeline=pipeline)
     query, source = the_query(retriever, image and str(image), question, example)
     result = pick_for(retriever, query, shots, answer=not no_answer, prompt=prompt)

@@ -97,19 +97,25 @@ class LvlmConfig:
     bank_disk: float = 64.0  # GiB in the cache folder for image features; 0: none is written
     num_beams: int = 1
     length_penalty: float = 1.0
+    repetition_penalty: float = 1.0  # above 1: against tokens that the prompt has, so against copied answers too
+    eos: str = (
+        "model"  # what ends an answer: each token that the model's generation config names; or tokenizer: its own
+    )
     max_new_tokens: int = 5
     min_pixels: int = 3136
     max_pixels: int = 1003520
-    server: str = ""  # URL of an OpenAI-compatible server that answers as model `path`; empty: it runs in this process
+    server: str = ""  # URL of an OpenAI-compatible server that answers as model `path`, or URL,URL,…; empty: in process
     concurrency: int = 32  # requests under way at a server at once
     timeout: float = 120.0  # seconds a request may take
     retries: int = 5  # of a request that failed in a way that may pass
+    wait: float = 0.0  # seconds to wait for a server that is starting, or starting again; 0: as long as the retries
 
     def __post_init__(self):
         _one_of("lvlm.dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+        _one_of("lvlm.eos", self.eos, ("model", "tokenizer"))
         _one_of("lvlm.attention", self.attention, ("auto", "sdpa", "eager", "flash_attention_2"))
         sizes = ("batch_size", "batch_tokens", "num_beams", "max_new_tokens", "min_pixels", "max_pixels")
-        _positive(self, "lvlm", *sizes)
+        _positive(self, "lvlm", *sizes, "repetition_penalty")
         _not_negative(self, "lvlm", "bank_memory", "bank_disk")
         if self.workers < -1:
             raise UsageError(f"lvlm.workers must be -1 or more, found {self.workers}")
@@ -118,20 +124,32 @@ class LvlmConfig:
         if self.max_pixels < TOKEN_EDGE**2:
             raise UsageError(f"lvlm.max_pixels must be {TOKEN_EDGE**2} or more, one token, found {self.max_pixels}")
         _positive(self, "lvlm", "concurrency", "timeout")
-        _not_negative(self, "lvlm", "retries")
+        _not_negative(self, "lvlm", "retries", "wait")
         if self.server:
-            _check_url("lvlm.server", self.server, "--server http://127.0.0.1:8000/v1")
+            for url in self.server.split(","):
+                _check_url("lvlm.server", url.strip(), "--server http://127.0.0.1:8000/v1")
             if self.num_beams > 1:
                 raise UsageError(
                     f"a server answers greedily, but lvlm.num_beams is {self.num_beams}: --set lvlm.num_beams=1, or "
                     "drop --server (lvlm.server) to search beams in this process"
                 )
+            if self.eos != "model":
+                raise UsageError(
+                    f"a server ends its answers where the model's generation config says, but lvlm.eos is {self.eos}: "
+                    "--set lvlm.eos=model, or drop --server (lvlm.server)"
+                )
+
+    @property
+    def servers(self) -> list[str]:
+        """The URLs of `server`, each once."""
+        return list(dict.fromkeys(url.strip().rstrip("/") for url in self.server.split(","))) if self.server else []
 
 
 # What of an LVLM changes the time its answers take, and not the answers.
 LVLM_SPEED = ("batch_size", "batch_tokens", "compile", "workers", "bank_memory", "bank_disk")
+# That a server answered is in its own fingerprint.
+LVLM_SPEED += ("server", "concurrency", "timeout", "retries", "wait")
 LVLM_MACHINE = ("dtype", "attention")  # and what depends on the machine that it runs on
-LVLM_SPEED += ("server", "concurrency", "timeout", "retries")  # that a server answered is in its own fingerprint
 
 
 @dataclass(frozen=True)
@@ -150,6 +168,7 @@ class RolloutConfig:
     infoscore_candidates: int = 0  # how many of the pool that search tries at each step; 0: all
     distinct_orders: bool = False  # the same ICDs in another order are another rollout, not a duplicate
     gt_prob: bool = False  # also score P(reference answers), which the reward modes with gtprob need
+    gt_prob_end: bool = True  # of answers that end there, so that 1 has no share in 10; no: of texts that begin so
 
     def __post_init__(self):
         _positive(self, "rollout", "num_queries", "pool_size", "shots")
@@ -180,6 +199,12 @@ class RewardConfig:
     rel_weight: float = 0.1
     skip_fallback: bool = True  # drop rollouts scored by the fallback metric
     require_positive: bool = False  # drop queries without a correct rollout
+    missing: str = "refuse"  # a rollout that lacks a score of the mode: refuse, drop; lineage: no vqa_gt_prob is 0
+    max_groups: int = 0  # groups of a rollout file to train on, the first by query id; 0: all (--limit)
+
+    def __post_init__(self):
+        _one_of("reward.missing", self.missing, ("refuse", "drop", "lineage"))
+        _not_negative(self, "reward", "max_groups")
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The config for a person to read: each value with the source that set it, and what differs between two configs."""
 
+import ast
 import dataclasses
 import re
 from pathlib import Path
@@ -105,15 +106,18 @@ def key_docs() -> dict[str, str]:
     """Dotted key, or section, → what config.py says of it: the comment of a field, the docstring of a section."""
     by_class: dict[str, dict[str, str]] = {}
     fields: dict[str, str] = {}
-    for line in (PACKAGE / "config.py").read_text(encoding="utf-8").splitlines():
+    source = (PACKAGE / "config.py").read_text(encoding="utf-8")
+    for line in source.splitlines():
         if match := _CLASS.match(line):
             fields = by_class.setdefault(match[1], {})
         elif (match := _FIELD.fullmatch(line)) and match[2]:
             fields[match[1]] = match[2]
+    # Not from __doc__, which `python -OO` leaves out.
+    said = {node.name: ast.get_docstring(node) for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
     docs = dict(by_class.get("Config", {}))
     for section in dataclasses.fields(Config):
         if dataclasses.is_dataclass(section.type):
-            docs[section.name] = section.type.__doc__ or ""
+            docs[section.name] = said[section.type.__name__] or ""
             docs |= {f"{section.name}.{key}": text for key, text in by_class.get(section.type.__name__, {}).items()}
     return docs
 

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -10,15 +10,16 @@ from pathlib import Path
 from lever_lm.compat import resolve_device
 from lever_lm.config import ASSET_PREFIX, HUB_PREFIX, Config, DataConfig, LvlmConfig, asset_path
 from lever_lm.data import in_parquet, source_of
+from lever_lm.data.naming import files_of
 from lever_lm.data.okvqa import SPLITS, annotations_file, images_folder, questions_file
 from lever_lm.data.okvqa import load_split as load_official
-from lever_lm.data.parquet import files_of
 from lever_lm.data.parquet import load_split as load_parquet
 from lever_lm.errors import LeverError, MendableError
 from lever_lm.hub import cached_snapshot, is_hub_id, lacking, model_folder, weight_files
 from lever_lm.lvlm.client import ServerError, check_server
 from lever_lm.lvlm.needs import GIB, beyond_reach, memory_needed
 from lever_lm.lvlm.processor import load_processor
+from lever_lm.progress import unsaid
 from lever_lm.runs import Layout
 
 _IMAGE_FEATURES = 391 * 2048 * 2  # bytes of an image of 640 × 480 in the 3B model
@@ -49,10 +50,19 @@ class Check:
         return f"{self.status:>7}  {self.what}: {self.found}{f' → {self.mend}' if self.mend else ''}"
 
 
-def examine(config: Config, layout: Layout, needs: Sequence[str] = ALL, *, count: bool = False) -> list[Check]:
+def examine(
+    config: Config,
+    layout: Layout,
+    needs: Sequence[str] = ALL,
+    *,
+    count: bool = False,
+    wait: float = 0.0,
+    say: Callable[[str], None] = unsaid,
+) -> list[Check]:
     """Everything a config needs on this machine, as far as `needs` goes (of ALL).
 
-    `count` also reads the data files and counts what is in them.
+    `count` also reads the data files and counts what is in them. wait: seconds to give a server that is still starting;
+    `say` is told when it is waited for.
     """
     checks = [*packages()] if count else []
     if "data" in needs:
@@ -61,7 +71,7 @@ def examine(config: Config, layout: Layout, needs: Sequence[str] = ALL, *, count
     if "encoder" in needs:
         checks.append(model("features.encoder", config.features.encoder))
     if "lvlm" in needs:
-        checks += server(config) if config.lvlm.server else [lvlm(config.lvlm.path)]
+        checks += server(config, wait, say) if config.lvlm.server else [lvlm(config.lvlm.path)]
     if count:
         checks += out_of_place(config)
         if "data" in needs and all(check.status == "ok" for check in files):
@@ -96,8 +106,12 @@ def data_files(config: DataConfig) -> Iterable[Check]:
         if source.startswith(HUB_PREFIX):
             yield _hub_dataset(source.removeprefix(HUB_PREFIX), split)
         elif in_parquet(config, split):
-            files = files_of(asset_path(source), split)
-            yield Check(f"{split} data", "ok", f"{len(files)} parquet files in {source}")
+            try:
+                files = files_of(asset_path(source), split)
+                yield Check(f"{split} data", "ok", f"{len(files)} parquet files in {source}")
+            except LeverError as error:
+                found, _, mend = str(error).partition("; ")
+                yield Check(f"{split} data", "missing", found, mend)
         else:
             root = asset_path(source)
             for official in (questions_file, annotations_file):
@@ -155,7 +169,8 @@ def counts(config: DataConfig, answers: list[str]) -> Iterable[Check]:
         try:
             examples, _ = load(source_of(config, split), lenient, split, skipped)
         except LeverError as error:
-            yield Check(f"{split} examples", "missing", str(error), "replace the file")
+            found, _, mend = str(error).partition("; ")
+            yield Check(f"{split} examples", "missing", found, mend or "replace the file")
             continue
         answers += [answer for example in examples for answer in example.answers]
         found = f"{len(examples)} usable"
@@ -218,22 +233,30 @@ def lvlm(path: str) -> Check:
     return check
 
 
-def server(config: Config) -> Iterable[Check]:
-    """Whether a server is there that answers as the LVLM, and, as far as it says who it is, scores what is to be."""
-    url, path = config.lvlm.server, config.lvlm.path
-    try:
-        listed = check_server(config.lvlm)
-    except ServerError as error:
-        yield Check("lvlm.server", "missing", error.found, error.mend)
-        return
-    if listed:
-        yield Check("lvlm.server", "ok", f"{url} serves {path}")
-    else:
-        found = f"{url} is there and does not say what it serves"
-        yield Check("lvlm.server", "warning", found, f"the first question will tell whether it knows {path}")
-    if (config.rollout.gt_prob or config.rollout.infoscore) and listed.get("owned_by") != "vllm":
-        found = f"reference answers are to be scored, and {url} does not say that it is vLLM, which can"
-        yield Check("log-probs", "warning", found, "rollout.gt_prob=false and rollout.infoscore=0, unless it can too")
+def server(config: Config, wait: float, say: Callable[[str], None]) -> Iterable[Check]:
+    """Whether every server of the config is there and answers as the LVLM, and, as far as it says who it is, scores
+    what is to be."""
+    for url in config.lvlm.servers:
+        try:
+            served = check_server(replace(config.lvlm, server=url), say, wait=wait)
+        except ServerError as error:
+            yield Check("lvlm.server", "missing", error.found, error.mend)
+            continue
+        mended = ""
+        if served.url != url:
+            mended = f", where {url} has no list of models"
+            say(f"server: {served.url} is asked{mended}")
+        if served.card:
+            yield Check("lvlm.server", "ok", f"{served.url} serves {config.lvlm.path}{mended}")
+        else:
+            found = f"{served.url} is there and does not say what it serves{mended}"
+            mend = f"the first question will tell whether it knows {config.lvlm.path}"
+            yield Check("lvlm.server", "warning", found, mend)
+        if (config.rollout.gt_prob or config.rollout.infoscore) and served.card.get("owned_by") != "vllm":
+            found = f"reference answers are to be scored, and {url} does not say that it is vLLM, which can"
+            yield Check(
+                "log-probs", "warning", found, "rollout.gt_prob=false and rollout.infoscore=0, unless it can too"
+            )
 
 
 def device(config: Config, *, with_lvlm: bool) -> Iterable[Check]:
@@ -269,13 +292,16 @@ def device(config: Config, *, with_lvlm: bool) -> Iterable[Check]:
         yield Check("GPU memory", "ok", about)
 
 
+_OWN_RESULTS = "--results DIR of your own (and --ckpt RUN_DIR for a run that is here)"
+
+
 def folder(path: Path) -> Check:
     """Whether results can be written."""
     there = _existing(path)
     if not there.is_dir():
         return Check("results", "missing", f"{there} is not a folder", "--results DIR")
     if not os.access(there, os.W_OK | os.X_OK):
-        return Check("results", "missing", f"{there} may not be written to", f"chmod u+w {there}, or --results DIR")
+        return Check("results", "missing", f"{there} may not be written to", f"chmod u+w {there}, or {_OWN_RESULTS}")
     return Check("results", "ok", str(path))
 
 

@@ -46,7 +46,7 @@ def infer(pipeline: Pipeline, shots: Sequence[int], *, ckpt: str | None = None, 
     path, why = find_checkpoint(pipeline.run, ckpt, dict(os.environ))
     pipeline.check(*ALL)
     pipeline.screen.say(f"checkpoint: {path} ({why})")
-    policy = load_for(path, pipeline.config)
+    policy = load_for(path, pipeline.config, pipeline.screen.say)
     method = next((phase for phase in ("rce", "grpo") if path.stem.startswith(phase)), "policy")
     picks = pipeline.evaluation.choose(policy, max(shots), path)
     if policy.stop:
@@ -208,7 +208,7 @@ def _demo(pipeline: Pipeline, shots: Sequence[int], overwrite: bool) -> dict:
     choices = {name: evaluation.baseline(name, max(shots)) for name in BASELINES if name != "oracle"}
     reasons, digests = {}, {}
     for name, path in policies.items():
-        policy = load_for(path, pipeline.config)
+        policy = load_for(path, pipeline.config, pipeline.screen.say)
         digests[name] = policy_digest(policy)
         choices[name] = evaluation.choose(policy, max(shots), path)
         reasons[name] = evaluation.explain(policy, choices[name])
@@ -257,7 +257,7 @@ def report(
 ) -> dict:
     """The page of the run and of others laid over it, each from its last evaluation; its charts in `figures`."""
     if figures is not None:
-        check_plots()
+        check_plots(figures)
     main = Evaluated(pipeline.run, last_evaluation(pipeline.inference))
     if main.inference is None and not main.rows():
         raise LeverError(f"no results in {pipeline.inference}: run `lever infer --baselines` or `lever demo` first")
@@ -265,8 +265,8 @@ def report(
         pipeline.screen.say(f"results: {main.inference} (the last evaluation with baselines; without any, the last)")
     if left_out := others_settings(pipeline.inference):
         pipeline.screen.say(
-            f"left out: {', '.join(folder.name for folder in left_out)}: not evaluated under the run's own setting, or "
-            "by lever_lm 0.1, which did not say; `lever infer` again"
+            f"left out: {', '.join(folder.name for folder in left_out)}: not the run's own setting (metrics.json says "
+            "what was changed), or evaluated by lever_lm 0.1, which did not say: `lever infer` again"
         )
     beside = [Evaluated(RunFolder(path), last_evaluation(inference_folder(path))) for path in others]
     data = None if main.inference is None else pipeline.data

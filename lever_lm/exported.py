@@ -23,7 +23,8 @@ CARD = "README.md"
 _CONFIG_LIMIT = 1 << 20  # bytes
 _WEIGHTS_LIMIT = 1 << 30
 _LONGEST_ID = 96  # characters of a hub id
-_OF_POLICY = ("policy", "encoder", "features", "dataset", "seed")  # as a checkpoint of ours has them in its config
+# As a checkpoint of ours has them in its config.
+_OF_POLICY = ("policy", "encoder", "features", "embeddings", "dataset", "seed")
 _KEYS = {"format", "format_version", "lever_lm", *_OF_POLICY, "phase", "epoch", "chosen"}
 _KEYS |= {"setting", "fingerprints", "packages", "results"}
 _WHAT = "a policy as `lever export` writes it"

@@ -94,9 +94,13 @@ def cached_features(data: VqaData, config: FeatureConfig, path: Path) -> Feature
 
 
 def _features(kept: dict[str, Embeddings], data: VqaData, config: FeatureConfig) -> Features:
-    # What is learnt depends on the training split alone.
-    whole = _stamp(data, config, "train")["fingerprint"]
+    whole = features_fingerprint(data, config)
     return Features(encoder=encoder_fingerprint(config.encoder), name=config.name, fingerprint=whole, **kept)
+
+
+def features_fingerprint(data: VqaData, config: FeatureConfig) -> str:
+    """What identifies the features that a policy learns from, made or not: those of the training split."""
+    return _stamp(data, config, "train")["fingerprint"]
 
 
 def _stamp(data: VqaData, config: FeatureConfig, split: str) -> dict[str, str]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lever_lm.data import Example
+from lever_lm.data.examples import whole_id
 from lever_lm.errors import LeverError
 from lever_lm.samplers import Candidates
 from lever_lm.untrusted import loads, read_bytes, shown
@@ -85,19 +86,11 @@ def _by_question(content, path: Path) -> dict[int, list[int]]:
         pairs = [(row["question_id"], row.get("icds")) for row in rows]
     chosen: dict[int, list[int]] = {}
     for question, icds in pairs:
-        if _number(question) is None or not isinstance(icds, list) or any(_number(icd) is None for icd in icds):
+        if whole_id(question) is None or not isinstance(icds, list) or any(whole_id(icd) is None for icd in icds):
             raise LeverError(f"{path}, question {shown(question, 40)}: {_FORMAT}; found {shown(icds)} (--icds)")
-        if _number(question) in chosen:
+        if whole_id(question) in chosen:
             raise LeverError(f"{path}: question {question} appears twice (--icds)")
-        chosen[_number(question)] = [_number(icd) for icd in icds]
+        chosen[whole_id(question)] = [whole_id(icd) for icd in icds]
     if not chosen:
         raise LeverError(f"{path} is empty: {_FORMAT} (--icds)")
     return chosen
-
-
-def _number(value) -> int | None:
-    """A question id: a number, or text of one as JSON keys are."""
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return value
-    text = isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 20
-    return int(value) if text else None

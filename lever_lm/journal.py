@@ -59,6 +59,27 @@ def _cell(value, width: int, precision: int) -> str:
     return f" {value:>{width}.{precision}f}" if isinstance(value, (int, float)) else f" {'-':>{width}}"
 
 
+def state_of(run: RunFolder, inputs: dict[str, str]) -> dict:
+    """The content of a run's state.pt. Raises LeverError where it is none of this run, or the run was begun with other
+    `inputs` than these."""
+    state = load_torch(run.state)
+    _refuse(run, problem_of(state))
+    there = state.get("inputs")
+    changed = [name for name, value in inputs.items() if not isinstance(there, dict) or there.get(name) != value]
+    if changed:
+        raise LeverError(
+            f"the {' and '.join(changed)} of the run in {run.path} have changed since it was begun; "
+            "choose another folder with --run-name NAME, or start over with --overwrite"
+        )
+    return state
+
+
+def _refuse(run: RunFolder, problem: str | None) -> None:
+    """Raise LeverError where there is a problem with the state."""
+    if problem:
+        raise LeverError(f"{run.state} is no state of this run ({problem}): --overwrite starts over")
+
+
 # Rows so far → the checkpoints that are not to be deleted.
 Keep = Callable[[list[dict]], set[Path]]
 
@@ -86,13 +107,12 @@ class Journal:
         self.state: dict | None = None
         self._heading: str | None = None  # the phase whose table this process has opened on the screen
         self._warned: set[str] = set()
+        self._note: str | None = None
 
     def resume(self) -> None:
         """Load the state of an earlier process, if there is one, and bring the files beside it up to date."""
         if self.run.state.is_file():
-            self.state = load_torch(self.run.state)
-            self._refuse(problem_of(self.state))
-            self._check_inputs(self.state.get("inputs"))
+            self.state = state_of(self.run, self.inputs)
             self.rows = self.state["rows"]
             self._publish_checkpoint()
             last = self.rows[-1]
@@ -103,6 +123,7 @@ class Journal:
         for i, row in enumerate(self.rows):
             lines += [
                 *(table_header(row["phase"]) if self._opens_phase(i) else []),
+                *([str(row["note"])] if "note" in row else []),
                 table_row(row),
                 *self._warnings(row),
             ]
@@ -112,19 +133,7 @@ class Journal:
         self._prune()
 
     def _refuse(self, problem: str | None) -> None:
-        """Raise LeverError where there is a problem with the state."""
-        if problem:
-            raise LeverError(f"{self.run.state} is no state of this run ({problem}): --overwrite starts over")
-
-    def _check_inputs(self, there) -> None:
-        changed = [
-            name for name, value in self.inputs.items() if not isinstance(there, dict) or there.get(name) != value
-        ]
-        if changed:
-            raise LeverError(
-                f"the {' and '.join(changed)} of the run in {self.run.path} have changed since it was begun; "
-                "choose another folder with --run-name NAME, or start over with --overwrite"
-            )
+        _refuse(self.run, problem)
 
     def _opens_phase(self, i: int) -> bool:
         return i == 0 or self.rows[i]["phase"] != self.rows[i - 1]["phase"]
@@ -158,9 +167,17 @@ class Journal:
         optimizer.load_state_dict(self.state["optimizer"])
         return self.state["extra"]
 
+    def note(self, text: str) -> None:
+        """Say what is different from the next epoch on; train.log has it before that epoch, whose row keeps it."""
+        self._note = text
+        self.say(text)
+        append_line(self.run.log, text)
+
     def commit(self, row: dict, policy: PointerSelector, optimizer: torch.optim.Optimizer, extra: dict) -> None:
         """An epoch is finished: state, then checkpoint, then the metrics and log lines. Raises LeverError when a
         metric, weight or moment is not finite, before anything is written."""
+        if self._note is not None:
+            row["note"], self._note = self._note, None
         at = At(row["phase"], row["epoch"])
         if name := not_finite(row):
             raise at.stop(f"{name} is {row.get(name, 'not finite')}")

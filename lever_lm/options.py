@@ -34,7 +34,7 @@ class Common:
     ] = None
     server: Annotated[
         str | None,
-        typer.Option(help="URL of an OpenAI-compatible server that answers as the LVLM: http://HOST:8000/v1"),
+        typer.Option(help="URL[,URL…] of OpenAI-compatible servers that answer as the LVLM: http://HOST:8000/v1"),
     ] = None
     sampler: Annotated[
         str | None,
@@ -182,7 +182,7 @@ def option_values(common: Common) -> dict[str, dict]:
         "--device": (common.device, {"device": common.device}),
         "--features": (common.features, {"features": {"name": common.features}}),
         "--server": (common.server, {"lvlm": {"server": common.server}}),
-        "--limit": (common.limit, {"rollout": few, "infer": few}),
+        "--limit": (common.limit, {"rollout": few, "reward": {"max_groups": common.limit}, "infer": few}),
         "--skip-bad-examples": (common.skip_bad_examples or None, {"data": {"skip_bad_examples": True}}),
         "--allow-remote": (common.allow_remote or None, {"data": {"allow_remote": True}}),
     }
@@ -309,6 +309,14 @@ def _shown(common: Common, pipeline):
 def _check_run_name(name: str | None) -> None:
     if name is not None and (name.startswith(".") or Path(name).name != name):
         raise UsageError(f"--run-name takes a folder name, found {name!r}")
+
+
+def dataset_named(common: Common, config) -> bool:
+    """Return whether the command line, a config or the environment says which dataset is meant: else it is the embedded
+    one, by default."""
+    from lever_lm.config import DataConfig
+
+    return common.dataset is not None or config.data.okvqa_path != DataConfig.okvqa_path
 
 
 def make_layout(common: Common):

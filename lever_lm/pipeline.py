@@ -17,16 +17,16 @@ from lever_lm.compat import check_device_name, resolve_device
 from lever_lm.config import Config
 from lever_lm.console import Screen
 from lever_lm.data import VqaData, load_dataset
-from lever_lm.data.groups import check_reward_mode, is_query, load_groups, read_rollouts, split_ids
+from lever_lm.data.groups import check_reward_mode, read_groups, split_ids
 from lever_lm.digests import DIGESTS
 from lever_lm.doctor import ALL, examine, require
 from lever_lm.errors import LeverError, UsageError
-from lever_lm.features import Features, compute_features, read_embeddings
+from lever_lm.features import Features, compute_features, features_fingerprint, read_embeddings
 from lever_lm.files import file_digest
 from lever_lm.finding import find_checkpoint
 from lever_lm.hub import fetch_model
 from lever_lm.inference import Evaluation
-from lever_lm.journal import Journal
+from lever_lm.journal import Journal, state_of
 from lever_lm.locks import alone
 from lever_lm.lvlm import CachedLvlm, load_lvlm
 from lever_lm.proposals import new_policy
@@ -115,6 +115,7 @@ class Pipeline:
             cache=self.layout.answers,
             track=self.screen.track,
             shards=self.shards,
+            say=self.screen.say,
         )
 
     @cached_property
@@ -122,9 +123,11 @@ class Pipeline:
         """The evaluation queries with their pools."""
         return Evaluation(self.config, self.data, self.features, self.screen.track)
 
-    def check(self, *needs: str) -> None:
-        """Raise LeverError with all that is missing for a command, before anything is loaded or made."""
-        require(examine(self.config, self.layout, needs))
+    def check(self, *needs: str, writes: bool = True) -> None:
+        """Raise LeverError with all that is missing for a command, before anything is loaded or made. writes: the
+        results folder has to take what is made."""
+        found = examine(self.config, self.layout, needs, wait=self.config.lvlm.wait, say=self.screen.say)
+        require(check for check in found if writes or check.what not in ("results", "disk"))
 
     # ------------------------------------------------------------------ rollouts
 
@@ -163,39 +166,47 @@ class Pipeline:
         embeddings: Path | None = None,
         overwrite: bool = False,
         from_run: Path | None = None,
+        dataset_named: bool = False,
     ) -> dict:
         """RCE, then GRPO, resuming what is there; converts the recommended checkpoint. Returns what was recommended,
-        and with `from_run`, the folder of a run that this one repeats, what differs from it. Raises LeverError where
-        another process is at work in the run's folder."""
+        and with `from_run`, the folder of a run that this one repeats, what differs from it. `dataset_named`: rl_data
+        is of this dataset, also where it does not say so. Raises LeverError where another process is at work in the
+        run's folder."""
         if from_run is None:
             with self.run.alone(self.screen.say):
-                return self.train_here(rl_data, embeddings, overwrite)
+                return self.train_here(rl_data, embeddings, overwrite, dataset_named)
         original = RunFolder(from_run)
         if original.path.resolve() == self.run.path.resolve():
             raise UsageError(f"{from_run} cannot be repeated in itself: another --run-name or --run-dir")
         own = {**own_files(original), **({"rl_data": rl_data} if rl_data else {})}
         with self.run.alone(self.screen.say):
-            trained = self.train_here(own.get("rl_data"), embeddings or own.get("embeddings"), overwrite)
+            files = (own.get("rl_data"), embeddings or own.get("embeddings"))
+            trained = self.train_here(*files, overwrite, dataset_named or rl_data is None)
         repeated = compare_runs(original, self.run, self.config)
         for line in verdict(repeated):
             self.screen.result(line)
         return {**trained, "repeated": repeated}
 
-    def train_here(self, rl_data: Path | None, embeddings: Path | None, overwrite: bool) -> dict:
+    def train_here(
+        self, rl_data: Path | None, embeddings: Path | None, overwrite: bool, dataset_named: bool = False
+    ) -> dict:
         """`train` in a run folder that is kept to this process already."""
         if not overwrite:
             self.run.check(self.config)  # before the costly part, not after it
-        source = self._source(rl_data, embeddings)
+            self._check_features(rl_data, embeddings)
+        source = self._source(rl_data, embeddings, dataset_named)
         train, val = self._groups(source.rollouts, source.queries, source.icds)
         device = resolve_device(self.config.device)
         initial = new_policy(self.config, source.icds.shape[1])
         policy = new_policy(self.config, source.icds.shape[1]).to(device)
         inputs = {"rollouts": file_digest(source.rollouts), "features": source.stamp}
+        made_from = {**inputs, "training code": str(CODE["training"])}
+        if not overwrite and self.run.state.is_file():
+            state_of(self.run, made_from)  # a run that is refused stays as it was
         self.run.open(self.config, overwrite=overwrite)
         record(self.run, environment(self.config, inputs, source.made_of, source.files), self.screen.say)
-        own = {"policy": policy.shape, **source.made_for, "dataset": self.config.data.name, "seed": self.config.seed}
+        own = {"policy": policy.shape, **source.made_for, "seed": self.config.seed}
         keep = partial(worth_keeping, self.run, latest=self.config.keep) if self.config.keep else None
-        made_from = {**inputs, "training code": str(CODE["training"])}
         beside = {"detail": self.screen.detail, "track": self.screen.track, "tracker": self.tracking}
         journal = Journal(self.run, own, made_from, self.screen.say, keep, **beside)
         journal.resume()
@@ -218,6 +229,16 @@ class Pipeline:
             converted = None
         return {"run": str(self.run.path), "recommended": recommended, "converted": converted}
 
+    def _check_features(self, rl_data: Path | None, embeddings: Path | None) -> None:
+        """Raise LeverError where the run that is there was begun on other data or with another encoder, before anything
+        is made for it: features, rollouts, digests of images."""
+        exported = (self.layout.cache / EXPORTED_EMBEDDINGS).is_file()
+        if embeddings is None and not exported and self.run.state.is_file():
+            self.check(*(ALL if rl_data is None else ("data", "encoder")))
+            fetch_model(self.config.features.encoder, "features.encoder")
+            data = load_dataset(self.config.data)
+            state_of(self.run, {"features": features_fingerprint(data, self.config.features)})
+
     @cached_property
     def tracking(self) -> TensorBoard | None:
         """Where the metrics go besides the run's own files; None for nowhere."""
@@ -225,11 +246,11 @@ class Pipeline:
             self.screen.say(f"tracker: tensorboard --logdir {self.run.path}")
         return track(self.tracker, self.run)
 
-    def _source(self, rl_data: Path | None, embeddings: Path | None) -> "Source":
+    def _source(self, rl_data: Path | None, embeddings: Path | None, dataset_named: bool) -> "Source":
         """Rollouts and features to train on: made here; or the rollouts that are there, with the features in a file,
         those that Lever-Plus exported, or those of the dataset whose rows the rollouts name."""
         if rl_data is None and made_elsewhere(self.layout.rollouts):
-            rl_data = self.layout.rollouts
+            rl_data, dataset_named = self.layout.rollouts, True
             self.screen.say(f"rollouts: {rl_data} was not made by `lever rollout` and is taken as it is")
         if rl_data is None:
             if embeddings is not None:
@@ -252,13 +273,16 @@ class Pipeline:
             self.check()
             matrix = read_embeddings(embeddings)
             files = {"rl_data": str(rl_data.resolve()), "embeddings": str(embeddings.resolve())}
-            return Source(rl_data, matrix, matrix, file_digest(embeddings), {}, {}, files)
+            digest = file_digest(embeddings)
+            made_for = {"embeddings": f"{embeddings.name}@{digest}"}
+            made_for |= {"dataset": self.config.data.name} if dataset_named else {}
+            return Source(rl_data, matrix, matrix, digest, made_for, {}, files)
         if rl_data is not None:
             self.check(*(ALL if self.config.grpo.online else ("data", "encoder")))
-            check_rows(rl_data, self.data.train_examples)
+            check_rows(rl_data, self.data.train_examples, named=dataset_named)
         features = self.features
         queries, icds = features.queries("train", self.config.features), features.icds(self.config.features)
-        made_for = {"encoder": features.encoder, "features": features.name}
+        made_for = {"encoder": features.encoder, "features": features.name, "dataset": self.config.data.name}
         made_of = {"data": self.data.fingerprint, "encoder": features.encoder}
         if rl_data is None:
             made_of["lvlm"] = self.lvlm.fingerprint
@@ -266,25 +290,24 @@ class Pipeline:
         return Source(rl_data or self.layout.rollouts, queries, icds, features.fingerprint, made_for, made_of, files)
 
     def _groups(self, path: Path, queries: Tensor, icds: Tensor) -> tuple[GroupTensors, GroupTensors]:
-        reward = self.config.reward
-        groups = load_groups(
-            path,
-            reward_mode=reward.mode,
-            hard_weight=reward.hard_weight,
-            soft_weight=reward.soft_weight,
-            rel_weight=reward.rel_weight,
-            skip_fallback=reward.skip_fallback,
-            require_positive=reward.require_positive,
-        )
-        train_ids, val_ids = split_ids([int(key) for key in read_rollouts(path) if is_query(key)])
-        groups = sorted(groups, key=lambda group: group.query_id)
+        read = read_groups(path, self.config.reward)
+        self.screen.say(read.summary())
+        train_ids, val_ids = split_ids(read.query_ids)
+        groups = sorted(read.groups, key=lambda group: group.query_id)
         parts = [[g for g in groups if g.query_id in ids] for ids in (train_ids, val_ids)]
         self.screen.say(f"training on {len(parts[0])} groups, validating on {len(parts[1])}")
+        dropped = read.counts["dropped"]
+        because = f" ({dropped} rollouts lack a score that reward.mode needs)" if dropped else ""
         if not all(parts):
             raise LeverError(
                 f"{path}: {len(parts[0])} training and {len(parts[1])} validation groups are left after filtering; "
-                "both are needed. Raise rollout.num_queries (--limit), relax reward.require_positive and "
+                f"both are needed{because}. Raise rollout.num_queries (--limit), relax reward.require_positive and "
                 "reward.skip_fallback, or choose a reward.mode whose scores the rollouts have"
+            )
+        if all(len(set(group.rewards)) == 1 for group in groups) and not self.config.grpo.online:
+            raise LeverError(
+                f"{path}: in none of its {len(groups)} groups do the rewards differ, so there is nothing to learn"
+                f"{because}: take rollouts that differ, or a reward.mode by which they do"
             )
         return to_tensors(parts[0], queries, icds), to_tensors(parts[1], queries, icds)
 

@@ -58,8 +58,10 @@ _STYLE = {
 _METADATA = {"png": {"Software": None}, "pdf": {"Creator": None, "Producer": None, "CreationDate": None}}
 
 
-def check_plots() -> None:
-    """Raise LeverError where figures cannot be drawn here."""
+def check_plots(directory: Path) -> None:
+    """Raise LeverError where figures cannot be drawn here, or not into this directory."""
+    if directory.exists() and not directory.is_dir():
+        raise LeverError(f"--png takes a directory, found the file {directory}")
     if importlib.util.find_spec("matplotlib") is None:
         raise LeverError("--png needs a package that is not there: pip install 'lever-lm[plots]'")
 
@@ -67,7 +69,7 @@ def check_plots() -> None:
 def write_plots(runs: Sequence[Evaluated], directory: Path) -> list[Path]:
     """Draw the first run and the others over it: accuracy by shots, where one was evaluated, and the training curves of
     each phase. Returns the files in `directory`, which is made. Raises LeverError where a file cannot be written."""
-    check_plots()
+    check_plots(directory)
     import matplotlib
 
     names, (first, *others) = distinct_names(runs), runs

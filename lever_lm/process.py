@@ -24,6 +24,8 @@ _CommandLineError = next(cls for cls in typer.BadParameter.__mro__ if cls.__name
 def main(app: typer.Typer) -> None:
     """Run the command line of this process and exit: 0 done, 1 could not, 2 usage, 130 interrupted, 143 terminated; one
     message on stderr, no traceback. Of the processes of a job the leader alone speaks on stdout."""
+    if sys.getfilesystemencoding() != "utf-8":  # another locale's: a question would be other words, or none
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     _open_streams()
     for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character of ours shows a question mark
         stream.reconfigure(errors="replace")

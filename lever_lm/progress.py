@@ -30,6 +30,10 @@ def untracked(items: Iterable, what: str, total: int) -> Iterable:
     return items
 
 
+def unsaid(text: str) -> None:
+    """Say nothing."""
+
+
 def loaded(track: Track, what: str, load: Callable[[], Made]) -> Made:
     """What `load` makes: one piece of work, of which a bar shows only how long it has taken so far."""
     (made,) = [make() for make in track(Work([load], "models", after=WORTH_A_WORD), what, 1)]

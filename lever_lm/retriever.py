@@ -12,7 +12,6 @@ query: by the policy, from a pool that the sampler draws from the training split
 
 import hashlib
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,6 +22,7 @@ from lever_lm.compat import import_transformers
 from lever_lm.config import InferConfig
 from lever_lm.console import Screen
 from lever_lm.data import Example, VqaData, image_digest, image_digests, open_image
+from lever_lm.data.examples import unfit
 from lever_lm.data.pixels import Undecodable, decoded
 from lever_lm.errors import LeverError, UsageError
 from lever_lm.features import ClipEncoder, Embeddings, Features, encode
@@ -37,7 +37,6 @@ from lever_lm.pipeline import Pipeline
 from lever_lm.progress import untracked
 from lever_lm.untrusted import one_line, shown
 
-_HALVES = "[\ud800-\udfff]"  # of characters, as undecodable bytes leave them
 FORMS = ("transformers", "openai", "text")
 
 
@@ -86,7 +85,7 @@ class Retriever:
             screen = Screen(to_stderr=True, quiet=not verbose)
             pipeline = Pipeline(config, screen, results=results or results_beside(self.checkpoint))
         self.pipeline, self.config = pipeline, pipeline.config
-        self.policy = load_for(self.checkpoint, self.config)
+        self.policy = load_for(self.checkpoint, self.config, *([pipeline.screen.say] if pipeline else []))
         self._own = None if examples is None else _own_examples(examples)
 
     # ------------------------------------------------------------------ what there is
@@ -167,8 +166,10 @@ class Retriever:
             if question not in (None, image.question):
                 raise ValueError("an Example brings its own question: give an image, or leave the question out")
             return image if self._own is None else self._numbered(image)
-        if not isinstance(question, str) or not question.strip() or re.search(_HALVES, question):
-            raise UsageError(f"a question about {image} is needed, as text in UTF-8; found {shown(question)}")
+        if not isinstance(question, str) or not question.strip():
+            raise UsageError(f"a question about {image} is needed, found {shown(question)}")
+        if problem := unfit([question]):
+            raise UsageError(f"a question about {image} is needed: {problem}")
         path = os.fsdecode(image)
         _check_image(path)
         image_digest.cache_clear()  # the file may have changed
@@ -258,8 +259,8 @@ def _own_examples(given: Sequence[Example | tuple]) -> tuple[Example, ...]:
             if not isinstance(item, (tuple, list)) or len(item) != 3 or not all(isinstance(t, str) for t in item[1:]):
                 raise ValueError(f"example {number}: expected an Example or (image, question, answer), found {item!r}")
             image, question, answer = os.fsdecode(item[0]), item[1], item[2]
-            if re.search(_HALVES, question + answer):
-                raise ValueError(f"example {number}: text in UTF-8 is needed, found {shown(item[1:])}")
+            if problem := unfit((question, answer)):
+                raise ValueError(f"example {number}: {problem}")
             _check_image(image)
             item = Example(number, 0, question, (answer,), (answer,), image)
         examples.append(item)

@@ -42,6 +42,16 @@ REWARD_MODES: dict[str, Callable[[_Scores], float]] = {
     ),
     "infoscore": lambda s: s.infoscore,
 }
+# The scores that each mode is made of; `legacy` makes do with those that are there.
+NEEDED: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("hard_plus_soft", "hard_plus_soft_v2", "separated"), ("correct", "accuracy")),
+    "hard_only": ("correct",),
+    "soft_only": ("accuracy",),
+    **dict.fromkeys(("hard01_plus_gtprob", "hard01_plus_gtprob_separated"), ("correct", "gt_prob")),
+    "hard_plus_gtprob_plus_rel": ("correct", "gt_prob", "relevance"),
+    "infoscore": ("infoscore",),
+    "legacy": (),
+}
 
 
 def reward(
@@ -64,8 +74,9 @@ def reward(
 ) -> float:
     """Reward of one rollout, clipped to [-5, 5].
 
-    correct 0 or 1; accuracy official VQA accuracy in [0, 1]; gt_prob >= 0; relevance in [0, 1]; infoscore in nats; a
-    missing score counts as 0. `mode` is one of REWARD_MODES or `legacy` (alpha · quality + beta · correctness; the
+    correct 0 or 1; accuracy official VQA accuracy in [0, 1]; gt_prob >= 0; relevance in [0, 1]; infoscore in nats. None
+    counts as 0, as in the lineage's formulas: what lacks a score of NEEDED is kept out by who reads rollouts
+    (data/groups.py). `mode` is one of REWARD_MODES or `legacy` (alpha · quality + beta · correctness; the
     remaining arguments are its own). Raises ValueError on an unknown mode, and where a score makes the reward NaN.
     """
     if mode == "legacy":

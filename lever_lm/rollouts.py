@@ -5,6 +5,7 @@ n queries, K pool, G rollouts per query, S shots. What is proposed: proposals.py
 """
 
 import math
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -61,8 +62,9 @@ def made_elsewhere(path: Path) -> bool:
     return "fingerprint" not in _meta(path)
 
 
-def check_rows(path: Path, train: Sequence[Example]) -> None:
-    """Raise LeverError where a rollout file's query ids are not the rows of this training split."""
+def check_rows(path: Path, train: Sequence[Example], *, named: bool = True) -> None:
+    """Raise LeverError where a rollout file's query ids are not the rows of this training split; and unless the user
+    `named` the dataset, where a query does not say its question, so that nobody knows."""
     for key, entry in read_rollouts(path).items():
         if not is_query(key):
             continue
@@ -74,6 +76,11 @@ def check_rows(path: Path, train: Sequence[Example]) -> None:
         query = entry.get("query") if isinstance(entry, dict) else None
         there = query.get("question_id") if isinstance(query, dict) else None
         here = train[int(key)].question_id
+        if there is None and not named:
+            raise LeverError(
+                f"{path}, query {key} has no query.question_id to tell of which dataset it is, so its features are "
+                "missing: --embeddings FILE, or --dataset NAME where the query ids are that dataset's training rows"
+            )
         if there is not None and str(there) != str(here):
             raise LeverError(
                 f"{path}, query {key}: question {shown(there)} there, question {here} in row {key} of the training "
@@ -98,7 +105,8 @@ def make_rollouts(
         add_infoscore(proposals, config, train, lvlm)
     prompts = proposals.prompts(config, train)
     texts = iter(lvlm.generate(prompts, "rollouts"))
-    probs = iter(_reference_probs(prompts, lvlm) if config.rollout.gt_prob else [None] * len(prompts))
+    end = config.rollout.gt_prob_end
+    probs = iter(_reference_probs(prompts, lvlm, end) if config.rollout.gt_prob else [None] * len(prompts))
     content: dict = {"_meta": {**here, "n_train": len(train)}}
     by_query = (proposals.rows, proposals.queries, proposals.pools, proposals.groups)
     for row, query, pool, group in zip(*by_query, strict=True):
@@ -129,7 +137,6 @@ def online_rewards(
 ) -> Callable[[Tensor], Tensor]:
     """What answers the rollouts of a policy that is learning: sequences (n, G, S) of pool positions, −1 where one is
     shorter, for the queries `rows` (n,) with `pools` (n, K) of training rows → rewards (n, G), by reward.mode."""
-    weights = {name: getattr(config.reward, name) for name in ("hard_weight", "soft_weight", "rel_weight")}
 
     def rewards(sequences: Tensor) -> Tensor:
         jobs = [
@@ -140,10 +147,11 @@ def online_rewards(
         prompts = [build_prompt(icds, query, config.prompt) for query, icds in jobs]
         texts = lvlm.generate(prompts, "online rollouts")
         with_probs = "gtprob" in config.reward.mode
-        probs = _reference_probs(prompts, lvlm) if with_probs else [None] * len(prompts)
+        end = config.rollout.gt_prob_end
+        probs = _reference_probs(prompts, lvlm, end) if with_probs else [None] * len(prompts)
         cut = config.prompt.cut
         scored = (_scores(text, prob, query, cut) for text, prob, (query, _) in zip(texts, probs, jobs, strict=True))
-        values = [trajectory_reward(scores, config.reward.mode, weights, "an online rollout") for scores in scored]
+        values = [trajectory_reward(scores, config.reward, "an online rollout") for scores in scored]
         return torch.tensor(values).view(sequences.shape[:2])
 
     return rewards
@@ -152,14 +160,23 @@ def online_rewards(
 # ---------------------------------------------------------------------- scoring
 
 
-def _reference_probs(prompts: list[Prompt], lvlm: CachedLvlm) -> list[float]:
-    """Σ over a query's distinct reference answers of min(count / 3, 1) · P(answer | prompt), for each prompt."""
+def _reference_probs(prompts: list[Prompt], lvlm: CachedLvlm, end: bool) -> list[float]:
+    """Σ over a query's distinct reference answers of min(count / 3, 1) · P(answer | prompt), for each prompt.
+
+    With `end`, P is that of the answer and the end of the turn after it: these exclude one another, so that the sum is
+    at most 1. Without, it is that of any text that begins so, and `1` and `10` share probability. Answers are composed
+    (NFC), as tokenizers do: é is one answer, whichever way it was typed. Blanks of annotators who gave no answer are
+    left out: they are no text to be probable.
+    """
     pairs = [
         (i, answer, min(count / 3, 1.0))
         for i, prompt in enumerate(prompts)
-        for answer, count in Counter(prompt.query.answers).items()
+        for answer, count in Counter(
+            unicodedata.normalize("NFC", text) for text in filter(str.strip, prompt.query.answers)
+        ).items()
     ]
-    log_probs = lvlm.answer_log_prob([prompts[i] for i, _, _ in pairs], [answer for _, answer, _ in pairs], "gt_prob")
+    asked = [prompts[i] for i, _, _ in pairs], [answer for _, answer, _ in pairs]
+    log_probs = lvlm.answer_log_prob(*asked, "gt_prob", end=end)
     totals = [0.0] * len(prompts)
     for (i, _, weight), log_prob in zip(pairs, log_probs, strict=True):
         totals[i] += weight * math.exp(log_prob)

@@ -48,7 +48,7 @@ def export(checkpoint: Path, why: str, folder: Path, *, license_: str = "apache-
         "format_version": VERSION,
         "lever_lm": __version__,
         "policy": policy.shape,
-        **{name: own[name] for name in ("encoder", "features", "dataset", "seed") if name in own},
+        **{name: own[name] for name in ("encoder", "features", "embeddings", "dataset", "seed") if name in own},
         "phase": "rce" if content.get("phase") == "rce" else "grpo",
         "epoch": content["epoch"] + 1 if is_epoch(content.get("epoch")) else None,  # from 1, as in file names
         "chosen": _ADVICE.sub("", why),

@@ -104,6 +104,7 @@ def train_grpo(
     clip = {"clip_epsilon": config.clip_epsilon, "clip_epsilon_high": config.clip_epsilon_high or None}
     steps_per_epoch = math.ceil(len(train) / config.batch_size)
     _check_warmup(config, config.epochs * steps_per_epoch, journal)
+    _tell_new_schedule(config, steps_per_epoch, journal)
     learner, features = policy, {}
     if config.freeze_backbone:
         learner, seen = projected(policy, train)
@@ -238,6 +239,21 @@ def _check_warmup(config: GrpoConfig, steps: int, journal: Journal) -> None:
         journal.say(f"warning: grpo.warmup_steps {config.warmup_steps} outlast all {steps} steps")
 
 
+def _tell_new_schedule(config: GrpoConfig, steps_per_epoch: int, journal: Journal) -> None:
+    """Say where the learning rate goes when the epochs that the schedule runs over are others than before."""
+    last = journal.rows[-1] if journal.rows else {}
+    if last.get("phase") != "grpo" or not last["epoch"] < config.epochs:
+        return
+    step = last["epoch"] * steps_per_epoch
+    here, following = (_learning_rate(config, at, steps_per_epoch) for at in (step - 1, step))
+    if not math.isclose(last["lr"], here, rel_tol=1e-9):
+        journal.note(
+            f"grpo.schedule={config.schedule} runs over {config.epochs} epochs now, another number than before: the "
+            f"learning rate goes from {last['lr']:.3g} at the end of epoch {last['epoch']} to {following:.3g} in epoch "
+            f"{last['epoch'] + 1}"
+        )
+
+
 def _check_advantages(at: At, data: GroupTensors, mask: Tensor, advantages: Tensor) -> None:
     """Rewards so large that their spread overflows would leave advantages of 0, and nothing learnt."""
     spread = group_mean_std(data.rewards, mask)[1].expand_as(data.rewards)
@@ -251,9 +267,13 @@ def _is_frozen(name: str, config: GrpoConfig) -> bool:
 
 def set_learning_rate(optimizer, config: GrpoConfig, epoch: int, step: int, steps_per_epoch: int) -> None:
     """The schedule's rate for a step (from 0) of an epoch (from 1)."""
-    at, total = (epoch - 1) * steps_per_epoch + step, config.epochs * steps_per_epoch
     for group in optimizer.param_groups:
-        group["lr"] = scheduled_lr(config.lr, at, total, schedule=config.schedule, warmup_steps=config.warmup_steps)
+        group["lr"] = _learning_rate(config, (epoch - 1) * steps_per_epoch + step, steps_per_epoch)
+
+
+def _learning_rate(config: GrpoConfig, step: int, steps_per_epoch: int) -> float:
+    total = config.epochs * steps_per_epoch
+    return scheduled_lr(config.lr, step, total, schedule=config.schedule, warmup_steps=config.warmup_steps)
 
 
 def timing(began: float, steps: int) -> dict[str, float]:

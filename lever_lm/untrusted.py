@@ -165,12 +165,10 @@ def is_epoch(value) -> bool:
 
 
 def loads(content: bytes | str, *, nan: bool = False, halves: bool = False):
-    """A JSON text as Python values. Raises ValueError for what is none, for a key that an object holds twice, numbers
-    beyond 64 bits or a float, NaN and infinity, lone surrogates unless `halves`, and deep nesting. Where `nan`, numbers
-    are taken as they come: what is too large is infinity."""
-    text = content if isinstance(content, str) else content.decode("utf-8")
-    if text.startswith("\ufeff"):
-        raise ValueError("it begins with a byte order mark: save it as UTF-8 without one")
+    """A JSON text as Python values; a byte order mark before it is passed over. Raises ValueError for what is none, for
+    a key that an object holds twice, numbers beyond 64 bits or a float, NaN and infinity, lone surrogates unless
+    `halves`, and deep nesting. Where `nan`, numbers are taken as they come: what is too large is infinity."""
+    text = (content if isinstance(content, str) else content.decode("utf-8")).removeprefix("\ufeff")
     strict = {"parse_int": _integer, "parse_float": _float, "parse_constant": _float}
     numbers = {"parse_int": _any_integer} if nan else strict
     with _no_collection():

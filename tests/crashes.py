@@ -34,10 +34,11 @@ def log_asked(path: Path) -> None:
             self._log([self._lvlm._key("answer", prompt) for prompt in prompts])
             return self._backend.generate(prompts)
 
-        def answer_log_prob(self, prompts, answers):
+        def answer_log_prob(self, prompts, answers, *, end=False):
+            kind = "log_prob_end" if end else "log_prob"
             pairs = zip(prompts, answers, strict=True)
-            self._log([self._lvlm._key(f"log_prob:{answer}", prompt) for prompt, answer in pairs])
-            return self._backend.answer_log_prob(prompts, answers)
+            self._log([self._lvlm._key(f"{kind}:{answer}", prompt) for prompt, answer in pairs])
+            return self._backend.answer_log_prob(prompts, answers, end=end)
 
         def _log(self, keys):
             batch = next(batches)

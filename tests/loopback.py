@@ -46,7 +46,8 @@ def models(*names: str, owner: str = "vllm") -> Reply:
 class Loopback:
     """A running server: its URL, and every request it got."""
 
-    def __init__(self, answer: Callable[[Request], Reply]):
+    def __init__(self, answer: Callable[[Request], Reply], port: int = 0):
+        self.answer = answer
         self.requests: list[Request] = []
         outer = self
 
@@ -81,7 +82,7 @@ class Loopback:
             def handle_error(self, request, address):
                 pass
 
-        self._server = Server(("127.0.0.1", 0), Handler)
+        self._server = Server(("127.0.0.1", port), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
 
     @property
@@ -120,6 +121,8 @@ class TinyChat:
     def __call__(self, request: Request) -> Reply:
         if request.path == "/v1/models":
             return models(self.name)
+        if request.path != "/v1/chat/completions":
+            return Reply(404, {"detail": "Not Found"})
         body = request.body
         if body["model"] != self.name:
             return Reply(404, {"error": {"message": f"The model `{body['model']}` does not exist.", "code": 404}})
@@ -130,11 +133,11 @@ class TinyChat:
         import torch
 
         assert body["temperature"] == 0
-        assert body["repetition_penalty"] == 1.0
         inputs = self._inputs(body)
         ids = inputs["input_ids"][0]
         with torch.inference_mode():
-            written = self.model.generate(**inputs, max_new_tokens=body["max_tokens"], do_sample=False)[0, len(ids) :]
+            decoding = {"max_new_tokens": body["max_tokens"], "repetition_penalty": float(body["repetition_penalty"])}
+            written = self.model.generate(**inputs, do_sample=False, **decoding)[0, len(ids) :]
             reply = said(self.processor.tokenizer.decode(written, skip_special_tokens=True))
             if body.get("prompt_logprobs") is not None:
                 reply.body["prompt_logprobs"] = [None, *self._scores(inputs, ids)]

@@ -312,7 +312,7 @@ def test_official_files_are_read_or_refused(tmp_path_factory, data):
 
 
 @pytest.mark.parametrize(
-    "text", ['{"questions": [], "questions": []}', '{"questions": [NaN]}', "\ufeff{}", '{"questions": "\\ud800"}']
+    "text", ['{"questions": [], "questions": []}', '{"questions": NaN}', "\ufeff{}", '{"questions": "\\ud800"}']
 )
 def test_official_files_are_read_strictly(tmp_path, text):
     root = small_digits(tmp_path / "world", 3, 2)

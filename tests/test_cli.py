@@ -761,6 +761,14 @@ def test_a_terminal_that_lacks_our_characters_is_no_failure(trained):
     assert "GRPO" in done.out
 
 
+@pytest.mark.parametrize("variables", [{"LC_ALL": "C"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}], ids=str)
+def test_text_on_the_command_line_is_utf_8_whatever_the_locale(tmp_path, variables):
+    words = ["config", "show", "--json", "--set", "prompt.system=Où est 什么?"]
+    done = run_lever(*words, cwd=tmp_path, **variables)
+    assert done.status == 0, done.err
+    assert done.json["config"]["prompt"]["system"] == "Où est 什么?"
+
+
 def test_a_choice_that_replaces_another_is_said(trained, lever):
     assert "replaces" not in lever("best-ckpt", "--strategy", "adv_std").out
     again = lever("best-ckpt", "--strategy", "adv_std")

@@ -98,6 +98,13 @@ def test_an_older_run_lacks_keys_and_is_shown_with_their_defaults(lever, a_run):
     assert (shown["grpo"]["online"], shown["keep"]) == (False, 0)
 
 
+def test_the_docs_are_the_same_where_python_leaves_docstrings_out(lever, tmp_path):
+    command = [sys.executable, "-OO", "-m", "lever_lm", "config", "show", "--docs"]
+    done = subprocess.run(command, cwd=tmp_path, env=clean_environment(), capture_output=True, text=True, timeout=60)
+    assert "# CLIP embeddings of queries and candidates.\n" in done.stdout
+    assert done.stdout == lever("config", "show", "--docs").out
+
+
 def test_docs_are_the_comments_of_the_dataclasses(lever):
     docs = key_docs()
     assert docs["grpo.top_k"].startswith("keep only the k best rollouts of a group")

@@ -61,6 +61,14 @@ def test_yamls_hold_known_keys_only():
         assert {key for key, _ in flat(yaml.safe_load(path.read_text(encoding="utf-8")))} <= known, path
 
 
+def test_the_classic_lvlm_asks_decodes_and_cuts_as_lever_plus_does():
+    config, _ = resolve({"lvlm": "qwen2.5_vl_3B_classic"}, None, [], {})
+    lvlm, prompt = config.lvlm, config.prompt
+    assert (lvlm.num_beams, lvlm.max_new_tokens, lvlm.length_penalty) == (3, 5, 0.0)
+    assert (lvlm.repetition_penalty, lvlm.eos) == (1.05, "tokenizer")
+    assert (prompt.order, prompt.cut) == ("first_pick_first", "classic")
+
+
 def test_the_defaults_alone_are_a_config():
     assert Config().rollout.pool_size == 64
     assert Config().grpo.epochs == 50

@@ -8,7 +8,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lever_lm.data.groups import Group, check_reward_mode, is_query, load_groups, read_rollouts, split_ids
+from lever_lm.config import RewardConfig
+from lever_lm.data.groups import (
+    Group,
+    check_reward_mode,
+    is_query,
+    load_groups,
+    read_groups,
+    read_rollouts,
+    split_ids,
+)
 from lever_lm.errors import LeverError, UsageError
 from lever_lm.rollouts import load_groups as public_load_groups
 
@@ -112,15 +121,182 @@ def test_the_file_decides_the_order_of_queries_and_rollouts(tmp_path):
 
 
 def test_the_old_layout_takes_the_sorted_rows_as_its_pool(tmp_path):
-    rows = [{"pointer": [70, 9]}, {"pointer": [0, 0], "pointer_pos": [300, 9]}]
+    rows = [{"pointer": [70, 9]}, {"pointer": [0, 1], "pointer_pos": [300, 9]}]
     content = {"1": {"pointer_candidates": [{**row, "vqa_correct": 0, "vqa_acc_score": 0.0} for row in rows]}}
     (group,) = load_groups(write(tmp_path, content))
     assert (group.pool, group.sequences) == ([9, 70, 300], [[1, 0], [2, 0]])
 
 
-def test_a_pool_is_cut_to_64(tmp_path):
-    content = {"1": query(trajectory([63, 0]), pool=range(100, 170))}
-    assert load_groups(write(tmp_path, content))[0].pool == list(range(100, 164))
+SCORES = {"vqa_correct": 1, "vqa_acc_score": 0.6}
+
+
+def pointed(*pointers, **more):
+    """A query whose trajectories hold these keys, and its pool where `pool` is given."""
+    pool = {"candidate_pool_ids": list(more.pop("pool"))} if "pool" in more else {}
+    return {**pool, "pointer_candidates": [{**SCORES, **pointer} for pointer in pointers], **more}
+
+
+def rows_of(path):
+    """The rows that each rollout of the only query shows, in pick order."""
+    (group,) = load_groups(path)
+    return [[group.pool[place] for place in sequence] for sequence in group.sequences]
+
+
+@pytest.mark.parametrize(
+    ("entry", "rows"),
+    [
+        pytest.param(
+            pointed({"pointer": [1, 2]}, {"pointer": [2, 0]}, pool=[3, 5, 7]), [[5, 7], [7, 3]], id="least: places"
+        ),
+        pytest.param(pointed({"pointer": [7, 5]}, {"pointer": [3, 7]}, pool=[3, 5, 7]), [[7, 5], [3, 7]], id="ids"),
+        pytest.param(pointed({"pointer": [1, 2]}, pool=[2, 0, 1]), [[0, 1]], id="either: places"),
+        pytest.param(pointed({"pointer": [1, 2]}), [[1, 2]], id="no pool: rows"),
+        pytest.param(pointed({"pointer": [1, 2]}, pool=[2, 0, 1], _fix_failed=True), [[1, 2]], id="fix failed: rows"),
+        pytest.param(pointed({"pointer": [0, 1], "pointer_pos": [1, 2]}, pool=[2, 0, 1]), [[1, 2]], id="pos: rows"),
+        pytest.param(
+            pointed({"pointer": [0, 1], "pointer_global": [3, 5]}, {"pointer": [7, 5]}, pool=[3, 5, 7]),
+            [[3, 5], [7, 5]],
+            id="both layouts, the present one first",
+        ),
+        pytest.param(
+            pointed({"pointer": [7, 5]}, {"pointer": [0, 1], "pointer_global": [3, 5]}, pool=[3, 5, 7]),
+            [[7, 5], [3, 5]],
+            id="both layouts, the older one first",
+        ),
+        pytest.param(
+            pointed({"pointer_pos": [0, 2]}, {"pointer": [0, 1], "pointer_global": [2, 0]}, pool=[2, 0, 1]),
+            [[0, 2], [2, 0]],
+            id="both layouts, marked",
+        ),
+        pytest.param(
+            pointed(
+                {"pointer": [2, 1], "pointer_global": [7, 5], "eval_failed": True}, {"pointer": [0, 1]}, pool=[3, 5, 7]
+            ),
+            [[3, 5]],
+            id="the only marked one failed",
+        ),
+    ],
+)
+def test_each_trajectory_is_read_by_its_own_layout(tmp_path, entry, rows):
+    assert rows_of(write(tmp_path, {"1": entry})) == rows
+
+
+@pytest.mark.parametrize(
+    ("entry", "why"),
+    [
+        (
+            pointed({"pointer": [0, 1]}, {"pointer": [1, 9]}, pool=[3, 5, 7]),
+            r"positions \[1, 9\] do not lie in a pool of 3",
+        ),
+        (
+            pointed({"pointer": [0, 1]}, {"pointer": [0, 1], "pointer_global": [5, 3]}, pool=[3, 5, 7]),
+            r"pointer_global is \[5, 3\], but pointer names rows \[3, 5\]",
+        ),
+        (
+            pointed({"pointer": [5, 0]}, {"pointer": [1, 2]}, pool=[2, 0, 1, 5, 9]),
+            "can be places in the pool and ids of it",
+        ),
+        (
+            pointed({"pointer": [0], "pointer_global": [3]}, {"pointer_pos": [4]}, pool=[3, 5, 7]),
+            r"rows \[4\] do not lie in candidate_pool_ids",
+        ),
+        (pointed({"pointer": [0, 1]}, {"pointer": [1, 1]}, pool=[3, 5, 7]), "names a candidate twice"),
+        (pointed({"pointer": [0, 1]}, {"pointer": [5, 5]}, pool=[3, 5, 7]), "names a candidate twice"),
+        (pointed({"pointer": [0, 1]}, {"pointer": [9, 9]}), "names a candidate twice"),
+        (pointed({"pointer": [0, 1]}, {"pointer": []}), "its pointer is empty"),
+    ],
+)
+def test_a_pointer_that_says_two_things_or_nothing_is_refused_by_query_and_trajectory(tmp_path, entry, why):
+    with pytest.raises(LeverError, match=f"query 1, trajectory 1: .*{why}"):
+        load_groups(write(tmp_path, {"1": entry}))
+
+
+@pytest.mark.parametrize("size", [65, 100, 1000])
+def test_a_pool_may_be_of_any_size(tmp_path, size):
+    pool = list(range(2000, 2000 + size))
+    content = {
+        "1": pointed({"pointer": [size - 1, 0], "pointer_global": [pool[-1], 2000]}, pool=pool),
+        "2": pointed(*({"pointer": [row]} for row in pool)),
+    }
+    present, older = load_groups(write(tmp_path, content))
+    assert (present.pool, present.sequences) == (pool, [[size - 1, 0]])
+    assert (older.pool, older.sequences) == (pool, [[i] for i in range(size)])
+
+
+# ---------------------------------------------------------------------- missing scores
+
+LACKING = [
+    ("hard_plus_soft", "vqa_correct"),
+    ("hard_plus_soft", "vqa_acc_score"),
+    ("hard_plus_soft_v2", "vqa_acc_score"),
+    ("separated", "vqa_correct"),
+    ("hard_only", "vqa_correct"),
+    ("soft_only", "vqa_acc_score"),
+    ("hard01_plus_gtprob", "vqa_correct"),
+    ("hard01_plus_gtprob", "vqa_gt_prob"),
+    ("hard01_plus_gtprob_separated", "vqa_gt_prob"),
+    ("hard_plus_gtprob_plus_rel", "vqa_gt_prob"),
+    ("hard_plus_gtprob_plus_rel", "vqa_rel_score"),
+]
+
+
+@pytest.mark.parametrize("null", [True, False], ids=["null", "absent"])
+@pytest.mark.parametrize(("mode", "field"), LACKING)
+def test_a_rollout_without_a_score_that_the_reward_needs_is_refused_or_left_out(tmp_path, mode, field, null):
+    whole = trajectory(vqa_gt_prob=0.5, vqa_rel_score=0.5)
+    lacking = {**trajectory([1, 2], vqa_gt_prob=0.5, vqa_rel_score=0.5), field: None}
+    if not null:
+        del lacking[field]
+    path = write(tmp_path, {"7": query(whole, lacking), "8": query(lacking)})
+    with pytest.raises(
+        LeverError, match=rf"query 7, trajectory 1 has no {field}, which reward\.mode={mode} needs: .*drop"
+    ):
+        load_groups(path, reward_mode=mode, missing="refuse")
+    read = read_groups(path, RewardConfig(mode=mode, missing="drop"))
+    assert [(group.query_id, group.sequences, group.numbers) for group in read.groups] == [(7, [[0, 1]], [0])]
+    assert "; 2 left out, as they lack a score" in read.summary()
+    if field == "vqa_gt_prob":  # Lever-Plus's loader
+        values = [reward for group in load_groups(path, reward_mode=mode) for reward in group.rewards]
+        assert values[1] == values[2] == values[0] - 0.5
+    else:
+        with pytest.raises(LeverError, match=field):
+            load_groups(path, reward_mode=mode)
+
+
+def test_a_score_that_the_reward_does_not_need_may_be_missing(tmp_path):
+    bare = {"pointer": [0, 1], "pointer_global": [10, 11]}
+    path = write(tmp_path, {"1": query({**bare, "vqa_acc_score": 0.6})})
+    assert load_groups(path, reward_mode="soft_only", missing="refuse")[0].rewards == [0.6]
+    assert load_groups(path, reward_mode="legacy", missing="refuse")[0].rewards == [0.6]
+    with pytest.raises(LeverError, match=r"no vqa_correct, .* needs with reward[.]require_positive"):
+        load_groups(path, reward_mode="soft_only", missing="refuse", require_positive=True)
+
+
+def test_a_file_without_any_reference_probability_is_refused_under_a_mode_of_it(tmp_path):
+    path = write(tmp_path, {"1": query(), "2": query()})
+    with pytest.raises(LeverError, match="no rollout has a vqa_gt_prob"):
+        load_groups(path, reward_mode="hard01_plus_gtprob")
+
+
+# ---------------------------------------------------------------------- what the screen says
+
+
+def test_the_summary_tells_layout_groups_rollouts_pools_and_right_answers(tmp_path):
+    content = {
+        "1": query(trajectory(), trajectory([1, 2], vqa_correct=0, vqa_acc_score=0.0), trajectory(eval_failed=True)),
+        "2": pointed({"pointer": [70, 9]}),
+    }
+    path = write(tmp_path, content)
+    assert read_groups(path, RewardConfig()).summary() == (
+        f"rollouts: {path}: 2 groups, 3 rollouts (1 of them by row, the older layout), pools of 2 to 4, 66.7% right; "
+        "1 left out, as their evaluation failed or fell back (reward.skip_fallback)"
+    )
+
+
+def test_of_a_limited_number_of_groups_the_first_by_id_are_read(tmp_path):
+    content = {"30": query(), "4": query(), "9": "broken", "8": query(trajectory(eval_failed=True))}
+    read = read_groups(write(tmp_path, content), RewardConfig(max_groups=2))
+    assert ([group.query_id for group in read.groups], read.query_ids) == ([4], [4, 8])
 
 
 def test_what_was_not_evaluated_is_dropped(tmp_path):
@@ -187,12 +363,6 @@ def test_a_position_outside_the_pool_is_refused_by_query_and_trajectory(tmp_path
         load_groups(path)
 
 
-def test_an_old_layout_with_more_than_64_rows_is_refused(tmp_path):
-    rows = [{"pointer": [i, i + 1], "vqa_correct": 0} for i in range(0, 80, 2)]
-    with pytest.raises(LeverError, match=r"query 1, trajectory 32: positions \[-1, -1\] do not lie in a pool of 64"):
-        load_groups(write(tmp_path, {"1": {"pointer_candidates": rows}}))
-
-
 @pytest.mark.parametrize("pool", [None, [1.5], "abc", [-3, 2, 1, 0], [True, 2, 3, 4]])
 def test_a_pool_that_is_no_list_of_rows_is_refused(tmp_path, pool):
     entry = {**query(), "candidate_pool_ids": pool}
@@ -212,7 +382,7 @@ def test_a_query_of_another_schema_is_refused(tmp_path, entry):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "not json", '{"1": ', "[" * 100_000, "\ufeff{}"], ids=["empty", "text", "cut", "deep", "bom"]
+    "text", ["", "not json", '{"1": ', "[" * 100_000, "\ufeff"], ids=["empty", "text", "cut", "deep", "bom"]
 )
 def test_a_file_that_is_no_json_is_refused(tmp_path, text):
     with pytest.raises(LeverError, match=r"rl_data\.json is not JSON"):

@@ -392,6 +392,50 @@ def test_a_warm_up_step_moves_the_weights_by_its_own_share(tmp_path):
     assert moved[0] == pytest.approx(10 * moved[1], rel=0.05)  # Adam's first step is as long as the rate
 
 
+@pytest.mark.parametrize(
+    ("schedule", "first", "then", "told"),
+    [
+        ("linear", 4, 8, "from 0.00025 at the end of epoch 4 to 0.0015 in epoch 5"),  # 1/12, then 12/24
+        ("linear", 4, 3, None),
+        ("cosine", 4, 8, "from 5.11e-05 at the end of epoch 4 to 0.0015 in epoch 5"),
+        ("constant", 4, 8, None),
+    ],
+)
+def test_a_rate_that_jumps_because_epochs_were_raised_is_told_before_it_does(tmp_path, schedule, first, then, told):
+    train(tmp_path, NO_RCE, options(epochs=first, schedule=schedule))
+    said = []
+    _, rows = train(tmp_path, NO_RCE, options(epochs=then, schedule=schedule), say=said.append)
+    log = (tmp_path / "train.log").read_text().splitlines()
+    notes = [line for line in log if line.startswith("grpo.schedule=")]
+    assert notes == [row["note"] for row in rows if "note" in row]
+    if told is None:
+        assert not notes
+        return
+    (note,) = notes
+    assert note.startswith(f"grpo.schedule={schedule} runs over 8 epochs now")
+    assert note.endswith(told)
+    assert said.index(note) < min(i for i, line in enumerate(said) if line.split()[0] == "5")
+    assert log.index(note) == next(i for i, line in enumerate(log) if line.split()[0] == "5") - 1
+    assert rows[4]["note"] == note
+    again = []
+    train(tmp_path, NO_RCE, options(epochs=then, schedule=schedule), say=again.append)
+    assert not any("grpo.schedule" in line for line in again)
+    assert (tmp_path / "train.log").read_text().splitlines() == log, "it is kept where it was"
+
+
+def test_a_schedule_that_runs_over_fewer_epochs_than_before_is_told_too(tmp_path):
+    def die_after_two(line):
+        if line.split()[0] == "2":
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(tmp_path, NO_RCE, options(epochs=8, schedule="linear"), say=die_after_two)
+    said = []
+    train(tmp_path, NO_RCE, options(epochs=4, schedule="linear"), say=said.append)
+    # 6 of 24 steps are done, of 12 from now on: 1 − 5/24 of the rate, then 1 − 6/12.
+    assert any("at the end of epoch 2 to 0.0015 in epoch 3" in line for line in said)
+
+
 def test_a_run_with_a_schedule_killed_after_every_epoch_ends_bit_for_bit_where_an_unbroken_one_does(tmp_path):
     changes = {"schedule": "cosine", "warmup_steps": 4, "entropy_beta": 0.1, "kl": "k2", "clip_epsilon_high": 0.4}
     grpo = options(epochs=4, advantage_scale="batch", freeze_backbone=True, **changes)
@@ -684,7 +728,7 @@ def test_the_command_takes_that_strategy(lever, tmp_path):
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
 @pytest.mark.parametrize("field", ["vqa_acc_score", "infoscore"])
 def test_a_score_that_is_not_finite_is_refused_with_its_query_and_trajectory(tmp_path, field, number):
-    good = {"pointer": [0, 1], "pointer_global": [4, 5], "vqa_acc_score": 0.5}
+    good = {"pointer": [0, 1], "pointer_global": [4, 5], "vqa_correct": 1, "vqa_acc_score": 0.5}
     content = {"7": {"candidate_pool_ids": [4, 5, 6], "pointer_candidates": [good, {**good, field: 123454321}]}}
     path = tmp_path / "rl_data.json"
     path.write_text(json.dumps(content).replace("123454321", number))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import random
 import shutil
 
@@ -171,6 +172,60 @@ def test_log_prob_is_the_summed_log_softmax_of_a_plain_forward(prompts, style):
     assert all(score < 0 and round(score, 6) == score for score in scores)
 
 
+@pytest.mark.parametrize("style", STYLES)
+def test_with_the_end_of_the_turn_its_token_counts_too(prompts, style):
+    ours = make(style)
+    answers = [("three", "twenty one", "1", "a blue circle of paper")[i % 4] for i in range(12)]
+    plain = [plain_log_prob(ours, p, f"{a}<|im_end|>", style) for p, a in zip(prompts[:12], answers, strict=True)]
+    assert ours.answer_log_prob(prompts[:12], answers, end=True) == pytest.approx(plain, abs=1e-4)
+    open_ended = ours.answer_log_prob(prompts[:12], answers)
+    assert all(whole < part for whole, part in zip(plain, open_ended, strict=True))
+
+
+def test_answers_that_end_exclude_one_another_and_beginnings_do_not(prompts):
+    """Of a model that goes on after its answer: every beginning of what it writes is probable, and one end of it is."""
+    ours = make()
+    weights = 5 * ours.model.lm_head.weight.detach()  # sure of what it goes on with
+    weights[ours.eos] *= -1
+    ours.model.lm_head.weight = torch.nn.Parameter(weights)
+    sums = []
+    for prompt, written in zip(prompts[:12], ours.generate(prompts[:12]), strict=True):
+        tokens = ours.tokenizer(written).input_ids
+        answers = [ours.tokenizer.decode(tokens[:count]) for count in range(1, len(tokens) + 1)]
+        scores = [ours.answer_log_prob([prompt] * len(answers), answers, end=end) for end in (False, True)]
+        sums.append([sum(map(math.exp, of_answers)) for of_answers in scores])
+    assert max(begun for begun, _ in sums) > 1.2
+    assert all(0 < ended <= 1 for _, ended in sums)
+
+
+def test_batches_of_log_probs_count_the_answers(prompts):
+    """64 short prompts and one long answer: the batch of that one is padded to it, and so holds fewer."""
+    ours, short = make(batch_size=64, batch_tokens=2000), [prompts[0]] * 40
+    answers = ["three"] * 39 + ["a blue circle of paper " * 12]
+    shapes, inputs, ours._inputs = [], ours._inputs, None
+    ours._inputs = lambda *work: (found := inputs(*work), shapes.append(found[0].shape))[0]
+    scored = []
+    ours.model.lm_head.register_forward_pre_hook(lambda _, args: scored.append(args[0].shape[:-1].numel()))
+    ours.answer_log_prob(short, answers)
+    assert max(rows * width for rows, width in shapes) <= 2000 * 1.3, "a guess of the text's length is a third off"
+    assert [rows for rows, _ in shapes] == [len(batch) for batch in ours.batches(short, answers)]
+    assert sum(scored) == sum(len(ours.tokenizer(answer).input_ids) for answer in answers)
+    alone = len(ours.batches(short))
+    assert len(shapes) > alone
+
+
+def test_what_is_left_of_prompts_and_answers_is_cut_as_before(prompts):
+    ours = make(batch_tokens=700)
+    answers = [("three", "a blue circle of paper " * (1 + i % 7))[i % 2] for i in range(len(prompts))]
+    batches = ours.batches(prompts, answers)
+    assert batches != ours.batches(prompts)
+    for gone in ({0}, {1, 3}, set(range(len(batches) - 1))):
+        left = [i for k, batch in enumerate(batches) if k not in gone for i in sorted(batch)]
+        again = ours.batches([prompts[i] for i in left], [answers[i] for i in left])
+        kept = [sorted(batch) for k, batch in enumerate(batches) if k not in gone]
+        assert [sorted(left[i] for i in batch) for batch in again] == kept
+
+
 def test_the_batch_size_hardly_changes_a_log_prob(prompts):
     answers = [prompt.query.answer for prompt in prompts]
     one, other = make(batch_size=1), make(batch_size=54)
@@ -257,10 +312,15 @@ def test_a_budget_below_one_token_is_refused():
 
 
 @pytest.mark.parametrize("job", ["generate", "answer_log_prob"])
-def test_a_question_that_holds_an_image_placeholder_is_refused_by_name(lvlm, prompts, job):
-    query = dataclasses.replace(prompts[0].query, question="what is <|image_pad|> here?")
-    prompt = dataclasses.replace(prompts[0], query=query)
-    with pytest.raises(LeverError, match=r"<\|image_pad\|>"):
+@pytest.mark.parametrize("field", ["question", "answers"])
+def test_a_text_that_holds_an_image_placeholder_is_refused_by_its_own_question(lvlm, prompts, job, field):
+    prompt = next(prompt for prompt in prompts if len(prompt.icds) == 2)
+    text = "what is <|image_pad|> here?"
+    spoilt = dataclasses.replace(
+        prompt.icds[1], question_id=424242, **{field: text if field == "question" else (text,)}
+    )
+    prompt = dataclasses.replace(prompt, icds=(prompt.icds[0], spoilt))
+    with pytest.raises(LeverError, match=r"question 424242: <\|image_pad\|> must not stand there"):
         getattr(lvlm, job)([prompt], *([["three"]] if job == "answer_log_prob" else []))
 
 
@@ -328,6 +388,31 @@ def test_length_penalty_of_the_config_is_used(several_ends, prompts):
     assert answers != long.generate(prompts)
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("penalty", [1.05, 1.5])
+def test_a_repetition_penalty_is_that_of_plain_generate(prompts, beams, penalty):
+    ours, unpunished = flatten(make(num_beams=beams, repetition_penalty=penalty)), flatten(make(num_beams=beams))
+    answers = ours.generate(prompts)
+    assert answers == [plain_answer(ours, prompt, num_beams=beams, repetition_penalty=penalty) for prompt in prompts]
+    assert answers != unpunished.generate(prompts)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_the_tokenizers_own_token_alone_ends_an_answer(several_ends, prompts, beams):
+    ours = flatten(make(path=several_ends, num_beams=beams, eos="tokenizer"))
+    assert ours.eos.tolist() == [ours.tokenizer.eos_token_id]
+    end = {"eos_token_id": ours.tokenizer.eos_token_id}
+    assert ours.generate(prompts) == [plain_answer(ours, prompt, num_beams=beams, **end) for prompt in prompts]
+
+
+@pytest.mark.parametrize("answer", ["10,000", "12:30 pm"])
+def test_five_new_tokens_are_too_few_for_numbers(lvlm, answer):
+    """Each digit, comma and colon is a token of its own, in Qwen's tokenizer and in the shipped one of its kind."""
+    tokens = lvlm.tokenizer(answer).input_ids
+    assert len(tokens) > LvlmConfig.max_new_tokens
+    assert [lvlm.tokenizer.decode(token) for token in tokens[:5]] == list(answer[:5])
+
+
 # ---------------------------------------------------------------------- loading
 
 
@@ -387,6 +472,8 @@ def test_the_fingerprint_follows_everything_an_answer_depends_on(tmp_path):
     changed = [
         (dataclasses.replace(config, num_beams=3), prompt),
         (dataclasses.replace(config, length_penalty=0.5), prompt),
+        (dataclasses.replace(config, repetition_penalty=1.05), prompt),
+        (dataclasses.replace(config, eos="tokenizer"), prompt),
         (dataclasses.replace(config, max_new_tokens=7), prompt),
         (dataclasses.replace(config, max_pixels=56 * 56 * 16), prompt),
         (dataclasses.replace(config, dtype="bfloat16"), prompt),

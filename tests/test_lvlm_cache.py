@@ -26,7 +26,7 @@ class Counting:
         self.batch_size, self.dies_at = batch_size, dies_at
         self.work: list[list[str]] = []  # the questions of each batch
 
-    def batches(self, prompts):
+    def batches(self, prompts, answers=None):
         order = sorted(range(len(prompts)), key=lambda i: prompts[i].query.question)
         return [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
 
@@ -34,9 +34,9 @@ class Counting:
         self._note(prompts)
         return [f"{prompt.query.question} {prompt.query.answer}, and more" for prompt in prompts]
 
-    def answer_log_prob(self, prompts, answers):
+    def answer_log_prob(self, prompts, answers, *, end=False):
         self._note(prompts)
-        return [-float(len(answer)) - 0.123456 for answer in answers]
+        return [-float(len(answer) + end) - 0.123456 for answer in answers]
 
     def _note(self, prompts):
         if self.dies_at is not None and len(self.work) + 1 == self.dies_at:
@@ -130,6 +130,29 @@ def test_where_an_answer_is_cut_is_no_reason_to_ask_again(file, prompts):
     assert opened(file, Counting()).answer(named) == ["Shorts a"]
     known = CachedLvlm(no_model, "model-1", AnswerCache(file), tracked, cut="classic")
     assert known.answer(named) == [""]
+
+
+def test_a_log_prob_with_the_end_of_the_turn_is_another_one(file, prompts):
+    lvlm = opened(file, Counting())
+    assert lvlm.answer_log_prob(prompts[:1], ["yes"]) == [-3.123456]
+    assert lvlm.answer_log_prob(prompts[:1], ["yes"], end=True) == [-4.123456]
+    later = opened(file)
+    assert later.answer_log_prob(prompts[:1], ["yes"], end=True) == [-4.123456]
+    assert later.answer_log_prob(prompts[:1], ["yes"]) == [-3.123456]
+
+
+def test_the_batches_of_log_probs_know_the_answers(file, prompts):
+    class Knowing(Counting):
+        def batches(self, prompts, answers=None):
+            seen.append(answers)
+            return super().batches(prompts)
+
+    seen = []
+    lvlm = opened(file, Knowing())
+    lvlm.generate(prompts[:2])
+    lvlm.answer_log_prob(prompts[:2], ["yes", "no"])
+    lvlm.answer_log_prob(prompts[:3], ["yes", "never", "no"])
+    assert seen == [None, ["yes", "no"], ["never", "no"]]
 
 
 def test_nothing_to_ask_needs_no_model(file):
@@ -243,7 +266,7 @@ def test_what_came_back_before_a_batch_broke_off_is_kept(file, prompts):
         def generate(self, prompts):
             raise Unfinished("no line", dict(enumerate(super().generate(prompts)[1:], 1)))
 
-        def answer_log_prob(self, prompts, answers):
+        def answer_log_prob(self, prompts, answers, *, end=False):
             raise Unfinished("no line", dict(enumerate(super().answer_log_prob(prompts, answers)[1:], 1)))
 
     broken_off = opened(file, Dropping())

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import re
+import struct
+import zlib
 from pathlib import Path
 
 import pytest
@@ -9,8 +12,9 @@ from PIL import Image
 
 from lever_lm.config import DataConfig, asset_path
 from lever_lm.data import Example, load_dataset, open_image
-from lever_lm.data.examples import to_dataset
+from lever_lm.data.examples import to_dataset, whole_id
 from lever_lm.errors import LeverError
+from lever_lm.samplers import Candidates
 
 QUESTIONS = "OpenEnded_mscoco_{}2014_questions.json"
 ANNOTATIONS = "mscoco_{}2014_annotations.json"
@@ -175,6 +179,36 @@ def test_a_rotated_photograph_opens_upright(world):
     assert max(upright.getpixel((10, 35))) < 15
 
 
+def png(depth: int, colour_type: int, row: bytes, transparent: bytes) -> bytes:
+    """A PNG of two pixels in one row, as its specification writes one."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", 2, 1, depth, colour_type, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"tRNS", transparent), (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in chunks)
+
+
+@pytest.mark.parametrize(
+    ("depth", "colour_type", "row", "transparent", "other"),
+    [
+        (16, 0, struct.pack(">2H", 7, 40000), struct.pack(">H", 7), 156),
+        (16, 2, struct.pack(">6H", 7, 7, 700, *[40000] * 3), struct.pack(">3H", 7, 7, 700), 156),
+        (8, 0, bytes([9, 156]), struct.pack(">H", 9), 156),
+        (8, 2, bytes([9, 9, 9, 156, 156, 156]), struct.pack(">3H", 9, 9, 9), 156),
+        (4, 0, bytes([0x3A]), struct.pack(">H", 3), 170),
+        (2, 0, bytes([0b01100000]), struct.pack(">H", 1), 170),
+        (1, 0, bytes([0b01000000]), struct.pack(">H", 0), 255),
+    ],
+    ids=["16-bit grey", "16-bit colour", "8-bit grey", "8-bit colour", "4-bit grey", "2-bit grey", "1-bit"],
+)
+def test_the_transparent_colour_of_a_png_is_white_at_every_depth(tmp_path, depth, colour_type, row, transparent, other):
+    (tmp_path / "x.png").write_bytes(png(depth, colour_type, row, transparent))
+    picture = open_image(str(tmp_path / "x.png"))
+    assert [picture.getpixel((x, 0)) for x in (0, 1)] == [(255,) * 3, (other,) * 3]
+
+
 @pytest.mark.parametrize("share", [0.3, 0.8])
 def test_a_truncated_picture_is_refused_by_file(world, share):
     world.save("train", 2, Image.effect_noise((64, 64), 80).convert("RGB"))
@@ -269,6 +303,18 @@ def test_answers_of_another_schema_are_refused_by_question(world, entries):
         world.load()
 
 
+def test_an_annotator_who_left_a_blank_is_one_of_ten_and_ten_blanks_are_refused(world):
+    answers = [{"answer": text} for text in ("", " ", "", "cat", "cat", "dog")]
+    world.annotations["train"][4]["answers"] = answers
+    (example,) = (one for one in world.load().train_examples if one.question_id == 30)
+    assert example.answers == ("", " ", "", "cat", "cat", "dog"), "a blank still counts in the accuracy"
+    assert example.answer == "cat", "and is never shown"
+    world.annotations["train"][4]["answers"] = answers[:3]
+    with pytest.raises(LeverError, match=r"annotations\.json: all answers to question 30 are blank; .*--skip-bad"):
+        world.load()
+    assert len(world.load(skip_bad_examples=True).skipped) == 1
+
+
 @pytest.mark.parametrize("text", [None, "", "  ", 7])
 def test_a_question_without_text_is_refused(world, text):
     world.questions["train"][4]["question"] = text
@@ -289,6 +335,114 @@ def test_missing_files_and_folders_are_refused_with_the_variable(world, tmp_path
         load_dataset(DataConfig("small", absent, str(tmp_path)))
     with pytest.raises(LeverError, match=r"no folder .*train2014 or .*mscoco2014.*COCO_PATH"):
         load_dataset(DataConfig("small", str(tmp_path), absent))
+
+
+@pytest.mark.parametrize(
+    ("value", "read"),
+    [("12", 12), (12.0, 12), (0, 0), (2**63 - 1, 2**63 - 1), ("012", 12)]
+    + [(value, None) for value in (True, False, None, 1.5, -1, -2.0, float("nan"), float("inf"), 2.0**60, 2**63)]
+    + [(value, None) for value in ("", " 12", "-1", "12.0", "²", "٣", "9" * 5000, [12], {})],
+    ids=lambda value: str(value)[:12],
+)
+def test_an_id_is_a_whole_number_or_a_text_of_its_digits(value, read):
+    assert whole_id(value) == read
+    assert type(whole_id(value)) is type(read)
+
+
+def test_ids_as_text_or_as_whole_floats_are_those_numbers(world):
+    for rows in (world.questions["train"], world.annotations["val"]):
+        for row in rows:
+            row |= {"question_id": str(row["question_id"]), "image_id": float(row["image_id"])}
+    data = world.load()
+    assert [(e.question_id, e.image_id) for e in data.train_examples[:3]] == [(10, 1), (11, 1), (20, 2)]
+    assert [e.question_id for e in data.val_examples] == [40, 41, 50, 51]
+    assert {type(e.question_id) for e in data.train_examples} == {int}
+    world.questions["train"].append({**world.questions["train"][0], "question_id": 10})
+    with pytest.raises(LeverError, match="question_id 10 appears 2 times"):
+        world.load()
+
+
+SPOILT = {
+    "an id that is NaN": (lambda q, a: q.update(question_id=float("nan")), "entry 4 of 'questions'"),
+    "an id that is true": (lambda q, a: q.update(question_id=True), "entry 4 of 'questions'"),
+    "no image id": (lambda q, a: q.pop("image_id"), "entry 4 of 'questions'"),
+    "an answer that is NaN": (lambda q, a: a["answers"][2].update(answer=float("nan")), "question 30"),
+    "half a character": (lambda q, a: q.update(question="a \ud800?"), "question 30: '\\ud800' can stand in no"),
+    "an image token in the question": (lambda q, a: q.update(question="a <|image_pad|>?"), "question 30: '<|image_p"),
+    "the end of a turn in an answer": (
+        lambda q, a: a["answers"][2].update(answer="<|im_end|>"),
+        "question 30: '<|im_end",
+    ),
+}
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize(("spoil", "words"), SPOILT.values(), ids=SPOILT)
+def test_what_is_wrong_in_one_entry_is_that_entrys_and_can_be_left_out(world, split, spoil, words):
+    if split == "val":
+        world.questions, world.annotations = (
+            {"train": rows["val"], "val": rows["train"]} for rows in (world.questions, world.annotations)
+        )
+        world.images = {"train": [4, 5], "val": [1, 2, 3]}
+        for name, ids in world.images.items():
+            for i in ids:
+                world.save(name, i, Image.new("RGB", (8, 6), (40 * i, 10, 20)))
+    spoil(world.questions[split][4], world.annotations[split][4])
+    with pytest.raises(LeverError, match=rf"{re.escape(words)}.*--skip-bad-examples"):
+        world.load()
+    data = world.load(skip_bad_examples=True)
+    assert [e.question_id for e in data.examples(split)] == [10, 11, 20, 21, 31]
+    assert any(words in told for told in data.skipped)
+
+
+def test_a_nan_that_is_not_read_does_no_harm(world):
+    for entry in world.annotations["train"][0]["answers"]:
+        entry["answer_confidence"] = float("nan")
+    assert len(world.load().train_examples) == 6
+
+
+def test_a_text_that_only_looks_like_a_token_is_read(world):
+    world.questions["train"][0]["question"] = "What is <|cat|> or <image> or <|im_ende|>?"
+    assert len(world.load().train_examples) == 6
+
+
+@pytest.mark.parametrize("how", [{"encoding": "utf-8-sig"}, {"newline": "\r\n"}], ids=str)
+def test_files_of_a_windows_editor_load_alike(world, how):
+    expected = world.load()
+    for path in world.root.glob("*.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()), indent=1), **{"encoding": "utf-8", **how})
+    data = load_dataset(DataConfig("small", str(world.root), str(world.root)))
+    assert data.train_examples == expected.train_examples
+    assert data.val_examples == expected.val_examples
+
+
+def repeat(world, question: str = "what is 0 in 4?") -> None:
+    """The photograph of an evaluation question among the training images, under another id, with a question."""
+    world.questions["train"].append({"question_id": 90, "image_id": 9, "question": question})
+    world.annotations["train"].append({"question_id": 90, "image_id": 9, "answers": answers("cat")})
+    world.path("train", 9).write_bytes(world.path("val", 4).read_bytes())
+
+
+def test_a_question_of_both_splits_about_one_image_is_refused_or_leaves_the_training_split(world):
+    repeat(world)
+    with pytest.raises(LeverError, match=r"1 of 7 training questions are in .*: question 90 is question 40 there"):
+        world.load()
+    data = world.load(skip_bad_examples=True)
+    assert [e.question_id for e in data.train_examples] == [10, 11, 20, 21, 30, 31]
+    assert [e.question_id for e in data.val_examples] == [40, 41, 50, 51]
+    assert len(data.skipped) == 1
+    assert "question 90 is question 40" in data.skipped[0]
+
+
+def test_another_question_about_an_image_of_both_splits_is_kept_and_never_shown_before_it(world):
+    repeat(world, "what else?")
+    data = world.load()
+    assert (len(data.train_examples), data.skipped) == (7, ())
+    candidates = Candidates(data.train_examples)
+    assert [candidates.allowed(query).tolist() for query in data.val_examples] == [
+        *[[0, 1, 2, 3, 4, 5]] * 2,
+        *[[0, 1, 2, 3, 4, 5, 6]] * 2,
+    ]
 
 
 # ---------------------------------------------------------------------- leaving out

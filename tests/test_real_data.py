@@ -295,6 +295,110 @@ def test_a_test_split_without_answers_does_not_join_the_validation_split(officia
     same_data(load(tmp_path), load(official))
 
 
+WHICH = {  # files → the split that each is of
+    "a folder named after both": {"train_val/train.parquet": "train", "train_val/val.parquet": "val"},
+    "a sentence for a folder": {"train-val-split/train.parquet": "train", "train-val-split/val.parquet": "val"},
+    "a folder that says the other": {"train/old/val.parquet": "val", "val/train-0.parquet": "train"},
+    "folders alone": {"train/0000.parquet": "train", "val/0000.parquet": "val"},
+    "the nearest folder": {"train_val/train/0.parquet": "train", "train_val/val/0.parquet": "val"},
+    "capitals": {"OKVQA_Train.parquet": "train", "OKVQA_Val2014.parquet": "val"},
+    "words that only begin so": {"train.parquet": "train", "val.parquet": "val", "trainval.parquet": None},
+}
+
+
+@pytest.mark.parametrize("files", WHICH.values(), ids=WHICH)
+def test_a_parquet_file_serves_one_split_by_its_own_name(official, tmp_path, files):
+    for name, split in files.items():
+        write_parquet(tmp_path / name, parquet_rows(official, split or "train"))
+    same_data(load(tmp_path), load(official))
+
+
+BOTH = ["train-without-val.parquet", "mine_train_val.parquet", "train-val.parquet", "train_val/0000.parquet"]
+
+
+@pytest.mark.parametrize("beside", [(), ("val",), ("train", "val")], ids=str)
+@pytest.mark.parametrize("name", BOTH)
+def test_a_parquet_file_that_is_named_after_both_splits_is_refused_by_name(
+    official, tmp_path_factory, refused, monkeypatch, name, beside
+):
+    root = tmp_path_factory.mktemp("copy")
+    write_parquet(root / name, parquet_rows(official, "train"))
+    for split in beside:
+        write_parquet(root / f"{split}.parquet", parquet_rows(official, split))
+    with pytest.raises(LeverError, match=rf"{name} is named after both splits; rename it"):
+        load(root)
+    monkeypatch.setenv("OKVQA_PATH", str(root))
+    assert f"{name} is named after both splits" in refused(*ROLLOUT)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "official", "official and parquet"])
+def test_rows_that_are_in_both_splits_are_refused_by_name_and_leave_the_training_split(tmp_path, kind):
+    """Three questions about the first image, with ids of their own in the evaluation split."""
+    source = build_official(tmp_path / "official", train=12, val=6)
+    questions, annotations = read_official(source, "train")
+    for i in range(3):
+        asked, annotated = ({**row, "question_id": 900 + i, "image_id": 77} for row in (questions[i], annotations[i]))
+        theirs = read_official(source, "val")
+        write_official(source, "val", [*theirs[0], asked], [*theirs[1], annotated])
+    image_path(source, "val", 77).write_bytes(image_path(source, "train", questions[0]["image_id"]).read_bytes())
+    copy_ = build_parquet(tmp_path / "copy", source)
+    how = {
+        "parquet": {"folder": copy_},
+        "official": {"folder": source},
+        "official and parquet": {"folder": source, "train_path": str(copy_)},
+    }[kind]
+    first = questions[0]["question_id"]
+    with pytest.raises(LeverError, match=rf"3 of 12 training questions are .*: question {first} is question 900 there"):
+        load(**how)
+    data = load(**how, skip_bad_examples=True)
+    assert [e.question_id for e in data.train_examples] == [row["question_id"] for row in questions[3:]]
+    assert (len(data.val_examples), len(data.skipped)) == (9, 3)
+
+
+def test_one_folder_for_both_splits_is_refused(official, tmp_path):
+    write_parquet(tmp_path / "rows.parquet", parquet_rows(official, "train"))
+    with pytest.raises(LeverError, match="24 of 24 training questions are in the evaluation split, too"):
+        load(tmp_path, train_path=str(tmp_path))
+    with pytest.raises(LeverError, match="the train split holds no usable example"):
+        load(tmp_path, train_path=str(tmp_path), skip_bad_examples=True)
+
+
+@pytest.mark.parametrize("column", ["question_id", "image_id"])
+def test_ids_that_pandas_made_floats_are_those_numbers(official, tmp_path, column):
+    for split in ("train", "val"):
+        rows = [
+            {**row, "question_id": 2 + i, "image_id": 5 + i // 2} for i, row in enumerate(parquet_rows(official, split))
+        ]
+        write_parquet(tmp_path / f"{split}.parquet", [{**row, column: float(row[column])} for row in rows])
+    data = load(tmp_path)
+    assert [(e.question_id, e.image_id) for e in data.train_examples[:3]] == [(2, 5), (3, 5), (4, 6)]
+    assert {type(number) for e in data.train_examples for number in (e.question_id, e.image_id)} == {int}
+
+
+def test_a_bad_row_is_named_by_its_file_and_its_row_there(official, tmp_path):
+    copy_ = build_parquet(tmp_path, official, shards=3)
+    rows = parquet_rows(official, "train")
+    rows[19]["answers"] = []
+    for shard in range(3):
+        write_parquet(copy_ / f"data/train-{shard:05d}-of-00003.parquet", rows[8 * shard : 8 * shard + 8])
+    with pytest.raises(LeverError, match=rf"train-00002-of-00003\.parquet, row 3, question {rows[19]['question_id']}:"):
+        load(copy_)
+
+
+def test_a_cache_of_datasets_that_cannot_be_written_is_named_and_not_the_file(official, tmp_path, monkeypatch, lever):
+    import datasets
+
+    copy_ = build_parquet(tmp_path / "copy", official)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file/datasets")
+    with pytest.raises(LeverError, match=r"cannot write .*file/datasets.*: Not a directory; set HF_DATASETS_CACHE"):
+        load(copy_)
+    monkeypatch.setenv("OKVQA_PATH", str(copy_))
+    said = lever("doctor", "--dataset", "okvqa_local", "--set", "features.encoder=asset:tiny-clip")
+    assert "→ set HF_DATASETS_CACHE (or HF_HOME) to a folder that can be written" in said.out
+    assert "replace the file" not in said.out
+
+
 def test_a_replaced_file_is_read_anew(official, tmp_path):
     build_parquet(tmp_path, official)
     before = load(tmp_path)
@@ -831,7 +935,20 @@ BAD_PARQUET = {
     "no image column": (_rows(lambda rows: [row.pop("image") for row in rows] and None), ["image", "train"]),
     "ids that are text": (_row(question_id="abc"), ["abc"]),
     "an id with a point": (_row(question_id="19401.0"), ["19401.0"]),
-    "an id that is null": (_row(question_id=None), ["row 3"]),
+    "an id that is null": (_row(question_id=None), ["train.parquet, row 3"]),
+    "an id that is NaN": (_every("question_id", lambda i: float("nan") if i == 3 else float(i)), ["row 3", "nan"]),
+    "an image id that is NaN": (_every("image_id", lambda i: float("nan") if i == 3 else float(i)), ["19401", "nan"]),
+    "ids that are true": (_every("question_id", lambda i: i > 3), ["row 0", "question_id"]),
+    "raw answers of another number": (
+        _rows(
+            lambda rows: (
+                [row.update(raw_answers=row["answers"][: 1 if i == 3 else None]) for i, row in enumerate(rows)] and None
+            )
+        ),
+        ["train.parquet, row 3", "19401", "10 answers and 1 raw_answers"],
+    ),
+    "an image token in a question": (_row(question="What is <|image_pad|>?"), ["row 3", "19401", "<|image_pad|>"]),
+    "an image token in an answer": (_row(answers=["cat", "<|video_pad|>"]), ["row 3", "19401", "<|video_pad|>"]),
     "an id too long": (_row(question_id="9" * 5000), ["row 3"]),
     "an id over 2**63": (_row(question_id=str(2**63)), [str(2**63)]),
     "an id twice": (_rows(lambda rows: [*rows, rows[3]]), ["19401", "2 times"]),
@@ -839,6 +956,7 @@ BAD_PARQUET = {
     "an image id over 2**63": (_every("image_id", lambda i: str(2**63 if i == 3 else i)), ["19401", "image_id"]),
     "no answers": (_row(answers=[]), ["19401", "answers"]),
     "answers that are null": (_row(answers=None), ["19401", "answers"]),
+    "answers that are all blank": (_row(answers=["", " "]), ["19401", "blank"]),
     "an answer that is null": (_row(answers=["cat", None]), ["19401", "answers"]),
     "answers that are one text": (_every("answers", lambda i: "cat"), ["91", "answers"]),
     "objects without answer": (_every("answers", lambda i: [{"text": "cat"}]), ["91", "answers"]),

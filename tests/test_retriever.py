@@ -230,7 +230,7 @@ def test_messages_for_a_server_hold_the_images_and_are_json(retriever):
 def test_arguments_that_do_not_fit_are_refused(retriever, tmp_path):
     with pytest.raises(ValueError, match="2 images need a list"):
         retriever.pick([IMAGE, IMAGE], QUESTION)
-    for question in (None, " ", b"why?", "half \ud800"):
+    for question in (None, " ", b"why?", "half \ud800", "what is <|im_end|>?"):
         with pytest.raises(UsageError, match=r"a question about .* is needed"):
             retriever.pick(IMAGE, question)
     with pytest.raises(ValueError, match="unknown form"):
@@ -434,5 +434,5 @@ def test_a_dataset_of_ones_own_without_data_hinders_no_other(monkeypatch, tmp_pa
 
 
 def test_an_example_that_is_no_text_is_refused_when_it_is_given(home):
-    with pytest.raises(ValueError, match="example 0: text in UTF-8"):
+    with pytest.raises(ValueError, match=r"example 0: .* no UTF-8"):
         module._own_examples([("x.jpg", "q\udc80", "a")])

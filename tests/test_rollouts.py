@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from helpers import track
+from helpers import small_digits, track
 
 from lever_lm.config import PromptConfig
 from lever_lm.data.groups import load_groups
@@ -17,7 +17,7 @@ from lever_lm.lvlm.cache import AnswerCache
 from lever_lm.lvlm.local import LocalLvlm, local_fingerprint
 from lever_lm.metrics import normalize_answer, relevance, vqa_accuracy
 from lever_lm.proposals import new_policy, query_rows
-from lever_lm.rollouts import group_report, make_rollouts
+from lever_lm.rollouts import _reference_probs, group_report, make_rollouts, online_rewards
 
 QUERIES = 12
 # Field → (type, least, most) of every trajectory (golden/rl_data_schema.md); None allowed where marked.
@@ -329,6 +329,44 @@ def test_an_answer_is_cut_by_the_rule_of_the_config_and_asked_once(digits, digit
     assert "is made again: the prompt has changed;" in said[0]
 
 
+# ---------------------------------------------------------------------- the probability of the references
+
+
+@pytest.mark.parametrize("end", [True, False])
+def test_gt_prob_is_the_weighted_probability_of_the_distinct_references(make, digits, config, tmp_path, end):
+    rollout = dataclasses.replace(config.rollout, num_queries=2, random=3, beam=0, sample=0, gt_prob=True)
+    _, model = make(dataclasses.replace(config, rollout=dataclasses.replace(rollout, gt_prob_end=end)))
+    content, train = json.loads((tmp_path / "rl_data.json").read_text(encoding="utf-8")), digits.train_examples
+    found = [(int(key), t) for key, entry in content.items() if key != "_meta" for t in entry["pointer_candidates"]]
+    assert len(found) >= 6
+    for row, trajectory in found:
+        prompt = build_prompt([train[i] for i in trajectory["pointer_global"]], train[row], config.prompt)
+        counts = Counter(train[row].answers)
+        scores = model.answer_log_prob([prompt] * len(counts), list(counts), end=end)
+        expected = sum(min(n / 3, 1) * math.exp(s) for n, s in zip(counts.values(), scores, strict=True))
+        assert trajectory["vqa_gt_prob"] == pytest.approx(expected, abs=1e-4)
+        assert not end or trajectory["vqa_gt_prob"] <= 1
+
+
+def test_a_reference_is_one_answer_whichever_way_it_was_typed(digits, config):
+    class Certain:
+        """An LVLM that is sure of every answer."""
+
+        def generate(self, prompts, what):
+            return ["caf\xe9"] * len(prompts)
+
+        def answer_log_prob(self, prompts, answers, what, *, end):
+            asked.append((answers, end))
+            return [0.0] * len(answers)
+
+    asked, query = [], dataclasses.replace(digits.train_examples[0], answers=("cafe\u0301", "caf\xe9") * 5)
+    scored = dataclasses.replace(config, reward=dataclasses.replace(config.reward, mode="hard01_plus_gtprob"))
+    rows, pools = torch.tensor([0]), torch.tensor([[1, 2]])
+    rewards = online_rewards(scored, [query, *digits.train_examples[1:3]], rows, pools, Certain())
+    rewards(torch.tensor([[[0, 1]]]))
+    assert asked == [(["caf\xe9"], True)]
+
+
 # ---------------------------------------------------------------------- the report
 
 
@@ -450,3 +488,45 @@ def test_more_shots_than_there_are_candidates_are_refused(make, config):
     rollout = dataclasses.replace(config.rollout, shots=2600, pool_size=2600)
     with pytest.raises(LeverError, match=r"rollout\.shots"):
         make(dataclasses.replace(config, rollout=rollout))
+
+
+# ---------------------------------------------------------------------- P(reference answers)
+
+
+class Halves:
+    """An LVLM by which every answer has the probability 1/2."""
+
+    def answer_log_prob(self, prompts, answers, what):
+        self.asked = list(answers)
+        return [math.log(0.5)] * len(answers)
+
+
+def test_blank_answers_are_no_references(digits):
+    example = dataclasses.replace(digits.train_examples[0], answers=("", "one", "one", "uno", " ", "") + ("two",) * 4)
+    model = Halves()
+    prompt = build_prompt([], example, PromptConfig())
+    assert _reference_probs([prompt], model) == [pytest.approx(0.5 * (2 / 3 + 1 / 3 + 1))]
+    assert model.asked == ["one", "uno", "two"]
+
+
+def test_a_blank_annotator_does_not_stop_rollouts_with_reference_probabilities(lever, tmp_path):
+    root = small_digits(tmp_path / "world", 12, 4)
+    path = root / "mscoco_train2014_annotations.json"
+    content = json.loads(path.read_text())
+    for entry in content["annotations"]:
+        entry["answers"][9] |= {"answer": "", "raw_answer": ""}
+    path.write_text(json.dumps(content))
+    data = ("--set", f"data.okvqa_path={root}", "--set", f"data.coco_path={root}", "--set", "rollout.pool_size=4")
+    scored = (
+        "--set",
+        "rollout.gt_prob=true",
+        "--set",
+        "rollout.infoscore=1",
+        "--set",
+        "rollout.infoscore_candidates=2",
+    )
+    done = lever("rollout", *data, *scored, "--json")
+    assert done.status == 0, done.err
+    entries = [v for k, v in json.loads((tmp_path / done.json["path"]).read_text()).items() if k != "_meta"]
+    assert len(entries) == 12
+    assert all(0 < t["vqa_gt_prob"] < 10 for entry in entries for t in entry["pointer_candidates"])

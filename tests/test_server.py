@@ -1,6 +1,7 @@
 """The server backend: the local model's answers and log-probs over HTTP, and one message for every way it can fail."""
 
 import base64
+import contextlib
 import dataclasses
 import email.utils
 import json
@@ -66,11 +67,13 @@ def tiny():
 
 @pytest.fixture
 def serve():
-    """serve(answer) → a running server that is asked for NAME; answer(request) gives the replies of its completions."""
+    """serve(answer) → a running server that is asked for NAME; answer(request) gives the replies of its completions,
+    listed, a reply or a function of the request, its list of models."""
     running = []
 
     def start(answer, listed=None):
-        replies = {"/v1/models": lambda request: listed or models(NAME), "/v1/chat/completions": answer}
+        list_ = listed if callable(listed) else lambda request: listed or models(NAME)
+        replies = {"/v1/models": list_, "/v1/chat/completions": answer}
         server = Loopback(
             lambda request: replies.get(request.path, lambda _: Reply(404, {"detail": "Not Found"}))(request)
         )
@@ -113,6 +116,37 @@ def test_log_probs_are_those_of_the_local_model(tiny, prompts, style):
     scores = make(tiny.url, style).answer_log_prob(prompts, answers)
     assert scores == pytest.approx(local(style).answer_log_prob(prompts, answers), abs=1e-4)
     assert all(score < 0 and round(score, 6) == score for score in scores)
+
+
+@pytest.mark.parametrize("style", ["interleaved", "dialogue"])
+def test_log_probs_with_the_end_of_the_turn_are_those_of_the_local_model(tiny, prompts, style):
+    texts = ("three", "twenty one", "end", "1", "né – ✓ 3")
+    answers = [texts[i % len(texts)] for i in range(len(prompts))]
+    scores = make(tiny.url, style).answer_log_prob(prompts, answers, end=True)
+    assert scores == pytest.approx(local(style).answer_log_prob(prompts, answers, end=True), abs=1e-4)
+    assert tiny.asked[-1]["continue_final_message"] is False
+
+
+def test_an_answer_that_is_typed_in_parts_is_scored_as_the_composed_one(serve, prompts):
+    reply = said("")
+    reply.body["prompt_logprobs"] = places(("\n", -1), ("caf", -1), ("é", -2))
+    server = serve(lambda request: reply)
+    assert make(server.url).answer_log_prob(prompts[:1], ["cafe\u0301"]) == [-3.0]
+    assert server.asked[0]["messages"][-1]["content"] == "caf\xe9"
+
+
+def test_a_repetition_penalty_is_sent_and_gives_the_local_answers(tiny, prompts):
+    answers = make(tiny.url, repetition_penalty=20.0).generate(prompts)
+    assert tiny.asked[-1]["repetition_penalty"] == 20
+    assert answers == local(repetition_penalty=20.0).generate(prompts)
+    assert answers != make(tiny.url).generate(prompts)
+
+
+def test_a_server_that_may_not_take_a_repetition_penalty_is_refused(serve):
+    server = serve(lambda request: said("three"), listed=models(NAME, owner="somebody"))
+    with pytest.raises(LeverError, match=r"neither vLLM nor SGLang.*--set lvlm\.repetition_penalty=1"):
+        make(server.url, repetition_penalty=1.05)
+    assert not server.asked
 
 
 def test_an_answer_is_cut_at_its_end(tiny, prompts):
@@ -211,9 +245,10 @@ def test_an_image_that_is_not_there_is_named(tiny, prompts):
 
 
 def test_a_question_that_holds_an_image_placeholder_is_refused_by_name(tiny, prompts):
-    query = dataclasses.replace(prompts[0].query, question="what is <|image_pad|> here?")
-    with pytest.raises(LeverError, match=rf"question {query.question_id}.*<\|image_pad\|>"):
-        make(tiny.url).generate([dataclasses.replace(prompts[0], query=query)])
+    prompt = next(prompt for prompt in prompts if prompt.icds)
+    spoilt = dataclasses.replace(prompt.icds[0], question_id=424242, question="what is <|image_pad|> here?")
+    with pytest.raises(LeverError, match=r"question 424242: <\|image_pad\|>"):
+        make(tiny.url).generate([dataclasses.replace(prompt, icds=(spoilt, *prompt.icds[1:]))])
 
 
 def test_batches_keep_the_order_and_are_a_few_rounds_of_requests(serve, prompts):
@@ -274,6 +309,7 @@ FAILURES = {
     "no choices": (Reply(200, {"error": "I am out"}), TRIED, ["without a choice", "I am out"]),
     "empty choices": (Reply(200, {"choices": []}), TRIED, ["without a choice"]),
     "a choice of text": (Reply(200, {"choices": ["three"]}), TRIED, ["without a choice"]),
+    "502": (Reply(502, ""), TRIED, ["answered 502", "its own log", "--set lvlm.wait=300"]),
     "null": (said(None), 1, ["without text", "reasoning"]),
     "400": (Reply(400, ERROR), 1, ["answered 400", "boom", "lvlm.path"]),
     "too many images": (Reply(400, LIMIT), 1, ["At most 4 image(s)", "--limit-mm-per-prompt '{\"image\": N}'"]),
@@ -300,6 +336,35 @@ def test_every_failure_is_one_line_that_says_what_to_do(serve, prompts, waits, n
     assert message.isprintable(), message
     assert len(server.asked) == requests
     assert len(waits) == requests - 1
+
+
+def cut(text: str, tokens: object, reason: object = "length") -> Reply:
+    """A completion that says how it ended and how long it is."""
+    reply = said(text)
+    reply.body["choices"][0]["finish_reason"] = reason
+    reply.body["usage"] = {"completion_tokens": tokens, "prompt_tokens": 900, "total_tokens": 905}
+    return reply
+
+
+def test_an_answer_that_the_server_cut_short_is_an_error_that_names_the_question(serve, prompts):
+    server = serve(lambda request: cut("twen", 2))
+    question = prompts[0].query.question_id
+    with pytest.raises(
+        LeverError, match=rf"cut its answer to question {question} after 2 of 5 tokens.*--max-model-len"
+    ):
+        make(server.url).generate(prompts[:1])
+    assert make(server.url, max_new_tokens=2).generate(prompts[:1]) == ["twen"]
+
+
+@pytest.mark.parametrize("reason", ["abort", "error", "content_filter"])
+def test_an_answer_that_was_broken_off_is_an_error_that_names_the_question(serve, prompts, reason):
+    with pytest.raises(LeverError, match=rf"answer to question {prompts[0].query.question_id}: {reason}"):
+        make(serve(lambda request: cut("twen", 2, reason)).url).generate(prompts[:1])
+
+
+@pytest.mark.parametrize("reply", [cut("x", 5), cut("x", 2, "stop"), cut("x", None), cut("x", "2"), cut("x", 2, {})])
+def test_an_answer_that_ended_by_itself_or_says_nothing_of_its_end_is_taken(serve, prompts, reply):
+    assert make(serve(lambda request: reply).url).generate(prompts[:1]) == ["x"]
 
 
 def test_an_answer_beyond_all_measure_is_not_read_to_its_end(serve, prompts, monkeypatch):
@@ -465,6 +530,204 @@ def test_a_list_that_does_not_speak_against_the_model_is_no_obstacle(serve, prom
     assert make(serve(lambda request: said("three"), listed).url).generate(prompts[:1]) == ["three"]
 
 
+@pytest.mark.parametrize("given", ["", "/", "/v1", "/v1/", "/v1/chat/completions", "/v1/models"])
+def test_a_url_without_its_v1_is_mended(serve, prompts, given):
+    server = serve(lambda request: said("three"))
+    url = server.url.removesuffix("/v1") + given
+    assert check_server(config_of(url)).url == server.url
+    assert make(url).generate(prompts[:1]) == ["three"]
+
+
+def test_a_url_below_which_nothing_is_listed_is_named_with_both(serve):
+    server = serve(None)
+    url = f"{server.url.removesuffix('/v1')}/elsewhere"
+    with pytest.raises(LeverError, match=rf"server {url} answered 404.*{url}/v1 has no list.*up to its /v1\?"):
+        make(url)
+
+
+def checks_of(done, what: str) -> list[dict]:
+    return [check for check in done.json["checks"] if check["what"] == what]
+
+
+def test_a_mended_url_is_said_before_the_work(digits_folder, lever, tiny_by_path):
+    root = tiny_by_path.url.removesuffix("/v1")
+    done = lever("rollout", "--limit", "4", "--server", root)
+    assert done.status == 0, done.err
+    lines = (done.out + done.err).splitlines()
+    told = lines.index(f"server: {root}/v1 is asked, where {root} has no list of models")
+    assert told < next(i for i, line in enumerate(lines) if line.startswith("rollouts: "))
+    (check,) = checks_of(lever("doctor", "--server", root, "--json"), "lvlm.server")
+    assert check["found"].startswith(f"{root}/v1 serves ")
+
+
+def starting(serve, *replies: Reply) -> str:
+    """The URL of a server that gives these replies to the first looks at its models, then serves."""
+    left = list(replies)
+    return serve(None, listed=lambda request: left.pop(0) if left else models(NAME)).url
+
+
+def test_a_server_that_is_starting_is_waited_for_and_it_is_said(serve, waits):
+    lines, url = [], starting(serve, Reply(503, "loading"), Reply(502, ""))
+    assert check_server(config_of(url), lines.append, wait=60).url == url
+    assert lines == [f"the server {url} answered 503, 'loading': waiting up to 60 s for it (lvlm.wait)"]
+    assert len(waits) == 2
+
+
+def test_a_server_that_refuses_connections_is_waited_for(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    lines, started = [], contextlib.ExitStack()
+
+    async def start(seconds):
+        started.enter_context(Loopback(lambda request: models(NAME), port).running())
+
+    monkeypatch.setattr(client, "_pause", start)
+    with started:
+        assert check_server(config_of(f"http://127.0.0.1:{port}/v1"), lines.append, wait=60).card["id"] == NAME
+    (line,) = lines
+    assert line.startswith(f"no server at http://127.0.0.1:{port}/v1 (")
+    assert line.endswith("): waiting up to 60 s for it (lvlm.wait)")
+
+
+def test_a_server_that_does_not_start_is_given_up_on_when_the_wait_is_over(waits):
+    with pytest.raises(LeverError, match=r"no server at .*--set lvlm\.wait=300"):
+        check_server(config_of("http://127.0.0.1:9/v1"), wait=0.3)
+    assert waits
+
+
+def test_without_a_wait_a_server_that_is_starting_is_one_message(serve, waits):
+    with pytest.raises(LeverError, match=r"answered 503.*--set lvlm\.wait=300 waits"):
+        make(starting(serve, Reply(503, "")))
+    assert waits == []
+
+
+def test_a_command_waits_for_its_server_and_the_doctor_does_not(digits_folder, lever, tiny_by_path, waits, monkeypatch):
+    chat, closed = tiny_by_path, [2]
+
+    def answer(request):
+        closed[0] -= 1
+        return Reply(503, "") if closed[0] >= 0 else chat.answer(request)
+
+    with Loopback(answer).running() as server:
+        command = ("--limit", "4", "--server", server.url, "--set", "lvlm.wait=60")
+        assert lever("doctor", *command).status == 1
+        done = lever("rollout", *command)
+        assert done.status == 0, done.err
+    assert f"server {server.url} answered 503: waiting up to 60 s for it (lvlm.wait)" in done.out + done.err
+    assert len(waits) == 1
+
+
+def test_a_restart_within_the_wait_outlives_the_retries(serve, prompts, waits):
+    replies, lines = [*[Reply(503, "")] * 9, said("three")], []
+    config = config_of(serve(lambda request: replies.pop(0)).url, retries=2, wait=60.0)
+    assert ServerLvlm(config, PromptConfig(), lines.append).generate(prompts[:1]) == ["three"]
+    assert len(waits) == 9
+    assert max(waits) <= client.LOOK
+    assert lines == [f"the server {config.server} answered 503: asked again for up to 60 s (lvlm.wait)"]
+
+
+def test_a_wait_does_not_lengthen_the_patience_with_a_server_that_is_there(serve, prompts, waits):
+    with pytest.raises(LeverError, match="answered 500"):
+        make(serve(lambda request: Reply(500, ERROR)).url, retries=2, wait=60.0).generate(prompts[:1])
+    assert len(waits) == 2
+
+
+# ---------------------------------------------------------------------- the room of a server
+
+
+def roomy(most: object) -> Reply:
+    """A list of models as vLLM gives it, with its max_model_len."""
+    reply = models(NAME, str(asset_path(TINY)))
+    for card in reply.body["data"]:
+        card["max_model_len"] = most
+    return reply
+
+
+def token_counts(lvlm: LocalLvlm, prompts) -> list[int]:
+    lvlm.vision.see([image for prompt in prompts for image in prompt.images])
+    return [len(lvlm._token_ids(prompt)) for prompt in prompts]
+
+
+@pytest.mark.parametrize("style", ["interleaved", "dialogue"])
+@pytest.mark.parametrize(
+    "budget", [{}, {"min_pixels": 56 * 56 * 4, "max_pixels": 56 * 56 * 16}], ids=["small", "large"]
+)
+def test_a_prompt_that_leaves_no_room_is_refused_before_any_is_asked(serve, prompts, style, budget):
+    lengths = token_counts(local(style, **budget), prompts)
+    longest = max(lengths)
+    which = prompts[lengths.index(longest)].query.question_id
+    tight, exact = (serve(lambda request: said("x"), roomy(longest + room)) for room in (4, 5))
+    lvlm = make(tight.url, style, path=TINY, **budget)
+    for ask in (lvlm.batches, lvlm.generate):
+        with pytest.raises(
+            LeverError, match=rf"question {which}: its prompt of 6 images has {longest} tokens"
+        ) as caught:
+            ask(prompts)
+        assert f"room for {longest - 1} beside an answer of 5" in str(caught.value)
+    assert tight.asked == []
+    assert make(exact.url, style, path=TINY, **budget).generate(prompts) == ["x"] * len(prompts)
+
+
+def test_without_the_tokenizer_no_prompt_that_fits_is_refused(serve, prompts):
+    longest = max(token_counts(local(), prompts))
+    assert make(serve(lambda request: said("x"), roomy(longest + 5)).url).generate(prompts) == ["x"] * len(prompts)
+    with pytest.raises(LeverError, match=r"images has at least \d+ tokens"):
+        make(serve(lambda request: said("x"), roomy(30)).url).generate(prompts)
+
+
+@pytest.mark.parametrize("most", [None, 0, -1, "4096", True, [3], {}, 1.5])
+def test_a_limit_that_is_none_refuses_nothing(serve, prompts, most):
+    assert make(serve(lambda request: said("x"), roomy(most)).url).generate(prompts[:1]) == ["x"]
+
+
+# ---------------------------------------------------------------------- several servers
+
+
+def test_prompts_are_shared_among_the_servers_and_come_in_order(serve, prompts):
+    def question(request):
+        time.sleep(0.02)
+        return said(request.body["messages"][-1]["content"][-1]["text"])
+
+    servers = [serve(question) for _ in range(3)]
+    lvlm = make(",".join(server.url for server in servers), concurrency=2)
+    assert lvlm.batches(prompts) == [list(range(36))], "eight rounds of two requests at three servers"
+    assert lvlm.generate(prompts) == [f"Question: {prompt.query.question} Short answer:" for prompt in prompts]
+    counts = [len(server.asked) for server in servers]
+    assert sum(counts) == len(prompts)
+    assert min(counts) >= 6
+
+
+def test_what_a_dead_server_was_asked_goes_to_the_others(serve, prompts, waits):
+    dead, alive = serve(lambda request: Reply(503, "")), serve(lambda request: said("three"))
+    lvlm = make(f"{dead.url}, {alive.url}", concurrency=2, retries=2)
+    assert lvlm.generate(prompts) == ["three"] * len(prompts)
+    assert 1 <= len(dead.asked) <= 4, "it is passed over once it was found dead"
+    assert len(alive.asked) == len(prompts)
+
+
+def test_of_several_servers_each_must_be_there_and_serve_the_model(serve, prompts):
+    here, other = serve(lambda request: said("three")), serve(None, models("other"))
+    with pytest.raises(LeverError, match=rf"the server {other.url} serves other, not tiny"):
+        make(f"{here.url},{other.url}")
+    with pytest.raises(LeverError, match=r"no server at http://127\.0\.0\.1:9/v1"):
+        make(f"{here.url},http://127.0.0.1:9/v1")
+    assert here.asked == []
+
+
+def test_when_all_servers_are_dead_one_message_says_so(serve, prompts, waits):
+    servers = [serve(lambda request: Reply(503, "")) for _ in range(2)]
+    with pytest.raises(LeverError, match=r"answered 503, 3 times"):
+        make(",".join(server.url for server in servers), retries=2).generate(prompts[:1])
+
+
+def test_the_doctor_looks_at_each_of_several_servers(lever, serve):
+    server = serve(None, listed=models("Qwen/Qwen2.5-VL-3B-Instruct"))
+    urls = f"{server.url},http://127.0.0.1:9/v1"
+    done = lever("doctor", "--lvlm", "qwen2.5_vl_3B_server", "--server", urls, "--json")
+    assert done.status == 1
+    assert [check["status"] for check in checks_of(done, "lvlm.server")] == ["ok", "missing"]
+
+
 # ---------------------------------------------------------------------- log-probs
 
 
@@ -528,6 +791,21 @@ def test_the_tokens_at_the_end_must_spell_the_answer(answer, tokens, expected):
     assert log_prob_at_end(places(*tokens), answer) == expected
 
 
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        ([("\n", -9), ("bus", -4), ("<|im_end|>", -1), ("\n", -7)], -5),
+        ([("\n", -9), ("a", -1), (" bus", -4), ("<|im_end|>", -1)], None),
+        ([("\n", -9), ("bus", -4)], None),
+        ([("\n", -9), ("bus", -4), ("\n", -7)], None),
+        ([("\n", -9)], None),
+        ([], None),
+    ],
+)
+def test_with_the_end_the_answer_stands_before_the_token_that_closes_the_turn(tokens, expected):
+    assert log_prob_at_end(places(*tokens), "bus", "<|im_end|>") == expected
+
+
 ODD = [{}, {"3": {"logprob": -1}}, 3, "x", {"3": {"logprob": "much", "decoded_token": "three"}}]
 ODD += [{"3": {"logprob": score, "decoded_token": "three"}} for score in (float("nan"), 10**400, None)]
 
@@ -542,6 +820,13 @@ def test_log_probs_that_do_not_fit_the_answer_are_refused_by_name(serve, prompts
     reply.body["prompt_logprobs"] = places(("\n", -1), ("four", -1))
     with pytest.raises(LeverError, match=rf"question {prompts[0].query.question_id}: the tokens .* 'three'"):
         make(serve(lambda request: reply).url).answer_log_prob(prompts[:1], ["three"])
+
+
+def test_a_turn_that_the_server_does_not_close_is_refused_with_what_leaves_the_end_out(serve, prompts):
+    reply = said("")
+    reply.body["prompt_logprobs"] = places(("\n", -1), ("three", -1))
+    with pytest.raises(LeverError, match=r"'three' and <\|im_end\|> .*: rollout\.gt_prob_end=false"):
+        make(serve(lambda request: reply).url).answer_log_prob(prompts[:1], ["three"], end=True)
 
 
 # ---------------------------------------------------------------------- what was done is kept
@@ -607,11 +892,18 @@ def test_all_that_was_scored_is_kept_too(tiny, serve, prompts, waits, tmp_path):
         "http://host:x/v1",
         "http://h/v1?a=b",
         "http://a b/v1",
+        "http://host/v1,",
+        "http://host/v1,host:8000",
     ],
 )
 def test_a_server_must_be_a_url(url):
     with pytest.raises(UsageError, match=r"lvlm\.server must be the URL of a server.*--server http://127"):
         LvlmConfig(server=url)
+
+
+def test_an_end_of_ones_own_is_refused_with_a_server():
+    with pytest.raises(UsageError, match=r"lvlm\.eos is tokenizer: --set lvlm\.eos=model"):
+        LvlmConfig(server="http://a/v1", eos="tokenizer")
 
 
 def test_a_password_in_the_url_is_refused_unseen():
@@ -620,7 +912,7 @@ def test_a_password_in_the_url_is_refused_unseen():
     assert "secret" not in str(caught.value)
 
 
-@pytest.mark.parametrize("bad", [{"concurrency": 0}, {"timeout": 0.0}, {"retries": -1}])
+@pytest.mark.parametrize("bad", [{"concurrency": 0}, {"timeout": 0.0}, {"retries": -1}, {"wait": -1.0}])
 def test_the_limits_of_requests_are_checked(bad):
     with pytest.raises(UsageError, match=rf"lvlm\.{next(iter(bad))}"):
         LvlmConfig(**bad)
@@ -635,9 +927,22 @@ def test_beams_are_refused_before_anything_is_asked(lever):
 def test_the_fingerprint_follows_what_is_asked_and_not_where():
     base, prompt = config_of("http://a/v1"), PromptConfig()
     stamp = server_fingerprint(base, prompt)
-    for same in ({"server": "https://b/v1"}, {"concurrency": 3}, {"timeout": 1.0}, {"retries": 0}, {"batch_size": 3}):
+    for same in (
+        {"server": "https://b/v1"},
+        {"concurrency": 3},
+        {"timeout": 1.0},
+        {"retries": 0},
+        {"wait": 9.0},
+        {"batch_size": 3},
+    ):
         assert server_fingerprint(dataclasses.replace(base, **same), prompt) == stamp
-    for other in ({"path": "x"}, {"max_new_tokens": 6}, {"max_pixels": 10**6}, {"min_pixels": 4000}):
+    for other in (
+        {"path": "x"},
+        {"repetition_penalty": 1.05},
+        {"max_new_tokens": 6},
+        {"max_pixels": 10**6},
+        {"min_pixels": 4000},
+    ):
         assert server_fingerprint(dataclasses.replace(base, **other), prompt) != stamp
     assert server_fingerprint(base, PromptConfig(style="dialogue")) != stamp
     assert server_fingerprint(base, PromptConfig(cut="classic")) == stamp, "answers are kept uncut"

@@ -298,9 +298,9 @@ with job.leader_first():
 facts["from the leader"] = job.from_leader(lambda: {"rank": job.rank})
 
 class Backend(Counting):
-    def batches(self, prompts):
+    def batches(self, prompts, answers=None):
         job.wait()  # it may be a call of the whole job
-        return super().batches(prompts)
+        return super().batches(prompts, answers)
 
 prompts = [Prompt((), Example(i, i, f"q{i:02}", ("a",), ("a",), str(image))) for i in range(11)]
 made = []

@@ -5,6 +5,7 @@ import json
 import math
 import pickle
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,13 +16,14 @@ from test_checkpoint import Executed
 from test_groups import DATA, EDGE_CASES
 from test_prompt import FIRST, QUERY, SECOND, VISION
 
-from lever_lm.checkpoint import load_policy, load_torch, save_torch, to_v2, v3_content
+from lever_lm.checkpoint import load_policy, load_torch, own_config, save_torch, to_v2, v3_content
 from lever_lm.compat import import_transformers
-from lever_lm.config import PromptConfig, asset_path
-from lever_lm.data.groups import is_query
+from lever_lm.config import Config, FeatureConfig, PromptConfig, RewardConfig, asset_path
+from lever_lm.data.groups import is_query, read_groups
 from lever_lm.errors import LeverError
 from lever_lm.features import read_embeddings
-from lever_lm.finding import latest_checkpoint
+from lever_lm.files import file_digest
+from lever_lm.finding import latest_checkpoint, load_for
 from lever_lm.lvlm import build_prompt
 from lever_lm.lvlm.prompt import to_messages
 from lever_lm.policy import PointerSelector
@@ -260,6 +262,120 @@ def test_embeddings_of_too_few_rows_or_with_nan_are_refused(lever, tmp_path):
     nan = lever("train", "--rl-data", DATA / "small_edge_cases.json", "--embeddings", "nan.pt", *QUICK)
     refused(nan, "row 7", "NaN")
     assert {path.name for path in tmp_path.rglob("*.pt")} == {"few.pt", "nan.pt"}
+
+
+def without_queries() -> dict:
+    """Rollouts that do not say their questions."""
+    return {k: {name: v for name, v in entry.items() if name != "query"} for k, entry in present_layout().items()}
+
+
+def test_rollouts_of_no_dataset_without_features_are_refused(lever, tmp_path):
+    """Not trained on the features of the embedded dataset, which is only the default one."""
+    path = dumped(tmp_path / "rl_data.json", without_queries())
+    refused(lever("train", "--rl-data", path, *QUICK), "no query.question_id", "--embeddings FILE", "--dataset NAME")
+    assert not list(tmp_path.rglob("*.pt"))
+    named = lever("train", "--rl-data", path, "--dataset", "digits", *QUICK)
+    assert named.status == 0, named.err
+    config = load_torch(named.json["recommended"]["checkpoint"])["config"]
+    assert (config["dataset"], "encoder" in config, "embeddings" in config) == ("digits", True, False)
+
+
+def test_the_screen_tells_what_was_read(lever, tmp_path):
+    done = lever("train", "--rl-data", DATA / "small_edge_cases.json", "--embeddings", EMBEDDINGS, *QUICK)
+    read = read_groups(DATA / "small_edge_cases.json", RewardConfig())
+    assert read.summary() in done.err
+    assert "19 groups, 246 rollouts (27 of them by row, the older layout), pools of" in done.err
+    assert "training on 15 groups, validating on 4" in done.err
+
+
+@pytest.mark.parametrize(
+    ("limit", "groups"),
+    [(5, "3 groups, validating on 1"), (10, "7 groups, validating on 2"), (99, "15 groups, validating on 4")],
+)
+def test_a_limit_takes_so_many_groups_of_the_file(lever, tmp_path, limit, groups):
+    """The first by id: of the training share query 57, the third, has no rollout that counts."""
+    files = ("--rl-data", DATA / "small_edge_cases.json", "--embeddings", EMBEDDINGS)
+    done = lever("train", *files, "--limit", limit, *QUICK)
+    assert done.status == 0, done.err
+    assert f"training on {groups}\n" in done.err
+    again = lever("train", "--from-run", done.json["run"], "--run-name", "again", "--json")
+    assert again.status == 0, again.err
+    assert again.json["repeated"]["identical"]
+
+
+def test_pools_above_64_are_trained_on_whole(lever, tmp_path):
+    content = {
+        str(i): {
+            "candidate_pool_ids": list(range(100, 200)),
+            "pointer_candidates": [
+                {"pointer": [99 - j], "pointer_global": [199 - j], "vqa_correct": j % 2, "vqa_acc_score": j % 2}
+                for j in range(4)
+            ],
+        }
+        for i in range(5)
+    }
+    path = dumped(tmp_path / "rl_data.json", content)
+    done = lever("train", "--rl-data", path, "--embeddings", EMBEDDINGS, *QUICK)
+    assert done.status == 0, done.err
+    assert "5 groups, 20 rollouts (by place in the pool), pools of 100, 50.0% right" in done.err
+
+
+def test_a_missing_score_is_no_wrong_answer(lever, tmp_path):
+    content = present_layout()
+    for trajectory in content["33"]["pointer_candidates"][4:]:
+        trajectory |= {"vqa_correct": None, "vqa_acc_score": None}
+    path = dumped(tmp_path / "rl_data.json", content)
+    files = ("--rl-data", path, "--embeddings", EMBEDDINGS, *QUICK)
+    refused(
+        lever("train", *files), "query 33, trajectory 4 has no vqa_correct and no vqa_acc_score", "reward.missing=drop"
+    )
+    left = lever("train", *files, "--set", "reward.missing=drop")
+    assert left.status == 0, left.err
+    assert "; 9 left out, as they lack a score" in left.err
+
+
+@pytest.mark.parametrize("scored", [True, False])
+def test_where_no_group_differs_nothing_is_recommended_and_missing_scores_are_named(lever, tmp_path, scored):
+    content = {
+        str(i): {
+            "candidate_pool_ids": [100, 101, 102],
+            "pointer_candidates": [
+                {"pointer": [0, 1], "vqa_correct": 1, "vqa_acc_score": 1.0},
+                {"pointer": [1, 2], "vqa_correct": 1 if scored else None, "vqa_acc_score": 1.0},
+            ],
+        }
+        for i in range(5)
+    }
+    path = dumped(tmp_path / "rl_data.json", content)
+    files = ("--rl-data", path, "--embeddings", EMBEDDINGS, "--set", "reward.missing=drop", *QUICK)
+    done = lever("train", *files)
+    refused(done, "in none of its 5 groups do the rewards differ")
+    assert ("5 rollouts lack a score that reward.mode needs" in done.err) == (not scored)
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_a_checkpoint_of_ones_own_features_says_so_when_it_is_given_others(lever, tmp_path, small):
+    """The width fits, which says nothing."""
+    features = torch.randn(300, 64, generator=torch.Generator().manual_seed(0))
+    torch.save(features, tmp_path / "mine.pt")
+    done = lever("train", "--rl-data", DATA / "small_edge_cases.json", "--embeddings", "mine.pt", *QUICK)
+    assert done.status == 0, done.err
+    for checkpoint in (done.json["recommended"]["checkpoint"], done.json["converted"]):
+        config = own_config(load_torch(checkpoint))
+        assert config["embeddings"] == f"mine.pt@{file_digest(tmp_path / 'mine.pt')}"
+        assert "dataset" not in config
+        used = lever("infer", "--ckpt", checkpoint, "--shots", "1", *small)
+        assert used.status == 0, used.err
+        assert "was trained on features of your own, 'mine.pt@" in used.out
+        with pytest.warns(UserWarning, match=r"was trained on features of your own, 'mine\.pt@"):
+            load_for(Path(checkpoint), Config(features=FeatureConfig(encoder="asset:tiny-clip")))
+
+
+@pytest.mark.parametrize("option", [("--features", "query_img_icd_img"), ("--set", "features.name=query_img_icd_img")])
+def test_features_of_ones_own_and_a_choice_of_features_are_no_command(lever, tmp_path, option):
+    done = lever("train", "--rl-data", DATA / "small_edge_cases.json", "--embeddings", EMBEDDINGS, *option)
+    assert done.status == 2
+    assert "--embeddings are the features" in done.err
 
 
 # ---------------------------------------------------------------------- rollouts in the results folder

@@ -11,13 +11,14 @@ from lever_lm.data.examples import (
     image_digest,
     image_digests,
     open_image,
+    refuse_or_skip,
     undecodable,
 )
 from lever_lm.data.groups import Group
+from lever_lm.data.naming import parquet_files
 from lever_lm.data.okvqa import SPLITS, questions_file
 from lever_lm.data.okvqa import load_split as load_official
 from lever_lm.data.parquet import load_split as load_parquet
-from lever_lm.data.parquet import parquet_files
 from lever_lm.errors import LeverError
 
 __all__ = [
@@ -56,18 +57,41 @@ def load_dataset(config: DataConfig) -> VqaData:
     """
     image_digest.cache_clear()  # what was read before may have changed
     skipped: list[str] = []
-    splits, stamps = {}, []
+    splits, stamps, digests = {}, {}, {}
     for split in SPLITS:
         load = load_parquet if in_parquet(config, split) else load_official
-        examples, stamp = load(source_of(config, split), config, split, skipped)
+        splits[split], stamps[split] = load(source_of(config, split), config, split, skipped)
         if config.skip_bad_examples:
-            examples = _decodable(examples, skipped)
+            splits[split] = _decodable(splits[split], skipped)
+        digests[split] = _digests(splits[split])
+    repeated = _in_both(config, splits, digests, skipped)
+    splits["train"], digests["train"] = (
+        [item for row, item in enumerate(items) if row not in repeated] for items in (splits["train"], digests["train"])
+    )
+    for split, examples in splits.items():
         if not examples:
             raise LeverError(f"{source_of(config, split)}: the {split} split holds no usable example: `lever doctor`")
-        ids = [example.question_id for example in examples]
-        stamps.append(fingerprint(stamp, ids, _digests(examples)))
-        splits[split] = tuple(examples)
-    return VqaData(config.name, splits["train"], splits["val"], fingerprint(*stamps), tuple(skipped), tuple(stamps))
+        stamps[split] = fingerprint(stamps[split], [e.question_id for e in examples], digests[split])
+    train, val = (tuple(splits[split]) for split in SPLITS)
+    return VqaData(config.name, train, val, fingerprint(*stamps.values()), tuple(skipped), tuple(stamps.values()))
+
+
+def _in_both(config: DataConfig, splits: dict, digests: dict, skipped: list[str]) -> set[int]:
+    """The rows of the training split that ask what the evaluation split asks, about the same image. Raises LeverError
+    naming the first, or adds them to `skipped`."""
+    asked = {(e.question, digest): e for e, digest in zip(splits["val"], digests["val"], strict=True)}
+    found: dict[int, Example] = {}
+    for row, (example, digest) in enumerate(zip(splits["train"], digests["train"], strict=True)):
+        if (example.question, digest) in asked:
+            found[row] = asked[example.question, digest]
+    for row, other in found.items():
+        problem = (
+            f"{source_of(config, 'train')}: {len(found)} of {len(splits['train'])} training questions are in the "
+            f"evaluation split, too ({source_of(config, 'val')}): question {splits['train'][row].question_id} is "
+            f"question {other.question_id} there, about the same image"
+        )
+        refuse_or_skip(problem, config.skip_bad_examples, skipped)
+    return set(found)
 
 
 def _digests(examples: list[Example]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ from lever_lm.data.pixels import Undecodable, decoded
 from lever_lm.digests import DIGESTS
 from lever_lm.errors import LeverError
 from lever_lm.files import open_regular
-from lever_lm.untrusted import one_line
+from lever_lm.untrusted import one_line, shown
 
 DIGITS = 16  # of its SHA-256: what identifies it
 
@@ -52,8 +53,10 @@ class Example:
 
     @cached_property
     def answer(self) -> str:
-        """The answer shown where the example is an ICD: the commonest, the first of equals; "" if there is none."""
-        return Counter(self.answers).most_common(1)[0][0] if self.answers else ""
+        """The answer shown where the example is an ICD: the commonest that is not blank, the first of equals; "" if
+        there is none."""
+        given = Counter(filter(str.strip, self.answers))
+        return given.most_common(1)[0][0] if given else ""
 
     @cached_property
     def content(self) -> str:
@@ -184,6 +187,31 @@ def undecodable(images: Iterable[Image]) -> dict[Image, str]:
 
 
 # ---------------------------------------------------------------------- what is wrong with a data file
+
+# What Qwen2.5-VL's tokenizer takes for the end of a turn or the place of an image wherever it stands, and half
+# characters, which no tokenizer takes.
+_UNFIT = re.compile(
+    r"<\|(?:im_start|im_end|vision_start|vision_end|vision_pad|image_pad|video_pad|endoftext)\|>|[\ud800-\udfff]"
+)
+
+
+def unfit(texts: Iterable[str]) -> str | None:
+    """What among the texts can stand in no prompt, for a message; None where all can."""
+    found = _UNFIT.search("\n".join(texts))
+    if found is None:
+        return None
+    why = "a token of the LVLM's own" if found[0].startswith("<") else "half a character, no UTF-8"
+    return f"{shown(found[0])} can stand in no question or answer: it is {why}"
+
+
+def whole_id(value) -> int | None:
+    """The id of a question or an image, 0 to 2**63 - 1: from a whole number, from one that pandas made a float, or from
+    a text of digits. None for all else."""
+    if isinstance(value, float) and value.is_integer() and value < 2**53:
+        value = int(value)
+    text = str(value)
+    sound = text.isascii() and text.isdigit() and len(text) < 20
+    return int(text) if sound and int(text) < 2**63 else None
 
 
 def refuse_or_skip(problem: str, skip_bad: bool, skipped: list[str]) -> None:

@@ -1,21 +1,36 @@
 """The rollout file: groups of scored sequences, in Lever-Plus's two JSON layouts, read and written.
 
 One object; keys are query ids (rows of the embedding matrix) as decimal strings, other keys are ignored. In the
-present layout a query names its pool (`candidate_pool_ids`) and trajectories point into it; in the old one
-trajectories hold global rows and the pool is the sorted set of them.
+present layout a query names its pool (`candidate_pool_ids`) and trajectories hold places in it; in the older one
+trajectories hold rows and the pool is the sorted set of them. Each trajectory is read by its own layout:
+
+- `pointer_global` marks the present layout, and must agree with the places;
+- `pointer_pos`, a query's `_fix_failed`, and a query without a pool mark the older one;
+- an unmarked pointer into a pool holds places where it can; else, where all of it are ids of the pool, rows.
 """
 
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lever_lm.config import RewardConfig
 from lever_lm.errors import LeverError, UsageError
-from lever_lm.rewards import reward
+from lever_lm.rewards import NEEDED, reward
 from lever_lm.untrusted import read_json, shown
 
-POOL_LIMIT = 64
 _LARGEST = sys.float_info.max  # a longer integer is JSON, but no float
 _LONGEST_ID = 19  # digits that always fit in 63 bits
+# A score's name in rewards.py → in the file.
+_FIELDS = {
+    "correct": "vqa_correct",
+    "accuracy": "vqa_acc_score",
+    "gt_prob": "vqa_gt_prob",
+    "relevance": "vqa_rel_score",
+    "infoscore": "infoscore",
+    "beam_score": "beam_score",
+    "logprob_score": "logprob_score",
+}
 
 
 @dataclass(frozen=True)
@@ -29,6 +44,35 @@ class Group:
     numbers: list[int] | None = field(default=None, compare=False)  # places in the file; all of them in order if None
 
 
+@dataclass(frozen=True)
+class RolloutFile:
+    """What was read of a rollout file: its groups, the ids of all queries in it, those of dropped ones too, and how
+    many rollouts are of the `older` layout, `right` of those `judged`, `unevaluated`, without a score and so `dropped`,
+    or `zeroed`, that is counted as if it were 0."""
+
+    path: Path
+    groups: list[Group]
+    query_ids: list[int]
+    counts: Counter
+
+    def summary(self) -> str:
+        """One line for the screen."""
+        rollouts, older = sum(len(group.sequences) for group in self.groups), self.counts["older"]
+        layout = f"{older} of them by row, the older layout" if older else "by place in the pool"
+        sizes = sorted({len(group.pool) for group in self.groups}) or [0]
+        pools = f"pools of {sizes[0]}" + (f" to {sizes[-1]}" if len(sizes) > 1 else "")
+        judged = self.counts["judged"]
+        right = f"{self.counts['right'] / judged:.1%} right" if judged else "none known to be right or wrong"
+        left_out = {
+            "unevaluated": "left out, as their evaluation failed or fell back (reward.skip_fallback)",
+            "dropped": "left out, as they lack a score that reward.mode needs",
+            "zeroed": "have no vqa_gt_prob, which counts as 0 (reward.missing)",
+        }
+        more = [f"{self.counts[name]} {what}" for name, what in left_out.items() if self.counts[name]]
+        parts = [f"{len(self.groups)} groups, {rollouts} rollouts ({layout}), {pools}, {right}", *more]
+        return f"rollouts: {self.path}: {'; '.join(parts)}"
+
+
 def load_groups(
     path: str | Path,
     *,
@@ -38,31 +82,48 @@ def load_groups(
     rel_weight: float = 0.1,
     skip_fallback: bool = True,
     require_positive: bool = False,
+    missing: str = "lineage",
 ) -> list[Group]:
     """Groups of a rollout file, in the file's order of queries and rollouts.
 
     Rollouts are dropped where the evaluation failed or, with skip_fallback, fell back, and under `infoscore` where
     they have none; queries with none left, and with require_positive those without a correct rollout, are dropped.
-    Raises LeverError naming file, query and trajectory when a number is not finite, a position is out of range or the
-    schema is another.
+    missing: what becomes of a rollout that lacks a score which the mode needs: `refuse`, `drop`, or `lineage`, which
+    refuses all but a vqa_gt_prob: that counts as 0, as in Lever-Plus's loader, unless the whole file has none.
+    Raises LeverError naming file, query and trajectory when a number is not finite, a score is missing, a position is
+    out of range, a sequence repeats itself or contradicts its rows, or the schema is another.
     """
-    check_reward_mode(reward_mode)
+    how = RewardConfig(
+        reward_mode, hard_weight, soft_weight, rel_weight, skip_fallback, require_positive, missing=missing
+    )
+    return read_groups(path, how).groups
+
+
+def read_groups(path: str | Path, config: RewardConfig) -> RolloutFile:
+    """As `load_groups`, with what there is to be said of the file; of the first `max_groups` queries by id alone."""
+    check_reward_mode(config.mode)
     content = read_rollouts(path)
-    weights = {"hard_weight": hard_weight, "soft_weight": soft_weight, "rel_weight": rel_weight}
-    groups = []
+    ids = sorted(int(key) for key in content if is_query(key))
+    chosen = set(ids[: config.max_groups or None])
+    groups, counts = [], Counter()
     for key, entry in content.items():
-        if not is_query(key):
+        if not is_query(key) or int(key) not in chosen:
             continue
         where = f"{path}, query {key}"
-        kept = _usable(entry, skip_fallback, where)
-        if reward_mode == "infoscore":  # found otherwise, a rollout has no such score: it is neither good nor bad
-            kept = [(i, trajectory) for i, trajectory in kept if trajectory.get("infoscore") is not None]
-        if not kept or (require_positive and not any(trajectory.get("vqa_correct") == 1 for _, trajectory in kept)):
+        evaluated = _evaluated(entry, config.skip_fallback, where)
+        kept = [(i, t) for i, t in evaluated if _is_scored(t, config, counts, f"{where}, trajectory {i}")]
+        counts["unevaluated"] += len(entry["pointer_candidates"]) - len(evaluated)
+        if not kept or (config.require_positive and not any(t.get("vqa_correct") == 1 for _, t in kept)):
             continue
-        pool, sequences = _pool_and_sequences(entry, kept, where)
-        rewards = [trajectory_reward(t, reward_mode, weights, f"{where}, trajectory {i}") for i, t in kept]
+        pool, sequences = _pool_and_sequences(entry, kept, counts, where)
+        rewards = [trajectory_reward(t, config, f"{where}, trajectory {i}") for i, t in kept]
         groups.append(Group(int(key), pool, sequences, rewards, [i for i, _ in kept]))
-    return groups
+        known = [t for _, t in kept if (t.get("vqa_correct"), t.get("vqa_acc_score")) != (None, None)]
+        counts["judged"] += len(known)
+        counts["right"] += sum((t.get("vqa_correct") or t.get("vqa_acc_score") or 0) > 0 for t in known)
+    if counts["zeroed"] and counts["zeroed"] == sum(len(group.sequences) for group in groups):
+        raise LeverError(f"{path}: no rollout has a vqa_gt_prob, which reward.mode={config.mode} needs")
+    return RolloutFile(Path(path), groups, sorted(chosen), counts)
 
 
 def split_ids(query_ids: list[int]) -> tuple[set[int], set[int]]:
@@ -98,7 +159,7 @@ def read_rollouts(path: str | Path) -> dict:
     return content
 
 
-def _usable(entry, skip_fallback: bool, where: str) -> list[tuple[int, dict]]:
+def _evaluated(entry, skip_fallback: bool, where: str) -> list[tuple[int, dict]]:
     trajectories = entry.get("pointer_candidates") if isinstance(entry, dict) else None
     if not isinstance(trajectories, list) or not all(isinstance(t, dict) for t in trajectories):
         raise LeverError(f"{where}: expected an object with a list 'pointer_candidates' of objects")
@@ -110,23 +171,78 @@ def _usable(entry, skip_fallback: bool, where: str) -> list[tuple[int, dict]]:
     ]
 
 
-def _pool_and_sequences(entry: dict, kept: list[tuple[int, dict]], where: str) -> tuple[list[int], list[list[int]]]:
-    if "pointer_global" in kept[0][1]:
-        pool = _integers(entry.get("candidate_pool_ids"), f"{where}, candidate_pool_ids")[:POOL_LIMIT]
+def _is_scored(trajectory: dict, config: RewardConfig, counts: Counter, where: str) -> bool:
+    """Return whether a trajectory has the scores that the reward needs. Raises LeverError where it has not and is not
+    to be left out: a score that is not known is not a wrong answer."""
+    needed = dict.fromkeys([*NEEDED[config.mode], *(["correct"] if config.require_positive else [])])
+    lacking = [_FIELDS[name] for name in needed if trajectory.get(_FIELDS[name]) is None]
+    if not lacking:
+        return True
+    if config.missing == "lineage" and lacking == ["vqa_gt_prob"]:
+        counts["zeroed"] += 1
+        return True
+    # What was found otherwise has no InfoScore, in any file.
+    if config.missing != "drop" and config.mode != "infoscore":
+        raise LeverError(
+            f"{where} has no {' and no '.join(lacking)}, which reward.mode={config.mode} needs"
+            f"{' with reward.require_positive' if config.require_positive else ''}: score it, choose a reward.mode "
+            "whose scores are there, or leave such rollouts out with --set reward.missing=drop"
+        )
+    counts["dropped"] += 1
+    return False
+
+
+def _pool_and_sequences(
+    entry: dict, kept: list[tuple[int, dict]], counts: Counter, where: str
+) -> tuple[list[int], list[list[int]]]:
+    """The pool of a query, and its trajectories as places in it."""
+    pool = None
+    if entry.get("candidate_pool_ids") is not None or any(t.get("pointer_global") is not None for _, t in kept):
+        pool = _integers(entry.get("candidate_pool_ids"), f"{where}, candidate_pool_ids")
         if len(set(pool)) != len(pool):
             raise LeverError(f"{where}: candidate_pool_ids repeats an id")
-        sequences = [_integers(t.get("pointer"), f"{where}, trajectory {i}, pointer") for i, t in kept]
-    else:
-        rows = [_integers(t.get("pointer_pos", t.get("pointer")), f"{where}, trajectory {i}, pointer") for i, t in kept]
-        pool = sorted({row for sequence in rows for row in sequence})[:POOL_LIMIT]
-        position = {row: i for i, row in enumerate(pool)}
-        sequences = [[position.get(row, -1) for row in sequence] for sequence in rows]
-    for (i, _), sequence in zip(kept, sequences, strict=True):
-        if not sequence or not all(0 <= position < len(pool) for position in sequence):
+    named = [f"{where}, trajectory {i}" for i, _ in kept]
+    by_row = pool is None or bool(entry.get("_fix_failed"))
+    read = [_rows(t, pool, by_row, name) for (_, t), name in zip(kept, named, strict=True)]
+    layouts = {layout for _, layout in read}
+    if layouts == {"older"}:
+        pool = sorted({row for rows, _ in read for row in rows})
+    place = {row: i for i, row in enumerate(pool)}
+    for (rows, layout), name in zip(read, named, strict=True):
+        if not all(row in place for row in rows):
+            raise LeverError(f"{name}: rows {shown(rows)} do not lie in candidate_pool_ids")
+        if len(set(rows)) != len(rows):
+            raise LeverError(f"{name}: its sequence names a candidate twice (rows {shown(rows)})")
+        if layout == "either" and "ids" in layouts:
             raise LeverError(
-                f"{where}, trajectory {i}: positions {shown(sequence)} do not lie in a pool of {len(pool)}"
+                f"{name}: its pointer can be places in the pool and ids of it, and others of the query can only be "
+                "ids: say which they are by pointer_global beside places, or by pointer_pos in place of pointer"
             )
-    return pool, sequences
+    counts["older"] += sum(layout in ("older", "ids") for _, layout in read)
+    return pool, [[place[row] for row in rows] for rows, _ in read]
+
+
+def _rows(trajectory: dict, pool: list[int] | None, by_row: bool, where: str) -> tuple[list[int], str]:
+    """The rows that a trajectory shows, and its layout: `places` in the pool, `older` by its marks, unmarked `ids` of
+    the pool, or unmarked places that could be ids just as well (`either`)."""
+    written = trajectory.get("pointer_global")
+    rows = trajectory.get("pointer_pos")
+    if written is None and (rows is not None or by_row):
+        rows = _integers(trajectory.get("pointer") if rows is None else rows, f"{where}, pointer")
+        if not rows:
+            raise LeverError(f"{where}: its pointer is empty")
+        return rows, "older"
+    pointer = _integers(trajectory.get("pointer"), f"{where}, pointer")
+    are_places, are_ids = bool(pointer) and max(pointer) < len(pool), set(pointer) <= set(pool)
+    if written is None and pointer and are_ids and not are_places:
+        return pointer, "ids"
+    if not are_places:
+        ids = "" if written is not None else ", and are not ids of it"
+        raise LeverError(f"{where}: positions {shown(pointer)} do not lie in a pool of {len(pool)}{ids}")
+    rows = [pool[place] for place in pointer]
+    if written is not None and rows != _integers(written, f"{where}, pointer_global"):
+        raise LeverError(f"{where}: pointer_global is {shown(written)}, but pointer names rows {shown(rows)}")
+    return rows, "either" if written is None and are_ids and rows != pointer else "places"
 
 
 def _integers(value, where: str) -> list[int]:
@@ -135,25 +251,17 @@ def _integers(value, where: str) -> list[int]:
     return value
 
 
-def trajectory_reward(trajectory: dict, mode: str, weights: dict, where: str) -> float:
+def trajectory_reward(trajectory: dict, config: RewardConfig, where: str) -> float:
     """The reward of a trajectory of the rollout file, or of as much of one. Raises LeverError naming `where` when one
     of its scores is no finite number."""
-    names = {
-        "correct": "vqa_correct",
-        "accuracy": "vqa_acc_score",
-        "gt_prob": "vqa_gt_prob",
-        "relevance": "vqa_rel_score",
-        "infoscore": "infoscore",
-        "beam_score": "beam_score",
-        "logprob_score": "logprob_score",
-    }
-    scores = {name: trajectory.get(field) for name, field in names.items()}
+    scores = {name: trajectory.get(key) for name, key in _FIELDS.items()}
     for name, score in scores.items():
         number = isinstance(score, (int, float)) and -_LARGEST <= score <= _LARGEST  # false for NaN
         if score is not None and not number:
-            raise LeverError(f"{where}: {names[name]} is {shown(score)}, expected a finite number or null")
+            raise LeverError(f"{where}: {_FIELDS[name]} is {shown(score)}, expected a finite number or null")
+    weights = {name: getattr(config, name) for name in ("hard_weight", "soft_weight", "rel_weight")}
     try:
-        return reward(mode, **scores, **weights)
+        return reward(config.mode, **scores, **weights)
     except ValueError as error:
         raise LeverError(f"{where}: {error} (reward.mode, reward.hard_weight, soft_weight, rel_weight)") from error
 

@@ -5,11 +5,12 @@ import os
 from pathlib import Path
 
 from lever_lm.config import DataConfig, asset_path
-from lever_lm.data.examples import Example, refuse_or_skip, unique
+from lever_lm.data.examples import Example, refuse_or_skip, unfit, unique, whole_id
 from lever_lm.errors import LeverError
 from lever_lm.untrusted import loads, read_bytes, shown
 
 SPLITS = {"train": "train2014", "val": "val2014"}
+_IDS = ("question_id", "image_id")
 
 
 def questions_file(root: Path, split: str, prefix: str = "") -> Path:
@@ -43,8 +44,8 @@ def load_split(source: str, config: DataConfig, split: str, skipped: list[str]) 
     digest, skip_bad, root = hashlib.sha256(), config.skip_bad_examples, asset_path(source)
     questions_path = questions_file(root, split, config.file_prefix)
     annotations_path = annotations_file(root, split, config.file_prefix)
-    questions = _read_list(questions_path, "questions", digest)
-    annotations = _read_list(annotations_path, "annotations", digest)
+    questions = _read_list(questions_path, "questions", digest, skip_bad, skipped)
+    annotations = _read_list(annotations_path, "annotations", digest, skip_bad, skipped)
     folder = images_folder(asset_path(config.coco_path), split)
     sizes = _sizes(folder)
     questions = unique(questions_path, questions, skip_bad, skipped)
@@ -82,31 +83,32 @@ def _sizes(folder: Path) -> dict[str, int]:
         raise LeverError(f"cannot read the images in {folder}: {error.strerror} (COCO_PATH, data.coco_path)") from error
 
 
-def _read_list(path: Path, key: str, digest) -> list[dict]:
+def _read_list(path: Path, key: str, digest, skip_bad: bool, skipped: list[str]) -> list[dict]:
+    """The entries of an official file, their ids as numbers."""
     try:
         content = read_bytes(path)
     except OSError as error:
         raise LeverError(f"cannot read {path}: {error.strerror or error}; set OKVQA_PATH (data.okvqa_path)") from error
     digest.update(content)
     try:
-        rows = loads(content)[key]
-        ids = ((row["question_id"], row["image_id"]) for row in rows)
-        bad = [pair for pair in ids if not all(map(_is_id, pair))]
+        entries = loads(content, nan=True, halves=True)[key]  # what is wrong in one entry is that entry's
+        if not isinstance(entries, list):
+            raise TypeError(f"'{key}' is {shown(entries)}")
     except (ValueError, KeyError, TypeError) as error:
         raise LeverError(
             f"{path} is not an official VQA file ({_reason(error)}): expected an object with a list "
             f"'{key}' of objects with integer question_id and image_id"
         ) from error
-    if bad:
-        raise LeverError(
-            f"{path}: every entry of '{key}' needs a question_id and image_id of 0 to 2**63 - 1, found "
-            f"question_id {shown(bad[0][0], 40)}, image_id {shown(bad[0][1], 40)}"
-        )
+    rows = []
+    for number, entry in enumerate(entries):
+        given = {name: entry.get(name) for name in _IDS} if isinstance(entry, dict) else entry
+        ids = {name: whole_id(value) for name, value in given.items()} if isinstance(given, dict) else {"": None}
+        if None in ids.values():
+            problem = f"{path}: entry {number} of '{key}' needs a {' and an '.join(_IDS)} of 0 to 2**63 - 1"
+            refuse_or_skip(f"{problem}, found {shown(given, 80)}", skip_bad, skipped)
+        else:
+            rows.append({**entry, **ids})
     return rows
-
-
-def _is_id(value) -> bool:
-    return isinstance(value, int) and 0 <= value < 2**63
 
 
 def _reason(error: Exception) -> str:
@@ -130,10 +132,14 @@ def _example(item, annotated, questions_path, annotations_path, folder, split, s
         raise LeverError(
             f"{annotations_path}: question {question_id} needs a list of objects with 'answer', found {shown(entries)}"
         )
+    if not any(entry["answer"].strip() for entry in entries):
+        raise LeverError(f"{annotations_path}: all answers to question {question_id} are blank")
     # Answers repeat over and over: equal ones are kept once.
     answers = tuple(shared.setdefault(entry["answer"], entry["answer"]) for entry in entries)
     typed = (entry.get("raw_answer", entry["answer"]) for entry in entries)
     raw_answers = tuple(shared.setdefault(text, text) for text in typed)
+    if problem := unfit((question, *answers, *raw_answers)):
+        raise LeverError(f"{questions_path}: question {question_id}: {problem}")
     image = folder / f"COCO_{SPLITS[split]}_{image_id:012d}.jpg"
     return Example(question_id, image_id, question, answers, raw_answers, str(image))
 

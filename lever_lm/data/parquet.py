@@ -6,13 +6,22 @@ neither loading nor reading text columns holds or decodes one.
 
 import contextlib
 import glob
-import os
-import re
 from pathlib import Path
 
 from lever_lm.compat import first_line
 from lever_lm.config import HUB_PREFIX, DataConfig, asset_path, fingerprint
-from lever_lm.data.examples import Example, Image, StoredImage, bytes_digest, image_digest, refuse_or_skip, unique
+from lever_lm.data.examples import (
+    Example,
+    Image,
+    StoredImage,
+    bytes_digest,
+    image_digest,
+    refuse_or_skip,
+    unfit,
+    unique,
+    whole_id,
+)
+from lever_lm.data.naming import files_of, parquet_files, splits_named
 from lever_lm.data.remote import Refused, cache_file, fetch_images, is_address, is_fetchable, local_image
 from lever_lm.errors import LeverError
 from lever_lm.hub import cached_snapshot
@@ -20,32 +29,6 @@ from lever_lm.untrusted import one_line, shown
 
 COLUMNS = ("question_id", "image", "question", "answers")
 _OPTIONAL = ("image_id", "raw_answers")
-# Which split a file or a hub split belongs to, by its name: val2014-00000-of-00002.parquet, train/0000.parquet. The
-# first that is there: beside a validation split, one called test is without answers.
-_NAMES = {"train": ("train",), "val": ("val|valid|validation", "eval|dev", "test")}
-
-
-def parquet_files(root: Path) -> list[Path]:
-    """The parquet files of a folder and the folders below it."""
-    # A folder may be called so, too. A link to nothing is kept, to be refused by name.
-    return sorted(path for path in root.rglob("*.parquet") if not path.is_dir()) if os.path.isdir(root) else []
-
-
-def files_of(root: Path, split: str) -> list[Path]:
-    """Those of a split by their names; all of them where none is named after a split."""
-    files = parquet_files(root)
-    named = {name: _named([str(file.relative_to(root)) for file in files], name) for name in _NAMES}
-    return [root / name for name in named[split]] if any(named.values()) else files
-
-
-def _named(names: list[str], split: str) -> list[str]:
-    """Those of the names that say they are of a split."""
-    found = ([name for name in names if _is_named(name, pattern)] for pattern in _NAMES[split])
-    return next(filter(None, found), [])
-
-
-def _is_named(text: str, pattern: str) -> bool:
-    return re.search(rf"(?:^|[^a-z])(?:{pattern})(?:[^a-z]|$)", text.lower()) is not None
 
 
 def load_split(
@@ -60,19 +43,18 @@ def load_split(
     import datasets
 
     if source.startswith(HUB_PREFIX):
-        table = _from_hub(source, split)
+        table, files = _from_hub(source, split)
     else:
         _refuse_one_for_both(asset_path(source), config)
-        table = _from_folder(asset_path(source), split)
+        table, files = _from_folder(asset_path(source), split)
     missing = [name for name in COLUMNS if name not in table.column_names]
     if missing:
         raise LeverError(
             f"{source}: the {split} table has no column {', '.join(missing)}; expected {', '.join(COLUMNS)}, found "
             f"{', '.join(table.column_names)}"
         )
-    what = "table"
+    what = "image column"
     try:
-        what = "image column"
         images = table.select_columns("image").cast_column("image", datasets.Image(decode=False))
         what = "table"
         # Kept on disk by `datasets` under the fingerprint of the table: computed once.
@@ -80,12 +62,12 @@ def load_split(
         texts = table.select_columns([name for name in (*COLUMNS, *_OPTIONAL) if name in table.column_names])
         rows = texts.remove_columns("image").to_list()
     except Exception as error:  # anybody's file: Arrow can fail on it in any way
+        _refuse_cache(error)
         raise LeverError(f"{source}: cannot read the {split} {what}: {first_line(error)}") from error
-    where = f"{source}, {split}"
     places = {number: image["place"] for number, image in enumerate(found) if image["place"]}
     named = _find_images(places, _roots(source, config), config, folder)
     stored = {i: StoredImage(image["digest"], i, images) for i, image in enumerate(found) if image["digest"]}
-    examples = _examples(rows, {**stored, **named}, where, config.skip_bad_examples, skipped)
+    examples = _examples(rows, {**stored, **named}, f"{source}, {split}", files, config.skip_bad_examples, skipped)
     return examples, fingerprint(rows, found)
 
 
@@ -142,8 +124,10 @@ def _local(place: str, roots: list[Path], within: list[Path]) -> str | Refused:
         return error
 
 
-def _from_folder(root: Path, split: str):
+def _from_folder(root: Path, split: str) -> tuple["datasets.Dataset", list[tuple[str, int]]]:  # noqa: F821
+    """The table of a split, and the files it is made of with the number of rows of each."""
     import datasets
+    from pyarrow.parquet import read_metadata
 
     files = files_of(root, split)
     if not files:
@@ -156,8 +140,10 @@ def _from_folder(root: Path, split: str):
     try:
         names = [glob.escape(str(file)) for file in files]  # `datasets` takes patterns
         with _quiet():
-            return datasets.load_dataset("parquet", data_files={split: names}, split=split)
+            table = datasets.load_dataset("parquet", data_files={split: names}, split=split)
+        return table, [(str(file.relative_to(root)), read_metadata(file).num_rows) for file in files]
     except Exception as error:
+        _refuse_cache(error)
         raise LeverError(
             f"{root}: cannot read {', '.join(file.name for file in files)} as parquet: "
             f"{first_line(error.__cause__ or error)}"
@@ -167,12 +153,27 @@ def _from_folder(root: Path, split: str):
 def _refuse_one_for_both(root: Path, config: DataConfig) -> None:
     """Raise LeverError where both splits would be the same files: no evaluation on what was trained on."""
     files = parquet_files(root)
-    names = [str(file.relative_to(root)) for file in files]
-    if files and not config.train_path and not any(_named(names, split) for split in _NAMES):
+    named = splits_named([str(file.relative_to(root)) for file in files], str(root))
+    if files and not config.train_path and not any(named.values()):
         raise LeverError(
             f"{root}: no split in the names of {', '.join(file.name for file in files[:3])}; put train and val into "
             "them, or name the training split's folder: --set data.train_path=DIR"
         )
+
+
+def _refuse_cache(error: BaseException) -> None:
+    """Raise LeverError where a failure is that of the folder in which `datasets` keeps its tables."""
+    import datasets
+
+    folder = Path(datasets.config.HF_DATASETS_CACHE)
+    while error is not None:
+        place = Path(error.filename) if isinstance(error, OSError) and isinstance(error.filename, str) else None
+        if place and (place.is_relative_to(folder) or folder.is_relative_to(place)):
+            raise LeverError(
+                f"cannot write {folder}, where `datasets` keeps what it read: {error.strerror}; set HF_DATASETS_CACHE "
+                "(or HF_HOME) to a folder that can be written"
+            ) from error
+        error = error.__cause__ or error.__context__
 
 
 @contextlib.contextmanager
@@ -188,7 +189,8 @@ def _quiet():
         datasets.logging.set_verbosity(level)
 
 
-def _from_hub(source: str, split: str):
+def _from_hub(source: str, split: str) -> tuple["datasets.Dataset", list[tuple[str, int]]]:  # noqa: F821
+    """As `_from_folder`; without files where the table comes from the cache of `datasets`."""
     import datasets
 
     repository = source.removeprefix(HUB_PREFIX)
@@ -198,64 +200,76 @@ def _from_hub(source: str, split: str):
     try:
         splits = datasets.load_dataset(repository)
     except Exception as error:
+        _refuse_cache(error)
         raise LeverError(
             f"{source}: not in the local cache, and not to be had from the hub: {first_line(error)}. Fetch it where "
             f"there is a network (hf download --repo-type dataset {repository}), or take a "
             "folder of its parquet files: --dataset okvqa_local with OKVQA_PATH"
         ) from error
-    named = _named(list(splits), split)
+    named = splits_named(list(splits), source)[split]
     if not named:
         raise LeverError(f"{source} has no {split} split, only {', '.join(splits)}: data.train_path, data.okvqa_path")
-    return splits[named[0]]
+    return splits[named[0]], []
 
 
 def _examples(
-    rows: list[dict], images: dict[int, Image | Refused], where: str, skip_bad: bool, skipped: list[str]
+    rows: list[dict],
+    images: dict[int, Image | Refused],
+    where: str,
+    files: list[tuple[str, int]],
+    skip_bad: bool,
+    skipped: list[str],
 ) -> list[Example]:
     kept = []
     for number, row in enumerate(rows):
         image = images.get(number, Refused("its image holds neither bytes nor a path"))
         problem = _problem(row) or (str(image) if isinstance(image, Refused) else None)
         if problem:
-            refuse_or_skip(
-                f"{where}, row {number}, question {one_line(str(row['question_id'])[:40])}: {problem}",
-                skip_bad,
-                skipped,
-            )
+            question = one_line(str(row["question_id"])[:40])
+            refuse_or_skip(f"{where}, {_place(number, files)}, question {question}: {problem}", skip_bad, skipped)
         else:
-            kept.append({**row, "question_id": int(row["question_id"]), "image": image})
+            kept.append({**row, "question_id": whole_id(row["question_id"]), "image": image})
     examples = []
     for row in unique(where, kept, skip_bad, skipped):
         answers = tuple(_text(entry, "answer") for entry in row["answers"])
         raw = row.get("raw_answers") or [_text(a, "raw_answer") or _text(a, "answer") for a in row["answers"]]
         # Without ids of their own, images are told apart by their content.
         image_id = row.get("image_id")
-        image_id = int(image_digest(row["image"])[:15], 16) if image_id is None else int(image_id)
+        image_id = int(image_digest(row["image"])[:15], 16) if image_id is None else whole_id(image_id)
         examples.append(Example(row["question_id"], image_id, row["question"], answers, tuple(raw), row["image"]))
     return examples
 
 
+def _place(number: int, files: list[tuple[str, int]]) -> str:
+    """Where a row of the table stands: its file, and its row there."""
+    for name, rows in files:
+        if number < rows:
+            return f"{one_line(name)}, row {number}"
+        number -= rows
+    return f"row {number}"
+
+
 def _problem(row: dict) -> str | None:
     """What is wrong with a row but for its image, if anything."""
-    if not _is_id(row["question_id"]):
-        return "question_id must be a number of 0 to 2**63 - 1"
+    if whole_id(row["question_id"]) is None:
+        return "question_id must be a whole number of 0 to 2**63 - 1"
     if not isinstance(row["question"], str) or not row["question"].strip():
         return f"it has no text, found {shown(row['question'])}"
     answers = row["answers"]
     if not isinstance(answers, list) or not answers or not all(isinstance(_text(a, "answer"), str) for a in answers):
         return f"it needs a list of answers, found {shown(answers)}"
-    raw = row.get("raw_answers")
-    raw = [_text(a, "raw_answer") or "" for a in answers] if raw is None else raw
+    if not any(_text(a, "answer").strip() for a in answers):
+        return "all its answers are blank"
+    raw = row.get("raw_answers") or [_text(a, "raw_answer") or "" for a in answers]
     if not isinstance(raw, list) or not all(isinstance(a, str) for a in raw):
         return f"its raw answers must be a list of texts, found {shown(raw)} (raw_answers or answers)"
-    if row.get("image_id") is not None and not _is_id(row["image_id"]):
-        return f"image_id must be a number of 0 to 2**63 - 1, found {shown(row['image_id'])}"
+    if len(raw) != len(answers):
+        return f"it has {len(answers)} answers and {len(raw)} raw_answers: as many are needed, in the same order"
+    if problem := unfit([row["question"], *(_text(a, "answer") for a in answers), *raw]):
+        return problem
+    if row.get("image_id") is not None and whole_id(row["image_id"]) is None:
+        return f"image_id must be a whole number of 0 to 2**63 - 1, found {shown(row['image_id'])}"
     return None
-
-
-def _is_id(value) -> bool:
-    text = str(value)
-    return text.isdecimal() and len(text) < 20 and int(text) < 2**63
 
 
 def _text(entry, key: str):

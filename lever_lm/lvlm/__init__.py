@@ -1,5 +1,6 @@
 """The frozen vision-language model: prompts in, answers and log-probs out, nothing asked twice."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from lever_lm.config import LvlmConfig, PromptConfig
@@ -7,22 +8,31 @@ from lever_lm.digests import DIGESTS
 from lever_lm.hub import fetch_model
 from lever_lm.lvlm.cache import AnswerCache, CachedLvlm, Track
 from lever_lm.lvlm.prompt import Prompt, build_prompt, cut_answer
+from lever_lm.progress import unsaid
 from lever_lm.shards import Shards
 
 __all__ = ["CachedLvlm", "Prompt", "build_prompt", "cut_answer", "load_lvlm"]
 
 
 def load_lvlm(
-    config: LvlmConfig, prompt: PromptConfig, *, device: str, cache: Path, track: Track, shards: Shards = Shards()
+    config: LvlmConfig,
+    prompt: PromptConfig,
+    *,
+    device: str,
+    cache: Path,
+    track: Track,
+    shards: Shards = Shards(),
+    say: Callable[[str], None] = unsaid,
 ) -> CachedLvlm:
-    """The LVLM of a config behind the answer cache at `cache`. Of several processes, each calls this."""
+    """The LVLM of a config behind the answer cache at `cache`. Of several processes, each calls this. say: is told of a
+    server that is waited for."""
     if config.server:
         from lever_lm.lvlm.server import ServerLvlm, server_fingerprint
 
         fingerprint = server_fingerprint(config, prompt)
         model = server_fingerprint(config, PromptConfig())
         return CachedLvlm(
-            lambda: ServerLvlm(config, prompt), fingerprint, AnswerCache(cache, shards), track, model, prompt.cut
+            lambda: ServerLvlm(config, prompt, say), fingerprint, AnswerCache(cache, shards), track, model, prompt.cut
         )
 
     from lever_lm.lvlm.local import LocalLvlm, local_fingerprint, vision_fingerprint

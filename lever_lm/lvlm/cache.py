@@ -214,7 +214,7 @@ class CachedLvlm:
         """What the model writes after each prompt, uncut. `what` names the job on the progress bar."""
         keys = [self._key("answer", prompt) for prompt in prompts]
         return self._through_cache(
-            keys, prompts, lambda batch: self.backend.generate([prompts[i] for i in batch]), what
+            keys, (prompts,), lambda batch: self.backend.generate([prompts[i] for i in batch]), what
         )
 
     def answer(self, prompts: Sequence[Prompt], what: str = "answers") -> list[str]:
@@ -222,15 +222,16 @@ class CachedLvlm:
         return [cut_answer(text, self._cut) for text in self.generate(prompts, what)]
 
     def answer_log_prob(
-        self, prompts: Sequence[Prompt], answers: Sequence[str], what: str = "log-probs"
+        self, prompts: Sequence[Prompt], answers: Sequence[str], what: str = "log-probs", *, end: bool = False
     ) -> list[float]:
-        """log P(answer | prompt), rounded to 6 decimals."""
-        keys = [self._key(f"log_prob:{answer}", prompt) for prompt, answer in zip(prompts, answers, strict=True)]
+        """log P(answer | prompt), rounded to 6 decimals. `end`: and that the turn ends after it."""
+        kind = "log_prob_end" if end else "log_prob"
+        keys = [self._key(f"{kind}:{answer}", prompt) for prompt, answer in zip(prompts, answers, strict=True)]
 
         def ask(batch: list[int]) -> list[float]:
-            return self.backend.answer_log_prob([prompts[i] for i in batch], [answers[i] for i in batch])
+            return self.backend.answer_log_prob([prompts[i] for i in batch], [answers[i] for i in batch], end=end)
 
-        found = self._through_cache(keys, prompts, ask, what)
+        found = self._through_cache(keys, (prompts, answers), ask, what)
         with _explained(self.cache.path):
             return [_finite(value) for value in found]
 
@@ -256,7 +257,9 @@ class CachedLvlm:
     def _speed_key(self) -> str:
         return f"speed:{self.fingerprint}"  # of one process
 
-    def _through_cache(self, keys: list[str], prompts: Sequence[Prompt], ask, what: str) -> list[str]:
+    def _through_cache(self, keys: list[str], work: tuple[Sequence, ...], ask, what: str) -> list[str]:
+        """What is known or asked for each key. `work`: the prompts, and where these are scored the answers; `ask` has
+        the backend do what the numbers it is given say."""
         first = {}
         for i, key in enumerate(keys):
             first.setdefault(key, i)
@@ -265,7 +268,7 @@ class CachedLvlm:
         pending = [i for key, i in first.items() if key not in known]
         self.known += len(first) - len(pending)
         if pending:
-            self._ask(pending, keys, prompts, ask, what, len(known))
+            self._ask(pending, keys, work, ask, what, len(known))
             new = self.cache.get([keys[i] for i in pending])
             if len(new) < len(pending):
                 raise LeverError(
@@ -275,7 +278,7 @@ class CachedLvlm:
             known |= new
         return [known[key] for key in keys]
 
-    def _ask(self, pending: list[int], keys: list[str], prompts: Sequence[Prompt], ask, what: str, known: int) -> None:
+    def _ask(self, pending: list[int], keys: list[str], work: tuple[Sequence, ...], ask, what: str, known: int) -> None:
         """Have the prompts that `pending` numbers answered, by this process its share of the batches, and stored.
         `known`: how many beside them need not be asked."""
         backend, label = self.backend, f"{what}: {len(pending)} prompts to ask, {known} known"
@@ -284,7 +287,7 @@ class CachedLvlm:
             label += f"; {changes(news)} since answers were last kept here"
         self.shards.wait()  # until every rank has its model: the time taken is that of answering
         started = time.monotonic()
-        batches = backend.batches([prompts[i] for i in pending])
+        batches = backend.batches(*([part[i] for i in pending] for part in work))
         batches = self.shards.from_leader(lambda: batches)
         mine = self.shards.share(batches)
         share = sum(map(len, mine))

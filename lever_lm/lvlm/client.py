@@ -5,10 +5,13 @@ import email.utils
 import json
 import os
 import time
-from urllib.parse import urlsplit
+from collections.abc import Callable
+from typing import NamedTuple
+from urllib.parse import urlsplit, urlunsplit
 
 from lever_lm.config import ASSET_PREFIX, LvlmConfig, asset_path
-from lever_lm.errors import LeverError
+from lever_lm.errors import MendableError
+from lever_lm.progress import unsaid
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 MAX_ANSWER = 32 << 20  # bytes of a response: log-probs of a prompt of 50,000 tokens are 5 MB
@@ -16,31 +19,36 @@ MAX_WAIT = 60.0  # seconds before a request is repeated, whatever a server asks 
 _FIRST_CONTACT = 10.0  # seconds to connect, and to list the models
 _WORDS = 300  # characters of a server's own words
 _NAMES = 5  # models of a server to name
+LOOK = 5.0  # seconds before a server that is starting is looked at again
 _SECRET = 8  # characters of a key that is one; `EMPTY` and the like are none
 
 
-class ServerError(LeverError):
-    """A server that did not do what was asked: what was found, and what mends it."""
-
-    def __init__(self, found: str, mend: str):
-        super().__init__(f"{found}: {mend}")
-        self.found, self.mend = found, mend
+class ServerError(MendableError):
+    """A server that did not do what was asked."""
 
 
 class RefusedKey(ServerError):
     """The server wants a key, or another one."""
 
 
-class _MayPass(Exception):
-    """A failure worth another try. wait: seconds that the server asked for."""
+class MayPass(Exception):
+    """A failure worth another try. wait: seconds that the server asked for. down: nothing serves there, as while a
+    server starts."""
 
-    def __init__(self, found: str, mend: str, wait: float | None = None):
+    def __init__(self, found: str, mend: str, wait: float | None = None, *, down: bool = False):
         super().__init__(found)
-        self.found, self.mend, self.wait = found, mend, wait
+        self.found, self.mend, self.wait, self.down = found, mend, wait, down
 
 
-class _NoAnswer(_MayPass):
+class _NoAnswer(MayPass):
     """Nothing came, or not the whole of it."""
+
+
+class Served(NamedTuple):
+    """A server that was looked at: the URL up to its /v1, and the model's entry in its list, {} where it has none."""
+
+    url: str
+    card: dict
 
 
 def served_name(path: str) -> str:
@@ -48,46 +56,89 @@ def served_name(path: str) -> str:
     return str(asset_path(path)) if path.startswith(ASSET_PREFIX) else path
 
 
-def check_server(config: LvlmConfig) -> dict:
-    """Raise ServerError unless a server is there, accepts our key and serves the model. Returns the model's entry in
-    its list; {} where it has no list, or one of what it could load."""
-    listed = asyncio.run(_listed(config))
+def check_server(config: LvlmConfig, say: Callable[[str], None] = unsaid, *, wait: float = 0.0) -> Served:
+    """Raise ServerError unless a server is at the one URL of `config.server`, or below its /v1, accepts our key and
+    serves the model. wait: seconds to give a server that is still starting; that it is waited for is said."""
+    url, listed = asyncio.run(_listed(config, say, wait))
     name = served_name(config.path)
     for card in listed:
         if card.get("id") == name:
-            return card
+            return Served(url, card)
     # `transformers serve` lists the hub's cache, under owners read off the ids: that says nothing of a directory.
     if all(str(card.get("id")).split("/")[0] == card.get("owned_by") for card in listed):
-        return {}
+        return Served(url, {})
     served = [_plain(str(card.get("id"))) for card in listed]
     others = f" and {len(served) - _NAMES} others" if len(served) > _NAMES else ""
     raise ServerError(
-        f"the server {config.server} serves {', '.join(served[:_NAMES])}{others}, not {name}",
+        f"the server {url} serves {', '.join(served[:_NAMES])}{others}, not {name}",
         f"--set lvlm.path={served[0]} to ask that one, or --server URL of another",
     )
 
 
-async def _listed(config: LvlmConfig) -> list[dict]:
-    """The models of a server. One that answers in another way than with a list shows at the first question what is
-    wrong with it, if anything is."""
-    async with Client(config, timeout=min(_FIRST_CONTACT, config.timeout)) as client:
+async def _listed(config: LvlmConfig, say: Callable[[str], None], wait: float) -> tuple[str, list[dict]]:
+    """The URL up to /v1 of a server, and its models; [] where it answers in another way than with a list, and the first
+    question shows what is wrong with it, if anything is."""
+    (url,), started, said = config.servers, time.monotonic(), False
+    while True:
+        try:
+            return await _list_at(config, url)
+        except _Starting as error:
+            if (left := wait - (time.monotonic() - started)) <= 0:
+                raise
+            if not said:
+                say(f"{error.found}: waiting up to {wait:g} s for it (lvlm.wait)")
+            said = True
+            await _pause(min(LOOK, left))
+
+
+class _Starting(ServerError):
+    """Nothing serves there, or not yet."""
+
+
+async def _list_at(config: LvlmConfig, url: str) -> tuple[str, list[dict]]:
+    """The models at a URL, or at the /v1 that it leaves out or goes beyond."""
+    parts = urlsplit(url)
+    path = parts.path.split("/v1/")[0] if "/v1/" in parts.path else parts.path.removesuffix("/v1")
+    whole = urlunsplit(parts._replace(path=f"{path}/v1"))
+    listed, error = await _models(config, url)
+    if listed is None and whole != url:
+        found, _ = await _models(config, whole)
+        if found is not None:
+            return whole, found
+        if error is not None:
+            raise ServerError(f"{error.found}, and {whole} has no list of models either", _IS_IT) from error
+    return url, listed or []
+
+
+async def _models(config: LvlmConfig, url: str) -> tuple[list[dict] | None, ServerError | MayPass | None]:
+    """The list of models at a URL, None where there is none, and then what came in its place. Raises ServerError where
+    nothing serves there, or where the key is refused."""
+    async with Client(config, url, timeout=min(_FIRST_CONTACT, config.timeout)) as client:
         try:
             listed = (await client.once("GET", "/models")).get("data")
         except _NoAnswer as error:
+            if error.down:
+                raise _Starting(error.found, error.mend) from error
             slow = isinstance(error.__cause__, asyncio.TimeoutError)  # of a limit that no option raises
             raise ServerError(error.found, _IS_IT if slow else error.mend) from error
         except RefusedKey:
             raise
-        except (ServerError, _MayPass):
-            return []
-    return [card for card in listed if isinstance(card, dict)] if isinstance(listed, list) else []
+        except MayPass as error:
+            if error.down:
+                raise _Starting(error.found, error.mend) from error
+            return None, error
+        except ServerError as error:
+            return None, error
+    if not isinstance(listed, list):
+        return None, None
+    return [card for card in listed if isinstance(card, dict)], None
 
 
 class Client:
-    """A connection pool to the server of a config, for use within one event loop (`async with`)."""
+    """A connection pool to one server of a config, for use within one event loop (`async with`)."""
 
-    def __init__(self, config: LvlmConfig, timeout: float | None = None):
-        self.config, self.url, self.name = config, config.server.rstrip("/"), served_name(config.path)
+    def __init__(self, config: LvlmConfig, url: str, timeout: float | None = None):
+        self.config, self.url, self.name = config, url, served_name(config.path)
         self.timeout = timeout or config.timeout
         self.key = os.environ.get(KEY_VARIABLE, "").strip()
         if not (self.key.isascii() and self.key.isprintable()):
@@ -109,40 +160,18 @@ class Client:
         await self._http.aclose()
 
     async def complete(self, body: bytes) -> dict:
-        """The chat completion of a request in JSON, with a message in its first choice. Failures that may pass are
-        repeated `lvlm.retries` times: after a wait that doubles from a second, or as long as the server asks for."""
-        from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
-
-        doubling = wait_exponential_jitter(initial=1, max=MAX_WAIT / 2, jitter=1)
-
-        def wait(state) -> float:
-            asked = state.outcome.exception().wait
-            return doubling(state) if asked is None else min(asked, MAX_WAIT)
-
-        tries = AsyncRetrying(
-            retry=retry_if_exception_type(_MayPass),
-            stop=stop_after_attempt(self.config.retries + 1),
-            wait=wait,
-            sleep=_pause,
-            reraise=True,
-        )
-        try:
-            return await tries(self._completion, body)
-        except _MayPass as error:
-            times = f", {self.config.retries + 1} times" if self.config.retries else ""
-            raise ServerError(f"{error.found}{times}", error.mend) from error
-
-    async def _completion(self, body: bytes) -> dict:
+        """The chat completion of a request in JSON, with a message in its first choice. Raises ServerError, or
+        MayPass."""
         answer = await self.once("POST", "/chat/completions", body)
         try:
             answer["choices"][0]["message"].get("content")
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             said = _words(json.dumps(answer), self.key)
-            raise _MayPass(f"the server {self.url} answered without a choice: {said}", _IS_IT) from error
+            raise MayPass(f"the server {self.url} answered without a choice: {said}", _IS_IT) from error
         return answer
 
     async def once(self, method: str, path: str, body: bytes | None = None) -> dict:
-        """The JSON object that one request is answered with. Raises ServerError, or _MayPass."""
+        """The JSON object that one request is answered with. Raises ServerError, or MayPass."""
         import httpx2
 
         try:
@@ -154,12 +183,12 @@ class Client:
             ) from error
         except (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.InvalidURL) as error:
             why = _words(str(error), self.key) or "it does not answer"
-            raise _NoAnswer(
-                f"no server at {self.url} ({why})", f"start it (vllm serve {self.name}), or mend --server (lvlm.server)"
-            ) from error
+            mend = f"start it (vllm serve {self.name}), or mend --server (lvlm.server); {_PATIENCE}"
+            raise _NoAnswer(f"no server at {self.url} ({why})", mend, down=True) from error
         except httpx2.HTTPError as error:
             why = _words(str(error), self.key) or type(error).__name__
-            raise _NoAnswer(f"the server {self.url} broke off its answer ({why})", _SEE_LOG) from error
+            mend = f"{SEE_LOG}; {_PATIENCE}"
+            raise _NoAnswer(f"the server {self.url} broke off its answer ({why})", mend, down=True) from error
         if 200 <= status < 300:
             return self._json(content)
         raise self._failure(status, headers, content)
@@ -181,7 +210,7 @@ class Client:
             answer = None
         if not isinstance(answer, dict):
             said = _words(content.decode(errors="replace"), self.key)
-            raise _MayPass(f"the server {self.url} answered with what is no JSON object: {said!r}", _IS_IT)
+            raise MayPass(f"the server {self.url} answered with what is no JSON object: {said!r}", _IS_IT)
         return answer
 
     def _failure(self, status: int, headers, content: bytes) -> Exception:
@@ -190,9 +219,11 @@ class Client:
         found = f"the server {self.url} answered {status}{f', {said!r}' if said else ''}"
         if status == 429:
             mend = f"a lower lvlm.concurrency than {self.config.concurrency}, or a higher lvlm.retries"
-            return _MayPass(found, mend, _retry_after(headers))
+            return MayPass(found, mend, _retry_after(headers))
+        if status in (502, 503, 504):
+            return MayPass(found, f"{SEE_LOG}; {_PATIENCE}", _retry_after(headers), down=True)
         if status >= 500 or status == 408:
-            return _MayPass(found, _SEE_LOG, _retry_after(headers))
+            return MayPass(found, SEE_LOG, _retry_after(headers))
         if status in (401, 403):
             return RefusedKey(found, f"set {KEY_VARIABLE} to {'another' if self.key else 'a'} key it accepts")
         if 300 <= status < 400:
@@ -206,7 +237,8 @@ class Client:
         return ServerError(found, _mend(said))
 
 
-_SEE_LOG = "its own log may say why"
+SEE_LOG = "its own log may say why"
+_PATIENCE = "--set lvlm.wait=300 waits five minutes for one that is starting"
 _IS_IT = "is --server (lvlm.server) the URL of an OpenAI-compatible server, up to its /v1?"
 
 

@@ -25,23 +25,31 @@ class NotFinite(ArithmeticError):
 @dataclass
 class Prefilled:
     """Prompts after their prefill: logits (B, V) of the first new token, cache, attention mask (B, L), next position
-    (B,). `step(tokens (B, 1), positions (B, 1), mask)` gives the logits (B, V) after one more token."""
+    (B,). `step(tokens (B, 1), positions (B, 1), mask)` gives the logits (B, V) after one more token. ids (B, L): the
+    tokens of each prompt, in place of padding one of them again."""
 
     logits: Tensor
     cache: object
     mask: Tensor
     position: Tensor
     step: Callable[[Tensor, Tensor, Tensor], Tensor]
+    ids: Tensor | None = None
 
 
-def greedy(prefilled: Prefilled, max_new_tokens: int, eos: Tensor, pad: int) -> Tensor:
-    """The likeliest token, again and again: (B, T) long with T ≤ max_new_tokens, `pad` after an end-of-turn. Raises
-    NotFinite."""
+# Tokens so far (B, T) and scores (B, V) of the next one → other scores: a LogitsProcessor of the library.
+Process = Callable[[Tensor, Tensor], Tensor]
+
+
+def greedy(prefilled: Prefilled, max_new_tokens: int, eos: Tensor, pad: int, process: Process | None = None) -> Tensor:
+    """The likeliest token, again and again: (B, T) long with T ≤ max_new_tokens, `pad` after an end-of-turn. `process`
+    changes the logits, as float32. Raises NotFinite."""
     logits, mask = prefilled.logits, prefilled.mask
     finished = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
     sound = ~finished
     tokens = []
     for t in range(max_new_tokens):
+        if process is not None:
+            logits = process(torch.cat([prefilled.ids, *(token[:, None] for token in tokens)], 1), logits.float())
         likeliest = logits.argmax(-1)  # NaN and +inf are above all else
         sound &= logits.gather(-1, likeliest[:, None]).squeeze(-1).isfinite() | finished
         token = likeliest.masked_fill(finished, pad)
@@ -55,8 +63,17 @@ def greedy(prefilled: Prefilled, max_new_tokens: int, eos: Tensor, pad: int) -> 
     return torch.stack(tokens, 1)
 
 
-def beam_search(prefilled: Prefilled, num_beams: int, max_new_tokens: int, eos: Tensor, pad: int, penalty: float):
-    """The best of `num_beams` beams: (B, T) long. Scores are summed log-probabilities over length^penalty.
+def beam_search(
+    prefilled: Prefilled,
+    num_beams: int,
+    max_new_tokens: int,
+    eos: Tensor,
+    pad: int,
+    penalty: float,
+    process: Process | None = None,
+) -> Tensor:
+    """The best of `num_beams` beams: (B, T) long. Scores are summed log-probabilities over length^penalty; `process`
+    changes the log-probabilities of each step.
 
     Semantics of the library (early_stopping=False): of each step's (1 + |eos|)·N best continuations those that end
     among the first N may enter the finished ones, and the best N others run on; a prompt is settled once its best
@@ -79,7 +96,11 @@ def beam_search(prefilled: Prefilled, num_beams: int, max_new_tokens: int, eos: 
     logits = prefilled.logits.repeat_interleave(num_beams, 0)
     first_row = torch.arange(batch, device=device)[:, None] * num_beams
     for t in range(max_new_tokens):
-        log_probs = logits.float().log_softmax(-1).view(batch, num_beams, -1) + running_scores[..., None]
+        log_probs = logits.float().log_softmax(-1)
+        if process is not None:
+            written = torch.cat([prefilled.ids.repeat_interleave(num_beams, 0), running[..., :t].flatten(0, 1)], 1)
+            log_probs = process(written, log_probs)
+        log_probs = log_probs.view(batch, num_beams, -1) + running_scores[..., None]
         scores, flat = log_probs.flatten(1).topk(keep, -1)
         sound &= scores[:, 0].isfinite()  # a NaN comes first
         parent, token = flat // log_probs.shape[-1], flat % log_probs.shape[-1]

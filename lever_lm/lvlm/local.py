@@ -19,13 +19,15 @@ from lever_lm.lvlm.cache import Track
 from lever_lm.lvlm.decoding import NotFinite, Prefilled, beam_search, greedy
 from lever_lm.lvlm.kernels import compile_parts, float32_logits, repeatable_attention, speed_up_vision
 from lever_lm.lvlm.processor import load_processor
-from lever_lm.lvlm.prompt import Prompt, cut_answer, to_messages, wording
+from lever_lm.lvlm.prompt import Prompt, cut_answer, holder, to_messages, wording
 from lever_lm.lvlm.vision import Vision
 from lever_lm.progress import untracked
 from lever_lm.shards import Shards
 from lever_lm.stages import CODE
 
 _CHARS_PER_TOKEN = 3  # of English, a few less than there are: good enough to sort and to budget by
+
+_SCORED = 512  # tokens of answers that go through the vocabulary-wide head at once: 1 GiB of a vocabulary of 150,000
 
 
 class LocalLvlm:
@@ -62,7 +64,7 @@ class LocalLvlm:
             compile_parts(self.model)
         self.tokenizer, image_processor = self.processor.tokenizer, self.processor.image_processor
         image_processor.size = {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels}
-        eos = model.generation_config.eos_token_id
+        eos = model.generation_config.eos_token_id if config.eos == "model" else self.tokenizer.eos_token_id
         self.eos = torch.tensor(eos if isinstance(eos, list) else [eos], device=self.device)
         pad = model.generation_config.pad_token_id
         self.pad = self.tokenizer.pad_token_id if pad is None else pad
@@ -70,6 +72,9 @@ class LocalLvlm:
         self.image_token_id = model.config.image_token_id
         self.vision = Vision(self.model, image_processor, config, bank, track, shards)
         self._budget = config.batch_tokens
+        self._process = None
+        if config.repetition_penalty != 1:
+            self._process = transformers.RepetitionPenaltyLogitsProcessor(float(config.repetition_penalty))
 
     # ------------------------------------------------------------------ answering
 
@@ -86,52 +91,58 @@ class LocalLvlm:
             prefilled = self._prefill(batch)
             try:
                 if self.config.num_beams == 1:
-                    tokens = greedy(prefilled, self.config.max_new_tokens, self.eos, self.pad)
+                    tokens = greedy(prefilled, self.config.max_new_tokens, self.eos, self.pad, self._process)
                 else:
                     decoding = (self.config.num_beams, self.config.max_new_tokens, self.eos, self.pad)
-                    tokens = beam_search(prefilled, *decoding, self.config.length_penalty)
+                    tokens = beam_search(prefilled, *decoding, self.config.length_penalty, self._process)
             except NotFinite as error:
                 raise self._broken(batch[error.places[0]], "logits") from error
             return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
-        return self._in_batches(prompts, list(prompts), write)
+        return self._in_batches(prompts, None, list(prompts), write)
 
     @torch.inference_mode()
-    def answer_log_prob(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
-        """log P(answer | prompt): the sum over the answer's tokens, the end-of-turn token not among them; rounded to
-        6 decimals. Raises LeverError for an answer without tokens, and as `generate` does."""
+    def answer_log_prob(self, prompts: Sequence[Prompt], answers: Sequence[str], *, end: bool = False) -> list[float]:
+        """log P(answer | prompt), rounded to 6 decimals: the sum over the answer's tokens, and with `end` also that of
+        the token that ends the turn after them. Raises LeverError for an answer without tokens, and as `generate`."""
         if len(prompts) != len(answers):
             raise ValueError(f"{len(prompts)} prompts but {len(answers)} answers")
-        targets = [self.tokenizer(answer, add_special_tokens=False).input_ids for answer in answers]
+        targets = self._tokens(answers)
         for prompt, target in zip(prompts, targets, strict=True):
             if not target:
                 raise LeverError(f"question {prompt.query.question_id}: cannot score an empty answer")
-        return self._in_batches(prompts, list(zip(prompts, targets, strict=True)), self._score)
+        closing = [self.tokenizer.eos_token_id] if end else []
+        pairs = [(prompt, [*target, *closing]) for prompt, target in zip(prompts, targets, strict=True)]
+        return self._in_batches(prompts, answers, pairs, self._score)
+
+    def _tokens(self, answers: Sequence[str]) -> list[list[int]]:
+        return self.tokenizer(list(answers), add_special_tokens=False).input_ids if answers else []
 
     # ------------------------------------------------------------------ batches
 
-    def batches(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """Indices of the prompts in batches, the longest first: a function of the work list alone. Encodes the images
-        that are new, each process its share: all processes of a job call it together.
+    def batches(self, prompts: Sequence[Prompt], answers: Sequence[str] | None = None) -> list[list[int]]:
+        """Indices of the prompts, or of the prompts with the answers that are scored after them, in batches, the
+        longest first: a function of the work list alone. Encodes the images that are new, each process its share: all
+        processes of a job call it together.
 
-        How many go into a batch hangs on its longest prompt only. So what is left of a list after some whole batches
-        were done is cut as before.
+        How many go into a batch hangs on its longest only. So what is left of a list after some whole batches were done
+        is cut as before.
         """
         self.vision.see_together([image for prompt in prompts for image in prompt.images])
-        lengths, order = self._longest_first(prompts)
-        cut = []
+        lengths = self._lengths(prompts, answers)
+        order, cut = _longest_first(lengths), []
         while order:
             size = self._fitting(lengths[order[0]], self.config.batch_tokens)
             cut.append(order[:size])
             order = order[size:]
         return cut
 
-    def _in_batches(self, prompts: Sequence[Prompt], items: list, ask: Callable[[list], list]) -> list:
-        """ask(batch) of all items, in the batches of their prompts. Order in, order out. A batch that does not fit into
-        memory is halved, and those after it are cut as small."""
+    def _in_batches(self, prompts: Sequence[Prompt], answers: Sequence[str] | None, items: list, ask: Callable) -> list:
+        """ask(batch) of all items, in the batches of their prompts and answers. Order in, order out. A batch that does
+        not fit into memory is halved, and those after it are cut as small."""
         self.vision.see([image for prompt in prompts for image in prompt.images])
-        lengths, order = self._longest_first(prompts)
-        results: list = [None] * len(prompts)
+        lengths = self._lengths(prompts, answers)
+        order, results = _longest_first(lengths), [None] * len(prompts)
         while order:
             longest = lengths[order[0]]
             batch = order[: self._fitting(longest, self._budget)]
@@ -152,10 +163,12 @@ class LocalLvlm:
             order = order[len(batch) :]
         return results
 
-    def _longest_first(self, prompts: Sequence[Prompt]) -> tuple[list[int], list[int]]:
-        """Lengths, and the order of the prompts by them: what may not fit into memory fails at once."""
-        lengths = [self._length(prompt) for prompt in prompts]
-        return lengths, sorted(range(len(prompts)), key=lambda i: (-lengths[i], i))
+    def _lengths(self, prompts: Sequence[Prompt], answers: Sequence[str] | None) -> list[int]:
+        """Tokens of each prompt, about; of its answer and the end of the turn exactly, where there is one to score."""
+        lengths = list(map(self._length, prompts))
+        if answers is None:
+            return lengths
+        return [length + len(target) + 1 for length, target in zip(lengths, self._tokens(answers), strict=True)]
 
     def _fitting(self, length: int, budget: int) -> int:
         """How many prompts of a length go into one batch."""
@@ -177,8 +190,8 @@ class LocalLvlm:
         short = self.tokenizer(text, add_special_tokens=False).input_ids
         if short.count(self.image_token_id) != len(prompt.images):
             raise LeverError(
-                f"a prompt about {prompt.images[-1]} has {short.count(self.image_token_id)} image placeholders for "
-                f"{len(prompt.images)} images: its questions or answers must not contain {self.image_token}"
+                f"{holder(prompt, self.image_token)}: {self.image_token} must not stand there; "
+                f"its prompt has {short.count(self.image_token_id)} image placeholders for {len(prompt.images)} images"
             )
         counts = iter(map(self.vision.tokens, prompt.images))
         ids: list[int] = []
@@ -227,7 +240,7 @@ class LocalLvlm:
     def _prefill(self, prompts: Sequence[Prompt]) -> Prefilled:
         """Run the prompts through the language model. Padding stands on the right, where no token of a prompt looks:
         attention needs no mask but the causal one, and so takes its fast kernel."""
-        _, mask, lengths, embeddings, positions = self._inputs(prompts, [()] * len(prompts))
+        ids, mask, lengths, embeddings, positions = self._inputs(prompts, [()] * len(prompts))
         decoder, head = self.model.model.language_model, self.model.lm_head
         out = decoder(inputs_embeds=embeddings, position_ids=positions, use_cache=True)
         cache = out.past_key_values
@@ -245,7 +258,7 @@ class LocalLvlm:
 
         last = out.last_hidden_state[torch.arange(len(prompts), device=self.device), lengths - 1]
         following = positions.masked_fill(mask == 0, 0).amax((0, 2)) + 1
-        return Prefilled(float32_logits(head, last), cache, mask, following, step)
+        return Prefilled(float32_logits(head, last), cache, mask, following, step, ids.where(mask == 1, ids[:, :1]))
 
     def _score(self, pairs: list[tuple[Prompt, list[int]]]) -> list[float]:
         """Log-prob of each target after its prompt."""
@@ -253,15 +266,17 @@ class LocalLvlm:
         ids, _, lengths, embeddings, positions = self._inputs([prompt for prompt, _ in pairs], targets)
         decoder = self.model.model.language_model
         hidden = decoder(inputs_embeds=embeddings, position_ids=positions, use_cache=False).last_hidden_state
-        # Only the places before the answers' tokens go through the vocabulary-wide head.
-        counts = torch.tensor([len(target) for target in targets], device=self.device)
-        offset = torch.arange(int(counts.max()), device=self.device)
-        real = offset < counts[:, None]
-        places = (lengths - counts)[:, None] + offset.where(real, 0)
-        rows = torch.arange(len(pairs), device=self.device)[:, None]
-        log_probs = float32_logits(self.model.lm_head, hidden[rows, places - 1]).log_softmax(-1)
-        of_tokens = log_probs.gather(-1, ids[rows, places][..., None]).squeeze(-1)
-        sums = (of_tokens * real).sum(-1).tolist()
+        # Only the places before the answers' tokens go through the vocabulary-wide head, some at a time.
+        counts = [len(target) for target in targets]
+        place = torch.arange(ids.shape[1], device=self.device)
+        ends = lengths[:, None]
+        rows, places = (
+            ((place < ends) & (place >= ends - torch.tensor(counts, device=self.device)[:, None])).nonzero().T
+        )
+        before, wanted = hidden[rows, places - 1].split(_SCORED), ids[rows, places].split(_SCORED)
+        head, loss = self.model.lm_head, torch.nn.functional.cross_entropy
+        of_tokens = [-loss(float32_logits(head, h), w, reduction="none") for h, w in zip(before, wanted, strict=True)]
+        sums = [float(part.sum()) for part in torch.cat(of_tokens).cpu().split(counts)]
         for (prompt, _), value in zip(pairs, sums, strict=True):
             if not math.isfinite(value):
                 raise self._broken(prompt, "log-probs")
@@ -277,6 +292,11 @@ class LocalLvlm:
             f"question {prompt.query.question_id}: {self.config.path} in {str(self.dtype).removeprefix('torch.')} "
             f"gives its prompt {what} that are NaN or infinite: {mend}"
         )
+
+
+def _longest_first(lengths: list[int]) -> list[int]:
+    """The order of prompts by their lengths: what may not fit into memory fails at once."""
+    return sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:

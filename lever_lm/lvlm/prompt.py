@@ -42,6 +42,13 @@ def wording(config: PromptConfig) -> dict:
     return {name: value for name, value in vars(config).items() if name != "cut"}
 
 
+def holder(prompt: Prompt, token: str) -> str:
+    """Which question of a prompt holds a token of the model's own, in its text or answer; for a message."""
+    examples = (*prompt.icds, prompt.query)
+    named = (f"question {e.question_id}" for e in examples if token in e.question or token in e.answer)
+    return next(named, "prompt.template, prompt.system")
+
+
 def to_messages(prompt: Prompt, config: PromptConfig) -> list[dict]:
     """The conversation of a prompt for a chat template; images are left as placeholders of their own."""
     messages = [{"role": "system", "content": [_text(config.system)]}]

@@ -10,6 +10,7 @@ import json
 import math
 import re
 import threading
+import unicodedata
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -19,14 +20,18 @@ from lever_lm.compat import import_transformers
 from lever_lm.config import LvlmConfig, PromptConfig, fingerprint
 from lever_lm.data import Image, open_image
 from lever_lm.errors import LeverError, Unfinished
-from lever_lm.lvlm.client import Client, ServerError, check_server, served_name
+from lever_lm.lvlm.client import SEE_LOG, ServerError, served_name
 from lever_lm.lvlm.images import fitted
-from lever_lm.lvlm.prompt import Prompt, cut_answer, to_messages, wording
+from lever_lm.lvlm.prompt import Prompt, cut_answer, holder, to_messages, wording
+from lever_lm.lvlm.room import Room
+from lever_lm.lvlm.servers import Servers, check_servers
+from lever_lm.progress import unsaid
 from lever_lm.stages import CODE
 
 _ROUNDS = 8  # prompts in a batch for each request under way: what a killed job may have to ask again
 _URL_MEMORY = 1 << 30  # bytes of encoded images to keep
-_IMAGE_TOKEN = "<|image_pad|>"
+_BROKEN_OFF = ("abort", "error", "content_filter")  # a finish_reason of these leaves half an answer
+_IMAGE_TOKEN, _END_OF_TURN = "<|image_pad|>", "<|im_end|>"
 # Our own request fields for log-probs, which a server that has none of them may name when it refuses.
 _SCORING = {"prompt_logprobs": 0, "add_generation_prompt": False, "continue_final_message": True}
 
@@ -37,16 +42,25 @@ class ServerLvlm:
     The API key is read from OPENAI_API_KEY and goes nowhere but into the requests.
     """
 
-    def __init__(self, config: LvlmConfig, prompt: PromptConfig):
+    def __init__(self, config: LvlmConfig, prompt: PromptConfig, say: Callable[[str], None] = unsaid):
         import_transformers()  # qwen_vl_utils needs torchvision
-        self.config, self.prompt = config, prompt
-        owner = check_server(config).get("owned_by")
-        self._urls = DataUrls(config)
+        self.config, self.prompt, self.say = config, prompt, say
+        served = check_servers(config, say, wait=config.wait)
+        self.servers = [one.url for one in served]
+        owners = {one.card.get("owned_by") for one in served}
+        self._urls, self._room = DataUrls(config), Room(config, prompt, served)
         # Qwen's generation_config has a repetition penalty, which servers apply by default: it punishes what is copied
-        # from a demonstration. The standard field clears it in `transformers serve`, the other in vLLM and SGLang.
+        # from a demonstration. The standard field clears it in `transformers serve`, the other sets it in vLLM and
+        # SGLang.
         self._decoding = {"model": served_name(config.path), "temperature": 0, "frequency_penalty": 0}
-        if owner in ("vllm", "sglang"):
-            self._decoding["repetition_penalty"] = 1.0
+        if owners <= {"vllm", "sglang"}:
+            self._decoding["repetition_penalty"] = config.repetition_penalty
+        elif config.repetition_penalty != 1:
+            raise ServerError(
+                f"the server {config.server} is neither vLLM nor SGLang, which take lvlm.repetition_penalty "
+                f"{config.repetition_penalty:g}",
+                "--set lvlm.repetition_penalty=1, or drop --server to answer in this process",
+            )
 
     def generate(self, prompts: Sequence[Prompt]) -> list[str]:
         """What the model writes after each prompt, uncut. Order in, order out. Raises Unfinished."""
@@ -54,37 +68,44 @@ class ServerLvlm:
         def request(i: int) -> dict:
             return {"messages": self._messages(prompts[i]), "max_tokens": self.config.max_new_tokens}
 
+        self._room.check(prompts)
         return self._ask(len(prompts), request, lambda i, answer: self._text(prompts[i], answer))
 
     def answer(self, prompts: Sequence[Prompt]) -> list[str]:
         """The answer to each prompt, cut as in prompt.cut_answer."""
         return [cut_answer(text, self.prompt.cut) for text in self.generate(prompts)]
 
-    def answer_log_prob(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
-        """log P(answer | prompt): the sum over the answer's tokens, the end-of-turn token not among them; rounded to
-        6 decimals. Raises LeverError for an empty answer, Unfinished otherwise, as with a server that scores no prompt.
+    def answer_log_prob(self, prompts: Sequence[Prompt], answers: Sequence[str], *, end: bool = False) -> list[float]:
+        """log P(answer | prompt), rounded to 6 decimals: the sum over the answer's tokens, and with `end` also that of
+        the token that ends the turn after them. Raises LeverError for an empty answer, Unfinished otherwise, as with a
+        server that scores no prompt.
 
-        The answer is sent as the assistant's turn, left open; vLLM then gives a log-prob for every token of the prompt,
-        and the answer's are those at its end that spell it.
+        The answer is sent as the assistant's turn, left open or with `end` closed; vLLM then gives a log-prob for every
+        token of the prompt, and the answer's are those at its end that spell it.
         """
         if len(prompts) != len(answers):
             raise ValueError(f"{len(prompts)} prompts but {len(answers)} answers")
         for prompt, answer in zip(prompts, answers, strict=True):
             if not answer.strip():
                 raise LeverError(f"question {prompt.query.question_id}: cannot score an empty answer")
+        answers = [unicodedata.normalize("NFC", answer) for answer in answers]  # as Qwen's tokenizer composes them
+        scoring = {**_SCORING, "continue_final_message": not end}
 
         def request(i: int) -> dict:
             turn = {"role": "assistant", "content": answers[i]}
-            return {"messages": [*self._messages(prompts[i]), turn], "max_tokens": 1, **_SCORING}
+            return {"messages": [*self._messages(prompts[i]), turn], "max_tokens": 1, **scoring}
 
         def read(i: int, answer: dict) -> float:
             if not answer.get("prompt_logprobs"):
                 raise _no_log_probs(f"the server {self.config.server} left out prompt_logprobs")
-            score = log_prob_at_end(answer["prompt_logprobs"], answers[i])
+            score = log_prob_at_end(answer["prompt_logprobs"], answers[i], _END_OF_TURN if end else "")
             if score is None:
+                closed = f" and {_END_OF_TURN}" if end else ""
+                mend = ": rollout.gt_prob_end=false leaves the end out" if end else ""
                 raise LeverError(
                     f"question {prompts[i].query.question_id}: the tokens that the server {self.config.server} scored "
-                    f"do not end in the answer {answers[i]!r} after a line break, as Qwen's chat template has it"
+                    f"do not end in the answer {answers[i]!r}{closed} after a line break, as Qwen's chat template has "
+                    f"it{mend}"
                 )
             return round(score, 6)
 
@@ -96,15 +117,17 @@ class ServerLvlm:
                 raise Unfinished(str(_no_log_probs(cause.found)), error.answered) from cause
             raise
 
-    def batches(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """Indices of the prompts in batches, in their order: rollouts of one query share images, and stay together."""
-        size = _ROUNDS * self.config.concurrency
+    def batches(self, prompts: Sequence[Prompt], answers: Sequence[str] | None = None) -> list[list[int]]:
+        """Indices of the prompts in batches, in their order: rollouts of one query share images, and stay together.
+        Raises LeverError for a prompt that the server has no room for, before any is asked."""
+        self._room.check(prompts)
+        size = _ROUNDS * self.config.concurrency * len(self.servers)
         return [list(range(start, min(start + size, len(prompts)))) for start in range(0, len(prompts), size)]
 
     # ------------------------------------------------------------------ asking
 
     def _ask(self, count: int, request: Callable[[int], dict], read: Callable[[int, dict], object]) -> list:
-        """read(i, the server's answer to request(i)) for i < count, `lvlm.concurrency` of them at once."""
+        """read(i, a server's answer to request(i)) for i < count, `lvlm.concurrency` of them at each server at once."""
         answered: dict[int, object] = {}
         try:
             asyncio.run(self._ask_all(count, request, read, answered))
@@ -113,15 +136,15 @@ class ServerLvlm:
         return [answered[i] for i in range(count)]
 
     async def _ask_all(self, count: int, request, read, answered: dict) -> None:
-        places = asyncio.Semaphore(self.config.concurrency)
+        places = asyncio.Semaphore(self.config.concurrency * len(self.servers))
 
-        async def ask(client: Client, i: int) -> None:
+        async def ask(servers: Servers, i: int) -> None:
             async with places:
                 body = await asyncio.to_thread(lambda: json.dumps({**self._decoding, **request(i)}).encode())
-                answered[i] = read(i, await client.complete(body))
+                answered[i] = read(i, await servers.complete(body))
 
-        async with Client(self.config) as client:
-            tasks = [asyncio.create_task(ask(client, i)) for i in range(count)]
+        async with Servers(self.config, self.servers, self.say) as servers:
+            tasks = [asyncio.create_task(ask(servers, i)) for i in range(count)]
             try:
                 await asyncio.gather(*tasks)
             finally:  # the first failure, or Ctrl-C, ends the others
@@ -134,10 +157,7 @@ class ServerLvlm:
         images, messages = iter(prompt.images), []
         for turn in to_messages(prompt, self.prompt):
             if any(_IMAGE_TOKEN in part.get("text", "") for part in turn["content"]):
-                raise LeverError(
-                    f"question {prompt.query.question_id}: the questions and answers of its prompt must not contain "
-                    f"{_IMAGE_TOKEN}"
-                )
+                raise LeverError(f"{holder(prompt, _IMAGE_TOKEN)}: {_IMAGE_TOKEN} must not stand there")
             parts = [self._image(next(images)) if part["type"] == "image" else part for part in turn["content"]]
             alone = len(parts) == 1 and parts[0]["type"] == "text"
             messages.append({"role": turn["role"], "content": parts[0]["text"] if alone else parts})
@@ -147,12 +167,23 @@ class ServerLvlm:
         return {"type": "image_url", "image_url": {"url": self._urls.get(image)}}
 
     def _text(self, prompt: Prompt, answer: dict) -> str:
-        text = answer["choices"][0]["message"].get("content")
+        choice, usage = answer["choices"][0], answer.get("usage")
+        text, ended = choice["message"].get("content"), choice.get("finish_reason")
+        asked = f"question {prompt.query.question_id}"
         if not isinstance(text, str):
             raise ServerError(
-                f"the server {self.config.server} answered question {prompt.query.question_id} without text",
+                f"the server {self.config.server} answered {asked} without text",
                 "serve the model without a reasoning or tool parser",
             )
+        written = usage.get("completion_tokens") if isinstance(usage, dict) else None
+        if ended == "length" and isinstance(written, int) and written < self.config.max_new_tokens:
+            raise ServerError(
+                f"the server {self.config.server} cut its answer to {asked} after {written} of "
+                f"{self.config.max_new_tokens} tokens: the prompt leaves no room for more",
+                "start it with a larger --max-model-len, or take fewer --shots or a smaller lvlm.max_pixels",
+            )
+        if ended in _BROKEN_OFF:
+            raise ServerError(f"the server {self.config.server} broke off its answer to {asked}: {ended}", SEE_LOG)
         return text.encode(errors="replace").decode()  # half a surrogate pair is JSON and can be stored nowhere
 
 
@@ -164,24 +195,31 @@ def _no_log_probs(found: str) -> ServerError:
     )
 
 
-def log_prob_at_end(places: list, answer: str) -> float | None:
-    """Sum of the log-probs of the tokens that spell the answer at the end of a prompt, after a line break; None where
-    none do.
+def log_prob_at_end(places: list, answer: str, end: str = "") -> float | None:
+    """Sum of the log-probs of the tokens that spell the answer at the end of a prompt, after a line break, and of the
+    token `end` that closes its turn, where one is named; None where none do.
 
     places: of each token of the prompt {id: {"logprob": float, "decoded_token": str}}, null for the first, as vLLM
     gives them. The tokens of a character that is split over several decode to nothing, or to U+FFFD.
     """
     try:
         longest = len(answer.encode())  # a token is a byte or more
-        last = [next(iter(place.values())) for place in places[1:][-longest - 1 :]]
+        last = [next(iter(place.values())) for place in places[1:][-longest - 3 :]]
         tokens = [(token["decoded_token"], float(token["logprob"])) for token in last]
+        closing = 0.0
+        if end:
+            while tokens[-1][0].isspace():  # the template's line break after a turn
+                tokens.pop()
+            text, closing = tokens.pop()
+            if text != end:
+                return None
         for count in range(1, len(tokens)):
             text = "".join(text for text, _ in tokens[-count:])
             pattern = ".+".join(map(re.escape, re.split("\ufffd+", text)))
             if tokens[-count - 1][0].endswith("\n") and re.fullmatch(pattern, answer, re.DOTALL):
-                total = sum(score for _, score in tokens[-count:])
+                total = sum(score for _, score in tokens[-count:]) + closing
                 return total if math.isfinite(total) else None
-    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, StopIteration):
+    except (LookupError, TypeError, ValueError, OverflowError, AttributeError, StopIteration):
         pass  # the field means something else here
     return None
 
@@ -222,5 +260,5 @@ def server_fingerprint(config: LvlmConfig, prompt: PromptConfig) -> str:
     """Changes with everything an answer of a server depends on but the question, as far as it can be known here: the
     model's name, decoding, image budget, prompt style. Not with the server's address; and never that of a local model,
     whose precision and weights are known."""
-    names = ("path", "max_new_tokens", "min_pixels", "max_pixels")
+    names = ("path", "repetition_penalty", "max_new_tokens", "min_pixels", "max_pixels")
     return fingerprint("server", CODE["answers"], *(getattr(config, name) for name in names), wording(prompt))

@@ -51,9 +51,12 @@ def write_report(
     and for files that are not those of a run.
     """
     page = _page(Evaluated(run, inference), data, list(others))
-    output = output or run.report
-    write_text(output, _render(command=printable(command), **page))
-    return output
+    text = _render(command=printable(command), **page)
+    try:
+        write_text(output or run.report, text)
+    except LeverError as error:
+        raise LeverError(f"{error}; --output FILE puts the page elsewhere") from error
+    return output or run.report
 
 
 def _render(**values) -> str:

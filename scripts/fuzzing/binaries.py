@@ -256,10 +256,10 @@ class _Nobody:
     def generate(self, prompts):
         return ["no"] * len(prompts)
 
-    def answer_log_prob(self, prompts, answers):
+    def answer_log_prob(self, prompts, answers, *, end=False):
         return [-1.0] * len(prompts)
 
-    def batches(self, prompts):
+    def batches(self, prompts, answers=None):
         return [list(range(len(prompts)))]
 
 
