@@ -21,7 +21,10 @@ DEFAULT_DATASET, DEFAULT_LVLM = "digits", "tiny_qwen2.5_vl"
 class Common:
     """Options that every command takes."""
 
-    config: Annotated[Path | None, typer.Option(help="YAML of config keys, over the named ones.")] = None
+    config: Annotated[
+        Path | None,
+        typer.Option(help="YAML of config keys, over the named ones; folders that it names win over the environment."),
+    ] = None
     dataset: Annotated[
         str | None,
         typer.Option(help="configs/dataset/NAME.yaml: digits, okvqa_local", autocompletion=completion.named("dataset")),
@@ -71,7 +74,11 @@ class Common:
     ] = False
     results: Annotated[Path, typer.Option(help="Folder for everything that is made.")] = Path("results")
     run_name: Annotated[
-        str | None, typer.Option(help="Name of the run's folder.", autocompletion=completion.run_names)
+        str | None,
+        typer.Option(
+            help="Name of the run's folder. What uses a run uses it as it was trained.",
+            autocompletion=completion.run_names,
+        ),
     ] = None
     resume: Annotated[
         bool, typer.Option("--resume/--no-resume", help="Go on with a run, or refuse one that is there.")

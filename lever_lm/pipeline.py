@@ -202,7 +202,7 @@ class Pipeline:
         inputs = {"rollouts": file_digest(source.rollouts), "features": source.stamp}
         made_from = {**inputs, "training code": str(CODE["training"])}
         if not overwrite and self.run.state.is_file():
-            state_of(self.run, made_from)  # a run that is refused stays as it was
+            state_of(self.run, made_from, policy)  # a run that is refused stays as it was
         self.run.open(self.config, overwrite=overwrite)
         record(self.run, environment(self.config, inputs, source.made_of, source.files), self.screen.say)
         own = {"policy": policy.shape, **source.made_for, "seed": self.config.seed}
