@@ -11,6 +11,7 @@ from models import TINY as TINY_QWEN
 from official import build_official, image_path, read_official
 
 from lever_lm import doctor
+from lever_lm.compat import import_transformers
 from lever_lm.config import LvlmConfig, asset_path
 from lever_lm.errors import LeverError
 from lever_lm.features import ClipEncoder
@@ -157,9 +158,7 @@ def test_an_encoder_without_a_part_of_its_processor_is_named(lever, tmp_path, na
 
 
 def test_reference_answers_that_are_too_long_to_write_are_counted(lever, official):
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(asset_path(TINY_QWEN))
+    tokenizer = import_transformers().AutoTokenizer.from_pretrained(asset_path(TINY_QWEN))
     answers = [
         given["answer"]
         for split in ("train", "val")
@@ -277,10 +276,8 @@ def test_on_a_cpu_the_weights_are_float32(tmp_path):
 
 
 def test_the_shipped_models_weights_are_counted_as_the_library_does():
-    from transformers import Qwen2_5_VLForConditionalGeneration
-
     folder = asset_path(TINY_QWEN)
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder)
+    model = import_transformers().Qwen2_5_VLForConditionalGeneration.from_pretrained(folder)
     assert parameter_count(folder) == sum(weight.numel() for weight in model.parameters())
     assert memory_needed(LvlmConfig(), folder, on_gpu=True) == {"weights": 2 * parameter_count(folder)}
 
