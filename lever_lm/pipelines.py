@@ -99,7 +99,8 @@ def _named_run(common: Common, made, file) -> tuple[Any, Path]:
 def _screen(common: Common):
     from lever_lm.console import Screen
 
-    return Screen(to_stderr=common.json_, quiet=common.quiet, verbose=common.verbose)
+    quiet = common.quiet and not common.dry_run  # a plan is what was asked for
+    return Screen(to_stderr=common.json_, quiet=quiet, verbose=common.verbose)
 
 
 def _spelt(common: Common, flags: dict | None) -> dict[str, dict]:
