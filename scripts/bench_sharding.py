@@ -6,10 +6,10 @@ digits, 1 process twice and N.
     python scripts/bench_sharding.py --model DIR -- --set lvlm.num_beams=3     # the rest goes to `lever rollout`
 
 `3b` is the 3B shape with random weights, made by bench_lvlm.py; digits are small images, which are shown to it as large
-as photographs (lvlm.min_pixels=307200). Each run has a results folder of its own with the CLIP features in it and no answers. Answering
-is timed by the command itself: from when every process has its model to when the last one has asked its share. The rest
-is start-up. Prints a table in Markdown and whether each rollout file has the bytes of the first one; exits with 1 where
-one has not. `--json FILE` keeps the numbers.
+as photographs (lvlm.min_pixels=307200). Each run has a results folder of its own with the CLIP features in it and no
+answers. Answering is timed by the command itself: from when every process has its model to when the last one has asked
+its share. The rest is start-up. Prints a table in Markdown and whether each rollout file has the bytes of the first
+one; exits with 1 where one has not. `--json FILE` keeps the numbers.
 """
 
 import argparse
