@@ -93,17 +93,15 @@ def parameter_count(folder: Path) -> float:
 
 
 def _parameters(path: Path) -> float:
+    size = path.stat().st_size
     try:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = loads(file.read(length)) if 2 <= length <= _HEADER_LIMIT else {}
-        return sum(prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__") or _by_size(path)
+            header = loads(file.read(length)) if length <= _HEADER_LIMIT else {}
+        count = sum(prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return _by_size(path)
-
-
-def _by_size(path: Path) -> float:
-    return path.stat().st_size / 2
+        count = 0
+    return count if 0 < count <= 8 * size else size / 2
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -91,7 +91,7 @@ def test_the_defaults_are_those_that_the_pages_name():
         "rce.temperature_end": 0.5, "policy.state_update": "none", "policy.scorer": "dot", "policy.diversity": "none",
         "policy.stop": False, "rollout.infoscore": 0, "rollout.pool_size": 64, "rollout.num_queries": 5000,
         "rollout.shots": 2, "lvlm.bank_disk": 64.0, "lvlm.batch_tokens": 65536, "lvlm.concurrency": 32,
-        "lvlm.retries": 5, "lvlm.timeout": 120.0, "lvlm.max_new_tokens": 5, "lvlm.num_beams": 1,
+        "lvlm.retries": 5, "lvlm.timeout": 120.0, "lvlm.wait": 0.0, "lvlm.max_new_tokens": 5, "lvlm.num_beams": 1,
     }  # fmt: skip
     found = values(Config())
     assert {key: found[key] for key in named} == named

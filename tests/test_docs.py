@@ -28,7 +28,7 @@ from official import hub_cache
 from pages import CHECKOUT, PAGES, Part
 
 from lever_lm.cli import app
-from lever_lm.config import asset_path
+from lever_lm.config import LvlmConfig, asset_path
 from lever_lm.process import run as run_command
 from lever_lm.settings import ENVIRONMENT, all_keys, build
 
@@ -195,6 +195,8 @@ def serves(words: list[str]) -> None:
     of_the_hub(words[:3])
     assert all(isinstance(json.loads(word), dict) for word in words if word.startswith("{"))
     assert json.loads(words[words.index("--limit-mm-per-prompt") + 1])["image"] == 9
+    budget = {"shortest_edge": LvlmConfig.min_pixels, "longest_edge": LvlmConfig.max_pixels}
+    assert json.loads(words[words.index("--mm-processor-kwargs") + 1]) == {"size": budget}
 
 
 def paths_exist(words: list[str]) -> None:
@@ -468,7 +470,7 @@ def every_option() -> set[str]:
 
 
 # Options of others that pages name outside of a command.
-FOREIGN_OPTIONS = {"--limit-mm-per-prompt", "--compile", "--exhaustive"}
+FOREIGN_OPTIONS = {"--limit-mm-per-prompt", "--max-model-len", "--dtype", "--compile", "--exhaustive"}
 
 
 @pytest.mark.parametrize("page", PAGES)

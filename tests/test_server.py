@@ -21,11 +21,14 @@ import pytest
 from helpers import SMALL, answers_in, clean_environment, track
 from loopback import Loopback, Reply, TinyChat, models, said
 
+from lever_lm.compat import import_transformers
 from lever_lm.config import LvlmConfig, PromptConfig, asset_path
 from lever_lm.errors import LeverError, Unfinished, UsageError
 from lever_lm.lvlm import build_prompt, client, load_lvlm
 from lever_lm.lvlm import server as server_module
+from lever_lm.lvlm import servers as servers_module
 from lever_lm.lvlm.client import check_server
+from lever_lm.lvlm.images import fitted
 from lever_lm.lvlm.local import LocalLvlm, local_fingerprint
 from lever_lm.lvlm.server import DataUrls, ServerLvlm, log_prob_at_end, server_fingerprint
 
@@ -224,6 +227,17 @@ def test_a_thin_image_gets_the_local_answer(tiny, prompts, tmp_path):
     assert make(tiny.url, max_pixels=12544).generate(thin) == local(max_pixels=12544).generate(thin)
 
 
+@pytest.mark.parametrize("size", [(640, 480), (2000, 1500), (600, 20), (30, 30)])
+def test_the_size_that_a_server_is_started_with_changes_no_image_of_ours(size):
+    """Newer transformers take the budget as `size`, and warn of min_pixels and max_pixels."""
+    library = import_transformers().AutoImageProcessor.from_pretrained(asset_path(TINY))
+    picture = PIL.Image.frombytes("RGB", size, random.Random(3).randbytes(3 * size[0] * size[1]))
+    sent = fitted(picture, LvlmConfig())
+    budget = {"size": {"shortest_edge": LvlmConfig.min_pixels, "longest_edge": LvlmConfig.max_pixels}}
+    made = library([sent], return_tensors="pt", **budget)
+    assert made["image_grid_thw"].tolist() == [[1, sent.height // 14, sent.width // 14]]
+
+
 def test_each_image_is_encoded_once_and_no_more_are_kept_than_fit(serve, prompts, monkeypatch):
     encoded, opened = [], server_module.open_image
     monkeypatch.setattr(server_module, "open_image", lambda image: encoded.append(image) or opened(image))
@@ -414,6 +428,12 @@ def test_a_server_that_dies_is_named_after_the_tries(serve, prompts, waits):
         lvlm.generate(prompts[:1])
     assert len(waits) == 3
     assert waits == sorted(waits)
+
+
+def test_a_request_is_given_up_on_after_about_half_a_minute(serve, prompts, waits):
+    with pytest.raises(LeverError, match="6 times"):
+        make(serve(lambda request: Reply(503, "")).url).generate(prompts[:1])
+    assert 31 <= sum(waits) <= 36
 
 
 def test_what_fails_twice_and_then_works_is_no_failure(serve, prompts, waits):
@@ -703,6 +723,16 @@ def test_what_a_dead_server_was_asked_goes_to_the_others(serve, prompts, waits):
     assert lvlm.generate(prompts) == ["three"] * len(prompts)
     assert 1 <= len(dead.asked) <= 4, "it is passed over once it was found dead"
     assert len(alive.asked) == len(prompts)
+
+
+def test_a_server_that_is_back_is_asked_again(serve, prompts, waits, monkeypatch):
+    monkeypatch.setattr(servers_module, "_REST", 0.0)
+    down = [True, True]
+    back = serve(lambda request: Reply(503, "") if down and down.pop() else said("a"))
+    other = serve(lambda request: said("a"))
+    lvlm = make(f"{back.url},{other.url}", concurrency=2, retries=2)
+    assert lvlm.generate(prompts) == ["a"] * len(prompts)
+    assert len(back.asked) > 2 + 4
 
 
 def test_of_several_servers_each_must_be_there_and_serve_the_model(serve, prompts):

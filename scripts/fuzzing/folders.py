@@ -134,7 +134,8 @@ def index_file(folder: Path) -> Target:
     """A model's index of weights."""
     from lever_lm.hub import fetch_model, missing_files
 
-    (folder / "config.json").write_text("{}")
+    for name in ("config.json", "tokenizer.json", "preprocessor_config.json"):
+        (folder / name).write_text("{}")
     (folder / "a.safetensors").write_bytes(b"")
 
     def read() -> None:

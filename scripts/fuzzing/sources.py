@@ -176,10 +176,10 @@ def server(folder: Path) -> Target:
     query = Example(1, 1, "What?", ("cat",), ("cat",), str(image))
     prompt = build_prompt([], query, PromptConfig())
     config = LvlmConfig(path="m", server=f"http://127.0.0.1:{replies.port}/v1", retries=0, timeout=20.0)
-    card = _response(
-        json.dumps({"object": "list", "data": [{"id": "m", "object": "model", "owned_by": "vllm"}]}).encode()
-    )
-    text = {"choices": [{"index": 0, "message": {"role": "assistant", "content": "cat"}}]}
+    listed = {"id": "m", "object": "model", "owned_by": "vllm", "max_model_len": 4096}
+    card = _response(json.dumps({"object": "list", "data": [listed]}).encode())
+    choice = {"index": 0, "message": {"role": "assistant", "content": "cat"}, "finish_reason": "stop"}
+    text = {"choices": [choice], "usage": {"prompt_tokens": 30, "completion_tokens": 2}}
     places = [None, *({"7": {"logprob": -0.5, "decoded_token": token}} for token in ("assistant", "\n", "c", "at"))]
     scored = _response(json.dumps({**text, "prompt_logprobs": places}).encode())
     chat = _response(json.dumps(text).encode())
