@@ -503,7 +503,7 @@ def test_pools_above_64_are_made_and_trained_on(lever, warm):
 class Halves:
     """An LVLM by which every answer has the probability 1/2."""
 
-    def answer_log_prob(self, prompts, answers, what):
+    def answer_log_prob(self, prompts, answers, what, *, end):
         self.asked = list(answers)
         return [math.log(0.5)] * len(answers)
 
@@ -512,7 +512,7 @@ def test_blank_answers_are_no_references(digits):
     example = dataclasses.replace(digits.train_examples[0], answers=("", "one", "one", "uno", " ", "") + ("two",) * 4)
     model = Halves()
     prompt = build_prompt([], example, PromptConfig())
-    assert _reference_probs([prompt], model) == [pytest.approx(0.5 * (2 / 3 + 1 / 3 + 1))]
+    assert _reference_probs([prompt], model, True) == [pytest.approx(0.5 * (2 / 3 + 1 / 3 + 1))]
     assert model.asked == ["one", "uno", "two"]
 
 
