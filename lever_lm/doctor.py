@@ -3,22 +3,21 @@
 import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
 from lever_lm.compat import resolve_device
-from lever_lm.config import ASSET_PREFIX, HUB_PREFIX, Config, DataConfig, LvlmConfig, asset_path
+from lever_lm.config import ASSET_PREFIX, HUB_PREFIX, Config, DataConfig, asset_path
 from lever_lm.data import in_parquet, source_of
 from lever_lm.data.naming import files_of
 from lever_lm.data.okvqa import SPLITS, annotations_file, images_folder, questions_file
 from lever_lm.data.okvqa import load_split as load_official
 from lever_lm.data.parquet import load_split as load_parquet
-from lever_lm.errors import LeverError, MendableError
-from lever_lm.hub import cached_snapshot, is_hub_id, lacking, model_folder, weight_files
-from lever_lm.lvlm.client import ServerError, check_server
-from lever_lm.lvlm.needs import GIB, beyond_reach, memory_needed
-from lever_lm.lvlm.processor import load_processor
+from lever_lm.errors import LeverError
+from lever_lm.hub import cached_snapshot, model_folder
+from lever_lm.lvlm.needs import GIB, memory_needed
+from lever_lm.model_checks import Check, answer_lengths, lvlm, model, server
 from lever_lm.progress import unsaid
 from lever_lm.runs import Layout
 
@@ -32,22 +31,6 @@ _DOWNLOAD = {  # GiB
     "lmms-lab/OK-VQA": 0.8,
     "Multimodal-Fatima/OK-VQA_train": 1.5,
 }
-
-
-@dataclass(frozen=True)
-class Check:
-    """One thing that was looked at. status: ok, missing, or warning; `fetched`: missing here, but a command that may
-    use the network gets it itself."""
-
-    what: str
-    status: str
-    found: str
-    mend: str = ""
-    fetched: bool = False
-
-    def line(self) -> str:
-        """For the terminal."""
-        return f"{self.status:>7}  {self.what}: {self.found}{f' → {self.mend}' if self.mend else ''}"
 
 
 def examine(
@@ -186,78 +169,7 @@ def counts(config: DataConfig, answers: list[str]) -> Iterable[Check]:
             yield Check(f"{split} examples", "ok", found)
 
 
-def answer_lengths(config: LvlmConfig, answers: Sequence[str]) -> Iterable[Check]:
-    """A warning with the share of the reference answers, each annotator's counted, that are longer in the model's own
-    tokens than what it may write; none where its tokenizer is not here."""
-    folder = model_folder(config.path)
-    if folder is None or not answers:
-        return
-    try:
-        tokenizer = load_processor(config.path, folder).tokenizer
-    except LeverError:  # a check of its own where the model runs here
-        return
-    longer, longest = beyond_reach(tokenizer, answers, config.max_new_tokens)
-    if longer:
-        share = f"{longer / len(answers):.1%}, {longer} of {len(answers)}, each annotator's counted"
-        found = f"reference answers of both splits that are longer than lvlm.max_new_tokens, {config.max_new_tokens}"
-        yield Check("answer lengths", "warning", f"{found}: {share}", f"--set lvlm.max_new_tokens={longest} for all")
-
-
-# ---------------------------------------------------------------------- models and machine
-
-
-def model(option: str, path: str) -> Check:
-    """A model's directory or hub id: its config, all weights and the files of its processor are there."""
-    found = model_folder(path)
-    missing = lacking(found) if found else []
-    if found and not missing:
-        size = sum(file.stat().st_size for file in weight_files(found))
-        return Check(option, "ok", f"{path}, {size / GIB:.2f} GiB")
-    if is_hub_id(path):
-        lacks = f"lacks {', '.join(missing)} in" if missing else "is not in"
-        mend = f"hf download {path}, or --set {option}=DIR"
-        return Check(option, "missing", f"{path} {lacks} the hub's cache", mend, fetched=True)
-    other = f"--set {option}=DIR or OWNER/NAME"
-    if missing:
-        return Check(option, "missing", f"{path} lacks {', '.join(missing)}", f"fetch these files again, or {other}")
-    return Check(option, "missing", f"{path} is no directory and no hub id OWNER/NAME", other)
-
-
-def lvlm(path: str) -> Check:
-    """The LVLM that runs in this process: its files are there, and its processor can be used."""
-    check = model("lvlm.path", path)
-    if check.status == "ok":
-        try:
-            load_processor(path, model_folder(path))
-        except MendableError as error:
-            return Check("lvlm.path", "missing", error.found, error.mend)
-    return check
-
-
-def server(config: Config, wait: float, say: Callable[[str], None]) -> Iterable[Check]:
-    """Whether every server of the config is there and answers as the LVLM, and, as far as it says who it is, scores
-    what is to be."""
-    for url in config.lvlm.servers:
-        try:
-            served = check_server(replace(config.lvlm, server=url), say, wait=wait)
-        except ServerError as error:
-            yield Check("lvlm.server", "missing", error.found, error.mend)
-            continue
-        mended = ""
-        if served.url != url:
-            mended = f", where {url} has no list of models"
-            say(f"server: {served.url} is asked{mended}")
-        if served.card:
-            yield Check("lvlm.server", "ok", f"{served.url} serves {config.lvlm.path}{mended}")
-        else:
-            found = f"{served.url} is there and does not say what it serves{mended}"
-            mend = f"the first question will tell whether it knows {config.lvlm.path}"
-            yield Check("lvlm.server", "warning", found, mend)
-        if (config.rollout.gt_prob or config.rollout.infoscore) and served.card.get("owned_by") != "vllm":
-            found = f"reference answers are to be scored, and {url} does not say that it is vLLM, which can"
-            yield Check(
-                "log-probs", "warning", found, "rollout.gt_prob=false and rollout.infoscore=0, unless it can too"
-            )
+# ---------------------------------------------------------------------- machine
 
 
 def device(config: Config, *, with_lvlm: bool) -> Iterable[Check]:

@@ -54,6 +54,7 @@ LEVELS = [
         "plots",
         "tables",
         "doctor",
+        "model_checks",
         "planning",
         "beside",
         "retriever",

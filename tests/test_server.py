@@ -695,6 +695,13 @@ def test_without_the_tokenizer_no_prompt_that_fits_is_refused(serve, prompts):
         make(serve(lambda request: said("x"), roomy(30)).url).generate(prompts)
 
 
+@pytest.mark.parametrize("owner", [["vllm"], {}, 3, None])
+def test_an_owner_that_is_no_name_is_an_unknown_one(serve, prompts, owner):
+    server = serve(lambda request: said("x"), models(NAME, owner=owner))
+    make(server.url).generate(prompts[:1])
+    assert "repetition_penalty" not in server.asked[0]
+
+
 @pytest.mark.parametrize("most", [None, 0, -1, "4096", True, [3], {}, 1.5])
 def test_a_limit_that_is_none_refuses_nothing(serve, prompts, most):
     assert make(serve(lambda request: said("x"), roomy(most)).url).generate(prompts[:1]) == ["x"]

@@ -45,7 +45,7 @@ def load_processor(path: str, folder: Path):
 
 
 def _refused(path: str, what: str, files: tuple[str, ...]) -> MendableError:
-    fetch = f"hf download {path} {' '.join(files)}" if is_hub_id(path) else "they come with the weights"
+    fetch = f"hf download {path}" if is_hub_id(path) else "they come with the weights"
     return MendableError(
         f"cannot load the processor of the LVLM {path}: {what}",
         f"fetch {', '.join(files[:-1])} or {files[-1]}, whichever its repository has, again ({fetch}), or name another "

@@ -47,13 +47,12 @@ class ServerLvlm:
         self.config, self.prompt, self.say = config, prompt, say
         served = check_servers(config, say, wait=config.wait)
         self.servers = [one.url for one in served]
-        owners = {one.card.get("owned_by") for one in served}
         self._urls, self._room = DataUrls(config), Room(config, prompt, served)
         # Qwen's generation_config has a repetition penalty, which servers apply by default: it punishes what is copied
         # from a demonstration. The standard field clears it in `transformers serve`, the other sets it in vLLM and
         # SGLang.
         self._decoding = {"model": served_name(config.path), "temperature": 0, "frequency_penalty": 0}
-        if owners <= {"vllm", "sglang"}:
+        if all(one.card.get("owned_by") in ("vllm", "sglang") for one in served):
             self._decoding["repetition_penalty"] = config.repetition_penalty
         elif config.repetition_penalty != 1:
             raise ServerError(
