@@ -253,6 +253,7 @@ def pick(
     if (image is None) != (question is None) or (image is not None and example is not None):
         raise UsageError("pick takes an --image with its --question, or --example QUESTION_ID, or none of them")
     from lever_lm.beside import change_lines, changes
+    from lever_lm.finding import unknown_features
     from lever_lm.picking import checkpoint_here, pick_for, show_picks, the_query
     from lever_lm.retriever import Retriever
 
@@ -267,8 +268,8 @@ def pick(
         return
     path, why = chosen[0]
     pipeline.screen.say(f"checkpoint: {path} ({why})")
-    changed = changes(path, pipeline.config)
-    for line in change_lines(changed):
+    changed, warning = changes(path, pipeline.config), unknown_features(path, pipeline.config)
+    for line in [*change_lines(changed), *([warning] if warning else [])]:
         pipeline.screen.say(line)
     pipeline.check("data", "encoder", *([] if no_answer else ["lvlm"]), writes=not no_answer)
     retriever = Retriever(path, pipeline=pipeline)

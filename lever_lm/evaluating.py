@@ -17,7 +17,7 @@ from lever_lm.doctor import ALL
 from lever_lm.errors import LeverError, UsageError
 from lever_lm.features import encoder_fingerprint
 from lever_lm.files import file_digest
-from lever_lm.finding import find_checkpoint, load_for
+from lever_lm.finding import find_checkpoint, load_for, unknown_features
 from lever_lm.icds import read_icds
 from lever_lm.inference import BASELINES, Evaluation, Outcome, compare, rows_of_another_setting
 from lever_lm.locks import alone
@@ -47,6 +47,8 @@ def infer(pipeline: Pipeline, shots: Sequence[int], *, ckpt: str | None = None, 
     pipeline.check(*ALL)
     pipeline.screen.say(f"checkpoint: {path} ({why})")
     policy = load_for(path, pipeline.config)
+    if warning := unknown_features(path, pipeline.config):
+        pipeline.screen.say(warning)
     method = next((phase for phase in ("rce", "grpo") if path.stem.startswith(phase)), "policy")
     picks = pipeline.evaluation.choose(policy, max(shots), path)
     if policy.stop:

@@ -91,3 +91,15 @@ def load_for(path: Path, config: Config) -> PointerSelector:
                 "--features and --dataset (features.encoder) as in training"
             )
     return policy
+
+
+def unknown_features(path: Path, config: Config) -> str | None:
+    """A warning where a checkpoint of ours was trained on features of the user's own: whether those of this config are
+    the same cannot be seen, only that they are as wide."""
+    own = own_config(read_checkpoint(path))
+    if not own or "encoder" in own:
+        return None
+    return (
+        f"warning: {path} was trained on features of your own (--embeddings): it chooses by those of "
+        f"{config.features.encoder} here, which mean something only if yours were made by it"
+    )

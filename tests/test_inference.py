@@ -14,7 +14,7 @@ from helpers import INFERENCE, RUN, files_in, track
 from lever_lm.checkpoint import save_torch, to_v2, v3_content
 from lever_lm.config import to_dict
 from lever_lm.errors import LeverError, UsageError
-from lever_lm.finding import find_checkpoint, latest_checkpoint, load_for
+from lever_lm.finding import find_checkpoint, latest_checkpoint, load_for, unknown_features
 from lever_lm.inference import BASELINES, Evaluation, compare
 from lever_lm.lvlm import load_lvlm
 from lever_lm.metrics import vqa_accuracy
@@ -448,6 +448,13 @@ def test_features_of_another_encoder_or_setting_are_refused(tmp_path, policy, co
     path = saved(tmp_path / "b.pt", policy, encoder=digits_features.encoder, features="query_img_icd_img")
     with pytest.raises(LeverError, match=r"query_img_icd_img.*query_img_text_icd_img_text"):
         load_for(path, config)
+
+
+def test_features_of_the_users_own_are_not_taken_for_ours_in_silence(tmp_path, policy, config):
+    ours = saved(tmp_path / "ours.pt", policy, encoder="tiny-clip@1")
+    theirs = saved(tmp_path / "theirs.pt", policy)
+    assert unknown_features(ours, config) is None
+    assert "trained on features of your own (--embeddings)" in unknown_features(theirs, config)
 
 
 def test_features_of_another_width_are_refused(evaluation):
