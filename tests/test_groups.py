@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -179,6 +180,14 @@ def rows_of(path):
 )
 def test_each_trajectory_is_read_by_its_own_layout(tmp_path, entry, rows):
     assert rows_of(write(tmp_path, {"1": entry})) == rows
+
+
+def test_the_least_file_of_the_page_shows_what_the_page_says(tmp_path):
+    page = (Path(__file__).parents[1] / "docs" / "own-data.md").read_text(encoding="utf-8")
+    (least,) = re.findall(r"```json\n(.*?)```", page, flags=re.DOTALL)
+    path = write(tmp_path, least)
+    assert rows_of(path) == [[5, 7], [7, 3]]
+    assert load_groups(path)[0].rewards == [2.0, 0.0]
 
 
 @pytest.mark.parametrize(

@@ -103,8 +103,8 @@ def read_groups(path: str | Path, config: RewardConfig) -> RolloutFile:
     """As `load_groups`, with what there is to be said of the file; of the first `max_groups` queries by id alone."""
     check_reward_mode(config.mode)
     content = read_rollouts(path)
-    ids = sorted(int(key) for key in content if is_query(key))
-    chosen = set(ids[: config.max_groups or None])
+    ids = query_ids(content, config.max_groups)
+    chosen = set(ids)
     groups, counts = [], Counter()
     for key, entry in content.items():
         if not is_query(key) or int(key) not in chosen:
@@ -123,7 +123,7 @@ def read_groups(path: str | Path, config: RewardConfig) -> RolloutFile:
         counts["right"] += sum((t.get("vqa_correct") or t.get("vqa_acc_score") or 0) > 0 for t in known)
     if counts["zeroed"] and counts["zeroed"] == sum(len(group.sequences) for group in groups):
         raise LeverError(f"{path}: no rollout has a vqa_gt_prob, which reward.mode={config.mode} needs")
-    return RolloutFile(Path(path), groups, sorted(chosen), counts)
+    return RolloutFile(Path(path), groups, ids, counts)
 
 
 def split_ids(query_ids: list[int]) -> tuple[set[int], set[int]]:
@@ -131,6 +131,11 @@ def split_ids(query_ids: list[int]) -> tuple[set[int], set[int]]:
     ordered = sorted(query_ids)
     cut = int(0.8 * len(ordered))
     return set(ordered[:cut]), set(ordered[cut:])
+
+
+def query_ids(content: dict, most: int = 0) -> list[int]:
+    """The query ids of a rollout file's content, sorted; the first `most` of them, all for 0."""
+    return sorted(int(key) for key in content if is_query(key))[: most or None]
 
 
 def is_query(key: str) -> bool:
@@ -182,7 +187,7 @@ def _is_scored(trajectory: dict, config: RewardConfig, counts: Counter, where: s
         counts["zeroed"] += 1
         return True
     # What was found otherwise has no InfoScore, in any file.
-    if config.missing != "drop" and config.mode != "infoscore":
+    if config.missing != "drop" and "infoscore" not in lacking:
         raise LeverError(
             f"{where} has no {' and no '.join(lacking)}, which reward.mode={config.mode} needs"
             f"{' with reward.require_positive' if config.require_positive else ''}: score it, choose a reward.mode "
