@@ -294,6 +294,8 @@ class Pipeline:
         self.screen.say(f"training on {len(parts[0])} groups, validating on {len(parts[1])}")
         dropped = read.counts["dropped"]
         because = f" ({dropped} rollouts lack a score that reward.mode needs)" if dropped else ""
+        if not read.counts["judged"]:
+            because = because or " (no rollout has a vqa_correct or vqa_acc_score)"
         if not all(parts):
             raise LeverError(
                 f"{path}: {len(parts[0])} training and {len(parts[1])} validation groups are left after filtering; "

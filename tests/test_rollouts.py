@@ -490,6 +490,13 @@ def test_more_shots_than_there_are_candidates_are_refused(make, config):
         make(dataclasses.replace(config, rollout=rollout))
 
 
+def test_pools_above_64_are_made_and_trained_on(lever, warm):
+    few = ("--limit", "6", "--rce-epochs", "1", "--grpo-epochs", "1", "--run-name", "wide")
+    done = lever("train", "--set", "rollout.pool_size=100", *few, "--json")
+    assert done.status == 0, done.err
+    assert "(by place in the pool), pools of 100, " in done.err
+
+
 # ---------------------------------------------------------------------- P(reference answers)
 
 
