@@ -722,8 +722,8 @@ def classic(**settings) -> PromptConfig:
 def test_the_classic_prompt_in_one_turn(processor):
     assert rendered(processor, [FIRST, SECOND], QUERY, classic()) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n"
-        f"{VISION}Question:is it even? Short answer:no"
         f"{VISION}Question:what digit is it? Short answer:three"
+        f"{VISION}Question:is it even? Short answer:no"
         f"{VISION}Question:which comes next? Short answer:<|im_end|>\n<|im_start|>assistant\n"
     )
 
