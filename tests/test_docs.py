@@ -40,7 +40,7 @@ STANDS_FOR = {
     r"lever (…|COMMAND)": "lever doctor",
     r"lever export( DIR)?$": f"lever export {DEMO} shared",
     r"lever config diff$": "lever config diff classic demo",
-    r"exported$": "shared",
+    r"\bexported\b": "shared",
     r"diff A B$": "diff classic demo",
     r"diff DIR DIR$": f"diff {DEMO} {RUN}",
     r"--icds (FILE|文件)": "--icds icds.jsonl",
@@ -56,7 +56,7 @@ STANDS_FOR = {
 # Beyond the machine of a test: only the plan is made.
 ELSEWHERE = re.compile(r"okvqa_|vqav2|qwen2\.5_vl_[37]B|--server|hub:")
 # What a command of a test may lack, told by --dry-run.
-LACKING = ("hub:", "okvqa_hub", "--server", "data.name=mine")
+LACKING = ("hub:", "okvqa_hub", "--server", "_server", "data.name=mine")
 PERSONAL = ("--install-completion", "--show-completion")  # they write to the reader's home, or ask which shell it is
 
 
