@@ -57,7 +57,7 @@ def layers_beside(
     values: dict,
     checkpoint,
     names: dict[str, str | None],
-    config_file: Path | None = None,
+    config_file: Path | Layer | None = None,
     sets: Sequence[str] = (),
     options: dict[str, dict] | None = None,
     *,

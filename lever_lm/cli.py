@@ -15,15 +15,12 @@ from lever_lm.options import (
     dataset_named,
     emit,
     finite,
-    make_layout,
-    make_pipeline,
     parse_shots,
-    pipeline_of_run,
     planned,
     refuse_resuming,
-    run_folder,
     training_flags,
 )
+from lever_lm.pipelines import make_pipeline, pipeline_of_run, run_paths
 from lever_lm.shards import Shards
 from lever_lm.trackers import check_tracker
 
@@ -101,7 +98,9 @@ def train(
     rce_epochs: RceEpochs = None,
     grpo_epochs: GrpoEpochs = None,
     keep: Keep = None,
-    rl_data: Annotated[Path | None, typer.Option(help="Train on this rollout file; no dataset, no LVLM.")] = None,
+    rl_data: Annotated[
+        Path | None, typer.Option(help="Train on this rollout file; with --embeddings, no dataset and no LVLM.")
+    ] = None,
     embeddings: Annotated[
         Path | None, typer.Option(help="(N, D) features for --rl-data: .pt, .pth, .npy or .safetensors")
     ] = None,
@@ -125,12 +124,13 @@ def train(
     if rl_data is None and from_run is None and (path := os.environ.get("RL_DATA_PATH", "").strip()):
         pipeline.screen.say(f"from the environment: RL_DATA_PATH={path}")
         rl_data = Path(path)
-    if planned(common, pipeline, "train", own=rl_data is not None):
+    own = {"rl_data": rl_data, "embeddings": embeddings}
+    if planned(common, pipeline, "train", **own, from_run=from_run):
         return
     refuse_resuming(common, pipeline)
     pipeline.detect_anomaly, pipeline.tracker = detect_anomaly, tracker
-    own = {"rl_data": rl_data, "embeddings": embeddings, "dataset_named": dataset_named(common, pipeline.config)}
-    result = pipeline.train(**own, overwrite=common.overwrite, from_run=from_run)
+    named = dataset_named(common, pipeline.config)
+    result = pipeline.train(**own, overwrite=common.overwrite, from_run=from_run, dataset_named=named)
     emit(common, result)
 
 
@@ -312,8 +312,8 @@ def status(
             screen.result(status_row(one))
         emit(common, {"runs": found})
         return
-    layout = None if run_dir is not None else make_layout(common)
-    result = {**run_status(RunFolder(run_dir or run_folder(common, layout)), layout), "gpus": gpus()}
+    layout, folder = (None, run_dir) if run_dir is not None else run_paths(common)
+    result = {**run_status(RunFolder(folder), layout), "gpus": gpus()}
     for line in status_lines(result):
         screen.result(line)
     emit(common, result)

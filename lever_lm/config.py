@@ -90,7 +90,7 @@ class LvlmConfig:
     dtype: str = "auto"  # auto: bfloat16 on a GPU, float32 on a CPU
     attention: str = "auto"  # auto: the library's choice; or sdpa, eager, flash_attention_2
     batch_size: int = 64  # prompts in a batch, at most
-    batch_tokens: int = 65536  # and tokens in it, padding counted
+    batch_tokens: int = 65536  # and tokens in it, padding and the answers that are scored counted
     compile: bool = False  # fuse small operations on a GPU: a tenth faster, after 15 seconds
     workers: int = -1  # processes that decode images ahead of the model; -1: eight with a GPU, none without
     bank_memory: float = 0.0  # GiB of the device for image features; 0: a quarter of what the model leaves free

@@ -56,7 +56,7 @@ def view(
     if is_run(what):
         run = Layer(str(path / "config.yaml"), to_dict(run_config(path)))
         return _view(what, *_layered({}, None, sets, options, run))
-    if path.exists():
+    if path.exists() and not path.is_fifo():  # a pipe without a writer would be waited for
         return _view(what, *_layered(names, path, sets, options))
     kinds = f"a run folder, a YAML file or a recipe ({', '.join(recipes)})"
     raise UsageError(f"no config {shown(what, 200)}: expected {kinds}")

@@ -86,13 +86,14 @@ def data_files(config: DataConfig) -> Iterable[Check]:
     for split in SPLITS:
         source = source_of(config, split)
         variable = "VQAV2_PATH" if config.file_prefix == "v2_" else "OKVQA_PATH"
-        if source.startswith(HUB_PREFIX):
-            yield _hub_dataset(source.removeprefix(HUB_PREFIX), split)
-        elif in_parquet(config, split):
+        if in_parquet(config, split):
             try:
-                files = files_of(asset_path(source), split)
-                yield Check(f"{split} data", "ok", f"{len(files)} parquet files in {source}")
-            except LeverError as error:
+                if source.startswith(HUB_PREFIX):
+                    yield _hub_dataset(source.removeprefix(HUB_PREFIX), split)
+                else:
+                    files = files_of(asset_path(source), split)
+                    yield Check(f"{split} data", "ok", f"{len(files)} parquet files in {source}")
+            except LeverError as error:  # a file that is named after both splits
                 found, _, mend = str(error).partition("; ")
                 yield Check(f"{split} data", "missing", found, mend)
         else:

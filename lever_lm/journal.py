@@ -59,9 +59,9 @@ def _cell(value, width: int, precision: int) -> str:
     return f" {value:>{width}.{precision}f}" if isinstance(value, (int, float)) else f" {'-':>{width}}"
 
 
-def state_of(run: RunFolder, inputs: dict[str, str]) -> dict:
-    """The content of a run's state.pt. Raises LeverError where it is none of this run, or the run was begun with other
-    `inputs` than these."""
+def state_of(run: RunFolder, inputs: dict[str, str], policy: PointerSelector | None = None) -> dict:
+    """The content of a run's state.pt. Raises LeverError where it is none of this run, the run was begun with other
+    `inputs` than these, or its weights are not those of a policy of this shape."""
     state = load_torch(run.state)
     _refuse(run, problem_of(state))
     there = state.get("inputs")
@@ -71,6 +71,7 @@ def state_of(run: RunFolder, inputs: dict[str, str]) -> dict:
             f"the {' and '.join(changed)} of the run in {run.path} have changed since it was begun; "
             "choose another folder with --run-name NAME, or start over with --overwrite"
         )
+    _refuse(run, misfit(state, policy) if policy is not None else None)
     return state
 
 

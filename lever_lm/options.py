@@ -1,4 +1,4 @@
-"""Options that every command takes, and the way from them to a pipeline."""
+"""Options that every command takes, what they stand for, and what --dry-run and --json do with them."""
 
 import inspect
 import sys
@@ -21,7 +21,10 @@ DEFAULT_DATASET, DEFAULT_LVLM = "digits", "tiny_qwen2.5_vl"
 class Common:
     """Options that every command takes."""
 
-    config: Annotated[Path | None, typer.Option(help="YAML of config keys, over the named ones.")] = None
+    config: Annotated[
+        Path | None,
+        typer.Option(help="YAML of config keys, over the named ones; folders that it names win over the environment."),
+    ] = None
     dataset: Annotated[
         str | None,
         typer.Option(help="configs/dataset/NAME.yaml: digits, okvqa_local", autocompletion=completion.named("dataset")),
@@ -71,7 +74,11 @@ class Common:
     ] = False
     results: Annotated[Path, typer.Option(help="Folder for everything that is made.")] = Path("results")
     run_name: Annotated[
-        str | None, typer.Option(help="Name of the run's folder.", autocompletion=completion.run_names)
+        str | None,
+        typer.Option(
+            help="Name of the run's folder. What uses a run uses it as it was trained.",
+            autocompletion=completion.run_names,
+        ),
     ] = None
     resume: Annotated[
         bool, typer.Option("--resume/--no-resume", help="Go on with a run, or refuse one that is there.")
@@ -189,152 +196,12 @@ def option_values(common: Common) -> dict[str, dict]:
     return {option: values for option, (given, values) in spelt.items() if given is not None}
 
 
-def make_pipeline(common: Common, flags: dict | None = None, run_dir: Path | None = None, from_run: Path | None = None):
-    """The pipeline of a command line that makes something: named YAMLs < --config < environment < --set < flags. The
-    config of the run folder `from_run` stands in the place of the first two."""
-    from lever_lm.pipeline import Pipeline
-    from lever_lm.settings import Layer
-
-    screen, run_name = _screen(common), common.run_name
-    if from_run is None:
-        made = _layers(common, flags)
-    else:
-        base = _repeated(from_run, {kind: getattr(common, kind) for kind in (*_KINDS, "config")})
-        made = _layers(common, flags, dict.fromkeys(_KINDS), base=Layer("base", base))
-        run_name = run_name or f"{from_run.resolve().name}_repeat"
-    config = _config_of(made, screen)
-    return _shown(common, Pipeline(config, screen, results=common.results, run_name=run_name, run_dir=run_dir))
-
-
-def pipeline_of_run(
-    common: Common,
-    flags: dict | None = None,
-    *,
-    run_dir: Path | None = None,
-    find: Callable[[Path, Any], tuple[Path, str]] | None = None,
-):
-    """The pipeline of a command on a run: the run's own config, and over it what the command line says. Where there is
-    none, that of the command line alone.
-
-    run_dir: the run's folder; by default the one that the options name. find: (run folder, its Layout) → the checkpoint
-    that is used and why, for a command that uses one: the config beside it counts. With --dry-run none need be there.
-    """
-    from lever_lm.beside import layers_beside, locate, values_of
-    from lever_lm.pipeline import Pipeline
-    from lever_lm.runs import Layout, RunFolder
-    from lever_lm.settings import build, combined
-
-    made = _layers(common, flags)
-    layout = Layout(build(combined(made.found)), common.results, common.run_name)
-    run = RunFolder(run_dir or run_folder(common, layout))
-    values, named = values_of(run) if find is None else {}, run.path
-    if find is not None:
-        try:
-            named, _ = find(run.path, layout)
-            values = locate(named)[2]
-        except LeverError:
-            if not common.dry_run:
-                raise
-    if values:
-        names = {kind: getattr(common, kind) for kind in _KINDS}
-        made = layers_beside(values, named, names, common.config, common.set_ or [], _spelt(common, flags))
-    screen = _screen(common)
-    where = {"results": common.results, "run_name": common.run_name, "run_dir": run_dir}
-    pipeline = Pipeline(_config_of(made, screen), screen, **where)
-    pipeline.run = run
-    if values:
-        screen.detail(f"the setting is that of {named}")
-    return _shown(common, pipeline)
-
-
-_KINDS = ("dataset", "lvlm", "sampler", "recipe")
-
-
-def run_folder(common: Common, layout) -> Path:
-    """The folder of the run that the options name. A --run-name that the dataset of the options has no run of, and no
-    option names a dataset, is that of the only dataset that has one. Raises UsageError where several have."""
-    named = common.dataset or common.config or any(item.startswith("data.") for item in common.set_ or [])
-    if common.run_name is None or named or layout.run.is_dir():
-        return layout.run
-    found = sorted(path for path in common.results.glob("*/model_cpk/*") if path.name == common.run_name)
-    if len(found) > 1:
-        folders = ", ".join(map(str, found))
-        raise UsageError(f"--run-name {common.run_name} is a run of {len(found)} datasets ({folders}): add --dataset")
-    return found[0] if found else layout.run
-
-
-def _screen(common: Common):
-    from lever_lm.console import Screen
-
-    quiet = common.quiet and not common.dry_run  # a plan is what was asked for
-    return Screen(to_stderr=common.json_, quiet=quiet, verbose=common.verbose)
-
-
-def _spelt(common: Common, flags: dict | None) -> dict[str, dict]:
-    return {**option_values(common), **({"flags": flags} if flags else {})}
-
-
-def _layers(common: Common, flags: dict | None = None, names: dict | None = None, **base):
-    """The layers of a command line; its YAMLs, the default dataset and LVLM among them, unless `names` are given."""
-    from lever_lm.settings import layers
-
-    _check_run_name(common.run_name)
-    config = None if base else common.config
-    return layers(names or named_yamls(common), config, common.set_ or [], _spelt(common, flags), **base)
-
-
-def _config_of(made, screen):
-    """The config of layers; variables of the environment that count, or would, are said."""
-    from lever_lm.settings import build, combined
-
-    config = build(combined(made.found))
-    for variable in made.in_effect:
-        screen.say(f"from the environment: {variable}")
-    for variable in made.passed_over:
-        screen.say(f"passed over: {variable}")
-    return config
-
-
-def _shown(common: Common, pipeline):
-    """With --verbose: say versions and places."""
-    if common.verbose and not common.dry_run:
-        from lever_lm.provenance import versions
-
-        found = ", ".join(f"{name} {number or 'none'}" for name, number in versions().items())
-        pipeline.screen.detail(f"versions: {found}")
-        _show_places(pipeline)
-    return pipeline
-
-
-def _check_run_name(name: str | None) -> None:
-    if name is not None and (name.startswith(".") or Path(name).name != name):
-        raise UsageError(f"--run-name takes a folder name, found {name!r}")
-
-
 def dataset_named(common: Common, config) -> bool:
     """Return whether the command line, a config or the environment says which dataset is meant: else it is the embedded
     one, by default."""
     from lever_lm.config import DataConfig
 
     return common.dataset is not None or config.data.okvqa_path != DataConfig.okvqa_path
-
-
-def make_layout(common: Common):
-    """The paths of a command line, for a command that needs no pipeline: that would load torch."""
-    from lever_lm.runs import Layout
-    from lever_lm.settings import build, combined
-
-    return Layout(build(combined(_layers(common).found)), common.results, common.run_name)
-
-
-def _repeated(run: Path, given: dict) -> dict:
-    """The config of a run that is to be made again. Raises UsageError for options that would only seem to change it."""
-    from lever_lm.provenance import config_of
-    from lever_lm.runs import RunFolder
-
-    if extra := [f"--{name}" for name, value in given.items() if value is not None]:
-        raise UsageError(f"--from-run brings its own config: change single keys with --set, without {', '.join(extra)}")
-    return config_of(RunFolder(run))
 
 
 def refuse_resuming(common: Common, pipeline) -> None:
@@ -345,9 +212,19 @@ def refuse_resuming(common: Common, pipeline) -> None:
         )
 
 
-def planned(common: Common, pipeline, command: str = "", *, own: bool = False, answers: int = 0) -> bool:
+def planned(
+    common: Common,
+    pipeline,
+    command: str = "",
+    *,
+    rl_data: Path | None = None,
+    embeddings: Path | None = None,
+    from_run: Path | None = None,
+    answers: int = 0,
+) -> bool:
     """With --dry-run: show the plan instead of doing it. For the long commands that is their stages and what is missing
-    (own: rollouts and features are somebody's own; answers: evaluation prompts of each query)."""
+    (rl_data, embeddings: files of the user's own, else those of the run `from_run`; answers: evaluation prompts of each
+    query)."""
     if not common.dry_run:
         return False
     import yaml
@@ -355,15 +232,22 @@ def planned(common: Common, pipeline, command: str = "", *, own: bool = False, a
     from lever_lm.config import to_dict
     from lever_lm.doctor import ALL, examine
     from lever_lm.planning import as_json, in_all, make_plan
+    from lever_lm.provenance import own_files
+    from lever_lm.runs import RunFolder
 
     layout, places = pipeline.layout, _places(pipeline)
     for line in yaml.safe_dump(to_dict(pipeline.config), sort_keys=False).splitlines():
         pipeline.screen.say(line)
-    _show_places(pipeline)
+    show_places(pipeline)
     plan = {"config": to_dict(pipeline.config), "paths": {name: str(path) for name, path in places.items()}}
     if command:
-        checks = [c for c in examine(pipeline.config, layout, () if own else ALL) if c.status != "ok"]
-        stages = make_plan(pipeline.config, layout, pipeline.run, command, own=own, answers=answers)
+        files = own_files(RunFolder(from_run)) if from_run is not None else {}
+        rl_data, embeddings = rl_data or files.get("rl_data"), embeddings or files.get("embeddings")
+        needs = ALL if rl_data is None or pipeline.config.grpo.online else () if embeddings else ("data", "encoder")
+        checks = [c for c in examine(pipeline.config, layout, needs) if c.status != "ok"]
+        stages = make_plan(
+            pipeline.config, layout, pipeline.run, command, rl_data=rl_data, embeddings=embeddings, answers=answers
+        )
         where = str(pipeline.inference)
         stages = [replace(stage, path=where) if stage.name == "inference" else stage for stage in stages]
         for line in (*(check.line() for check in checks), *(stage.line() for stage in stages)):
@@ -383,7 +267,8 @@ def _places(pipeline) -> dict[str, Path]:
     return {**made, "run": pipeline.run.path, "inference": pipeline.inference}
 
 
-def _show_places(pipeline) -> None:
+def show_places(pipeline) -> None:
+    """Say where the stages of a pipeline leave what they make, and whether it is there."""
     for name, path in _places(pipeline).items():
         pipeline.screen.say(f"{name}: {path} ({'there' if path.exists() else 'to be made'})")
 

@@ -81,7 +81,9 @@ def pick_for(retriever: Retriever, query: Example, shots: int, *, answer: bool, 
     if query.answers:
         result["references"] = list(query.answers)
     if answer and query.answers:
-        result["accuracy"] = vqa_accuracy(result["answer"], query.answers)
+        scored = result["answer"], query.answers
+        result["accuracy"] = vqa_accuracy(*scored)
+        result["normalized_accuracy"] = vqa_accuracy(*scored, always_normalize=True)
     if prompt:
         result["prompt"] = retriever.prompt(query, picks=picks, form="text")
     return result
@@ -119,5 +121,10 @@ def show_picks(screen: Screen, result: dict, source: str) -> None:
         counted = ", ".join(f"{answer} ×{n}" for answer, n in Counter(result["references"]).most_common())
         screen.say(f"references: {counted}")
     if "answer" in result:
-        scored = f" (VQA accuracy {result['accuracy']:.2f})" if "accuracy" in result else ""
+        scored = ""
+        if "accuracy" in result:
+            both = (
+                f"{result['accuracy']:.2f} official, {result['normalized_accuracy']:.2f} with answers always normalised"
+            )
+            scored = f" (VQA accuracy: {both})"
         screen.result(f"answer: {result['answer']}{scored}")

@@ -41,9 +41,6 @@ from lever_lm.stages import CODE
 from lever_lm.trackers import TensorBoard, track
 from lever_lm.training import train_grpo, train_rce
 
-# Where Lever-Plus exports the features of the training split, in the cache folder.
-EXPORTED_EMBEDDINGS = "query_embeddings.pt"
-
 
 @dataclass(frozen=True)
 class Source:
@@ -202,7 +199,7 @@ class Pipeline:
         inputs = {"rollouts": file_digest(source.rollouts), "features": source.stamp}
         made_from = {**inputs, "training code": str(CODE["training"])}
         if not overwrite and self.run.state.is_file():
-            state_of(self.run, made_from)  # a run that is refused stays as it was
+            state_of(self.run, made_from, policy)  # a run that is refused stays as it was
         self.run.open(self.config, overwrite=overwrite)
         record(self.run, environment(self.config, inputs, source.made_of, source.files), self.screen.say)
         own = {"policy": policy.shape, **source.made_for, "seed": self.config.seed}
@@ -232,7 +229,7 @@ class Pipeline:
     def _check_features(self, rl_data: Path | None, embeddings: Path | None) -> None:
         """Raise LeverError where the run that is there was begun on other data or with another encoder, before anything
         is made for it: features, rollouts, digests of images."""
-        exported = (self.layout.cache / EXPORTED_EMBEDDINGS).is_file()
+        exported = self.layout.exported.is_file()
         if embeddings is None and not exported and self.run.state.is_file():
             self.check(*(ALL if rl_data is None else ("data", "encoder")))
             fetch_model(self.config.features.encoder, "features.encoder")
@@ -260,10 +257,9 @@ class Pipeline:
             if self.config.reward.mode == "infoscore" and not self.config.rollout.infoscore:
                 raise UsageError("reward.mode infoscore needs rollouts of that kind: --set rollout.infoscore=5")
             self.rollouts()
-        exported = self.layout.cache / EXPORTED_EMBEDDINGS
-        if rl_data is not None and embeddings is None and exported.is_file():
-            embeddings = exported
-            self.screen.say(f"features: {exported}, as exported by Lever-Plus")
+        if rl_data is not None and embeddings is None and self.layout.exported.is_file():
+            embeddings = self.layout.exported
+            self.screen.say(f"features: {embeddings}, as exported by Lever-Plus")
         if embeddings is not None:
             if self.config.grpo.online:
                 raise UsageError(
@@ -298,13 +294,17 @@ class Pipeline:
         self.screen.say(f"training on {len(parts[0])} groups, validating on {len(parts[1])}")
         dropped = read.counts["dropped"]
         because = f" ({dropped} rollouts lack a score that reward.mode needs)" if dropped else ""
+        if not read.counts["judged"]:
+            because = because or " (no rollout has a vqa_correct or vqa_acc_score)"
         if not all(parts):
             raise LeverError(
                 f"{path}: {len(parts[0])} training and {len(parts[1])} validation groups are left after filtering; "
                 f"both are needed{because}. Raise rollout.num_queries (--limit), relax reward.require_positive and "
                 "reward.skip_fallback, or choose a reward.mode whose scores the rollouts have"
             )
-        if all(len(set(group.rewards)) == 1 for group in groups) and not self.config.grpo.online:
+        # Single sequences that InfoScore found are there to be imitated, and online rounds bring rollouts of their own.
+        compared = self.config.reward.mode != "infoscore" and (dropped or any(len(g.rewards) > 1 for g in groups))
+        if compared and not self.config.grpo.online and all(len(set(g.rewards)) == 1 for g in groups):
             raise LeverError(
                 f"{path}: in none of its {len(groups)} groups do the rewards differ, so there is nothing to learn"
                 f"{because}: take rollouts that differ, or a reward.mode by which they do"

@@ -3,10 +3,12 @@
 import contextlib
 import math
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from lever_lm.compat import resolve_device
 from lever_lm.config import Config
 from lever_lm.data import StoredImage, VqaData, load_dataset, open_image
+from lever_lm.data.groups import query_ids, read_rollouts, split_ids
 from lever_lm.doctor import disk_needed, group_size
 from lever_lm.errors import LeverError
 from lever_lm.features import Features, cached_features
@@ -14,13 +16,14 @@ from lever_lm.hub import model_folder, parameter_count
 from lever_lm.infoscore import infoscore_calls
 from lever_lm.lvlm import CachedLvlm, load_lvlm
 from lever_lm.progress import duration
-from lever_lm.proposals import propose_groups
-from lever_lm.rollouts import is_made, made_elsewhere, rollout_stamp
+from lever_lm.proposals import propose_groups, query_rows
+from lever_lm.rollouts import is_made, made_elsewhere, references, rollout_stamp
 from lever_lm.runs import Layout, RunFolder
 
 # Multiply-adds a second that are reached in practice, for a first guess before anything was measured.
 _REACHED = {"cuda": 1e14, "cpu": 5e10}
 _TEXT_TOKENS = 30  # of a question with its answer
+_REFERENCES = 10  # different answers to a question of a dataset that is not here
 
 
 @dataclass(frozen=True)
@@ -67,20 +70,33 @@ def as_json(stages: list[Stage]) -> list[dict]:
     return [asdict(stage) for stage in stages]
 
 
-def make_plan(config: Config, layout: Layout, run: RunFolder, command: str, *, own: bool, answers: int) -> list[Stage]:
+def make_plan(
+    config: Config,
+    layout: Layout,
+    run: RunFolder,
+    command: str,
+    *,
+    rl_data: Path | None = None,
+    embeddings: Path | None = None,
+    answers: int = 0,
+) -> list[Stage]:
     """The stages of a command (`rollout`, `train`, `infer`, `demo`).
 
-    own: the rollouts and features are somebody's own, so that none are made. answers: evaluation prompts for each
-    query. What the cache knows is counted where data, features and model are here; else calls are bounded from above.
+    rl_data, embeddings: rollouts and features of the user's own, so that none are made. answers: evaluation prompts for
+    each query. What the cache knows is counted where data, features and model are here; else calls are bounded from
+    above: no command asks more than its plan says.
     """
     planner = _Planner(config, layout)
-    stages = [] if own else planner.features()
-    if command != "infer" and not own:
-        foreign = made_elsewhere(layout.rollouts)
-        taken = Stage("rollouts", "there, not of `lever rollout`: taken as it is", str(layout.rollouts))
-        stages.append(taken if foreign else planner.rollouts())
+    if command != "infer" and rl_data is None and made_elsewhere(layout.rollouts):
+        rl_data = layout.rollouts
+    with_features = rl_data is not None and (embeddings is not None or layout.exported.is_file())
+    stages = [] if with_features else planner.features()
+    if rl_data is not None:
+        stages.append(Stage("rollouts", "there, not of `lever rollout`: taken as it is", str(rl_data)))
+    elif command != "infer":
+        stages.append(planner.rollouts())
     if command in ("train", "demo"):
-        stages += planner.training(run)
+        stages += planner.training(run, planner.queries() if rl_data is None else planner.queries_of(rl_data))
     if answers:
         stages.append(planner.inference(answers))
     return stages
@@ -112,10 +128,10 @@ class _Planner:
         return [Stage("features", "to be made", path, seconds=seconds, bytes=self.disk["features"])]
 
     def rollouts(self) -> Stage:
-        path = self.layout.rollouts
+        path, rollout = self.layout.rollouts, self.config.rollout
         size = self.disk["rollouts"] + self.disk["answers"] + self.disk["vision"]
-        total = len(self.data.train_examples) if self.data else self.config.rollout.num_queries
-        calls, exact = min(self.config.rollout.num_queries, total) * group_size(self.config), False
+        rows = self.queries()
+        calls, exact = group_size(self.config) * self._calls(rows, rollout.gt_prob), False
         if self.known is not None:
             proposals = propose_groups(self.config, self.data, self.known)
             prompts = proposals.prompts(self.config, self.data.train_examples)
@@ -124,22 +140,40 @@ class _Planner:
                 if is_made(path, rollout_stamp(self.config, self.data, self.known, self.lvlm)):
                     return Stage("rollouts", "there", str(path))
                 calls = self.lvlm.unknown(prompts)
-            found = self.config.rollout.infoscore  # as many rollouts more for each query, unknown before the search
-            calls += found * len(proposals.queries)
-            if self.config.rollout.gt_prob:  # each distinct reference of a query is scored after each of its prompts
-                queries = [*(prompt.query for prompt in prompts), *proposals.queries * found]
-                calls, exact = calls + sum(len(set(query.answers)) for query in queries), False
-        if search := infoscore_calls(self.config, self.config.rollout.pool_size):
-            calls, exact = calls + search * min(self.config.rollout.num_queries, total), False
+            # As many rollouts more for each query, unknown before the search.
+            calls += rollout.infoscore * self._calls(proposals.rows, rollout.gt_prob)
+            if rollout.gt_prob:
+                calls += sum(len(references(prompt.query)) for prompt in prompts)
+                exact = False
+        if search := infoscore_calls(self.config, rollout.pool_size):
+            calls, exact = calls + search * len(rows), False
         state = "to be made again" if path.is_file() else "to be made"
-        seconds = self._answering(calls, self.config.rollout.shots)
+        seconds = self._answering(calls, rollout.shots)
         return Stage("rollouts", state, str(path), calls, exact, seconds, size)
 
-    def training(self, run: RunFolder) -> list[Stage]:
+    def queries(self) -> list[int]:
+        """The training rows that get a group; of a dataset that is not here, as many."""
+        count = self.config.rollout.num_queries
+        return query_rows(count, len(self.data.train_examples), self.config.seed) if self.data else list(range(count))
+
+    def queries_of(self, rl_data: Path) -> list[int]:
+        """The training rows that have a group in a rollout file; none where it cannot be read."""
+        with contextlib.suppress(LeverError):
+            return query_ids(read_rollouts(rl_data), self.config.reward.max_groups)
+        return []
+
+    def _calls(self, rows: list[int], scored: bool) -> int:
+        """LVLM calls of a rollout for each of these queries: the answer, and where it is `scored` that of each
+        reference."""
+        if not scored:
+            return len(rows)
+        train = self.data.train_examples if self.data else ()
+        return sum(1 + (len(references(train[row])) if row < len(train) else _REFERENCES) for row in rows)
+
+    def training(self, run: RunFolder, queries: list[int]) -> list[Stage]:
         stages, rows = [], run.rows()
-        groups = min(self.config.rollout.num_queries, len(self.data.train_examples) if self.data else 10**9)
         width = self.known.train.image.shape[1] if self.known else 768
-        flops = 12 * self.config.rollout.pool_size * width * self.config.policy.hidden_dim * groups
+        flops = 12 * self.config.rollout.pool_size * width * self.config.policy.hidden_dim * len(queries)
         for phase, config in (("rce", self.config.rce), ("grpo", self.config.grpo)):
             done = [row for row in rows if row["phase"] == phase]
             left = max(0, config.epochs - len(done))
@@ -150,7 +184,8 @@ class _Planner:
             stages.append(Stage(phase, state, str(run.path), seconds=each * left, bytes=size if left else 0))
         if self.config.grpo.online and left:
             rounds = sum((epoch - 1) % config.online_every == 0 for epoch in range(len(done) + 1, config.epochs + 1))
-            calls = rounds * config.online_samples * int(0.8 * groups)
+            learnt = sorted(split_ids(queries)[0])
+            calls = rounds * config.online_samples * self._calls(learnt, "gtprob" in self.config.reward.mode)
             seconds = self._answering(calls, self.config.rollout.shots)
             stages.append(Stage("online rollouts", f"{rounds} rounds", "", calls, False, seconds, 300 * calls))
         return stages

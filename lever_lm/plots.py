@@ -61,7 +61,7 @@ _METADATA = {"png": {"Software": None}, "pdf": {"Creator": None, "Producer": Non
 def check_plots(directory: Path) -> None:
     """Raise LeverError where figures cannot be drawn here, or not into this directory."""
     if directory.exists() and not directory.is_dir():
-        raise LeverError(f"--png takes a directory, found the file {directory}")
+        raise LeverError(f"cannot write {directory / 'accuracy.png'}: {directory} is a file (--png DIR)")
     if importlib.util.find_spec("matplotlib") is None:
         raise LeverError("--png needs a package that is not there: pip install 'lever-lm[plots]'")
 

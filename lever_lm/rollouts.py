@@ -160,20 +160,23 @@ def online_rewards(
 # ---------------------------------------------------------------------- scoring
 
 
+def references(query: Example) -> dict[str, int]:
+    """The distinct reference answers of a query and how many annotators gave each, composed (NFC) as tokenizers do: é
+    is one answer, whichever way it was typed. The blanks of annotators who gave none are left out: they are no text to
+    be probable."""
+    return Counter(unicodedata.normalize("NFC", text) for text in query.answers if text.strip())
+
+
 def _reference_probs(prompts: list[Prompt], lvlm: CachedLvlm, end: bool) -> list[float]:
     """Σ over a query's distinct reference answers of min(count / 3, 1) · P(answer | prompt), for each prompt.
 
     With `end`, P is that of the answer and the end of the turn after it: these exclude one another, so that the sum is
-    at most 1. Without, it is that of any text that begins so, and `1` and `10` share probability. Answers are composed
-    (NFC), as tokenizers do: é is one answer, whichever way it was typed. Blanks of annotators who gave no answer are
-    left out: they are no text to be probable.
+    at most 1. Without, it is that of any text that begins so, and `1` and `10` share probability.
     """
     pairs = [
         (i, answer, min(count / 3, 1.0))
         for i, prompt in enumerate(prompts)
-        for answer, count in Counter(
-            unicodedata.normalize("NFC", text) for text in filter(str.strip, prompt.query.answers)
-        ).items()
+        for answer, count in references(prompt.query).items()
     ]
     asked = [prompts[i] for i, _, _ in pairs], [answer for _, answer, _ in pairs]
     log_probs = lvlm.answer_log_prob(*asked, "gt_prob", end=end)

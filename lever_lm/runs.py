@@ -37,6 +37,7 @@ class Layout:
         self.cache = self.dataset / "cache"
         encoder = Path(config.features.encoder.removeprefix("asset:").rstrip("/")).name
         self.features = self.cache / f"features_{encoder}.safetensors"
+        self.exported = self.cache / "query_embeddings.pt"  # where Lever-Plus puts the features of the training split
         self.answers = self.cache / f"answers_{lvlm_name(config.lvlm.path)}.sqlite"
         suffix = f"_{run_name}" if run_name else ""
         self.rollouts = self.dataset / "generated_data" / f"rl_data_{self.setting}{suffix}.json"

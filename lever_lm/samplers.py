@@ -114,9 +114,8 @@ def sample_pools(
     embeddings: those of (queries, train), row for row; rand_sampler takes None. Source of the mixture: Lever-Plus.
     """
     check_sampler(config)
-    _, text_share, image_share = SAMPLERS[config.name]
     _, of_text, of_image = candidate_counts(config.name, size)
-    if embeddings is None and text_share + image_share:
+    if embeddings is None and of_text + of_image:
         raise ValueError(f"{config.name} needs embeddings")
     candidates = Candidates(train)
     by_text = _rows_or_none(embeddings, "text", of_text, len(queries))

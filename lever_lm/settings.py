@@ -341,6 +341,11 @@ class Layer(NamedTuple):
     values: dict
 
 
+def file_layer(path: Path) -> Layer:
+    """What the file of --config sets. It may be a pipe, which can be read once."""
+    return Layer(str(path), read_yaml(path))
+
+
 class Layers(NamedTuple):
     """Whatever sets a config value, each over those before it; the environment variables in effect as NAME=value; and
     those that a --config file wins over, as a sentence each."""
@@ -352,7 +357,7 @@ class Layers(NamedTuple):
 
 def layers(
     names: dict[str, str | None],
-    config_file: Path | None,
+    config_file: Path | Layer | None,
     sets: list[str],
     options: dict[str, dict],
     base: Layer | None = None,
@@ -360,7 +365,8 @@ def layers(
 ) -> Layers:
     """What sets the config values of a command line.
 
-    names: kind → name of a YAML in configs/ (None to leave out); options: how an option is spelt → its nested values;
+    names: kind → name of a YAML in configs/ (None to leave out); config_file: the file of --config, or what was read
+    from it; options: how an option is spelt → its nested values;
     base: what wins over all but `sets` and `options`; run: the config of a run that is used, under all others. Of a run
     a named YAML changes what it names alone, and the environment where its files are.
     """
@@ -372,9 +378,9 @@ def layers(
             found.append(Layer(f"configs/{kind}/{name}.yaml", values))
     places: dict = {}
     if config_file is not None:
-        content = read_yaml(config_file)
-        found.append(Layer(str(config_file), content))
-        data = content.get("data")
+        file = config_file if isinstance(config_file, Layer) else file_layer(config_file)
+        found.append(file)
+        data = file.values.get("data")
         keys = ("okvqa_path", "coco_path", "train_path")
         places = {"data": {key: data[key] for key in keys if key in data}} if isinstance(data, dict) else {}
     over = [] if base is None else [base]
@@ -386,7 +392,7 @@ def layers(
     taken = _environment(known, os.environ, merge(places, above), variables)
     found += [Layer(name, values) for name, values in taken.items()]
     in_effect = [f"{name}={os.environ[name]}" for name in taken]
-    passed = [f"{name}={os.environ[name]} (the folders are named by {config_file})" for name in wanted.keys() - taken]
+    passed = [f"{name}={os.environ[name]} (the folders are named by {file.source})" for name in wanted.keys() - taken]
     return Layers(found + over, in_effect, sorted(passed))
 
 

@@ -19,7 +19,7 @@ from typing import TypeVar
 from lever_lm.config import Config
 from lever_lm.errors import LeverError
 from lever_lm.locks import seen
-from lever_lm.provenance import typed_again
+from lever_lm.provenance import read_environment, typed_again
 from lever_lm.runs import LOCK, Layout, RunFolder
 from lever_lm.selection import STRATEGIES, best_row, epochs_since_best, read_log
 from lever_lm.settings import build
@@ -71,8 +71,9 @@ def run_status(run: RunFolder, layout: Layout | None = None) -> dict:
     now_at = next((name for name in PHASES if left[name]), "done" if any(done.values()) else "rce")
     counted = now_at if now_at in PHASES else PHASES[done["grpo"] > 0]
     times = {name: _epoch_time(rows, checkpoints, name) for name in PHASES}
-    made = layout is not None and layout.rollouts.is_file()
-    trains = any(done.values()) or made or run.config.is_file() or _trains_on_a_file(process)
+    rollouts = _rollouts(run, layout, process)
+    trains = any(done.values()) or run.config.is_file() or _trains_on_a_file(process)
+    trains = trains or (rollouts is not None and rollouts["exists"])
     return {
         "run": str(run.path),
         "state": state,
@@ -88,7 +89,7 @@ def run_status(run: RunFolder, layout: Layout | None = None) -> dict:
         "phase_seconds_left": _seconds_left({counted: left[counted]}, times),
         "metrics": rows[-1] if rows else None,
         "best": _best(rows),
-        "rollouts": {"path": str(layout.rollouts), "exists": made} if layout else None,
+        "rollouts": rollouts,
         "answers": _answers(layout.answers) if layout else None,
         "bytes": _bytes(run.path),
         "command": _command(run, layout, process) if state in ("killed", "not begun") else None,
@@ -149,6 +150,18 @@ def _state(
 def who(process: dict) -> str:
     """Who works, or worked, under a lock file, which may be empty."""
     return "a process" if process["pid"] is None else f"process {process['pid']} on {process['host']}"
+
+
+def _rollouts(run: RunFolder, layout: Layout | None, process: dict | None) -> dict | None:
+    """The rollout file that the run trains on: the user's own, where env.json names one, else the one that is made for
+    it; None where neither is known."""
+    sources = read_environment(run).get("sources")
+    own = sources.get("rl_data") if isinstance(sources, dict) else None
+    if isinstance(own, str):
+        return {"path": own, "exists": os.path.isfile(own)}
+    if layout is None or _trains_on_a_file(process):  # env.json comes later
+        return None
+    return {"path": str(layout.rollouts), "exists": layout.rollouts.is_file()}
 
 
 def _trains_on_a_file(process: dict | None) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lever_lm.progress import duration
 from lever_lm.status import PHASES, who
+from lever_lm.untrusted import one_line
 
 _SHOWN = ("train_loss", "val_loss", "ppo_loss", "kl", "beta", "temperature", "reward", "val_reward")
 _FAR = 24 * 3600  # seconds; what ends later has no hour of the day
@@ -82,7 +83,8 @@ def _numbers(row: dict) -> str:
 def _rollouts_line(status: dict) -> str:
     if status["rollouts"] is None:
         return ""
-    there = status["rollouts"]["path"] if status["rollouts"]["exists"] else "not made yet"
+    exists, path = status["rollouts"]["exists"], one_line(status["rollouts"]["path"])
+    there = path if exists else "not made yet" if status["phase"] == "rollouts" else f"{path}, which is not there"
     return there + (f"; {status['answers']:,} answers in the cache" if status["answers"] is not None else "")
 
 

@@ -2,14 +2,14 @@
 digits, 1 process twice and N.
 
     python scripts/bench_sharding.py                      # the shipped model; N: the GPUs of this host, else 2 on a CPU
-    python scripts/bench_sharding.py --model 3b --limit 400 -- --set lvlm.min_pixels=307200
+    python scripts/bench_sharding.py --model 3b --limit 100
     python scripts/bench_sharding.py --model DIR -- --set lvlm.num_beams=3     # the rest goes to `lever rollout`
 
-`3b` is the 3B shape with random weights, made by bench_lvlm.py; digits are small images, which `lvlm.min_pixels` makes
-as large as photographs. Each run has a results folder of its own with the CLIP features in it and no answers. Answering
-is timed by the command itself: from when every process has its model to when the last one has asked its share. The rest
-is start-up. Prints a table in Markdown and whether each rollout file has the bytes of the first one; exits with 1 where
-one has not. `--json FILE` keeps the numbers.
+`3b` is the 3B shape with random weights, made by bench_lvlm.py; digits are small images, which are shown to it as large
+as photographs (lvlm.min_pixels=307200). Each run has a results folder of its own with the CLIP features in it and no
+answers. Answering is timed by the command itself: from when every process has its model to when the last one has asked
+its share. The rest is start-up. Prints a table in Markdown and whether each rollout file has the bytes of the first
+one; exits with 1 where one has not. `--json FILE` keeps the numbers.
 """
 
 import argparse
@@ -74,14 +74,15 @@ def main() -> None:
     gpus = torch.cuda.device_count()
     counts = arguments.processes or [1, 1, gpus if gpus > 1 else 2]
     with tempfile.TemporaryDirectory() as root:
-        model = arguments.model
+        model, large = arguments.model, []
         if model == "3b":
             from bench_lvlm import build_3b
 
             model = str(Path(root, "3b"))
             build_3b(Path(model), torch.device("cuda" if gpus else "cpu"))
             torch.cuda.empty_cache()  # the GPU is the runs'
-        options = ["--set", f"lvlm.path={model}", *arguments.options]
+            large = ["--set", "lvlm.min_pixels=307200"]
+        options = ["--set", f"lvlm.path={model}", *large, *arguments.options]
         warm = Path(root, "warm")
         warm.mkdir()
         run(warm, 1, ["--limit", "2", *options])  # features, and everything read from disk once

@@ -1,8 +1,10 @@
 """A run is used as it was trained: by `infer`, `pick`, `Retriever`, an exported folder, `export` and the page alike."""
 
 import json
+import os
 import re
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -234,6 +236,16 @@ def test_the_environment_says_where_a_runs_files_are_and_no_more(there, tmp_path
     assert plan.json["config"]["policy"]["num_layers"] == 1
     assert "NUM_LAYERS" not in plan.err
     assert f"from the environment: OKVQA_PATH={folder}" in plan.err
+
+
+def test_a_config_that_comes_through_a_pipe_is_read_once(there, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=("seed: 5\n",))
+    writer.start()
+    plan = done_json(there("infer", "--run-name", NAME, "--config", "pipe", "--dry-run", "--json"))
+    writer.join()
+    assert plan["config"]["seed"] == 5
+    assert plan["config"]["sampler"]["name"] == "text_sim_sampler"
 
 
 def test_an_option_that_no_run_has_yet_is_as_before(there, tmp_path):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import RUN, SMALL, Done, clean_environment, files_in, run_lever
+from helpers import ROLLOUTS, RUN, SMALL, Done, clean_environment, files_in, run_lever
 
 from lever_lm import __version__, cli
 from lever_lm.checkpoint import load_torch
@@ -398,7 +398,7 @@ def test_quiet_leaves_results_alone(trained, lever):
     """What was asked for is printed: table and tests, epochs, paths, plan, list."""
     spoken = lever("infer", "--shots", "1", "--limit", "8", "--baselines").out
     quiet = lever("infer", "--shots", "1", "--limit", "8", "--baselines", "--quiet").out
-    assert quiet == spoken[spoken.index("VQA accuracy") :]
+    assert quiet == spoken[spoken.index("Official VQA accuracy") :]
     assert "(paired)" in quiet
     assert [line.split()[0] for line in lever("best-ckpt", "--show-all", "--quiet").out.splitlines()[3:7]] == [*"1234"]
     assert lever("report", "--quiet").out == f"report: {RUN}/report.html\n"
@@ -427,6 +427,13 @@ def test_verbose_adds_versions_paths_cache_hits_and_every_warning(trained, lever
     plain, verbose = (sum("warning" in line for line in said[name]) for name in ("plain", "verbose"))
     assert (plain, verbose) == (len(set(kinds)), len(kinds))
     assert plain < verbose
+
+
+def test_rollout_makes_rollouts_alone(warm, lever):
+    done = lever("rollout", *SMALL[:2], "--json")
+    assert done.status == 0, done.err
+    assert (done.json["groups"], done.json["path"]) == (24, str(ROLLOUTS))
+    assert {path.name for path in (warm / "results/digits").iterdir()} == {"cache", "generated_data"}
 
 
 def test_without_shots_the_demo_shows_1_2_and_4_and_infer_4(trained, lever):

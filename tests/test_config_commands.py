@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import yaml
-from helpers import RUN, clean_environment, files_in
+from helpers import RUN, clean_environment, files_in, run_lever
 
 from lever_lm.config import Config, to_dict
 from lever_lm.config_views import flat, key_docs
@@ -136,6 +136,14 @@ def test_what_cannot_be_shown_is_refused_in_one_line(lever, a_run):
 
 
 # ---------------------------------------------------------------------- diff
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.yaml")
+    for words in (("diff", "demo", "pipe.yaml"), ("diff", "pipe.yaml"), ("show", "pipe.yaml")):
+        done = run_lever("config", *words, cwd=tmp_path, prefix=("timeout", "60"))
+        assert done.status == 2
+        assert "no config 'pipe.yaml': expected a run folder, a YAML file or a recipe" in done.err
 
 
 def test_two_runs_differ_where_their_configs_do(lever, a_run):

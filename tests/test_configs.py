@@ -90,8 +90,10 @@ def test_the_defaults_are_those_that_the_pages_name():
         "grpo.batch_size": 64, "rce.epochs": 5, "rce.batch_size": 64, "rce.temperature_start": 2.0,
         "rce.temperature_end": 0.5, "policy.state_update": "none", "policy.scorer": "dot", "policy.diversity": "none",
         "policy.stop": False, "rollout.infoscore": 0, "rollout.pool_size": 64, "rollout.num_queries": 5000,
-        "rollout.shots": 2, "lvlm.bank_disk": 64.0, "lvlm.batch_tokens": 65536, "lvlm.concurrency": 32,
-        "lvlm.retries": 5, "lvlm.timeout": 120.0, "lvlm.max_new_tokens": 5, "lvlm.num_beams": 1,
+        "rollout.shots": 2,
+        "reward.mode": "hard_plus_soft",
+        "reward.missing": "refuse", "lvlm.bank_disk": 64.0, "lvlm.batch_tokens": 65536, "lvlm.concurrency": 32,
+        "lvlm.retries": 5, "lvlm.timeout": 120.0, "lvlm.wait": 0.0, "lvlm.max_new_tokens": 5, "lvlm.num_beams": 1,
     }  # fmt: skip
     found = values(Config())
     assert {key: found[key] for key in named} == named
@@ -111,6 +113,7 @@ def test_classic_sets_what_the_page_has_in_bold():
         "grpo.refresh_every": 0,
         "grpo.reference": "old",
         "grpo.adaptive_kl": True,
+        "reward.missing": "lineage",
         "rce.batch_size": 1,
         "grpo.batch_size": 1,
         "rce.lr": 1e-4,

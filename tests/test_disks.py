@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from helpers import RUN
 from lab import Fault
 from remains import broken, differences, doubled, left_overs
 
@@ -201,6 +202,35 @@ def test_a_folder_without_permission_stops_with_one_message(lab, bench, place, n
     assert_refused(done, "results/digits", "Permission denied")
     (folder / name).chmod(0o755)
     assert_goes_on(lab, bench, "train", folder)
+
+
+def test_a_colleagues_results_folder_that_may_only_be_read_is_read(lab, trained, tmp_path):
+    best = trained / RUN / "best.json"
+    whole = [*(trained / "results").rglob("*"), trained / "results"]
+    for path in whole:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    try:
+        for words, said in (
+            (("pick", "--no-answer"), "chosen from a pool of 64"),
+            (("status",), "finished"),
+            (("report", "--output", "page.html"), "report: page.html"),
+            (("best-ckpt",), f"warning: the choice is not kept: cannot write {RUN / 'best.json'}: Permission denied"),
+            (("export", "exported"), "exported: exported"),
+            (("convert", "--output", "here.ckpt"), "→ here.ckpt"),
+            (("config", "show", str(RUN)), "mix_sampler"),
+            (("infer", "--limit", "4", "--shots", "1", "--ckpt", str(RUN), "--results", "own"), "own/digits/inference"),
+        ):
+            done = lab.run(list(words), tmp_path, unprivileged=True)
+            assert done.status == 0, (words, done.err)
+            assert said in done.out
+        refused = lab.run(["report"], tmp_path, unprivileged=True)
+        assert_refused(refused, "report.html", "--output FILE")
+        refused = lab.run(["infer", "--limit", "4"], tmp_path, unprivileged=True)
+        assert_refused(refused, "may not be written to", "--results DIR of your own (and --ckpt RUN_DIR")
+    finally:
+        for path in reversed(whole):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+    assert not best.exists()
 
 
 UNREADABLE = ["generated_data/rl_data_*.json", "cache/features_*", "**/config.yaml", "**/metrics.jsonl", "**/train.log"]

@@ -5,10 +5,11 @@ import math
 import shutil
 
 import pytest
-from helpers import SMALL, files_in
+from helpers import SMALL, files_in, small_digits
 from models import SPOILT, copied, edited
 from models import TINY as TINY_QWEN
 from official import build_official, image_path, read_official
+from test_groups import DATA
 
 from lever_lm import doctor
 from lever_lm.compat import import_transformers
@@ -353,3 +354,61 @@ def test_scoring_the_references_counts_as_calls(warm, lever):
     scored = lever("rollout", "--limit", "24", "--set", "rollout.gt_prob=true", "--dry-run", "--json").json
     assert scored["lvlm_calls"] > plain["lvlm_calls"]
     assert not next(stage for stage in scored["stages"] if stage["name"] == "rollouts")["exact"]
+
+
+FEW = ("--set", "rollout.pool_size=6", "--rce-epochs", "1", "--grpo-epochs", "3", "--set", "policy.hidden_dim=8")
+BY_PROB = ("rollout.gt_prob=true", "reward.mode=hard01_plus_gtprob")
+ROUNDS = ("grpo.online=true", "grpo.online_every=2", "grpo.online_samples=2")
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        (),
+        BY_PROB,
+        ("rollout.infoscore=2", "rollout.infoscore_candidates=3", *BY_PROB),
+        ("rollout.infoscore=3", "rollout.distinct_orders=true", "policy.stop=true"),
+        ROUNDS,
+        (*ROUNDS, *BY_PROB),
+    ],
+    ids=" ".join,
+)
+def test_no_command_asks_more_than_its_plan_says(lever, tmp_path, keys):
+    """Before anything is there, with the features of another run there, and of rollouts that are there."""
+    root = small_digits(tmp_path / "world", 12, 4)
+    data = ("--set", f"data.okvqa_path={root}", "--set", f"data.coco_path={root}")
+    command = ["train", *data, *FEW, *(part for key in keys for part in ("--set", key)), "--json"]
+    fresh = lever(*command, "--dry-run").json
+    assert not all(stage["exact"] for stage in fresh["stages"])
+    done = lever(*command)
+    assert done.status == 0, done.err
+    asked = answers_in(tmp_path)
+    assert 0 < asked <= fresh["lvlm_calls"] <= 3 * asked
+    assert lever(*command, "--dry-run").json["lvlm_calls"] == 0
+    (rollouts,) = tmp_path.rglob("rl_data_*.json")
+    own = [*command, "--rl-data", rollouts, "--run-name", "own"]
+    assert lever(*own, "--dry-run").json["lvlm_calls"] == next(
+        (stage["lvlm_calls"] for stage in fresh["stages"] if stage["name"] == "online rollouts"), 0
+    )
+    for path in tmp_path.rglob("answers_*"):
+        path.unlink()
+    with_features = lever(*command, "--run-name", "again", "--dry-run").json
+    assert next(stage for stage in with_features["stages"] if stage["name"] == "features")["state"] == "there"
+    again = lever(*command, "--run-name", "again")
+    assert again.status == 0, again.err
+    assert 0 < answers_in(tmp_path) <= with_features["lvlm_calls"] <= fresh["lvlm_calls"]
+
+
+def test_a_plan_over_rollouts_and_features_of_ones_own_makes_neither(lever, tmp_path):
+    files = ("--rl-data", DATA / "small_edge_cases.json", "--embeddings", DATA / "small_embeddings.safetensors")
+    plan = lever("train", *files, "--dry-run", "--json").json
+    stages = {stage["name"]: stage for stage in plan["stages"]}
+    assert list(stages) == ["rollouts", "rce", "grpo"]
+    assert stages["rollouts"]["path"] == str(DATA / "small_edge_cases.json")
+    run = lever("train", *files, *FEW, "--run-name", "own", "--json").json["run"]
+    repeated = lever("train", "--from-run", run, "--dry-run", "--json").json
+    assert [stage["name"] for stage in repeated["stages"]] == ["rollouts", "rce", "grpo"]
+    assert repeated["lvlm_calls"] == 0
+    without = lever("train", *files[:2], "--dry-run", "--json").json
+    assert [stage["name"] for stage in without["stages"]] == ["features", "rollouts", "rce", "grpo"]
+    assert plan["lvlm_calls"] == without["lvlm_calls"] == 0

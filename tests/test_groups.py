@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -181,6 +182,14 @@ def test_each_trajectory_is_read_by_its_own_layout(tmp_path, entry, rows):
     assert rows_of(write(tmp_path, {"1": entry})) == rows
 
 
+def test_the_least_file_of_the_page_shows_what_the_page_says(tmp_path):
+    page = (Path(__file__).parents[1] / "docs" / "own-data.md").read_text(encoding="utf-8")
+    (least,) = re.findall(r"```json\n(.*?)```", page, flags=re.DOTALL)
+    path = write(tmp_path, least)
+    assert rows_of(path) == [[5, 7], [7, 3]]
+    assert load_groups(path)[0].rewards == [2.0, 0.0]
+
+
 @pytest.mark.parametrize(
     ("entry", "why"),
     [
@@ -297,6 +306,14 @@ def test_of_a_limited_number_of_groups_the_first_by_id_are_read(tmp_path):
     content = {"30": query(), "4": query(), "9": "broken", "8": query(trajectory(eval_failed=True))}
     read = read_groups(write(tmp_path, content), RewardConfig(max_groups=2))
     assert ([group.query_id for group in read.groups], read.query_ids) == ([4], [4, 8])
+    assert "1 groups of 2 queries, 1 rollouts" in read.summary()
+
+
+def test_a_rollout_is_right_by_its_mark_and_without_one_by_its_accuracy(tmp_path):
+    marks = [(0, 0.3), (1, 0.3), (None, 0.3), (None, 0.0)]
+    rollouts = [trajectory([0, i], vqa_correct=mark, vqa_acc_score=acc) for i, (mark, acc) in enumerate(marks, 1)]
+    path = write(tmp_path, {"1": query(*rollouts, pool=(10, 11, 12, 13, 14))})
+    assert "50.0% right" in read_groups(path, RewardConfig(mode="soft_only")).summary()
 
 
 def test_what_was_not_evaluated_is_dropped(tmp_path):

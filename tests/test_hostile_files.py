@@ -856,7 +856,7 @@ def table(tmp_path, monkeypatch):
         for split in ("train", "val"):
             entries = images if split == "train" else [{"bytes": picture(), "path": None}]
             rows = [
-                {"question_id": i, "image": image, "question": f"what is {i}?", "answers": ["cat"] * 10}
+                {"question_id": i, "image": image, "question": f"what is {i} in {split}?", "answers": ["cat"] * 10}
                 for i, image in enumerate(entries, 1)
             ]
             write_parquet(root / f"{split}.parquet", rows)
@@ -904,7 +904,9 @@ def test_a_path_that_leads_elsewhere_is_refused_by_row_question_and_option(table
     (root / "folder.jpg").mkdir()
     os.mkfifo(root / "pipe.jpg")
     for image in (named(place), {"bytes": b"", "path": place}):
-        with pytest.raises(LeverError, match=r"train, row 1, question 2: its image [^\n]*--skip-bad") as caught:
+        with pytest.raises(
+            LeverError, match=r"train\.parquet, row 1, question 2: its image [^\n]*--skip-bad"
+        ) as caught:
             table([{"bytes": picture(), "path": None}, image])
         assert len(str(caught.value)) < 700
     assert len(table([{"bytes": picture(), "path": None}, named(place)], skip_bad_examples=True).skipped) == 1
@@ -929,7 +931,7 @@ NEVER = [
 @pytest.mark.parametrize("address", NEVER)
 def test_an_address_of_another_scheme_is_never_followed(table, monkeypatch, address):
     monkeypatch.setattr(socket.socket, "connect", lambda *a: pytest.fail(f"it was followed: {a}"))
-    with pytest.raises(LeverError, match=r"train, row 0, question 1: its image [^\n]*$"):
+    with pytest.raises(LeverError, match=r"train\.parquet, row 0, question 1: its image [^\n]*$"):
         table([named(address)], allow_remote=True)
 
 

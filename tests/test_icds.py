@@ -138,6 +138,12 @@ def test_blank_lines_further_fields_further_questions_and_one_line_do_no_harm(tm
     assert read_icds(alone, queries[:1], digits.train_examples, 3) == [[0, 1, 2]]
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_byte_order_mark_before_the_choices_does_no_harm(tmp_path, queries, digits, choices, form):
+    path = written(tmp_path, "\ufeff" + FORMS[form](choices).replace("\n", "\r\n"))
+    assert read_icds(path, queries, digits.train_examples, 3)[1] == [10, 11, 12]
+
+
 def test_a_line_break_of_unicode_within_a_text_ends_no_line(tmp_path, queries, digits, choices):
     rows = [{"question_id": q, "icds": icds, "question": "one\u2028two\u0085?"} for q, icds in choices.items()]
     path = written(tmp_path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

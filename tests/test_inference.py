@@ -133,13 +133,19 @@ def test_random_draws_from_the_whole_training_split_and_never_the_own_image(eval
     assert picks == evaluation.baseline("random", 4), "drawn by the query's seed"
 
 
-def test_no_baseline_shows_the_querys_own_image_even_where_it_is_a_training_image(config, digits, digits_features):
-    train_queries = dataclasses.replace(digits, val_examples=digits.train_examples)
+@pytest.mark.parametrize("renumbered", [False, True])
+def test_no_baseline_shows_the_querys_own_image_even_where_it_is_a_training_image(
+    config, digits, digits_features, renumbered
+):
+    asked = digits.train_examples
+    if renumbered:
+        asked = tuple(dataclasses.replace(e, question_id=10**6 + i, image_id=10**6 + i) for i, e in enumerate(asked))
+    train_queries = dataclasses.replace(digits, val_examples=asked)
     features = dataclasses.replace(digits_features, val=digits_features.train)
     evaluation = Evaluation(config, train_queries, features)
     for name in ("random", "text_sim", "img_sim", "img_text_sim", "oracle"):
         for query, chosen in zip(evaluation.queries, evaluation.baseline(name, 4), strict=True):
-            assert query.image_id not in {digits.train_examples[i].image_id for i in chosen}, name
+            assert query.image not in {digits.train_examples[i].image for i in chosen}, name
 
 
 def test_the_oracle_ranks_the_pool_by_the_accuracy_of_its_own_answers(evaluation, digits):

@@ -396,6 +396,7 @@ def test_both_orders_are_in_the_file_only_where_asked(lever, digits_folder):
 
 def test_under_infoscore_only_rollouts_that_have_one_are_learnt_from(tmp_path):
     def rollout(*picks, **scores):
+        scores = {"vqa_correct": 1, "vqa_acc_score": 1.0, **scores}
         return {"pointer": list(picks), "pointer_global": list(picks), "vqa_eval_mode": "vqaEval", **scores}
 
     scored = {

@@ -62,7 +62,7 @@ LEVELS = [
         "card",
         "sharing",
     ],
-    ["completion", "options", "process", "config_cli", "cli", "__main__"],
+    ["completion", "options", "pipelines", "process", "config_cli", "cli", "__main__"],
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 PURE = ["losses", "rewards", "metrics", "stems", "stats", "decoder", "encoder", "policy"]
@@ -182,7 +182,9 @@ def test_heavy_packages_are_imported_inside_functions(module):
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("module", ["options", "process", "cli", "__main__", "errors", "settings", "config", ""])
+@pytest.mark.parametrize(
+    "module", ["options", "pipelines", "process", "cli", "__main__", "errors", "settings", "config", ""]
+)
 def test_what_help_needs_imports_no_torch(module):
     reached, queue = {}, [(module, module)]
     while queue:

@@ -108,7 +108,7 @@ def test_flags_that_a_message_names_exist():
 
     from lever_lm.cli import app
 
-    known = {"--nproc-per-node", "--shm-size", "--repo-type"}  # of torchrun, docker and hf
+    known = {"--nproc-per-node", "--shm-size", "--repo-type", "--max-model-len"}  # of torchrun, docker, hf and vllm
     queue = [typer.main.get_command(app)]
     for command in queue:
         queue += getattr(command, "commands", {}).values()

@@ -448,7 +448,9 @@ def test_online_training_on_the_digits_is_planned_done_and_not_asked_twice(lever
 def test_features_of_ones_own_cannot_be_asked_about(lever, tmp_path):
     entry = {
         "candidate_pool_ids": [8, 9],
-        "pointer_candidates": [{"pointer": [i], "pointer_global": [8 + i], "vqa_correct": i} for i in range(2)],
+        "pointer_candidates": [
+            {"pointer": [i], "pointer_global": [8 + i], "vqa_correct": i, "vqa_acc_score": i} for i in range(2)
+        ],
     }
     (tmp_path / "own.json").write_text(json.dumps({str(query): entry for query in range(6)}))
     torch.save(torch.randn(10, 8), tmp_path / "own.pt")

@@ -331,6 +331,13 @@ def test_a_parquet_file_that_is_named_after_both_splits_is_refused_by_name(
     assert f"{name} is named after both splits" in refused(*ROLLOUT)
 
 
+def test_a_file_of_the_hub_that_is_named_after_both_splits_is_refused_by_name(home, official, tmp_path, refused):
+    build_parquet(tmp_path / "copy", official, splits=("train", "train-val"))
+    hub_cache(home, VAL_HUB, "dataset", tmp_path / "copy")
+    message = refused(*ROLLOUT, "--set", f"data.okvqa_path=hub:{VAL_HUB}")
+    assert "data/train-val-00000-of-00001.parquet is named after both splits" in message
+
+
 @pytest.mark.parametrize("kind", ["parquet", "official", "official and parquet"])
 def test_rows_that_are_in_both_splits_are_refused_by_name_and_leave_the_training_split(tmp_path, kind):
     """Three questions about the first image, with ids of their own in the evaluation split."""

@@ -312,7 +312,8 @@ def test_pick_alone_takes_the_first_evaluation_question_and_scores_the_answer(in
     done, first = in_home("pick", "--json"), retriever.pipeline.data.val_examples[0]
     assert done.json["query"]["question_id"] == first.question_id
     assert done.json["references"] == list(first.answers)
-    assert 0 <= done.json["accuracy"] <= 1
+    assert len(done.json["icds"]) == 4
+    assert 0 <= done.json["accuracy"] <= done.json["normalized_accuracy"] <= 1
     assert "the first of the evaluation split" in done.err
     other = retriever.pipeline.data.val_examples[9]
     done = in_home("pick", "--json", "--no-answer", "--example", other.question_id)

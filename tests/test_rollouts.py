@@ -490,13 +490,20 @@ def test_more_shots_than_there_are_candidates_are_refused(make, config):
         make(dataclasses.replace(config, rollout=rollout))
 
 
+def test_pools_above_64_are_made_and_trained_on(lever, warm):
+    few = ("--limit", "6", "--rce-epochs", "1", "--grpo-epochs", "1", "--run-name", "wide")
+    done = lever("train", "--set", "rollout.pool_size=100", *few, "--json")
+    assert done.status == 0, done.err
+    assert "(by place in the pool), pools of 100, " in done.err
+
+
 # ---------------------------------------------------------------------- P(reference answers)
 
 
 class Halves:
     """An LVLM by which every answer has the probability 1/2."""
 
-    def answer_log_prob(self, prompts, answers, what):
+    def answer_log_prob(self, prompts, answers, what, *, end):
         self.asked = list(answers)
         return [math.log(0.5)] * len(answers)
 
@@ -505,7 +512,7 @@ def test_blank_answers_are_no_references(digits):
     example = dataclasses.replace(digits.train_examples[0], answers=("", "one", "one", "uno", " ", "") + ("two",) * 4)
     model = Halves()
     prompt = build_prompt([], example, PromptConfig())
-    assert _reference_probs([prompt], model) == [pytest.approx(0.5 * (2 / 3 + 1 / 3 + 1))]
+    assert _reference_probs([prompt], model, True) == [pytest.approx(0.5 * (2 / 3 + 1 / 3 + 1))]
     assert model.asked == ["one", "uno", "two"]
 
 

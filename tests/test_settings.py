@@ -11,8 +11,10 @@ from lever_lm.settings import (
     ENVIRONMENT,
     all_keys,
     build,
+    combined,
     dotted,
     environment_values,
+    layers,
     merge,
     parse_set,
     read_yaml,
@@ -218,6 +220,59 @@ def test_set_reads_its_value_as_yaml(item, expected):
     assert parse_set(item) == expected
 
 
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("data.name", "007"),
+        ("data.name", "1.10"),
+        ("data.name", "12:30"),
+        ("data.name", "no"),
+        ("data.name", "null"),
+        ("data.name", "2024-01-02"),
+        ("data.train_path", ""),
+        ("prompt.separator", " "),
+        ("prompt.system", "Answer # briefly"),
+        ("prompt.system", "it's: [so"),
+        ("grpo.dropout", "off"),
+    ],
+)
+def test_the_value_of_a_text_key_is_what_was_typed(key, text):
+    assert get(resolve({}, None, [f"{key}={text}"], {})[0], key) == text
+
+
+@pytest.mark.parametrize(("text", "value"), [('"\\n"', "\n"), ("' a '", " a "), ('"a" b', '"a" b'), ("''", "")])
+def test_a_text_in_quotes_is_read_as_yaml(text, value):
+    assert resolve({}, None, [f"prompt.separator={text}"], {})[0].prompt.separator == value
+
+
+@pytest.mark.parametrize("text", ["007", "1.10", "12:30", "no", "2024-01-02"])
+def test_text_in_a_file_is_what_is_written(tmp_path, text):
+    path = config_file(tmp_path, f"data: {{name: {text}}}\nprompt:\n  system: {text}\n")
+    config = resolve({}, path, [], {})[0]
+    assert (config.data.name, config.prompt.system) == (text, text)
+
+
+@pytest.mark.parametrize("text", ["010", "0o10", "1:30", "0x10", "1e2", "1.0", "[010]"])
+@pytest.mark.parametrize("key", ["grpo.epochs", "grpo.top_k"])
+def test_an_integer_is_written_in_decimal_digits_or_refused(tmp_path, key, text):
+    section, name = key.split(".")
+    with pytest.raises(UsageError, match=rf"{key} must be of type int, found"):
+        resolve({}, None, [f"{key}={text}"], {})
+    with pytest.raises(UsageError, match=rf"{key} must be of type int, found"):
+        resolve({}, config_file(tmp_path, f"{section}: {{{name}: {text}}}"), [], {})
+
+
+@pytest.mark.parametrize(("text", "value"), [("10", 10), ("+3", 3), ("5_000", 5000), ("0", 0)])
+def test_an_integer_in_decimal_digits_is_taken(text, value):
+    assert resolve({}, None, [f"grpo.refresh_every={text}"], {})[0].grpo.refresh_every == value
+
+
+def test_a_number_is_no_time_of_the_day():
+    with pytest.raises(UsageError, match=r"grpo\.lr must be of type float, found '1:30'"):
+        resolve({}, None, ["grpo.lr=1:30"], {})
+    assert resolve({}, None, ["grpo.lr=010"], {})[0].grpo.lr == 10.0
+
+
 @pytest.mark.parametrize("item", ["seed", "=3", ""])
 def test_set_without_key_or_value_is_refused(item):
     with pytest.raises(UsageError, match="--set takes key=value"):
@@ -351,6 +406,51 @@ def test_the_paths_of_okvqa_leave_the_embedded_digits_alone(monkeypatch):
     config, in_effect = resolve({"dataset": "okvqa_local"}, None, [], {})
     assert (config.data.okvqa_path, config.data.coco_path) == ("/data/okvqa", "/data/coco")
     assert in_effect == ["OKVQA_PATH=/data/okvqa", "COCO_PATH=/data/coco"]
+
+
+def test_a_set_that_names_local_files_lets_the_environment_name_the_images(monkeypatch):
+    monkeypatch.setenv("COCO_PATH", "/E")
+    config, in_effect = resolve({"dataset": "digits"}, None, ["data.okvqa_path=/S"], {})
+    assert (config.data.okvqa_path, config.data.coco_path) == ("/S", "/E")
+    assert in_effect == ["COCO_PATH=/E"]
+    config, in_effect = resolve({"dataset": "okvqa_local"}, None, ["data.okvqa_path=asset:digits"], {})
+    assert (config.data.coco_path, in_effect) == ("data/coco", [])
+
+
+def test_a_variable_whose_folder_is_set_resets_no_other(monkeypatch):
+    monkeypatch.setenv("OKVQA_PATH", "/E")
+    names = {"dataset": "okvqa_local"}
+    config, in_effect = resolve(names, None, ["data.okvqa_path=/S", "data.train_path=/T"], {})
+    assert (config.data.okvqa_path, config.data.train_path, in_effect) == ("/S", "/T", [])
+    config, in_effect = resolve({"dataset": "okvqa_hub"}, None, ["data.okvqa_path=/S"], {})
+    assert (config.data.okvqa_path, config.data.train_path) == ("/S", "hub:Multimodal-Fatima/OK-VQA_train")
+    assert in_effect == []
+
+
+@pytest.mark.parametrize("named", ["okvqa_path", "coco_path", "both"])
+def test_a_config_file_that_names_folders_keeps_them(monkeypatch, tmp_path, named):
+    monkeypatch.setenv("OKVQA_PATH", "/E")
+    monkeypatch.setenv("COCO_PATH", "/C")
+    keys = ("okvqa_path", "coco_path") if named == "both" else (named,)
+    path = config_file(tmp_path, "data: {" + ", ".join(f"{key}: /{key}" for key in keys) + "}")
+    made = layers({"dataset": "okvqa_local"}, path, [], {})
+    config = build(combined(made.found))
+    want = {key: f"/{key}" if key in keys else there for key, there in (("okvqa_path", "/E"), ("coco_path", "/C"))}
+    assert {key: getattr(config.data, key) for key in want} == want
+    variables = {"okvqa_path": "OKVQA_PATH=/E", "coco_path": "COCO_PATH=/C"}
+    assert made.in_effect == [text for key, text in variables.items() if key not in keys]
+    over = [f"{variables[key]} (the folders are named by {path})" for key in ("coco_path", "okvqa_path") if key in keys]
+    assert made.passed_over == over
+    flagged, _ = resolve({"dataset": "okvqa_local"}, path, ["data.okvqa_path=/S"], {})
+    assert flagged.data.okvqa_path == "/S"
+
+
+def test_a_variable_that_is_passed_over_is_said(lever, monkeypatch, tmp_path):
+    monkeypatch.setenv("OKVQA_PATH", "/E")
+    path = config_file(tmp_path, "data: {name: mine, okvqa_path: mine, coco_path: mine}")
+    done = lever("train", "--config", path, "--dry-run", "--json")
+    assert done.json["config"]["data"]["okvqa_path"] == "mine"
+    assert f"passed over: OKVQA_PATH=/E (the folders are named by {path})" in done.err
 
 
 # ---------------------------------------------------------------------- checks across fields
@@ -487,6 +587,13 @@ def test_set_with_a_key_of_a_thousand_parts_is_refused():
 def test_the_name_of_a_dataset_leads_nowhere_else(name):
     with pytest.raises(UsageError, match=r"data\.name must be a folder's name"):
         build({"data": {"name": name}})
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\tb", "\x1b[31m", "a\x7f", "a\u202eb"])
+def test_the_name_of_a_dataset_steers_no_terminal(name):
+    with pytest.raises(UsageError, match=r"data\.name must be a folder's name, found"):
+        build({"data": {"name": name}})
+    assert build({"data": {"name": "número 數據"}}).data.name == "número 數據"
 
 
 @pytest.mark.parametrize("key", ["lvlm.path", "features.encoder"])

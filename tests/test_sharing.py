@@ -372,6 +372,9 @@ def test_what_is_there_is_not_overwritten_unasked(trained, lever):
 def test_arguments_of_export(trained, lever):
     assert lever("export", "alone").status == 0
     assert {path.name for path in (trained / "alone").iterdir()} == NAMES
+    for ckpt, epoch in (("latest", 4), (RUN / "grpo_epoch1.pt", 1)):
+        done = lever("export", RUN, "alone", "--overwrite", "--json", "--ckpt", ckpt)
+        assert done.json["checkpoint"] == f"{RUN}/grpo_epoch{epoch}.pt"
     for words, status, said in (
         ((), 2, "takes [RUN_DIR] DIR"),
         (("a", "b", "c"), 2, "takes [RUN_DIR] DIR"),

@@ -119,7 +119,7 @@ def test_a_changed_evaluation_image_leaves_rollouts_and_run_as_they_are(world):
     said, encoded, asked = world()
     assert (encoded, asked) == (["val"], 0)
     assert "is made again: the evaluation data has changed" in said
-    assert "rl_data" not in said.replace("generated_data", "")
+    assert "rl_data_MixSampler_vlm.json is made again" not in said
 
 
 def test_a_changed_evaluation_image_is_asked_about_again_and_no_other(world):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from helpers import RUN, SMALL, clean_environment, files_in
+from test_groups import DATA
 
 from lever_lm import status as status_module
 from lever_lm.journal import table_header, table_row
@@ -170,6 +171,22 @@ def test_rollouts_of_the_users_own_are_not_being_made(lever, tmp_path):
         left = {"pid": 2**22 + 5, "host": "elsewhere", "command": command}
         (tmp_path / RUN / LOCK).write_text(json.dumps(left))
         assert lever("status", "--json").json["phase"] == phase
+
+
+def test_a_run_on_rollouts_of_the_users_own_names_their_file(lever, tmp_path):
+    shutil.copy(DATA / "small_edge_cases.json", tmp_path / "own.json")
+    own = ("--rl-data", "own.json", "--embeddings", DATA / "small_embeddings.safetensors")
+    few = ("--rce-epochs", "1", "--grpo-epochs", "1", "--set", "policy.hidden_dim=8")
+    for where, folder in (((), RUN), (("--run-dir", "runs/mine"), Path("runs/mine"))):
+        done = lever("train", *own, *few, *where)
+        assert done.status == 0, done.err
+        found = lever("status", folder, "--json").json
+        assert found["state"] == "finished"
+        assert found["rollouts"] == {"path": str(tmp_path / "own.json"), "exists": True}
+        assert f"  rollouts    {tmp_path / 'own.json'}" in lever("status", folder).out
+    assert lever("status", "--json").json["rollouts"] == found["rollouts"]
+    (tmp_path / "own.json").unlink()
+    assert f"  rollouts    {tmp_path / 'own.json'}, which is not there" in lever("status").out
 
 
 def test_while_the_speed_of_grpo_is_unknown_what_is_left_of_rce_is_told(trained, lever):

@@ -284,7 +284,7 @@ def test_the_screen_tells_what_was_read(lever, tmp_path):
     done = lever("train", "--rl-data", DATA / "small_edge_cases.json", "--embeddings", EMBEDDINGS, *QUICK)
     read = read_groups(DATA / "small_edge_cases.json", RewardConfig())
     assert read.summary() in done.err
-    assert "19 groups, 246 rollouts (27 of them by row, the older layout), pools of" in done.err
+    assert "19 groups of 20 queries, 246 rollouts (27 of them by row, the older layout), pools of" in done.err
     assert "training on 15 groups, validating on 4" in done.err
 
 
@@ -722,8 +722,8 @@ def classic(**settings) -> PromptConfig:
 def test_the_classic_prompt_in_one_turn(processor):
     assert rendered(processor, [FIRST, SECOND], QUERY, classic()) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n"
-        f"{VISION}Question:is it even? Short answer:no"
         f"{VISION}Question:what digit is it? Short answer:three"
+        f"{VISION}Question:is it even? Short answer:no"
         f"{VISION}Question:which comes next? Short answer:<|im_end|>\n<|im_start|>assistant\n"
     )
 

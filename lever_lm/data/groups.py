@@ -48,7 +48,7 @@ class Group:
 class RolloutFile:
     """What was read of a rollout file: its groups, the ids of all queries in it, those of dropped ones too, and how
     many rollouts are of the `older` layout, `right` of those `judged`, `unevaluated`, without a score and so `dropped`,
-    or `zeroed`, that is counted as if it were 0."""
+    or `zeroed`, that is counted as if it were 0, of those `scored`."""
 
     path: Path
     groups: list[Group]
@@ -69,7 +69,10 @@ class RolloutFile:
             "zeroed": "have no vqa_gt_prob, which counts as 0 (reward.missing)",
         }
         more = [f"{self.counts[name]} {what}" for name, what in left_out.items() if self.counts[name]]
-        parts = [f"{len(self.groups)} groups, {rollouts} rollouts ({layout}), {pools}, {right}", *more]
+        groups = f"{len(self.groups)} groups"
+        if len(self.groups) < len(self.query_ids):
+            groups += f" of {len(self.query_ids)} queries"
+        parts = [f"{groups}, {rollouts} rollouts ({layout}), {pools}, {right}", *more]
         return f"rollouts: {self.path}: {'; '.join(parts)}"
 
 
@@ -103,8 +106,8 @@ def read_groups(path: str | Path, config: RewardConfig) -> RolloutFile:
     """As `load_groups`, with what there is to be said of the file; of the first `max_groups` queries by id alone."""
     check_reward_mode(config.mode)
     content = read_rollouts(path)
-    ids = sorted(int(key) for key in content if is_query(key))
-    chosen = set(ids[: config.max_groups or None])
+    ids = query_ids(content, config.max_groups)
+    chosen = set(ids)
     groups, counts = [], Counter()
     for key, entry in content.items():
         if not is_query(key) or int(key) not in chosen:
@@ -113,17 +116,18 @@ def read_groups(path: str | Path, config: RewardConfig) -> RolloutFile:
         evaluated = _evaluated(entry, config.skip_fallback, where)
         kept = [(i, t) for i, t in evaluated if _is_scored(t, config, counts, f"{where}, trajectory {i}")]
         counts["unevaluated"] += len(entry["pointer_candidates"]) - len(evaluated)
+        counts["scored"] += len(kept)
         if not kept or (config.require_positive and not any(t.get("vqa_correct") == 1 for _, t in kept)):
             continue
         pool, sequences = _pool_and_sequences(entry, kept, counts, where)
         rewards = [trajectory_reward(t, config, f"{where}, trajectory {i}") for i, t in kept]
         groups.append(Group(int(key), pool, sequences, rewards, [i for i, _ in kept]))
-        known = [t for _, t in kept if (t.get("vqa_correct"), t.get("vqa_acc_score")) != (None, None)]
-        counts["judged"] += len(known)
-        counts["right"] += sum((t.get("vqa_correct") or t.get("vqa_acc_score") or 0) > 0 for t in known)
-    if counts["zeroed"] and counts["zeroed"] == sum(len(group.sequences) for group in groups):
+        marks = [t.get("vqa_correct") if t.get("vqa_correct") is not None else t.get("vqa_acc_score") for _, t in kept]
+        counts["judged"] += sum(mark is not None for mark in marks)
+        counts["right"] += sum(mark is not None and mark > 0 for mark in marks)
+    if counts["zeroed"] and counts["zeroed"] == counts["scored"]:
         raise LeverError(f"{path}: no rollout has a vqa_gt_prob, which reward.mode={config.mode} needs")
-    return RolloutFile(Path(path), groups, sorted(chosen), counts)
+    return RolloutFile(Path(path), groups, ids, counts)
 
 
 def split_ids(query_ids: list[int]) -> tuple[set[int], set[int]]:
@@ -131,6 +135,11 @@ def split_ids(query_ids: list[int]) -> tuple[set[int], set[int]]:
     ordered = sorted(query_ids)
     cut = int(0.8 * len(ordered))
     return set(ordered[:cut]), set(ordered[cut:])
+
+
+def query_ids(content: dict, most: int = 0) -> list[int]:
+    """The query ids of a rollout file's content, sorted; the first `most` of them, all for 0."""
+    return sorted(int(key) for key in content if is_query(key))[: most or None]
 
 
 def is_query(key: str) -> bool:
@@ -182,7 +191,7 @@ def _is_scored(trajectory: dict, config: RewardConfig, counts: Counter, where: s
         counts["zeroed"] += 1
         return True
     # What was found otherwise has no InfoScore, in any file.
-    if config.missing != "drop" and config.mode != "infoscore":
+    if config.missing != "drop" and "infoscore" not in lacking:
         raise LeverError(
             f"{where} has no {' and no '.join(lacking)}, which reward.mode={config.mode} needs"
             f"{' with reward.require_positive' if config.require_positive else ''}: score it, choose a reward.mode "

@@ -38,7 +38,8 @@ def official(folder: Path) -> Target:
         (folder / name).mkdir()
         for i in range(3):
             Image.new("RGB", (8, 8)).save(folder / name / f"COCO_{name}_{i:012d}.jpg")
-        questions_file(folder, split).write_bytes(contents[0])
+        # A question is of one split.
+        questions_file(folder, split).write_bytes(contents[0].replace(b"What", b"Which" if split == "val" else b"What"))
         annotations_file(folder, split).write_bytes(contents[1])
     strict = DataConfig("x", str(folder), str(folder))
     lenient = DataConfig("x", str(folder), str(folder), skip_bad_examples=True)
@@ -94,7 +95,7 @@ def parquet(folder: Path) -> Target:
         written([{**row, "answers": [{"answer": "cat"}], "image_id": 5} for row in rows], compression="none"),
     ]
     (folder / "data").mkdir()
-    (folder / "data" / "val.parquet").write_bytes(seeds[0])
+    (folder / "data" / "val.parquet").write_bytes(written([{**row, "question": "Which?"} for row in rows]))
     train, config = folder / "data" / "train.parquet", DataConfig("x", str(folder / "data"), str(folder / "data"))
 
     def parse(content: bytes) -> None:

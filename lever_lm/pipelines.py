@@ -1,0 +1,155 @@
+"""From the options of a command to the pipeline that it works with: one that makes something new, or that of a run."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lever_lm.errors import LeverError, UsageError
+from lever_lm.options import Common, named_yamls, option_values, show_places
+
+_KINDS = ("dataset", "lvlm", "sampler", "recipe")
+
+
+def make_pipeline(common: Common, flags: dict | None = None, run_dir: Path | None = None, from_run: Path | None = None):
+    """The pipeline of a command line that makes something: named YAMLs < --config < environment < --set < flags. The
+    config of the run folder `from_run` stands in the place of the first two."""
+    from lever_lm.pipeline import Pipeline
+    from lever_lm.settings import Layer
+
+    screen, run_name = _screen(common), common.run_name
+    if from_run is None:
+        made = _layers(common, flags)
+    else:
+        base = _repeated(from_run, {kind: getattr(common, kind) for kind in (*_KINDS, "config")})
+        made = _layers(common, flags, dict.fromkeys(_KINDS), base=Layer("base", base))
+        run_name = run_name or f"{from_run.resolve().name}_repeat"
+    config = _config_of(made, screen)
+    return _shown(common, Pipeline(config, screen, results=common.results, run_name=run_name, run_dir=run_dir))
+
+
+def pipeline_of_run(
+    common: Common,
+    flags: dict | None = None,
+    *,
+    run_dir: Path | None = None,
+    find: Callable[[Path, Any], tuple[Path, str]] | None = None,
+):
+    """The pipeline of a command on a run: the run's own config, and over it what the command line says. Where there is
+    none, that of the command line alone.
+
+    run_dir: the run's folder; by default the one that the options name. find: (run folder, its Layout) → the checkpoint
+    that is used and why, for a command that uses one: the config beside it counts. With --dry-run none need be there.
+    """
+    from lever_lm.beside import layers_beside, locate, values_of
+    from lever_lm.pipeline import Pipeline
+    from lever_lm.runs import RunFolder
+    from lever_lm.settings import file_layer
+
+    file = None if common.config is None else file_layer(common.config)
+    made = _layers(common, flags, file=file)
+    layout, folder = _named_run(common, made, file)
+    run = RunFolder(run_dir or folder)
+    values, named = values_of(run) if find is None else {}, run.path
+    if find is not None:
+        try:
+            named, _ = find(run.path, layout)
+            values = locate(named)[2]
+        except LeverError:
+            if not common.dry_run:
+                raise
+    if values:
+        names = {kind: getattr(common, kind) for kind in _KINDS}
+        made = layers_beside(values, named, names, file, common.set_ or [], _spelt(common, flags))
+    screen = _screen(common)
+    where = {"results": common.results, "run_name": common.run_name, "run_dir": run_dir}
+    pipeline = Pipeline(_config_of(made, screen), screen, **where)
+    pipeline.run = run
+    if values:
+        screen.detail(f"the setting is that of {named}")
+    return _shown(common, pipeline)
+
+
+def run_paths(common: Common) -> tuple[Any, Path]:
+    """The Layout of a command line and the folder of the run that it names, for a command that needs no pipeline: that
+    would load torch."""
+    from lever_lm.settings import file_layer
+
+    file = None if common.config is None else file_layer(common.config)
+    return _named_run(common, _layers(common, file=file), file)
+
+
+def _named_run(common: Common, made, file) -> tuple[Any, Path]:
+    """The Layout that layers give, and the folder of the run that the options name. A --run-name without a folder where
+    no option names a dataset is that of the only dataset that has such a run. Raises UsageError where several have."""
+    from lever_lm.runs import Layout
+    from lever_lm.settings import build, combined
+
+    layout = Layout(build(combined(made.found)), common.results, common.run_name)
+    named = common.dataset or (file and "data" in file.values)
+    named = named or any(item.startswith(("data.", "data=")) for item in common.set_ or [])
+    if common.run_name is None or named or layout.run.is_dir():
+        return layout, layout.run
+    found = sorted(path for path in common.results.glob("*/model_cpk/*") if path.name == common.run_name)
+    if len(found) > 1:
+        folders = ", ".join(map(str, found))
+        raise UsageError(f"--run-name {common.run_name} is a run of {len(found)} datasets ({folders}): add --dataset")
+    return layout, found[0] if found else layout.run
+
+
+def _screen(common: Common):
+    from lever_lm.console import Screen
+
+    quiet = common.quiet and not common.dry_run  # a plan is what was asked for
+    return Screen(to_stderr=common.json_, quiet=quiet, verbose=common.verbose)
+
+
+def _spelt(common: Common, flags: dict | None) -> dict[str, dict]:
+    return {**option_values(common), **({"flags": flags} if flags else {})}
+
+
+def _layers(common: Common, flags: dict | None = None, names: dict | None = None, file=None, **base):
+    """The layers of a command line; its YAMLs, the default dataset and LVLM among them, unless `names` are given. file:
+    what was read from --config, which is read else."""
+    from lever_lm.settings import layers
+
+    _check_run_name(common.run_name)
+    config = None if base else file or common.config
+    return layers(names or named_yamls(common), config, common.set_ or [], _spelt(common, flags), **base)
+
+
+def _config_of(made, screen):
+    """The config of layers; variables of the environment that count, or would, are said."""
+    from lever_lm.settings import build, combined
+
+    config = build(combined(made.found))
+    for variable in made.in_effect:
+        screen.say(f"from the environment: {variable}")
+    for variable in made.passed_over:
+        screen.say(f"passed over: {variable}")
+    return config
+
+
+def _shown(common: Common, pipeline):
+    """With --verbose: say versions and places."""
+    if common.verbose and not common.dry_run:
+        from lever_lm.provenance import versions
+
+        found = ", ".join(f"{name} {number or 'none'}" for name, number in versions().items())
+        pipeline.screen.detail(f"versions: {found}")
+        show_places(pipeline)
+    return pipeline
+
+
+def _check_run_name(name: str | None) -> None:
+    if name is not None and (name.startswith(".") or Path(name).name != name):
+        raise UsageError(f"--run-name takes a folder name, found {name!r}")
+
+
+def _repeated(run: Path, given: dict) -> dict:
+    """The config of a run that is to be made again. Raises UsageError for options that would only seem to change it."""
+    from lever_lm.provenance import config_of
+    from lever_lm.runs import RunFolder
+
+    if extra := [f"--{name}" for name, value in given.items() if value is not None]:
+        raise UsageError(f"--from-run brings its own config: change single keys with --set, without {', '.join(extra)}")
+    return config_of(RunFolder(run))

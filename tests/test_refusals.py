@@ -1,0 +1,121 @@
+"""A command that is refused changes nothing: every byte below the folder is as it was before."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers import RUN, SMALL, files_in, run_here, small_digits
+
+from lever_lm.checkpoint import load_torch, save_torch
+
+
+def bytes_in(folder: Path) -> dict[str, bytes]:
+    # One process runs all of these commands, and keeps the digests that an earlier one found out.
+    return {name: (folder / name).read_bytes() for name in files_in(folder) if not name.endswith("cache/digests.json")}
+
+
+@pytest.fixture
+def prepared(trained, tmp_path):
+    """A folder with a trained run, and files that commands refuse."""
+    (tmp_path / "bad.yaml").write_text("grpo: {epochz: 3}\n")
+    (tmp_path / "bad.json").write_text("{")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken/notes.txt").write_text("mine")
+    other = small_digits(tmp_path / "other", train=70, val=6)
+    content = {"data": {"okvqa_path": str(other), "coco_path": str(other)}}
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(content))
+    return tmp_path
+
+
+REFUSED = [
+    ("train", *SMALL, "--config", "other.yaml"),  # other data
+    ("train", *SMALL, "--config", "other.yaml", "--set", "rollout.num_queries=24"),
+    ("train", *SMALL, "--seed", "4"),  # another config
+    ("train", *SMALL, "--sampler", "rand_sampler", "--run-name", RUN.name),
+    ("train", *SMALL, "--no-resume"),
+    ("train", *SMALL[:4], "--set", "grpo.epochs=010"),
+    ("train", *SMALL, "--config", "bad.yaml"),
+    ("train", *SMALL, "--config", "gone.yaml"),
+    ("train", *SMALL, "--rl-data", "bad.json"),
+    ("train", *SMALL, "--rl-data", "gone.json"),
+    ("train", *SMALL, "--rl-data", "gone.json", "--overwrite"),
+    ("train", *SMALL, "--rl-data", "bad.json", "--embeddings", "gone.pt", "--overwrite"),
+    ("train", *SMALL, "--embeddings", "gone.pt"),
+    ("train", *SMALL, "--set", "features.encoder=gone", "--overwrite"),
+    ("train", *SMALL, "--set", "reward.mode=gtprob_plus_soft", "--overwrite"),
+    ("train", "--from-run", RUN, "--run-name", RUN.name),
+    ("demo", "--run-name", RUN.name, "--limit", "24"),
+    ("demo", "--run-name", RUN.name, "--shots", "99"),
+    ("rollout", "--limit", "24", "--set", "lvlm.path=gone"),
+    ("rollout", "--limit", "24", "--set", "data.okvqa_path=gone"),
+    ("infer", "--ckpt", "gone.pt"),
+    ("infer", "--ckpt", "bad.json"),
+    ("infer", "--shots", "99"),
+    ("infer", "--icds", "bad.json"),
+    ("infer", "--icds", "gone.json"),
+    ("infer", "--run-name", "none"),
+    ("infer", "--features", "query_img_icd_img"),
+    ("infer", "--set", "lvlm.path=gone"),
+    ("pick", "--image", "bad.json", "--question", "why?"),
+    ("convert", "bad.json"),
+    ("convert", RUN / "grpo_epoch4.pt", "--output", RUN / "grpo_epoch4.pt"),
+    ("convert", RUN / "grpo_epoch4.pt", "--output", "file/x.ckpt"),
+    ("convert", "--to", "v4"),
+    ("export", RUN, "taken"),
+    ("export", RUN, "file"),
+    ("export", RUN, "new", "--license", "my own"),
+    ("export", "none", "new"),
+    ("best-ckpt", "--strategy", "best"),
+    ("best-ckpt", "--log", "bad.json"),
+    ("best-ckpt", "none"),
+    ("report", "none"),
+    ("report", "--png", "file"),
+    ("report", RUN, RUN),
+    ("report", "--output", "file/page.html"),
+    ("status", "--run-name", "none"),
+    ("doctor", "--set", "data.okvqa_path=gone"),
+]
+
+
+@pytest.mark.parametrize("words", REFUSED, ids=lambda words: " ".join(map(str, words)))
+def test_a_refused_command_changes_nothing(prepared, words):
+    before = bytes_in(prepared)
+    done = run_here(*words, cwd=prepared)
+    assert done.status in (1, 2), done.err
+    assert bytes_in(prepared) == before
+
+
+@pytest.mark.parametrize("broken", ["inputs", "weights", "rows"])
+def test_a_run_that_cannot_go_on_stays_as_it_was(prepared, broken):
+    state = load_torch(prepared / RUN / "state.pt")
+    if broken == "inputs":
+        state["inputs"]["rollouts"] = "others"
+    elif broken == "rows":
+        state["rows"] = []
+    else:
+        state["policy"].popitem()
+    save_torch(prepared / RUN / "state.pt", state)
+    config = yaml.safe_load((prepared / RUN / "config.yaml").read_text())
+    before = bytes_in(prepared)
+    words = ("train", *SMALL[:4], "--grpo-epochs", "6")  # goes on otherwise
+    assert config["grpo"]["epochs"] == 4
+    done = run_here(*words, cwd=prepared)
+    assert done.status == 1, done.err
+    assert bytes_in(prepared) == before
+
+
+def test_other_rollouts_leave_the_run_as_it_was(prepared):
+    (path,) = (prepared / "results/digits/generated_data").glob("*.json")
+    content = json.loads(path.read_text())
+    shutil.copy(path, prepared / "copy.json")
+    key = next(key for key in content if key != "_meta")
+    del content[key]
+    (prepared / "fewer.json").write_text(json.dumps(content))
+    before = bytes_in(prepared)
+    done = run_here("train", *SMALL, "--rl-data", "fewer.json", cwd=prepared)
+    assert done.status == 1
+    assert "the rollouts of the run" in done.err
+    assert bytes_in(prepared) == before
