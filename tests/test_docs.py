@@ -157,8 +157,7 @@ def script_exists(words: list[str]) -> None:
         subprocess.run(["bash", "-n", str(path)], check=True)
     elif path.name != "build_commands.py":
         said = re.findall(r"--[\w-]+", usage(path))
-        own = words[: words.index("--")] if "--" in words else words  # what follows is for `lever`
-        unknown = [word for word in own if word.startswith("--") and word not in said]
+        unknown = [word for word in words if word.startswith("--") and word not in said]
         assert not unknown, f"{path.name} has no {unknown}"
     if "-m" in words:
         assert f"{words[-1]}:" in (CHECKOUT / "pyproject.toml").read_text()
