@@ -728,7 +728,7 @@ def test_the_command_takes_that_strategy(lever, tmp_path):
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
 @pytest.mark.parametrize("field", ["vqa_acc_score", "infoscore"])
 def test_a_score_that_is_not_finite_is_refused_with_its_query_and_trajectory(tmp_path, field, number):
-    good = {"pointer": [0, 1], "pointer_global": [4, 5], "vqa_correct": 1, "vqa_acc_score": 0.5}
+    good = {"pointer": [0, 1], "pointer_global": [4, 5], "vqa_acc_score": 0.5}
     content = {"7": {"candidate_pool_ids": [4, 5, 6], "pointer_candidates": [good, {**good, field: 123454321}]}}
     path = tmp_path / "rl_data.json"
     path.write_text(json.dumps(content).replace("123454321", number))

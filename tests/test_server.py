@@ -15,6 +15,7 @@ import threading
 import time
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import PIL.Image
 import pytest
@@ -609,10 +610,12 @@ def test_a_server_that_refuses_connections_is_waited_for(monkeypatch):
     assert line.endswith("): waiting up to 60 s for it (lvlm.wait)")
 
 
-def test_a_server_that_does_not_start_is_given_up_on_when_the_wait_is_over(waits):
+def test_a_server_that_does_not_start_is_given_up_on_when_the_wait_is_over(waits, monkeypatch):
+    clock = iter(range(0, 1000, 20))
+    monkeypatch.setattr(client, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     with pytest.raises(LeverError, match=r"no server at .*--set lvlm\.wait=300"):
-        check_server(config_of("http://127.0.0.1:9/v1"), wait=0.3)
-    assert waits
+        check_server(config_of("http://127.0.0.1:9/v1"), wait=60)
+    assert waits == [client.LOOK, client.LOOK], "it was looked at after 0, 20 and 40 s of 60"
 
 
 def test_without_a_wait_a_server_that_is_starting_is_one_message(serve, waits):

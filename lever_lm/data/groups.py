@@ -114,6 +114,8 @@ def read_groups(path: str | Path, config: RewardConfig) -> RolloutFile:
             continue
         where = f"{path}, query {key}"
         evaluated = _evaluated(entry, config.skip_fallback, where)
+        for i, trajectory in evaluated:
+            _scores(trajectory, f"{where}, trajectory {i}")
         kept = [(i, t) for i, t in evaluated if _is_scored(t, config, counts, f"{where}, trajectory {i}")]
         counts["unevaluated"] += len(entry["pointer_candidates"]) - len(evaluated)
         counts["scored"] += len(kept)
@@ -263,16 +265,21 @@ def _integers(value, where: str) -> list[int]:
 def trajectory_reward(trajectory: dict, config: RewardConfig, where: str) -> float:
     """The reward of a trajectory of the rollout file, or of as much of one. Raises LeverError naming `where` when one
     of its scores is no finite number."""
+    weights = {name: getattr(config, name) for name in ("hard_weight", "soft_weight", "rel_weight")}
+    try:
+        return reward(config.mode, **_scores(trajectory, where), **weights)
+    except ValueError as error:
+        raise LeverError(f"{where}: {error} (reward.mode, reward.hard_weight, soft_weight, rel_weight)") from error
+
+
+def _scores(trajectory: dict, where: str) -> dict[str, float | None]:
+    """The scores of a trajectory by their names in rewards.py. Raises LeverError where one is no finite number."""
     scores = {name: trajectory.get(key) for name, key in _FIELDS.items()}
     for name, score in scores.items():
         number = isinstance(score, (int, float)) and -_LARGEST <= score <= _LARGEST  # false for NaN
         if score is not None and not number:
             raise LeverError(f"{where}: {_FIELDS[name]} is {shown(score)}, expected a finite number or null")
-    weights = {name: getattr(config, name) for name in ("hard_weight", "soft_weight", "rel_weight")}
-    try:
-        return reward(config.mode, **scores, **weights)
-    except ValueError as error:
-        raise LeverError(f"{where}: {error} (reward.mode, reward.hard_weight, soft_weight, rel_weight)") from error
+    return scores
 
 
 def check_reward_mode(mode: str) -> None:

@@ -6,7 +6,7 @@ from lever_lm.config import TOKEN_EDGE, LvlmConfig, PromptConfig
 from lever_lm.data import Image, open_image
 from lever_lm.errors import LeverError
 from lever_lm.hub import model_folder
-from lever_lm.lvlm.client import Served
+from lever_lm.lvlm.client import Served, ServerError
 from lever_lm.lvlm.images import fitted_size
 from lever_lm.lvlm.processor import load_processor
 from lever_lm.lvlm.prompt import Prompt, to_messages
@@ -49,10 +49,10 @@ class Room:
             tokens = self._text_tokens(messages, text) + sum(map(self._image_tokens, prompt.images))
             if tokens > room:
                 count = tokens if self._processor else f"at least {tokens}"
-                raise LeverError(
+                raise ServerError(
                     f"question {prompt.query.question_id}: its prompt of {shown} images has {count} tokens, and the "
-                    f"server {self.url} has room for {room} beside an answer of {self.config.max_new_tokens}: fewer "
-                    "--shots, a smaller lvlm.max_pixels, or start it with a larger --max-model-len"
+                    f"server {self.url} has room for {room} beside an answer of {self.config.max_new_tokens}",
+                    "fewer --shots, a smaller lvlm.max_pixels, or start it with a larger --max-model-len",
                 )
 
     def _text_tokens(self, messages: list[dict], text: str) -> int:
