@@ -41,6 +41,10 @@ class Digests:
         self._file = file
         self._load()
 
+    def keep_nothing(self) -> None:
+        """Write no file from now on: a dry run leaves everything as it is."""
+        self._file = None
+
     @contextlib.contextmanager
     def kept(self, shards: Shards, track: Track = untracked) -> Iterator[None]:
         """Keep what is found out in the block: by the leader of a job, in whose turn the others then find it. `track`

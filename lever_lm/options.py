@@ -230,11 +230,13 @@ def planned(
     import yaml
 
     from lever_lm.config import to_dict
+    from lever_lm.digests import DIGESTS
     from lever_lm.doctor import ALL, examine
     from lever_lm.planning import as_json, in_all, make_plan
     from lever_lm.provenance import own_files
     from lever_lm.runs import RunFolder
 
+    DIGESTS.keep_nothing()
     layout, places = pipeline.layout, _places(pipeline)
     for line in yaml.safe_dump(to_dict(pipeline.config), sort_keys=False).splitlines():
         pipeline.screen.say(line)

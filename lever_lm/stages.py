@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from lever_lm.config import fingerprint
 
 # Raise a stage's number when the same inputs would give another result than before: what it made is made again.
-CODE = {"features": 1, "vision": 1, "answers": 2, "rollouts": 3, "training": 2, "inference": 2}
+CODE = {"features": 2, "vision": 2, "answers": 2, "rollouts": 3, "training": 2, "inference": 2}
 
 _WHOLE = "fingerprint"  # of all parts, in the same mapping
 
