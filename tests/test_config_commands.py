@@ -1,13 +1,16 @@
 """`lever config`, and what shells are offered: where each value comes from, what differs, what can go on."""
 
+import ast
 import json
 import os
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import yaml
 from helpers import RUN, clean_environment, files_in, run_lever
+from pages import CHECKOUT
 
 from lever_lm.config import Config, to_dict
 from lever_lm.config_views import flat, key_docs
@@ -115,6 +118,15 @@ def test_docs_are_the_comments_of_the_dataclasses(lever):
     lines = [line.strip() for line in out.splitlines()]
     assert lines[lines.index(f"# {docs['grpo.top_k']}") + 1].startswith("top_k: []")
     assert to_dict(build(yaml.safe_load(out))) == lever("config", "show", "--json").json["config"]
+
+
+def test_no_comment_of_a_field_is_lost_on_the_way_to_the_docs():
+    source = (CHECKOUT / "lever_lm/config.py").read_text(encoding="utf-8")
+    fields = [node for cls in ast.parse(source).body if isinstance(cls, ast.ClassDef) for node in cls.body]
+    spans = [(node.target.id, node.lineno, node.end_lineno) for node in fields if isinstance(node, ast.AnnAssign)]
+    lines = source.splitlines()
+    commented = [name for name, start, end in spans if any("#" in line for line in lines[start - 1 : end])]
+    assert Counter(commented) == Counter(key.rpartition(".")[2] for key in key_docs() if key in all_keys())
 
 
 def test_what_cannot_be_shown_is_refused_in_one_line(lever, a_run):
