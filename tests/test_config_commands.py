@@ -1,5 +1,7 @@
 """`lever config`, and what shells are offered: where each value comes from, what differs, what can go on."""
 
+import ast
+import dataclasses
 import json
 import os
 import subprocess
@@ -9,7 +11,7 @@ import pytest
 import yaml
 from helpers import RUN, clean_environment, files_in, run_lever
 
-from lever_lm.config import Config, to_dict
+from lever_lm.config import PACKAGE, Config, to_dict
 from lever_lm.config_views import flat, key_docs
 from lever_lm.selection import STRATEGIES
 from lever_lm.settings import all_keys, build
@@ -103,6 +105,21 @@ def test_the_docs_are_the_same_where_python_leaves_docstrings_out(lever, tmp_pat
     done = subprocess.run(command, cwd=tmp_path, env=clean_environment(), capture_output=True, text=True, timeout=60)
     assert "# CLIP embeddings of queries and candidates.\n" in done.stdout
     assert done.stdout == lever("config", "show", "--docs").out
+
+
+def test_every_comment_of_a_field_is_its_help():
+    source, docs = (PACKAGE / "config.py").read_text(encoding="utf-8"), key_docs()
+    sections = {
+        one.type.__name__: f"{one.name}." for one in dataclasses.fields(Config) if dataclasses.is_dataclass(one.type)
+    }
+    classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
+    assert sections.keys() < {node.name for node in classes}
+    for node in classes:
+        for item in node.body:
+            if isinstance(item, ast.AnnAssign) and node.name in sections:
+                written = "\n".join(source.splitlines()[item.lineno - 1 : item.end_lineno])
+                key = sections[node.name] + item.target.id
+                assert ("  # " in written) == (key in docs), key
 
 
 def test_docs_are_the_comments_of_the_dataclasses(lever):
