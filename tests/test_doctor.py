@@ -17,7 +17,7 @@ from lever_lm.config import LvlmConfig, asset_path
 from lever_lm.errors import LeverError
 from lever_lm.features import ClipEncoder
 from lever_lm.hub import parameter_count
-from lever_lm.lvlm.needs import GIB, memory_needed
+from lever_lm.model_checks import GIB, memory_needed
 from lever_lm.settings import resolve
 
 REAL = ("--dataset", "okvqa_local", "--lvlm", "qwen2.5_vl_3B")
