@@ -23,8 +23,8 @@ from lever_lm.inference import BASELINES, Evaluation, Outcome, compare, rows_of_
 from lever_lm.locks import alone
 from lever_lm.pipeline import Pipeline
 from lever_lm.plots import check_plots, write_plots
-from lever_lm.provenance import command_line, read_environment
-from lever_lm.report import Evaluated, last_evaluation, others_settings, write_report
+from lever_lm.provenance import command_line, recorded
+from lever_lm.report import Evaluated, evaluations, last_evaluation, write_report
 from lever_lm.runs import LOCK, RunFolder, inference_folder, lvlm_name
 from lever_lm.stages import CODE
 
@@ -98,8 +98,7 @@ def _changed(pipeline: Pipeline, checkpoint: Path | None, data: VqaData) -> dict
     trained in, and whether the data are others than the run's of that name."""
     run = pipeline.run if checkpoint is None else RunFolder(checkpoint.parent)
     changed = changes_of_run(run, pipeline.config) if checkpoint is None else changes(checkpoint, pipeline.config)
-    fingerprints = read_environment(run).get("fingerprints")
-    there = fingerprints.get("data") if isinstance(fingerprints, dict) else None
+    there = recorded(run, "fingerprints").get("data")
     if isinstance(there, str) and there != data.fingerprint and "data.name" not in changed:
         changed["data"] = {"run": there, "here": data.fingerprint}
     return changed
@@ -263,9 +262,9 @@ def report(
         raise LeverError(f"no results in {pipeline.inference}: run `lever infer --baselines` or `lever demo` first")
     if main.inference is not None:
         pipeline.screen.say(f"results: {main.inference} (the last evaluation with baselines; without any, the last)")
-    if left_out := others_settings(pipeline.inference):
+    if left_out := sorted(folder.name for folder in evaluations(pipeline.inference, own=False)):
         pipeline.screen.say(
-            f"left out: {', '.join(folder.name for folder in left_out)}: not the run's own setting (metrics.json says "
+            f"left out: {', '.join(left_out)}: not the run's own setting (metrics.json says "
             "what was changed), or evaluated by lever_lm 0.1, which did not say: `lever infer` again"
         )
     beside = [Evaluated(RunFolder(path), last_evaluation(inference_folder(path))) for path in others]
