@@ -10,7 +10,7 @@ import yaml
 from lever_lm.config import PACKAGE, Config, to_dict
 from lever_lm.errors import LeverError, UsageError
 from lever_lm.runs import RunFolder
-from lever_lm.settings import Layer, all_keys, build, combined, configs_root, layers
+from lever_lm.settings import Layer, all_keys, build, combined, configs_root, file_layer, layers
 from lever_lm.untrusted import one_line, shown
 
 _FIELD = re.compile(r"    (\w+): [^#]*?(?:  # (.*))?")
@@ -82,8 +82,8 @@ def run_config(path: Path) -> Config:
         raise LeverError(f"{run.config}: {error}") from error
 
 
-def _layered(*arguments) -> list[Layer]:
-    return layers(*arguments).found
+def _layered(names, config_file: Path | None, *more) -> list[Layer]:
+    return layers(names, file_layer(config_file), *more).found
 
 
 def _view(name: str, *found: Layer) -> View:

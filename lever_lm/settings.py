@@ -273,22 +273,12 @@ ENVIRONMENT = {
 _PLACES = ("OKVQA_PATH", "VQAV2_PATH", "COCO_PATH")
 
 
-def environment_values(values: dict, environ=os.environ, over: dict | None = None) -> tuple[dict, list[str]]:
-    """Config values that the environment sets, and the variables in effect as NAME=value.
+def environment_values(values: dict, environ, over: dict, names=tuple(ENVIRONMENT)) -> dict[str, dict]:
+    """Return each variable in effect, of `names`, with the nested values that it sets over `values`.
 
-    `over`: values that win over the environment; a variable whose every value they set is not in effect. Paths of
-    local files leave the embedded dataset and the hub's copies alone. An empty variable is none. Raises UsageError on
-    a bad value.
+    `over`: values that win over the environment and are left out. Paths of local files leave the embedded dataset and
+    the hub's copies alone. An empty variable is none. Raises UsageError on a bad value.
     """
-    found, in_effect = {}, []
-    for name, set_to in _environment(values, environ, over or {}).items():
-        found = merge(found, set_to)
-        in_effect.append(f"{name}={environ[name]}")
-    return found, in_effect
-
-
-def _environment(values: dict, environ, over: dict, names=tuple(ENVIRONMENT)) -> dict[str, dict]:
-    """Of `names`, each variable in effect and the nested values that it sets, without those that `over` sets."""
     elsewhere = _paths_of_others(merge(values, over), environ)
     found = {}
     for name in names:
@@ -341,9 +331,9 @@ class Layer(NamedTuple):
     values: dict
 
 
-def file_layer(path: Path) -> Layer:
-    """What the file of --config sets. It may be a pipe, which can be read once."""
-    return Layer(str(path), read_yaml(path))
+def file_layer(path: Path | None) -> Layer | None:
+    """What the file of --config sets, if there is one. It may be a pipe, which can be read once."""
+    return None if path is None else Layer(str(path), read_yaml(path))
 
 
 class Layers(NamedTuple):
@@ -354,10 +344,14 @@ class Layers(NamedTuple):
     in_effect: list[str]
     passed_over: list[str]
 
+    def config(self) -> Config:
+        """The Config of the layers. Raises UsageError as `build` does."""
+        return build(combined(self.found))
+
 
 def layers(
     names: dict[str, str | None],
-    config_file: Path | Layer | None,
+    file: Layer | None,
     sets: list[str],
     options: dict[str, dict],
     base: Layer | None = None,
@@ -365,10 +359,9 @@ def layers(
 ) -> Layers:
     """What sets the config values of a command line.
 
-    names: kind → name of a YAML in configs/ (None to leave out); config_file: the file of --config, or what was read
-    from it; options: how an option is spelt → its nested values;
-    base: what wins over all but `sets` and `options`; run: the config of a run that is used, under all others. Of a run
-    a named YAML changes what it names alone, and the environment where its files are.
+    names: kind → name of a YAML in configs/ (None to leave out); file: of --config; options: how an option is spelt →
+    its nested values; base: what wins over all but `sets` and `options`; run: the config of a run that is used, under
+    all others. Of a run a named YAML changes what it names alone, and the environment where its files are.
     """
     found = [] if run is None else [run]
     for kind, name in names.items():
@@ -377,8 +370,7 @@ def layers(
             values = values if run is None else _of_kind(kind, values, run.values)
             found.append(Layer(f"configs/{kind}/{name}.yaml", values))
     places: dict = {}
-    if config_file is not None:
-        file = config_file if isinstance(config_file, Layer) else file_layer(config_file)
+    if file is not None:
         found.append(file)
         data = file.values.get("data")
         keys = ("okvqa_path", "coco_path", "train_path")
@@ -388,8 +380,8 @@ def layers(
     over += [Layer(option, values) for option, values in options.items()]
     known, above = combined(found), combined(over)
     variables = tuple(ENVIRONMENT) if run is None else _PLACES
-    wanted = _environment(known, os.environ, above, variables)
-    taken = _environment(known, os.environ, merge(places, above), variables)
+    wanted = environment_values(known, os.environ, above, variables)
+    taken = environment_values(known, os.environ, merge(places, above), variables)
     found += [Layer(name, values) for name, values in taken.items()]
     in_effect = [f"{name}={os.environ[name]}" for name in taken]
     passed = [f"{name}={os.environ[name]} (the folders are named by {file.source})" for name in wanted.keys() - taken]
@@ -425,11 +417,8 @@ def combined(found: list[Layer]) -> dict:
     return values
 
 
-def resolve(
-    names: dict[str, str | None], config_file: Path | None, sets: list[str], flags: dict, base: dict | None = None
-):
+def resolve(names: dict[str, str | None], config_file: Path | None, sets: list[str], flags: dict):
     """The Config of a command line, and the environment variables in effect as NAME=value: of `layers`, where `flags`
-    are the values of all options, and `base` nested values too."""
-    there = None if base is None else Layer("base", base)
-    made = layers(names, config_file, sets, {"options": flags}, there)
-    return build(combined(made.found)), made.in_effect
+    are the values of all options."""
+    made = layers(names, file_layer(config_file), sets, {"options": flags})
+    return made.config(), made.in_effect

@@ -151,9 +151,11 @@ def variables(folder: Path) -> Target:
     def parse(content: bytes) -> None:
         pairs = (line.partition("=") for line in argument(content).split("\n"))
         values = {"data": {"okvqa_path": "/data"}}
-        found, in_effect = environment_values(values, {name: text for name, _, text in pairs})
-        build(merge(values, found))
-        assert not STEERS & set(map(ord, printable("".join(in_effect))))
+        environ = {name: text for name, _, text in pairs}
+        for name, found in environment_values(values, environ, {}).items():
+            values = merge(values, found)
+            assert not STEERS & set(map(ord, printable(environ[name])))
+        build(values)
 
     examples = {int: "3", float: "0.5", str: "hard"}
     seeds = [f"{name}={examples.get(kind, 'true')}".encode() for name, (kind, _) in ENVIRONMENT.items()]
