@@ -4,6 +4,7 @@ which is all of it; and the page of a run.
 Under torchrun `infer` and `infer_icds` are calls of the whole job, as Pipeline.rollouts is.
 """
 
+import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -81,16 +82,16 @@ def _check_shots(pipeline: Pipeline, shots: Sequence[int]) -> None:
         raise UsageError(f"--shots {max(shots)} exceeds rollout.pool_size {size}")
 
 
-def planned_folder(pipeline: Pipeline, ckpt: str | None, icds: Path | None) -> Path:
+def planned_folder(pipeline: Pipeline, icds: Path | None) -> Path:
     """The folder that `infer` or `infer_icds` would write to; that of the run's inferences where there is no checkpoint
     yet, or the data cannot be read."""
-    try:
+    path = pipeline.checkpoint[0] if pipeline.checkpoint else None
+    with contextlib.suppress(LeverError):
         if icds is not None:
             return _folder_of_icds(pipeline, icds, _changed(pipeline, None, load_dataset(pipeline.config.data)))
-        path, _ = find_checkpoint(pipeline.run, ckpt, dict(os.environ))
-        return _folder_for(pipeline, path, _changed(pipeline, path, load_dataset(pipeline.config.data)))
-    except LeverError:
-        return pipeline.inference
+        if path is not None:
+            return _folder_for(pipeline, path, _changed(pipeline, path, load_dataset(pipeline.config.data)))
+    return pipeline.inference
 
 
 def _changed(pipeline: Pipeline, checkpoint: Path | None, data: VqaData) -> dict[str, dict]:
