@@ -122,25 +122,22 @@ def _folder_for(pipeline: Pipeline, checkpoint: Path, changed: dict[str, dict]) 
     when it is used with another LVLM or under another setting than it was trained in."""
     path = checkpoint.resolve()
     name = (path.stem if path.is_file() else path.name).removesuffix("_v2format")
-    return pipeline.layout.inference.with_name(path.parent.name) / f"{name}{_apart(pipeline, changed)}"
+    apart = _apart(pipeline, changed, with_lvlm="lvlm.path" in changed)
+    return pipeline.layout.inference.with_name(path.parent.name) / f"{name}{apart}"
 
 
 def _folder_of_icds(pipeline: Pipeline, path: Path, changed: dict[str, dict]) -> Path:
     # The default run's name holds the LVLM's already.
-    with_lvlm = f"_with_{lvlm_name(pipeline.config.lvlm.path)}" if pipeline.layout.run_name else ""
-    others = {key: pair for key, pair in changed.items() if key != _LVLM}
-    return pipeline.layout.inference / f"icds_{path.stem}{with_lvlm}{_apart(pipeline, others)}"
+    apart = _apart(pipeline, changed, with_lvlm=bool(pipeline.layout.run_name))
+    return pipeline.layout.inference / f"icds_{path.stem}{apart}"
 
 
-_LVLM = "lvlm.path"
-
-
-def _apart(pipeline: Pipeline, changed: dict[str, dict]) -> str:
-    """What the name of a folder has in the end where the setting is not the run's own: the LVLM, and a fingerprint of
-    the other keys' values, which are in its metrics.json."""
-    others = {key: pair["here"] for key, pair in changed.items() if key != _LVLM}
-    with_lvlm = f"_with_{lvlm_name(pipeline.config.lvlm.path)}" if _LVLM in changed else ""
-    return with_lvlm + (f"_changed_{fingerprint(others)[:8]}" if others else "")
+def _apart(pipeline: Pipeline, changed: dict[str, dict], *, with_lvlm: bool) -> str:
+    """The end of a folder's name where the setting is not the run's own: the LVLM, and a fingerprint of the other keys'
+    values, which are in its metrics.json."""
+    others = {key: pair["here"] for key, pair in changed.items() if key != "lvlm.path"}
+    named = f"_with_{lvlm_name(pipeline.config.lvlm.path)}" if with_lvlm else ""
+    return named + (f"_changed_{fingerprint(others)[:8]}" if others else "")
 
 
 def _setting(pipeline: Pipeline) -> str:

@@ -16,7 +16,7 @@ from lever_lm.provenance import PACKAGES, recorded
 from lever_lm.report.results import evaluations, read_metrics
 from lever_lm.runs import RunFolder, inference_folder
 from lever_lm.settings import build
-from lever_lm.untrusted import is_epoch, read_object
+from lever_lm.untrusted import is_epoch
 
 _LONGEST = 200  # characters of a version or a fingerprint
 _ADVICE = re.compile(r"(, chosen when|; best\.json names).*", re.DOTALL)  # of find_checkpoint, to the run's owner
@@ -104,13 +104,10 @@ def _evaluated(run: RunFolder, policy: PointerSelector) -> dict | None:
     digest = policy_digest(policy)
     for folder in evaluations(inference_folder(run.path)):
         try:
-            found, raw = read_metrics(folder / "metrics.json"), read_object(folder / "metrics.json")
+            found = read_metrics(folder / "metrics.json")
         except LeverError:
             continue
-        policies = raw.get("policies")
-        policies = policies if isinstance(policies, dict) else {}
         methods = (row["method"] for row in found["results"])
-        if (method := next((m for m in methods if policies.get(m) == digest), None)) is not None:
-            n = max(row["n"] for row in found["results"])
-            return {**found, "method": method, "n": n, "okvqa_stem": raw.get("okvqa_stem") is True}
+        if (method := next((m for m in methods if found["policies"].get(m) == digest), None)) is not None:
+            return {**found, "method": method, "n": max(row["n"] for row in found["results"])}
     return None

@@ -34,8 +34,8 @@ def is_finite(value) -> bool:
 
 
 def read_metrics(path: Path) -> dict:
-    """results, tests and checkpoint of a metrics.json; where they are known also lvlm, order (of the prompt) and
-    policies, method → digest. Raises LeverError where it is none."""
+    """results, tests and checkpoint of a metrics.json, okvqa_stem, and policies, method → digest; where they are known
+    also lvlm and order (of the prompt). Raises LeverError where it is none."""
     mend = "run `lever infer --baselines` or `lever demo` first"
     try:
         found = read_json(path)
@@ -50,7 +50,7 @@ def read_metrics(path: Path) -> dict:
         raise LeverError(f"{path} holds {len(results):,} results and {len(tests):,} tests, more than {_MOST:,}: {mend}")
     known = {name: value for name in ("lvlm", "order") if isinstance(value := found.get(name), str)}
     policies = found.get("policies")
-    known["policies"] = policies if isinstance(policies, dict) else {}
+    known |= {"policies": policies if isinstance(policies, dict) else {}, "okvqa_stem": found.get("okvqa_stem") is True}
     return {"results": results, "tests": tests, "checkpoint": checkpoint, **known}
 
 
