@@ -98,7 +98,7 @@ class LvlmConfig:
     num_beams: int = 1
     length_penalty: float = 1.0
     repetition_penalty: float = 1.0  # above 1: against tokens that the prompt has, so against copied answers too
-    eos: str = "model"  # an answer ends with each token that the model's generation config names; or tokenizer: its own
+    eos: str = "model"  # what ends an answer: the tokens of the model's generation config; or tokenizer: its own alone
     max_new_tokens: int = 5
     min_pixels: int = 3136
     max_pixels: int = 1003520
