@@ -6,20 +6,9 @@ import threading
 import pytest
 
 from lever_lm.config import Config, DataConfig, FeatureConfig, asset_path, fingerprint, to_dict
+from lever_lm.config_layers import ENVIRONMENT, environment_values, file_layer, layers, resolve
 from lever_lm.errors import UsageError
-from lever_lm.settings import (
-    ENVIRONMENT,
-    all_keys,
-    build,
-    dotted,
-    environment_values,
-    file_layer,
-    layers,
-    merge,
-    parse_set,
-    read_yaml,
-    resolve,
-)
+from lever_lm.settings import all_keys, build, dotted, merge, parse_set, read_yaml
 
 
 @pytest.fixture(autouse=True)
