@@ -32,7 +32,14 @@ from lever_lm.lvlm import CachedLvlm, load_lvlm
 from lever_lm.proposals import new_policy
 from lever_lm.provenance import compare as compare_runs
 from lever_lm.provenance import environment, own_files, record, verdict
-from lever_lm.rollouts import check_rows, made_elsewhere, make_rollouts, online_rewards
+from lever_lm.rollouts import (
+    check_rows,
+    made_elsewhere,
+    make_rollouts,
+    online_rewards,
+    rollout_stamp,
+    why_made_again,
+)
 from lever_lm.runs import LOCK, Layout, RunFolder, inference_folder, v2_name
 from lever_lm.samplers import check_sampler
 from lever_lm.selection import choose, read_history, worth_keeping
@@ -191,7 +198,7 @@ class Pipeline:
         """`train` in a run folder that is kept to this process already."""
         if not overwrite:
             self.run.check(self.config)  # before the costly part, not after it
-            self._check_features(rl_data, embeddings)
+            self._check_inputs(rl_data, embeddings)
         source = self._source(rl_data, embeddings, dataset_named)
         train, val = self._groups(source.rollouts, source.queries, source.icds)
         device = resolve_device(self.config.device)
@@ -227,15 +234,24 @@ class Pipeline:
             converted = None
         return {"run": str(self.run.path), "recommended": recommended, "converted": converted}
 
-    def _check_features(self, rl_data: Path | None, embeddings: Path | None) -> None:
-        """Raise LeverError where the run that is there was begun on other data or with another encoder, before anything
-        is made for it: features, rollouts, digests of images."""
-        exported = self.layout.exported.is_file()
-        if embeddings is None and not exported and self.run.state.is_file():
-            self.check(*(ALL if rl_data is None else ("data", "encoder")))
-            fetch_model(self.config.features.encoder, "features.encoder")
-            data = load_dataset(self.config.data)
-            state_of(self.run, {"features": features_fingerprint(data, self.config.features)})
+    def _check_inputs(self, rl_data: Path | None, embeddings: Path | None) -> None:
+        """Raise LeverError where the run that is there was begun on other data, features or answers, before anything is
+        made for it or asked."""
+        if embeddings is not None or self.layout.exported.is_file() or not self.run.state.is_file():
+            return
+        self.check(*(ALL if rl_data is None else ("data", "encoder")))
+        fetch_model(self.config.features.encoder, "features.encoder")
+        data = load_dataset(self.config.data)
+        features = features_fingerprint(data, self.config.features)
+        state_of(self.run, {"features": features})
+        path = self.layout.rollouts
+        if rl_data is not None or made_elsewhere(path):
+            return
+        if why := why_made_again(path, rollout_stamp(self.config, data, features, self.lvlm)):
+            raise LeverError(
+                f"the run in {self.run.path} was begun on {path} as it is, and it would be made again: {why}. Choose "
+                "another folder with --run-name NAME, or start over with --overwrite"
+            )
 
     @cached_property
     def tracking(self) -> TensorBoard | None:

@@ -138,7 +138,7 @@ class _Planner:
             prompts = proposals.prompts(self.config, self.data.train_examples)
             calls, exact = len(prompts), True
             if self.lvlm is not None:
-                if is_made(path, rollout_stamp(self.config, self.data, self.known, self.lvlm)):
+                if is_made(path, rollout_stamp(self.config, self.data, self.known.fingerprint, self.lvlm)):
                     return Stage("rollouts", "there", str(path))
                 calls = self.lvlm.unknown(prompts)
             # As many rollouts more for each query, unknown before the search.

@@ -30,12 +30,12 @@ from lever_lm.untrusted import shown
 __all__ = ["Group", "group_report", "load_groups", "make_rollouts", "online_rewards"]
 
 
-def rollout_stamp(config: Config, data: VqaData, features: Features, lvlm: CachedLvlm) -> dict[str, str]:
-    """Fingerprints of everything a rollout file depends on."""
+def rollout_stamp(config: Config, data: VqaData, features: str, lvlm: CachedLvlm) -> dict[str, str]:
+    """Fingerprints of everything a rollout file depends on; features: that of the features."""
     return stamp(
         "rollouts",
         training_data=data.stamp("train"),
-        features=[features.fingerprint, config.features.name],
+        features=[features, config.features.name],
         sampler=config.sampler,
         LVLM=lvlm.model,
         prompt=config.prompt,
@@ -48,6 +48,12 @@ def rollout_stamp(config: Config, data: VqaData, features: Features, lvlm: Cache
 def is_made(path: Path, here: dict[str, str]) -> bool:
     """Whether the rollout file is there, made from what `rollout_stamp` says."""
     return path.is_file() and _meta(path).get("fingerprint") == here["fingerprint"]
+
+
+def why_made_again(path: Path, here: dict[str, str]) -> str:
+    """Return which inputs of the rollout file have changed, as a sentence; empty where it is not there or is up to
+    date."""
+    return "" if is_made(path, here) or not path.is_file() else changes(changed(_meta(path), here))
 
 
 def _meta(path: Path) -> dict:
@@ -97,7 +103,7 @@ def make_rollouts(
 
     Raises LeverError rather than replace a file that `lever rollout` did not make.
     """
-    here, shards = rollout_stamp(config, data, features, lvlm), lvlm.shards
+    here, shards = rollout_stamp(config, data, features.fingerprint, lvlm), lvlm.shards
     if shards.from_leader(lambda: _look(path, here, say)):
         return shards.from_leader(lambda: group_report(path))
     proposals, train = propose_groups(config, data, features, lvlm.track), data.train_examples
@@ -125,11 +131,9 @@ def _look(path: Path, here: dict[str, str], say: Callable[[str], None]) -> bool:
         raise LeverError(
             f"{path} was not made by `lever rollout` and is not replaced: move it, or train on it with --rl-data"
         )
-    if is_made(path, here):
-        return True
-    why = changes(changed(_meta(path), here))
-    say(f"{path} is made again: {why}; answers already known are not asked again")
-    return False
+    if why := why_made_again(path, here):
+        say(f"{path} is made again: {why}; answers already known are not asked again")
+    return not why
 
 
 def online_rewards(

@@ -74,6 +74,12 @@ def first_image(world, split: str):
     return sorted((world.folder / "data" / f"{split}2014").iterdir())[0]
 
 
+def contents(world) -> dict[str, bytes]:
+    """Every file below results but the digests, which any command may add to."""
+    files = (path for path in (world.folder / "results").rglob("*") if path.is_file() and path.name != "digests.json")
+    return {str(path): path.read_bytes() for path in files}
+
+
 # ---------------------------------------------------------------------- what changes nothing
 
 
@@ -108,10 +114,10 @@ def test_a_changed_training_image_of_the_same_size_and_date_makes_again_what_sho
 
 def test_a_run_on_data_that_changed_is_not_gone_on_with(world):
     swap(first_image(world, "train"))
-    said, _, _ = world(status=1)
-    assert "rl_data_MixSampler_vlm.json is made again: the training data and the features have changed" in said
-    assert "the rollouts and features of the run in" in said
+    said, encoded, asked = world(status=1)
+    assert "the features of the run in" in said
     assert "--overwrite" in said
+    assert (encoded, asked) == ([], 0)
 
 
 def test_a_changed_evaluation_image_leaves_rollouts_and_run_as_they_are(world):
@@ -151,6 +157,10 @@ def test_other_weights_of_the_same_size_and_date_are_another_model(world):
     content[len(content) // 2 + 1] ^= 0x01  # far from its ends
     weights.write_bytes(content)
     os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns))
+    before = contents(world)
+    said, encoded, asked = world(status=1)  # the run is refused before anything is asked for it
+    assert "would be made again: the LVLM has changed. Choose another folder with --run-name" in said
+    assert (encoded, asked, contents(world)) == ([], 0, before)
     said, encoded, asked = world(command="rollout")
     assert encoded == []
     assert asked == world.prompts

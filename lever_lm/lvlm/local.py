@@ -173,7 +173,7 @@ class LocalLvlm:
     def _length(self, prompt: Prompt) -> int:
         """Tokens of a prompt, about: those of images counted, those of texts guessed."""
         examples, around = (*prompt.icds, prompt.query), len(self.prompt.template)
-        text = sum(around + len(example.question) + len(example.answer) for example in examples)
+        text = len(self.prompt.system) + sum(around + len(e.question) + len(e.answer) for e in examples)
         return sum(map(self.vision.tokens, prompt.images)) + text // _CHARS_PER_TOKEN
 
     # ------------------------------------------------------------------ one batch
