@@ -8,12 +8,13 @@ from pathlib import Path
 
 from lever_lm.checkpoint import own_config, read_checkpoint
 from lever_lm.config import LVLM_MACHINE, Config, to_dict
+from lever_lm.config_layers import Layer, Layers, combined, layers
 from lever_lm.errors import LeverError
 from lever_lm.exported import PLACES, SETTING, is_exported, policy_folder, setting_of
 from lever_lm.finding import find_checkpoint
-from lever_lm.provenance import read_environment
+from lever_lm.provenance import recorded
 from lever_lm.runs import RunFolder, lvlm_name
-from lever_lm.settings import Layer, Layers, build, combined, configs_root, layers, read_yaml
+from lever_lm.settings import configs_root, read_yaml
 from lever_lm.untrusted import one_line
 
 # What makes an evaluation one of the run's own. Where files are says nothing of what is in them.
@@ -44,8 +45,7 @@ def locate(checkpoint: str | Path) -> tuple[Path, str, dict]:
 def values_of(run: RunFolder) -> dict:
     """The nested config values that a run is used under: its own, without those of a single command. {} where it has no
     config, or learned from features of the user's own, of which its config says nothing."""
-    sources = read_environment(run).get("sources")
-    if not run.config.is_file() or (isinstance(sources, dict) and "embeddings" in sources):
+    if not run.config.is_file() or "embeddings" in recorded(run, "sources"):
         return {}
     return {key: value for key, value in run.values().items() if key not in _OF_A_COMMAND}
 
@@ -57,25 +57,23 @@ def layers_beside(
     values: dict,
     checkpoint,
     names: dict[str, str | None],
-    config_file: Path | Layer | None = None,
+    file: Layer | None = None,
     sets: Sequence[str] = (),
     options: dict[str, dict] | None = None,
     *,
     own: bool = False,
 ) -> Layers:
     """What sets the config under which a checkpoint is used: the values from beside it, and over them what is given.
-    names, config_file, sets, options: as of `layers`. own: no dataset is needed. Raises LeverError where one is and
+    names, file, sets, options: as of `layers`. own: no dataset is needed. Raises LeverError where one is and
     nothing says which, UsageError for unknown names and keys."""
 
     def made(run: dict) -> Layers:
-        return layers(names, config_file, list(sets), options or {}, run=Layer("the run", run))
+        return layers(names, file, list(sets), options or {}, run=Layer("the run", run))
 
     found = made(values)
-    given = combined(found.found)
-    if not own and not _has(given, "data", "okvqa_path"):
+    if not own and not _has(found, "data", "okvqa_path"):
         found = made({**values, "data": _same_name(values.get("data"), checkpoint)})
-        given = combined(found.found)
-    if not _has(given, "features", "encoder"):
+    if not _has(found, "features", "encoder"):
         raise LeverError(
             f"{checkpoint} does not say by which CLIP it sees: sets=['features.encoder=OWNER/NAME'], or on the command "
             "line --set features.encoder=OWNER/NAME"
@@ -88,11 +86,11 @@ def config_beside(
 ) -> Config:
     """The config of `layers_beside`."""
     names = {"dataset": dataset, "lvlm": lvlm}
-    return build(combined(layers_beside(values, checkpoint, names, sets=sets, own=own).found))
+    return layers_beside(values, checkpoint, names, sets=sets, own=own).config()
 
 
-def _has(values: dict, section: str, key: str) -> bool:
-    part = values.get(section)
+def _has(given: Layers, section: str, key: str) -> bool:
+    part = combined(given.found).get(section)
     return isinstance(part, dict) and bool(part.get(key))
 
 
@@ -124,17 +122,14 @@ def changes(checkpoint: Path, config: Config) -> dict[str, dict]:
     the one `here`. Nothing is known to differ where no config lies beside it, but the LVLM that a run folder of
     Lever-Plus is named after."""
     if checkpoint.is_file():
-        run = RunFolder(checkpoint.parent)
-        return changes_of_run(run, config)
+        return changes_of_run(RunFolder(checkpoint.parent), config)
     return _changes(locate(checkpoint)[2], config)
 
 
 def changes_of_run(run: RunFolder, config: Config) -> dict[str, dict]:
     """The same for a run folder."""
-    if not values_of(run):
-        there = {} if run.config.is_file() or run.lvlm() is None else {"lvlm": {"path": run.lvlm()}}
-        return _changes(there, config)
-    return _changes(run.settings(), config)
+    named = {} if run.config.is_file() or run.lvlm() is None else {"lvlm": {"path": run.lvlm()}}
+    return _changes(run.settings() if values_of(run) else named, config)
 
 
 def _changes(there: dict, config: Config) -> dict[str, dict]:

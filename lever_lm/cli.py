@@ -222,16 +222,15 @@ def infer(
         raise UsageError("--icds and --ckpt both say what is shown: give one of them")
     from lever_lm import evaluating
     from lever_lm.finding import find_checkpoint
-    from lever_lm.runs import RunFolder
     from lever_lm.tables import show_results
 
-    def find(run: Path, _) -> tuple[Path, str]:
-        return find_checkpoint(RunFolder(run), ckpt, dict(os.environ))
+    def find(run, _) -> tuple[Path, str]:
+        return find_checkpoint(run, ckpt, dict(os.environ))
 
     stemmed = {"infer": {"okvqa_stem": True}} if okvqa_stem else {}
     pipeline = pipeline_of_run(common, stemmed, find=find if icds is None else None)
     if common.dry_run:
-        pipeline.inference = evaluating.planned_folder(pipeline, ckpt, icds)
+        pipeline.inference = evaluating.planned_folder(pipeline, icds)
     if planned(common, pipeline, "infer", answers=len(numbers) + baselines * (1 + 5 * len(numbers))):
         return
     if icds is not None:
@@ -265,16 +264,10 @@ def pick(
     from lever_lm.picking import checkpoint_here, pick_for, show_picks, the_query
     from lever_lm.retriever import Retriever
 
-    chosen: list[tuple[Path, str]] = []
-
-    def find(run: Path, layout) -> tuple[Path, str]:
-        chosen.append(checkpoint_here(run, layout, ckpt))
-        return chosen[0]
-
-    pipeline = pipeline_of_run(common, find=find)
+    pipeline = pipeline_of_run(common, find=lambda run, layout: checkpoint_here(run, layout, ckpt))
     if planned(common, pipeline):
         return
-    path, why = chosen[0]
+    path, why = pipeline.checkpoint
     pipeline.screen.say(f"checkpoint: {path} ({why})")
     changed = changes(path, pipeline.config)
     for line in change_lines(changed):

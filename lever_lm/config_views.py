@@ -2,19 +2,16 @@
 
 import ast
 import dataclasses
-import re
 from pathlib import Path
 
 import yaml
 
 from lever_lm.config import PACKAGE, Config, to_dict
+from lever_lm.config_layers import Layer, combined, file_layer, layers
 from lever_lm.errors import LeverError, UsageError
 from lever_lm.runs import RunFolder
-from lever_lm.settings import Layer, all_keys, build, combined, configs_root, layers
+from lever_lm.settings import all_keys, build, configs_root
 from lever_lm.untrusted import one_line, shown
-
-_FIELD = re.compile(r"    (\w+): [^#]*?(?:  # (.*))?")
-_CLASS = re.compile(r"class (\w+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +79,8 @@ def run_config(path: Path) -> Config:
         raise LeverError(f"{run.config}: {error}") from error
 
 
-def _layered(*arguments) -> list[Layer]:
-    return layers(*arguments).found
+def _layered(names, config_file: Path | None, *more) -> list[Layer]:
+    return layers(names, file_layer(config_file), *more).found
 
 
 def _view(name: str, *found: Layer) -> View:
@@ -104,21 +101,18 @@ def flat(values: dict, prefix: str = "") -> dict:
 
 def key_docs() -> dict[str, str]:
     """Dotted key, or section, → what config.py says of it: the comment of a field, the docstring of a section."""
-    by_class: dict[str, dict[str, str]] = {}
-    fields: dict[str, str] = {}
     source = (PACKAGE / "config.py").read_text(encoding="utf-8")
-    for line in source.splitlines():
-        if match := _CLASS.match(line):
-            fields = by_class.setdefault(match[1], {})
-        elif (match := _FIELD.fullmatch(line)) and match[2]:
-            fields[match[1]] = match[2]
-    # Not from __doc__, which `python -OO` leaves out.
-    said = {node.name: ast.get_docstring(node) for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
-    docs = dict(by_class.get("Config", {}))
-    for section in dataclasses.fields(Config):
-        if dataclasses.is_dataclass(section.type):
-            docs[section.name] = said[section.type.__name__] or ""
-            docs |= {f"{section.name}.{key}": text for key, text in by_class.get(section.type.__name__, {}).items()}
+    lines, sections = source.splitlines(), {one.type.__name__: one.name for one in dataclasses.fields(Config)}
+    docs = {}
+    for node in ast.parse(source).body:
+        name = getattr(node, "name", None)
+        if name in sections:
+            docs[sections[name]] = ast.get_docstring(node)  # `python -OO` leaves __doc__ out
+        if name in sections or name == "Config":
+            prefix = f"{sections[name]}." if name in sections else ""
+            for item in node.body:
+                if isinstance(item, ast.AnnAssign) and (said := lines[item.lineno - 1].partition("  # ")[2]):
+                    docs[f"{prefix}{item.target.id}"] = said
     return docs
 
 

@@ -17,7 +17,7 @@ from lever_lm.errors import LeverError
 from lever_lm.files import file_digest, write_json
 from lever_lm.progress import WORTH_A_WORD, Track, Work, untracked
 from lever_lm.shards import Shards
-from lever_lm.untrusted import read_json
+from lever_lm.untrusted import read_object
 
 _SETTLED = 2 * 10**9  # nanoseconds; the coarsest file times in use
 _READERS = 8
@@ -63,11 +63,7 @@ class Digests:
     def _load(self) -> None:
         if self._file is None:
             return
-        try:
-            content = read_json(self._file, _LIMIT)
-        except (OSError, ValueError):
-            return  # missing, or of no use
-        for path, entry in content.items() if isinstance(content, dict) else ():
+        for path, entry in read_object(self._file, _LIMIT).items():
             if _sound(entry):
                 self._known.setdefault(path, (tuple(entry[:3]), entry[3]))
 

@@ -17,8 +17,7 @@ from lever_lm.data.okvqa import load_split as load_official
 from lever_lm.data.parquet import load_split as load_parquet
 from lever_lm.errors import LeverError
 from lever_lm.hub import cached_snapshot, model_folder
-from lever_lm.lvlm.needs import GIB, memory_needed
-from lever_lm.model_checks import Check, answer_lengths, lvlm, model, server
+from lever_lm.model_checks import GIB, Check, answer_lengths, lvlm, memory_needed, model, server
 from lever_lm.progress import unsaid
 from lever_lm.runs import Layout
 

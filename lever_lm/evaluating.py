@@ -4,6 +4,7 @@ which is all of it; and the page of a run.
 Under torchrun `infer` and `infer_icds` are calls of the whole job, as Pipeline.rollouts is.
 """
 
+import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,8 +24,8 @@ from lever_lm.inference import BASELINES, Evaluation, Outcome, compare, rows_of_
 from lever_lm.locks import alone
 from lever_lm.pipeline import Pipeline
 from lever_lm.plots import check_plots, write_plots
-from lever_lm.provenance import command_line, read_environment
-from lever_lm.report import Evaluated, last_evaluation, others_settings, write_report
+from lever_lm.provenance import command_line, recorded
+from lever_lm.report import Evaluated, evaluations, last_evaluation, write_report
 from lever_lm.runs import LOCK, RunFolder, inference_folder, lvlm_name
 from lever_lm.stages import CODE
 
@@ -81,16 +82,16 @@ def _check_shots(pipeline: Pipeline, shots: Sequence[int]) -> None:
         raise UsageError(f"--shots {max(shots)} exceeds rollout.pool_size {size}")
 
 
-def planned_folder(pipeline: Pipeline, ckpt: str | None, icds: Path | None) -> Path:
+def planned_folder(pipeline: Pipeline, icds: Path | None) -> Path:
     """The folder that `infer` or `infer_icds` would write to; that of the run's inferences where there is no checkpoint
     yet, or the data cannot be read."""
-    try:
+    path = pipeline.checkpoint[0] if pipeline.checkpoint else None
+    with contextlib.suppress(LeverError):
         if icds is not None:
             return _folder_of_icds(pipeline, icds, _changed(pipeline, None, load_dataset(pipeline.config.data)))
-        path, _ = find_checkpoint(pipeline.run, ckpt, dict(os.environ))
-        return _folder_for(pipeline, path, _changed(pipeline, path, load_dataset(pipeline.config.data)))
-    except LeverError:
-        return pipeline.inference
+        if path is not None:
+            return _folder_for(pipeline, path, _changed(pipeline, path, load_dataset(pipeline.config.data)))
+    return pipeline.inference
 
 
 def _changed(pipeline: Pipeline, checkpoint: Path | None, data: VqaData) -> dict[str, dict]:
@@ -98,8 +99,7 @@ def _changed(pipeline: Pipeline, checkpoint: Path | None, data: VqaData) -> dict
     trained in, and whether the data are others than the run's of that name."""
     run = pipeline.run if checkpoint is None else RunFolder(checkpoint.parent)
     changed = changes_of_run(run, pipeline.config) if checkpoint is None else changes(checkpoint, pipeline.config)
-    fingerprints = read_environment(run).get("fingerprints")
-    there = fingerprints.get("data") if isinstance(fingerprints, dict) else None
+    there = recorded(run, "fingerprints").get("data")
     if isinstance(there, str) and there != data.fingerprint and "data.name" not in changed:
         changed["data"] = {"run": there, "here": data.fingerprint}
     return changed
@@ -122,25 +122,22 @@ def _folder_for(pipeline: Pipeline, checkpoint: Path, changed: dict[str, dict]) 
     when it is used with another LVLM or under another setting than it was trained in."""
     path = checkpoint.resolve()
     name = (path.stem if path.is_file() else path.name).removesuffix("_v2format")
-    return pipeline.layout.inference.with_name(path.parent.name) / f"{name}{_apart(pipeline, changed)}"
+    apart = _apart(pipeline, changed, with_lvlm="lvlm.path" in changed)
+    return pipeline.layout.inference.with_name(path.parent.name) / f"{name}{apart}"
 
 
 def _folder_of_icds(pipeline: Pipeline, path: Path, changed: dict[str, dict]) -> Path:
     # The default run's name holds the LVLM's already.
-    with_lvlm = f"_with_{lvlm_name(pipeline.config.lvlm.path)}" if pipeline.layout.run_name else ""
-    others = {key: pair for key, pair in changed.items() if key != _LVLM}
-    return pipeline.layout.inference / f"icds_{path.stem}{with_lvlm}{_apart(pipeline, others)}"
+    apart = _apart(pipeline, changed, with_lvlm=bool(pipeline.layout.run_name))
+    return pipeline.layout.inference / f"icds_{path.stem}{apart}"
 
 
-_LVLM = "lvlm.path"
-
-
-def _apart(pipeline: Pipeline, changed: dict[str, dict]) -> str:
-    """What the name of a folder has in the end where the setting is not the run's own: the LVLM, and a fingerprint of
-    the other keys' values, which are in its metrics.json."""
-    others = {key: pair["here"] for key, pair in changed.items() if key != _LVLM}
-    with_lvlm = f"_with_{lvlm_name(pipeline.config.lvlm.path)}" if _LVLM in changed else ""
-    return with_lvlm + (f"_changed_{fingerprint(others)[:8]}" if others else "")
+def _apart(pipeline: Pipeline, changed: dict[str, dict], *, with_lvlm: bool) -> str:
+    """The end of a folder's name where the setting is not the run's own: the LVLM, and a fingerprint of the other keys'
+    values, which are in its metrics.json."""
+    others = {key: pair["here"] for key, pair in changed.items() if key != "lvlm.path"}
+    named = f"_with_{lvlm_name(pipeline.config.lvlm.path)}" if with_lvlm else ""
+    return named + (f"_changed_{fingerprint(others)[:8]}" if others else "")
 
 
 def _setting(pipeline: Pipeline) -> str:
@@ -263,9 +260,9 @@ def report(
         raise LeverError(f"no results in {pipeline.inference}: run `lever infer --baselines` or `lever demo` first")
     if main.inference is not None:
         pipeline.screen.say(f"results: {main.inference} (the last evaluation with baselines; without any, the last)")
-    if left_out := others_settings(pipeline.inference):
+    if left_out := sorted(folder.name for folder in evaluations(pipeline.inference, own=False)):
         pipeline.screen.say(
-            f"left out: {', '.join(folder.name for folder in left_out)}: not the run's own setting (metrics.json says "
+            f"left out: {', '.join(left_out)}: not the run's own setting (metrics.json says "
             "what was changed), or evaluated by lever_lm 0.1, which did not say: `lever infer` again"
         )
     beside = [Evaluated(RunFolder(path), last_evaluation(inference_folder(path))) for path in others]

@@ -15,7 +15,7 @@ import torch
 from lever_lm.config import ASSET_PREFIX, HUB_PREFIX, LVLM_MACHINE, LVLM_SPEED, LvlmConfig, PromptConfig
 from lever_lm.errors import LeverError
 from lever_lm.hub import POLICY_FILES, fetch_policy, is_hub_id
-from lever_lm.untrusted import is_epoch, read_bytes, read_json, shown
+from lever_lm.untrusted import is_epoch, read_bytes, read_json, read_object, shown
 
 FORMAT, VERSION = "lever_lm/policy", 1
 CONFIG, WEIGHTS = POLICY_FILES
@@ -72,11 +72,7 @@ def _shareable(key: tuple[str, str], value):
 
 def is_exported(folder: Path) -> bool:
     """Whether a folder holds a policy that `lever export` wrote there."""
-    try:
-        content = read_json(folder / CONFIG, _CONFIG_LIMIT)
-    except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and content.get("format") == FORMAT
+    return read_object(folder / CONFIG, _CONFIG_LIMIT).get("format") == FORMAT
 
 
 def policy_folder(path: str | Path) -> Path | None:

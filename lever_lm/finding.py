@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from lever_lm.checkpoint import load_policy, own_config, read_checkpoint
+from lever_lm.checkpoint import own_config, policy_of, read_checkpoint
 from lever_lm.config import Config
 from lever_lm.errors import LeverError
 from lever_lm.exported import is_exported, policy_folder
@@ -83,8 +83,8 @@ def _existing(path: Path, named_by) -> Path:
 def load_for(path: Path, config: Config, say: Callable[[str], None] = warnings.warn) -> PointerSelector:
     """The policy of a checkpoint, if it was made for the features of this config. Raises LeverError otherwise; of
     features from a file nobody can tell whose they are, and that is said."""
-    policy = load_policy(path, config.policy.num_heads)
-    own = own_config(read_checkpoint(path))
+    content = read_checkpoint(path)
+    policy, own = policy_of(content, path, config.policy.num_heads), own_config(content)
     made_for = {
         "encoder": (encoder_fingerprint(config.features.encoder), same_encoder),
         "features": (config.features.name, str.__eq__),

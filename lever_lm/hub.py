@@ -9,7 +9,7 @@ from lever_lm.compat import first_line
 from lever_lm.config import asset_path
 from lever_lm.digests import DIGESTS
 from lever_lm.errors import LeverError
-from lever_lm.untrusted import loads, one_line, read_json
+from lever_lm.untrusted import one_line, read_json
 
 # What a model needs of its repository; the same weights in other formats stay there.
 _MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")
@@ -24,7 +24,6 @@ _PROCESSOR_FILES = (
 _NAMED = 20  # shards of an index that are missing, named at most
 # What counts as here. A snapshot may lack other files of its repository: the hub's client holds it for incomplete then.
 _NEEDED = {"model": _MODEL_FILES, "dataset": ("*.parquet",)}
-_HEADER_LIMIT = 100 << 20  # bytes of the header of a safetensors file, as the library has it
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -74,13 +73,8 @@ def missing_files(folder: Path) -> list[str]:
 
 def lacking(folder: Path) -> list[str]:
     """Return the files that a model's folder lacks: config, weights, tokenizer, image processor."""
-    return missing_files(folder) + missing_processor_files(folder)
-
-
-def missing_processor_files(folder: Path) -> list[str]:
-    """Return the files of a tokenizer and of an image processor that a model's folder lacks, the usual name of each."""
-    return [
-        choices[0][0]
+    return missing_files(folder) + [
+        choices[0][0]  # the usual name
         for choices in _PROCESSOR_FILES
         if not any(all((folder / name).is_file() for name in names) for names in choices)
     ]
@@ -93,15 +87,13 @@ def parameter_count(folder: Path) -> float:
 
 
 def _parameters(path: Path) -> float:
-    size = path.stat().st_size
+    from safetensors import SafetensorError, safe_open
+
     try:
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = loads(file.read(length)) if length <= _HEADER_LIMIT else {}
-        count = sum(prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        count = 0
-    return count if 0 < count <= 8 * size else size / 2
+        with safe_open(path, "np") as file:
+            return sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return path.stat().st_size / 2
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -25,7 +25,7 @@ from lever_lm.progress import WORTH_A_WORD, Track, Work, untracked
 from lever_lm.samplers import Candidates, nearest, query_rng, sample_pools, similarity_rows
 from lever_lm.stats import bootstrap_interval, paired_test
 from lever_lm.stems import Stems, learn_stems
-from lever_lm.untrusted import read_json
+from lever_lm.untrusted import read_object
 
 BASELINES = ("zero_shot", "random", "text_sim", "img_sim", "img_text_sim", "oracle")
 _SIMILARITY_PARTS = {
@@ -265,11 +265,8 @@ class Evaluation:
 
 def _earlier(path: Path, results: list[dict], setting: str | None) -> dict[str, list[dict]]:
     """Results of an earlier metrics.json of the same setting that the new ones do not replace, and its tests."""
-    try:
-        there = read_json(path)
-    except (OSError, ValueError):
-        there = None
-    if setting is None or not isinstance(there, dict) or there.get("setting") != setting:
+    there = read_object(path)
+    if setting is None or there.get("setting") != setting:
         return {"results": [], "tests": []}
     new = {(row["method"], row["shots"]) for row in results}
     rows, tests = (found if isinstance(found := there.get(name), list) else [] for name in ("results", "tests"))
@@ -279,12 +276,9 @@ def _earlier(path: Path, results: list[dict], setting: str | None) -> dict[str, 
 
 def rows_of_another_setting(path: Path, setting: str) -> int:
     """How many results an earlier metrics.json holds of another setting, which new ones would replace."""
-    try:
-        there = read_json(path)
-    except (OSError, ValueError):
-        return 0
-    rows = there.get("results") if isinstance(there, dict) and there.get("setting") != setting else None
-    return len(rows) if isinstance(rows, list) else 0
+    there = read_object(path)
+    rows = there.get("results")
+    return len(rows) if isinstance(rows, list) and there.get("setting") != setting else 0
 
 
 def is_result(row) -> bool:

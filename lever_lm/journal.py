@@ -133,9 +133,6 @@ class Journal:
             self.tracker.begin(self.rows)
         self._prune()
 
-    def _refuse(self, problem: str | None) -> None:
-        _refuse(self.run, problem)
-
     def _opens_phase(self, i: int) -> bool:
         return i == 0 or self.rows[i]["phase"] != self.rows[i - 1]["phase"]
 
@@ -160,7 +157,7 @@ class Journal:
         if self.state is None:
             return None
         goes_on = self.state["phase"] == phase
-        self._refuse(misfit(self.state, policy, optimizer if goes_on else None))
+        _refuse(self.run, misfit(self.state, policy, optimizer if goes_on else None))
         policy.load_state_dict(self.state["policy"])
         _set_rng(self.state["rng"])
         if not goes_on:
@@ -233,7 +230,7 @@ class Journal:
             return
         if policy is None:
             policy = PointerSelector(**self.config["policy"])
-            self._refuse(misfit(self.state, policy))
+            _refuse(self.run, misfit(self.state, policy))
             policy.load_state_dict(self.state["policy"])
         metrics = {name: value for name, value in row.items() if name not in ("phase", "epoch")}
         content = v3_content(

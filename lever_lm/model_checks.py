@@ -2,13 +2,16 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from lever_lm.config import Config, LvlmConfig
 from lever_lm.errors import LeverError, MendableError
-from lever_lm.hub import is_hub_id, lacking, model_folder, weight_files
+from lever_lm.hub import is_hub_id, lacking, model_folder, parameter_count, weight_files
 from lever_lm.lvlm.client import ServerError, check_server
-from lever_lm.lvlm.needs import GIB, beyond_reach
 from lever_lm.lvlm.processor import load_processor
+
+GIB = 1 << 30
+_ACTIVATIONS = 2 * GIB  # beside the weights, in the smallest batches of 16-bit numbers
 
 
 @dataclass(frozen=True)
@@ -76,9 +79,8 @@ def server(config: Config, wait: float, say: Callable[[str], None]) -> Iterable[
             yield Check("lvlm.server", "warning", found, mend)
         if (config.rollout.gt_prob or config.rollout.infoscore) and served.card.get("owned_by") != "vllm":
             found = f"reference answers are to be scored, and {url} does not say that it is vLLM, which can"
-            yield Check(
-                "log-probs", "warning", found, "rollout.gt_prob=false and rollout.infoscore=0, unless it can too"
-            )
+            mend = "rollout.gt_prob=false and rollout.infoscore=0, unless it can too"
+            yield Check("log-probs", "warning", found, mend)
 
 
 def answer_lengths(config: LvlmConfig, answers: Sequence[str]) -> Iterable[Check]:
@@ -91,8 +93,23 @@ def answer_lengths(config: LvlmConfig, answers: Sequence[str]) -> Iterable[Check
         tokenizer = load_processor(config.path, folder).tokenizer
     except LeverError:  # a check of its own where the model runs here
         return
-    longer, longest = beyond_reach(tokenizer, answers, config.max_new_tokens)
-    if longer:
+    distinct = list(dict.fromkeys(answers))
+    lengths = dict(zip(distinct, map(len, tokenizer(distinct, add_special_tokens=False).input_ids), strict=True))
+    if longer := sum(lengths[answer] > config.max_new_tokens for answer in answers):
         share = f"{longer / len(answers):.1%}, {longer} of {len(answers)}, each annotator's counted"
         found = f"reference answers of both splits that are longer than lvlm.max_new_tokens, {config.max_new_tokens}"
-        yield Check("answer lengths", "warning", f"{found}: {share}", f"--set lvlm.max_new_tokens={longest} for all")
+        mend = f"--set lvlm.max_new_tokens={max(lengths.values())} for all"
+        yield Check("answer lengths", "warning", f"{found}: {share}", mend)
+
+
+def memory_needed(config: LvlmConfig, folder: Path, *, on_gpu: bool) -> dict[str, float]:
+    """Return the bytes that the model in a folder takes of the device at the least, by what they hold: its weights in
+    `lvlm.dtype` (auto is bfloat16 on a GPU, float32 on a CPU), the smallest batches beside them, and the image features
+    where `lvlm.bank_memory` sets their bound. Where it sets none they take of what is left."""
+    width = 2 if config.dtype in ("bfloat16", "float16") or (config.dtype == "auto" and on_gpu) else 4
+    needed = {"weights": parameter_count(folder) * width}
+    if needed["weights"] > GIB:  # a model of a few megabytes needs no more than a few
+        needed["the smallest batches"] = _ACTIVATIONS * width // 2
+    if config.bank_memory:
+        needed["image features (lvlm.bank_memory)"] = config.bank_memory * GIB
+    return needed

@@ -3,7 +3,7 @@
 import inspect
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
@@ -247,11 +247,9 @@ def planned(
         rl_data, embeddings = rl_data or files.get("rl_data"), embeddings or files.get("embeddings")
         needs = ALL if rl_data is None or pipeline.config.grpo.online else () if embeddings else ("data", "encoder")
         checks = [c for c in examine(pipeline.config, layout, needs) if c.status != "ok"]
-        stages = make_plan(
-            pipeline.config, layout, pipeline.run, command, rl_data=rl_data, embeddings=embeddings, answers=answers
-        )
-        where = str(pipeline.inference)
-        stages = [replace(stage, path=where) if stage.name == "inference" else stage for stage in stages]
+        own = {"rl_data": rl_data, "embeddings": embeddings}
+        where = {"answers": answers, "inference": pipeline.inference}
+        stages = make_plan(pipeline.config, layout, pipeline.run, command, **own, **where)
         for line in (*(check.line() for check in checks), *(stage.line() for stage in stages)):
             pipeline.screen.say(line)
         total = in_all(stages)

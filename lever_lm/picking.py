@@ -15,17 +15,17 @@ from lever_lm.retriever import Pick, Retriever
 from lever_lm.runs import Layout, RunFolder
 
 
-def checkpoint_here(run: Path, layout: Layout, ckpt: str | None) -> tuple[Path, str]:
+def checkpoint_here(run: RunFolder, layout: Layout, ckpt: str | None) -> tuple[Path, str]:
     """The checkpoint that the options name, as for `lever infer`, and why. Where they name none and their run has none:
     that of the dataset's newest run. Raises LeverError where there is none.
 
-    run: the folder of the run that the options name; layout: the paths that they give.
+    run: the run that the options name; layout: the paths that they give.
     """
     named = ckpt not in (None, "best", "latest") or (
         not ckpt and os.environ.get("LEVER_LM_CHECKPOINT_PATH", "").strip()
     )
-    if named or layout.run_name or _last_saved(RunFolder(run)):
-        return find_checkpoint(RunFolder(run), ckpt, {} if layout.run_name else dict(os.environ))
+    if named or layout.run_name or _last_saved(run):
+        return find_checkpoint(run, ckpt, {} if layout.run_name else dict(os.environ))
     runs = [RunFolder(folder) for folder in layout.run.parent.glob("*/")]
     unfit = ""
     for other in sorted(filter(_last_saved, runs), key=_last_saved, reverse=True):
@@ -35,9 +35,9 @@ def checkpoint_here(run: Path, layout: Layout, ckpt: str | None) -> tuple[Path, 
         except LeverError as error:
             unfit = unfit or f". The newest run cannot be used: {error}"
             continue
-        return path, f"{why}, in the newest run: {run.name} has no checkpoint"
+        return path, f"{why}, in the newest run: {run.path.name} has no checkpoint"
     raise LeverError(
-        f"no checkpoint in {run}, nor in another run beside it: `lever demo` trains one in a minute or two on the "
+        f"no checkpoint in {run.path}, nor in another run beside it: `lever demo` trains one in a minute or two on the "
         f"embedded data, `lever train` one with these options; or name one: --ckpt PATH{unfit}"
     )
 

@@ -85,6 +85,7 @@ class Pipeline:
         self.run = RunFolder(run_dir or self.layout.run)
         DIGESTS.keep_in(self.layout.cache / "digests.json")
         self.inference = inference_folder(run_dir) if run_dir else self.layout.inference
+        self.checkpoint: tuple[Path, str] | None = None  # that a command on a run uses, and why this one
         self.detect_anomaly = False  # in training, for the module and operation of a NaN
         self.tracker: str | None = None  # where the metrics of a training go besides the run's own files
 

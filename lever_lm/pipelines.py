@@ -13,18 +13,17 @@ _KINDS = ("dataset", "lvlm", "sampler", "recipe")
 def make_pipeline(common: Common, flags: dict | None = None, run_dir: Path | None = None, from_run: Path | None = None):
     """The pipeline of a command line that makes something: named YAMLs < --config < environment < --set < flags. The
     config of the run folder `from_run` stands in the place of the first two."""
-    from lever_lm.pipeline import Pipeline
-    from lever_lm.settings import Layer
+    from lever_lm.config_layers import Layer, file_layer, layers
 
-    screen, run_name = _screen(common), common.run_name
+    _check_run_name(common.run_name)
+    run_name, sets, options = common.run_name, common.set_ or [], _spelt(common, flags)
     if from_run is None:
-        made = _layers(common, flags)
+        made = layers(named_yamls(common), file_layer(common.config), sets, options)
     else:
         base = _repeated(from_run, {kind: getattr(common, kind) for kind in (*_KINDS, "config")})
-        made = _layers(common, flags, dict.fromkeys(_KINDS), base=Layer("base", base))
+        made = layers({}, None, sets, options, base=Layer("base", base))
         run_name = run_name or f"{from_run.resolve().name}_repeat"
-    config = _config_of(made, screen)
-    return _shown(common, Pipeline(config, screen, results=common.results, run_name=run_name, run_dir=run_dir))
+    return _pipeline(common, made, run_name, run_dir)
 
 
 def pipeline_of_run(
@@ -32,27 +31,24 @@ def pipeline_of_run(
     flags: dict | None = None,
     *,
     run_dir: Path | None = None,
-    find: Callable[[Path, Any], tuple[Path, str]] | None = None,
+    find: Callable[[Any, Any], tuple[Path, str]] | None = None,
 ):
     """The pipeline of a command on a run: the run's own config, and over it what the command line says. Where there is
     none, that of the command line alone.
 
-    run_dir: the run's folder; by default the one that the options name. find: (run folder, its Layout) → the checkpoint
-    that is used and why, for a command that uses one: the config beside it counts. With --dry-run none need be there.
+    run_dir: the run's folder; by default the one that the options name. find: (RunFolder, its Layout) → the checkpoint
+    that is used and why, for a command that uses one: the config beside it counts, and `Pipeline.checkpoint` is it.
+    With --dry-run none need be there.
     """
     from lever_lm.beside import layers_beside, locate, values_of
-    from lever_lm.pipeline import Pipeline
     from lever_lm.runs import RunFolder
-    from lever_lm.settings import file_layer
 
-    file = None if common.config is None else file_layer(common.config)
-    made = _layers(common, flags, file=file)
-    layout, folder = _named_run(common, made, file)
+    made, file, layout, folder = _named_run(common, flags)
     run = RunFolder(run_dir or folder)
-    values, named = values_of(run) if find is None else {}, run.path
+    values, named, checkpoint = values_of(run) if find is None else {}, run.path, None
     if find is not None:
         try:
-            named, _ = find(run.path, layout)
+            checkpoint = named, _ = find(run, layout)
             values = locate(named)[2]
         except LeverError:
             if not common.dry_run:
@@ -60,82 +56,63 @@ def pipeline_of_run(
     if values:
         names = {kind: getattr(common, kind) for kind in _KINDS}
         made = layers_beside(values, named, names, file, common.set_ or [], _spelt(common, flags))
-    screen = _screen(common)
-    where = {"results": common.results, "run_name": common.run_name, "run_dir": run_dir}
-    pipeline = Pipeline(_config_of(made, screen), screen, **where)
-    pipeline.run = run
+    pipeline = _pipeline(common, made, common.run_name, run_dir, run)
+    pipeline.checkpoint = checkpoint
     if values:
-        screen.detail(f"the setting is that of {named}")
-    return _shown(common, pipeline)
+        pipeline.screen.detail(f"the setting is that of {named}")
+    return pipeline
 
 
 def run_paths(common: Common) -> tuple[Any, Path]:
     """The Layout of a command line and the folder of the run that it names, for a command that needs no pipeline: that
     would load torch."""
-    from lever_lm.settings import file_layer
-
-    file = None if common.config is None else file_layer(common.config)
-    return _named_run(common, _layers(common, file=file), file)
+    return _named_run(common)[2:]
 
 
-def _named_run(common: Common, made, file) -> tuple[Any, Path]:
-    """The Layout that layers give, and the folder of the run that the options name. A --run-name without a folder where
-    no option names a dataset is that of the only dataset that has such a run. Raises UsageError where several have."""
+def _named_run(common: Common, flags: dict | None = None) -> tuple[Any, Any, Any, Path]:
+    """The layers of a command line, that of its --config, the Layout that they give, and the folder of the run that the
+    options name. A --run-name without a folder where no option names a dataset is that of the only dataset that has
+    such a run. Raises UsageError where several have."""
+    from lever_lm.config_layers import file_layer, layers
     from lever_lm.runs import Layout
-    from lever_lm.settings import build, combined
 
-    layout = Layout(build(combined(made.found)), common.results, common.run_name)
+    _check_run_name(common.run_name)
+    file = file_layer(common.config)
+    made = layers(named_yamls(common), file, common.set_ or [], _spelt(common, flags))
+    layout = Layout(made.config(), common.results, common.run_name)
     named = common.dataset or (file and "data" in file.values)
     named = named or any(item.startswith(("data.", "data=")) for item in common.set_ or [])
     if common.run_name is None or named or layout.run.is_dir():
-        return layout, layout.run
+        return made, file, layout, layout.run
     found = sorted(path for path in common.results.glob("*/model_cpk/*") if path.name == common.run_name)
     if len(found) > 1:
         folders = ", ".join(map(str, found))
         raise UsageError(f"--run-name {common.run_name} is a run of {len(found)} datasets ({folders}): add --dataset")
-    return layout, found[0] if found else layout.run
-
-
-def _screen(common: Common):
-    from lever_lm.console import Screen
-
-    quiet = common.quiet and not common.dry_run  # a plan is what was asked for
-    return Screen(to_stderr=common.json_, quiet=quiet, verbose=common.verbose)
+    return made, file, layout, found[0] if found else layout.run
 
 
 def _spelt(common: Common, flags: dict | None) -> dict[str, dict]:
     return {**option_values(common), **({"flags": flags} if flags else {})}
 
 
-def _layers(common: Common, flags: dict | None = None, names: dict | None = None, file=None, **base):
-    """The layers of a command line; its YAMLs, the default dataset and LVLM among them, unless `names` are given. file:
-    what was read from --config, which is read else."""
-    from lever_lm.settings import layers
+def _pipeline(common: Common, made, run_name: str | None, run_dir: Path | None, run=None):
+    """The pipeline of layers, and of the RunFolder `run` if given. Variables of the environment that count, or
+    would, are said; with --verbose versions and places too."""
+    from lever_lm.console import Screen
+    from lever_lm.pipeline import Pipeline
+    from lever_lm.provenance import versions
 
-    _check_run_name(common.run_name)
-    config = None if base else file or common.config
-    return layers(names or named_yamls(common), config, common.set_ or [], _spelt(common, flags), **base)
-
-
-def _config_of(made, screen):
-    """The config of layers; variables of the environment that count, or would, are said."""
-    from lever_lm.settings import build, combined
-
-    config = build(combined(made.found))
+    quiet = common.quiet and not common.dry_run  # a plan is what was asked for
+    screen, config = Screen(to_stderr=common.json_, quiet=quiet, verbose=common.verbose), made.config()
     for variable in made.in_effect:
         screen.say(f"from the environment: {variable}")
     for variable in made.passed_over:
         screen.say(f"passed over: {variable}")
-    return config
-
-
-def _shown(common: Common, pipeline):
-    """With --verbose: say versions and places."""
+    pipeline = Pipeline(config, screen, results=common.results, run_name=run_name, run_dir=run_dir)
+    pipeline.run = run or pipeline.run
     if common.verbose and not common.dry_run:
-        from lever_lm.provenance import versions
-
         found = ", ".join(f"{name} {number or 'none'}" for name, number in versions().items())
-        pipeline.screen.detail(f"versions: {found}")
+        screen.detail(f"versions: {found}")
         show_places(pipeline)
     return pipeline
 

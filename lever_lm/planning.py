@@ -79,12 +79,13 @@ def make_plan(
     rl_data: Path | None = None,
     embeddings: Path | None = None,
     answers: int = 0,
+    inference: Path | None = None,
 ) -> list[Stage]:
     """The stages of a command (`rollout`, `train`, `infer`, `demo`).
 
     rl_data, embeddings: rollouts and features of the user's own, so that none are made. answers: evaluation prompts for
-    each query. What the cache knows is counted where data, features and model are here; else calls are bounded from
-    above: no command asks more than its plan says.
+    each query; inference: the folder that they go to, by default the run's. What the cache knows is counted where data,
+    features and model are here; else calls are bounded from above: no command asks more than its plan says.
     """
     planner = _Planner(config, layout)
     if command != "infer" and rl_data is None and made_elsewhere(layout.rollouts):
@@ -98,7 +99,7 @@ def make_plan(
     if command in ("train", "demo"):
         stages += planner.training(run, planner.queries() if rl_data is None else planner.queries_of(rl_data))
     if answers:
-        stages.append(planner.inference(answers))
+        stages.append(planner.inference(answers, inference or layout.inference))
     return stages
 
 
@@ -190,11 +191,11 @@ class _Planner:
             stages.append(Stage("online rollouts", f"{rounds} rounds", "", calls, False, seconds, 300 * calls))
         return stages
 
-    def inference(self, answers: int) -> Stage:
+    def inference(self, answers: int, folder: Path) -> Stage:
         total = len(self.data.val_examples) if self.data else 5046
         calls = answers * min(self.config.infer.num_queries or total, total)
         seconds = self._answering(calls, 4)
-        return Stage("inference", "to be answered", str(self.layout.inference), calls, False, seconds, 500 * calls)
+        return Stage("inference", "to be answered", str(folder), calls, False, seconds, 500 * calls)
 
     def _answering(self, calls: int, shots: int) -> float | None:
         """Seconds for LVLM calls: from the speed last measured with this model, else from its size."""

@@ -15,7 +15,7 @@ from lever_lm.config import PACKAGE, Config
 from lever_lm.errors import LeverError
 from lever_lm.files import write_json
 from lever_lm.runs import RunFolder
-from lever_lm.untrusted import FILE_LIMIT, read_json, shown
+from lever_lm.untrusted import FILE_LIMIT, read_object, shown
 
 PACKAGES = ("torch", "transformers", "datasets", "numpy", "safetensors", "tokenizers", "qwen-vl-utils", "pillow")
 _TIMES = ("epoch_time", "step_time")  # of a row of metrics.jsonl: never the same twice
@@ -120,11 +120,13 @@ def record(run: RunFolder, here: dict, say: Callable[[str], None]) -> None:
 
 def read_environment(run: RunFolder, limit: int = FILE_LIMIT) -> dict:
     """The content of a run's env.json; {} where there is none that can be read, or one of more than `limit` bytes."""
-    try:
-        content = read_json(run.environment, limit)
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    return read_object(run.environment, limit)
+
+
+def recorded(run: RunFolder, section: str) -> dict:
+    """Return a section of a run's env.json, as `sources` or `fingerprints`; {} where there is none."""
+    found = read_environment(run).get(section)
+    return found if isinstance(found, dict) else {}
 
 
 def differences(there: dict, here: dict, prefix: str = "") -> list[str]:
@@ -154,9 +156,8 @@ def listed(changed: list[str]) -> str:
 def own_files(original: RunFolder) -> dict[str, Path]:
     """The files of somebody's own that a run was trained on: `rl_data`, `embeddings`. Raises LeverError naming the
     option where one is not there any more."""
-    sources = read_environment(original).get("sources")
     found = {}
-    for name, text in (sources if isinstance(sources, dict) else {}).items():
+    for name, text in recorded(original, "sources").items():
         if name in ("rl_data", "embeddings") and isinstance(text, str):
             if not os.path.isfile(text):
                 option = f"--{name.replace('_', '-')} FILE"

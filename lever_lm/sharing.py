@@ -12,11 +12,11 @@ from lever_lm.errors import LeverError, UsageError
 from lever_lm.exported import CARD, CONFIG, FORMAT, VERSION, WEIGHTS, is_exported, setting_of
 from lever_lm.files import remove, write_json, write_tensors, write_text
 from lever_lm.policy import PointerSelector
-from lever_lm.provenance import PACKAGES, read_environment
-from lever_lm.report.results import is_the_runs_own, read_metrics
+from lever_lm.provenance import PACKAGES, recorded
+from lever_lm.report.results import evaluations, read_metrics
 from lever_lm.runs import RunFolder, inference_folder
 from lever_lm.settings import build
-from lever_lm.untrusted import is_epoch, read_json
+from lever_lm.untrusted import is_epoch
 
 _LONGEST = 200  # characters of a version or a fingerprint
 _ADVICE = re.compile(r"(, chosen when|; best\.json names).*", re.DOTALL)  # of find_checkpoint, to the run's owner
@@ -39,7 +39,7 @@ def export(checkpoint: Path, why: str, folder: Path, *, license_: str = "apache-
     _check_folder(folder, overwrite)
     run, content, policy = RunFolder(checkpoint.parent), read_checkpoint(checkpoint), load_policy(checkpoint)
     config = build(run.values()) if run.config.is_file() else None
-    own, made = own_config(content), read_environment(run)
+    own = own_config(content)
     # Trained on rollouts and features of somebody's own, it names no encoder, and its config's data are not its own.
     known = config is not None and isinstance(own.get("encoder"), str)
     evaluated = _evaluated(run, policy) if known else None
@@ -53,8 +53,8 @@ def export(checkpoint: Path, why: str, folder: Path, *, license_: str = "apache-
         "epoch": content["epoch"] + 1 if is_epoch(content.get("epoch")) else None,  # from 1, as in file names
         "chosen": _ADVICE.sub("", why),
         "setting": _setting(config, known),
-        "fingerprints": _texts(made.get("fingerprints"), ("data", "encoder", "lvlm")),
-        "packages": _texts(made.get("packages"), PACKAGES),
+        "fingerprints": _texts(recorded(run, "fingerprints"), ("data", "encoder", "lvlm")),
+        "packages": _texts(recorded(run, "packages"), PACKAGES),
         "results": [row for row in evaluated["results"] if row["method"] == evaluated["method"]] if evaluated else [],
     }
     card = model_card(folder.resolve().name, license_, config, shared, evaluated, known=known)
@@ -92,27 +92,22 @@ def _setting(config: Config | None, known: bool) -> dict:
     return setting if known else {key: part for key, part in setting.items() if key not in ("data", "features")}
 
 
-def _texts(values, names: Sequence[str]) -> dict[str, str]:
-    """Those of an env.json's entries that are there."""
-    found = {name: values.get(name) for name in names} if isinstance(values, dict) else {}
+def _texts(values: dict, names: Sequence[str]) -> dict[str, str]:
+    """Return those of the named entries of an env.json that are short texts."""
+    found = {name: values.get(name) for name in names}
     return {name: value for name, value in found.items() if isinstance(value, str) and len(value) < _LONGEST}
 
 
 def _evaluated(run: RunFolder, policy: PointerSelector) -> dict | None:
     """The newest evaluation of a policy under the setting that it was trained in: results, tests, which method it is,
     and on how many queries; None where there is none. Told by its weights: a file's name outlives what was in it."""
-    folder, digest = inference_folder(run.path), policy_digest(policy)
-    files = [one / "metrics.json" for one in (folder, *folder.glob("*/")) if is_the_runs_own(one)]
-    there = [file for file in files if file.is_file()]
-    for file in sorted(there, key=lambda file: file.stat().st_mtime, reverse=True):
+    digest = policy_digest(policy)
+    for folder in evaluations(inference_folder(run.path)):
         try:
-            found, raw = read_metrics(file), read_json(file)
-        except (LeverError, OSError, ValueError):
+            found = read_metrics(folder / "metrics.json")
+        except LeverError:
             continue
-        policies = raw.get("policies")
-        policies = policies if isinstance(policies, dict) else {}
         methods = (row["method"] for row in found["results"])
-        if (method := next((m for m in methods if policies.get(m) == digest), None)) is not None:
-            n = max(row["n"] for row in found["results"])
-            return {**found, "method": method, "n": n, "okvqa_stem": raw.get("okvqa_stem") is True}
+        if (method := next((m for m in methods if found["policies"].get(m) == digest), None)) is not None:
+            return {**found, "method": method, "n": max(row["n"] for row in found["results"])}
     return None

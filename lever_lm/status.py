@@ -19,11 +19,11 @@ from typing import TypeVar
 from lever_lm.config import Config
 from lever_lm.errors import LeverError
 from lever_lm.locks import seen
-from lever_lm.provenance import read_environment, typed_again
+from lever_lm.provenance import read_environment, recorded, typed_again
 from lever_lm.runs import LOCK, Layout, RunFolder
 from lever_lm.selection import STRATEGIES, best_row, epochs_since_best, read_log
 from lever_lm.settings import build
-from lever_lm.untrusted import metrics_rows, read_json
+from lever_lm.untrusted import metrics_rows
 
 PHASES = ("rce", "grpo")
 _LATELY = 10  # epochs that the time of one is taken from
@@ -155,8 +155,7 @@ def who(process: dict) -> str:
 def _rollouts(run: RunFolder, layout: Layout | None, process: dict | None) -> dict | None:
     """The rollout file that the run trains on: the user's own, where env.json names one, else the one that is made for
     it; None where neither is known."""
-    sources = read_environment(run).get("sources")
-    own = sources.get("rl_data") if isinstance(sources, dict) else None
+    own = recorded(run, "sources").get("rl_data")
     if isinstance(own, str):
         return {"path": own, "exists": os.path.isfile(own)}
     if layout is None or _trains_on_a_file(process):  # env.json comes later
@@ -265,10 +264,9 @@ def _bytes(folder: Path) -> int:
 def _command(run: RunFolder, layout: Layout | None, process: dict | None) -> str | None:
     """What goes on with a run: the command that last went on with it, or began it, where it was kept; else what has the
     same effect."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        kept = read_json(run.environment)
-        if command := typed_again(kept.get("last_command", kept.get("command"))):
-            return shlex.join(_without_anew(shlex.split(command)))
+    kept = read_environment(run)
+    if command := typed_again(kept.get("last_command", kept.get("command"))):
+        return shlex.join(_without_anew(shlex.split(command)))
     if not run.config.is_file():  # killed before it was written: the lock names the command, or its beginning
         whole = process is not None and 0 < len(process["command"]) < _CUT
         return shlex.join(["lever", *_without_anew(process["command"].split())]) if whole else None

@@ -93,6 +93,15 @@ def read_json(path: Path | str, limit: int | None = FILE_LIMIT, *, nan: bool = F
     return loads(read_bytes(path, limit), nan=nan, halves=True)
 
 
+def read_object(path: Path | str, limit: int | None = FILE_LIMIT) -> dict:
+    """Return the object in a JSON file; {} where there is none that can be read."""
+    try:
+        content = read_json(path, limit)
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def _without_waiting(path, flags) -> int:
     return os.open(path, flags | os.O_NONBLOCK)  # a pipe without a writer would be waited for
 

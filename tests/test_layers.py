@@ -19,6 +19,7 @@ LEVELS = [
         "digests",
         "stages",
         "settings",
+        "config_layers",
         "runs",
         "progress",
         "console",

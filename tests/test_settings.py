@@ -6,20 +6,9 @@ import threading
 import pytest
 
 from lever_lm.config import Config, DataConfig, FeatureConfig, asset_path, fingerprint, to_dict
+from lever_lm.config_layers import ENVIRONMENT, environment_values, file_layer, layers, resolve
 from lever_lm.errors import UsageError
-from lever_lm.settings import (
-    ENVIRONMENT,
-    all_keys,
-    build,
-    combined,
-    dotted,
-    environment_values,
-    layers,
-    merge,
-    parse_set,
-    read_yaml,
-    resolve,
-)
+from lever_lm.settings import all_keys, build, dotted, merge, parse_set, read_yaml
 
 
 @pytest.fixture(autouse=True)
@@ -392,7 +381,7 @@ def test_a_bad_variable_is_refused_by_name(monkeypatch, name, text):
 
 @pytest.mark.parametrize("text", ["0", "false", "No", "OFF"])
 def test_flags_in_the_environment_can_be_off(text):
-    values, _ = environment_values({}, {"USE_RANK_ADVANTAGE": text})
+    (values,) = environment_values({}, {"USE_RANK_ADVANTAGE": text}, {}).values()
     assert values == {"grpo": {"advantage": "zscore"}}
 
 
@@ -433,8 +422,8 @@ def test_a_config_file_that_names_folders_keeps_them(monkeypatch, tmp_path, name
     monkeypatch.setenv("COCO_PATH", "/C")
     keys = ("okvqa_path", "coco_path") if named == "both" else (named,)
     path = config_file(tmp_path, "data: {" + ", ".join(f"{key}: /{key}" for key in keys) + "}")
-    made = layers({"dataset": "okvqa_local"}, path, [], {})
-    config = build(combined(made.found))
+    made = layers({"dataset": "okvqa_local"}, file_layer(path), [], {})
+    config = made.config()
     want = {key: f"/{key}" if key in keys else there for key, there in (("okvqa_path", "/E"), ("coco_path", "/C"))}
     assert {key: getattr(config.data, key) for key in want} == want
     variables = {"okvqa_path": "OKVQA_PATH=/E", "coco_path": "COCO_PATH=/C"}

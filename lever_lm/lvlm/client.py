@@ -31,6 +31,10 @@ class RefusedKey(ServerError):
     """The server wants a key, or another one."""
 
 
+class _Starting(ServerError):
+    """Nothing serves there, or not yet."""
+
+
 class MayPass(Exception):
     """A failure worth another try. wait: seconds that the server asked for. down: nothing serves there, as while a
     server starts."""
@@ -38,10 +42,6 @@ class MayPass(Exception):
     def __init__(self, found: str, mend: str, wait: float | None = None, *, down: bool = False):
         super().__init__(found)
         self.found, self.mend, self.wait, self.down = found, mend, wait, down
-
-
-class _NoAnswer(MayPass):
-    """Nothing came, or not the whole of it."""
 
 
 class Served(NamedTuple):
@@ -91,10 +91,6 @@ async def _listed(config: LvlmConfig, say: Callable[[str], None], wait: float) -
             await _pause(min(LOOK, left))
 
 
-class _Starting(ServerError):
-    """Nothing serves there, or not yet."""
-
-
 async def _list_at(config: LvlmConfig, url: str) -> tuple[str, list[dict]]:
     """The models at a URL, or at the /v1 that it leaves out or goes beyond."""
     parts = urlsplit(url)
@@ -116,18 +112,15 @@ async def _models(config: LvlmConfig, url: str) -> tuple[list[dict] | None, Serv
     async with Client(config, url, timeout=min(_FIRST_CONTACT, config.timeout)) as client:
         try:
             listed = (await client.once("GET", "/models")).get("data")
-        except _NoAnswer as error:
-            if error.down:
-                raise _Starting(error.found, error.mend) from error
-            slow = isinstance(error.__cause__, asyncio.TimeoutError)  # of a limit that no option raises
-            raise ServerError(error.found, _IS_IT if slow else error.mend) from error
         except RefusedKey:
             raise
+        except ServerError as error:
+            return None, error
         except MayPass as error:
             if error.down:
                 raise _Starting(error.found, error.mend) from error
-            return None, error
-        except ServerError as error:
+            if isinstance(error.__cause__, asyncio.TimeoutError):  # of a limit that no option raises
+                raise ServerError(error.found, _IS_IT) from error
             return None, error
     if not isinstance(listed, list):
         return None, None
@@ -177,18 +170,18 @@ class Client:
         try:
             status, headers, content = await asyncio.wait_for(self._exchange(method, path, body), self.timeout)
         except asyncio.TimeoutError as error:
-            raise _NoAnswer(
+            raise MayPass(
                 f"the server {self.url} gave no answer within {self.timeout:g} s",
                 f"a higher lvlm.timeout, or a lower lvlm.concurrency than {self.config.concurrency}",
             ) from error
         except (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.InvalidURL) as error:
             why = _words(str(error), self.key) or "it does not answer"
             mend = f"start it (vllm serve {self.name}), or mend --server (lvlm.server); {_PATIENCE}"
-            raise _NoAnswer(f"no server at {self.url} ({why})", mend, down=True) from error
+            raise MayPass(f"no server at {self.url} ({why})", mend, down=True) from error
         except httpx2.HTTPError as error:
             why = _words(str(error), self.key) or type(error).__name__
             mend = f"{SEE_LOG}; {_PATIENCE}"
-            raise _NoAnswer(f"the server {self.url} broke off its answer ({why})", mend, down=True) from error
+            raise MayPass(f"the server {self.url} broke off its answer ({why})", mend, down=True) from error
         if 200 <= status < 300:
             return self._json(content)
         raise self._failure(status, headers, content)

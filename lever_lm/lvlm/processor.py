@@ -5,7 +5,7 @@ from pathlib import Path
 from lever_lm.compat import first_line, import_transformers
 from lever_lm.errors import MendableError
 from lever_lm.hub import is_hub_id
-from lever_lm.untrusted import read_json, shown
+from lever_lm.untrusted import read_object, shown
 
 _TEMPLATE = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")  # where a chat template can stand
 _CLASS = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")  # where its class is named
@@ -24,7 +24,7 @@ def load_processor(path: str, folder: Path):
     except Exception as error:  # a directory of anybody's making: the library can fail on it in any way
         raise _refused(path, first_line(error), (*_CLASS[:2], "tokenizer.json", "tokenizer_config.json")) from error
     if not hasattr(processor, "tokenizer") or not hasattr(getattr(processor, "image_processor", None), "merge_size"):
-        named = next(filter(None, (_read(folder / name).get("processor_class") for name in _CLASS)), None)
+        named = next(filter(None, (read_object(folder / name).get("processor_class") for name in _CLASS)), None)
         what = f"its processor class is {shown(named)}" if named else "it names no processor class"
         what += f", which transformers {transformers.__version__} does not have for a Qwen2.5-VL"
         raise _refused(path, what, _CLASS)
@@ -32,7 +32,7 @@ def load_processor(path: str, folder: Path):
         processor.chat_template = processor.tokenizer.chat_template
     if not processor.chat_template:
         raise _refused(path, "it has no chat template", _TEMPLATE[:2])
-    token = _read(folder / "config.json").get("image_token_id", getattr(processor, "image_token_id", None))
+    token = read_object(folder / "config.json").get("image_token_id", getattr(processor, "image_token_id", None))
     try:
         text = processor.apply_chat_template(_PROBE, tokenize=False, add_generation_prompt=True)
         found = processor.tokenizer(text, add_special_tokens=False).input_ids.count(token)
@@ -51,12 +51,3 @@ def _refused(path: str, what: str, files: tuple[str, ...]) -> MendableError:
         f"fetch {', '.join(files[:-1])} or {files[-1]}, whichever its repository has, again ({fetch}), or name another "
         "model (--lvlm, lvlm.path)",
     )
-
-
-def _read(path: Path) -> dict:
-    """Return the JSON object in a file; {} where there is none."""
-    try:
-        content = read_json(path)
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

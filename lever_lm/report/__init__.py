@@ -22,12 +22,12 @@ from lever_lm.report.curves import (
     training_curves,
 )
 from lever_lm.report.gallery import LEARNED, make_cards, pick_queries, read_shown, right_labels
-from lever_lm.report.results import is_finite, last_evaluation, others_settings, read_samples, samples_file
+from lever_lm.report.results import evaluations, is_finite, last_evaluation, read_samples, samples_file
 from lever_lm.runs import RunFolder, differing
 from lever_lm.stats import paired_test
 from lever_lm.untrusted import CONFIG_LIMIT, printable, read_bytes, shown
 
-__all__ = ["Evaluated", "last_evaluation", "others_settings", "write_report"]
+__all__ = ["Evaluated", "evaluations", "last_evaluation", "write_report"]
 
 _EPOCHS = ("phase", "epoch", "train_loss", "val_loss", "ppo_loss", "kl", "adv_std", "adv_max", "beta", "val_reward")
 _MOST = 200  # epochs in the table

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lever_lm.errors import LeverError
 from lever_lm.inference import is_result, is_test
-from lever_lm.untrusted import LINE_LIMIT, Line, lines, loads, read_json, shown
+from lever_lm.untrusted import LINE_LIMIT, Line, lines, loads, read_json, read_object, shown
 
 LARGEST = 1e300  # of what is drawn: differences stay finite
 _MOST = 2000  # results of an evaluation, and tests: ours have some ten methods at some ten numbers of shots
@@ -34,8 +34,8 @@ def is_finite(value) -> bool:
 
 
 def read_metrics(path: Path) -> dict:
-    """results, tests and checkpoint of a metrics.json; where they are known also lvlm, order (of the prompt) and
-    policies, method → digest. Raises LeverError where it is none."""
+    """results, tests and checkpoint of a metrics.json, okvqa_stem, and policies, method → digest; where they are known
+    also lvlm and order (of the prompt). Raises LeverError where it is none."""
     mend = "run `lever infer --baselines` or `lever demo` first"
     try:
         found = read_json(path)
@@ -50,35 +50,30 @@ def read_metrics(path: Path) -> dict:
         raise LeverError(f"{path} holds {len(results):,} results and {len(tests):,} tests, more than {_MOST:,}: {mend}")
     known = {name: value for name in ("lvlm", "order") if isinstance(value := found.get(name), str)}
     policies = found.get("policies")
-    known["policies"] = policies if isinstance(policies, dict) else {}
+    known |= {"policies": policies if isinstance(policies, dict) else {}, "okvqa_stem": found.get("okvqa_stem") is True}
     return {"results": results, "tests": tests, "checkpoint": checkpoint, **known}
 
 
 def last_evaluation(folder: Path) -> Path | None:
     """The evaluation that was written last, of those in a run's inference folder that have random demonstrations to
     compare with, else of all; None where there is none. One under another setting than the run's is not the run's."""
-    found = [one for one in _evaluations(folder) if is_the_runs_own(one)]
-    beside = [one for one in found if any(one.glob("samples_random_*.jsonl"))]
-    return max(beside or found, key=lambda one: (one / "metrics.json").stat().st_mtime, default=None)
+    found = evaluations(folder)
+    return next((one for one in found if any(one.glob("samples_random_*.jsonl"))), found[0] if found else None)
 
 
-def others_settings(folder: Path) -> list[Path]:
-    """The evaluations in a run's inference folder that `last_evaluation` leaves out, by name."""
-    return sorted(one for one in _evaluations(folder) if not is_the_runs_own(one))
+def evaluations(folder: Path, *, own: bool = True) -> list[Path]:
+    """Return the evaluations in a run's inference folder, the newest first, that were made under the setting in which
+    the run was trained; or where not `own`, the others."""
+    found = [one for one in (folder, *folder.glob("*/")) if (one / "metrics.json").is_file()]
+    found = [one for one in found if _is_own(one) == own]
+    return sorted(found, key=lambda one: (one / "metrics.json").stat().st_mtime, reverse=True)
 
 
-def _evaluations(folder: Path) -> list[Path]:
-    return [one for one in (folder, *folder.glob("*/")) if (one / "metrics.json").is_file()]
-
-
-def is_the_runs_own(folder: Path) -> bool:
-    """Whether an evaluation was made under the setting that its run was trained in: its metrics.json says that nothing
-    was changed. What cannot be read is left to `read_metrics` to refuse."""
-    try:
-        found = read_json(folder / "metrics.json")
-    except (OSError, ValueError):
-        return True
-    return not isinstance(found, dict) or found.get("changed") == {}
+def _is_own(folder: Path) -> bool:
+    """Return whether an evaluation's metrics.json says that nothing was changed. What cannot be read is left to
+    `read_metrics` to refuse."""
+    found = read_object(folder / "metrics.json")
+    return not found or found.get("changed") == {}
 
 
 def samples_file(folder: Path, method: str, shots: int) -> Path:

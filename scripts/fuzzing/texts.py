@@ -114,7 +114,7 @@ def _yaml_seeds() -> list[bytes]:
 
 def config_file(folder: Path) -> Target:
     """`--config FILE`."""
-    from lever_lm.settings import resolve
+    from lever_lm.config_layers import resolve
 
     path = folder / "config.yaml"
     parse = to_file(path, lambda: resolve({"dataset": "digits"}, path, [], {}))
@@ -123,7 +123,7 @@ def config_file(folder: Path) -> Target:
 
 def set_options(folder: Path) -> Target:
     """`--set KEY=VALUE`."""
-    from lever_lm.settings import resolve
+    from lever_lm.config_layers import resolve
 
     seeds = [
         b"grpo.kl_beta=0.05",
@@ -145,15 +145,18 @@ def set_options(folder: Path) -> Target:
 
 def variables(folder: Path) -> Target:
     """Environment variables: NAME=VALUE on each line."""
-    from lever_lm.settings import ENVIRONMENT, build, environment_values, merge
+    from lever_lm.config_layers import ENVIRONMENT, environment_values
+    from lever_lm.settings import build, merge
     from lever_lm.untrusted import printable
 
     def parse(content: bytes) -> None:
         pairs = (line.partition("=") for line in argument(content).split("\n"))
         values = {"data": {"okvqa_path": "/data"}}
-        found, in_effect = environment_values(values, {name: text for name, _, text in pairs})
-        build(merge(values, found))
-        assert not STEERS & set(map(ord, printable("".join(in_effect))))
+        environ = {name: text for name, _, text in pairs}
+        for name, found in environment_values(values, environ, {}).items():
+            values = merge(values, found)
+            assert not STEERS & set(map(ord, printable(environ[name])))
+        build(values)
 
     examples = {int: "3", float: "0.5", str: "hard"}
     seeds = [f"{name}={examples.get(kind, 'true')}".encode() for name, (kind, _) in ENVIRONMENT.items()]
