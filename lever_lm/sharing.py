@@ -99,8 +99,9 @@ def _texts(values: dict, names: Sequence[str]) -> dict[str, str]:
 
 
 def _evaluated(run: RunFolder, policy: PointerSelector) -> dict | None:
-    """The newest evaluation of a policy under the setting that it was trained in: results, tests, which method it is,
-    and on how many queries; None where there is none. Told by its weights: a file's name outlives what was in it."""
+    """The last evaluation of a policy with baselines, else the last, under the setting that it was trained in: results,
+    tests, which method it is, and on how many queries; None where there is none. Told by its weights: a file's name
+    outlives what was in it."""
     digest = policy_digest(policy)
     for folder in evaluations(inference_folder(run.path)):
         try:

@@ -118,6 +118,20 @@ def test_the_card_is_one_that_the_hubs_client_reads(trained, lever):
     assert json.loads((trained / "shared policy/config.json").read_text())["results"] == rows
 
 
+def test_the_card_has_the_evaluation_with_baselines_as_the_page_does(trained, lever):
+    """`lever demo` evaluates with baselines in the run's folder, and a later `infer` without them in one of its own."""
+    assert lever("infer", "--limit", "8", "--shots", "1,2", "--baselines").status == 0
+    (folder,) = (trained / INFERENCE).glob("*/")
+    for file in folder.iterdir():
+        shutil.copy(file, trained / INFERENCE)
+    shutil.rmtree(folder)
+    assert lever("infer", "--limit", "8", "--shots", "1").status == 0
+    assert lever("export", RUN, "shared").status == 0
+    rows = json.loads((trained / "shared/config.json").read_text())["results"]
+    assert [row["shots"] for row in rows] == [1, 2]
+    assert "img\\_text\\_sim" in (trained / "shared/README.md").read_text()
+
+
 def test_a_policy_that_was_overwritten_leaves_its_successor_no_results(trained, lever):
     """`lever demo` and `lever train --overwrite` leave files of the same names."""
     assert lever("infer", "--limit", "8", "--ckpt", RUN / "grpo_epoch4.pt", "--json").status == 0

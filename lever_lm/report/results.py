@@ -55,18 +55,20 @@ def read_metrics(path: Path) -> dict:
 
 
 def last_evaluation(folder: Path) -> Path | None:
-    """The evaluation that was written last, of those in a run's inference folder that have random demonstrations to
-    compare with, else of all; None where there is none. One under another setting than the run's is not the run's."""
-    found = evaluations(folder)
-    return next((one for one in found if any(one.glob("samples_random_*.jsonl"))), found[0] if found else None)
+    """Return the first of the `evaluations` in a run's inference folder, or None where there is none."""
+    return next(iter(evaluations(folder)), None)
 
 
 def evaluations(folder: Path, *, own: bool = True) -> list[Path]:
-    """Return the evaluations in a run's inference folder, the newest first, that were made under the setting in which
-    the run was trained; or where not `own`, the others."""
+    """Return the evaluations in a run's inference folder that were made under the setting in which the run was trained;
+    or where not `own`, the others. Those with random demonstrations to compare with come first, then the newest."""
     found = [one for one in (folder, *folder.glob("*/")) if (one / "metrics.json").is_file()]
     found = [one for one in found if _is_own(one) == own]
-    return sorted(found, key=lambda one: (one / "metrics.json").stat().st_mtime, reverse=True)
+    return sorted(found, key=_rank, reverse=True)
+
+
+def _rank(folder: Path) -> tuple[bool, float]:
+    return any(folder.glob("samples_random_*.jsonl")), (folder / "metrics.json").stat().st_mtime
 
 
 def _is_own(folder: Path) -> bool:
