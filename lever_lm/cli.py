@@ -216,7 +216,7 @@ def infer(
         bool, typer.Option("--okvqa-stem", help="Reduce predictions as OK-VQA's `answer`s are, before scoring.")
     ] = False,
 ) -> None:
-    """N-shot inference with a checkpoint, or with anybody's choices, on the evaluation split; torchrun shares it."""
+    """N-shot inference with a checkpoint, or with choices of your own, on the evaluation split; torchrun shares it."""
     numbers = parse_shots(shots)
     if icds is not None and ckpt is not None:
         raise UsageError("--icds and --ckpt both say what is shown: give one of them")
