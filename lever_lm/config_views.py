@@ -158,6 +158,6 @@ def difference_lines(one: View, other: View) -> list[str]:
     found = differences(one, other)
     if not found:
         return [f"{one_line(one.name)} and {one_line(other.name)}: no difference"]
-    keys = f"{len(found)} key{'s' if len(found) > 1 else ''}"
-    head = f"{one_line(one.name)} → {one_line(other.name)}: {keys} of {len(all_keys())} differ"
+    keys, verb = ("key", "differs") if len(found) == 1 else ("keys", "differ")
+    head = f"{one_line(one.name)} → {one_line(other.name)}: {len(found)} {keys} of {len(all_keys())} {verb}"
     return [head, *(f"{key}: {_plain(old)} → {_plain(new)}" for key, (old, new) in found.items())]

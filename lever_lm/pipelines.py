@@ -45,19 +45,22 @@ def pipeline_of_run(
 
     made, file, layout, folder = _named_run(common, flags)
     run = RunFolder(run_dir or folder)
-    values, named, checkpoint = values_of(run) if find is None else {}, run.path, None
+    values, named, checkpoint, lacking = values_of(run) if find is None else {}, run.path, None, None
     if find is not None:
         try:
             checkpoint = named, _ = find(run, layout)
             values = locate(named)[2]
-        except LeverError:
+        except LeverError as error:
             if not common.dry_run:
                 raise
+            lacking = error
     if values:
         names = {kind: getattr(common, kind) for kind in _KINDS}
         made = layers_beside(values, named, names, file, common.set_ or [], _spelt(common, flags))
     pipeline = _pipeline(common, made, common.run_name, run_dir, run)
     pipeline.checkpoint = checkpoint
+    if lacking is not None:
+        pipeline.screen.say(f"without --dry-run this stops: {lacking}")
     if values:
         pipeline.screen.detail(f"the setting is that of {named}")
     return pipeline

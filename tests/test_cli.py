@@ -371,6 +371,13 @@ def test_dry_run_writes_nothing_and_says_what_would_be_done(lever, tmp_path, com
     assert "to be made" in done.err
 
 
+@pytest.mark.parametrize("command", ["infer", "pick"])
+def test_dry_run_of_what_needs_a_checkpoint_says_that_there_is_none(lever, command):
+    planned, done = lever(command, "--dry-run"), lever(command)
+    assert (planned.status, done.status) == (0, 1)
+    assert f"without --dry-run this stops: {done.err.removeprefix('lever: ').strip()}" in planned.out
+
+
 def test_dry_run_of_a_finished_run_says_it_is_there(trained, lever):
     before = files_in(trained)
     done = lever("train", *SMALL, "--dry-run")

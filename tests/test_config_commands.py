@@ -169,6 +169,9 @@ def test_two_runs_differ_where_their_configs_do(lever, a_run):
         f"rce.lr: {values['rce']['lr']} → 0.25",
         "seed: 0 → 7",
     ]
+    (a_run / "single").mkdir()
+    (a_run / "single/config.yaml").write_text(yaml.safe_dump(values | {"seed": 7}))
+    assert f"single: 1 key of {len(all_keys())} differs\n" in lever("config", "diff", str(RUN), "single").out
     told = lever("config", "diff", str(RUN), "other", "--json").json
     assert told["differences"] == {"rce.lr": {"a": values["rce"]["lr"], "b": 0.25}, "seed": {"a": 0, "b": 7}}
     assert not told["identical"]
