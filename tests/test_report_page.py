@@ -129,6 +129,11 @@ def test_writing_on_a_phone_is_large_enough(opened):
     assert min(heights) >= 10
 
 
+def test_what_the_demonstrations_answer_is_seen_whole_on_a_phone(opened):
+    table = opened(390).get_by_role("region", name="Answers in the demonstrations, by method")
+    assert table.evaluate("element => element.scrollWidth <= element.clientWidth")
+
+
 def test_the_gallery_is_filtered_by_the_keyboard_without_scripts(opened):
     page = opened(java_script_enabled=False)
     counted = {kind: page.locator(f".card.{kind}").count() for kind in ("win", "loss", "sample")}
