@@ -9,7 +9,8 @@ from pathlib import Path
 
 from lever_lm.compat import resolve_device
 from lever_lm.config import ASSET_PREFIX, HUB_PREFIX, Config, DataConfig, asset_path
-from lever_lm.data import in_parquet, source_of
+from lever_lm.data import in_both, in_parquet, source_of
+from lever_lm.data.examples import Example
 from lever_lm.data.naming import files_of
 from lever_lm.data.okvqa import SPLITS, annotations_file, images_folder, questions_file
 from lever_lm.data.okvqa import load_split as load_official
@@ -145,7 +146,7 @@ def _hub_dataset(repository: str, split: str) -> Check:
 def counts(config: DataConfig, answers: list[str]) -> Iterable[Check]:
     """How many examples each split has, and how many cannot be used. Images are looked up, not decoded. The reference
     answers of those that can be used are added to `answers`."""
-    lenient = replace(config, skip_bad_examples=True)
+    lenient, splits = replace(config, skip_bad_examples=True), {}
     for split, expected in zip(SPLITS, _EXAMPLES.get(config.name, (None, None)), strict=True):
         skipped: list[str] = []
         load = load_parquet if in_parquet(config, split) else load_official
@@ -155,6 +156,7 @@ def counts(config: DataConfig, answers: list[str]) -> Iterable[Check]:
             found, _, mend = str(error).partition("; ")
             yield Check(f"{split} examples", "missing", found, mend or "replace the file")
             continue
+        splits[split] = examples
         answers += [answer for example in examples for answer in example.answers]
         found = f"{len(examples)} usable"
         if skipped:
@@ -166,6 +168,20 @@ def counts(config: DataConfig, answers: list[str]) -> Iterable[Check]:
             yield Check(f"{split} examples", "warning", found, "fine for a part of it, else fetch it again")
         else:
             yield Check(f"{split} examples", "ok", found)
+    if len(splits) == len(SPLITS):
+        yield from _in_both_splits(config, splits)
+
+
+def _in_both_splits(config: DataConfig, splits: dict[str, list[Example]]) -> Iterable[Check]:
+    try:
+        problems = list(in_both(config, splits["train"], splits["val"]).values())
+    except LeverError as error:
+        yield Check("splits", "missing", str(error), "replace the file, or --skip-bad-examples")
+        return
+    if problems:
+        skipped = config.skip_bad_examples
+        mend = "left out, as asked" if skipped else "leave them in one split, or --skip-bad-examples"
+        yield Check("splits", "warning" if skipped else "missing", problems[0], mend)
 
 
 # ---------------------------------------------------------------------- machine

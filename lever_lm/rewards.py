@@ -42,7 +42,7 @@ REWARD_MODES: dict[str, Callable[[_Scores], float]] = {
     ),
     "infoscore": lambda s: s.infoscore,
 }
-# The scores that each mode is made of; `legacy` makes do with those that are there.
+# The scores that each mode is made of; `legacy` makes do with `correct` or `accuracy`, whichever is there.
 NEEDED: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("hard_plus_soft", "hard_plus_soft_v2", "separated"), ("correct", "accuracy")),
     "hard_only": ("correct",),

@@ -281,6 +281,16 @@ def test_a_score_that_the_reward_does_not_need_may_be_missing(tmp_path):
         load_groups(path, reward_mode="soft_only", missing="refuse", require_positive=True)
 
 
+def test_the_legacy_reward_needs_a_correctness_or_an_accuracy(tmp_path):
+    bare = {"pointer": [1, 2], "pointer_global": [11, 12], "vqa_correct": None}
+    path = write(tmp_path, {"1": query(trajectory(), bare)})
+    for missing in ("refuse", "lineage"):
+        with pytest.raises(LeverError, match="query 1, trajectory 1 has no vqa_correct and no vqa_acc_score"):
+            load_groups(path, reward_mode="legacy", missing=missing)
+    (group,) = load_groups(path, reward_mode="legacy", missing="drop")
+    assert (group.sequences, group.rewards) == ([[0, 1]], [1.0])
+
+
 def test_a_file_without_any_reference_probability_is_refused_under_a_mode_of_it(tmp_path):
     path = write(tmp_path, {"1": query(), "2": query()})
     with pytest.raises(LeverError, match="no rollout has a vqa_gt_prob"):

@@ -16,7 +16,7 @@ from lever_lm.compat import import_transformers
 from lever_lm.config import LvlmConfig, PromptConfig, asset_path
 from lever_lm.data import open_image
 from lever_lm.errors import LeverError, UsageError
-from lever_lm.lvlm import build_prompt
+from lever_lm.lvlm import build_prompt, cut_answer
 from lever_lm.lvlm.decoding import beam_search
 from lever_lm.lvlm.images import fitted
 from lever_lm.lvlm.kernels import float32_logits, repeatable_attention
@@ -108,6 +108,10 @@ def test_answers_are_those_of_plain_generate(prompts, style, beams):
     answers = ours.generate(prompts)
     assert answers == [plain_answer(ours, prompt, style, num_beams=beams) for prompt in prompts]
     assert len(set(answers)) >= 8, "prompts that all get the same answer prove nothing"
+
+
+def test_an_answer_is_what_was_written_up_to_its_end(lvlm, prompts):
+    assert lvlm.answer(prompts[:12]) == [cut_answer(text) for text in lvlm.generate(prompts[:12])]
 
 
 def test_no_prompt_no_answer(lvlm):

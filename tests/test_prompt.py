@@ -135,3 +135,8 @@ def test_an_answer_ends_where_the_model_goes_on_with_something_else(written, ans
 )
 def test_the_classic_rule_ends_an_answer_within_a_word(written, answer):
     assert cut_answer(written, "classic") == answer
+
+
+def test_a_comma_ends_no_answer_where_answers_hold_one():
+    assert cut_answer("red, white, and blue Question: what", comma=False) == "red, white, and blue"
+    assert cut_answer("red, white", comma=True) == "red"

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import tracemalloc
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
@@ -40,6 +41,7 @@ from PIL import Image
 from lever_lm.config import DataConfig, FeatureConfig, LvlmConfig, PromptConfig, asset_path
 from lever_lm.config_layers import resolve
 from lever_lm.data import image_digest, load_dataset, open_image
+from lever_lm.doctor import counts
 from lever_lm.errors import LeverError
 from lever_lm.features import ClipEncoder, compute_features, encoder_fingerprint
 from lever_lm.hub import fetch_model, missing_files, model_folder, weights_digest
@@ -360,6 +362,15 @@ def test_rows_that_are_in_both_splits_are_refused_by_name_and_leave_the_training
     data = load(**how, skip_bad_examples=True)
     assert [e.question_id for e in data.train_examples] == [row["question_id"] for row in questions[3:]]
     assert (len(data.val_examples), len(data.skipped)) == (9, 3)
+    config = DataConfig(name="mine", okvqa_path=str(how["folder"]), coco_path=str(source))
+    config = replace(config, train_path=how.get("train_path", ""))
+    *_, told = counts(config, [])
+    assert (told.what, told.status) == ("splits", "missing")
+    assert (
+        f"3 of 12 training questions are in the evaluation split, too ({how['folder']}): question {first}" in told.found
+    )
+    *_, told = counts(replace(config, skip_bad_examples=True), [])
+    assert (told.what, told.status, told.mend) == ("splits", "warning", "left out, as asked")
 
 
 def test_one_folder_for_both_splits_is_refused(official, tmp_path):

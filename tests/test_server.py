@@ -154,7 +154,7 @@ def test_a_server_that_may_not_take_a_repetition_penalty_is_refused(serve):
 
 
 def test_an_answer_is_cut_at_its_end(tiny, prompts):
-    assert make(tiny.url).generate(prompts[:6]) == local().generate(prompts[:6])
+    assert make(tiny.url).answer(prompts[:6]) == local().answer(prompts[:6])
 
 
 def test_another_image_budget_gives_the_local_answers_too(tiny, prompts):

@@ -28,6 +28,7 @@ __all__ = [
     "StoredImage",
     "VqaData",
     "image_digest",
+    "in_both",
     "in_parquet",
     "load_dataset",
     "open_image",
@@ -64,7 +65,9 @@ def load_dataset(config: DataConfig) -> VqaData:
         if config.skip_bad_examples:
             splits[split] = _decodable(splits[split], skipped)
         digests[split] = _digests(splits[split])
-    repeated = _in_both(config, splits, digests, skipped)
+    repeated = in_both(config, splits["train"], splits["val"])
+    for problem in repeated.values():
+        refuse_or_skip(problem, config.skip_bad_examples, skipped)
     splits["train"], digests["train"] = (
         [item for row, item in enumerate(items) if row not in repeated] for items in (splits["train"], digests["train"])
     )
@@ -76,22 +79,21 @@ def load_dataset(config: DataConfig) -> VqaData:
     return VqaData(config.name, train, val, fingerprint(*stamps.values()), tuple(skipped), tuple(stamps.values()))
 
 
-def _in_both(config: DataConfig, splits: dict, digests: dict, skipped: list[str]) -> set[int]:
-    """The rows of the training split that ask what the evaluation split asks, about the same image. Raises LeverError
-    naming the first, or adds them to `skipped`."""
-    asked = {(e.question, digest): e for e, digest in zip(splits["val"], digests["val"], strict=True)}
-    found: dict[int, Example] = {}
-    for row, (example, digest) in enumerate(zip(splits["train"], digests["train"], strict=True)):
-        if (example.question, digest) in asked:
-            found[row] = asked[example.question, digest]
-    for row, other in found.items():
-        problem = (
-            f"{source_of(config, 'train')}: {len(found)} of {len(splits['train'])} training questions are in the "
-            f"evaluation split, too ({source_of(config, 'val')}): question {splits['train'][row].question_id} is "
-            f"question {other.question_id} there, about the same image"
+def in_both(config: DataConfig, train: list[Example], val: list[Example]) -> dict[int, str]:
+    """Row of each training example that asks what the evaluation split asks, about an image of equal content → what is
+    wrong with it. Reads the images of questions that both splits ask. Raises LeverError for one that cannot be read."""
+    shared = {example.question for example in train} & {example.question for example in val}
+    asked = {(example.question, example.content): example for example in val if example.question in shared}
+    pairs = ((row, asked.get((e.question, e.content))) for row, e in enumerate(train) if e.question in shared)
+    found = {row: example for row, example in pairs if example is not None}
+    return {
+        row: (
+            f"{source_of(config, 'train')}: {len(found)} of {len(train)} training questions are in the evaluation "
+            f"split, too ({source_of(config, 'val')}): question {train[row].question_id} is question "
+            f"{example.question_id} there, about the same image"
         )
-        refuse_or_skip(problem, config.skip_bad_examples, skipped)
-    return set(found)
+        for row, example in found.items()
+    }
 
 
 def _digests(examples: list[Example]) -> list[str]:

@@ -187,6 +187,8 @@ def _is_scored(trajectory: dict, config: RewardConfig, counts: Counter, where: s
     to be left out: a score that is not known is not a wrong answer."""
     needed = dict.fromkeys([*NEEDED[config.mode], *(["correct"] if config.require_positive else [])])
     lacking = [_FIELDS[name] for name in needed if trajectory.get(_FIELDS[name]) is None]
+    if config.mode == "legacy" and all(trajectory.get(_FIELDS[name]) is None for name in ("correct", "accuracy")):
+        lacking = [_FIELDS["correct"], _FIELDS["accuracy"]]  # either will do
     if not lacking:
         return True
     if config.missing == "lineage" and lacking == ["vqa_gt_prob"]:

@@ -19,7 +19,7 @@ from lever_lm.lvlm.cache import Track
 from lever_lm.lvlm.decoding import NotFinite, Prefilled, beam_search, greedy
 from lever_lm.lvlm.kernels import compile_parts, float32_logits, repeatable_attention, speed_up_vision
 from lever_lm.lvlm.processor import load_processor
-from lever_lm.lvlm.prompt import Prompt, holder, to_messages, wording
+from lever_lm.lvlm.prompt import Prompt, cut_answer, holder, to_messages, wording
 from lever_lm.lvlm.vision import Vision
 from lever_lm.progress import untracked
 from lever_lm.shards import Shards
@@ -77,6 +77,10 @@ class LocalLvlm:
             self._process = transformers.RepetitionPenaltyLogitsProcessor(float(config.repetition_penalty))
 
     # ------------------------------------------------------------------ answering
+
+    def answer(self, prompts: Sequence[Prompt]) -> list[str]:
+        """The answer to each prompt, cut as in prompt.cut_answer. Order in, order out."""
+        return [cut_answer(text, self.prompt.cut) for text in self.generate(prompts)]
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt]) -> list[str]:

@@ -9,7 +9,10 @@ from lever_lm.data import Example, Image
 
 # The model going on with the next turn, in whatever case: no answer holds one of these with its colon.
 _NEXT_TURN = r"(?:question|(?:short )?answer):"
-_END = re.compile(rf"\n|, |{_NEXT_TURN}", re.IGNORECASE)  # an answer holds no comma and blank
+_END = {
+    True: re.compile(rf"\n|, |{_NEXT_TURN}", re.IGNORECASE),  # an answer holds no comma and blank
+    False: re.compile(rf"\n|{_NEXT_TURN}", re.IGNORECASE),
+}
 _HEADING = re.compile(r"(?:\s*(?:short )?answer:)*\s*", re.IGNORECASE)
 _CLASSIC_END = re.compile(r"\n|Question|Answer|Short|, ")
 
@@ -81,14 +84,14 @@ def _text(text: str) -> dict:
     return {"type": "text", "text": text}
 
 
-def cut_answer(text: str, rule: str = PromptConfig.cut) -> str:
+def cut_answer(text: str, rule: str = PromptConfig.cut, *, comma: bool = True) -> str:
     """The answer in what the model wrote, stripped.
 
-    rule `turn`: a heading `Answer:` or `Short answer:` is dropped; the answer ends at a line break, at `, `, which no
-    answer of VQA holds, and where the model goes on with the next turn (`Question:`, `Answer:`, `Short answer:`).
-    `classic`, the rule of Lever-Plus: it ends at a line break, at `, `, and at Question, Answer or Short with a
-    capital, even within a word: nothing is left of `Shorts`.
+    rule `turn`: a heading `Answer:` or `Short answer:` is dropped; the answer ends at a line break, where the model
+    goes on with the next turn (`Question:`, `Answer:`, `Short answer:`), and, if `comma`, at `, `, which no answer of
+    VQA holds. `classic`, the rule of Lever-Plus: it ends at a line break, at `, `, and at Question, Answer or Short
+    with a capital, even within a word: nothing is left of `Shorts`.
     """
     if rule == "classic":
         return _CLASSIC_END.split(text.lstrip(), maxsplit=1)[0].strip()
-    return _END.split(text[_HEADING.match(text).end() :], maxsplit=1)[0].strip()
+    return _END[comma].split(text[_HEADING.match(text).end() :], maxsplit=1)[0].strip()

@@ -22,7 +22,7 @@ from lever_lm.data import Image, open_image
 from lever_lm.errors import LeverError, Unfinished
 from lever_lm.lvlm.client import SEE_LOG, ServerError, served_name
 from lever_lm.lvlm.images import fitted
-from lever_lm.lvlm.prompt import Prompt, holder, to_messages, wording
+from lever_lm.lvlm.prompt import Prompt, cut_answer, holder, to_messages, wording
 from lever_lm.lvlm.room import Room
 from lever_lm.lvlm.servers import Servers, check_servers
 from lever_lm.progress import unsaid
@@ -69,6 +69,10 @@ class ServerLvlm:
 
         self._room.check(prompts)
         return self._ask(len(prompts), request, lambda i, answer: self._text(prompts[i], answer))
+
+    def answer(self, prompts: Sequence[Prompt]) -> list[str]:
+        """The answer to each prompt, cut as in prompt.cut_answer."""
+        return [cut_answer(text, self.prompt.cut) for text in self.generate(prompts)]
 
     def answer_log_prob(self, prompts: Sequence[Prompt], answers: Sequence[str], *, end: bool = False) -> list[float]:
         """log P(answer | prompt), rounded to 6 decimals: the sum over the answer's tokens, and with `end` also that of

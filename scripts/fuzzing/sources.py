@@ -193,7 +193,7 @@ def server(folder: Path) -> Target:
         if content[:1] == b"\1":
             check_server(config)
         elif content[:1] == b"\2":
-            lvlm.generate([prompt])
+            lvlm.answer([prompt])
         else:
             lvlm.answer_log_prob([prompt], ["cat"])
 
