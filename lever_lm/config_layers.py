@@ -115,8 +115,8 @@ def file_layer(path: Path | None) -> Layer | None:
 
 
 class Layers(NamedTuple):
-    """Whatever sets a config value, each over those before it; the environment variables in effect as NAME=value; and
-    those that a --config file or a run wins over, as a sentence each."""
+    """The layers that set config values, each over those before it; the environment variables in effect as NAME=value;
+    and a sentence for each variable that a --config file or a run wins over."""
 
     found: list[Layer]
     in_effect: list[str]
