@@ -127,7 +127,7 @@ def changes(checkpoint: Path, config: Config) -> dict[str, dict]:
 
 
 def changes_of_run(run: RunFolder, config: Config) -> dict[str, dict]:
-    """The same for a run folder."""
+    """Return the same for the setting of a run folder."""
     named = {} if run.config.is_file() or run.lvlm() is None else {"lvlm": {"path": run.lvlm()}}
     return _changes(run.settings() if values_of(run) else named, config)
 

@@ -115,8 +115,8 @@ def file_layer(path: Path | None) -> Layer | None:
 
 
 class Layers(NamedTuple):
-    """Whatever sets a config value, each over those before it; the environment variables in effect as NAME=value; and
-    those that a --config file wins over, as a sentence each."""
+    """The layers that set config values, each over those before it; the environment variables in effect as NAME=value;
+    and a sentence for each variable that a --config file or a run wins over."""
 
     found: list[Layer]
     in_effect: list[str]
@@ -139,7 +139,8 @@ def layers(
 
     names: kind → name of a YAML in configs/ (None to leave out); file: of --config; options: how an option is spelt →
     its nested values; base: what wins over all but `sets` and `options`; run: the config of a run that is used, under
-    all others. Of a run a named YAML changes what it names alone, and the environment where its files are.
+    all others. Of a run a named YAML changes what it names alone, and the environment where its files are that are
+    not where they were.
     """
     found = [] if run is None else [run]
     for kind, name in names.items():
@@ -158,12 +159,27 @@ def layers(
     over += [Layer(option, values) for option, values in options.items()]
     known, above = combined(found), combined(over)
     variables = tuple(ENVIRONMENT) if run is None else _PLACES
+    if run is not None:
+        places = merge(_still_there(run.values, known), places)
     wanted = environment_values(known, os.environ, above, variables)
     taken = environment_values(known, os.environ, merge(places, above), variables)
     found += [Layer(name, values) for name, values in taken.items()]
     in_effect = [f"{name}={os.environ[name]}" for name in taken]
-    passed = [f"{name}={os.environ[name]} (the folders are named by {file.source})" for name in wanted.keys() - taken]
+    named_by = "the run" if file is None else file.source
+    passed = [
+        f"{name}={os.environ[name]} (the folders are named by {named_by})"
+        for name in wanted.keys() - taken
+        if merge(known, wanted[name]) != known  # it says the same
+    ]
     return Layers(found + over, in_effect, sorted(passed))
+
+
+def _still_there(run: dict, known: dict) -> dict:
+    """The folders of data that a run names, that nothing else names by now, and that are where they were: a variable
+    that is exported for other data leaves these alone. Where they were moved, the environment says where to."""
+    there, here = (values.get("data") if isinstance(values.get("data"), dict) else {} for values in (run, known))
+    named = {key: path for key in ("okvqa_path", "coco_path") if (path := there.get(key)) == here.get(key)}
+    return {"data": {k: p for k, p in named.items() if isinstance(p, str) and os.path.isdir(Path(p).expanduser())}}
 
 
 # Kind of a named YAML → the sections that it is about, and the key that says which one it names.

@@ -14,7 +14,7 @@ from lever_lm.anomaly import detecting
 from lever_lm.batches import GroupTensors, to_tensors
 from lever_lm.checkpoint import format_of, read_checkpoint, save_torch, to_v2, to_v3
 from lever_lm.compat import check_device_name, resolve_device
-from lever_lm.config import Config
+from lever_lm.config import Config, FeatureConfig
 from lever_lm.console import Screen
 from lever_lm.data import VqaData, load_dataset
 from lever_lm.data.groups import check_reward_mode, read_groups, split_ids
@@ -283,6 +283,9 @@ class Pipeline:
                     f"grpo.online asks the LVLM about examples of the dataset, and features of your own ({embeddings}) "
                     "name none: leave --embeddings out where the rollouts are of this dataset, or grpo.online=false"
                 )
+            if self.config.features.name != FeatureConfig.name:
+                name = self.config.features.name
+                self.screen.say(f"warning: the features are those of {embeddings}: features.name {name} has no effect")
             self.check()
             matrix = read_embeddings(embeddings)
             files = {"rl_data": str(rl_data.resolve()), "embeddings": str(embeddings.resolve())}

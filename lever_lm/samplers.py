@@ -48,7 +48,7 @@ class Candidates:
                 self._about[name].append(row)
 
     def withheld(self, query: Example) -> set[int]:
-        """Rows of `train` that may not stand before this query: the question itself, and those on its image."""
+        """Return the rows of `train` that may not stand before this query: the question itself, all on its image."""
         own: set[int] = set()
         names = [query.image_id, query.content]
         for name in names:  # grows on the way: each row may know the image by another name
@@ -59,7 +59,7 @@ class Candidates:
         return own.union(self._asked.get(query.question_id, ()))
 
     def allowed(self, query: Example) -> np.ndarray:
-        """The other rows of `train`, in order."""
+        """Return the rows of `train` that may stand before this query, in order."""
         fine = np.ones(len(self._images), dtype=bool)
         fine[list(self.withheld(query))] = False
         return np.flatnonzero(fine)

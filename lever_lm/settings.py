@@ -169,6 +169,9 @@ def all_keys(cls=Config, prefix: str = "") -> list[str]:
 def _suggest(key: str) -> str:
     """The known key whose last part, or whole, is nearest."""
     key, keys = key[:LONGEST], all_keys()
+    if key in keys:  # it has dots in a file
+        section, _, leaf = key.partition(".")
+        return f": in YAML, `{section}:` and below it `{leaf}:`"
     by_leaf = {known.rsplit(".", 1)[-1]: known for known in keys}
     match = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
     leaf = difflib.get_close_matches(key.rsplit(".", 1)[-1], list(by_leaf), n=1, cutoff=0.6)

@@ -313,7 +313,7 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 class _WrittenLoader(_PlainLoader):
-    """The same, keeping how values are written; keys are plain values."""
+    """The loader that keeps how values are written; keys are plain values."""
 
     def construct_object(self, node, deep=False):
         value = super().construct_object(node, deep)

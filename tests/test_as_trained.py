@@ -238,6 +238,23 @@ def test_the_environment_says_where_a_runs_files_are_and_no_more(there, tmp_path
     assert f"from the environment: OKVQA_PATH={folder}" in plan.err
 
 
+def test_the_folders_of_a_run_are_taken_where_they_still_are(there, tmp_path, monkeypatch):
+    own, other = (small_digits(tmp_path / name, train=30, val=6) for name in ("own", "other"))
+    path = tmp_path / OWN / "config.yaml"
+    values = yaml.safe_load(path.read_text())
+    values["data"] |= {"okvqa_path": str(own), "coco_path": str(own)}
+    path.write_text(yaml.safe_dump(values))
+    monkeypatch.setenv("OKVQA_PATH", str(other))
+    monkeypatch.setenv("COCO_PATH", str(own))
+    plan = there("infer", "--run-name", NAME, "--dry-run", "--json")
+    assert plan.json["config"]["data"]["okvqa_path"] == str(own)
+    assert f"passed over: OKVQA_PATH={other} (the folders are named by the run)" in plan.err
+    assert "COCO_PATH" not in plan.err
+    assert Retriever(tmp_path / OWN).config.data.okvqa_path == str(own)
+    plan = there("infer", "--run-name", NAME, "--set", f"data.okvqa_path={other}", "--dry-run", "--json")
+    assert plan.json["config"]["data"]["okvqa_path"] == str(other)
+
+
 def test_a_config_that_comes_through_a_pipe_is_read_once(there, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=("seed: 5\n",))

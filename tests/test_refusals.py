@@ -16,18 +16,20 @@ def bytes_in(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in files_in(folder) if not name.endswith("cache/digests.json")}
 
 
-@pytest.fixture
-def prepared(trained, tmp_path):
-    """A folder with a trained run, and files that commands refuse."""
-    (tmp_path / "bad.yaml").write_text("grpo: {epochz: 3}\n")
-    (tmp_path / "bad.json").write_text("{")
-    (tmp_path / "file").write_text("")
-    (tmp_path / "taken").mkdir()
-    (tmp_path / "taken/notes.txt").write_text("mine")
-    other = small_digits(tmp_path / "other", train=70, val=6)
+@pytest.fixture(scope="module")
+def prepared(trained_once, tmp_path_factory):
+    """A folder with a trained run, and files that commands refuse: one for all of them, as they change nothing."""
+    folder = tmp_path_factory.mktemp("prepared")
+    shutil.copytree(trained_once, folder, dirs_exist_ok=True)
+    (folder / "bad.yaml").write_text("grpo: {epochz: 3}\n")
+    (folder / "bad.json").write_text("{")
+    (folder / "file").write_text("")
+    (folder / "taken").mkdir()
+    (folder / "taken/notes.txt").write_text("mine")
+    other = small_digits(folder / "other", train=70, val=6)
     content = {"data": {"okvqa_path": str(other), "coco_path": str(other)}}
-    (tmp_path / "other.yaml").write_text(yaml.safe_dump(content))
-    return tmp_path
+    (folder / "other.yaml").write_text(yaml.safe_dump(content))
+    return folder
 
 
 REFUSED = [
@@ -89,33 +91,32 @@ def test_a_refused_command_changes_nothing(prepared, words):
 
 
 @pytest.mark.parametrize("broken", ["inputs", "weights", "rows"])
-def test_a_run_that_cannot_go_on_stays_as_it_was(prepared, broken):
-    state = load_torch(prepared / RUN / "state.pt")
+def test_a_run_that_cannot_go_on_stays_as_it_was(trained, broken):
+    state = load_torch(trained / RUN / "state.pt")
     if broken == "inputs":
         state["inputs"]["rollouts"] = "others"
     elif broken == "rows":
         state["rows"] = []
     else:
         state["policy"].popitem()
-    save_torch(prepared / RUN / "state.pt", state)
-    config = yaml.safe_load((prepared / RUN / "config.yaml").read_text())
-    before = bytes_in(prepared)
+    save_torch(trained / RUN / "state.pt", state)
+    config = yaml.safe_load((trained / RUN / "config.yaml").read_text())
+    before = bytes_in(trained)
     words = ("train", *SMALL[:4], "--grpo-epochs", "6")  # goes on otherwise
     assert config["grpo"]["epochs"] == 4
-    done = run_here(*words, cwd=prepared)
+    done = run_here(*words, cwd=trained)
     assert done.status == 1, done.err
-    assert bytes_in(prepared) == before
+    assert bytes_in(trained) == before
 
 
-def test_other_rollouts_leave_the_run_as_it_was(prepared):
-    (path,) = (prepared / "results/digits/generated_data").glob("*.json")
+def test_other_rollouts_leave_the_run_as_it_was(trained):
+    (path,) = (trained / "results/digits/generated_data").glob("*.json")
     content = json.loads(path.read_text())
-    shutil.copy(path, prepared / "copy.json")
     key = next(key for key in content if key != "_meta")
     del content[key]
-    (prepared / "fewer.json").write_text(json.dumps(content))
-    before = bytes_in(prepared)
-    done = run_here("train", *SMALL, "--rl-data", "fewer.json", cwd=prepared)
+    (trained / "fewer.json").write_text(json.dumps(content))
+    before = bytes_in(trained)
+    done = run_here("train", *SMALL, "--rl-data", "fewer.json", cwd=trained)
     assert done.status == 1
     assert "the rollouts of the run" in done.err
-    assert bytes_in(prepared) == before
+    assert bytes_in(trained) == before

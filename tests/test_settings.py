@@ -95,6 +95,11 @@ def test_an_unknown_section_is_refused_with_the_nearest(section, nearest):
         resolve({}, None, [f"{section}.epochs=1"], {})
 
 
+def test_a_dotted_key_in_a_file_is_refused_with_the_way_it_is_written_there(tmp_path):
+    with pytest.raises(UsageError, match=r"unknown config key 'grpo\.epochs': in YAML, `grpo:` and below it `epochs:`"):
+        resolve({}, config_file(tmp_path, "grpo.epochs: 3\n"), [], {})
+
+
 def test_a_key_like_no_other_is_refused_without_a_guess():
     with pytest.raises(UsageError, match=r"unknown config key 'zzzzqqq': `lever config show --docs` lists all$"):
         build({"zzzzqqq": 1})

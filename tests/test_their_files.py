@@ -378,6 +378,14 @@ def test_features_of_ones_own_and_a_choice_of_features_are_no_command(lever, tmp
     assert "--embeddings are the features" in done.err
 
 
+def test_a_choice_of_features_in_a_config_has_no_effect_on_features_of_ones_own_and_it_says_so(lever, tmp_path):
+    (tmp_path / "mine.yaml").write_text("features: {name: query_img_icd_img}\n")
+    own = ("--rl-data", DATA / "small_edge_cases.json", "--embeddings", EMBEDDINGS, *QUICK)
+    said = f"warning: the features are those of {EMBEDDINGS}: features.name query_img_icd_img has no effect"
+    assert said in lever("train", *own, "--config", "mine.yaml", "--run-name", "a").err
+    assert "features.name" not in lever("train", *own, "--run-name", "b").err
+
+
 # ---------------------------------------------------------------------- rollouts in the results folder
 
 

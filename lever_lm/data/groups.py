@@ -46,9 +46,9 @@ class Group:
 
 @dataclass(frozen=True)
 class RolloutFile:
-    """What was read of a rollout file: its groups, the ids of all queries in it, those of dropped ones too, and how
-    many rollouts are of the `older` layout, `right` of those `judged`, `unevaluated`, without a score and so `dropped`,
-    or `zeroed`, that is counted as if it were 0, of those `scored`."""
+    """What was read of a rollout file: its groups; the ids of all its queries, dropped ones included; and counts of its
+    rollouts: `older` (of the older layout), `judged` (known to be right or wrong), `right`, `unevaluated` (failed or
+    fell back), `dropped` (without a score), `scored`, and `zeroed` (scored, with a missing vqa_gt_prob as 0)."""
 
     path: Path
     groups: list[Group]
@@ -103,7 +103,7 @@ def load_groups(
 
 
 def read_groups(path: str | Path, config: RewardConfig) -> RolloutFile:
-    """As `load_groups`, with what there is to be said of the file; of the first `max_groups` queries by id alone."""
+    """Read a rollout file as `load_groups` does, of the first `max_groups` queries by id, and count what it holds."""
     check_reward_mode(config.mode)
     content = read_rollouts(path)
     ids = query_ids(content, config.max_groups)

@@ -20,15 +20,15 @@ def parquet_files(root: Path) -> list[Path]:
 
 
 def files_of(root: Path, split: str) -> list[Path]:
-    """Those of a split by their names; all of them where none is named after a split. Raises LeverError for a file
-    that is named after both."""
+    """Return the parquet files of a split by their names; all files where none is named after a split. Raises
+    LeverError for a file that is named after both."""
     files = parquet_files(root)
     named = splits_named([str(file.relative_to(root)) for file in files], str(root))
     return [root / name for name in named[split]] if any(named.values()) else files
 
 
 def splits_named(names: Sequence[str], where: str) -> dict[str, list[str]]:
-    """Those of the names that say they are of a split, by split. Raises LeverError for one that says both."""
+    """Return for each split the names that say they are of it. Raises LeverError for a name that says both."""
     said = {name: _said(name) for name in names}
     for name, kinds in said.items():
         if len({split for split, _ in kinds}) > 1:
@@ -42,8 +42,8 @@ def splits_named(names: Sequence[str], where: str) -> dict[str, list[str]]:
 
 
 def _said(name: str) -> set[tuple[str, str]]:
-    """Each split, and the pattern it is found by, that a path below the folder is named after: by the file's own name,
-    or else by that of the nearest folder which says any."""
+    """Return each split that a path is named after, with the pattern that says so: by the file's own name, or else by
+    that of the nearest folder whose name says one."""
     for part in reversed(Path(name).parts):
         found = {
             (split, pattern)

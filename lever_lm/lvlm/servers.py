@@ -63,7 +63,7 @@ class Servers:
             raise ServerError(f"{error.found}{f', {number} times' if number > 1 else ''}", error.mend) from error
 
     async def _try(self, body: bytes) -> dict:
-        """One request to the server with the least to do."""
+        """Send one request to the server with the least to do."""
         now = time.monotonic()
         place = min(self._places, key=lambda place: (place.rests_until > now, place.asked))
         place.asked += 1

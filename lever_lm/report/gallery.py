@@ -90,7 +90,7 @@ def right_labels(found: Shown, data: VqaData) -> list[dict]:
 
 
 def matches_a_reference(icd: Example, query: Example) -> bool:
-    """Whether an ICD's own answer would score against the query's references, both normalised."""
+    """Return whether an ICD's own answer would score against the query's references, both normalised."""
     return vqa_accuracy(icd.answer, query.answers, always_normalize=True) > 0
 
 
