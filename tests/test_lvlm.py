@@ -545,3 +545,11 @@ def test_on_a_gpu_answers_in_bfloat16_repeat_themselves(picks, num_beams):
     prompts = [build_prompt(icds, query, PromptConfig()) for icds, query in picks]
     first = lvlm.generate(prompts)
     assert [lvlm.generate(prompts) for _ in range(5)] == [first] * 5
+
+
+@pytest.mark.parametrize("end", [None, [], "x", ["x"]])
+def test_a_model_whose_answers_no_token_ends_is_refused_with_the_file_to_fetch(tmp_path, end):
+    folder = edited(copied(tmp_path / "damaged"), "generation_config.json", eos_token_id=end)
+    with pytest.raises(LeverError, match=r"damaged: no token ends its answers, .*generation_config\.json .*lvlm\.eos"):
+        make(path=folder)
+    assert make(path=folder, eos="tokenizer").eos.tolist()

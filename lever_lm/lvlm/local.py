@@ -24,6 +24,7 @@ from lever_lm.lvlm.vision import Vision
 from lever_lm.progress import untracked
 from lever_lm.shards import Shards
 from lever_lm.stages import CODE
+from lever_lm.untrusted import shown
 
 _CHARS_PER_TOKEN = 3  # of English, a few less than there are: good enough to sort and to budget by
 
@@ -65,7 +66,14 @@ class LocalLvlm:
         self.tokenizer, image_processor = self.processor.tokenizer, self.processor.image_processor
         image_processor.size = {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels}
         eos = model.generation_config.eos_token_id if config.eos == "model" else self.tokenizer.eos_token_id
-        self.eos = torch.tensor(eos if isinstance(eos, list) else [eos], device=self.device)
+        eos = eos if isinstance(eos, list) else [eos]
+        if not eos or not all(type(token) is int for token in eos):
+            other = {"model": "tokenizer", "tokenizer": "model"}[config.eos]
+            raise LeverError(
+                f"cannot load the LVLM {config.path}: no token ends its answers, eos_token_id is {shown(eos)}; fetch "
+                f"generation_config.json and tokenizer_config.json again, or --set lvlm.eos={other}"
+            )
+        self.eos = torch.tensor(eos, device=self.device)
         pad = model.generation_config.pad_token_id
         self.pad = self.tokenizer.pad_token_id if pad is None else pad
         self.image_token = "<|image_pad|>"
