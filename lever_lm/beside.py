@@ -8,13 +8,13 @@ from pathlib import Path
 
 from lever_lm.checkpoint import own_config, read_checkpoint
 from lever_lm.config import LVLM_MACHINE, Config, to_dict
-from lever_lm.config_layers import Layer, Layers, combined, layers
+from lever_lm.config_values import configs_root, read_yaml
 from lever_lm.errors import LeverError
 from lever_lm.exported import PLACES, SETTING, is_exported, policy_folder, setting_of
 from lever_lm.finding import find_checkpoint
 from lever_lm.provenance import recorded
 from lever_lm.runs import RunFolder, lvlm_name
-from lever_lm.settings import configs_root, read_yaml
+from lever_lm.settings import Layer, Layers, combined, layers
 from lever_lm.untrusted import one_line
 
 # What makes an evaluation one of the run's own. Where files are says nothing of what is in them.
@@ -140,6 +140,9 @@ def _changes(there: dict, config: Config) -> dict[str, dict]:
             old, new = part[name], here[section][name]
             if old != new and not ((section, name) in _NAMES and lvlm_name(str(old)) == lvlm_name(new)):
                 found[f"{section}.{name}"] = {"run": old, "here": new}
+    lvlm = there.get("lvlm")
+    if isinstance(lvlm, dict) and "server" in lvlm and bool(lvlm["server"]) != bool(here["lvlm"]["server"]):
+        found["lvlm.server"] = {"run": lvlm["server"], "here": here["lvlm"]["server"]}  # it answers in its own way
     if "seed" in there and there["seed"] != here["seed"]:
         found["seed"] = {"run": there["seed"], "here": here["seed"]}
     return found

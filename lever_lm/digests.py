@@ -34,6 +34,7 @@ class Digests:
         self._known: dict[str, tuple[Stat, str]] = {}
         self._file: Path | None = None
         self._changed = False
+        self._held = False
         self._track: Track = untracked
 
     def keep_in(self, file: Path) -> None:
@@ -46,6 +47,20 @@ class Digests:
         self._file = None
 
     @contextlib.contextmanager
+    def saved_at_the_end(self) -> Iterator[None]:
+        """Write the file when the block ends, also where it is interrupted, and not where it is refused: that changes
+        nothing. The processes of a job need the file before."""
+        self._held = True
+        try:
+            yield
+        except LeverError:
+            self._changed = False
+            raise
+        finally:
+            self._held = False
+            self.save()
+
+    @contextlib.contextmanager
     def kept(self, shards: Shards, track: Track = untracked) -> Iterator[None]:
         """Keep what is found out in the block: by the leader of a job, in whose turn the others then find it. `track`
         follows what is read meanwhile."""
@@ -55,7 +70,7 @@ class Digests:
             yield
         finally:
             self._track = outer
-        if shards.leader:
+        if shards.leader and not (self._held and shards.world == 1):
             if shards.world > 1 and self._file is not None:
                 self._file.parent.mkdir(parents=True, exist_ok=True)
             self.save()

@@ -122,8 +122,11 @@ def command(app: typer.Typer, name: str) -> Callable:
             _in_force.append(common)
             if common.quiet and common.verbose:
                 raise UsageError("--quiet and --verbose ask for less and for more: give one of them")
+            from lever_lm.digests import DIGESTS
+
             try:
-                function(common, **values)
+                with DIGESTS.saved_at_the_end():
+                    function(common, **values)
             finally:
                 from lever_lm.console import settle
 

@@ -24,6 +24,7 @@ import torch
 from lever_lm.batches import to_tensors
 from lever_lm.checkpoint import load_policy
 from lever_lm.config import Config
+from lever_lm.config_values import build, configs_root, dotted, merge, named_yaml, read_yaml
 from lever_lm.console import Screen
 from lever_lm.data.groups import load_groups, split_ids
 from lever_lm.files import write_json
@@ -36,7 +37,6 @@ from lever_lm.policy import PointerSelector
 from lever_lm.proposals import new_policy
 from lever_lm.rewards import group_advantage
 from lever_lm.runs import RunFolder
-from lever_lm.settings import build, configs_root, dotted, merge, named_yaml, read_yaml
 from lever_lm.training import best_rollouts, train_grpo, train_rce
 
 CLASSIC = "classic in full"

@@ -13,9 +13,9 @@ from helpers import RUN, clean_environment, files_in, run_lever
 from pages import CHECKOUT
 
 from lever_lm.config import Config, to_dict
+from lever_lm.config_values import all_keys, build
 from lever_lm.config_views import flat, key_docs
 from lever_lm.selection import STRATEGIES
-from lever_lm.settings import all_keys, build
 
 
 def noted(out: str) -> dict[str, str]:
@@ -187,7 +187,7 @@ def test_a_recipe_differs_from_the_options_by_what_it_says(lever):
 
 
 def lever_configs():
-    from lever_lm.settings import configs_root
+    from lever_lm.config_values import configs_root
 
     return configs_root()
 

@@ -4,8 +4,8 @@ import pytest
 import yaml
 
 from lever_lm.config import Config, asset_path, to_dict
-from lever_lm.config_layers import resolve
-from lever_lm.settings import all_keys, configs_root
+from lever_lm.config_values import all_keys, configs_root
+from lever_lm.settings import resolve
 
 YAMLS = sorted(configs_root().rglob("*.yaml"))
 LVLMS = ("qwen2.5_vl_3B", "qwen2.5_vl_3B_classic", "qwen2.5_vl_3B_server")
@@ -36,7 +36,7 @@ def test_the_names_users_bring_are_there():
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_yaml_builds_a_config_that_holds_its_values(path, monkeypatch):
-    from lever_lm.config_layers import ENVIRONMENT
+    from lever_lm.settings import ENVIRONMENT
 
     for name in ENVIRONMENT:
         monkeypatch.delenv(name, raising=False)

@@ -29,9 +29,9 @@ from pages import CHECKOUT, PAGES, Part
 
 from lever_lm.cli import app
 from lever_lm.config import LvlmConfig, asset_path
-from lever_lm.config_layers import ENVIRONMENT
+from lever_lm.config_values import all_keys, build
 from lever_lm.process import run as run_command
-from lever_lm.settings import all_keys, build
+from lever_lm.settings import ENVIRONMENT
 
 DEMO = RUN.with_name("demo")
 HELD = ("--limit", "24", "--rce-epochs", "2", "--grpo-epochs", "15")  # what the demo is held to here

@@ -14,11 +14,11 @@ from test_groups import DATA
 from lever_lm import doctor
 from lever_lm.compat import import_transformers
 from lever_lm.config import LvlmConfig, asset_path
-from lever_lm.config_layers import resolve
 from lever_lm.errors import LeverError
 from lever_lm.features import ClipEncoder
 from lever_lm.hub import parameter_count
 from lever_lm.model_checks import GIB, memory_needed
+from lever_lm.settings import resolve
 
 REAL = ("--dataset", "okvqa_local", "--lvlm", "qwen2.5_vl_3B")
 TINY = ("--set", "lvlm.path=asset:tiny-qwen2.5-vl", "--set", "features.encoder=asset:tiny-clip")

@@ -39,7 +39,6 @@ from official import (
 from PIL import Image
 
 from lever_lm.config import DataConfig, FeatureConfig, LvlmConfig, PromptConfig, asset_path
-from lever_lm.config_layers import resolve
 from lever_lm.data import image_digest, load_dataset, open_image
 from lever_lm.doctor import counts
 from lever_lm.errors import LeverError
@@ -48,6 +47,7 @@ from lever_lm.hub import fetch_model, missing_files, model_folder, weights_diges
 from lever_lm.lvlm import build_prompt, load_lvlm
 from lever_lm.lvlm.local import LocalLvlm, local_fingerprint
 from lever_lm.samplers import Candidates
+from lever_lm.settings import resolve
 
 CLIP, QWEN = "openai/clip-vit-large-patch14", "Qwen/Qwen2.5-VL-3B-Instruct"
 TINY_CLIP, TINY_QWEN = asset_path("asset:tiny-clip"), asset_path("asset:tiny-qwen2.5-vl")

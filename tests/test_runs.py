@@ -6,9 +6,9 @@ import pytest
 import yaml
 
 from lever_lm.config import Config, to_dict
+from lever_lm.config_values import build, dotted, merge
 from lever_lm.errors import LeverError
 from lever_lm.runs import Layout, RunFolder, camel, inference_folder, lvlm_name
-from lever_lm.settings import build, dotted, merge
 
 
 def config(**values):

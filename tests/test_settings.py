@@ -6,9 +6,9 @@ import threading
 import pytest
 
 from lever_lm.config import Config, DataConfig, FeatureConfig, asset_path, fingerprint, to_dict
-from lever_lm.config_layers import ENVIRONMENT, environment_values, file_layer, layers, resolve
+from lever_lm.config_values import all_keys, build, dotted, merge, parse_set, read_yaml
 from lever_lm.errors import UsageError
-from lever_lm.settings import all_keys, build, dotted, merge, parse_set, read_yaml
+from lever_lm.settings import ENVIRONMENT, environment_values, file_layer, layers, resolve
 
 
 @pytest.fixture(autouse=True)

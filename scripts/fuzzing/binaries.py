@@ -311,9 +311,9 @@ def _spoil_answers(rng: Random, content: bytes, keys: list[str], path: Path) -> 
 def _exported(folder: Path) -> Path:
     """A folder as `lever export` writes it."""
     from lever_lm.checkpoint import save_torch, v3_content
-    from lever_lm.config_layers import resolve
     from lever_lm.policy import PointerSelector
     from lever_lm.runs import RunFolder
+    from lever_lm.settings import resolve
     from lever_lm.sharing import export
 
     run, settings = RunFolder(folder), resolve({"dataset": "digits", "lvlm": "tiny_qwen2.5_vl"}, None, [], {})[0]

@@ -114,7 +114,7 @@ def _yaml_seeds() -> list[bytes]:
 
 def config_file(folder: Path) -> Target:
     """`--config FILE`."""
-    from lever_lm.config_layers import resolve
+    from lever_lm.settings import resolve
 
     path = folder / "config.yaml"
     parse = to_file(path, lambda: resolve({"dataset": "digits"}, path, [], {}))
@@ -123,7 +123,7 @@ def config_file(folder: Path) -> Target:
 
 def set_options(folder: Path) -> Target:
     """`--set KEY=VALUE`."""
-    from lever_lm.config_layers import resolve
+    from lever_lm.settings import resolve
 
     seeds = [
         b"grpo.kl_beta=0.05",
@@ -145,8 +145,8 @@ def set_options(folder: Path) -> Target:
 
 def variables(folder: Path) -> Target:
     """Environment variables: NAME=VALUE on each line."""
-    from lever_lm.config_layers import ENVIRONMENT, environment_values
-    from lever_lm.settings import build, merge
+    from lever_lm.config_values import build, merge
+    from lever_lm.settings import ENVIRONMENT, environment_values
     from lever_lm.untrusted import printable
 
     def parse(content: bytes) -> None:
