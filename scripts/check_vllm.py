@@ -1,4 +1,5 @@
-"""Compares a real vLLM with the model in this process: answers, log-probs, and the files that commands write.
+"""Compares a real vLLM with the model in this process: answers, log-probs (with the end of the turn and without), and
+the files that commands write.
 
     python scripts/check_vllm.py --python ENV/bin/python [--prompts 50] [--dtype float32,auto] [--log FILE]
 
@@ -184,8 +185,14 @@ def main() -> int:
                 for style, model in zip(STYLES, local, strict=True):
                     server = ServerLvlm(LvlmConfig(path=TINY, server=url), PromptConfig(style=style))
                     equal = sum(a == b for a, b in zip(model.generate(asked), server.generate(asked), strict=True))
-                    scores = zip(*(one.answer_log_prob(asked, references) for one in (model, server)), strict=True)
-                    row += [f"{equal} of {len(asked)}", f"{max(abs(a - b) for a, b in scores):.1e}"]
+                    apart = max(
+                        abs(a - b)
+                        for end in (False, True)
+                        for a, b in zip(
+                            *(m.answer_log_prob(asked, references, end=end) for m in (model, server)), strict=True
+                        )
+                    )
+                    row += [f"{equal} of {len(asked)}", f"{apart:.1e}"]
                     same = same and equal == len(asked)
                 other = other_files(expected, lever(folder / dtype / "there", url))
                 row.append(f"{len(expected) - len(other)} of {len(expected)}")

@@ -324,6 +324,7 @@ def test_html_in_a_question_is_shown_as_text_in_the_report(lever, tmp_path):
         path.write_text(json.dumps(content))
     sets = [f"data.okvqa_path={world}", f"data.coco_path={world}", "rollout.pool_size=8", "data.name=<i>evil"]
     options = [*(f"--set={item}" for item in sets[:3]), "--limit", "5"]
+    options += ["--set=reward.mode=hard01_plus_gtprob", "--set=rollout.gt_prob=true"]  # all its answers are wrong
     assert lever("train", *options, "--rce-epochs", "1", "--grpo-epochs", "1").status == 0
     assert lever("infer", "--shots", "1", *options).status == 0
     page = (tmp_path / lever("report", *options, "--json").json["report"]).read_text(encoding="utf-8")

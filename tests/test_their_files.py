@@ -1,5 +1,6 @@
 """Files of Lever-Plus and its users: embeddings, rollouts, checkpoints and logs; other models; their prompt."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -171,9 +172,14 @@ def test_a_folder_and_a_missing_file_are_refused(tmp_path, suffix):
 # ---------------------------------------------------------------------- rollouts of Lever-Plus
 
 
+def golden_file() -> dict:
+    """The golden edge cases, a copy for each test: some change it."""
+    return copy.deepcopy(EDGE_CASES)
+
+
 def present_layout() -> dict:
     """The golden edge cases that name their pools."""
-    return {k: v for k, v in EDGE_CASES.items() if is_query(k) and v.get("candidate_pool_ids")}
+    return {k: v for k, v in golden_file().items() if is_query(k) and v.get("candidate_pool_ids")}
 
 
 def old_layout() -> dict:
@@ -188,7 +194,7 @@ def old_layout() -> dict:
     return old
 
 
-LAYOUTS = {"golden": lambda: EDGE_CASES, "present": present_layout, "old": old_layout}
+LAYOUTS = {"golden": golden_file, "present": present_layout, "old": old_layout}
 
 
 def dumped(path, content):
