@@ -4,8 +4,9 @@ import re
 
 import yaml
 
-from lever_lm.config import HUB_PREFIX, Config
+from lever_lm.config import Config
 from lever_lm.hub import is_hub_id
+from lever_lm.paths import HUB_PREFIX
 from lever_lm.untrusted import one_line
 
 TAGS = ("in-context-learning", "demonstration-selection", "visual-question-answering", "vision-language-model")

@@ -1,18 +1,14 @@
 """Every default of the package, as frozen dataclasses. How YAML, environment and flags change them: settings.py."""
 
 import dataclasses
-import hashlib
 import json
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from urllib.parse import urlsplit
 
 from lever_lm.errors import UsageError
 from lever_lm.untrusted import shown
 
-PACKAGE = Path(__file__).parent
-ASSET_PREFIX, HUB_PREFIX = "asset:", "hub:"
 TOKEN_EDGE = 28  # pixels of an image, along each side, that are one token of a Qwen2.5-VL
 
 
@@ -378,19 +374,6 @@ def _not_negative(part, prefix: str, *names: str) -> None:
             raise UsageError(f"{prefix}.{name} must not be negative, found {getattr(part, name)}")
 
 
-def asset_path(path: str) -> Path:
-    """A path as the user wrote it, or that of a shipped asset (`asset:NAME`). A hub id comes back as it is."""
-    if path.startswith(ASSET_PREFIX):
-        return PACKAGE / "assets" / path.removeprefix(ASSET_PREFIX)
-    return Path(path).expanduser()
-
-
 def to_dict(config) -> dict:
     """Plain nested values of a config or of a part of it, as YAML and JSON hold them."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def fingerprint(*parts) -> str:
-    """16 hex digits that change when any of the parts (configs, strings, numbers, lists of those) does."""
-    plain = [to_dict(part) if dataclasses.is_dataclass(part) else part for part in parts]
-    return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:16]

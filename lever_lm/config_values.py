@@ -12,8 +12,9 @@ import types
 import typing
 from pathlib import Path
 
-from lever_lm.config import PACKAGE, Config
+from lever_lm.config import Config
 from lever_lm.errors import UsageError
+from lever_lm.paths import PACKAGE
 from lever_lm.untrusted import CONFIG_LIMIT, Scalar, load_yaml, printable, read_bytes, shown
 
 

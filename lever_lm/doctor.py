@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 from lever_lm.compat import resolve_device
-from lever_lm.config import ASSET_PREFIX, HUB_PREFIX, Config, DataConfig, asset_path
+from lever_lm.config import Config, DataConfig
 from lever_lm.data import in_both, in_parquet, source_of
 from lever_lm.data.examples import Example
 from lever_lm.data.naming import files_of
@@ -18,6 +18,7 @@ from lever_lm.data.parquet import load_split as load_parquet
 from lever_lm.errors import LeverError
 from lever_lm.hub import cached_snapshot, model_folder
 from lever_lm.model_checks import GIB, Check, answer_lengths, lvlm, memory_needed, model, server
+from lever_lm.paths import ASSET_PREFIX, HUB_PREFIX, asset_path
 from lever_lm.progress import unsaid
 from lever_lm.runs import Layout
 

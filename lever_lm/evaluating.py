@@ -12,7 +12,6 @@ from pathlib import Path
 
 from lever_lm.beside import change_lines, changes, changes_of_run
 from lever_lm.checkpoint import policy_digest
-from lever_lm.config import fingerprint
 from lever_lm.data import VqaData, load_dataset
 from lever_lm.doctor import ALL
 from lever_lm.errors import LeverError, UsageError
@@ -27,7 +26,7 @@ from lever_lm.plots import check_plots, write_plots
 from lever_lm.provenance import command_line, recorded
 from lever_lm.report import Evaluated, evaluations, last_evaluation, write_report
 from lever_lm.runs import LOCK, RunFolder, inference_folder, lvlm_name
-from lever_lm.stages import CODE
+from lever_lm.stages import CODE, fingerprint
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,13 @@ class Chosen:
     reasons: list[dict] | None = None
 
 
+def evaluation_of(pipeline: Pipeline) -> Evaluation:
+    """Return the evaluation queries with their pools, made once for a pipeline."""
+    if pipeline.evaluation is None:
+        pipeline.evaluation = Evaluation(pipeline.config, pipeline.data, pipeline.features, pipeline.screen.track)
+    return pipeline.evaluation
+
+
 def infer(pipeline: Pipeline, shots: Sequence[int], *, ckpt: str | None = None, baselines: bool = False) -> dict:
     """Answer the evaluation queries with a checkpoint's choices; writes and returns results and paired tests."""
     _check_shots(pipeline, shots)
@@ -49,13 +55,13 @@ def infer(pipeline: Pipeline, shots: Sequence[int], *, ckpt: str | None = None, 
     pipeline.screen.say(f"checkpoint: {path} ({why})")
     policy = load_for(path, pipeline.config, pipeline.screen.say)
     method = next((phase for phase in ("rce", "grpo") if path.stem.startswith(phase)), "policy")
-    picks = pipeline.evaluation.choose(policy, max(shots), path)
+    picks = evaluation_of(pipeline).choose(policy, max(shots), path)
     if policy.stop:
         mean = sum(map(len, picks)) / len(picks)
         pipeline.screen.say(
             f"the policy may stop early: it chose {mean:.2f} ICDs a query where {max(shots)} were allowed"
         )
-    chosen = Chosen(method, picks, policy_digest(policy), pipeline.evaluation.explain(policy, picks))
+    chosen = Chosen(method, picks, policy_digest(policy), evaluation_of(pipeline).explain(policy, picks))
     changed = _changed(pipeline, path, pipeline.data)
     facts = {"checkpoint": str(path), "why": why, "changed": changed}
     return _evaluate(pipeline, chosen, shots, baselines, _folder_for(pipeline, path, changed), facts)
@@ -152,7 +158,7 @@ def _evaluate(
     pipeline: Pipeline, chosen: Chosen, shots: Sequence[int], baselines: bool, folder: Path, facts: dict
 ) -> dict:
     """Run a method's picks, beside the baselines if asked for; write and return results and paired tests."""
-    evaluation, choices = pipeline.evaluation, {chosen.method: chosen.picks}
+    evaluation, choices = evaluation_of(pipeline), {chosen.method: chosen.picks}
     _say_changed(pipeline, facts["changed"])
     if baselines:
         choices = {**{name: evaluation.baseline(name, max(shots)) for name in BASELINES}, **choices}
@@ -185,7 +191,7 @@ def _write(pipeline: Pipeline, folder: Path, *results) -> dict:
             pipeline.screen.say(
                 f"{folder}: {count} results of other queries, other data, another policy or version are replaced"
             )
-        return pipeline.evaluation.write(folder, *results)
+        return evaluation_of(pipeline).write(folder, *results)
 
 
 # ---------------------------------------------------------------------- the demo
@@ -200,7 +206,7 @@ def demo(pipeline: Pipeline, shots: Sequence[int], *, overwrite: bool = False) -
 
 def _demo(pipeline: Pipeline, shots: Sequence[int], overwrite: bool) -> dict:
     trained = pipeline.train_here(None, None, overwrite)
-    best, evaluation = Path(trained["recommended"]["checkpoint"]), pipeline.evaluation
+    best, evaluation = Path(trained["recommended"]["checkpoint"]), evaluation_of(pipeline)
     policies = {"rce": pipeline.run.checkpoint("rce", pipeline.config.rce.epochs), "grpo": best}
     choices = {name: evaluation.baseline(name, max(shots)) for name in BASELINES if name != "oracle"}
     reasons, digests = {}, {}

@@ -6,9 +6,9 @@ from math import prod
 from pathlib import Path
 
 from lever_lm.compat import first_line
-from lever_lm.config import asset_path
 from lever_lm.digests import DIGESTS
 from lever_lm.errors import LeverError
+from lever_lm.paths import asset_path
 from lever_lm.untrusted import one_line, read_json
 
 # What a model needs of its repository; the same weights in other formats stay there.

@@ -25,7 +25,6 @@ from lever_lm.features import Features, compute_features, features_fingerprint, 
 from lever_lm.files import file_digest
 from lever_lm.finding import find_checkpoint
 from lever_lm.hub import fetch_model
-from lever_lm.inference import Evaluation
 from lever_lm.journal import Journal, state_of
 from lever_lm.locks import alone
 from lever_lm.lvlm import CachedLvlm, load_lvlm
@@ -86,6 +85,7 @@ class Pipeline:
         DIGESTS.keep_in(self.layout.cache / "digests.json")
         self.inference = inference_folder(run_dir) if run_dir else self.layout.inference
         self.checkpoint: tuple[Path, str] | None = None  # that a command on a run uses, and why this one
+        self.evaluation = None  # the evaluation queries with their pools, once `evaluation_of` has made them
         self.detect_anomaly = False  # in training, for the module and operation of a NaN
         self.tracker: str | None = None  # where the metrics of a training go besides the run's own files
 
@@ -122,11 +122,6 @@ class Pipeline:
             shards=self.shards,
             say=self.screen.say,
         )
-
-    @cached_property
-    def evaluation(self) -> Evaluation:
-        """The evaluation queries with their pools."""
-        return Evaluation(self.config, self.data, self.features, self.screen.track)
 
     def check(self, *needs: str, writes: bool = True) -> None:
         """Raise LeverError with all that is missing for a command, before anything is loaded or made. writes: the

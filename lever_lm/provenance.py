@@ -11,9 +11,10 @@ from importlib import metadata
 from pathlib import Path
 
 from lever_lm import __version__
-from lever_lm.config import PACKAGE, Config
+from lever_lm.config import Config
 from lever_lm.errors import LeverError
 from lever_lm.files import write_json
+from lever_lm.paths import PACKAGE
 from lever_lm.runs import RunFolder
 from lever_lm.untrusted import FILE_LIMIT, read_object, shown
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from lever_lm.config import Config
-from lever_lm.data import Example, Group, VqaData
-from lever_lm.data.groups import is_query, load_groups, read_rollouts, trajectory_reward
+from lever_lm.data import Example, VqaData
+from lever_lm.data.groups import Group, is_query, load_groups, read_rollouts, trajectory_reward
 from lever_lm.errors import LeverError
 from lever_lm.features import Features
 from lever_lm.files import write_json

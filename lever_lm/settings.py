@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from lever_lm.config import ASSET_PREFIX, HUB_PREFIX, Config, DataConfig, to_dict
+from lever_lm.config import Config, DataConfig, to_dict
 from lever_lm.config_values import (  # noqa: F401 - imported from here in 0.1
     LONGEST,
     all_keys,
@@ -22,6 +22,7 @@ from lever_lm.config_values import (  # noqa: F401 - imported from here in 0.1
     read_yaml,
 )
 from lever_lm.errors import UsageError
+from lever_lm.paths import ASSET_PREFIX, HUB_PREFIX
 from lever_lm.untrusted import shown
 
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")

@@ -1,8 +1,9 @@
 """What each stage's files depend on, as named parts: one that has changed is named when the stage is made again."""
 
+import dataclasses
+import hashlib
+import json
 from collections.abc import Mapping
-
-from lever_lm.config import fingerprint
 
 # Raise a stage's number when the same inputs would give another result than before: what it made is made again.
 CODE = {"features": 2, "vision": 2, "answers": 2, "rollouts": 3, "training": 2, "inference": 2}
@@ -32,3 +33,9 @@ def changes(names: list[str]) -> str:
     listed = [f"the {name}" for name in names]
     text = " and ".join(filter(None, [", ".join(listed[:-1]), listed[-1]]))
     return f"{text} {'have' if len(names) > 1 else 'has'} changed"
+
+
+def fingerprint(*parts) -> str:
+    """Return 16 hex digits that change when any of the parts (configs, strings, numbers, lists of those) does."""
+    plain = [dataclasses.asdict(part) if dataclasses.is_dataclass(part) else part for part in parts]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -27,6 +27,7 @@ from lever_lm.config import Config
 from lever_lm.config_values import build, configs_root, dotted, merge, named_yaml, read_yaml
 from lever_lm.console import Screen
 from lever_lm.data.groups import load_groups, split_ids
+from lever_lm.evaluating import evaluation_of
 from lever_lm.files import write_json
 from lever_lm.finding import load_for
 from lever_lm.inference import BASELINES
@@ -149,10 +150,11 @@ def run_digits(row: str, seed: int, folder: Path, results: Path) -> dict:
         best = max(of_grpo, key=lambda r: r["val_reward"])["epoch"]
         policies["grpo_last"] = pipeline.run.checkpoint("grpo", len(of_grpo))
         policies["grpo_best"] = pipeline.run.checkpoint("grpo", best)
-    choices = {name: pipeline.evaluation.choose(load_for(path, config), max(SHOTS)) for name, path in policies.items()}
+    evaluation = evaluation_of(pipeline)
+    choices = {name: evaluation.choose(load_for(path, config), max(SHOTS)) for name, path in policies.items()}
     if row == "ours":
-        choices = {**{name: pipeline.evaluation.baseline(name, max(SHOTS)) for name in BASELINES}, **choices}
-    outcomes = pipeline.evaluation.run(choices, SHOTS, pipeline.lvlm)
+        choices = {**{name: evaluation.baseline(name, max(SHOTS)) for name in BASELINES}, **choices}
+    outcomes = evaluation.run(choices, SHOTS, pipeline.lvlm)
     accuracy = {f"{outcome.method}@{outcome.shots}": outcome.summary()["accuracy"] for outcome in outcomes}
     signal = signals(pipeline.layout.rollouts)
     return {"rows": rows, "accuracy": accuracy, "asked": pipeline.lvlm.asked, "signals": signal}

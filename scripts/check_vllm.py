@@ -30,13 +30,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lever_lm.config import DataConfig, LvlmConfig, PromptConfig, asset_path  # noqa: E402
-from lever_lm.data import load_dataset  # noqa: E402
-from lever_lm.errors import LeverError  # noqa: E402
-from lever_lm.lvlm import Prompt, build_prompt  # noqa: E402
-from lever_lm.lvlm.client import check_server  # noqa: E402
-from lever_lm.lvlm.local import LocalLvlm  # noqa: E402
-from lever_lm.lvlm.server import ServerLvlm  # noqa: E402
+from lever_lm.config import DataConfig, LvlmConfig, PromptConfig
+from lever_lm.data import load_dataset
+from lever_lm.errors import LeverError
+from lever_lm.lvlm import Prompt, build_prompt
+from lever_lm.lvlm.client import check_server
+from lever_lm.lvlm.local import LocalLvlm
+from lever_lm.lvlm.server import ServerLvlm
+from lever_lm.paths import asset_path
 
 TINY = "asset:tiny-qwen2.5-vl"
 STYLES = ("interleaved", "dialogue")

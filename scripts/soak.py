@@ -20,10 +20,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from lab import Fault, Lab  # noqa: E402
-from trials import PROBLEMS, Bench, commands, make_data  # noqa: E402
+from lab import Fault, Lab
+from trials import PROBLEMS, Bench, commands, make_data
 
-from lever_lm.files import write_text  # noqa: E402
+from lever_lm.files import write_text
 
 DEEDS = (("kill", "before"), ("kill", "after"), ("torn", "before"), ("term", "before"), ("int", "after"))
 MOST_KILLS = 3  # of one trial

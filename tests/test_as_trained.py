@@ -11,7 +11,7 @@ import pytest
 import yaml
 from helpers import RUN, files_in, run_here, small_digits
 
-from lever_lm.config import asset_path
+from lever_lm.paths import asset_path
 from lever_lm.retriever import Retriever
 from lever_lm.runs import RunFolder
 

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from lever_lm.compat import import_transformers
-from lever_lm.config import PACKAGE, asset_path
+from lever_lm.paths import PACKAGE, asset_path
 
 ASSETS = PACKAGE / "assets"
 MEGABYTE = 2**20

@@ -5,7 +5,7 @@ import torch
 
 from lever_lm import batches
 from lever_lm.batches import to_tensors
-from lever_lm.data import Group
+from lever_lm.data.groups import Group
 from lever_lm.errors import LeverError
 from lever_lm.policy import PointerSelector
 

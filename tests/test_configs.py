@@ -3,8 +3,9 @@
 import pytest
 import yaml
 
-from lever_lm.config import Config, asset_path, to_dict
+from lever_lm.config import Config, to_dict
 from lever_lm.config_values import all_keys, configs_root
+from lever_lm.paths import asset_path
 from lever_lm.settings import resolve
 
 YAMLS = sorted(configs_root().rglob("*.yaml"))

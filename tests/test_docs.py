@@ -28,8 +28,9 @@ from official import hub_cache
 from pages import CHECKOUT, PAGES, Part
 
 from lever_lm.cli import app
-from lever_lm.config import LvlmConfig, asset_path
+from lever_lm.config import LvlmConfig
 from lever_lm.config_values import all_keys, build
+from lever_lm.paths import asset_path
 from lever_lm.process import run as run_command
 from lever_lm.settings import ENVIRONMENT
 

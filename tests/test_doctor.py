@@ -13,11 +13,12 @@ from test_groups import DATA
 
 from lever_lm import doctor
 from lever_lm.compat import import_transformers
-from lever_lm.config import LvlmConfig, asset_path
+from lever_lm.config import LvlmConfig
 from lever_lm.errors import LeverError
 from lever_lm.features import ClipEncoder
 from lever_lm.hub import parameter_count
 from lever_lm.model_checks import GIB, memory_needed
+from lever_lm.paths import asset_path
 from lever_lm.settings import resolve
 
 REAL = ("--dataset", "okvqa_local", "--lvlm", "qwen2.5_vl_3B")

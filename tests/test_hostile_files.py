@@ -37,12 +37,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lever_lm.checkpoint import load_policy, load_torch, v3_content
-from lever_lm.config import DataConfig, asset_path
+from lever_lm.config import DataConfig
 from lever_lm.data import load_dataset, open_image
 from lever_lm.dryrun import SHARED
 from lever_lm.errors import LeverError
 from lever_lm.features import cached_features, read_embeddings
 from lever_lm.journal import Journal
+from lever_lm.paths import asset_path
 from lever_lm.policy import PointerSelector
 from lever_lm.runs import RunFolder
 from lever_lm.selection import read_history

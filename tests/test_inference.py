@@ -285,7 +285,7 @@ def test_predictions_are_an_official_result_file(evaluated, evaluation):
 
 
 def test_an_independent_scoring_of_the_predictions_gives_the_written_accuracy(evaluated):
-    from lever_lm.config import asset_path
+    from lever_lm.paths import asset_path
 
     folder, _, _ = evaluated
     annotations = json.loads((asset_path("asset:digits") / "mscoco_val2014_annotations.json").read_text())

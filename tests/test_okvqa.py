@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lever_lm.config import DataConfig, asset_path
+from lever_lm.config import DataConfig
 from lever_lm.data import Example, load_dataset, open_image
 from lever_lm.data.examples import to_dataset, whole_id
 from lever_lm.errors import LeverError
+from lever_lm.paths import asset_path
 from lever_lm.samplers import Candidates
 
 QUESTIONS = "OpenEnded_mscoco_{}2014_questions.json"

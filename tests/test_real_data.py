@@ -38,7 +38,7 @@ from official import (
 )
 from PIL import Image
 
-from lever_lm.config import DataConfig, FeatureConfig, LvlmConfig, PromptConfig, asset_path
+from lever_lm.config import DataConfig, FeatureConfig, LvlmConfig, PromptConfig
 from lever_lm.data import image_digest, load_dataset, open_image
 from lever_lm.doctor import counts
 from lever_lm.errors import LeverError
@@ -46,6 +46,7 @@ from lever_lm.features import ClipEncoder, compute_features, encoder_fingerprint
 from lever_lm.hub import fetch_model, missing_files, model_folder, weights_digest
 from lever_lm.lvlm import build_prompt, load_lvlm
 from lever_lm.lvlm.local import LocalLvlm, local_fingerprint
+from lever_lm.paths import asset_path
 from lever_lm.samplers import Candidates
 from lever_lm.settings import resolve
 

@@ -17,10 +17,10 @@ import lever_lm
 from lever_lm import retriever as module
 from lever_lm.beside import config_beside, results_beside
 from lever_lm.cli import app
-from lever_lm.config import asset_path
 from lever_lm.data import Example
 from lever_lm.errors import LeverError, UsageError
 from lever_lm.lvlm.prompt import cut_answer
+from lever_lm.paths import asset_path
 from lever_lm.picking import pick_for
 from lever_lm.process import run as run_command
 from lever_lm.retriever import Pick, Retriever

@@ -16,7 +16,7 @@ import torch
 from helpers import clean_environment, small_digits
 from official import build_official, hub_cache
 
-from lever_lm.config import asset_path
+from lever_lm.paths import asset_path
 from lever_lm.policy import PointerSelector
 
 CHECKOUT = Path(__file__).parents[1]

@@ -5,10 +5,12 @@ import threading
 
 import pytest
 
-from lever_lm.config import Config, DataConfig, FeatureConfig, asset_path, fingerprint, to_dict
+from lever_lm.config import Config, DataConfig, FeatureConfig, to_dict
 from lever_lm.config_values import all_keys, build, dotted, merge, parse_set, read_yaml
 from lever_lm.errors import UsageError
+from lever_lm.paths import asset_path
 from lever_lm.settings import ENVIRONMENT, environment_values, file_layer, layers, resolve
+from lever_lm.stages import fingerprint
 
 
 @pytest.fixture(autouse=True)

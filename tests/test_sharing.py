@@ -175,7 +175,7 @@ def test_the_cards_five_lines_run_as_they_are_written(trained, lever, monkeypatc
     text = (trained / "shared/README.md").read_text()
     assert "This checkpoint was not evaluated" in text
     (lines,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    from lever_lm.config import asset_path
+    from lever_lm.paths import asset_path
 
     shutil.copy(next((asset_path("asset:digits") / "val2014").glob("*.jpg")), trained / "x.jpg")
     scope: dict = {}

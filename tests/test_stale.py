@@ -11,8 +11,8 @@ from PIL import Image
 
 import lever_lm.features
 from lever_lm import stages
-from lever_lm.config import asset_path
 from lever_lm.lvlm.local import LocalLvlm
+from lever_lm.paths import asset_path
 
 SMALL = ("--limit", "8", "--rce-epochs", "1", "--grpo-epochs", "2", "--set", "rollout.pool_size=8")
 

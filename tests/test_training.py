@@ -17,7 +17,7 @@ from lever_lm.anchors import Anchor, snapshot
 from lever_lm.batches import to_tensors
 from lever_lm.checkpoint import load_torch
 from lever_lm.config import GrpoConfig, RceConfig
-from lever_lm.data import Group
+from lever_lm.data.groups import Group
 from lever_lm.errors import LeverError
 from lever_lm.guards import At
 from lever_lm.journal import Journal

@@ -1,8 +1,8 @@
-"""Data: examples, the official VQA files, parquet copies, and rollout files."""
+"""Data: examples, the official VQA files, and parquet copies."""
 
 import os
 
-from lever_lm.config import HUB_PREFIX, DataConfig, asset_path, fingerprint
+from lever_lm.config import DataConfig
 from lever_lm.data.examples import (
     Example,
     Image,
@@ -14,16 +14,16 @@ from lever_lm.data.examples import (
     refuse_or_skip,
     undecodable,
 )
-from lever_lm.data.groups import Group
 from lever_lm.data.naming import parquet_files
 from lever_lm.data.okvqa import SPLITS, questions_file
 from lever_lm.data.okvqa import load_split as load_official
 from lever_lm.data.parquet import load_split as load_parquet
 from lever_lm.errors import LeverError
+from lever_lm.paths import HUB_PREFIX, asset_path
+from lever_lm.stages import fingerprint
 
 __all__ = [
     "Example",
-    "Group",
     "Image",
     "StoredImage",
     "VqaData",

@@ -4,9 +4,10 @@ import hashlib
 import os
 from pathlib import Path
 
-from lever_lm.config import DataConfig, asset_path
+from lever_lm.config import DataConfig
 from lever_lm.data.examples import Example, refuse_or_skip, unfit, unique, whole_id
 from lever_lm.errors import LeverError
+from lever_lm.paths import asset_path
 from lever_lm.untrusted import loads, read_bytes, shown
 
 SPLITS = {"train": "train2014", "val": "val2014"}

@@ -9,7 +9,7 @@ import glob
 from pathlib import Path
 
 from lever_lm.compat import first_line
-from lever_lm.config import HUB_PREFIX, DataConfig, asset_path, fingerprint
+from lever_lm.config import DataConfig
 from lever_lm.data.examples import (
     Example,
     Image,
@@ -25,6 +25,8 @@ from lever_lm.data.naming import files_of, parquet_files, splits_named
 from lever_lm.data.remote import Refused, cache_file, fetch_images, is_address, is_fetchable, local_image
 from lever_lm.errors import LeverError
 from lever_lm.hub import cached_snapshot
+from lever_lm.paths import HUB_PREFIX, asset_path
+from lever_lm.stages import fingerprint
 from lever_lm.untrusted import one_line, shown
 
 COLUMNS = ("question_id", "image", "question", "answers")

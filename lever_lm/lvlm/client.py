@@ -9,8 +9,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 from urllib.parse import urlsplit, urlunsplit
 
-from lever_lm.config import ASSET_PREFIX, LvlmConfig, asset_path
+from lever_lm.config import LvlmConfig
 from lever_lm.errors import MendableError
+from lever_lm.paths import ASSET_PREFIX, asset_path
 from lever_lm.progress import unsaid
 
 KEY_VARIABLE = "OPENAI_API_KEY"

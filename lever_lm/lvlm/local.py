@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lever_lm.compat import first_line, import_transformers, load_whole, resolve_device
-from lever_lm.config import LVLM_SPEED, LvlmConfig, PromptConfig, fingerprint
+from lever_lm.config import LVLM_SPEED, LvlmConfig, PromptConfig
 from lever_lm.errors import LeverError
 from lever_lm.hub import content_digests, fetch_model, model_folder
 from lever_lm.lvlm.cache import Track
@@ -23,7 +23,7 @@ from lever_lm.lvlm.prompt import Prompt, cut_answer, holder, to_messages, wordin
 from lever_lm.lvlm.vision import Vision
 from lever_lm.progress import untracked
 from lever_lm.shards import Shards
-from lever_lm.stages import CODE
+from lever_lm.stages import CODE, fingerprint
 from lever_lm.untrusted import shown
 
 _CHARS_PER_TOKEN = 3  # of English, a few less than there are: good enough to sort and to budget by

@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from io import BytesIO
 
 from lever_lm.compat import import_transformers
-from lever_lm.config import LvlmConfig, PromptConfig, fingerprint
+from lever_lm.config import LvlmConfig, PromptConfig
 from lever_lm.data import Image, open_image
 from lever_lm.errors import LeverError, Unfinished
 from lever_lm.lvlm.client import SEE_LOG, ServerError, served_name
@@ -26,7 +26,7 @@ from lever_lm.lvlm.prompt import Prompt, cut_answer, holder, to_messages, wordin
 from lever_lm.lvlm.room import Room
 from lever_lm.lvlm.servers import Servers, check_servers
 from lever_lm.progress import unsaid
-from lever_lm.stages import CODE
+from lever_lm.stages import CODE, fingerprint
 
 _ROUNDS = 8  # prompts in a batch for each request under way: what a killed job may have to ask again
 _URL_MEMORY = 1 << 30  # bytes of encoded images to keep
