@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lever_lm.errors import LeverError
+from lever_lm.utils.errors import LeverError
 
 _OPERATION = re.compile(r"Function '(\w+)' returned nan")
 _LINE = re.compile(r'File "[^"]*[/\\]lever_lm[/\\]([\w/\\]+\.py)", line (\d+), in (\w+)')

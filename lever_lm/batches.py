@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lever_lm.data.groups import Group
-from lever_lm.errors import LeverError
+from lever_lm.utils.errors import LeverError
 
 CHUNK_CANDIDATES = 16_384  # 48 MiB of features of D = 768
 LONGEST = 1e15  # length of a feature: beyond it squares come near the largest float32

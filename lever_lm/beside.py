@@ -9,13 +9,13 @@ from pathlib import Path
 from lever_lm.checkpoint import own_config, read_checkpoint
 from lever_lm.config import LVLM_MACHINE, Config, to_dict
 from lever_lm.config_values import configs_root, read_yaml
-from lever_lm.errors import LeverError
 from lever_lm.exported import PLACES, SETTING, is_exported, policy_folder, setting_of
 from lever_lm.finding import find_checkpoint
 from lever_lm.provenance import recorded
 from lever_lm.runs import RunFolder, lvlm_name
 from lever_lm.settings import Layer, Layers, combined, layers
-from lever_lm.untrusted import one_line
+from lever_lm.utils.errors import LeverError
+from lever_lm.utils.safe_parse import one_line
 
 # What makes an evaluation one of the run's own. Where files are says nothing of what is in them.
 _COMPARED = [(section, name) for section, names in SETTING.items() for name in names if (section, name) not in PLACES]

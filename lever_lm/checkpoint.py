@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from lever_lm.decoder import VARIANTS
-from lever_lm.errors import LeverError
 from lever_lm.exported import policy_folder, read_exported
-from lever_lm.files import atomic_file
 from lever_lm.policy import PointerSelector
-from lever_lm.torchfile import load_torch
-from lever_lm.untrusted import shown
+from lever_lm.utils.atomic_io import atomic_file
+from lever_lm.utils.errors import LeverError
+from lever_lm.utils.safe_parse import shown
+from lever_lm.utils.safe_torch_load import load_torch
 
 FORMAT = "lever_lm/v3"
 OWN_KEY = "lever_lm_config"

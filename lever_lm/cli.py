@@ -8,7 +8,6 @@ import typer
 
 from lever_lm import __version__, completion, process
 from lever_lm.config_cli import config_app
-from lever_lm.errors import LeverError, UsageError
 from lever_lm.options import (
     Common,
     command,
@@ -21,8 +20,9 @@ from lever_lm.options import (
     training_flags,
 )
 from lever_lm.pipelines import make_pipeline, pipeline_of_run, run_paths
-from lever_lm.shards import Shards
 from lever_lm.trackers import check_tracker
+from lever_lm.utils.distributed import Shards
+from lever_lm.utils.errors import LeverError, UsageError
 
 app = typer.Typer(
     name="lever",
@@ -151,9 +151,9 @@ def best_ckpt(
     log: Annotated[Path | None, typer.Option(help="Choose from a training log, ours or Lever-Plus's.")] = None,
 ) -> None:
     """Pick an epoch by its metrics; the answer is kept in the run's best.json."""
-    from lever_lm.files import write_json
     from lever_lm.selection import check_strategy, choose, kept_choice, read_history
     from lever_lm.tables import show_choice
+    from lever_lm.utils.atomic_io import write_json
 
     _in_one_process("best-ckpt")
     check_strategy(strategy)
@@ -288,10 +288,10 @@ def status(
     all_: Annotated[bool, typer.Option("--all", help="Every run below --results, a line each.")] = False,
 ) -> None:
     """How far a run is, and whether it is at work: epochs, speed, time left, metrics, GPU. Nothing is touched."""
-    from lever_lm.console import Screen
     from lever_lm.runs import RunFolder
     from lever_lm.status import gpus, run_status
     from lever_lm.status_views import status_lines, status_row
+    from lever_lm.utils.console import Screen
 
     if common.dry_run:
         planned(common, pipeline_of_run(common, run_dir=run_dir))

@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
-from lever_lm.errors import UsageError
-from lever_lm.untrusted import shown
+from lever_lm.utils.errors import UsageError
+from lever_lm.utils.safe_parse import shown
 
 TOKEN_EDGE = 28  # pixels of an image, along each side, that are one token of a Qwen2.5-VL
 

@@ -5,8 +5,8 @@ from typing import Annotated
 import typer
 
 from lever_lm import completion
-from lever_lm.errors import UsageError
 from lever_lm.options import Common, command, emit, named_yamls, option_values
+from lever_lm.utils.errors import UsageError
 
 config_app = typer.Typer(help="Show the config that options give or a run has, or compare two.", no_args_is_help=True)
 
@@ -27,7 +27,7 @@ def show(
     """The config as YAML; a value that is not the default says what set it. `> my.yaml` makes a file for --config."""
     from lever_lm.config import to_dict
     from lever_lm.config_views import as_yaml, is_run, key_docs
-    from lever_lm.console import Screen
+    from lever_lm.utils.console import Screen
 
     if is_run(what):
         _refuse(common, what, "dataset", "lvlm", "sampler", "recipe", "config")
@@ -54,7 +54,7 @@ def diff(
 ) -> None:
     """What differs between two configs, key by key. The options complete recipes and YAML files, not run folders."""
     from lever_lm.config_views import difference_lines, differences
-    from lever_lm.console import Screen
+    from lever_lm.utils.console import Screen
 
     there, here = (_view(common, what, alone=True) for what in (one, other))
     if not common.json_:

@@ -13,9 +13,9 @@ import typing
 from pathlib import Path
 
 from lever_lm.config import Config
-from lever_lm.errors import UsageError
-from lever_lm.paths import PACKAGE
-from lever_lm.untrusted import CONFIG_LIMIT, Scalar, load_yaml, printable, read_bytes, shown
+from lever_lm.utils.errors import UsageError
+from lever_lm.utils.paths import PACKAGE
+from lever_lm.utils.safe_parse import CONFIG_LIMIT, Scalar, load_yaml, printable, read_bytes, shown
 
 
 def configs_root() -> Path:

@@ -8,11 +8,11 @@ import yaml
 
 from lever_lm.config import Config, to_dict
 from lever_lm.config_values import all_keys, build, configs_root
-from lever_lm.errors import LeverError, UsageError
-from lever_lm.paths import PACKAGE
 from lever_lm.runs import RunFolder
 from lever_lm.settings import Layer, combined, file_layer, layers
-from lever_lm.untrusted import one_line, shown
+from lever_lm.utils.errors import LeverError, UsageError
+from lever_lm.utils.paths import PACKAGE
+from lever_lm.utils.safe_parse import one_line, shown
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,6 @@ from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
-from lever_lm.compat import resolve_device
 from lever_lm.config import Config, DataConfig
 from lever_lm.data import in_both, in_parquet, source_of
 from lever_lm.data.examples import Example
@@ -15,12 +14,13 @@ from lever_lm.data.naming import files_of
 from lever_lm.data.okvqa import SPLITS, annotations_file, images_folder, questions_file
 from lever_lm.data.okvqa import load_split as load_official
 from lever_lm.data.parquet import load_split as load_parquet
-from lever_lm.errors import LeverError
-from lever_lm.hub import cached_snapshot, model_folder
 from lever_lm.model_checks import GIB, Check, answer_lengths, lvlm, memory_needed, model, server
-from lever_lm.paths import ASSET_PREFIX, HUB_PREFIX, asset_path
-from lever_lm.progress import unsaid
 from lever_lm.runs import Layout
+from lever_lm.utils.device import resolve_device
+from lever_lm.utils.errors import LeverError
+from lever_lm.utils.hub import cached_snapshot, model_folder
+from lever_lm.utils.paths import ASSET_PREFIX, HUB_PREFIX, asset_path
+from lever_lm.utils.progress import unsaid
 
 _IMAGE_FEATURES = 391 * 2048 * 2  # bytes of an image of 640 × 480 in the 3B model
 ALL = ("data", "encoder", "lvlm")  # what commands need; some need less: train on rollouts and features of one's own

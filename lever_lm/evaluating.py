@@ -14,19 +14,19 @@ from lever_lm.beside import change_lines, changes, changes_of_run
 from lever_lm.checkpoint import policy_digest
 from lever_lm.data import VqaData, load_dataset
 from lever_lm.doctor import ALL
-from lever_lm.errors import LeverError, UsageError
 from lever_lm.features import encoder_fingerprint
-from lever_lm.files import file_digest
 from lever_lm.finding import find_checkpoint, load_for
 from lever_lm.icds import read_icds
 from lever_lm.inference import BASELINES, Evaluation, Outcome, compare, rows_of_another_setting
-from lever_lm.locks import alone
 from lever_lm.pipeline import Pipeline
 from lever_lm.plots import check_plots, write_plots
 from lever_lm.provenance import command_line, recorded
 from lever_lm.report import Evaluated, evaluations, last_evaluation, write_report
 from lever_lm.runs import LOCK, RunFolder, inference_folder, lvlm_name
-from lever_lm.stages import CODE, fingerprint
+from lever_lm.utils.atomic_io import file_digest
+from lever_lm.utils.errors import LeverError, UsageError
+from lever_lm.utils.fingerprint import CODE, fingerprint
+from lever_lm.utils.locks import alone
 
 
 @dataclass(frozen=True)

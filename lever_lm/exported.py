@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 
 from lever_lm.config import LVLM_MACHINE, LVLM_SPEED, LvlmConfig, PromptConfig
-from lever_lm.errors import LeverError
-from lever_lm.hub import POLICY_FILES, fetch_policy, is_hub_id
-from lever_lm.paths import ASSET_PREFIX, HUB_PREFIX
-from lever_lm.untrusted import is_epoch, read_bytes, read_json, read_object, shown
+from lever_lm.utils.errors import LeverError
+from lever_lm.utils.hub import POLICY_FILES, fetch_policy, is_hub_id
+from lever_lm.utils.paths import ASSET_PREFIX, HUB_PREFIX
+from lever_lm.utils.safe_parse import is_epoch, read_bytes, read_json, read_object, shown
 
 FORMAT, VERSION = "lever_lm/policy", 1
 CONFIG, WEIGHTS = POLICY_FILES

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from lever_lm.batches import Batch
 from lever_lm.encoder import Noise
-from lever_lm.errors import LeverError
 from lever_lm.losses import KL_ESTIMATES
 from lever_lm.policy import PointerSelector
+from lever_lm.utils.errors import LeverError
 
 _NAMED = 3  # queries of a message, and rollouts of each
 _MEND_REWARDS, _MEND_FEATURES = "mend the rewards of these rollouts", "encode it again (features.encoder, --embeddings)"

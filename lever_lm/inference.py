@@ -15,17 +15,17 @@ from torch import Tensor
 
 from lever_lm.config import Config
 from lever_lm.data import Example, VqaData
-from lever_lm.errors import LeverError
 from lever_lm.features import Embeddings, Features
-from lever_lm.files import write_json, write_text
 from lever_lm.lvlm import CachedLvlm, build_prompt
 from lever_lm.metrics import vqa_accuracy
 from lever_lm.policy import PointerSelector
-from lever_lm.progress import WORTH_A_WORD, Track, Work, untracked
 from lever_lm.samplers import Candidates, nearest, query_rng, sample_pools, similarity_rows
 from lever_lm.stats import bootstrap_interval, paired_test
 from lever_lm.stems import Stems, learn_stems
-from lever_lm.untrusted import read_object
+from lever_lm.utils.atomic_io import write_json, write_text
+from lever_lm.utils.errors import LeverError
+from lever_lm.utils.progress import WORTH_A_WORD, Track, Work, untracked
+from lever_lm.utils.safe_parse import read_object
 
 BASELINES = ("zero_shot", "random", "text_sim", "img_sim", "img_text_sim", "oracle")
 _SIMILARITY_PARTS = {

@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lever_lm.config import Config, LvlmConfig
-from lever_lm.errors import LeverError, MendableError
-from lever_lm.hub import is_hub_id, lacking, model_folder, parameter_count, weight_files
 from lever_lm.lvlm.client import ServerError, check_server
 from lever_lm.lvlm.processor import load_processor
+from lever_lm.utils.errors import LeverError, MendableError
+from lever_lm.utils.hub import is_hub_id, lacking, model_folder, parameter_count, weight_files
 
 GIB = 1 << 30
 _ACTIVATIONS = 2 * GIB  # beside the weights, in the smallest batches of 16-bit numbers

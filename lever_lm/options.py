@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from lever_lm import completion
-from lever_lm.errors import LeverError, UsageError
-from lever_lm.untrusted import json_text, shown
+from lever_lm.utils.errors import LeverError, UsageError
+from lever_lm.utils.safe_parse import json_text, shown
 
 DEFAULT_DATASET, DEFAULT_LVLM = "digits", "tiny_qwen2.5_vl"
 
@@ -122,13 +122,13 @@ def command(app: typer.Typer, name: str) -> Callable:
             _in_force.append(common)
             if common.quiet and common.verbose:
                 raise UsageError("--quiet and --verbose ask for less and for more: give one of them")
-            from lever_lm.digests import DIGESTS
+            from lever_lm.utils.file_hashes import DIGESTS
 
             try:
                 with DIGESTS.saved_at_the_end():
                     function(common, **values)
             finally:
-                from lever_lm.console import settle
+                from lever_lm.utils.console import settle
 
                 settle()  # no bar outlives its command
 
@@ -233,11 +233,11 @@ def planned(
     import yaml
 
     from lever_lm.config import to_dict
-    from lever_lm.digests import DIGESTS
     from lever_lm.doctor import ALL, examine
     from lever_lm.planning import as_json, in_all, make_plan
     from lever_lm.provenance import own_files
     from lever_lm.runs import RunFolder
+    from lever_lm.utils.file_hashes import DIGESTS
 
     DIGESTS.keep_nothing()
     layout, places = pipeline.layout, _places(pipeline)

@@ -6,13 +6,13 @@ from collections import Counter
 from pathlib import Path
 
 from lever_lm.checkpoint import load_policy
-from lever_lm.console import Screen
 from lever_lm.data import Example
-from lever_lm.errors import LeverError, UsageError
 from lever_lm.finding import find_checkpoint, latest_checkpoint
 from lever_lm.metrics import vqa_accuracy
 from lever_lm.retriever import Pick, Retriever
 from lever_lm.runs import Layout, RunFolder
+from lever_lm.utils.console import Screen
+from lever_lm.utils.errors import LeverError, UsageError
 
 
 def checkpoint_here(run: RunFolder, layout: Layout, ckpt: str | None) -> tuple[Path, str]:

@@ -13,20 +13,13 @@ from torch import Tensor
 from lever_lm.anomaly import detecting
 from lever_lm.batches import GroupTensors, to_tensors
 from lever_lm.checkpoint import format_of, read_checkpoint, save_torch, to_v2, to_v3
-from lever_lm.compat import check_device_name, resolve_device
 from lever_lm.config import Config, FeatureConfig
-from lever_lm.console import Screen
 from lever_lm.data import VqaData, load_dataset
 from lever_lm.data.groups import check_reward_mode, read_groups, split_ids
-from lever_lm.digests import DIGESTS
 from lever_lm.doctor import ALL, examine, require
-from lever_lm.errors import LeverError, UsageError
 from lever_lm.features import Features, compute_features, features_fingerprint, read_embeddings
-from lever_lm.files import file_digest
 from lever_lm.finding import find_checkpoint
-from lever_lm.hub import fetch_model
 from lever_lm.journal import Journal, state_of
-from lever_lm.locks import alone
 from lever_lm.lvlm import CachedLvlm, load_lvlm
 from lever_lm.proposals import new_policy
 from lever_lm.provenance import compare as compare_runs
@@ -42,10 +35,17 @@ from lever_lm.rollouts import (
 from lever_lm.runs import LOCK, Layout, RunFolder, inference_folder, v2_name
 from lever_lm.samplers import check_sampler
 from lever_lm.selection import choose, read_history, worth_keeping
-from lever_lm.shards import Shards
-from lever_lm.stages import CODE
 from lever_lm.trackers import TensorBoard, track
 from lever_lm.training import train_grpo, train_rce
+from lever_lm.utils.atomic_io import file_digest
+from lever_lm.utils.console import Screen
+from lever_lm.utils.device import check_device_name, resolve_device
+from lever_lm.utils.distributed import Shards
+from lever_lm.utils.errors import LeverError, UsageError
+from lever_lm.utils.file_hashes import DIGESTS
+from lever_lm.utils.fingerprint import CODE
+from lever_lm.utils.hub import fetch_model
+from lever_lm.utils.locks import alone
 
 
 @dataclass(frozen=True)

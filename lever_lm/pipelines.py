@@ -4,8 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lever_lm.errors import LeverError, UsageError
 from lever_lm.options import Common, named_yamls, option_values, show_places
+from lever_lm.utils.errors import LeverError, UsageError
 
 _KINDS = ("dataset", "lvlm", "sampler", "recipe")
 
@@ -101,9 +101,9 @@ def _spelt(common: Common, flags: dict | None) -> dict[str, dict]:
 def _pipeline(common: Common, made, run_name: str | None, run_dir: Path | None, run=None):
     """The pipeline of layers, and of the RunFolder `run` if given. Variables of the environment that count, or
     would, are said; with --verbose versions and places too."""
-    from lever_lm.console import Screen
     from lever_lm.pipeline import Pipeline
     from lever_lm.provenance import versions
+    from lever_lm.utils.console import Screen
 
     quiet = common.quiet and not common.dry_run  # a plan is what was asked for
     screen, config = Screen(to_stderr=common.json_, quiet=quiet, verbose=common.verbose), made.config()

@@ -5,20 +5,20 @@ import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lever_lm.compat import resolve_device
 from lever_lm.config import Config
 from lever_lm.data import StoredImage, VqaData, load_dataset, open_image
 from lever_lm.data.groups import query_ids, read_rollouts, split_ids
 from lever_lm.doctor import disk_needed, group_size
-from lever_lm.errors import LeverError
 from lever_lm.features import Features, cached_features
-from lever_lm.hub import model_folder, parameter_count
 from lever_lm.infoscore import infoscore_calls
 from lever_lm.lvlm import CachedLvlm, load_lvlm
-from lever_lm.progress import duration
 from lever_lm.proposals import propose_groups, query_rows
 from lever_lm.rollouts import is_made, made_elsewhere, references, rollout_stamp
 from lever_lm.runs import Layout, RunFolder
+from lever_lm.utils.device import resolve_device
+from lever_lm.utils.errors import LeverError
+from lever_lm.utils.hub import model_folder, parameter_count
+from lever_lm.utils.progress import duration
 
 # Multiply-adds a second that are reached in practice, for a first guess before anything was measured.
 _REACHED = {"cuda": 1e14, "cpu": 5e10}

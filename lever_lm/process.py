@@ -11,10 +11,10 @@ from contextlib import redirect_stdout
 
 import typer
 
-from lever_lm.errors import LeverError, UsageError
 from lever_lm.options import debugging
-from lever_lm.shards import Shards
-from lever_lm.untrusted import one_line, printable, shown
+from lever_lm.utils.distributed import Shards
+from lever_lm.utils.errors import LeverError, UsageError
+from lever_lm.utils.safe_parse import one_line, printable, shown
 
 INTERRUPTED, TERMINATED = 130, 128 + signal.SIGTERM
 # What a wrong command line raises. Typer carries a click of its own in some versions and uses click's in others.

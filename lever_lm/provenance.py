@@ -12,11 +12,11 @@ from pathlib import Path
 
 from lever_lm import __version__
 from lever_lm.config import Config
-from lever_lm.errors import LeverError
-from lever_lm.files import write_json
-from lever_lm.paths import PACKAGE
 from lever_lm.runs import RunFolder
-from lever_lm.untrusted import FILE_LIMIT, read_object, shown
+from lever_lm.utils.atomic_io import write_json
+from lever_lm.utils.errors import LeverError
+from lever_lm.utils.paths import PACKAGE
+from lever_lm.utils.safe_parse import FILE_LIMIT, read_object, shown
 
 PACKAGES = ("torch", "transformers", "datasets", "numpy", "safetensors", "tokenizers", "qwen-vl-utils", "pillow")
 _TIMES = ("epoch_time", "step_time")  # of a row of metrics.jsonl: never the same twice

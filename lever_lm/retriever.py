@@ -18,24 +18,24 @@ from functools import cached_property
 from pathlib import Path
 
 from lever_lm.beside import config_beside, locate, results_beside
-from lever_lm.compat import import_transformers
 from lever_lm.config import InferConfig
-from lever_lm.console import Screen
 from lever_lm.data import Example, VqaData, image_digest, image_digests, open_image
 from lever_lm.data.examples import unfit
 from lever_lm.data.pixels import Undecodable, decoded
-from lever_lm.errors import LeverError, UsageError
 from lever_lm.features import ClipEncoder, Embeddings, Features, encode
-from lever_lm.files import open_regular
 from lever_lm.finding import load_for
-from lever_lm.hub import fetch_model
 from lever_lm.inference import Evaluation
 from lever_lm.lvlm import Prompt, build_prompt
 from lever_lm.lvlm.processor import load_processor
 from lever_lm.lvlm.prompt import to_messages
 from lever_lm.pipeline import Pipeline
-from lever_lm.progress import untracked
-from lever_lm.untrusted import one_line, shown
+from lever_lm.utils.atomic_io import open_regular
+from lever_lm.utils.console import Screen
+from lever_lm.utils.device import import_transformers
+from lever_lm.utils.errors import LeverError, UsageError
+from lever_lm.utils.hub import fetch_model
+from lever_lm.utils.progress import untracked
+from lever_lm.utils.safe_parse import one_line, shown
 
 FORMS = ("transformers", "openai", "text")
 

@@ -17,15 +17,15 @@ from torch import Tensor
 from lever_lm.config import Config
 from lever_lm.data import Example, VqaData
 from lever_lm.data.groups import Group, is_query, load_groups, read_rollouts, trajectory_reward
-from lever_lm.errors import LeverError
 from lever_lm.features import Features
-from lever_lm.files import write_json
 from lever_lm.infoscore import add_infoscore
 from lever_lm.lvlm import CachedLvlm, Prompt, build_prompt, cut_answer
 from lever_lm.metrics import normalize_answer, relevance, vqa_accuracy
 from lever_lm.proposals import propose_groups
-from lever_lm.stages import changed, changes, stamp
-from lever_lm.untrusted import shown
+from lever_lm.utils.atomic_io import write_json
+from lever_lm.utils.errors import LeverError
+from lever_lm.utils.fingerprint import changed, changes, stamp
+from lever_lm.utils.safe_parse import shown
 
 __all__ = ["Group", "group_report", "load_groups", "make_rollouts", "online_rewards"]
 

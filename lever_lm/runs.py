@@ -7,10 +7,10 @@ from pathlib import Path
 import yaml
 
 from lever_lm.config import LVLM_SPEED, Config, to_dict
-from lever_lm.errors import LeverError
-from lever_lm.files import remove, sweep, write_text
-from lever_lm.locks import alone
-from lever_lm.untrusted import CONFIG_LIMIT, load_yaml, metrics_rows, read_bytes, shown
+from lever_lm.utils.atomic_io import remove, sweep, write_text
+from lever_lm.utils.errors import LeverError
+from lever_lm.utils.locks import alone
+from lever_lm.utils.safe_parse import CONFIG_LIMIT, load_yaml, metrics_rows, read_bytes, shown
 
 LOCK = ".lock"  # in a folder that one process at a time works in
 

@@ -13,9 +13,9 @@ import torch
 
 from lever_lm.config import SamplerConfig
 from lever_lm.data import Example
-from lever_lm.errors import LeverError, UsageError
 from lever_lm.features import Embeddings
-from lever_lm.progress import WORTH_A_WORD, Track, Work, untracked
+from lever_lm.utils.errors import LeverError, UsageError
+from lever_lm.utils.progress import WORTH_A_WORD, Track, Work, untracked
 
 # Breaks ties of repeated questions; far under any difference that means something.
 _JITTER = 1e-6

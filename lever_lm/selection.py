@@ -8,9 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lever_lm.errors import LeverError, UsageError
 from lever_lm.runs import RunFolder
-from lever_lm.untrusted import Line, is_epoch, lines, metrics_rows, read_json, shown
+from lever_lm.utils.errors import LeverError, UsageError
+from lever_lm.utils.safe_parse import Line, is_epoch, lines, metrics_rows, read_json, shown
 
 KL_RANGE, KL_TARGET = (0.01, 0.1), 0.05
 GRPO_MARKER = "阶段3：GRPO训练"

@@ -21,9 +21,9 @@ from lever_lm.config_values import (  # noqa: F401 - imported from here in 0.1
     parse_set,
     read_yaml,
 )
-from lever_lm.errors import UsageError
-from lever_lm.paths import ASSET_PREFIX, HUB_PREFIX
-from lever_lm.untrusted import shown
+from lever_lm.utils.errors import UsageError
+from lever_lm.utils.paths import ASSET_PREFIX, HUB_PREFIX
+from lever_lm.utils.safe_parse import shown
 
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 

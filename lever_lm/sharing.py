@@ -9,14 +9,14 @@ from lever_lm.card import model_card
 from lever_lm.checkpoint import load_policy, own_config, policy_digest, read_checkpoint
 from lever_lm.config import Config, to_dict
 from lever_lm.config_values import build
-from lever_lm.errors import LeverError, UsageError
 from lever_lm.exported import CARD, CONFIG, FORMAT, VERSION, WEIGHTS, is_exported, setting_of
-from lever_lm.files import remove, write_json, write_tensors, write_text
 from lever_lm.policy import PointerSelector
 from lever_lm.provenance import PACKAGES, recorded
 from lever_lm.report.results import evaluations, read_metrics
 from lever_lm.runs import RunFolder, inference_folder
-from lever_lm.untrusted import is_epoch
+from lever_lm.utils.atomic_io import remove, write_json, write_tensors, write_text
+from lever_lm.utils.errors import LeverError, UsageError
+from lever_lm.utils.safe_parse import is_epoch
 
 _LONGEST = 200  # characters of a version or a fingerprint
 # What find_checkpoint advises the run's owner.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lever_lm.policy import PointerSelector
-from lever_lm.untrusted import shown
+from lever_lm.utils.safe_parse import shown
 
 FIELDS = ("phase", "epoch", "policy", "optimizer", "rng", "extra", "rows", "inputs")
 _MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # of AdamW

@@ -18,12 +18,12 @@ from typing import TypeVar
 
 from lever_lm.config import Config
 from lever_lm.config_values import build
-from lever_lm.errors import LeverError
-from lever_lm.locks import seen
 from lever_lm.provenance import read_environment, recorded, typed_again
 from lever_lm.runs import LOCK, Layout, RunFolder
 from lever_lm.selection import STRATEGIES, best_row, epochs_since_best, read_log
-from lever_lm.untrusted import metrics_rows
+from lever_lm.utils.errors import LeverError
+from lever_lm.utils.locks import seen
+from lever_lm.utils.safe_parse import metrics_rows
 
 PHASES = ("rce", "grpo")
 _LATELY = 10  # epochs that the time of one is taken from

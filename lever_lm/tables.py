@@ -1,8 +1,8 @@
 """Results and choices as a person reads them on the terminal."""
 
-from lever_lm.console import Screen
 from lever_lm.journal import table_header, table_row
 from lever_lm.selection import LOGGED, STRATEGIES, History
+from lever_lm.utils.console import Screen
 
 _ACROSS = 3
 

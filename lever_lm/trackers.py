@@ -13,10 +13,10 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from lever_lm.errors import LeverError, UsageError
-from lever_lm.files import append_bytes, atomic_file, remove
 from lever_lm.runs import RunFolder
-from lever_lm.untrusted import CONFIG_LIMIT, one_line, read_bytes, shown
+from lever_lm.utils.atomic_io import append_bytes, atomic_file, remove
+from lever_lm.utils.errors import LeverError, UsageError
+from lever_lm.utils.safe_parse import CONFIG_LIMIT, one_line, read_bytes, shown
 
 
 def check_tracker(name: str | None) -> None:

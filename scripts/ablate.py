@@ -25,10 +25,8 @@ from lever_lm.batches import to_tensors
 from lever_lm.checkpoint import load_policy
 from lever_lm.config import Config
 from lever_lm.config_values import build, configs_root, dotted, merge, named_yaml, read_yaml
-from lever_lm.console import Screen
 from lever_lm.data.groups import load_groups, split_ids
 from lever_lm.evaluating import evaluation_of
-from lever_lm.files import write_json
 from lever_lm.finding import load_for
 from lever_lm.inference import BASELINES
 from lever_lm.journal import Journal
@@ -39,6 +37,8 @@ from lever_lm.proposals import new_policy
 from lever_lm.rewards import group_advantage
 from lever_lm.runs import RunFolder
 from lever_lm.training import best_rollouts, train_grpo, train_rce
+from lever_lm.utils.atomic_io import write_json
+from lever_lm.utils.console import Screen
 
 CLASSIC = "classic in full"
 # LEARNING's rows first: each sets one of our choices back to the lineage's. Then what is offered beside them.

@@ -18,13 +18,13 @@ from pathlib import Path
 
 import torch
 
-from lever_lm.compat import import_transformers, resolve_device
 from lever_lm.config import DataConfig, LvlmConfig, PromptConfig
 from lever_lm.data import Example, load_dataset
 from lever_lm.lvlm import build_prompt
 from lever_lm.lvlm.local import LocalLvlm
 from lever_lm.lvlm.prompt import to_messages
-from lever_lm.paths import asset_path
+from lever_lm.utils.device import import_transformers, resolve_device
+from lever_lm.utils.paths import asset_path
 
 TINY = "asset:tiny-qwen2.5-vl"
 SHOTS, NEW_TOKENS = 4, 5

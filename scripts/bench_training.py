@@ -36,12 +36,12 @@ from lever_lm import training
 from lever_lm.anchors import Anchor
 from lever_lm.batches import GroupTensors, to_tensors
 from lever_lm.config import GrpoConfig, RceConfig
-from lever_lm.console import Screen
 from lever_lm.data.groups import load_groups, split_ids
 from lever_lm.journal import Journal
 from lever_lm.losses import rce_temperature
 from lever_lm.policy import PointerSelector
 from lever_lm.runs import RunFolder
+from lever_lm.utils.console import Screen
 
 EPOCHS = {"rce": RceConfig().epochs, "grpo": GrpoConfig().epochs}
 LINEAGE_TOP_K = (3, 5)

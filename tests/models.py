@@ -4,7 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
-from lever_lm.paths import asset_path
+from lever_lm.utils.paths import asset_path
 
 TINY = "asset:tiny-qwen2.5-vl"
 

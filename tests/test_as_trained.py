@@ -11,9 +11,9 @@ import pytest
 import yaml
 from helpers import RUN, files_in, run_here, small_digits
 
-from lever_lm.paths import asset_path
 from lever_lm.retriever import Retriever
 from lever_lm.runs import RunFolder
+from lever_lm.utils.paths import asset_path
 
 NAME = "mine"
 OWN = RUN.with_name(NAME)

@@ -17,14 +17,14 @@ from safetensors.torch import save_file
 
 from lever_lm.config import LvlmConfig, PromptConfig
 from lever_lm.data import open_image
-from lever_lm.errors import LeverError, UsageError
-from lever_lm.files import TEMPORARY_PREFIX
 from lever_lm.lvlm import build_prompt
 from lever_lm.lvlm.bank import VisionBank
 from lever_lm.lvlm.images import CHUNK, chunked_patches, patches
 from lever_lm.lvlm.kernels import _align
 from lever_lm.lvlm.local import LocalLvlm, vision_fingerprint
-from lever_lm.shards import Shards
+from lever_lm.utils.atomic_io import TEMPORARY_PREFIX
+from lever_lm.utils.distributed import Shards
+from lever_lm.utils.errors import LeverError, UsageError
 
 TINY = "asset:tiny-qwen2.5-vl"
 MIB = 1 << 20

@@ -13,16 +13,16 @@ from lever_lm.config import Config, to_dict
 from lever_lm.config_values import build
 from lever_lm.data import load_dataset
 from lever_lm.data.groups import load_groups
-from lever_lm.errors import LeverError, UsageError
 from lever_lm.finding import find_checkpoint
-from lever_lm.hub import missing_files
 from lever_lm.icds import read_icds
 from lever_lm.inference import Evaluation, Outcome
 from lever_lm.report import write_report
 from lever_lm.runs import RunFolder
 from lever_lm.selection import STRATEGIES, choose, kept_choice, read_history
 from lever_lm.settings import resolve
-from lever_lm.untrusted import json_text
+from lever_lm.utils.errors import LeverError, UsageError
+from lever_lm.utils.hub import missing_files
+from lever_lm.utils.safe_parse import json_text
 
 many = settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 JUNK = st.recursive(

@@ -25,8 +25,8 @@ from lever_lm.checkpoint import (
     v3_content,
     v3_to_v2_keys,
 )
-from lever_lm.errors import LeverError
 from lever_lm.policy import PointerSelector
+from lever_lm.utils.errors import LeverError
 
 GOLDEN = Path(__file__).parent / "data" / "checkpoints"
 V3 = GOLDEN / "rce_epoch2_plain_L1.pt"

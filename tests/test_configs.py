@@ -5,8 +5,8 @@ import yaml
 
 from lever_lm.config import Config, to_dict
 from lever_lm.config_values import all_keys, configs_root
-from lever_lm.paths import asset_path
 from lever_lm.settings import resolve
+from lever_lm.utils.paths import asset_path
 
 YAMLS = sorted(configs_root().rglob("*.yaml"))
 LVLMS = ("qwen2.5_vl_3B", "qwen2.5_vl_3B_classic", "qwen2.5_vl_3B_server")

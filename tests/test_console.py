@@ -13,10 +13,10 @@ import pytest
 from helpers import RUN, SMALL, clean_environment
 from rich.console import Console, Group
 
-from lever_lm import progress
-from lever_lm.console import Screen, settle
 from lever_lm.journal import table_header
-from lever_lm.progress import BETWEEN_LINES, Stage, Work, clock, duration, loaded
+from lever_lm.utils import progress
+from lever_lm.utils.console import Screen, settle
+from lever_lm.utils.progress import BETWEEN_LINES, Stage, Work, clock, duration, loaded
 
 CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f]")  # all but newlines
 

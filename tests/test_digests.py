@@ -6,10 +6,10 @@ import time
 
 import pytest
 
-from lever_lm import digests
-from lever_lm.digests import Digests
-from lever_lm.files import file_digest
-from lever_lm.shards import Shards
+from lever_lm.utils import file_hashes as digests
+from lever_lm.utils.atomic_io import file_digest
+from lever_lm.utils.distributed import Shards
+from lever_lm.utils.file_hashes import Digests
 
 
 @pytest.fixture

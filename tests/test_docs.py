@@ -30,9 +30,9 @@ from pages import CHECKOUT, PAGES, Part
 from lever_lm.cli import app
 from lever_lm.config import LvlmConfig
 from lever_lm.config_values import all_keys, build
-from lever_lm.paths import asset_path
 from lever_lm.process import run as run_command
 from lever_lm.settings import ENVIRONMENT
+from lever_lm.utils.paths import asset_path
 
 DEMO = RUN.with_name("demo")
 HELD = ("--limit", "24", "--rce-epochs", "2", "--grpo-epochs", "15")  # what the demo is held to here
@@ -363,7 +363,7 @@ def apply(part: Part, root: Path) -> Path:
 
 def tiny_qwen2_vl(folder: Path) -> None:
     """A random Qwen2-VL of a few thousand weights with the shipped model's tokenizer: another model than ours."""
-    from lever_lm.compat import import_transformers
+    from lever_lm.utils.device import import_transformers
 
     library, shipped = import_transformers(), asset_path("asset:tiny-qwen2.5-vl")
     ours = json.loads((shipped / "config.json").read_text())

@@ -12,14 +12,14 @@ from official import build_official, image_path, read_official
 from test_groups import DATA
 
 from lever_lm import doctor
-from lever_lm.compat import import_transformers
 from lever_lm.config import LvlmConfig
-from lever_lm.errors import LeverError
 from lever_lm.features import ClipEncoder
-from lever_lm.hub import parameter_count
 from lever_lm.model_checks import GIB, memory_needed
-from lever_lm.paths import asset_path
 from lever_lm.settings import resolve
+from lever_lm.utils.device import import_transformers
+from lever_lm.utils.errors import LeverError
+from lever_lm.utils.hub import parameter_count
+from lever_lm.utils.paths import asset_path
 
 REAL = ("--dataset", "okvqa_local", "--lvlm", "qwen2.5_vl_3B")
 TINY = ("--set", "lvlm.path=asset:tiny-qwen2.5-vl", "--set", "features.encoder=asset:tiny-clip")

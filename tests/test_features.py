@@ -11,12 +11,12 @@ from helpers import small_digits, track
 from PIL import Image
 from safetensors import safe_open
 
-from lever_lm.compat import import_transformers
 from lever_lm.config import DataConfig, FeatureConfig
 from lever_lm.data import load_dataset
-from lever_lm.errors import LeverError, UsageError
 from lever_lm.features import compute_features
-from lever_lm.paths import asset_path
+from lever_lm.utils.device import import_transformers
+from lever_lm.utils.errors import LeverError, UsageError
+from lever_lm.utils.paths import asset_path
 
 CLIP = FeatureConfig(encoder="asset:tiny-clip")
 PARTS = ("img", "text", "img_text")

@@ -16,9 +16,8 @@ import pytest
 from helpers import RUN, SMALL, clean_environment, run_here, run_lever
 from safetensors import safe_open
 
-from lever_lm import locks
-from lever_lm.errors import LeverError
-from lever_lm.files import (
+from lever_lm.utils import locks
+from lever_lm.utils.atomic_io import (
     TEMPORARY_PREFIX,
     append_line,
     atomic_file,
@@ -29,7 +28,8 @@ from lever_lm.files import (
     write_tensors,
     write_text,
 )
-from lever_lm.locks import InUse, alone
+from lever_lm.utils.errors import LeverError
+from lever_lm.utils.locks import InUse, alone
 
 # ---------------------------------------------------------------------- writing
 
@@ -167,7 +167,7 @@ def test_a_folder_is_on_disk_after_the_rename_and_a_file_before_it(tmp_path, mon
 def child():
     """Starts a Python process, which has run its code up to where it printed a line; all end with the test."""
     prefix = "import sys, os, time\nfrom pathlib import Path\n"
-    prefix += "from lever_lm.files import *\nfrom lever_lm.locks import *\npath = Path(sys.argv[1])\n"
+    prefix += "from lever_lm.utils.atomic_io import *\nfrom lever_lm.utils.locks import *\npath = Path(sys.argv[1])\n"
     with contextlib.ExitStack() as stack:
 
         def start(code: str, path: Path) -> subprocess.Popen:

@@ -19,8 +19,8 @@ from lever_lm.data.groups import (
     read_rollouts,
     split_ids,
 )
-from lever_lm.errors import LeverError, UsageError
 from lever_lm.rollouts import load_groups as public_load_groups
+from lever_lm.utils.errors import LeverError, UsageError
 
 DATA = Path(__file__).parent / "data" / "rl_data"
 EDGE_CASES = json.loads((DATA / "small_edge_cases.json").read_text(encoding="utf-8"))

@@ -27,7 +27,6 @@ from lever_lm.checkpoint import load_torch, save_torch
 from lever_lm.config import DataConfig, FeatureConfig, GrpoConfig, PromptConfig, RceConfig
 from lever_lm.data import load_dataset
 from lever_lm.data.groups import Group, load_groups
-from lever_lm.errors import LeverError
 from lever_lm.features import ClipEncoder, compute_features
 from lever_lm.guards import At, Pass, not_finite
 from lever_lm.inference import Evaluation
@@ -38,6 +37,7 @@ from lever_lm.lvlm.decoding import NotFinite, Prefilled, beam_search, greedy
 from lever_lm.online import explore
 from lever_lm.policy import PointerSelector
 from lever_lm.training import train_grpo, train_rce, update
+from lever_lm.utils.errors import LeverError
 
 NOTHING_WRITTEN = "Nothing of this epoch was written, the checkpoints before it are sound"
 ANOTHER_RUN = r"\(--run-name NAME\) or from the start \(--overwrite\)"

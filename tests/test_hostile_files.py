@@ -39,14 +39,14 @@ from safetensors.torch import load_file, save_file
 from lever_lm.checkpoint import load_policy, load_torch, v3_content
 from lever_lm.config import DataConfig
 from lever_lm.data import load_dataset, open_image
-from lever_lm.dryrun import SHARED
-from lever_lm.errors import LeverError
 from lever_lm.features import cached_features, read_embeddings
 from lever_lm.journal import Journal
-from lever_lm.paths import asset_path
 from lever_lm.policy import PointerSelector
 from lever_lm.runs import RunFolder
 from lever_lm.selection import read_history
+from lever_lm.utils.errors import LeverError
+from lever_lm.utils.paths import asset_path
+from lever_lm.utils.pickle_scan import SHARED
 
 V3 = Path(__file__).parent / "data" / "checkpoints" / "rce_epoch2_plain_L1.pt"
 GIB = 1 << 30
@@ -117,7 +117,7 @@ resource.setrlimit(resource.RLIMIT_AS, (most, most))
 LOADS = """
 import resource, sys
 from lever_lm.checkpoint import load_policy
-from lever_lm.errors import LeverError
+from lever_lm.utils.errors import LeverError
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for path in sys.argv[1:]:
     try:
@@ -721,7 +721,7 @@ DECODES = """
 import resource, sys
 from concurrent.futures import ThreadPoolExecutor
 from lever_lm.data import open_image
-from lever_lm.errors import LeverError
+from lever_lm.utils.errors import LeverError
 def problem(path):
     try:
         open_image(path)

@@ -7,11 +7,11 @@ import pytest
 from helpers import INFERENCE, RUN, files_in, small_digits
 
 from lever_lm.data import load_dataset
-from lever_lm.errors import LeverError
 from lever_lm.icds import read_icds
 from lever_lm.inference import BASELINES, Evaluation
 from lever_lm.lvlm import CachedLvlm
 from lever_lm.settings import resolve
+from lever_lm.utils.errors import LeverError
 
 LIMIT = 6
 
@@ -195,7 +195,7 @@ def test_results_of_other_choices_under_one_name_are_never_in_one_table(warm, le
 def test_another_lvlm_leaves_the_first_ones_results_alone(warm, lever, choices, prompts):
     import shutil
 
-    from lever_lm.paths import asset_path
+    from lever_lm.utils.paths import asset_path
 
     path, other = written(warm, as_object(choices)), warm / "other-vl"
     shutil.copytree(asset_path("asset:tiny-qwen2.5-vl"), other)

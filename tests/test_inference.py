@@ -13,8 +13,6 @@ from helpers import INFERENCE, RUN, files_in, track
 
 from lever_lm.checkpoint import save_torch, to_v2, v3_content
 from lever_lm.config import to_dict
-from lever_lm.console import Screen
-from lever_lm.errors import LeverError, UsageError
 from lever_lm.finding import find_checkpoint, latest_checkpoint, load_for
 from lever_lm.inference import BASELINES, Evaluation, compare, is_result
 from lever_lm.lvlm import load_lvlm
@@ -24,6 +22,8 @@ from lever_lm.policy import PointerSelector
 from lever_lm.runs import RunFolder
 from lever_lm.samplers import SAMPLERS
 from lever_lm.tables import show_results
+from lever_lm.utils.console import Screen
+from lever_lm.utils.errors import LeverError, UsageError
 
 QUERIES = 40
 
@@ -285,7 +285,7 @@ def test_predictions_are_an_official_result_file(evaluated, evaluation):
 
 
 def test_an_independent_scoring_of_the_predictions_gives_the_written_accuracy(evaluated):
-    from lever_lm.paths import asset_path
+    from lever_lm.utils.paths import asset_path
 
     folder, _, _ = evaluated
     annotations = json.loads((asset_path("asset:digits") / "mscoco_val2014_annotations.json").read_text())

@@ -16,13 +16,13 @@ from test_lvlm import plain_inputs, plain_log_prob
 from lever_lm import training
 from lever_lm.config import RolloutConfig
 from lever_lm.data.groups import load_groups
-from lever_lm.errors import LeverError, UsageError
 from lever_lm.infoscore import add_infoscore, infoscore_calls, search
 from lever_lm.lvlm import CachedLvlm, build_prompt, cut_answer
 from lever_lm.lvlm.cache import AnswerCache
 from lever_lm.lvlm.local import LocalLvlm, local_fingerprint
 from lever_lm.metrics import vqa_accuracy
 from lever_lm.proposals import propose_groups
+from lever_lm.utils.errors import LeverError, UsageError
 
 # ---------------------------------------------------------------------- the search, by hand
 

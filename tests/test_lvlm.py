@@ -12,16 +12,16 @@ import torch
 from models import SPOILT, TINY, copied, edited
 from torch.nn import functional as F
 
-from lever_lm.compat import import_transformers
 from lever_lm.config import LvlmConfig, PromptConfig
 from lever_lm.data import open_image
-from lever_lm.errors import LeverError, UsageError
 from lever_lm.lvlm import build_prompt, cut_answer
 from lever_lm.lvlm.decoding import beam_search
 from lever_lm.lvlm.images import fitted
 from lever_lm.lvlm.kernels import float32_logits, repeatable_attention
 from lever_lm.lvlm.local import LocalLvlm, local_fingerprint
-from lever_lm.paths import asset_path
+from lever_lm.utils.device import import_transformers
+from lever_lm.utils.errors import LeverError, UsageError
+from lever_lm.utils.paths import asset_path
 
 STYLES = ("interleaved", "dialogue")
 PROMPTS = 54  # a setting: nine of every number of shots

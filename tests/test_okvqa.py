@@ -13,9 +13,9 @@ from PIL import Image
 from lever_lm.config import DataConfig
 from lever_lm.data import Example, load_dataset, open_image
 from lever_lm.data.examples import to_dataset, whole_id
-from lever_lm.errors import LeverError
-from lever_lm.paths import asset_path
 from lever_lm.samplers import Candidates
+from lever_lm.utils.errors import LeverError
+from lever_lm.utils.paths import asset_path
 
 QUESTIONS = "OpenEnded_mscoco_{}2014_questions.json"
 ANNOTATIONS = "mscoco_{}2014_annotations.json"

@@ -19,7 +19,6 @@ from lever_lm.batches import GroupTensors, to_tensors
 from lever_lm.checkpoint import load_torch
 from lever_lm.config import GrpoConfig
 from lever_lm.data.groups import load_groups
-from lever_lm.errors import UsageError
 from lever_lm.guards import At
 from lever_lm.lvlm import CachedLvlm, build_prompt, cut_answer
 from lever_lm.lvlm.cache import AnswerCache
@@ -30,6 +29,7 @@ from lever_lm.policy import PointerSelector
 from lever_lm.rewards import REWARD_MODES
 from lever_lm.rollouts import make_rollouts, online_rewards
 from lever_lm.training import train_grpo, train_rce
+from lever_lm.utils.errors import UsageError
 
 ONLINE = dataclasses.replace(GRPO, online=True, online_every=2, online_samples=6)
 TRAIN = QUERIES * 3 // 4

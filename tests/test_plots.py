@@ -10,11 +10,11 @@ from helpers import RUN, clean_environment
 from PIL import Image
 
 from lever_lm import plots
-from lever_lm.errors import LeverError
 from lever_lm.plots import _accuracy, _training, write_plots
 from lever_lm.report import Evaluated
 from lever_lm.report.curves import accuracy_series, training_curves
 from lever_lm.runs import RunFolder
+from lever_lm.utils.errors import LeverError
 
 NAMES = ["accuracy.png", "accuracy.pdf", "training_rce.png", "training_rce.pdf"]
 NAMES += ["training_grpo.png", "training_grpo.pdf"]

@@ -4,12 +4,12 @@ import dataclasses
 
 import pytest
 
-from lever_lm.compat import import_transformers
 from lever_lm.config import PromptConfig
 from lever_lm.data import Example
 from lever_lm.lvlm import build_prompt, cut_answer
 from lever_lm.lvlm.prompt import to_messages
-from lever_lm.paths import asset_path
+from lever_lm.utils.device import import_transformers
+from lever_lm.utils.paths import asset_path
 
 
 def example(number: int, question: str, answer: str) -> Example:

@@ -41,14 +41,14 @@ from PIL import Image
 from lever_lm.config import DataConfig, FeatureConfig, LvlmConfig, PromptConfig
 from lever_lm.data import image_digest, load_dataset, open_image
 from lever_lm.doctor import counts
-from lever_lm.errors import LeverError
 from lever_lm.features import ClipEncoder, compute_features, encoder_fingerprint
-from lever_lm.hub import fetch_model, missing_files, model_folder, weights_digest
 from lever_lm.lvlm import build_prompt, load_lvlm
 from lever_lm.lvlm.local import LocalLvlm, local_fingerprint
-from lever_lm.paths import asset_path
 from lever_lm.samplers import Candidates
 from lever_lm.settings import resolve
+from lever_lm.utils.errors import LeverError
+from lever_lm.utils.hub import fetch_model, missing_files, model_folder, weights_digest
+from lever_lm.utils.paths import asset_path
 
 CLIP, QWEN = "openai/clip-vit-large-patch14", "Qwen/Qwen2.5-VL-3B-Instruct"
 TINY_CLIP, TINY_QWEN = asset_path("asset:tiny-clip"), asset_path("asset:tiny-qwen2.5-vl")
@@ -595,7 +595,7 @@ def test_the_digest_of_cached_weights_is_read_off_the_name_of_their_blob(home):
 
 def test_hf_home_leads_to_the_cache(home, tmp_path):
     snapshot = hub_cache(home, CLIP, "model", TINY_CLIP)
-    code = f"from lever_lm.hub import fetch_model; print(fetch_model({CLIP!r}, 'x'))"
+    code = f"from lever_lm.utils.hub import fetch_model; print(fetch_model({CLIP!r}, 'x'))"
     nearer = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE")  # win over HF_HOME
     environment = {name: value for name, value in clean_environment().items() if name not in nearer}
     done = subprocess.run(

@@ -18,12 +18,12 @@ from lever_lm import retriever as module
 from lever_lm.beside import config_beside, results_beside
 from lever_lm.cli import app
 from lever_lm.data import Example
-from lever_lm.errors import LeverError, UsageError
 from lever_lm.lvlm.prompt import cut_answer
-from lever_lm.paths import asset_path
 from lever_lm.picking import pick_for
 from lever_lm.process import run as run_command
 from lever_lm.retriever import Pick, Retriever
+from lever_lm.utils.errors import LeverError, UsageError
+from lever_lm.utils.paths import asset_path
 
 QUESTION = "What is the French word for this digit?"
 IMAGE = asset_path("asset:digits") / "val2014/COCO_val2014_000000000011.jpg"
@@ -197,7 +197,7 @@ def test_examples_that_are_none_are_refused(home):
 
 def test_the_messages_are_what_the_model_is_asked(home, retriever):
     """Through the library's own processor and `generate`, the messages give the answer that `answer` gives."""
-    from lever_lm.compat import import_transformers
+    from lever_lm.utils.device import import_transformers
 
     transformers = import_transformers()
     folder = str(asset_path("asset:tiny-qwen2.5-vl"))

@@ -7,8 +7,8 @@ import yaml
 
 from lever_lm.config import Config, to_dict
 from lever_lm.config_values import build, dotted, merge
-from lever_lm.errors import LeverError
 from lever_lm.runs import Layout, RunFolder, camel, inference_folder, lvlm_name
+from lever_lm.utils.errors import LeverError
 
 
 def config(**values):

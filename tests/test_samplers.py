@@ -7,9 +7,9 @@ import torch.nn.functional as F
 
 from lever_lm.config import SamplerConfig
 from lever_lm.data import Example, StoredImage
-from lever_lm.errors import LeverError, UsageError
 from lever_lm.features import Embeddings
 from lever_lm.samplers import SAMPLERS, Candidates, candidate_counts, nearest, query_rng, sample_pools, similarity_rows
+from lever_lm.utils.errors import LeverError, UsageError
 
 TRAIN = 60
 

@@ -16,8 +16,8 @@ import torch
 from helpers import clean_environment, small_digits
 from official import build_official, hub_cache
 
-from lever_lm.paths import asset_path
 from lever_lm.policy import PointerSelector
+from lever_lm.utils.paths import asset_path
 
 CHECKOUT = Path(__file__).parents[1]
 DOCUMENT = (Path(__file__).parent / "data" / "grpo_50_epochs.zh.md").read_text(encoding="utf-8")

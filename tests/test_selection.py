@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lever_lm.checkpoint import save_torch
-from lever_lm.errors import LeverError, UsageError
 from lever_lm.journal import table_header, table_row
 from lever_lm.runs import RunFolder
 from lever_lm.selection import (
@@ -27,6 +26,7 @@ from lever_lm.selection import (
     read_log,
     worth_keeping,
 )
+from lever_lm.utils.errors import LeverError, UsageError
 
 GOLDEN = Path(__file__).parent / "data" / "best_checkpoint"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text(encoding="utf-8"))

@@ -22,9 +22,7 @@ import pytest
 from helpers import SMALL, answers_in, clean_environment, track
 from loopback import Loopback, Reply, TinyChat, models, said
 
-from lever_lm.compat import import_transformers
 from lever_lm.config import LvlmConfig, PromptConfig
-from lever_lm.errors import LeverError, Unfinished, UsageError
 from lever_lm.lvlm import build_prompt, client, load_lvlm
 from lever_lm.lvlm import server as server_module
 from lever_lm.lvlm import servers as servers_module
@@ -32,7 +30,9 @@ from lever_lm.lvlm.client import check_server
 from lever_lm.lvlm.images import fitted
 from lever_lm.lvlm.local import LocalLvlm, local_fingerprint
 from lever_lm.lvlm.server import DataUrls, ServerLvlm, log_prob_at_end, server_fingerprint
-from lever_lm.paths import asset_path
+from lever_lm.utils.device import import_transformers
+from lever_lm.utils.errors import LeverError, Unfinished, UsageError
+from lever_lm.utils.paths import asset_path
 
 TINY = "asset:tiny-qwen2.5-vl"
 NAME = "tiny"

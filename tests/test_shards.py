@@ -17,11 +17,11 @@ import torch
 from helpers import INFERENCE, ROLLOUTS, Done, answers_in, clean_environment, files_in, run_lever
 from test_lvlm_cache import Counting, opened, prompts  # noqa: F401 - a fixture
 
-from lever_lm.compat import resolve_device
-from lever_lm.console import Screen
-from lever_lm.errors import LeverError
 from lever_lm.lvlm.cache import AnswerCache
-from lever_lm.shards import Shards
+from lever_lm.utils.console import Screen
+from lever_lm.utils.device import resolve_device
+from lever_lm.utils.distributed import Shards
+from lever_lm.utils.errors import LeverError
 
 JOB = {
     "TORCHELASTIC_RUN_ID": "none",
@@ -278,10 +278,10 @@ import json, sys, time
 from pathlib import Path
 from test_lvlm_cache import Counting
 from lever_lm.data import Example
-from lever_lm.errors import LeverError
+from lever_lm.utils.errors import LeverError
 from lever_lm.lvlm import CachedLvlm, Prompt
 from lever_lm.lvlm.cache import AnswerCache
-from lever_lm.shards import Shards
+from lever_lm.utils.distributed import Shards
 
 job, folder = Shards.from_environment(), Path(sys.argv[1])
 facts = {"job": [job.rank, job.world, job.local]}
@@ -357,7 +357,7 @@ def test_two_processes_deal_the_batches_and_both_have_all_answers(tmp_path):
 FAILING = """
 import os
 from lever_lm import cli, pipeline
-from lever_lm.errors import LeverError
+from lever_lm.utils.errors import LeverError
 
 if os.environ["RANK"] == "1":
     def load(config):

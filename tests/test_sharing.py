@@ -18,10 +18,10 @@ from lever_lm.card import markdown
 from lever_lm.checkpoint import read_checkpoint, save_torch, v3_content
 from lever_lm.config import Config, DataConfig, FeatureConfig, LvlmConfig, to_dict
 from lever_lm.decoder import VARIANTS
-from lever_lm.errors import LeverError, UsageError
 from lever_lm.exported import policy_folder, setting_of
 from lever_lm.policy import PointerSelector
 from lever_lm.sharing import export
+from lever_lm.utils.errors import LeverError, UsageError
 
 NAMES = {"model.safetensors", "config.json", "README.md"}
 EVERY = [
@@ -175,7 +175,7 @@ def test_the_cards_five_lines_run_as_they_are_written(trained, lever, monkeypatc
     text = (trained / "shared/README.md").read_text()
     assert "This checkpoint was not evaluated" in text
     (lines,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    from lever_lm.paths import asset_path
+    from lever_lm.utils.paths import asset_path
 
     shutil.copy(next((asset_path("asset:digits") / "val2014").glob("*.jpg")), trained / "x.jpg")
     scope: dict = {}

@@ -10,9 +10,9 @@ from helpers import run_lever, small_digits
 from PIL import Image
 
 import lever_lm.features
-from lever_lm import stages
 from lever_lm.lvlm.local import LocalLvlm
-from lever_lm.paths import asset_path
+from lever_lm.utils import fingerprint as stages
+from lever_lm.utils.paths import asset_path
 
 SMALL = ("--limit", "8", "--rce-epochs", "1", "--grpo-epochs", "2", "--set", "rollout.pool_size=8")
 

@@ -19,10 +19,10 @@ from test_groups import DATA
 
 from lever_lm import status as status_module
 from lever_lm.journal import table_header, table_row
-from lever_lm.locks import alone, seen
 from lever_lm.provenance import record, typed_again
 from lever_lm.runs import LOCK, RunFolder
 from lever_lm.status import gpus
+from lever_lm.utils.locks import alone, seen
 
 KEYS = {"run", "state", "phase", "epoch", "epochs", "checkpoint", "seconds_left", "metrics", "best", "answers", "gpus"}
 
@@ -296,7 +296,7 @@ def test_looking_at_a_lock_neither_takes_nor_drops_it(tmp_path):
         assert not others_can_take_it()
     path.write_text('{"pid": 1, "host": "h", "command": "train"}')
     assert seen(path) == ({"pid": 1, "host": "h", "command": "train"}, False)
-    code = f"from lever_lm.locks import seen; from pathlib import Path; print(seen(Path({str(path)!r}))[1])"
+    code = f"from lever_lm.utils.locks import seen; from pathlib import Path; print(seen(Path({str(path)!r}))[1])"
     with open(path, "r+") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)
         looked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -18,21 +18,21 @@ from test_groups import DATA, EDGE_CASES
 from test_prompt import FIRST, QUERY, SECOND, VISION
 
 from lever_lm.checkpoint import load_policy, load_torch, own_config, save_torch, to_v2, v3_content
-from lever_lm.compat import import_transformers
 from lever_lm.config import Config, FeatureConfig, PromptConfig, RewardConfig
 from lever_lm.config_values import named_yaml
 from lever_lm.data.groups import is_query, read_groups
-from lever_lm.errors import LeverError
 from lever_lm.features import read_embeddings
-from lever_lm.files import file_digest
 from lever_lm.finding import latest_checkpoint, load_for
 from lever_lm.lvlm import build_prompt
 from lever_lm.lvlm.prompt import to_messages
-from lever_lm.paths import asset_path
 from lever_lm.policy import PointerSelector
 from lever_lm.rewards import REWARD_MODES
 from lever_lm.runs import RunFolder
 from lever_lm.selection import GRPO_MARKER
+from lever_lm.utils.atomic_io import file_digest
+from lever_lm.utils.device import import_transformers
+from lever_lm.utils.errors import LeverError
+from lever_lm.utils.paths import asset_path
 
 EMBEDDINGS = DATA / "small_embeddings.safetensors"
 QUICK = ("--rce-epochs", "1", "--grpo-epochs", "1", "--set", "policy.hidden_dim=8", "--json")

@@ -18,7 +18,6 @@ from lever_lm.batches import to_tensors
 from lever_lm.checkpoint import load_torch
 from lever_lm.config import GrpoConfig, RceConfig
 from lever_lm.data.groups import Group
-from lever_lm.errors import LeverError
 from lever_lm.guards import At
 from lever_lm.journal import Journal
 from lever_lm.judging import group_statistics, validate
@@ -27,6 +26,7 @@ from lever_lm.policy import PointerSelector
 from lever_lm.rewards import group_advantage
 from lever_lm.runs import RunFolder
 from lever_lm.training import best_rollouts, train_grpo, train_rce
+from lever_lm.utils.errors import LeverError
 
 QUERIES, POOL, DIM = 24, 6, 8
 RCE = RceConfig(epochs=3, lr=3e-3, batch_size=8)

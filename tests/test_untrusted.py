@@ -16,9 +16,9 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from lever_lm.console import Screen
-from lever_lm.errors import LeverError
-from lever_lm.untrusted import (
+from lever_lm.utils.console import Screen
+from lever_lm.utils.errors import LeverError
+from lever_lm.utils.safe_parse import (
     CONFIG_LIMIT,
     FILE_LIMIT,
     LINE_LIMIT,

@@ -16,8 +16,8 @@ from torch import nn
 
 from lever_lm.checkpoint import infer_shape, load_policy, load_torch, save_torch, to_v2, to_v3, v3_content
 from lever_lm.decoder import VARIANTS
-from lever_lm.errors import LeverError
 from lever_lm.policy import MASKED_LOGIT, PointerSelector
+from lever_lm.utils.errors import LeverError
 
 CHOICES = {
     "state_update": ("none", "gate", "gru"),

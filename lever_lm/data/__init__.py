@@ -18,9 +18,9 @@ from lever_lm.data.naming import parquet_files
 from lever_lm.data.okvqa import SPLITS, questions_file
 from lever_lm.data.okvqa import load_split as load_official
 from lever_lm.data.parquet import load_split as load_parquet
-from lever_lm.errors import LeverError
-from lever_lm.paths import HUB_PREFIX, asset_path
-from lever_lm.stages import fingerprint
+from lever_lm.utils.errors import LeverError
+from lever_lm.utils.fingerprint import fingerprint
+from lever_lm.utils.paths import HUB_PREFIX, asset_path
 
 __all__ = [
     "Example",

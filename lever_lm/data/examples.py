@@ -12,10 +12,10 @@ from io import BytesIO
 from typing import BinaryIO
 
 from lever_lm.data.pixels import Undecodable, decoded
-from lever_lm.digests import DIGESTS
-from lever_lm.errors import LeverError
-from lever_lm.files import open_regular
-from lever_lm.untrusted import one_line, shown
+from lever_lm.utils.atomic_io import open_regular
+from lever_lm.utils.errors import LeverError
+from lever_lm.utils.file_hashes import DIGESTS
+from lever_lm.utils.safe_parse import one_line, shown
 
 DIGITS = 16  # of its SHA-256: what identifies it
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lever_lm.config import RewardConfig
-from lever_lm.errors import LeverError, UsageError
 from lever_lm.rewards import NEEDED, reward
-from lever_lm.untrusted import read_json, shown
+from lever_lm.utils.errors import LeverError, UsageError
+from lever_lm.utils.safe_parse import read_json, shown
 
 _LARGEST = sys.float_info.max  # a longer integer is JSON, but no float
 _LONGEST_ID = 19  # digits that always fit in 63 bits

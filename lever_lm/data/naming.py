@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from lever_lm.errors import LeverError
+from lever_lm.utils.errors import LeverError
 
 # Which split a file or a hub split belongs to, by its name: val2014-00000-of-00002.parquet; by its folder's where its
 # own says nothing: train/0000.parquet. The first that is there: beside a validation split, one called test is without

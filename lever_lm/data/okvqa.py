@@ -6,9 +6,9 @@ from pathlib import Path
 
 from lever_lm.config import DataConfig
 from lever_lm.data.examples import Example, refuse_or_skip, unfit, unique, whole_id
-from lever_lm.errors import LeverError
-from lever_lm.paths import asset_path
-from lever_lm.untrusted import loads, read_bytes, shown
+from lever_lm.utils.errors import LeverError
+from lever_lm.utils.paths import asset_path
+from lever_lm.utils.safe_parse import loads, read_bytes, shown
 
 SPLITS = {"train": "train2014", "val": "val2014"}
 _IDS = ("question_id", "image_id")

@@ -8,7 +8,6 @@ import contextlib
 import glob
 from pathlib import Path
 
-from lever_lm.compat import first_line
 from lever_lm.config import DataConfig
 from lever_lm.data.examples import (
     Example,
@@ -23,11 +22,12 @@ from lever_lm.data.examples import (
 )
 from lever_lm.data.naming import files_of, parquet_files, splits_named
 from lever_lm.data.remote import Refused, cache_file, fetch_images, is_address, is_fetchable, local_image
-from lever_lm.errors import LeverError
-from lever_lm.hub import cached_snapshot
-from lever_lm.paths import HUB_PREFIX, asset_path
-from lever_lm.stages import fingerprint
-from lever_lm.untrusted import one_line, shown
+from lever_lm.utils.device import first_line
+from lever_lm.utils.errors import LeverError
+from lever_lm.utils.fingerprint import fingerprint
+from lever_lm.utils.hub import cached_snapshot
+from lever_lm.utils.paths import HUB_PREFIX, asset_path
+from lever_lm.utils.safe_parse import one_line, shown
 
 COLUMNS = ("question_id", "image", "question", "answers")
 _OPTIONAL = ("image_id", "raw_answers")

@@ -13,9 +13,9 @@ from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 
 from lever_lm.data.pixels import Undecodable, decoded
-from lever_lm.files import atomic_file
-from lever_lm.locks import alone
-from lever_lm.untrusted import one_line
+from lever_lm.utils.atomic_io import atomic_file
+from lever_lm.utils.locks import alone
+from lever_lm.utils.safe_parse import one_line
 
 MAX_BYTES = 64 << 20  # of an image that is fetched
 CONNECTIONS = 8

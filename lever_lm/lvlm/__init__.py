@@ -4,12 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lever_lm.config import LvlmConfig, PromptConfig
-from lever_lm.digests import DIGESTS
-from lever_lm.hub import fetch_model
 from lever_lm.lvlm.cache import AnswerCache, CachedLvlm, Track
 from lever_lm.lvlm.prompt import Prompt, build_prompt, cut_answer
-from lever_lm.progress import unsaid
-from lever_lm.shards import Shards
+from lever_lm.utils.distributed import Shards
+from lever_lm.utils.file_hashes import DIGESTS
+from lever_lm.utils.hub import fetch_model
+from lever_lm.utils.progress import unsaid
 
 __all__ = ["CachedLvlm", "Prompt", "build_prompt", "cut_answer", "load_lvlm"]
 

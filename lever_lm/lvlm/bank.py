@@ -18,8 +18,8 @@ from pathlib import Path
 from torch import Tensor
 
 from lever_lm.data import Image, image_digest
-from lever_lm.files import sweep, write_tensors
-from lever_lm.untrusted import loads
+from lever_lm.utils.atomic_io import sweep, write_tensors
+from lever_lm.utils.safe_parse import loads
 
 GIB = 1 << 30
 _OPEN_FILES = 128

@@ -17,12 +17,12 @@ from pathlib import Path
 
 from lever_lm.config import PromptConfig
 from lever_lm.data import image_digest
-from lever_lm.errors import LeverError, Unfinished
 from lever_lm.lvlm.prompt import Prompt, cut_answer
-from lever_lm.progress import Track, Work, loaded
-from lever_lm.shards import Shards
-from lever_lm.stages import changed, changes
-from lever_lm.untrusted import shown
+from lever_lm.utils.distributed import Shards
+from lever_lm.utils.errors import LeverError, Unfinished
+from lever_lm.utils.fingerprint import changed, changes
+from lever_lm.utils.progress import Track, Work, loaded
+from lever_lm.utils.safe_parse import shown
 
 _SQL_VARIABLES = 500
 _PATIENCE = 60.0  # seconds to wait for the writing of another process

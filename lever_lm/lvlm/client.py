@@ -10,9 +10,9 @@ from typing import NamedTuple
 from urllib.parse import urlsplit, urlunsplit
 
 from lever_lm.config import LvlmConfig
-from lever_lm.errors import MendableError
-from lever_lm.paths import ASSET_PREFIX, asset_path
-from lever_lm.progress import unsaid
+from lever_lm.utils.errors import MendableError
+from lever_lm.utils.paths import ASSET_PREFIX, asset_path
+from lever_lm.utils.progress import unsaid
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 MAX_ANSWER = 32 << 20  # bytes of a response: log-probs of a prompt of 50,000 tokens are 5 MB

@@ -5,10 +5,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lever_lm.compat import first_line
 from lever_lm.config import TOKEN_EDGE, LvlmConfig
 from lever_lm.data import Image, open_image
-from lever_lm.errors import LeverError
+from lever_lm.utils.device import first_line
+from lever_lm.utils.errors import LeverError
 
 CHUNK = 16  # images that go through the vision tower together
 

@@ -11,20 +11,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lever_lm.compat import first_line, import_transformers, load_whole, resolve_device
 from lever_lm.config import LVLM_SPEED, LvlmConfig, PromptConfig
-from lever_lm.errors import LeverError
-from lever_lm.hub import content_digests, fetch_model, model_folder
 from lever_lm.lvlm.cache import Track
 from lever_lm.lvlm.decoding import NotFinite, Prefilled, beam_search, greedy
 from lever_lm.lvlm.kernels import compile_parts, float32_logits, repeatable_attention, speed_up_vision
 from lever_lm.lvlm.processor import load_processor
 from lever_lm.lvlm.prompt import Prompt, cut_answer, holder, to_messages, wording
 from lever_lm.lvlm.vision import Vision
-from lever_lm.progress import untracked
-from lever_lm.shards import Shards
-from lever_lm.stages import CODE, fingerprint
-from lever_lm.untrusted import shown
+from lever_lm.utils.device import first_line, import_transformers, load_whole, resolve_device
+from lever_lm.utils.distributed import Shards
+from lever_lm.utils.errors import LeverError
+from lever_lm.utils.fingerprint import CODE, fingerprint
+from lever_lm.utils.hub import content_digests, fetch_model, model_folder
+from lever_lm.utils.progress import untracked
+from lever_lm.utils.safe_parse import shown
 
 _CHARS_PER_TOKEN = 3  # of English, a few less than there are: good enough to sort and to budget by
 

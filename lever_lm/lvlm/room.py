@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 from lever_lm.config import TOKEN_EDGE, LvlmConfig, PromptConfig
 from lever_lm.data import Image, open_image
-from lever_lm.errors import LeverError
-from lever_lm.hub import model_folder
 from lever_lm.lvlm.client import Served, ServerError
 from lever_lm.lvlm.images import fitted_size
 from lever_lm.lvlm.processor import load_processor
 from lever_lm.lvlm.prompt import Prompt, to_messages
+from lever_lm.utils.errors import LeverError
+from lever_lm.utils.hub import model_folder
 
 _CHARACTERS = 6  # of text in a token: more than there are, so that no prompt is refused that fits
 _TURN = 32  # tokens that a chat template puts around a turn and its images: more than there are

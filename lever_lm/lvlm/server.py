@@ -16,17 +16,17 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from io import BytesIO
 
-from lever_lm.compat import import_transformers
 from lever_lm.config import LvlmConfig, PromptConfig
 from lever_lm.data import Image, open_image
-from lever_lm.errors import LeverError, Unfinished
 from lever_lm.lvlm.client import SEE_LOG, ServerError, served_name
 from lever_lm.lvlm.images import fitted
 from lever_lm.lvlm.prompt import Prompt, cut_answer, holder, to_messages, wording
 from lever_lm.lvlm.room import Room
 from lever_lm.lvlm.servers import Servers, check_servers
-from lever_lm.progress import unsaid
-from lever_lm.stages import CODE, fingerprint
+from lever_lm.utils.device import import_transformers
+from lever_lm.utils.errors import LeverError, Unfinished
+from lever_lm.utils.fingerprint import CODE, fingerprint
+from lever_lm.utils.progress import unsaid
 
 _ROUNDS = 8  # prompts in a batch for each request under way: what a killed job may have to ask again
 _URL_MEMORY = 1 << 30  # bytes of encoded images to keep

@@ -11,15 +11,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lever_lm.compat import first_line
 from lever_lm.config import LvlmConfig
 from lever_lm.data import Image
-from lever_lm.errors import LeverError
 from lever_lm.lvlm.bank import GIB, VisionBank
 from lever_lm.lvlm.cache import Track
 from lever_lm.lvlm.images import chunked, chunked_patches, patches
-from lever_lm.progress import Work
-from lever_lm.shards import Shards
+from lever_lm.utils.device import first_line
+from lever_lm.utils.distributed import Shards
+from lever_lm.utils.errors import LeverError
+from lever_lm.utils.progress import Work
 
 _WORKERS = 8
 

@@ -8,8 +8,6 @@ import yaml
 
 from lever_lm.checkpoint import load_policy, policy_digest
 from lever_lm.data import VqaData
-from lever_lm.errors import LeverError
-from lever_lm.files import write_text
 from lever_lm.provenance import read_environment, typed_again
 from lever_lm.report import words
 from lever_lm.report.curves import (
@@ -25,7 +23,9 @@ from lever_lm.report.gallery import LEARNED, make_cards, pick_queries, read_show
 from lever_lm.report.results import evaluations, is_finite, last_evaluation, read_samples, samples_file
 from lever_lm.runs import RunFolder, differing
 from lever_lm.stats import paired_test
-from lever_lm.untrusted import CONFIG_LIMIT, printable, read_bytes, shown
+from lever_lm.utils.atomic_io import write_text
+from lever_lm.utils.errors import LeverError
+from lever_lm.utils.safe_parse import CONFIG_LIMIT, printable, read_bytes, shown
 
 __all__ = ["Evaluated", "evaluations", "last_evaluation", "write_report"]
 

@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lever_lm.errors import LeverError
 from lever_lm.report.charts import Series, line_chart
 from lever_lm.report.gallery import LEARNED
 from lever_lm.report.results import is_finite, read_metrics
 from lever_lm.report.words import METHODS
 from lever_lm.runs import RunFolder
 from lever_lm.selection import STRATEGIES, History, best_row, read_history
-from lever_lm.untrusted import printable
+from lever_lm.utils.errors import LeverError
+from lever_lm.utils.safe_parse import printable
 
 METRICS = {
     "train_loss": "train loss",

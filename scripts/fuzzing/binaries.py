@@ -209,7 +209,7 @@ def answers(folder: Path) -> Target:
     from lever_lm.data import Example
     from lever_lm.lvlm import CachedLvlm, build_prompt
     from lever_lm.lvlm.cache import AnswerCache
-    from lever_lm.shards import Shards
+    from lever_lm.utils.distributed import Shards
 
     image, path = folder / "a.jpg", folder / "answers.sqlite"
     image.write_bytes(b"an image")

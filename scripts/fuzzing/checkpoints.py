@@ -49,7 +49,7 @@ def checkpoint(folder: Path) -> Target:
 
 def convert(folder: Path) -> Target:
     """A checkpoint, as `lever convert` reads it, in both directions."""
-    from lever_lm.errors import LeverError
+    from lever_lm.utils.errors import LeverError
 
     path = folder / "grpo_epoch3.pt"
 

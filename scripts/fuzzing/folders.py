@@ -132,7 +132,7 @@ def best_file(folder: Path) -> Target:
 
 def index_file(folder: Path) -> Target:
     """A model's index of weights."""
-    from lever_lm.hub import fetch_model, missing_files
+    from lever_lm.utils.hub import fetch_model, missing_files
 
     for name in ("config.json", "tokenizer.json", "preprocessor_config.json"):
         (folder / name).write_text("{}")
@@ -159,7 +159,7 @@ def lock_file(folder: Path) -> Target:
     """A lock that somebody left behind, or has."""
     import fcntl
 
-    from lever_lm.locks import InUse, alone
+    from lever_lm.utils.locks import InUse, alone
 
     left, held = folder / "left.lock", folder / "held.lock"
     held.touch()

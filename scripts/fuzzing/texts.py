@@ -147,7 +147,7 @@ def variables(folder: Path) -> Target:
     """Environment variables: NAME=VALUE on each line."""
     from lever_lm.config_values import build, merge
     from lever_lm.settings import ENVIRONMENT, environment_values
-    from lever_lm.untrusted import printable
+    from lever_lm.utils.safe_parse import printable
 
     def parse(content: bytes) -> None:
         pairs = (line.partition("=") for line in argument(content).split("\n"))
@@ -281,8 +281,8 @@ def terminal(folder: Path) -> Target:
     """Text of anybody's, on its way to the screen."""
     from io import StringIO
 
-    from lever_lm.console import Screen
-    from lever_lm.untrusted import one_line, printable, shown
+    from lever_lm.utils.console import Screen
+    from lever_lm.utils.safe_parse import one_line, printable, shown
 
     screen, seen = Screen(), StringIO()
     screen.out.file = seen

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
-from lever_lm.errors import LeverError
+from lever_lm.utils.errors import LeverError
 
 # The first is torchrun's own. The others are found in many a pod and job script where nobody waits for anybody.
 _NEEDED = ("TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

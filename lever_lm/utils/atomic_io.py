@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from lever_lm.errors import LeverError
-from lever_lm.locks import NO_LOCKS, TAKEN, lock
+from lever_lm.utils.errors import LeverError
+from lever_lm.utils.locks import NO_LOCKS, TAKEN, lock
 
 TEMPORARY_PREFIX = ".tmp-"
 _STOPS = (signal.SIGINT, signal.SIGTERM)

@@ -10,9 +10,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from lever_lm.progress import WORTH_A_WORD, Stage, Work
-from lever_lm.shards import Shards
-from lever_lm.untrusted import one_line
+from lever_lm.utils.distributed import Shards
+from lever_lm.utils.progress import WORTH_A_WORD, Stage, Work
+from lever_lm.utils.safe_parse import one_line
 
 _REDRAWN = 4  # times a second
 

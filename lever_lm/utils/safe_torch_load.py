@@ -17,9 +17,9 @@ from typing import BinaryIO
 import numpy as np
 import torch
 
-from lever_lm.dryrun import NUMBERS, Refused, look_through
-from lever_lm.errors import LeverError
-from lever_lm.files import open_regular
+from lever_lm.utils.atomic_io import open_regular
+from lever_lm.utils.errors import LeverError
+from lever_lm.utils.pickle_scan import NUMBERS, Refused, look_through
 
 _BLOCK = 1 << 20
 _HEADER, _TAIL = 30, 98  # bytes of a zip's records: before a member, less its name; and the three at the end

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import yaml
 
-from lever_lm.errors import LeverError
+from lever_lm.utils.errors import LeverError
 
 CONFIG_LIMIT = 256 << 10  # bytes of a YAML file; ours have 4 KiB
 FILE_LIMIT = 16 << 20  # bytes of a JSON file of ours that is read whole: best.json, metrics.json, an index

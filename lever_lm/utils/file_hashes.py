@@ -13,11 +13,11 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from lever_lm.errors import LeverError
-from lever_lm.files import file_digest, write_json
-from lever_lm.progress import WORTH_A_WORD, Track, Work, untracked
-from lever_lm.shards import Shards
-from lever_lm.untrusted import read_object
+from lever_lm.utils.atomic_io import file_digest, write_json
+from lever_lm.utils.distributed import Shards
+from lever_lm.utils.errors import LeverError
+from lever_lm.utils.progress import WORTH_A_WORD, Track, Work, untracked
+from lever_lm.utils.safe_parse import read_object
 
 _SETTLED = 2 * 10**9  # nanoseconds; the coarsest file times in use
 _READERS = 8

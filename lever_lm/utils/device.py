@@ -4,8 +4,8 @@ import importlib
 import re
 import sys
 
-from lever_lm.errors import LeverError, UsageError
-from lever_lm.shards import Shards
+from lever_lm.utils.distributed import Shards
+from lever_lm.utils.errors import LeverError, UsageError
 
 _declared = []  # keeps the operator library alive
 

@@ -16,8 +16,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from lever_lm.errors import LeverError
-from lever_lm.untrusted import loads, one_line
+from lever_lm.utils.errors import LeverError
+from lever_lm.utils.safe_parse import loads, one_line
 
 TAKEN = (errno.EACCES, errno.EAGAIN)  # another process has the lock
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # the disk has none

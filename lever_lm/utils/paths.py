@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parents[1]
 ASSET_PREFIX, HUB_PREFIX = "asset:", "hub:"
 
 

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 
-from lever_lm.compat import first_line
-from lever_lm.digests import DIGESTS
-from lever_lm.errors import LeverError
-from lever_lm.paths import asset_path
-from lever_lm.untrusted import one_line, read_json
+from lever_lm.utils.device import first_line
+from lever_lm.utils.errors import LeverError
+from lever_lm.utils.file_hashes import DIGESTS
+from lever_lm.utils.paths import asset_path
+from lever_lm.utils.safe_parse import one_line, read_json
 
 # What a model needs of its repository; the same weights in other formats stay there.
 _MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")

@@ -1,0 +1,25 @@
+"""The one exception a user is meant to read: what is wrong, what was found, and the command or flag that mends it."""
+
+
+class LeverError(Exception):
+    """A run cannot go on for a reason the user can mend. The CLI prints the message alone and exits with 1."""
+
+
+class UsageError(LeverError):
+    """The command line itself is wrong (unknown key, name or value). The CLI exits with 2."""
+
+
+class MendableError(LeverError):
+    """An error in two parts: what was found, and what mends it."""
+
+    def __init__(self, found: str, mend: str):
+        super().__init__(f"{found}: {mend}")
+        self.found, self.mend = found, mend
+
+
+class Unfinished(LeverError):
+    """Asking many things ended early. answered: position in what was asked → what came back before, worth keeping."""
+
+    def __init__(self, message: str, answered: dict):
+        super().__init__(message)
+        self.answered = answered
