@@ -4,7 +4,7 @@ import re
 
 import yaml
 
-from lever_lm.config import Config
+from lever_lm.config.schema import Config
 from lever_lm.utils.hub import is_hub_id
 from lever_lm.utils.paths import HUB_PREFIX
 from lever_lm.utils.safe_parse import one_line

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import typer
 
-from lever_lm.config_values import all_keys, configs_root
+from lever_lm.config.values import all_keys, configs_root
 from lever_lm.config_views import key_docs
 from lever_lm.trackers import TRACKERS
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import yaml
 
-from lever_lm.config import Config, to_dict
-from lever_lm.config_values import all_keys, build, configs_root
+from lever_lm.config.load import Layer, combined, file_layer, layers
+from lever_lm.config.schema import Config, to_dict
+from lever_lm.config.values import all_keys, build, configs_root
 from lever_lm.runs import RunFolder
-from lever_lm.settings import Layer, combined, file_layer, layers
 from lever_lm.utils.errors import LeverError, UsageError
 from lever_lm.utils.paths import PACKAGE
 from lever_lm.utils.safe_parse import one_line, shown

@@ -7,7 +7,7 @@ from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
-from lever_lm.config import Config, DataConfig
+from lever_lm.config.schema import Config, DataConfig
 from lever_lm.data import in_both, in_parquet, source_of
 from lever_lm.data.examples import Example
 from lever_lm.data.naming import files_of

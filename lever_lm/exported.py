@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from lever_lm.config import LVLM_MACHINE, LVLM_SPEED, LvlmConfig, PromptConfig
+from lever_lm.config.schema import LVLM_MACHINE, LVLM_SPEED, LvlmConfig, PromptConfig
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.hub import POLICY_FILES, fetch_policy, is_hub_id
 from lever_lm.utils.paths import ASSET_PREFIX, HUB_PREFIX

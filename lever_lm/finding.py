@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lever_lm.checkpoint import own_config, policy_of, read_checkpoint
-from lever_lm.config import Config
+from lever_lm.config.schema import Config
 from lever_lm.exported import is_exported, policy_folder
 from lever_lm.features import encoder_fingerprint, same_encoder
 from lever_lm.policy import PointerSelector

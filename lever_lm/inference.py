@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lever_lm.config import Config
+from lever_lm.config.schema import Config
 from lever_lm.data import Example, VqaData
 from lever_lm.features import Embeddings, Features
 from lever_lm.lvlm import CachedLvlm, build_prompt

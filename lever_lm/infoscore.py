@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from lever_lm.config import Config
+from lever_lm.config.schema import Config
 from lever_lm.data import Example
 from lever_lm.lvlm import CachedLvlm, build_prompt
 from lever_lm.proposals import Proposals, identity

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lever_lm.batches import GroupTensors
-from lever_lm.config import GrpoConfig
+from lever_lm.config.schema import GrpoConfig
 from lever_lm.guards import At, Pass, rce_terms
 from lever_lm.losses import rce_loss
 from lever_lm.policy import PointerSelector

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lever_lm.config import Config, LvlmConfig
+from lever_lm.config.schema import Config, LvlmConfig
 from lever_lm.lvlm.client import ServerError, check_server
 from lever_lm.lvlm.processor import load_processor
 from lever_lm.utils.errors import LeverError, MendableError

@@ -202,7 +202,7 @@ def option_values(common: Common) -> dict[str, dict]:
 def dataset_named(common: Common, config) -> bool:
     """Return whether the command line, a config or the environment says which dataset is meant: else it is the embedded
     one, by default."""
-    from lever_lm.config import DataConfig
+    from lever_lm.config.schema import DataConfig
 
     return common.dataset is not None or config.data.okvqa_path != DataConfig.okvqa_path
 
@@ -232,7 +232,7 @@ def planned(
         return False
     import yaml
 
-    from lever_lm.config import to_dict
+    from lever_lm.config.schema import to_dict
     from lever_lm.doctor import ALL, examine
     from lever_lm.planning import as_json, in_all, make_plan
     from lever_lm.provenance import own_files

@@ -13,7 +13,7 @@ from torch import Tensor
 from lever_lm.anomaly import detecting
 from lever_lm.batches import GroupTensors, to_tensors
 from lever_lm.checkpoint import format_of, read_checkpoint, save_torch, to_v2, to_v3
-from lever_lm.config import Config, FeatureConfig
+from lever_lm.config.schema import Config, FeatureConfig
 from lever_lm.data import VqaData, load_dataset
 from lever_lm.data.groups import check_reward_mode, read_groups, split_ids
 from lever_lm.doctor import ALL, examine, require

@@ -13,7 +13,7 @@ _KINDS = ("dataset", "lvlm", "sampler", "recipe")
 def make_pipeline(common: Common, flags: dict | None = None, run_dir: Path | None = None, from_run: Path | None = None):
     """The pipeline of a command line that makes something: named YAMLs < --config < environment < --set < flags. The
     config of the run folder `from_run` stands in the place of the first two."""
-    from lever_lm.settings import Layer, file_layer, layers
+    from lever_lm.config.load import Layer, file_layer, layers
 
     _check_run_name(common.run_name)
     run_name, sets, options = common.run_name, common.set_ or [], _spelt(common, flags)
@@ -76,8 +76,8 @@ def _named_run(common: Common, flags: dict | None = None) -> tuple[Any, Any, Any
     """The layers of a command line, that of its --config, the Layout that they give, and the folder of the run that the
     options name. A --run-name without a folder where no option names a dataset is that of the only dataset that has
     such a run. Raises UsageError where several have."""
+    from lever_lm.config.load import file_layer, layers
     from lever_lm.runs import Layout
-    from lever_lm.settings import file_layer, layers
 
     _check_run_name(common.run_name)
     file = file_layer(common.config)

@@ -5,7 +5,7 @@ import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lever_lm.config import Config
+from lever_lm.config.schema import Config
 from lever_lm.data import StoredImage, VqaData, load_dataset, open_image
 from lever_lm.data.groups import query_ids, read_rollouts, split_ids
 from lever_lm.doctor import disk_needed, group_size

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lever_lm.config import Config, RolloutConfig
+from lever_lm.config.schema import Config, RolloutConfig
 from lever_lm.data import Example, VqaData
 from lever_lm.features import Features
 from lever_lm.lvlm import Prompt, build_prompt

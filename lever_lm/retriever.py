@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 
 from lever_lm.beside import config_beside, locate, results_beside
-from lever_lm.config import InferConfig
+from lever_lm.config.schema import InferConfig
 from lever_lm.data import Example, VqaData, image_digest, image_digests, open_image
 from lever_lm.data.examples import unfit
 from lever_lm.data.pixels import Undecodable, decoded

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lever_lm.config import Config
+from lever_lm.config.schema import Config
 from lever_lm.data import Example, VqaData
 from lever_lm.data.groups import Group, is_query, load_groups, read_rollouts, trajectory_reward
 from lever_lm.features import Features

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from lever_lm.config import LVLM_SPEED, Config, to_dict
+from lever_lm.config.schema import LVLM_SPEED, Config, to_dict
 from lever_lm.utils.atomic_io import remove, sweep, write_text
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.locks import alone

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 import torch
 
-from lever_lm.config import SamplerConfig
+from lever_lm.config.schema import SamplerConfig
 from lever_lm.data import Example
 from lever_lm.features import Embeddings
 from lever_lm.utils.errors import LeverError, UsageError

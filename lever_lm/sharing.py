@@ -7,8 +7,8 @@ from pathlib import Path
 from lever_lm import __version__
 from lever_lm.card import model_card
 from lever_lm.checkpoint import load_policy, own_config, policy_digest, read_checkpoint
-from lever_lm.config import Config, to_dict
-from lever_lm.config_values import build
+from lever_lm.config.schema import Config, to_dict
+from lever_lm.config.values import build
 from lever_lm.exported import CARD, CONFIG, FORMAT, VERSION, WEIGHTS, is_exported, setting_of
 from lever_lm.policy import PointerSelector
 from lever_lm.provenance import PACKAGES, recorded

@@ -16,8 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from lever_lm.config import Config
-from lever_lm.config_values import build
+from lever_lm.config.schema import Config
+from lever_lm.config.values import build
 from lever_lm.provenance import read_environment, recorded, typed_again
 from lever_lm.runs import LOCK, Layout, RunFolder
 from lever_lm.selection import STRATEGIES, best_row, epochs_since_best, read_log

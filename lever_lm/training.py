@@ -18,7 +18,7 @@ from torch import Tensor
 from lever_lm.anchors import Anchor, snapshot
 from lever_lm.anomaly import backward
 from lever_lm.batches import Batch, GroupTensors
-from lever_lm.config import GrpoConfig, RceConfig
+from lever_lm.config.schema import GrpoConfig, RceConfig
 from lever_lm.guards import At, Pass, check_groups, grpo_terms, rce_terms
 from lever_lm.journal import Journal
 from lever_lm.judging import alarms, group_report, group_statistics, projected, validate

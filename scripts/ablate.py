@@ -23,8 +23,8 @@ import torch
 
 from lever_lm.batches import to_tensors
 from lever_lm.checkpoint import load_policy
-from lever_lm.config import Config
-from lever_lm.config_values import build, configs_root, dotted, merge, named_yaml, read_yaml
+from lever_lm.config.schema import Config
+from lever_lm.config.values import build, configs_root, dotted, merge, named_yaml, read_yaml
 from lever_lm.data.groups import load_groups, split_ids
 from lever_lm.evaluating import evaluation_of
 from lever_lm.finding import load_for

@@ -17,7 +17,7 @@ from pathlib import Path
 
 LOAD = """
 import re, sys, threading, time
-from lever_lm.config import DataConfig
+from lever_lm.config.schema import DataConfig
 from lever_lm.data import load_dataset
 import datasets, PIL.Image  # the libraries' own memory is not the data's
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from lever_lm.config import DataConfig, LvlmConfig, PromptConfig
+from lever_lm.config.schema import DataConfig, LvlmConfig, PromptConfig
 from lever_lm.data import Example, load_dataset
 from lever_lm.lvlm import build_prompt
 from lever_lm.lvlm.local import LocalLvlm

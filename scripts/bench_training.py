@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from lever_lm import training
 from lever_lm.anchors import Anchor
 from lever_lm.batches import GroupTensors, to_tensors
-from lever_lm.config import GrpoConfig, RceConfig
+from lever_lm.config.schema import GrpoConfig, RceConfig
 from lever_lm.data.groups import load_groups, split_ids
 from lever_lm.journal import Journal
 from lever_lm.losses import rce_temperature

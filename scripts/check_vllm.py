@@ -30,7 +30,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lever_lm.config import DataConfig, LvlmConfig, PromptConfig
+from lever_lm.config.schema import DataConfig, LvlmConfig, PromptConfig
 from lever_lm.data import load_dataset
 from lever_lm.lvlm import Prompt, build_prompt
 from lever_lm.lvlm.client import check_server

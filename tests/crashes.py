@@ -80,9 +80,9 @@ def _load_everything() -> None:
     """Modules, and the models once for what loading them makes the libraries remember; nothing is computed."""
     for name in ("lever_lm.cli", "lever_lm.pipeline", "PIL.JpegImagePlugin", "pydantic.type_adapter", "requests"):
         importlib.import_module(name)
+    from lever_lm.config.load import resolve
     from lever_lm.features import ClipEncoder
     from lever_lm.lvlm.local import LocalLvlm
-    from lever_lm.settings import resolve
 
     config = resolve({"dataset": "digits", "lvlm": "tiny_qwen2.5_vl"}, None, [], {})[0]
     ClipEncoder(config.features.encoder, "cpu", 1)

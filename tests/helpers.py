@@ -42,7 +42,7 @@ class Done:
 def clean_environment(**extra: str) -> dict[str, str]:
     """The environment without the variables that change a config; one thread, as in this process: on a busy machine
     the threads of a tiny model wait for one another more than they work."""
-    from lever_lm.settings import ENVIRONMENT
+    from lever_lm.config.load import ENVIRONMENT
 
     ours = (*ENVIRONMENT, "RL_DATA_PATH", "LEVER_LM_CHECKPOINT_PATH")
     inherited = {name: value for name, value in os.environ.items() if name not in ours}
@@ -122,7 +122,7 @@ def _own_environment(monkeypatch):
 @pytest.fixture(scope="session")
 def digits_config():
     """The config that a bare `lever` command gets."""
-    from lever_lm.settings import resolve
+    from lever_lm.config.load import resolve
 
     return resolve({"dataset": "digits", "lvlm": "tiny_qwen2.5_vl"}, None, [], {})[0]
 

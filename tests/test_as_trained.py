@@ -200,7 +200,7 @@ def test_what_the_run_has_already_changes_nothing(there, tmp_path, words):
 
 
 def test_another_dataset_or_lvlm_brings_its_section_whole_and_leaves_the_rest():
-    from lever_lm.settings import Layer, combined, layers
+    from lever_lm.config.load import Layer, combined, layers
 
     run = Layer(
         "the run",

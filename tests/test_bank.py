@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from lever_lm.config import LvlmConfig, PromptConfig
+from lever_lm.config.schema import LvlmConfig, PromptConfig
 from lever_lm.data import open_image
 from lever_lm.lvlm import build_prompt
 from lever_lm.lvlm.bank import VisionBank

@@ -9,8 +9,9 @@ from helpers import small_digits
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from lever_lm.config import Config, to_dict
-from lever_lm.config_values import build
+from lever_lm.config.load import resolve
+from lever_lm.config.schema import Config, to_dict
+from lever_lm.config.values import build
 from lever_lm.data import load_dataset
 from lever_lm.data.groups import load_groups
 from lever_lm.finding import find_checkpoint
@@ -19,7 +20,6 @@ from lever_lm.inference import Evaluation, Outcome
 from lever_lm.report import write_report
 from lever_lm.runs import RunFolder
 from lever_lm.selection import STRATEGIES, choose, kept_choice, read_history
-from lever_lm.settings import resolve
 from lever_lm.utils.errors import LeverError, UsageError
 from lever_lm.utils.hub import missing_files
 from lever_lm.utils.safe_parse import json_text

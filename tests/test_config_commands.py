@@ -12,8 +12,8 @@ import yaml
 from helpers import RUN, clean_environment, files_in, run_lever
 from pages import CHECKOUT
 
-from lever_lm.config import Config, to_dict
-from lever_lm.config_values import all_keys, build
+from lever_lm.config.schema import Config, to_dict
+from lever_lm.config.values import all_keys, build
 from lever_lm.config_views import flat, key_docs
 from lever_lm.selection import STRATEGIES
 
@@ -121,7 +121,7 @@ def test_docs_are_the_comments_of_the_dataclasses(lever):
 
 
 def test_no_comment_of_a_field_is_lost_on_the_way_to_the_docs():
-    source = (CHECKOUT / "lever_lm/config.py").read_text(encoding="utf-8")
+    source = (CHECKOUT / "lever_lm/config/schema.py").read_text(encoding="utf-8")
     fields = [node for cls in ast.parse(source).body if isinstance(cls, ast.ClassDef) for node in cls.body]
     spans = [(node.target.id, node.lineno, node.end_lineno) for node in fields if isinstance(node, ast.AnnAssign)]
     lines = source.splitlines()
@@ -187,7 +187,7 @@ def test_a_recipe_differs_from_the_options_by_what_it_says(lever):
 
 
 def lever_configs():
-    from lever_lm.config_values import configs_root
+    from lever_lm.config.values import configs_root
 
     return configs_root()
 

@@ -3,9 +3,9 @@
 import pytest
 import yaml
 
-from lever_lm.config import Config, to_dict
-from lever_lm.config_values import all_keys, configs_root
-from lever_lm.settings import resolve
+from lever_lm.config.load import resolve
+from lever_lm.config.schema import Config, to_dict
+from lever_lm.config.values import all_keys, configs_root
 from lever_lm.utils.paths import asset_path
 
 YAMLS = sorted(configs_root().rglob("*.yaml"))
@@ -37,7 +37,7 @@ def test_the_names_users_bring_are_there():
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_yaml_builds_a_config_that_holds_its_values(path, monkeypatch):
-    from lever_lm.settings import ENVIRONMENT
+    from lever_lm.config.load import ENVIRONMENT
 
     for name in ENVIRONMENT:
         monkeypatch.delenv(name, raising=False)

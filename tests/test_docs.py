@@ -28,10 +28,10 @@ from official import hub_cache
 from pages import CHECKOUT, PAGES, Part
 
 from lever_lm.cli import app
-from lever_lm.config import LvlmConfig
-from lever_lm.config_values import all_keys, build
+from lever_lm.config.load import ENVIRONMENT
+from lever_lm.config.schema import LvlmConfig
+from lever_lm.config.values import all_keys, build
 from lever_lm.process import run as run_command
-from lever_lm.settings import ENVIRONMENT
 from lever_lm.utils.paths import asset_path
 
 DEMO = RUN.with_name("demo")

@@ -11,7 +11,7 @@ from helpers import small_digits, track
 from PIL import Image
 from safetensors import safe_open
 
-from lever_lm.config import DataConfig, FeatureConfig
+from lever_lm.config.schema import DataConfig, FeatureConfig
 from lever_lm.data import load_dataset
 from lever_lm.features import compute_features
 from lever_lm.utils.device import import_transformers

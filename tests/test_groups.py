@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lever_lm.config import RewardConfig
+from lever_lm.config.schema import RewardConfig
 from lever_lm.data.groups import (
     Group,
     check_reward_mode,

@@ -15,7 +15,7 @@ from test_training import GRPO, POOL, QUERIES, RCE, Killed, assert_same_run, dat
 
 from lever_lm import training
 from lever_lm.batches import to_tensors
-from lever_lm.config import GrpoConfig
+from lever_lm.config.schema import GrpoConfig
 from lever_lm.data.groups import Group, load_groups
 from lever_lm.judging import group_report
 from lever_lm.losses import KL_ESTIMATES, SCHEDULES, group_mean, grpo_loss, kl_share, scheduled_lr, zero_grad_frac

@@ -24,7 +24,7 @@ from lever_lm.anchors import Anchor
 from lever_lm.anomaly import backward, detecting
 from lever_lm.batches import to_tensors
 from lever_lm.checkpoint import load_torch, save_torch
-from lever_lm.config import DataConfig, FeatureConfig, GrpoConfig, PromptConfig, RceConfig
+from lever_lm.config.schema import DataConfig, FeatureConfig, GrpoConfig, PromptConfig, RceConfig
 from lever_lm.data import load_dataset
 from lever_lm.data.groups import Group, load_groups
 from lever_lm.features import ClipEncoder, compute_features
@@ -585,7 +585,7 @@ def test_a_log_prob_that_is_not_finite_names_the_question(monkeypatch, prompts):
 
 
 def test_image_features_that_are_not_finite_name_the_image_and_stay_off_the_disk(monkeypatch, tmp_path, prompts):
-    from lever_lm.config import LvlmConfig
+    from lever_lm.config.schema import LvlmConfig
     from lever_lm.lvlm.local import LocalLvlm
 
     config = LvlmConfig(path="asset:tiny-qwen2.5-vl", dtype="float32")

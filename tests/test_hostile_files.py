@@ -37,7 +37,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lever_lm.checkpoint import load_policy, load_torch, v3_content
-from lever_lm.config import DataConfig
+from lever_lm.config.schema import DataConfig
 from lever_lm.data import load_dataset, open_image
 from lever_lm.features import cached_features, read_embeddings
 from lever_lm.journal import Journal
@@ -1078,7 +1078,7 @@ def test_a_model_whose_weights_are_a_pickle_is_loaded_without_executing_any(pick
 
 @pytest.mark.parametrize("asset", ["tiny-clip", "tiny-qwen2.5-vl"])
 def test_code_that_comes_with_a_model_is_not_imported(tmp_path, asset):
-    from lever_lm.config import LvlmConfig, PromptConfig
+    from lever_lm.config.schema import LvlmConfig, PromptConfig
     from lever_lm.lvlm.local import LocalLvlm
 
     folder, trap = tmp_path / "model", tmp_path / "executed"

@@ -12,7 +12,7 @@ import yaml
 from helpers import INFERENCE, RUN, files_in, track
 
 from lever_lm.checkpoint import save_torch, to_v2, v3_content
-from lever_lm.config import to_dict
+from lever_lm.config.schema import to_dict
 from lever_lm.finding import find_checkpoint, latest_checkpoint, load_for
 from lever_lm.inference import BASELINES, Evaluation, compare, is_result
 from lever_lm.lvlm import load_lvlm

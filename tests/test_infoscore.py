@@ -14,7 +14,7 @@ from helpers import ROLLOUTS, RUN, answers_in, track
 from test_lvlm import plain_inputs, plain_log_prob
 
 from lever_lm import training
-from lever_lm.config import RolloutConfig
+from lever_lm.config.schema import RolloutConfig
 from lever_lm.data.groups import load_groups
 from lever_lm.infoscore import add_infoscore, infoscore_calls, search
 from lever_lm.lvlm import CachedLvlm, build_prompt, cut_answer

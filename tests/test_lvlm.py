@@ -12,7 +12,7 @@ import torch
 from models import SPOILT, TINY, copied, edited
 from torch.nn import functional as F
 
-from lever_lm.config import LvlmConfig, PromptConfig
+from lever_lm.config.schema import LvlmConfig, PromptConfig
 from lever_lm.data import open_image
 from lever_lm.lvlm import build_prompt, cut_answer
 from lever_lm.lvlm.decoding import beam_search

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lever_lm.config import DataConfig
+from lever_lm.config.schema import DataConfig
 from lever_lm.data import Example, load_dataset, open_image
 from lever_lm.data.examples import to_dataset, whole_id
 from lever_lm.samplers import Candidates

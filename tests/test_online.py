@@ -17,7 +17,7 @@ from test_training import GRPO, POOL, QUERIES, RCE, Killed, Mortal, assert_same_
 
 from lever_lm.batches import GroupTensors, to_tensors
 from lever_lm.checkpoint import load_torch
-from lever_lm.config import GrpoConfig
+from lever_lm.config.schema import GrpoConfig
 from lever_lm.data.groups import load_groups
 from lever_lm.guards import At
 from lever_lm.lvlm import CachedLvlm, build_prompt, cut_answer

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from lever_lm.config import PromptConfig
+from lever_lm.config.schema import PromptConfig
 from lever_lm.data import Example
 from lever_lm.lvlm import build_prompt, cut_answer
 from lever_lm.lvlm.prompt import to_messages

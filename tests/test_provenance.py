@@ -9,7 +9,7 @@ import yaml
 from helpers import RUN, SMALL, run_here, run_lever
 
 from lever_lm.checkpoint import save_torch
-from lever_lm.config import Config
+from lever_lm.config.schema import Config
 from lever_lm.provenance import PACKAGES, compare, differences, environment, own_files, read_environment, record
 from lever_lm.runs import RunFolder
 from lever_lm.selection import STRATEGIES

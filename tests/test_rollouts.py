@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import small_digits, track
 
-from lever_lm.config import PromptConfig
+from lever_lm.config.schema import PromptConfig
 from lever_lm.data.groups import load_groups
 from lever_lm.lvlm import CachedLvlm, build_prompt, cut_answer
 from lever_lm.lvlm.cache import AnswerCache

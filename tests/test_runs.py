@@ -5,8 +5,8 @@ import json
 import pytest
 import yaml
 
-from lever_lm.config import Config, to_dict
-from lever_lm.config_values import build, dotted, merge
+from lever_lm.config.schema import Config, to_dict
+from lever_lm.config.values import build, dotted, merge
 from lever_lm.runs import Layout, RunFolder, camel, inference_folder, lvlm_name
 from lever_lm.utils.errors import LeverError
 

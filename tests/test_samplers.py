@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lever_lm.config import SamplerConfig
+from lever_lm.config.schema import SamplerConfig
 from lever_lm.data import Example, StoredImage
 from lever_lm.features import Embeddings
 from lever_lm.samplers import SAMPLERS, Candidates, candidate_counts, nearest, query_rng, sample_pools, similarity_rows

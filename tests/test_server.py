@@ -22,7 +22,7 @@ import pytest
 from helpers import SMALL, answers_in, clean_environment, track
 from loopback import Loopback, Reply, TinyChat, models, said
 
-from lever_lm.config import LvlmConfig, PromptConfig
+from lever_lm.config.schema import LvlmConfig, PromptConfig
 from lever_lm.lvlm import build_prompt, client, load_lvlm
 from lever_lm.lvlm import server as server_module
 from lever_lm.lvlm import servers as servers_module
@@ -996,7 +996,7 @@ def test_the_fingerprint_follows_what_is_asked_and_not_where():
 
 
 def test_a_run_goes_on_at_another_address(tmp_path):
-    from lever_lm.config import Config
+    from lever_lm.config.schema import Config
     from lever_lm.runs import RunFolder
 
     run = RunFolder(tmp_path)

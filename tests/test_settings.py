@@ -5,9 +5,9 @@ import threading
 
 import pytest
 
-from lever_lm.config import Config, DataConfig, FeatureConfig, to_dict
-from lever_lm.config_values import all_keys, build, dotted, merge, parse_set, read_yaml
-from lever_lm.settings import ENVIRONMENT, environment_values, file_layer, layers, resolve
+from lever_lm.config.load import ENVIRONMENT, environment_values, file_layer, layers, resolve
+from lever_lm.config.schema import Config, DataConfig, FeatureConfig, to_dict
+from lever_lm.config.values import all_keys, build, dotted, merge, parse_set, read_yaml
 from lever_lm.utils.errors import UsageError
 from lever_lm.utils.fingerprint import fingerprint
 from lever_lm.utils.paths import asset_path

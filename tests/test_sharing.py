@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from lever_lm import load_policy
 from lever_lm.card import markdown
 from lever_lm.checkpoint import read_checkpoint, save_torch, v3_content
-from lever_lm.config import Config, DataConfig, FeatureConfig, LvlmConfig, to_dict
+from lever_lm.config.schema import Config, DataConfig, FeatureConfig, LvlmConfig, to_dict
 from lever_lm.decoder import VARIANTS
 from lever_lm.exported import policy_folder, setting_of
 from lever_lm.policy import PointerSelector

@@ -7,10 +7,10 @@ from helpers import small_digits
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lever_lm.config.load import resolve
 from lever_lm.data import load_dataset
 from lever_lm.lvlm import CachedLvlm
 from lever_lm.metrics import vqa_accuracy
-from lever_lm.settings import resolve
 from lever_lm.stems import learn_stems
 
 # As they stand in OK-VQA's annotations: (raw_answer, answer).

@@ -10,7 +10,7 @@ import time
 import pytest
 from helpers import INFERENCE, RUN, SMALL, clean_environment, files_in
 
-from lever_lm.config import Config
+from lever_lm.config.schema import Config
 from lever_lm.runs import RunFolder
 from lever_lm.trackers import TRACKERS, TensorBoard, check_tracker
 from lever_lm.utils.errors import LeverError, UsageError

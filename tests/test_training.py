@@ -16,7 +16,7 @@ from lever_lm import judging
 from lever_lm.anchors import Anchor, snapshot
 from lever_lm.batches import to_tensors
 from lever_lm.checkpoint import load_torch
-from lever_lm.config import GrpoConfig, RceConfig
+from lever_lm.config.schema import GrpoConfig, RceConfig
 from lever_lm.data.groups import Group
 from lever_lm.guards import At
 from lever_lm.journal import Journal

@@ -2,7 +2,7 @@
 
 import os
 
-from lever_lm.config import DataConfig
+from lever_lm.config.schema import DataConfig
 from lever_lm.data.examples import (
     Example,
     Image,

@@ -4,7 +4,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from lever_lm.config import DataConfig
+from lever_lm.config.schema import DataConfig
 from lever_lm.data.examples import Example, refuse_or_skip, unfit, unique, whole_id
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.paths import asset_path

@@ -8,7 +8,7 @@ import contextlib
 import glob
 from pathlib import Path
 
-from lever_lm.config import DataConfig
+from lever_lm.config.schema import DataConfig
 from lever_lm.data.examples import (
     Example,
     Image,

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from lever_lm.config import LvlmConfig, PromptConfig
+from lever_lm.config.schema import LvlmConfig, PromptConfig
 from lever_lm.lvlm.cache import AnswerCache, CachedLvlm, Track
 from lever_lm.lvlm.prompt import Prompt, build_prompt, cut_answer
 from lever_lm.utils.distributed import Shards

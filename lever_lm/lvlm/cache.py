@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from lever_lm.config import PromptConfig
+from lever_lm.config.schema import PromptConfig
 from lever_lm.data import image_digest
 from lever_lm.lvlm.prompt import Prompt, cut_answer
 from lever_lm.utils.distributed import Shards

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 from urllib.parse import urlsplit, urlunsplit
 
-from lever_lm.config import LvlmConfig
+from lever_lm.config.schema import LvlmConfig
 from lever_lm.utils.errors import MendableError
 from lever_lm.utils.paths import ASSET_PREFIX, asset_path
 from lever_lm.utils.progress import unsaid

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lever_lm.config import TOKEN_EDGE, LvlmConfig
+from lever_lm.config.schema import TOKEN_EDGE, LvlmConfig
 from lever_lm.data import Image, open_image
 from lever_lm.utils.device import first_line
 from lever_lm.utils.errors import LeverError

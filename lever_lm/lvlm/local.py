@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lever_lm.config import LVLM_SPEED, LvlmConfig, PromptConfig
+from lever_lm.config.schema import LVLM_SPEED, LvlmConfig, PromptConfig
 from lever_lm.lvlm.cache import Track
 from lever_lm.lvlm.decoding import NotFinite, Prefilled, beam_search, greedy
 from lever_lm.lvlm.kernels import compile_parts, float32_logits, repeatable_attention, speed_up_vision

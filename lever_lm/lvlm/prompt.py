@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lever_lm.config import PromptConfig
+from lever_lm.config.schema import PromptConfig
 from lever_lm.data import Example, Image
 
 # The model going on with the next turn, in whatever case: no answer holds one of these with its colon.

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from lever_lm.config import TOKEN_EDGE, LvlmConfig, PromptConfig
+from lever_lm.config.schema import TOKEN_EDGE, LvlmConfig, PromptConfig
 from lever_lm.data import Image, open_image
 from lever_lm.lvlm.client import Served, ServerError
 from lever_lm.lvlm.images import fitted_size

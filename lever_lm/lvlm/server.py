@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from io import BytesIO
 
-from lever_lm.config import LvlmConfig, PromptConfig
+from lever_lm.config.schema import LvlmConfig, PromptConfig
 from lever_lm.data import Image, open_image
 from lever_lm.lvlm.client import SEE_LOG, ServerError, served_name
 from lever_lm.lvlm.images import fitted

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from lever_lm.config import LvlmConfig
+from lever_lm.config.schema import LvlmConfig
 from lever_lm.lvlm import client as clients
 from lever_lm.lvlm.client import LOOK, MAX_WAIT, Client, MayPass, Served, ServerError, check_server
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lever_lm.config import LvlmConfig
+from lever_lm.config.schema import LvlmConfig
 from lever_lm.data import Image
 from lever_lm.lvlm.bank import GIB, VisionBank
 from lever_lm.lvlm.cache import Track

@@ -153,7 +153,7 @@ def safetensors(folder: Path) -> Target:
 
 def features(folder: Path) -> Target:
     """The cache of features, of a dataset and encoder that have not changed."""
-    from lever_lm.config import FeatureConfig
+    from lever_lm.config.schema import FeatureConfig
     from lever_lm.data import Example, VqaData
     from lever_lm.features import _stamp, cached_features
 
@@ -205,7 +205,7 @@ def bank(folder: Path) -> Target:
 
 def answers(folder: Path) -> Target:
     """The cache of answers, with those to two prompts in it."""
-    from lever_lm.config import PromptConfig
+    from lever_lm.config.schema import PromptConfig
     from lever_lm.data import Example
     from lever_lm.lvlm import CachedLvlm, build_prompt
     from lever_lm.lvlm.cache import AnswerCache
@@ -311,9 +311,9 @@ def _spoil_answers(rng: Random, content: bytes, keys: list[str], path: Path) -> 
 def _exported(folder: Path) -> Path:
     """A folder as `lever export` writes it."""
     from lever_lm.checkpoint import save_torch, v3_content
+    from lever_lm.config.load import resolve
     from lever_lm.policy import PointerSelector
     from lever_lm.runs import RunFolder
-    from lever_lm.settings import resolve
     from lever_lm.sharing import export
 
     run, settings = RunFolder(folder), resolve({"dataset": "digits", "lvlm": "tiny_qwen2.5_vl"}, None, [], {})[0]

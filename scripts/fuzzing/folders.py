@@ -216,7 +216,7 @@ def _takes(path: Path) -> bool:
 
 def environment_file(folder: Path) -> Target:
     """A run's env.json, as a resumed and a repeated run read it."""
-    from lever_lm.config import Config
+    from lever_lm.config.schema import Config
     from lever_lm.provenance import differences, environment, listed, own_files, read_environment, record
     from lever_lm.runs import RunFolder
 

@@ -25,7 +25,7 @@ def official(folder: Path) -> Target:
     """The official files: those of the training split spoilt, questions and annotations parted by a NUL."""
     from PIL import Image
 
-    from lever_lm.config import DataConfig
+    from lever_lm.config.schema import DataConfig
     from lever_lm.data import load_dataset
     from lever_lm.data.okvqa import SPLITS, annotations_file, questions_file
 
@@ -72,7 +72,7 @@ def parquet(folder: Path) -> Target:
     import pyarrow as pa
     from pyarrow import parquet as pq
 
-    from lever_lm.config import DataConfig
+    from lever_lm.config.schema import DataConfig
     from lever_lm.data import load_dataset, open_image
 
     pa.set_cpu_count(1)
@@ -165,7 +165,7 @@ def server(folder: Path) -> Target:
     """What comes back from a server, byte for byte: to the question for its models, to a chat, to one with scores."""
     from PIL import Image
 
-    from lever_lm.config import LvlmConfig, PromptConfig
+    from lever_lm.config.schema import LvlmConfig, PromptConfig
     from lever_lm.data import Example
     from lever_lm.lvlm import build_prompt
     from lever_lm.lvlm.client import check_server

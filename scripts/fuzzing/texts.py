@@ -10,7 +10,7 @@ import yaml
 import lever_lm.report  # noqa: F401 - and with it nearly all, before a worker is forked
 from fuzzing.harness import CANARY, STEERS, Parser, Target
 from fuzzing.mutations import TOKENS, encoded, lines_spoiler, spoil_json
-from lever_lm.config import Config, to_dict
+from lever_lm.config.schema import Config, to_dict
 
 DATA = Path(__file__).parents[2] / "tests" / "data"
 _DEEP = 100_000
@@ -114,7 +114,7 @@ def _yaml_seeds() -> list[bytes]:
 
 def config_file(folder: Path) -> Target:
     """`--config FILE`."""
-    from lever_lm.settings import resolve
+    from lever_lm.config.load import resolve
 
     path = folder / "config.yaml"
     parse = to_file(path, lambda: resolve({"dataset": "digits"}, path, [], {}))
@@ -123,7 +123,7 @@ def config_file(folder: Path) -> Target:
 
 def set_options(folder: Path) -> Target:
     """`--set KEY=VALUE`."""
-    from lever_lm.settings import resolve
+    from lever_lm.config.load import resolve
 
     seeds = [
         b"grpo.kl_beta=0.05",
@@ -145,8 +145,8 @@ def set_options(folder: Path) -> Target:
 
 def variables(folder: Path) -> Target:
     """Environment variables: NAME=VALUE on each line."""
-    from lever_lm.config_values import build, merge
-    from lever_lm.settings import ENVIRONMENT, environment_values
+    from lever_lm.config.load import ENVIRONMENT, environment_values
+    from lever_lm.config.values import build, merge
     from lever_lm.utils.safe_parse import printable
 
     def parse(content: bytes) -> None:

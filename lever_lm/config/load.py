@@ -9,8 +9,8 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from lever_lm.config import Config, DataConfig, to_dict
-from lever_lm.config_values import (  # noqa: F401 - imported from here in 0.1
+from lever_lm.config.schema import Config, DataConfig, to_dict
+from lever_lm.config.values import (  # noqa: F401 - imported from here in 0.1
     LONGEST,
     all_keys,
     build,

@@ -12,7 +12,7 @@ import types
 import typing
 from pathlib import Path
 
-from lever_lm.config import Config
+from lever_lm.config.schema import Config
 from lever_lm.utils.errors import UsageError
 from lever_lm.utils.paths import PACKAGE
 from lever_lm.utils.safe_parse import CONFIG_LIMIT, Scalar, load_yaml, printable, read_bytes, shown
