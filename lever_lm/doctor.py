@@ -9,11 +9,11 @@ from pathlib import Path
 
 from lever_lm.config.schema import Config, DataConfig
 from lever_lm.data import in_both, in_parquet, source_of
-from lever_lm.data.examples import Example
-from lever_lm.data.naming import files_of
+from lever_lm.data.example import Example
 from lever_lm.data.okvqa import SPLITS, annotations_file, images_folder, questions_file
 from lever_lm.data.okvqa import load_split as load_official
 from lever_lm.data.parquet import load_split as load_parquet
+from lever_lm.data.split_files import files_of
 from lever_lm.model_checks import GIB, Check, answer_lengths, lvlm, memory_needed, model, server
 from lever_lm.runs import Layout
 from lever_lm.utils.device import resolve_device

@@ -13,8 +13,8 @@ from pathlib import Path
 from lever_lm.beside import change_lines, changes, changes_of_run
 from lever_lm.checkpoint import policy_digest
 from lever_lm.data import VqaData, load_dataset
+from lever_lm.data.embeddings import encoder_fingerprint
 from lever_lm.doctor import ALL
-from lever_lm.features import encoder_fingerprint
 from lever_lm.finding import find_checkpoint, load_for
 from lever_lm.icds import read_icds
 from lever_lm.inference import BASELINES, Evaluation, Outcome, compare, rows_of_another_setting

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from lever_lm.config.schema import Config
 from lever_lm.data import Example, VqaData
-from lever_lm.features import Embeddings, Features
+from lever_lm.data.embeddings import Embeddings, Features
+from lever_lm.data.pools import Candidates, nearest, query_rng, sample_pools, similarity_rows
 from lever_lm.lvlm import CachedLvlm, build_prompt
 from lever_lm.metrics import vqa_accuracy
 from lever_lm.policy import PointerSelector
-from lever_lm.samplers import Candidates, nearest, query_rng, sample_pools, similarity_rows
 from lever_lm.stats import bootstrap_interval, paired_test
 from lever_lm.stems import Stems, learn_stems
 from lever_lm.utils.atomic_io import write_json, write_text

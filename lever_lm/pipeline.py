@@ -15,9 +15,10 @@ from lever_lm.batches import GroupTensors, to_tensors
 from lever_lm.checkpoint import format_of, read_checkpoint, save_torch, to_v2, to_v3
 from lever_lm.config.schema import Config, FeatureConfig
 from lever_lm.data import VqaData, load_dataset
+from lever_lm.data.embeddings import Features, compute_features, features_fingerprint, read_embeddings
 from lever_lm.data.groups import check_reward_mode, read_groups, split_ids
+from lever_lm.data.pools import check_sampler
 from lever_lm.doctor import ALL, examine, require
-from lever_lm.features import Features, compute_features, features_fingerprint, read_embeddings
 from lever_lm.finding import find_checkpoint
 from lever_lm.journal import Journal, state_of
 from lever_lm.lvlm import CachedLvlm, load_lvlm
@@ -33,7 +34,6 @@ from lever_lm.rollouts import (
     why_made_again,
 )
 from lever_lm.runs import LOCK, Layout, RunFolder, inference_folder, v2_name
-from lever_lm.samplers import check_sampler
 from lever_lm.selection import choose, read_history, worth_keeping
 from lever_lm.trackers import TensorBoard, track
 from lever_lm.training import train_grpo, train_rce

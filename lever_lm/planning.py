@@ -7,9 +7,9 @@ from pathlib import Path
 
 from lever_lm.config.schema import Config
 from lever_lm.data import StoredImage, VqaData, load_dataset, open_image
+from lever_lm.data.embeddings import Features, cached_features
 from lever_lm.data.groups import query_ids, read_rollouts, split_ids
 from lever_lm.doctor import disk_needed, group_size
-from lever_lm.features import Features, cached_features
 from lever_lm.infoscore import infoscore_calls
 from lever_lm.lvlm import CachedLvlm, load_lvlm
 from lever_lm.proposals import propose_groups, query_rows

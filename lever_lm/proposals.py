@@ -14,10 +14,10 @@ from torch import Tensor
 
 from lever_lm.config.schema import Config, RolloutConfig
 from lever_lm.data import Example, VqaData
-from lever_lm.features import Features
+from lever_lm.data.embeddings import Features
+from lever_lm.data.pools import query_rng, sample_pools
 from lever_lm.lvlm import Prompt, build_prompt
 from lever_lm.policy import PointerSelector
-from lever_lm.samplers import query_rng, sample_pools
 from lever_lm.utils.errors import LeverError, UsageError
 from lever_lm.utils.progress import WORTH_A_WORD, Track, Work, untracked
 

@@ -20,9 +20,9 @@ from pathlib import Path
 from lever_lm.beside import config_beside, locate, results_beside
 from lever_lm.config.schema import InferConfig
 from lever_lm.data import Example, VqaData, image_digest, image_digests, open_image
-from lever_lm.data.examples import unfit
-from lever_lm.data.pixels import Undecodable, decoded
-from lever_lm.features import ClipEncoder, Embeddings, Features, encode
+from lever_lm.data.embeddings import ClipEncoder, Embeddings, Features, encode
+from lever_lm.data.example import unfit
+from lever_lm.data.image_decode import Undecodable, decoded
 from lever_lm.finding import load_for
 from lever_lm.inference import Evaluation
 from lever_lm.lvlm import Prompt, build_prompt

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from lever_lm.config.schema import Config
 from lever_lm.data import Example, VqaData
+from lever_lm.data.embeddings import Features
 from lever_lm.data.groups import Group, is_query, load_groups, read_rollouts, trajectory_reward
-from lever_lm.features import Features
 from lever_lm.infoscore import add_infoscore
 from lever_lm.lvlm import CachedLvlm, Prompt, build_prompt, cut_answer
 from lever_lm.metrics import normalize_answer, relevance, vqa_accuracy

@@ -81,7 +81,7 @@ def _load_everything() -> None:
     for name in ("lever_lm.cli", "lever_lm.pipeline", "PIL.JpegImagePlugin", "pydantic.type_adapter", "requests"):
         importlib.import_module(name)
     from lever_lm.config.load import resolve
-    from lever_lm.features import ClipEncoder
+    from lever_lm.data.embeddings import ClipEncoder
     from lever_lm.lvlm.local import LocalLvlm
 
     config = resolve({"dataset": "digits", "lvlm": "tiny_qwen2.5_vl"}, None, [], {})[0]

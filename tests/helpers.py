@@ -138,7 +138,7 @@ def digits(digits_config):
 @pytest.fixture(scope="session")
 def features_file(digits, digits_config, tmp_path_factory) -> Path:
     """The cache file of the digits' features."""
-    from lever_lm.features import compute_features
+    from lever_lm.data.embeddings import compute_features
 
     path = tmp_path_factory.mktemp("features") / "features_tiny-clip.safetensors"
     compute_features(digits, digits_config.features, path, "cpu", track)
@@ -148,7 +148,7 @@ def features_file(digits, digits_config, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def digits_features(digits, digits_config, features_file):
     """The features of the digits under the shipped CLIP."""
-    from lever_lm.features import compute_features
+    from lever_lm.data.embeddings import compute_features
 
     return compute_features(digits, digits_config.features, features_file, "cpu", track)
 

@@ -26,8 +26,8 @@ from lever_lm.batches import to_tensors
 from lever_lm.checkpoint import load_torch, save_torch
 from lever_lm.config.schema import DataConfig, FeatureConfig, GrpoConfig, PromptConfig, RceConfig
 from lever_lm.data import load_dataset
+from lever_lm.data.embeddings import ClipEncoder, compute_features
 from lever_lm.data.groups import Group, load_groups
-from lever_lm.features import ClipEncoder, compute_features
 from lever_lm.guards import At, Pass, not_finite
 from lever_lm.inference import Evaluation
 from lever_lm.judging import validate

@@ -39,7 +39,7 @@ from safetensors.torch import load_file, save_file
 from lever_lm.checkpoint import load_policy, load_torch, v3_content
 from lever_lm.config.schema import DataConfig
 from lever_lm.data import load_dataset, open_image
-from lever_lm.features import cached_features, read_embeddings
+from lever_lm.data.embeddings import cached_features, read_embeddings
 from lever_lm.journal import Journal
 from lever_lm.policy import PointerSelector
 from lever_lm.runs import RunFolder
@@ -107,7 +107,7 @@ def limited(code: str, *arguments) -> subprocess.CompletedProcess:
 
 _LIMIT = f"""
 import resource
-import PIL.Image, lever_lm.checkpoint, lever_lm.features
+import PIL.Image, lever_lm.checkpoint, lever_lm.data.embeddings
 pages = int(open("/proc/self/statm").read().split()[0])
 most = pages * resource.getpagesize() + {MEMORY}
 resource.setrlimit(resource.RLIMIT_AS, (most, most))
@@ -545,7 +545,9 @@ def matrices(folder: Path) -> list[Path]:
 def test_embeddings_that_claim_more_than_they_hold_are_refused_and_nothing_is_allocated(tmp_path):
     files = matrices(tmp_path)
     (tmp_path / "long.safetensors").write_bytes(struct.pack("<Q", 2**62) + b"{}")
-    code = LOADS.replace("from lever_lm.checkpoint import load_policy", "from lever_lm.features import read_embeddings")
+    code = LOADS.replace(
+        "from lever_lm.checkpoint import load_policy", "from lever_lm.data.embeddings import read_embeddings"
+    )
     code = code.replace("load_policy(path)", "read_embeddings(__import__('pathlib').Path(path))")
     done = limited(code, *files)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -975,7 +977,7 @@ WRONG_ANSWERS = {
 
 @pytest.mark.parametrize("kind", WRONG_ANSWERS)
 def test_what_comes_from_an_address_is_kept_if_it_is_an_image(table, server, tmp_path, monkeypatch, kind):
-    from lever_lm.data import remote
+    from lever_lm.data import image_download as remote
 
     monkeypatch.setattr(remote, "MAX_BYTES", 2000)
     address, handler = server
@@ -992,7 +994,7 @@ def test_what_comes_from_an_address_is_kept_if_it_is_an_image(table, server, tmp
 
 
 def test_a_host_that_is_silent_is_not_asked_for_ever(table, monkeypatch):
-    from lever_lm.data import remote
+    from lever_lm.data import image_download as remote
 
     tries = []
 
@@ -1008,7 +1010,7 @@ def test_a_host_that_is_silent_is_not_asked_for_ever(table, monkeypatch):
 
 
 def test_a_slow_server_is_given_up(table, server, monkeypatch):
-    from lever_lm.data import remote
+    from lever_lm.data import image_download as remote
 
     monkeypatch.setattr(remote, "TIMEOUT", 0.2)
     monkeypatch.setattr(remote, "_TRIES", 1)
@@ -1058,7 +1060,7 @@ def pickled_clip(tmp_path_factory) -> Path:
 
 
 def encode(folder: Path):
-    from lever_lm.features import ClipEncoder
+    from lever_lm.data.embeddings import ClipEncoder
 
     return ClipEncoder(str(folder), "cpu", 4)
 

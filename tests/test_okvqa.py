@@ -12,8 +12,8 @@ from PIL import Image
 
 from lever_lm.config.schema import DataConfig
 from lever_lm.data import Example, load_dataset, open_image
-from lever_lm.data.examples import to_dataset, whole_id
-from lever_lm.samplers import Candidates
+from lever_lm.data.example import to_dataset, whole_id
+from lever_lm.data.pools import Candidates
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.paths import asset_path
 

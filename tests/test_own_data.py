@@ -13,9 +13,9 @@ from official import build_official, build_parquet
 from lever_lm.config.load import resolve
 from lever_lm.config.schema import DataConfig
 from lever_lm.data import image_digest, load_dataset
+from lever_lm.data.pools import Candidates
 from lever_lm.doctor import counts
 from lever_lm.metrics import vqa_accuracy
-from lever_lm.samplers import Candidates
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,16 @@ import torch.nn.functional as F
 
 from lever_lm.config.schema import SamplerConfig
 from lever_lm.data import Example, StoredImage
-from lever_lm.features import Embeddings
-from lever_lm.samplers import SAMPLERS, Candidates, candidate_counts, nearest, query_rng, sample_pools, similarity_rows
+from lever_lm.data.embeddings import Embeddings
+from lever_lm.data.pools import (
+    SAMPLERS,
+    Candidates,
+    candidate_counts,
+    nearest,
+    query_rng,
+    sample_pools,
+    similarity_rows,
+)
 from lever_lm.utils.errors import LeverError, UsageError
 
 TRAIN = 60

@@ -9,7 +9,7 @@ import pytest
 from helpers import run_lever, small_digits
 from PIL import Image
 
-import lever_lm.features
+import lever_lm.data.embeddings
 from lever_lm.lvlm.local import LocalLvlm
 from lever_lm.utils import fingerprint as stages
 from lever_lm.utils.paths import asset_path
@@ -24,7 +24,7 @@ def world(lever, tmp_path, monkeypatch):
     small_digits(tmp_path / "data", train=12, val=4)
     shutil.copytree(asset_path("asset:tiny-qwen2.5-vl"), tmp_path / "vlm")
     encoded, asked = [], []
-    encode, generate = lever_lm.features.encode, LocalLvlm.generate
+    encode, generate = lever_lm.data.embeddings.encode, LocalLvlm.generate
 
     def counted_encode(encoder, data, split, track):
         encoded.append(split)
@@ -34,7 +34,7 @@ def world(lever, tmp_path, monkeypatch):
         asked.extend(prompts)
         return generate(self, prompts)
 
-    monkeypatch.setattr(lever_lm.features, "encode", counted_encode)
+    monkeypatch.setattr(lever_lm.data.embeddings, "encode", counted_encode)
     monkeypatch.setattr(LocalLvlm, "generate", counted_generate)
 
     def train(*options, data="data", command="train", status=0):

@@ -20,8 +20,8 @@ from test_prompt import FIRST, QUERY, SECOND, VISION
 from lever_lm.checkpoint import load_policy, load_torch, own_config, save_torch, to_v2, v3_content
 from lever_lm.config.schema import Config, FeatureConfig, PromptConfig, RewardConfig
 from lever_lm.config.values import named_yaml
+from lever_lm.data.embeddings import read_embeddings
 from lever_lm.data.groups import is_query, read_groups
-from lever_lm.features import read_embeddings
 from lever_lm.finding import latest_checkpoint, load_for
 from lever_lm.lvlm import build_prompt
 from lever_lm.lvlm.prompt import to_messages

@@ -3,7 +3,7 @@
 import os
 
 from lever_lm.config.schema import DataConfig
-from lever_lm.data.examples import (
+from lever_lm.data.example import (
     Example,
     Image,
     StoredImage,
@@ -14,10 +14,10 @@ from lever_lm.data.examples import (
     refuse_or_skip,
     undecodable,
 )
-from lever_lm.data.naming import parquet_files
 from lever_lm.data.okvqa import SPLITS, questions_file
 from lever_lm.data.okvqa import load_split as load_official
 from lever_lm.data.parquet import load_split as load_parquet
+from lever_lm.data.split_files import parquet_files
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.fingerprint import fingerprint
 from lever_lm.utils.paths import HUB_PREFIX, asset_path

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from lever_lm.config.schema import DataConfig
-from lever_lm.data.examples import Example, refuse_or_skip, unfit, unique, whole_id
+from lever_lm.data.example import Example, refuse_or_skip, unfit, unique, whole_id
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.paths import asset_path
 from lever_lm.utils.safe_parse import loads, read_bytes, shown

@@ -9,7 +9,7 @@ import glob
 from pathlib import Path
 
 from lever_lm.config.schema import DataConfig
-from lever_lm.data.examples import (
+from lever_lm.data.example import (
     Example,
     Image,
     StoredImage,
@@ -20,8 +20,8 @@ from lever_lm.data.examples import (
     unique,
     whole_id,
 )
-from lever_lm.data.naming import files_of, parquet_files, splits_named
-from lever_lm.data.remote import Refused, cache_file, fetch_images, is_address, is_fetchable, local_image
+from lever_lm.data.image_download import Refused, cache_file, fetch_images, is_address, is_fetchable, local_image
+from lever_lm.data.split_files import files_of, parquet_files, splits_named
 from lever_lm.utils.device import first_line
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.fingerprint import fingerprint

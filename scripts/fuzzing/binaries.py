@@ -15,7 +15,7 @@ from fuzzing.harness import Parser, Target
 from fuzzing.mutations import TOKENS, noise, spoil_bytes, spoil_json
 from fuzzing.texts import to_file
 from fuzzing.torchfiles import Payload
-from lever_lm.features import read_embeddings
+from lever_lm.data.embeddings import read_embeddings
 
 # ---------------------------------------------------------------------- arrays and safetensors
 
@@ -155,7 +155,7 @@ def features(folder: Path) -> Target:
     """The cache of features, of a dataset and encoder that have not changed."""
     from lever_lm.config.schema import FeatureConfig
     from lever_lm.data import Example, VqaData
-    from lever_lm.features import _stamp, cached_features
+    from lever_lm.data.embeddings import _stamp, cached_features
 
     examples = tuple(Example(i, i, "what?", ("yes",), ("yes",), "x.jpg") for i in range(5))
     data, config, path = (

@@ -12,7 +12,7 @@ from io import BytesIO
 from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 
-from lever_lm.data.pixels import Undecodable, decoded
+from lever_lm.data.image_decode import Undecodable, decoded
 from lever_lm.utils.atomic_io import atomic_file
 from lever_lm.utils.locks import alone
 from lever_lm.utils.safe_parse import one_line

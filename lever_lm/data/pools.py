@@ -13,7 +13,7 @@ import torch
 
 from lever_lm.config.schema import SamplerConfig
 from lever_lm.data import Example
-from lever_lm.features import Embeddings
+from lever_lm.data.embeddings import Embeddings
 from lever_lm.utils.errors import LeverError, UsageError
 from lever_lm.utils.progress import WORTH_A_WORD, Track, Work, untracked
 

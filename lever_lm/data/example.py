@@ -11,7 +11,7 @@ from functools import cached_property, lru_cache
 from io import BytesIO
 from typing import BinaryIO
 
-from lever_lm.data.pixels import Undecodable, decoded
+from lever_lm.data.image_decode import Undecodable, decoded
 from lever_lm.utils.atomic_io import open_regular
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.file_hashes import DIGESTS
