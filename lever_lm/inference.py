@@ -18,10 +18,10 @@ from lever_lm.data import Example, VqaData
 from lever_lm.data.embeddings import Embeddings, Features
 from lever_lm.data.pools import Candidates, nearest, query_rng, sample_pools, similarity_rows
 from lever_lm.lvlm import CachedLvlm, build_prompt
-from lever_lm.metrics import vqa_accuracy
 from lever_lm.policy import PointerSelector
 from lever_lm.stats import bootstrap_interval, paired_test
-from lever_lm.stems import Stems, learn_stems
+from lever_lm.tasks.answer_stems import Stems, learn_stems
+from lever_lm.tasks.vqa import vqa_accuracy
 from lever_lm.utils.atomic_io import write_json, write_text
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.progress import WORTH_A_WORD, Track, Work, untracked

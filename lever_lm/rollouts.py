@@ -20,8 +20,8 @@ from lever_lm.data.embeddings import Features
 from lever_lm.data.groups import Group, is_query, load_groups, read_rollouts, trajectory_reward
 from lever_lm.infoscore import add_infoscore
 from lever_lm.lvlm import CachedLvlm, Prompt, build_prompt, cut_answer
-from lever_lm.metrics import normalize_answer, relevance, vqa_accuracy
 from lever_lm.proposals import propose_groups
+from lever_lm.tasks.vqa import normalize_answer, relevance, vqa_accuracy
 from lever_lm.utils.atomic_io import write_json
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.fingerprint import changed, changes, stamp

@@ -17,11 +17,11 @@ from lever_lm.data.pools import SAMPLERS
 from lever_lm.finding import find_checkpoint, latest_checkpoint, load_for
 from lever_lm.inference import BASELINES, Evaluation, compare, is_result
 from lever_lm.lvlm import load_lvlm
-from lever_lm.metrics import vqa_accuracy
 from lever_lm.options import parse_shots
 from lever_lm.policy import PointerSelector
 from lever_lm.runs import RunFolder
 from lever_lm.tables import show_results
+from lever_lm.tasks.vqa import vqa_accuracy
 from lever_lm.utils.console import Screen
 from lever_lm.utils.errors import LeverError, UsageError
 

@@ -23,11 +23,11 @@ from lever_lm.guards import At
 from lever_lm.lvlm import CachedLvlm, build_prompt, cut_answer
 from lever_lm.lvlm.cache import AnswerCache
 from lever_lm.lvlm.local import LocalLvlm, local_fingerprint
-from lever_lm.metrics import vqa_accuracy
 from lever_lm.online import explore, mix
 from lever_lm.policy import PointerSelector
 from lever_lm.rewards import REWARD_MODES
 from lever_lm.rollouts import make_rollouts, online_rewards
+from lever_lm.tasks.vqa import vqa_accuracy
 from lever_lm.training import train_grpo, train_rce
 from lever_lm.utils.errors import UsageError
 
