@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from lever_lm.batches import Batch, GroupTensors
-from lever_lm.encoder import Noise
 from lever_lm.guards import At, Pass
 from lever_lm.judging import EVAL_BATCH, projected
-from lever_lm.policy import PointerSelector
+from lever_lm.selectors.pointer.encoder import Noise
+from lever_lm.selectors.pointer.model import PointerSelector
 
 
 def snapshot(policy: PointerSelector) -> dict[str, Tensor]:

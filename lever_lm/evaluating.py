@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lever_lm.beside import change_lines, changes, changes_of_run
-from lever_lm.checkpoint import policy_digest
 from lever_lm.data import VqaData, load_dataset
 from lever_lm.data.embeddings import encoder_fingerprint
 from lever_lm.doctor import ALL
@@ -23,6 +22,7 @@ from lever_lm.plots import check_plots, write_plots
 from lever_lm.provenance import command_line, recorded
 from lever_lm.report import Evaluated, evaluations, last_evaluation, write_report
 from lever_lm.runs import LOCK, RunFolder, inference_folder, lvlm_name
+from lever_lm.selectors.pointer.checkpoint import policy_digest
 from lever_lm.utils.atomic_io import file_digest
 from lever_lm.utils.errors import LeverError, UsageError
 from lever_lm.utils.fingerprint import CODE, fingerprint

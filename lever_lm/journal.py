@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lever_lm.checkpoint import load_torch, save_torch, v3_content
 from lever_lm.guards import At, not_finite
-from lever_lm.policy import PointerSelector
 from lever_lm.runs import RunFolder
+from lever_lm.selectors.pointer.checkpoint import load_torch, save_torch, v3_content
+from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.statefile import misfit, problem_of
 from lever_lm.trackers import TensorBoard
 from lever_lm.utils.atomic_io import append_line, remove, write_text

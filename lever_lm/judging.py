@@ -14,8 +14,8 @@ from lever_lm.batches import GroupTensors
 from lever_lm.config.schema import GrpoConfig
 from lever_lm.guards import At, Pass, rce_terms
 from lever_lm.losses import rce_loss
-from lever_lm.policy import PointerSelector
 from lever_lm.rewards import group_mean_std, tied_groups
+from lever_lm.selectors.pointer.model import PointerSelector
 
 EVAL_BATCH = 256
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from lever_lm.anomaly import detecting
 from lever_lm.batches import GroupTensors, to_tensors
-from lever_lm.checkpoint import format_of, read_checkpoint, save_torch, to_v2, to_v3
 from lever_lm.config.schema import Config, FeatureConfig
 from lever_lm.data import VqaData, load_dataset
 from lever_lm.data.embeddings import Features, compute_features, features_fingerprint, read_embeddings
@@ -35,6 +34,7 @@ from lever_lm.rollouts import (
 )
 from lever_lm.runs import LOCK, Layout, RunFolder, inference_folder, v2_name
 from lever_lm.selection import choose, read_history, worth_keeping
+from lever_lm.selectors.pointer.checkpoint import format_of, read_checkpoint, save_torch, to_v2, to_v3
 from lever_lm.trackers import TensorBoard, track
 from lever_lm.training import train_grpo, train_rce
 from lever_lm.utils.atomic_io import file_digest

@@ -17,7 +17,7 @@ from lever_lm.data import Example, VqaData
 from lever_lm.data.embeddings import Features
 from lever_lm.data.pools import query_rng, sample_pools
 from lever_lm.lvlm import Prompt, build_prompt
-from lever_lm.policy import PointerSelector
+from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.utils.errors import LeverError, UsageError
 from lever_lm.utils.progress import WORTH_A_WORD, Track, Work, untracked
 

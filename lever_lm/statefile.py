@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from lever_lm.policy import PointerSelector
+from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.utils.safe_parse import shown
 
 FIELDS = ("phase", "epoch", "policy", "optimizer", "rng", "extra", "rows", "inputs")

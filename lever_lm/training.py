@@ -33,9 +33,9 @@ from lever_lm.losses import (
     zero_grad_frac,
 )
 from lever_lm.online import Answer, explore, mix, online_statistics
-from lever_lm.policy import PointerSelector
 from lever_lm.rewards import group_advantage, group_mean_std, normalize_group, tied_groups
 from lever_lm.selection import epochs_since_best
+from lever_lm.selectors.pointer.model import PointerSelector
 
 _BACKBONE = ("input_proj", "query_proj", "cand_proj")
 

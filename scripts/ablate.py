@@ -22,7 +22,6 @@ import synthetic
 import torch
 
 from lever_lm.batches import to_tensors
-from lever_lm.checkpoint import load_policy
 from lever_lm.config.schema import Config
 from lever_lm.config.values import build, configs_root, dotted, merge, named_yaml, read_yaml
 from lever_lm.data.groups import load_groups, split_ids
@@ -32,10 +31,11 @@ from lever_lm.inference import BASELINES
 from lever_lm.journal import Journal
 from lever_lm.judging import group_statistics
 from lever_lm.pipeline import Pipeline
-from lever_lm.policy import PointerSelector
 from lever_lm.proposals import new_policy
 from lever_lm.rewards import group_advantage
 from lever_lm.runs import RunFolder
+from lever_lm.selectors.pointer.checkpoint import load_policy
+from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.training import best_rollouts, train_grpo, train_rce
 from lever_lm.utils.atomic_io import write_json
 from lever_lm.utils.console import Screen

@@ -39,8 +39,8 @@ from lever_lm.config.schema import GrpoConfig, RceConfig
 from lever_lm.data.groups import load_groups, split_ids
 from lever_lm.journal import Journal
 from lever_lm.losses import rce_temperature
-from lever_lm.policy import PointerSelector
 from lever_lm.runs import RunFolder
+from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.utils.console import Screen
 
 EPOCHS = {"rce": RceConfig().epochs, "grpo": GrpoConfig().epochs}

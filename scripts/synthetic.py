@@ -23,7 +23,7 @@ import torch
 from numpy import ndarray
 from torch import Tensor
 
-from lever_lm.policy import PointerSelector
+from lever_lm.selectors.pointer.model import PointerSelector
 
 TOPICS = 24
 UTILITY_DIM, VIEW_DIM = 12, 24  # what decides the reward; what the policy that collects the rollouts sees

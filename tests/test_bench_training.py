@@ -10,8 +10,8 @@ import torch
 from helpers import SCRIPTS
 
 from lever_lm.losses import grpo_loss, rce_loss
-from lever_lm.policy import PointerSelector
 from lever_lm.rewards import group_advantage
+from lever_lm.selectors.pointer.model import PointerSelector
 
 D, H, K, B, G, S = 12, 8, 7, 3, 5, 3
 

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from lever_lm.checkpoint import (
+from lever_lm.selectors.pointer.checkpoint import (
     load_policy,
     load_torch,
     own_config,
@@ -25,7 +25,7 @@ from lever_lm.checkpoint import (
     v3_content,
     v3_to_v2_keys,
 )
-from lever_lm.policy import PointerSelector
+from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.utils.errors import LeverError
 
 GOLDEN = Path(__file__).parent / "data" / "checkpoints"

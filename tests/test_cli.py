@@ -19,7 +19,7 @@ import yaml
 from helpers import ROLLOUTS, RUN, SMALL, Done, clean_environment, files_in, run_lever
 
 from lever_lm import __version__, cli
-from lever_lm.checkpoint import load_torch
+from lever_lm.selectors.pointer.checkpoint import load_torch
 
 COMMANDS = ("demo", "train", "rollout", "best-ckpt", "convert", "infer", "pick", "export", "report", "status", "doctor")
 V2 = "grpo_epoch{}_v2format.ckpt"
@@ -724,8 +724,8 @@ def test_convert_never_writes_over_what_it_reads(trained, lever):
 def test_several_layers_are_converted_only_on_demand(trained, lever):
     import torch
 
-    from lever_lm.checkpoint import save_torch, v3_content
-    from lever_lm.policy import PointerSelector
+    from lever_lm.selectors.pointer.checkpoint import save_torch, v3_content
+    from lever_lm.selectors.pointer.model import PointerSelector
 
     torch.manual_seed(0)
     deep = PointerSelector(d_model=64, hidden_dim=64, num_layers=2)

@@ -23,7 +23,6 @@ from lever_lm import training
 from lever_lm.anchors import Anchor
 from lever_lm.anomaly import backward, detecting
 from lever_lm.batches import to_tensors
-from lever_lm.checkpoint import load_torch, save_torch
 from lever_lm.config.schema import DataConfig, FeatureConfig, GrpoConfig, PromptConfig, RceConfig
 from lever_lm.data import load_dataset
 from lever_lm.data.embeddings import ClipEncoder, compute_features
@@ -35,7 +34,8 @@ from lever_lm.losses import rce_loss
 from lever_lm.lvlm import build_prompt
 from lever_lm.lvlm.decoding import NotFinite, Prefilled, beam_search, greedy
 from lever_lm.online import explore
-from lever_lm.policy import PointerSelector
+from lever_lm.selectors.pointer.checkpoint import load_torch, save_torch
+from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.training import train_grpo, train_rce, update
 from lever_lm.utils.errors import LeverError
 

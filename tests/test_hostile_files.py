@@ -36,14 +36,14 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lever_lm.checkpoint import load_policy, load_torch, v3_content
 from lever_lm.config.schema import DataConfig
 from lever_lm.data import load_dataset, open_image
 from lever_lm.data.embeddings import cached_features, read_embeddings
 from lever_lm.journal import Journal
-from lever_lm.policy import PointerSelector
 from lever_lm.runs import RunFolder
 from lever_lm.selection import read_history
+from lever_lm.selectors.pointer.checkpoint import load_policy, load_torch, v3_content
+from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.paths import asset_path
 from lever_lm.utils.pickle_scan import SHARED
@@ -107,7 +107,7 @@ def limited(code: str, *arguments) -> subprocess.CompletedProcess:
 
 _LIMIT = f"""
 import resource
-import PIL.Image, lever_lm.checkpoint, lever_lm.data.embeddings
+import PIL.Image, lever_lm.selectors.pointer.checkpoint, lever_lm.data.embeddings
 pages = int(open("/proc/self/statm").read().split()[0])
 most = pages * resource.getpagesize() + {MEMORY}
 resource.setrlimit(resource.RLIMIT_AS, (most, most))
@@ -116,7 +116,7 @@ resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 LOADS = """
 import resource, sys
-from lever_lm.checkpoint import load_policy
+from lever_lm.selectors.pointer.checkpoint import load_policy
 from lever_lm.utils.errors import LeverError
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for path in sys.argv[1:]:
@@ -546,7 +546,8 @@ def test_embeddings_that_claim_more_than_they_hold_are_refused_and_nothing_is_al
     files = matrices(tmp_path)
     (tmp_path / "long.safetensors").write_bytes(struct.pack("<Q", 2**62) + b"{}")
     code = LOADS.replace(
-        "from lever_lm.checkpoint import load_policy", "from lever_lm.data.embeddings import read_embeddings"
+        "from lever_lm.selectors.pointer.checkpoint import load_policy",
+        "from lever_lm.data.embeddings import read_embeddings",
     )
     code = code.replace("load_policy(path)", "read_embeddings(__import__('pathlib').Path(path))")
     done = limited(code, *files)

@@ -11,15 +11,15 @@ import torch
 import yaml
 from helpers import INFERENCE, RUN, files_in, track
 
-from lever_lm.checkpoint import save_torch, to_v2, v3_content
 from lever_lm.config.schema import to_dict
 from lever_lm.data.pools import SAMPLERS
 from lever_lm.finding import find_checkpoint, latest_checkpoint, load_for
 from lever_lm.inference import BASELINES, Evaluation, compare, is_result
 from lever_lm.lvlm import load_lvlm
 from lever_lm.options import parse_shots
-from lever_lm.policy import PointerSelector
 from lever_lm.runs import RunFolder
+from lever_lm.selectors.pointer.checkpoint import save_torch, to_v2, v3_content
+from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.tables import show_results
 from lever_lm.tasks.vqa import vqa_accuracy
 from lever_lm.utils.console import Screen
@@ -499,7 +499,7 @@ def test_features_of_another_width_are_refused(evaluation):
 
 
 def test_both_formats_of_a_checkpoint_pick_the_same(trained, evaluation, config):
-    from lever_lm.checkpoint import load_torch
+    from lever_lm.selectors.pointer.checkpoint import load_torch
 
     path = trained / RUN / "grpo_epoch3.pt"
     converted = path.with_name("grpo_epoch3_v2format.ckpt")
@@ -538,7 +538,7 @@ def test_an_rce_checkpoint_is_called_rce(trained, lever):
 
 
 def test_a_checkpoint_of_another_encoder_stops_infer_before_anything_is_written(trained, lever):
-    from lever_lm.checkpoint import load_torch
+    from lever_lm.selectors.pointer.checkpoint import load_torch
 
     content = load_torch(trained / RUN / "grpo_epoch1.pt")
     content["config"]["encoder"] = "clip-vit-large-patch14@hub"

@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 
-from lever_lm.checkpoint import load_policy, load_torch
 from lever_lm.journal import Journal, table_header, table_row
-from lever_lm.policy import PointerSelector
 from lever_lm.runs import RunFolder
+from lever_lm.selectors.pointer.checkpoint import load_policy, load_torch
+from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.utils.errors import LeverError
 
 INPUTS = {"rollouts": "aaaa", "features": "bbbb"}

@@ -16,7 +16,6 @@ from helpers import ROLLOUTS, RUN, answers_in, track
 from test_training import GRPO, POOL, QUERIES, RCE, Killed, Mortal, assert_same_run, data, journal_in, make, world
 
 from lever_lm.batches import GroupTensors, to_tensors
-from lever_lm.checkpoint import load_torch
 from lever_lm.config.schema import GrpoConfig
 from lever_lm.data.groups import load_groups
 from lever_lm.guards import At
@@ -24,9 +23,10 @@ from lever_lm.lvlm import CachedLvlm, build_prompt, cut_answer
 from lever_lm.lvlm.cache import AnswerCache
 from lever_lm.lvlm.local import LocalLvlm, local_fingerprint
 from lever_lm.online import explore, mix
-from lever_lm.policy import PointerSelector
 from lever_lm.rewards import REWARD_MODES
 from lever_lm.rollouts import make_rollouts, online_rewards
+from lever_lm.selectors.pointer.checkpoint import load_torch
+from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.tasks.vqa import vqa_accuracy
 from lever_lm.training import train_grpo, train_rce
 from lever_lm.utils.errors import UsageError

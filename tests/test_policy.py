@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from lever_lm.losses import grpo_loss, rce_loss
-from lever_lm.policy import MASKED_LOGIT, PointerSelector
 from lever_lm.rewards import group_advantage
+from lever_lm.selectors.pointer.model import MASKED_LOGIT, PointerSelector
 from lever_lm.training import best_rollouts
 
 GOLDEN = Path(__file__).parent / "data" / "policy"

@@ -8,11 +8,11 @@ import torch
 import yaml
 from helpers import RUN, SMALL, run_here, run_lever
 
-from lever_lm.checkpoint import save_torch
 from lever_lm.config.schema import Config
 from lever_lm.provenance import PACKAGES, compare, differences, environment, own_files, read_environment, record
 from lever_lm.runs import RunFolder
 from lever_lm.selection import STRATEGIES
+from lever_lm.selectors.pointer.checkpoint import save_torch
 from lever_lm.utils.errors import LeverError
 
 MADE_OF = {"data": "1234", "encoder": "clip@5678"}

@@ -16,7 +16,7 @@ import torch
 from helpers import clean_environment, small_digits
 from official import build_official, hub_cache
 
-from lever_lm.policy import PointerSelector
+from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.utils.paths import asset_path
 
 CHECKOUT = Path(__file__).parents[1]

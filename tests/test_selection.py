@@ -12,7 +12,6 @@ from helpers import clean_environment
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lever_lm.checkpoint import save_torch
 from lever_lm.journal import table_header, table_row
 from lever_lm.runs import RunFolder
 from lever_lm.selection import (
@@ -26,6 +25,7 @@ from lever_lm.selection import (
     read_log,
     worth_keeping,
 )
+from lever_lm.selectors.pointer.checkpoint import save_torch
 from lever_lm.utils.errors import LeverError, UsageError
 
 GOLDEN = Path(__file__).parent / "data" / "best_checkpoint"

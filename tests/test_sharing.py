@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from lever_lm import load_policy
 from lever_lm.card import markdown
-from lever_lm.checkpoint import read_checkpoint, save_torch, v3_content
 from lever_lm.config.schema import Config, DataConfig, FeatureConfig, LvlmConfig, to_dict
-from lever_lm.decoder import VARIANTS
-from lever_lm.exported import policy_folder, setting_of
-from lever_lm.policy import PointerSelector
+from lever_lm.selectors.pointer.checkpoint import read_checkpoint, save_torch, v3_content
+from lever_lm.selectors.pointer.hub_format import policy_folder, setting_of
+from lever_lm.selectors.pointer.model import PointerSelector
+from lever_lm.selectors.pointer.variants import VARIANTS
 from lever_lm.sharing import export
 from lever_lm.utils.errors import LeverError, UsageError
 
@@ -421,7 +421,7 @@ def test_no_path_of_a_strangers_config_leads_out_of_the_assets(section, name, va
 
 def test_a_mistyped_path_into_a_folder_that_is_here_is_no_hub_id(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr("lever_lm.exported.fetch_policy", asked.append)
+    monkeypatch.setattr("lever_lm.selectors.pointer.hub_format.fetch_policy", asked.append)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "results").mkdir()
     for path in ("results/demo", "reslts/grpo.pt"):

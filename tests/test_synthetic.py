@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from lever_lm.batches import to_tensors
-from lever_lm.policy import PointerSelector
 from lever_lm.rollouts import load_groups
+from lever_lm.selectors.pointer.model import PointerSelector
 
 CHECKOUT = Path(__file__).parents[1]
 GOLDEN = CHECKOUT.parent / "shared" / "golden" / "make_rl_data.py"

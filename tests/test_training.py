@@ -15,16 +15,16 @@ import torch
 from lever_lm import judging
 from lever_lm.anchors import Anchor, snapshot
 from lever_lm.batches import to_tensors
-from lever_lm.checkpoint import load_torch
 from lever_lm.config.schema import GrpoConfig, RceConfig
 from lever_lm.data.groups import Group
 from lever_lm.guards import At
 from lever_lm.journal import Journal
 from lever_lm.judging import group_statistics, validate
 from lever_lm.losses import rce_loss
-from lever_lm.policy import PointerSelector
 from lever_lm.rewards import group_advantage
 from lever_lm.runs import RunFolder
+from lever_lm.selectors.pointer.checkpoint import load_torch
+from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.training import best_rollouts, train_grpo, train_rce
 from lever_lm.utils.errors import LeverError
 

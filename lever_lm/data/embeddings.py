@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lever_lm.checkpoint import load_torch
 from lever_lm.config.schema import FeatureConfig
 from lever_lm.data import Example, VqaData, open_image
+from lever_lm.selectors.pointer.checkpoint import load_torch
 from lever_lm.utils.atomic_io import open_regular, write_tensors
 from lever_lm.utils.device import first_line, import_transformers, load_whole, resolve_device
 from lever_lm.utils.errors import LeverError
