@@ -13,13 +13,14 @@ from torch import Tensor
 
 from lever_lm.guards import At, not_finite
 from lever_lm.runs import RunFolder
-from lever_lm.selectors.pointer.checkpoint import load_torch, save_torch, v3_content
+from lever_lm.selectors.pointer.checkpoint import save_torch, v3_content
 from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.statefile import misfit, problem_of
 from lever_lm.trackers import TensorBoard
 from lever_lm.utils.atomic_io import append_line, remove, write_text
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.progress import BETWEEN_LINES, Track, Work, untracked
+from lever_lm.utils.safe_torch_load import load_torch
 
 # Column name, key, width, precision. The GRPO columns and both headings are what existing scripts parse.
 _COLUMNS = {

@@ -208,7 +208,8 @@ def _other_weights(one: Path, other: Path) -> str | None:
     """The first tensor that differs between two checkpoints."""
     import torch
 
-    from lever_lm.selectors.pointer.checkpoint import load_torch, weights_of
+    from lever_lm.selectors.pointer.checkpoint import weights_of
+    from lever_lm.utils.safe_torch_load import load_torch
 
     there, here = (weights_of(load_torch(path), path) for path in (one, other))
     if there.keys() != here.keys():

@@ -214,7 +214,7 @@ def _one_phase(rows: list[dict], source: str, notes: list[str]) -> History:
 
 
 def _checkpoint_metrics(run: RunFolder) -> list[dict]:
-    from lever_lm.selectors.pointer.checkpoint import load_torch  # torch: who asks for a run's state has no time for it
+    from lever_lm.utils.safe_torch_load import load_torch
 
     rows = []
     for path in run.path.glob("*_epoch*.pt"):

@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 
 from lever_lm.selectors.pointer.checkpoint import (
     load_policy,
-    load_torch,
     own_config,
     save_torch,
     to_v2,
@@ -27,6 +26,7 @@ from lever_lm.selectors.pointer.checkpoint import (
 )
 from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.utils.errors import LeverError
+from lever_lm.utils.safe_torch_load import load_torch
 
 GOLDEN = Path(__file__).parent / "data" / "checkpoints"
 V3 = GOLDEN / "rce_epoch2_plain_L1.pt"

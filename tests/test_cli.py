@@ -19,7 +19,7 @@ import yaml
 from helpers import ROLLOUTS, RUN, SMALL, Done, clean_environment, files_in, run_lever
 
 from lever_lm import __version__, cli
-from lever_lm.selectors.pointer.checkpoint import load_torch
+from lever_lm.utils.safe_torch_load import load_torch
 
 COMMANDS = ("demo", "train", "rollout", "best-ckpt", "convert", "infer", "pick", "export", "report", "status", "doctor")
 V2 = "grpo_epoch{}_v2format.ckpt"

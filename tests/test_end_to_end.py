@@ -15,7 +15,7 @@ import pytest
 import torch
 from helpers import INFERENCE, ROLLOUTS, RUN, clean_environment, files_in, run_lever, small_digits
 
-from lever_lm.selectors.pointer.checkpoint import load_torch
+from lever_lm.utils.safe_torch_load import load_torch
 
 LIMIT = ("--limit", "24")
 EPOCHS = 30  # enough of them that a kill in the midst comes before the end

@@ -34,10 +34,11 @@ from lever_lm.losses import rce_loss
 from lever_lm.lvlm import build_prompt
 from lever_lm.lvlm.decoding import NotFinite, Prefilled, beam_search, greedy
 from lever_lm.online import explore
-from lever_lm.selectors.pointer.checkpoint import load_torch, save_torch
+from lever_lm.selectors.pointer.checkpoint import save_torch
 from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.training import train_grpo, train_rce, update
 from lever_lm.utils.errors import LeverError
+from lever_lm.utils.safe_torch_load import load_torch
 
 NOTHING_WRITTEN = "Nothing of this epoch was written, the checkpoints before it are sound"
 ANOTHER_RUN = r"\(--run-name NAME\) or from the start \(--overwrite\)"

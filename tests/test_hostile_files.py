@@ -42,11 +42,12 @@ from lever_lm.data.embeddings import cached_features, read_embeddings
 from lever_lm.journal import Journal
 from lever_lm.runs import RunFolder
 from lever_lm.selection import read_history
-from lever_lm.selectors.pointer.checkpoint import load_policy, load_torch, v3_content
+from lever_lm.selectors.pointer.checkpoint import load_policy, v3_content
 from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.paths import asset_path
 from lever_lm.utils.pickle_scan import SHARED
+from lever_lm.utils.safe_torch_load import load_torch
 
 V3 = Path(__file__).parent / "data" / "checkpoints" / "rce_epoch2_plain_L1.pt"
 GIB = 1 << 30

@@ -499,7 +499,7 @@ def test_features_of_another_width_are_refused(evaluation):
 
 
 def test_both_formats_of_a_checkpoint_pick_the_same(trained, evaluation, config):
-    from lever_lm.selectors.pointer.checkpoint import load_torch
+    from lever_lm.utils.safe_torch_load import load_torch
 
     path = trained / RUN / "grpo_epoch3.pt"
     converted = path.with_name("grpo_epoch3_v2format.ckpt")
@@ -538,7 +538,7 @@ def test_an_rce_checkpoint_is_called_rce(trained, lever):
 
 
 def test_a_checkpoint_of_another_encoder_stops_infer_before_anything_is_written(trained, lever):
-    from lever_lm.selectors.pointer.checkpoint import load_torch
+    from lever_lm.utils.safe_torch_load import load_torch
 
     content = load_torch(trained / RUN / "grpo_epoch1.pt")
     content["config"]["encoder"] = "clip-vit-large-patch14@hub"

@@ -25,11 +25,11 @@ from lever_lm.lvlm.local import LocalLvlm, local_fingerprint
 from lever_lm.online import explore, mix
 from lever_lm.rewards import REWARD_MODES
 from lever_lm.rollouts import make_rollouts, online_rewards
-from lever_lm.selectors.pointer.checkpoint import load_torch
 from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.tasks.vqa import vqa_accuracy
 from lever_lm.training import train_grpo, train_rce
 from lever_lm.utils.errors import UsageError
+from lever_lm.utils.safe_torch_load import load_torch
 
 ONLINE = dataclasses.replace(GRPO, online=True, online_every=2, online_samples=6)
 TRAIN = QUERIES * 3 // 4

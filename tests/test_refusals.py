@@ -8,7 +8,8 @@ import pytest
 import yaml
 from helpers import RUN, SMALL, files_in, run_here, small_digits
 
-from lever_lm.selectors.pointer.checkpoint import load_torch, save_torch
+from lever_lm.selectors.pointer.checkpoint import save_torch
+from lever_lm.utils.safe_torch_load import load_torch
 
 
 def bytes_in(folder: Path) -> dict[str, bytes]:

@@ -27,12 +27,13 @@ from lever_lm.lvlm.prompt import to_messages
 from lever_lm.rewards import REWARD_MODES
 from lever_lm.runs import RunFolder
 from lever_lm.selection import GRPO_MARKER
-from lever_lm.selectors.pointer.checkpoint import load_policy, load_torch, own_config, save_torch, to_v2, v3_content
+from lever_lm.selectors.pointer.checkpoint import load_policy, own_config, save_torch, to_v2, v3_content
 from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.utils.atomic_io import file_digest
 from lever_lm.utils.device import import_transformers
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.paths import asset_path
+from lever_lm.utils.safe_torch_load import load_torch
 
 EMBEDDINGS = DATA / "small_embeddings.safetensors"
 QUICK = ("--rce-epochs", "1", "--grpo-epochs", "1", "--set", "policy.hidden_dim=8", "--json")

@@ -23,10 +23,10 @@ from lever_lm.judging import group_statistics, validate
 from lever_lm.losses import rce_loss
 from lever_lm.rewards import group_advantage
 from lever_lm.runs import RunFolder
-from lever_lm.selectors.pointer.checkpoint import load_torch
 from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.training import best_rollouts, train_grpo, train_rce
 from lever_lm.utils.errors import LeverError
+from lever_lm.utils.safe_torch_load import load_torch
 
 QUERIES, POOL, DIM = 24, 6, 8
 RCE = RceConfig(epochs=3, lr=3e-3, batch_size=8)

@@ -14,18 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lever_lm.selectors.pointer.checkpoint import (
-    infer_shape,
-    load_policy,
-    load_torch,
-    save_torch,
-    to_v2,
-    to_v3,
-    v3_content,
-)
+from lever_lm.selectors.pointer.checkpoint import infer_shape, load_policy, save_torch, to_v2, to_v3, v3_content
 from lever_lm.selectors.pointer.model import MASKED_LOGIT, PointerSelector
 from lever_lm.selectors.pointer.variants import VARIANTS
 from lever_lm.utils.errors import LeverError
+from lever_lm.utils.safe_torch_load import load_torch
 
 CHOICES = {
     "state_update": ("none", "gate", "gru"),
