@@ -21,8 +21,8 @@ import torch
 from lever_lm.config.schema import DataConfig, LvlmConfig, PromptConfig
 from lever_lm.data import Example, load_dataset
 from lever_lm.lvlm import build_prompt
-from lever_lm.lvlm.local import LocalLvlm
 from lever_lm.lvlm.prompt import to_messages
+from lever_lm.lvlm.qwen2_5_vl import LocalLvlm
 from lever_lm.utils.device import import_transformers, resolve_device
 from lever_lm.utils.paths import asset_path
 

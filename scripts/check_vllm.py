@@ -33,9 +33,9 @@ sys.path.insert(0, str(ROOT))
 from lever_lm.config.schema import DataConfig, LvlmConfig, PromptConfig
 from lever_lm.data import load_dataset
 from lever_lm.lvlm import Prompt, build_prompt
-from lever_lm.lvlm.client import check_server
-from lever_lm.lvlm.local import LocalLvlm
-from lever_lm.lvlm.server import ServerLvlm
+from lever_lm.lvlm.openai_client import check_server
+from lever_lm.lvlm.openai_server import ServerLvlm
+from lever_lm.lvlm.qwen2_5_vl import LocalLvlm
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.paths import asset_path
 

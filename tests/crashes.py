@@ -82,7 +82,7 @@ def _load_everything() -> None:
         importlib.import_module(name)
     from lever_lm.config.load import resolve
     from lever_lm.data.embeddings import ClipEncoder
-    from lever_lm.lvlm.local import LocalLvlm
+    from lever_lm.lvlm.qwen2_5_vl import LocalLvlm
 
     config = resolve({"dataset": "digits", "lvlm": "tiny_qwen2.5_vl"}, None, [], {})[0]
     ClipEncoder(config.features.encoder, "cpu", 1)

@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 from lever_lm.config.schema import LvlmConfig, PromptConfig
 from lever_lm.data import open_image
 from lever_lm.lvlm import build_prompt
-from lever_lm.lvlm.bank import VisionBank
-from lever_lm.lvlm.images import CHUNK, chunked_patches, patches
-from lever_lm.lvlm.kernels import _align
-from lever_lm.lvlm.local import LocalLvlm, vision_fingerprint
+from lever_lm.lvlm.feature_cache import VisionBank
+from lever_lm.lvlm.preprocess import CHUNK, chunked_patches, patches
+from lever_lm.lvlm.qwen2_5_vl import LocalLvlm, vision_fingerprint
+from lever_lm.lvlm.qwen_kernels import _align
 from lever_lm.utils.atomic_io import TEMPORARY_PREFIX
 from lever_lm.utils.distributed import Shards
 from lever_lm.utils.errors import LeverError, UsageError
@@ -449,7 +449,9 @@ def test_fewer_workers_than_by_default_cannot_be_asked_for():
 def test_workers_are_none_on_a_cpu_unless_asked_for(images, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     started = []
-    monkeypatch.setattr("lever_lm.lvlm.vision.chunked_patches", lambda *a, workers, **k: started.append(workers) or ())
+    monkeypatch.setattr(
+        "lever_lm.lvlm.qwen_vision.chunked_patches", lambda *a, workers, **k: started.append(workers) or ()
+    )
     make().vision.see(images)
     make(workers=3).vision.see(images)
     assert started == [0, 3]

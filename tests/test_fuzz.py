@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lever_lm.config.values import build, parse_set
-from lever_lm.lvlm.server import log_prob_at_end
+from lever_lm.lvlm.openai_server import log_prob_at_end
 from lever_lm.options import parse_shots
 from lever_lm.utils.errors import LeverError, UsageError
 from lever_lm.utils.safe_parse import json_text, load_yaml, loads, one_line, printable, shown

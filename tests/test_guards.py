@@ -587,7 +587,7 @@ def test_a_log_prob_that_is_not_finite_names_the_question(monkeypatch, prompts):
 
 def test_image_features_that_are_not_finite_name_the_image_and_stay_off_the_disk(monkeypatch, tmp_path, prompts):
     from lever_lm.config.schema import LvlmConfig
-    from lever_lm.lvlm.local import LocalLvlm
+    from lever_lm.lvlm.qwen2_5_vl import LocalLvlm
 
     config = LvlmConfig(path="asset:tiny-qwen2.5-vl", dtype="float32")
     ours = LocalLvlm(config, PromptConfig(), "cpu", bank=tmp_path / "bank")

@@ -622,7 +622,7 @@ BAD_BANKS = {
 
 @pytest.mark.parametrize("kind", BAD_BANKS)
 def test_a_bank_file_that_is_not_what_it_says_is_thrown_out(tmp_path, kind):
-    from lever_lm.lvlm.bank import VisionBank
+    from lever_lm.lvlm.feature_cache import VisionBank
 
     tensors, grids = BAD_BANKS[kind]
     good, bad = tmp_path / f"{'1' * 16}.safetensors", tmp_path / f"{'2' * 16}.safetensors"
@@ -1083,7 +1083,7 @@ def test_a_model_whose_weights_are_a_pickle_is_loaded_without_executing_any(pick
 @pytest.mark.parametrize("asset", ["tiny-clip", "tiny-qwen2.5-vl"])
 def test_code_that_comes_with_a_model_is_not_imported(tmp_path, asset):
     from lever_lm.config.schema import LvlmConfig, PromptConfig
-    from lever_lm.lvlm.local import LocalLvlm
+    from lever_lm.lvlm.qwen2_5_vl import LocalLvlm
 
     folder, trap = tmp_path / "model", tmp_path / "executed"
     shutil.copytree(asset_path(f"asset:{asset}"), folder)

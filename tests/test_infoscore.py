@@ -18,8 +18,8 @@ from lever_lm.config.schema import RolloutConfig
 from lever_lm.data.groups import load_groups
 from lever_lm.infoscore import add_infoscore, infoscore_calls, search
 from lever_lm.lvlm import CachedLvlm, build_prompt, cut_answer
-from lever_lm.lvlm.cache import AnswerCache
-from lever_lm.lvlm.local import LocalLvlm, local_fingerprint
+from lever_lm.lvlm.answer_cache import AnswerCache
+from lever_lm.lvlm.qwen2_5_vl import LocalLvlm, local_fingerprint
 from lever_lm.proposals import propose_groups
 from lever_lm.tasks.vqa import vqa_accuracy
 from lever_lm.utils.errors import LeverError, UsageError

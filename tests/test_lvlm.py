@@ -16,9 +16,9 @@ from lever_lm.config.schema import LvlmConfig, PromptConfig
 from lever_lm.data import open_image
 from lever_lm.lvlm import build_prompt, cut_answer
 from lever_lm.lvlm.decoding import beam_search
-from lever_lm.lvlm.images import fitted
-from lever_lm.lvlm.kernels import float32_logits, repeatable_attention
-from lever_lm.lvlm.local import LocalLvlm, local_fingerprint
+from lever_lm.lvlm.preprocess import fitted
+from lever_lm.lvlm.qwen2_5_vl import LocalLvlm, local_fingerprint
+from lever_lm.lvlm.qwen_kernels import float32_logits, repeatable_attention
 from lever_lm.utils.device import import_transformers
 from lever_lm.utils.errors import LeverError, UsageError
 from lever_lm.utils.paths import asset_path

@@ -10,8 +10,9 @@ import sqlite3
 import pytest
 
 from lever_lm.data import Example, image_digest
-from lever_lm.lvlm import CachedLvlm, Prompt, cache
-from lever_lm.lvlm.cache import AnswerCache
+from lever_lm.lvlm import CachedLvlm, Prompt
+from lever_lm.lvlm import answer_cache as cache
+from lever_lm.lvlm.answer_cache import AnswerCache
 from lever_lm.utils.errors import LeverError, Unfinished
 
 

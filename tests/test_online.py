@@ -20,8 +20,8 @@ from lever_lm.config.schema import GrpoConfig
 from lever_lm.data.groups import load_groups
 from lever_lm.guards import At
 from lever_lm.lvlm import CachedLvlm, build_prompt, cut_answer
-from lever_lm.lvlm.cache import AnswerCache
-from lever_lm.lvlm.local import LocalLvlm, local_fingerprint
+from lever_lm.lvlm.answer_cache import AnswerCache
+from lever_lm.lvlm.qwen2_5_vl import LocalLvlm, local_fingerprint
 from lever_lm.online import explore, mix
 from lever_lm.rewards import REWARD_MODES
 from lever_lm.rollouts import make_rollouts, online_rewards

@@ -12,8 +12,8 @@ from helpers import small_digits, track
 from lever_lm.config.schema import PromptConfig
 from lever_lm.data.groups import load_groups
 from lever_lm.lvlm import CachedLvlm, build_prompt, cut_answer
-from lever_lm.lvlm.cache import AnswerCache
-from lever_lm.lvlm.local import LocalLvlm, local_fingerprint
+from lever_lm.lvlm.answer_cache import AnswerCache
+from lever_lm.lvlm.qwen2_5_vl import LocalLvlm, local_fingerprint
 from lever_lm.proposals import new_policy, query_rows
 from lever_lm.rollouts import _reference_probs, group_report, make_rollouts, online_rewards
 from lever_lm.tasks.vqa import normalize_answer, relevance, vqa_accuracy

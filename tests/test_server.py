@@ -23,13 +23,14 @@ from helpers import SMALL, answers_in, clean_environment, track
 from loopback import Loopback, Reply, TinyChat, models, said
 
 from lever_lm.config.schema import LvlmConfig, PromptConfig
-from lever_lm.lvlm import build_prompt, client, load_lvlm
-from lever_lm.lvlm import server as server_module
-from lever_lm.lvlm import servers as servers_module
-from lever_lm.lvlm.client import check_server
-from lever_lm.lvlm.images import fitted
-from lever_lm.lvlm.local import LocalLvlm, local_fingerprint
-from lever_lm.lvlm.server import DataUrls, ServerLvlm, log_prob_at_end, server_fingerprint
+from lever_lm.lvlm import build_prompt, load_lvlm
+from lever_lm.lvlm import openai_client as client
+from lever_lm.lvlm import openai_server as server_module
+from lever_lm.lvlm import openai_servers as servers_module
+from lever_lm.lvlm.openai_client import check_server
+from lever_lm.lvlm.openai_server import DataUrls, ServerLvlm, log_prob_at_end, server_fingerprint
+from lever_lm.lvlm.preprocess import fitted
+from lever_lm.lvlm.qwen2_5_vl import LocalLvlm, local_fingerprint
 from lever_lm.utils.device import import_transformers
 from lever_lm.utils.errors import LeverError, Unfinished, UsageError
 from lever_lm.utils.paths import asset_path

@@ -17,7 +17,7 @@ import torch
 from helpers import INFERENCE, ROLLOUTS, Done, answers_in, clean_environment, files_in, run_lever
 from test_lvlm_cache import Counting, opened, prompts  # noqa: F401 - a fixture
 
-from lever_lm.lvlm.cache import AnswerCache
+from lever_lm.lvlm.answer_cache import AnswerCache
 from lever_lm.utils.console import Screen
 from lever_lm.utils.device import resolve_device
 from lever_lm.utils.distributed import Shards
@@ -280,7 +280,7 @@ from test_lvlm_cache import Counting
 from lever_lm.data import Example
 from lever_lm.utils.errors import LeverError
 from lever_lm.lvlm import CachedLvlm, Prompt
-from lever_lm.lvlm.cache import AnswerCache
+from lever_lm.lvlm.answer_cache import AnswerCache
 from lever_lm.utils.distributed import Shards
 
 job, folder = Shards.from_environment(), Path(sys.argv[1])
@@ -439,7 +439,7 @@ KILLED = """
 import os, signal, time
 from pathlib import Path
 from lever_lm import cli
-from lever_lm.lvlm.cache import AnswerCache
+from lever_lm.lvlm.answer_cache import AnswerCache
 
 put, done = AnswerCache.put, []
 def stopping(self, items):

@@ -627,7 +627,7 @@ def test_the_shipped_configs_load_any_qwen_directory(lever, tmp_path, small, lvl
 @pytest.fixture(scope="module")
 def backends(digits_config):
     """attention → an LVLM with it."""
-    from lever_lm.lvlm.local import LocalLvlm
+    from lever_lm.lvlm.qwen2_5_vl import LocalLvlm
 
     def load(attention):
         return LocalLvlm(dataclasses.replace(digits_config.lvlm, attention=attention), digits_config.prompt, "cpu")

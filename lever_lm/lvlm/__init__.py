@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lever_lm.config.schema import LvlmConfig, PromptConfig
-from lever_lm.lvlm.cache import AnswerCache, CachedLvlm, Track
+from lever_lm.lvlm.answer_cache import AnswerCache, CachedLvlm, Track
 from lever_lm.lvlm.prompt import Prompt, build_prompt, cut_answer
 from lever_lm.utils.distributed import Shards
 from lever_lm.utils.file_hashes import DIGESTS
@@ -27,7 +27,7 @@ def load_lvlm(
     """The LVLM of a config behind the answer cache at `cache`. Of several processes, each calls this. say: is told of a
     server that is waited for."""
     if config.server:
-        from lever_lm.lvlm.server import ServerLvlm, server_fingerprint
+        from lever_lm.lvlm.openai_server import ServerLvlm, server_fingerprint
 
         fingerprint = server_fingerprint(config, prompt)
         model = server_fingerprint(config, PromptConfig())
@@ -35,7 +35,7 @@ def load_lvlm(
             lambda: ServerLvlm(config, prompt, say), fingerprint, AnswerCache(cache, shards), track, model, prompt.cut
         )
 
-    from lever_lm.lvlm.local import LocalLvlm, local_fingerprint, vision_fingerprint
+    from lever_lm.lvlm.qwen2_5_vl import LocalLvlm, local_fingerprint, vision_fingerprint
 
     with shards.leader_first(), DIGESTS.kept(shards, track):
         fetch_model(config.path, "--lvlm, lvlm.path")

@@ -182,7 +182,7 @@ def features(folder: Path) -> Target:
 def bank(folder: Path) -> Target:
     """A file of the vision bank."""
     from lever_lm.data import image_digest
-    from lever_lm.lvlm.bank import VisionBank
+    from lever_lm.lvlm.feature_cache import VisionBank
 
     images = [str(folder / name) for name in ("a.jpg", "b.jpg")]
     for image in images:
@@ -208,7 +208,7 @@ def answers(folder: Path) -> Target:
     from lever_lm.config.schema import PromptConfig
     from lever_lm.data import Example
     from lever_lm.lvlm import CachedLvlm, build_prompt
-    from lever_lm.lvlm.cache import AnswerCache
+    from lever_lm.lvlm.answer_cache import AnswerCache
     from lever_lm.utils.distributed import Shards
 
     image, path = folder / "a.jpg", folder / "answers.sqlite"

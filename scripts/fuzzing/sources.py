@@ -168,8 +168,8 @@ def server(folder: Path) -> Target:
     from lever_lm.config.schema import LvlmConfig, PromptConfig
     from lever_lm.data import Example
     from lever_lm.lvlm import build_prompt
-    from lever_lm.lvlm.client import check_server
-    from lever_lm.lvlm.server import ServerLvlm
+    from lever_lm.lvlm.openai_client import check_server
+    from lever_lm.lvlm.openai_server import ServerLvlm
 
     ssl.SSLContext.load_verify_locations = lambda *_: None  # a client for each case would read all certificates
     image, replies = folder / "x.png", _Replies()

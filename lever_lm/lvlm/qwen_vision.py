@@ -13,9 +13,9 @@ from torch import Tensor
 
 from lever_lm.config.schema import LvlmConfig
 from lever_lm.data import Image
-from lever_lm.lvlm.bank import GIB, VisionBank
-from lever_lm.lvlm.cache import Track
-from lever_lm.lvlm.images import chunked, chunked_patches, patches
+from lever_lm.lvlm.answer_cache import Track
+from lever_lm.lvlm.feature_cache import GIB, VisionBank
+from lever_lm.lvlm.preprocess import chunked, chunked_patches, patches
 from lever_lm.utils.device import first_line
 from lever_lm.utils.distributed import Shards
 from lever_lm.utils.errors import LeverError

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from lever_lm.config.schema import LvlmConfig
-from lever_lm.lvlm import client as clients
-from lever_lm.lvlm.client import LOOK, MAX_WAIT, Client, MayPass, Served, ServerError, check_server
+from lever_lm.lvlm import openai_client as clients
+from lever_lm.lvlm.openai_client import LOOK, MAX_WAIT, Client, MayPass, Served, ServerError, check_server
 
 _REST = 10.0  # seconds in which a server that nothing serves at is passed over, while there is another
 

@@ -18,11 +18,11 @@ from io import BytesIO
 
 from lever_lm.config.schema import LvlmConfig, PromptConfig
 from lever_lm.data import Image, open_image
-from lever_lm.lvlm.client import SEE_LOG, ServerError, served_name
-from lever_lm.lvlm.images import fitted
+from lever_lm.lvlm.context_length import Room
+from lever_lm.lvlm.openai_client import SEE_LOG, ServerError, served_name
+from lever_lm.lvlm.openai_servers import Servers, check_servers
+from lever_lm.lvlm.preprocess import fitted
 from lever_lm.lvlm.prompt import Prompt, cut_answer, holder, to_messages, wording
-from lever_lm.lvlm.room import Room
-from lever_lm.lvlm.servers import Servers, check_servers
 from lever_lm.utils.device import import_transformers
 from lever_lm.utils.errors import LeverError, Unfinished
 from lever_lm.utils.fingerprint import CODE, fingerprint

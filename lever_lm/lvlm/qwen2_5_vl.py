@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from lever_lm.config.schema import LVLM_SPEED, LvlmConfig, PromptConfig
-from lever_lm.lvlm.cache import Track
+from lever_lm.lvlm.answer_cache import Track
 from lever_lm.lvlm.decoding import NotFinite, Prefilled, beam_search, greedy
-from lever_lm.lvlm.kernels import compile_parts, float32_logits, repeatable_attention, speed_up_vision
 from lever_lm.lvlm.processor import load_processor
 from lever_lm.lvlm.prompt import Prompt, cut_answer, holder, to_messages, wording
-from lever_lm.lvlm.vision import Vision
+from lever_lm.lvlm.qwen_kernels import compile_parts, float32_logits, repeatable_attention, speed_up_vision
+from lever_lm.lvlm.qwen_vision import Vision
 from lever_lm.utils.device import first_line, import_transformers, load_whole, resolve_device
 from lever_lm.utils.distributed import Shards
 from lever_lm.utils.errors import LeverError

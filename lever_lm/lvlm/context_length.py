@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from lever_lm.config.schema import TOKEN_EDGE, LvlmConfig, PromptConfig
 from lever_lm.data import Image, open_image
-from lever_lm.lvlm.client import Served, ServerError
-from lever_lm.lvlm.images import fitted_size
+from lever_lm.lvlm.openai_client import Served, ServerError
+from lever_lm.lvlm.preprocess import fitted_size
 from lever_lm.lvlm.processor import load_processor
 from lever_lm.lvlm.prompt import Prompt, to_messages
 from lever_lm.utils.errors import LeverError
