@@ -20,7 +20,7 @@ from lever_lm.options import (
     training_flags,
 )
 from lever_lm.pipelines import make_pipeline, pipeline_of_run, run_paths
-from lever_lm.trackers import check_tracker
+from lever_lm.training.tensorboard import check_tracker
 from lever_lm.utils.distributed import Shards
 from lever_lm.utils.errors import LeverError, UsageError
 
@@ -151,8 +151,8 @@ def best_ckpt(
     log: Annotated[Path | None, typer.Option(help="Choose from a training log, ours or Lever-Plus's.")] = None,
 ) -> None:
     """Pick an epoch by its metrics; the answer is kept in the run's best.json."""
-    from lever_lm.selection import check_strategy, choose, kept_choice, read_history
     from lever_lm.tables import show_choice
+    from lever_lm.training.select_checkpoint import check_strategy, choose, kept_choice, read_history
     from lever_lm.utils.atomic_io import write_json
 
     _in_one_process("best-ckpt")
@@ -221,8 +221,8 @@ def infer(
     if icds is not None and ckpt is not None:
         raise UsageError("--icds and --ckpt both say what is shown: give one of them")
     from lever_lm import evaluating
-    from lever_lm.finding import find_checkpoint
     from lever_lm.tables import show_results
+    from lever_lm.training.find_checkpoint import find_checkpoint
 
     def find(run, _) -> tuple[Path, str]:
         return find_checkpoint(run, ckpt, dict(os.environ))
@@ -260,9 +260,9 @@ def pick(
     _in_one_process("pick")
     if (image is None) != (question is None) or (image is not None and example is not None):
         raise UsageError("pick takes an --image with its --question, or --example QUESTION_ID, or none of them")
-    from lever_lm.beside import change_lines, changes
     from lever_lm.picking import checkpoint_here, pick_for, show_picks, the_query
     from lever_lm.retriever import Retriever
+    from lever_lm.training.from_checkpoint import change_lines, changes
 
     pipeline = pipeline_of_run(common, find=lambda run, layout: checkpoint_here(run, layout, ckpt))
     if planned(common, pipeline):
@@ -288,9 +288,9 @@ def status(
     all_: Annotated[bool, typer.Option("--all", help="Every run below --results, a line each.")] = False,
 ) -> None:
     """How far a run is, and whether it is at work: epochs, speed, time left, metrics, GPU. Nothing is touched."""
-    from lever_lm.runs import RunFolder
     from lever_lm.status import gpus, run_status
     from lever_lm.status_views import status_lines, status_row
+    from lever_lm.training.run_dir import RunFolder
     from lever_lm.utils.console import Screen
 
     if common.dry_run:
@@ -330,8 +330,8 @@ def export(
     pipeline = pipeline_of_run(common, run_dir=where[0] if len(where) == 2 else None)
     if planned(common, pipeline):
         return
-    from lever_lm.finding import find_checkpoint
     from lever_lm.sharing import export as write
+    from lever_lm.training.find_checkpoint import find_checkpoint
 
     named = len(where) == 2 or common.run_name
     path, why = find_checkpoint(pipeline.run, ckpt, {} if named else dict(os.environ))
@@ -346,7 +346,7 @@ def export(
 @command(app, "doctor")
 def doctor(common: Common) -> None:
     """What is missing for a config, before any model is loaded: files, counts, models, GPU, disk; and what mends it."""
-    from lever_lm.doctor import examine
+    from lever_lm.training.preflight import examine
 
     pipeline = (pipeline_of_run if common.run_name else make_pipeline)(common)
     if planned(common, pipeline):

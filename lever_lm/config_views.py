@@ -9,7 +9,7 @@ import yaml
 from lever_lm.config.load import Layer, combined, file_layer, layers
 from lever_lm.config.schema import Config, to_dict
 from lever_lm.config.values import all_keys, build, configs_root
-from lever_lm.runs import RunFolder
+from lever_lm.training.run_dir import RunFolder
 from lever_lm.utils.errors import LeverError, UsageError
 from lever_lm.utils.paths import PACKAGE
 from lever_lm.utils.safe_parse import one_line, shown

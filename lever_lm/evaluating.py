@@ -10,19 +10,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lever_lm.beside import change_lines, changes, changes_of_run
 from lever_lm.data import VqaData, load_dataset
 from lever_lm.data.embeddings import encoder_fingerprint
-from lever_lm.doctor import ALL
-from lever_lm.finding import find_checkpoint, load_for
 from lever_lm.icds import read_icds
 from lever_lm.inference import BASELINES, Evaluation, Outcome, compare, rows_of_another_setting
-from lever_lm.pipeline import Pipeline
 from lever_lm.plots import check_plots, write_plots
-from lever_lm.provenance import command_line, recorded
 from lever_lm.report import Evaluated, evaluations, last_evaluation, write_report
-from lever_lm.runs import LOCK, RunFolder, inference_folder, lvlm_name
 from lever_lm.selectors.pointer.checkpoint import policy_digest
+from lever_lm.training.environment import command_line, recorded
+from lever_lm.training.find_checkpoint import find_checkpoint, load_for
+from lever_lm.training.from_checkpoint import change_lines, changes, changes_of_run
+from lever_lm.training.pipeline import Pipeline
+from lever_lm.training.preflight import ALL
+from lever_lm.training.run_dir import LOCK, RunFolder, inference_folder, lvlm_name
 from lever_lm.utils.atomic_io import file_digest
 from lever_lm.utils.errors import LeverError, UsageError
 from lever_lm.utils.fingerprint import CODE, fingerprint

@@ -233,10 +233,10 @@ def planned(
     import yaml
 
     from lever_lm.config.schema import to_dict
-    from lever_lm.doctor import ALL, examine
     from lever_lm.planning import as_json, in_all, make_plan
-    from lever_lm.provenance import own_files
-    from lever_lm.runs import RunFolder
+    from lever_lm.training.environment import own_files
+    from lever_lm.training.preflight import ALL, examine
+    from lever_lm.training.run_dir import RunFolder
     from lever_lm.utils.file_hashes import DIGESTS
 
     DIGESTS.keep_nothing()

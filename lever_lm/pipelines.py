@@ -40,8 +40,8 @@ def pipeline_of_run(
     that is used and why, for a command that uses one: the config beside it counts, and `Pipeline.checkpoint` is it.
     With --dry-run none need be there.
     """
-    from lever_lm.beside import layers_beside, locate, values_of
-    from lever_lm.runs import RunFolder
+    from lever_lm.training.from_checkpoint import layers_beside, locate, values_of
+    from lever_lm.training.run_dir import RunFolder
 
     made, file, layout, folder = _named_run(common, flags)
     run = RunFolder(run_dir or folder)
@@ -77,7 +77,7 @@ def _named_run(common: Common, flags: dict | None = None) -> tuple[Any, Any, Any
     options name. A --run-name without a folder where no option names a dataset is that of the only dataset that has
     such a run. Raises UsageError where several have."""
     from lever_lm.config.load import file_layer, layers
-    from lever_lm.runs import Layout
+    from lever_lm.training.run_dir import Layout
 
     _check_run_name(common.run_name)
     file = file_layer(common.config)
@@ -101,8 +101,8 @@ def _spelt(common: Common, flags: dict | None) -> dict[str, dict]:
 def _pipeline(common: Common, made, run_name: str | None, run_dir: Path | None, run=None):
     """The pipeline of layers, and of the RunFolder `run` if given. Variables of the environment that count, or
     would, are said; with --verbose versions and places too."""
-    from lever_lm.pipeline import Pipeline
-    from lever_lm.provenance import versions
+    from lever_lm.training.environment import versions
+    from lever_lm.training.pipeline import Pipeline
     from lever_lm.utils.console import Screen
 
     quiet = common.quiet and not common.dry_run  # a plan is what was asked for
@@ -127,8 +127,8 @@ def _check_run_name(name: str | None) -> None:
 
 def _repeated(run: Path, given: dict) -> dict:
     """The config of a run that is to be made again. Raises UsageError for options that would only seem to change it."""
-    from lever_lm.provenance import config_of
-    from lever_lm.runs import RunFolder
+    from lever_lm.training.environment import config_of
+    from lever_lm.training.run_dir import RunFolder
 
     if extra := [f"--{name}" for name, value in given.items() if value is not None]:
         raise UsageError(f"--from-run brings its own config: change single keys with --set, without {', '.join(extra)}")

@@ -8,13 +8,13 @@ from pathlib import Path
 from lever_lm.config.schema import Config
 from lever_lm.data import StoredImage, VqaData, load_dataset, open_image
 from lever_lm.data.embeddings import Features, cached_features
-from lever_lm.data.groups import query_ids, read_rollouts, split_ids
-from lever_lm.doctor import disk_needed, group_size
-from lever_lm.infoscore import infoscore_calls
 from lever_lm.lvlm import CachedLvlm, load_lvlm
-from lever_lm.proposals import propose_groups, query_rows
-from lever_lm.rollouts import is_made, made_elsewhere, references, rollout_stamp
-from lever_lm.runs import Layout, RunFolder
+from lever_lm.training.preflight import disk_needed, group_size
+from lever_lm.training.rollouts.file_format import query_ids, read_rollouts, split_ids
+from lever_lm.training.rollouts.generate import is_made, made_elsewhere, references, rollout_stamp
+from lever_lm.training.rollouts.infoscore import infoscore_calls
+from lever_lm.training.rollouts.propose import propose_groups, query_rows
+from lever_lm.training.run_dir import Layout, RunFolder
 from lever_lm.utils.device import resolve_device
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.hub import model_folder, parameter_count

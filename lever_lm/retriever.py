@@ -17,18 +17,18 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from lever_lm.beside import config_beside, locate, results_beside
 from lever_lm.config.schema import InferConfig
 from lever_lm.data import Example, VqaData, image_digest, image_digests, open_image
 from lever_lm.data.embeddings import ClipEncoder, Embeddings, Features, encode
 from lever_lm.data.example import unfit
 from lever_lm.data.image_decode import Undecodable, decoded
-from lever_lm.finding import load_for
 from lever_lm.inference import Evaluation
 from lever_lm.lvlm import Prompt, build_prompt
 from lever_lm.lvlm.processor import load_processor
 from lever_lm.lvlm.prompt import to_messages
-from lever_lm.pipeline import Pipeline
+from lever_lm.training.find_checkpoint import load_for
+from lever_lm.training.from_checkpoint import config_beside, locate, results_beside
+from lever_lm.training.pipeline import Pipeline
 from lever_lm.utils.atomic_io import open_regular
 from lever_lm.utils.console import Screen
 from lever_lm.utils.device import import_transformers

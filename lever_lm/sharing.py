@@ -8,12 +8,12 @@ from lever_lm import __version__
 from lever_lm.card import model_card
 from lever_lm.config.schema import Config, to_dict
 from lever_lm.config.values import build
-from lever_lm.provenance import PACKAGES, recorded
 from lever_lm.report.results import evaluations, read_metrics
-from lever_lm.runs import RunFolder, inference_folder
 from lever_lm.selectors.pointer.checkpoint import load_policy, own_config, policy_digest, read_checkpoint
 from lever_lm.selectors.pointer.hub_format import CARD, CONFIG, FORMAT, VERSION, WEIGHTS, is_exported, setting_of
 from lever_lm.selectors.pointer.model import PointerSelector
+from lever_lm.training.environment import PACKAGES, recorded
+from lever_lm.training.run_dir import RunFolder, inference_folder
 from lever_lm.utils.atomic_io import remove, write_json, write_tensors, write_text
 from lever_lm.utils.errors import LeverError, UsageError
 from lever_lm.utils.safe_parse import is_epoch

@@ -1,7 +1,7 @@
 """Results and choices as a person reads them on the terminal."""
 
-from lever_lm.journal import table_header, table_row
-from lever_lm.selection import LOGGED, STRATEGIES, History
+from lever_lm.training.run_state import table_header, table_row
+from lever_lm.training.select_checkpoint import LOGGED, STRATEGIES, History
 from lever_lm.utils.console import Screen
 
 _ACROSS = 3

@@ -21,22 +21,22 @@ import ablation_report
 import synthetic
 import torch
 
-from lever_lm.batches import to_tensors
 from lever_lm.config.schema import Config
 from lever_lm.config.values import build, configs_root, dotted, merge, named_yaml, read_yaml
-from lever_lm.data.groups import load_groups, split_ids
 from lever_lm.evaluating import evaluation_of
-from lever_lm.finding import load_for
 from lever_lm.inference import BASELINES
-from lever_lm.journal import Journal
-from lever_lm.judging import group_statistics
-from lever_lm.pipeline import Pipeline
-from lever_lm.proposals import new_policy
-from lever_lm.rewards import group_advantage
-from lever_lm.runs import RunFolder
 from lever_lm.selectors.pointer.checkpoint import load_policy
 from lever_lm.selectors.pointer.model import PointerSelector
-from lever_lm.training import best_rollouts, train_grpo, train_rce
+from lever_lm.training.batches import to_tensors
+from lever_lm.training.find_checkpoint import load_for
+from lever_lm.training.grpo import best_rollouts, train_grpo, train_rce
+from lever_lm.training.pipeline import Pipeline
+from lever_lm.training.rewards import group_advantage
+from lever_lm.training.rollouts.file_format import load_groups, split_ids
+from lever_lm.training.rollouts.propose import new_policy
+from lever_lm.training.run_dir import RunFolder
+from lever_lm.training.run_state import Journal
+from lever_lm.training.validation import group_statistics
 from lever_lm.utils.atomic_io import write_json
 from lever_lm.utils.console import Screen
 

@@ -32,15 +32,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lever_lm import training
-from lever_lm.anchors import Anchor
-from lever_lm.batches import GroupTensors, to_tensors
 from lever_lm.config.schema import GrpoConfig, RceConfig
-from lever_lm.data.groups import load_groups, split_ids
-from lever_lm.journal import Journal
-from lever_lm.losses import rce_temperature
-from lever_lm.runs import RunFolder
 from lever_lm.selectors.pointer.model import PointerSelector
+from lever_lm.training.batches import GroupTensors, to_tensors
+from lever_lm.training.grpo import grpo as training
+from lever_lm.training.losses import rce_temperature
+from lever_lm.training.reference_policy import Anchor
+from lever_lm.training.rollouts.file_format import load_groups, split_ids
+from lever_lm.training.run_dir import RunFolder
+from lever_lm.training.run_state import Journal
 from lever_lm.utils.console import Screen
 
 EPOCHS = {"rce": RceConfig().epochs, "grpo": GrpoConfig().epochs}

@@ -78,7 +78,13 @@ def serve() -> None:
 
 def _load_everything() -> None:
     """Modules, and the models once for what loading them makes the libraries remember; nothing is computed."""
-    for name in ("lever_lm.cli", "lever_lm.pipeline", "PIL.JpegImagePlugin", "pydantic.type_adapter", "requests"):
+    for name in (
+        "lever_lm.cli",
+        "lever_lm.training.pipeline",
+        "PIL.JpegImagePlugin",
+        "pydantic.type_adapter",
+        "requests",
+    ):
         importlib.import_module(name)
     from lever_lm.config.load import resolve
     from lever_lm.data.embeddings import ClipEncoder

@@ -12,7 +12,7 @@ import yaml
 from helpers import RUN, files_in, run_here, small_digits
 
 from lever_lm.retriever import Retriever
-from lever_lm.runs import RunFolder
+from lever_lm.training.run_dir import RunFolder
 from lever_lm.utils.paths import asset_path
 
 NAME = "mine"
@@ -140,7 +140,7 @@ def test_a_checkpoint_of_lever_plus_goes_by_the_commands_options(there, tmp_path
 
 
 def test_features_of_the_users_own_say_nothing_of_a_dataset(tmp_path):
-    from lever_lm.beside import values_of
+    from lever_lm.training.from_checkpoint import values_of
 
     run = RunFolder(tmp_path)
     run.config.write_text("seed: 4\ndevice: cuda:1\ninfer: {num_queries: 8}\n")

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from lever_lm import batches
-from lever_lm.batches import to_tensors
-from lever_lm.data.groups import Group
 from lever_lm.selectors.pointer.model import PointerSelector
+from lever_lm.training.batches import to_tensors
+from lever_lm.training.grpo import batches
+from lever_lm.training.rollouts.file_format import Group
 from lever_lm.utils.errors import LeverError
 
 FEATURES = torch.arange(40, dtype=torch.float32).reshape(10, 4)

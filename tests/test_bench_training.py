@@ -9,9 +9,9 @@ import pytest
 import torch
 from helpers import SCRIPTS
 
-from lever_lm.losses import grpo_loss, rce_loss
-from lever_lm.rewards import group_advantage
 from lever_lm.selectors.pointer.model import PointerSelector
+from lever_lm.training.losses import grpo_loss, rce_loss
+from lever_lm.training.rewards import group_advantage
 
 D, H, K, B, G, S = 12, 8, 7, 3, 5, 3
 

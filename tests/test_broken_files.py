@@ -13,13 +13,13 @@ from lever_lm.config.load import resolve
 from lever_lm.config.schema import Config, to_dict
 from lever_lm.config.values import build
 from lever_lm.data import load_dataset
-from lever_lm.data.groups import load_groups
-from lever_lm.finding import find_checkpoint
 from lever_lm.icds import read_icds
 from lever_lm.inference import Evaluation, Outcome
 from lever_lm.report import write_report
-from lever_lm.runs import RunFolder
-from lever_lm.selection import STRATEGIES, choose, kept_choice, read_history
+from lever_lm.training.find_checkpoint import find_checkpoint
+from lever_lm.training.rollouts.file_format import load_groups
+from lever_lm.training.run_dir import RunFolder
+from lever_lm.training.select_checkpoint import STRATEGIES, choose, kept_choice, read_history
 from lever_lm.utils.errors import LeverError, UsageError
 from lever_lm.utils.hub import missing_files
 from lever_lm.utils.safe_parse import json_text

@@ -15,7 +15,7 @@ from pages import CHECKOUT
 from lever_lm.config.schema import Config, to_dict
 from lever_lm.config.values import all_keys, build
 from lever_lm.config_views import flat, key_docs
-from lever_lm.selection import STRATEGIES
+from lever_lm.training.select_checkpoint import STRATEGIES
 
 
 def noted(out: str) -> dict[str, str]:

@@ -11,11 +11,11 @@ from models import TINY as TINY_QWEN
 from official import build_official, image_path, read_official
 from test_groups import DATA
 
-from lever_lm import doctor
 from lever_lm.config.load import resolve
 from lever_lm.config.schema import LvlmConfig
 from lever_lm.data.embeddings import ClipEncoder
-from lever_lm.model_checks import GIB, memory_needed
+from lever_lm.training.grpo import preflight as doctor
+from lever_lm.training.preflight_models import GIB, memory_needed
 from lever_lm.utils.device import import_transformers
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.hub import parameter_count

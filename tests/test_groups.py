@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lever_lm.config.schema import RewardConfig
-from lever_lm.data.groups import (
+from lever_lm.training.rollouts.file_format import (
     Group,
     check_reward_mode,
     is_query,
@@ -19,7 +19,7 @@ from lever_lm.data.groups import (
     read_rollouts,
     split_ids,
 )
-from lever_lm.rollouts import load_groups as public_load_groups
+from lever_lm.training.rollouts.generate import load_groups as public_load_groups
 from lever_lm.utils.errors import LeverError, UsageError
 
 DATA = Path(__file__).parent / "data" / "rl_data"

@@ -13,15 +13,23 @@ import pytest
 import torch
 from test_training import GRPO, POOL, QUERIES, RCE, Killed, assert_same_run, data, make, same_state, train, world
 
-from lever_lm import training
-from lever_lm.batches import to_tensors
 from lever_lm.config.schema import GrpoConfig
-from lever_lm.data.groups import Group, load_groups
-from lever_lm.judging import group_report
-from lever_lm.losses import KL_ESTIMATES, SCHEDULES, group_mean, grpo_loss, kl_share, scheduled_lr, zero_grad_frac
-from lever_lm.rewards import ADVANTAGE_SCALES, group_advantage, normalize_group
-from lever_lm.runs import RunFolder
-from lever_lm.selection import STRATEGIES, choose, epochs_since_best, read_history
+from lever_lm.training.batches import to_tensors
+from lever_lm.training.grpo import grpo as training
+from lever_lm.training.losses import (
+    KL_ESTIMATES,
+    SCHEDULES,
+    group_mean,
+    grpo_loss,
+    kl_share,
+    scheduled_lr,
+    zero_grad_frac,
+)
+from lever_lm.training.rewards import ADVANTAGE_SCALES, group_advantage, normalize_group
+from lever_lm.training.rollouts.file_format import Group, load_groups
+from lever_lm.training.run_dir import RunFolder
+from lever_lm.training.select_checkpoint import STRATEGIES, choose, epochs_since_best, read_history
+from lever_lm.training.validation import group_report
 from lever_lm.utils.errors import LeverError, UsageError
 
 NO_RCE = dataclasses.replace(RCE, epochs=0)

@@ -19,24 +19,24 @@ from hypothesis.extra import numpy as arrays
 from test_lvlm import make as make_lvlm
 from test_training import GRPO, RCE, assert_same_run, data, journal_in, make, same_state, train, world
 
-from lever_lm import training
-from lever_lm.anchors import Anchor
-from lever_lm.anomaly import backward, detecting
-from lever_lm.batches import to_tensors
 from lever_lm.config.schema import DataConfig, FeatureConfig, GrpoConfig, PromptConfig, RceConfig
 from lever_lm.data import load_dataset
 from lever_lm.data.embeddings import ClipEncoder, compute_features
-from lever_lm.data.groups import Group, load_groups
-from lever_lm.guards import At, Pass, not_finite
 from lever_lm.inference import Evaluation
-from lever_lm.judging import validate
-from lever_lm.losses import rce_loss
 from lever_lm.lvlm import build_prompt
 from lever_lm.lvlm.decoding import NotFinite, Prefilled, beam_search, greedy
-from lever_lm.online import explore
 from lever_lm.selectors.pointer.checkpoint import save_torch
 from lever_lm.selectors.pointer.model import PointerSelector
-from lever_lm.training import train_grpo, train_rce, update
+from lever_lm.training.batches import to_tensors
+from lever_lm.training.finite_checks import At, Pass, not_finite
+from lever_lm.training.grpo import grpo as training
+from lever_lm.training.grpo import train_grpo, train_rce, update
+from lever_lm.training.losses import rce_loss
+from lever_lm.training.nan_debug import backward, detecting
+from lever_lm.training.reference_policy import Anchor
+from lever_lm.training.rollouts.file_format import Group, load_groups
+from lever_lm.training.rollouts.online import explore
+from lever_lm.training.validation import validate
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.safe_torch_load import load_torch
 

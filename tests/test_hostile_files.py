@@ -39,11 +39,11 @@ from safetensors.torch import load_file, save_file
 from lever_lm.config.schema import DataConfig
 from lever_lm.data import load_dataset, open_image
 from lever_lm.data.embeddings import cached_features, read_embeddings
-from lever_lm.journal import Journal
-from lever_lm.runs import RunFolder
-from lever_lm.selection import read_history
 from lever_lm.selectors.pointer.checkpoint import load_policy, v3_content
 from lever_lm.selectors.pointer.model import PointerSelector
+from lever_lm.training.run_dir import RunFolder
+from lever_lm.training.run_state import Journal
+from lever_lm.training.select_checkpoint import read_history
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.paths import asset_path
 from lever_lm.utils.pickle_scan import SHARED

@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 
-from lever_lm.journal import Journal, table_header, table_row
-from lever_lm.runs import RunFolder
 from lever_lm.selectors.pointer.checkpoint import load_policy
 from lever_lm.selectors.pointer.model import PointerSelector
+from lever_lm.training.run_dir import RunFolder
+from lever_lm.training.run_state import Journal, table_header, table_row
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.safe_torch_load import load_torch
 

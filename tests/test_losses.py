@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lever_lm.losses import adapt_kl_beta, grpo_loss, rce_loss, rce_temperature
+from lever_lm.training.losses import adapt_kl_beta, grpo_loss, rce_loss, rce_temperature
 
 TABLES = json.loads((Path(__file__).parent / "data" / "tables.json").read_text(encoding="utf-8"))
 

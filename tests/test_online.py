@@ -15,19 +15,19 @@ import torch
 from helpers import ROLLOUTS, RUN, answers_in, track
 from test_training import GRPO, POOL, QUERIES, RCE, Killed, Mortal, assert_same_run, data, journal_in, make, world
 
-from lever_lm.batches import GroupTensors, to_tensors
 from lever_lm.config.schema import GrpoConfig
-from lever_lm.data.groups import load_groups
-from lever_lm.guards import At
 from lever_lm.lvlm import CachedLvlm, build_prompt, cut_answer
 from lever_lm.lvlm.answer_cache import AnswerCache
 from lever_lm.lvlm.qwen2_5_vl import LocalLvlm, local_fingerprint
-from lever_lm.online import explore, mix
-from lever_lm.rewards import REWARD_MODES
-from lever_lm.rollouts import make_rollouts, online_rewards
 from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.tasks.vqa import vqa_accuracy
-from lever_lm.training import train_grpo, train_rce
+from lever_lm.training.batches import GroupTensors, to_tensors
+from lever_lm.training.finite_checks import At
+from lever_lm.training.grpo import train_grpo, train_rce
+from lever_lm.training.rewards import REWARD_MODES
+from lever_lm.training.rollouts.file_format import load_groups
+from lever_lm.training.rollouts.generate import make_rollouts, online_rewards
+from lever_lm.training.rollouts.online import explore, mix
 from lever_lm.utils.errors import UsageError
 from lever_lm.utils.safe_torch_load import load_torch
 

@@ -13,7 +13,7 @@ from lever_lm import plots
 from lever_lm.plots import _accuracy, _training, write_plots
 from lever_lm.report import Evaluated
 from lever_lm.report.curves import accuracy_series, training_curves
-from lever_lm.runs import RunFolder
+from lever_lm.training.run_dir import RunFolder
 from lever_lm.utils.errors import LeverError
 
 NAMES = ["accuracy.png", "accuracy.pdf", "training_rce.png", "training_rce.pdf"]
@@ -101,7 +101,7 @@ def test_files_are_300_dpi_sized_for_a_column_and_the_same_again(tmp_path):
     (tmp_path / "matplotlibrc").write_text("font.size: 30\naxes.facecolor: red\nbackend: tkagg\n")
     code = (
         "from pathlib import Path\nfrom lever_lm.plots import write_plots\nfrom lever_lm.report import Evaluated\n"
-        "from lever_lm.runs import RunFolder\n"
+        "from lever_lm.training.run_dir import RunFolder\n"
         "write_plots([Evaluated(RunFolder('one'), Path('one/inference'))], Path('again'))\n"
         "import sys; sys.exit('matplotlib.pyplot' in sys.modules)\n"
     )

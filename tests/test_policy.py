@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from lever_lm.losses import grpo_loss, rce_loss
-from lever_lm.rewards import group_advantage
 from lever_lm.selectors.pointer.model import MASKED_LOGIT, PointerSelector
-from lever_lm.training import best_rollouts
+from lever_lm.training.grpo import best_rollouts
+from lever_lm.training.losses import grpo_loss, rce_loss
+from lever_lm.training.rewards import group_advantage
 
 GOLDEN = Path(__file__).parent / "data" / "policy"
 CASES = sorted(file.stem for file in GOLDEN.glob("*.json"))

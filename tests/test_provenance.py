@@ -9,10 +9,18 @@ import yaml
 from helpers import RUN, SMALL, run_here, run_lever
 
 from lever_lm.config.schema import Config
-from lever_lm.provenance import PACKAGES, compare, differences, environment, own_files, read_environment, record
-from lever_lm.runs import RunFolder
-from lever_lm.selection import STRATEGIES
 from lever_lm.selectors.pointer.checkpoint import save_torch
+from lever_lm.training.environment import (
+    PACKAGES,
+    compare,
+    differences,
+    environment,
+    own_files,
+    read_environment,
+    record,
+)
+from lever_lm.training.run_dir import RunFolder
+from lever_lm.training.select_checkpoint import STRATEGIES
 from lever_lm.utils.errors import LeverError
 
 MADE_OF = {"data": "1234", "encoder": "clip@5678"}
@@ -39,7 +47,7 @@ def test_the_environment_names_versions_machine_seed_inputs_and_what_these_were_
 def test_a_checkout_names_its_revision_and_whether_files_in_it_were_changed(tmp_path, monkeypatch):
     import subprocess
 
-    from lever_lm import provenance
+    from lever_lm.training.grpo import environment as provenance
 
     package = tmp_path / "lever_lm"
     package.mkdir()

@@ -43,9 +43,9 @@ from lever_lm.config.schema import DataConfig, FeatureConfig, LvlmConfig, Prompt
 from lever_lm.data import image_digest, load_dataset, open_image
 from lever_lm.data.embeddings import ClipEncoder, compute_features, encoder_fingerprint
 from lever_lm.data.pools import Candidates
-from lever_lm.doctor import counts
 from lever_lm.lvlm import build_prompt, load_lvlm
 from lever_lm.lvlm.qwen2_5_vl import LocalLvlm, local_fingerprint
+from lever_lm.training.preflight import counts
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.hub import fetch_model, missing_files, model_folder, weights_digest
 from lever_lm.utils.paths import asset_path

@@ -18,8 +18,8 @@ from lever_lm.report.charts import Series, line_chart, round_ticks
 from lever_lm.report.curves import Evaluated, accuracy_series, distinct_names, training_curves
 from lever_lm.report.gallery import EACH, Shown, pick_queries, right_labels
 from lever_lm.report.results import Sample, read_metrics, read_samples
-from lever_lm.runs import RunFolder
 from lever_lm.stats import paired_test
+from lever_lm.training.run_dir import RunFolder
 from lever_lm.utils.errors import LeverError
 
 NUMBERS = st.floats(-1e299, 1e299)

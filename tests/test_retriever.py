@@ -15,13 +15,13 @@ from helpers import INFERENCE, RUN, SCRIPTS, clean_environment, run_here
 
 import lever_lm
 from lever_lm import retriever as module
-from lever_lm.beside import config_beside, results_beside
 from lever_lm.cli import app
 from lever_lm.data import Example
 from lever_lm.lvlm.prompt import cut_answer
 from lever_lm.picking import pick_for
 from lever_lm.process import run as run_command
 from lever_lm.retriever import Pick, Retriever
+from lever_lm.training.from_checkpoint import config_beside, results_beside
 from lever_lm.utils.errors import LeverError, UsageError
 from lever_lm.utils.paths import asset_path
 
@@ -428,7 +428,7 @@ def test_a_dataset_of_ones_own_without_data_hinders_no_other(monkeypatch, tmp_pa
     (tmp_path / "dataset").mkdir()
     (tmp_path / "dataset/a.yaml").write_text("features: {encoder: some/clip}\n")
     (tmp_path / "dataset/b.yaml").write_text("data: {name: mine, okvqa_path: /mine}\n")
-    monkeypatch.setattr("lever_lm.beside.configs_root", lambda: tmp_path)
+    monkeypatch.setattr("lever_lm.training.from_checkpoint.configs_root", lambda: tmp_path)
     values = {"features": {"encoder": "some/clip"}, "data": {"name": "mine"}}
     assert config_beside(values, "x", None, None, (), own=False).data.okvqa_path == "/mine"
 

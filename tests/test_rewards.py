@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lever_lm.rewards import (
+from lever_lm.training.rewards import (
     REWARD_MODES,
     group_advantage,
     group_mean_std,

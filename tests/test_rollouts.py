@@ -10,13 +10,13 @@ import torch
 from helpers import small_digits, track
 
 from lever_lm.config.schema import PromptConfig
-from lever_lm.data.groups import load_groups
 from lever_lm.lvlm import CachedLvlm, build_prompt, cut_answer
 from lever_lm.lvlm.answer_cache import AnswerCache
 from lever_lm.lvlm.qwen2_5_vl import LocalLvlm, local_fingerprint
-from lever_lm.proposals import new_policy, query_rows
-from lever_lm.rollouts import _reference_probs, group_report, make_rollouts, online_rewards
 from lever_lm.tasks.vqa import normalize_answer, relevance, vqa_accuracy
+from lever_lm.training.rollouts.file_format import load_groups
+from lever_lm.training.rollouts.generate import _reference_probs, group_report, make_rollouts, online_rewards
+from lever_lm.training.rollouts.propose import new_policy, query_rows
 from lever_lm.utils.errors import LeverError
 
 QUERIES = 12

@@ -7,7 +7,7 @@ import yaml
 
 from lever_lm.config.schema import Config, to_dict
 from lever_lm.config.values import build, dotted, merge
-from lever_lm.runs import Layout, RunFolder, camel, inference_folder, lvlm_name
+from lever_lm.training.run_dir import Layout, RunFolder, camel, inference_folder, lvlm_name
 from lever_lm.utils.errors import LeverError
 
 

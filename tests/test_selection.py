@@ -12,9 +12,10 @@ from helpers import clean_environment
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lever_lm.journal import table_header, table_row
-from lever_lm.runs import RunFolder
-from lever_lm.selection import (
+from lever_lm.selectors.pointer.checkpoint import save_torch
+from lever_lm.training.run_dir import RunFolder
+from lever_lm.training.run_state import table_header, table_row
+from lever_lm.training.select_checkpoint import (
     GRPO_MARKER,
     STRATEGIES,
     best_row,
@@ -25,7 +26,6 @@ from lever_lm.selection import (
     read_log,
     worth_keeping,
 )
-from lever_lm.selectors.pointer.checkpoint import save_torch
 from lever_lm.utils.errors import LeverError, UsageError
 
 GOLDEN = Path(__file__).parent / "data" / "best_checkpoint"
@@ -491,7 +491,7 @@ GIANTS = {
 }
 CHILD = """
 import resource, sys, time
-from lever_lm.selection import GRPO_MARKER as MARKER, read_log
+from lever_lm.training.select_checkpoint import GRPO_MARKER as MARKER, read_log
 piece = ({piece}).encode("utf-8", "surrogateescape")
 with open("giant.log", "wb") as file:
     for _ in range(max(1, {size} // len(piece))):

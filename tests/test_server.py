@@ -998,7 +998,7 @@ def test_the_fingerprint_follows_what_is_asked_and_not_where():
 
 def test_a_run_goes_on_at_another_address(tmp_path):
     from lever_lm.config.schema import Config
-    from lever_lm.runs import RunFolder
+    from lever_lm.training.run_dir import RunFolder
 
     run = RunFolder(tmp_path)
     config = Config(lvlm=config_of("http://a/v1"))

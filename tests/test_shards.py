@@ -356,7 +356,8 @@ def test_two_processes_deal_the_batches_and_both_have_all_answers(tmp_path):
 
 FAILING = """
 import os
-from lever_lm import cli, pipeline
+from lever_lm import cli
+from lever_lm.training.grpo import pipeline
 from lever_lm.utils.errors import LeverError
 
 if os.environ["RANK"] == "1":

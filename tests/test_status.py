@@ -18,10 +18,10 @@ from helpers import RUN, SMALL, clean_environment, files_in
 from test_groups import DATA
 
 from lever_lm import status as status_module
-from lever_lm.journal import table_header, table_row
-from lever_lm.provenance import record, typed_again
-from lever_lm.runs import LOCK, RunFolder
 from lever_lm.status import gpus
+from lever_lm.training.environment import record, typed_again
+from lever_lm.training.run_dir import LOCK, RunFolder
+from lever_lm.training.run_state import table_header, table_row
 from lever_lm.utils.locks import alone, seen
 
 KEYS = {"run", "state", "phase", "epoch", "epochs", "checkpoint", "seconds_left", "metrics", "best", "answers", "gpus"}

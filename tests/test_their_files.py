@@ -20,15 +20,15 @@ from test_prompt import FIRST, QUERY, SECOND, VISION
 from lever_lm.config.schema import Config, FeatureConfig, PromptConfig, RewardConfig
 from lever_lm.config.values import named_yaml
 from lever_lm.data.embeddings import read_embeddings
-from lever_lm.data.groups import is_query, read_groups
-from lever_lm.finding import latest_checkpoint, load_for
 from lever_lm.lvlm import build_prompt
 from lever_lm.lvlm.prompt import to_messages
-from lever_lm.rewards import REWARD_MODES
-from lever_lm.runs import RunFolder
-from lever_lm.selection import GRPO_MARKER
 from lever_lm.selectors.pointer.checkpoint import load_policy, own_config, save_torch, to_v2, v3_content
 from lever_lm.selectors.pointer.model import PointerSelector
+from lever_lm.training.find_checkpoint import latest_checkpoint, load_for
+from lever_lm.training.rewards import REWARD_MODES
+from lever_lm.training.rollouts.file_format import is_query, read_groups
+from lever_lm.training.run_dir import RunFolder
+from lever_lm.training.select_checkpoint import GRPO_MARKER
 from lever_lm.utils.atomic_io import file_digest
 from lever_lm.utils.device import import_transformers
 from lever_lm.utils.errors import LeverError

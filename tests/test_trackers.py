@@ -11,8 +11,8 @@ import pytest
 from helpers import INFERENCE, RUN, SMALL, clean_environment, files_in
 
 from lever_lm.config.schema import Config
-from lever_lm.runs import RunFolder
-from lever_lm.trackers import TRACKERS, TensorBoard, check_tracker
+from lever_lm.training.run_dir import RunFolder
+from lever_lm.training.tensorboard import TRACKERS, TensorBoard, check_tracker
 from lever_lm.utils.errors import LeverError, UsageError
 
 EVENTS = RUN / "tensorboard"

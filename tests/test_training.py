@@ -12,19 +12,19 @@ import math
 import pytest
 import torch
 
-from lever_lm import judging
-from lever_lm.anchors import Anchor, snapshot
-from lever_lm.batches import to_tensors
 from lever_lm.config.schema import GrpoConfig, RceConfig
-from lever_lm.data.groups import Group
-from lever_lm.guards import At
-from lever_lm.journal import Journal
-from lever_lm.judging import group_statistics, validate
-from lever_lm.losses import rce_loss
-from lever_lm.rewards import group_advantage
-from lever_lm.runs import RunFolder
 from lever_lm.selectors.pointer.model import PointerSelector
-from lever_lm.training import best_rollouts, train_grpo, train_rce
+from lever_lm.training.batches import to_tensors
+from lever_lm.training.finite_checks import At
+from lever_lm.training.grpo import best_rollouts, train_grpo, train_rce
+from lever_lm.training.grpo import validation as judging
+from lever_lm.training.losses import rce_loss
+from lever_lm.training.reference_policy import Anchor, snapshot
+from lever_lm.training.rewards import group_advantage
+from lever_lm.training.rollouts.file_format import Group
+from lever_lm.training.run_dir import RunFolder
+from lever_lm.training.run_state import Journal
+from lever_lm.training.validation import group_statistics, validate
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.safe_torch_load import load_torch
 

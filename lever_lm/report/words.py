@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from lever_lm.report.results import is_finite
-from lever_lm.selection import STRATEGIES, best_row
+from lever_lm.training.select_checkpoint import STRATEGIES, best_row
 
 METHODS = {
     "zero_shot": "no demonstrations",

@@ -311,10 +311,10 @@ def _spoil_answers(rng: Random, content: bytes, keys: list[str], path: Path) -> 
 def _exported(folder: Path) -> Path:
     """A folder as `lever export` writes it."""
     from lever_lm.config.load import resolve
-    from lever_lm.runs import RunFolder
     from lever_lm.selectors.pointer.checkpoint import save_torch, v3_content
     from lever_lm.selectors.pointer.model import PointerSelector
     from lever_lm.sharing import export
+    from lever_lm.training.run_dir import RunFolder
 
     run, settings = RunFolder(folder), resolve({"dataset": "digits", "lvlm": "tiny_qwen2.5_vl"}, None, [], {})[0]
     run.open(settings)
@@ -329,8 +329,8 @@ def _exported(folder: Path) -> Path:
 
 def _use(folder: Path) -> None:
     """What `--ckpt DIR` does with a shared policy before any data is read."""
-    from lever_lm.beside import config_beside, locate
     from lever_lm.selectors.pointer.checkpoint import load_policy
+    from lever_lm.training.from_checkpoint import config_beside, locate
 
     path, _, values = locate(folder)
     load_policy(path)

@@ -8,10 +8,10 @@ from fuzzing.harness import Parser, Target
 from fuzzing.texts import to_file
 from fuzzing.torchfiles import known, saved, spoil_torch
 from lever_lm.data.embeddings import read_embeddings
-from lever_lm.journal import Journal
-from lever_lm.runs import RunFolder
 from lever_lm.selectors.pointer.checkpoint import load_policy, own_config, to_v2, to_v3, v3_content
 from lever_lm.selectors.pointer.model import PointerSelector
+from lever_lm.training.run_dir import RunFolder
+from lever_lm.training.run_state import Journal
 from lever_lm.utils.safe_torch_load import load_torch
 
 _METRICS = {"val_loss": 1.5, "kl": 0.04}

@@ -42,7 +42,7 @@ def _spoil_rows(rng, content: bytes) -> bytes:
 def choices(run, log: Path | None) -> None:
     """What `lever best-ckpt --show-all` does but for writing."""
     from lever_lm.options import finite
-    from lever_lm.selection import STRATEGIES, choose, read_history
+    from lever_lm.training.select_checkpoint import STRATEGIES, choose, read_history
 
     history = read_history(run, log)
     for strategy in STRATEGIES:
@@ -54,8 +54,8 @@ def metrics_file(folder: Path) -> Target:
     from lever_lm.options import finite
     from lever_lm.report import words
     from lever_lm.report.curves import curve_chart, training_curves
-    from lever_lm.runs import RunFolder
     from lever_lm.status import run_status
+    from lever_lm.training.run_dir import RunFolder
 
     run = RunFolder(folder / "run")
     run.path.mkdir()
@@ -100,9 +100,9 @@ def log_file(folder: Path) -> Target:
 
 def best_file(folder: Path) -> Target:
     """A run's best.json, as `lever infer` and `lever convert` read it."""
-    from lever_lm.finding import find_checkpoint
-    from lever_lm.runs import RunFolder
-    from lever_lm.selection import kept_choice, read_best
+    from lever_lm.training.find_checkpoint import find_checkpoint
+    from lever_lm.training.run_dir import RunFolder
+    from lever_lm.training.select_checkpoint import kept_choice, read_best
 
     run = RunFolder(folder / "run")
     run.path.mkdir()
@@ -217,8 +217,8 @@ def _takes(path: Path) -> bool:
 def environment_file(folder: Path) -> Target:
     """A run's env.json, as a resumed and a repeated run read it."""
     from lever_lm.config.schema import Config
-    from lever_lm.provenance import differences, environment, listed, own_files, read_environment, record
-    from lever_lm.runs import RunFolder
+    from lever_lm.training.environment import differences, environment, listed, own_files, read_environment, record
+    from lever_lm.training.run_dir import RunFolder
 
     run, here = RunFolder(folder / "run"), environment(Config(device="cpu"), {"rollouts": "1"}, {"data": "2"}, {})
     run.path.mkdir()
@@ -243,7 +243,7 @@ def _inference(folder: Path):
     from PIL import Image
 
     from lever_lm.data import Example, VqaData
-    from lever_lm.runs import RunFolder
+    from lever_lm.training.run_dir import RunFolder
 
     image = folder / "x.png"
     Image.new("RGB", (4, 4)).save(image)

@@ -165,7 +165,7 @@ def variables(folder: Path) -> Target:
 
 def run_config(folder: Path) -> Target:
     """The config.yaml of a run folder, against the config of the command."""
-    from lever_lm.runs import RunFolder
+    from lever_lm.training.run_dir import RunFolder
 
     run, config = RunFolder(folder / "run"), Config()
     run.path.mkdir()
@@ -220,10 +220,10 @@ def rollouts(folder: Path) -> Target:
     """A rollout file in either layout, read as `lever train --rl-data` does."""
     import torch
 
-    from lever_lm.batches import to_tensors
     from lever_lm.data import Example
-    from lever_lm.data.groups import is_query, load_groups, read_rollouts, split_ids
-    from lever_lm.rollouts import check_rows, group_report, made_elsewhere
+    from lever_lm.training.batches import to_tensors
+    from lever_lm.training.rollouts.file_format import is_query, load_groups, read_rollouts, split_ids
+    from lever_lm.training.rollouts.generate import check_rows, group_report, made_elsewhere
 
     path, matrix = folder / "rollouts.json", torch.randn(300, 4, generator=torch.Generator().manual_seed(0))
     train = [Example(100_000 + i, i, "what?", ("yes",), ("yes",), "x.jpg") for i in range(300)]

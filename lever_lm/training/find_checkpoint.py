@@ -8,11 +8,11 @@ from pathlib import Path
 
 from lever_lm.config.schema import Config
 from lever_lm.data.embeddings import encoder_fingerprint, same_encoder
-from lever_lm.runs import RunFolder, v2_name
-from lever_lm.selection import STRATEGIES, best_row, broken, read_best, read_history
 from lever_lm.selectors.pointer.checkpoint import own_config, policy_of, read_checkpoint
 from lever_lm.selectors.pointer.hub_format import is_exported, policy_folder
 from lever_lm.selectors.pointer.model import PointerSelector
+from lever_lm.training.run_dir import RunFolder, v2_name
+from lever_lm.training.select_checkpoint import STRATEGIES, best_row, broken, read_best, read_history
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.safe_parse import one_line, shown
 

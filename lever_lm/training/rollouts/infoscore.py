@@ -12,7 +12,7 @@ import numpy as np
 from lever_lm.config.schema import Config
 from lever_lm.data import Example
 from lever_lm.lvlm import CachedLvlm, build_prompt
-from lever_lm.proposals import Proposals, identity
+from lever_lm.training.rollouts.propose import Proposals, identity
 
 # Queries searched at once: what is asked for them is one list of work.
 _CHUNK = 128

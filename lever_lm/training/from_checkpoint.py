@@ -9,11 +9,11 @@ from pathlib import Path
 from lever_lm.config.load import Layer, Layers, combined, layers
 from lever_lm.config.schema import LVLM_MACHINE, Config, to_dict
 from lever_lm.config.values import configs_root, read_yaml
-from lever_lm.finding import find_checkpoint
-from lever_lm.provenance import recorded
-from lever_lm.runs import RunFolder, lvlm_name
 from lever_lm.selectors.pointer.checkpoint import own_config, read_checkpoint
 from lever_lm.selectors.pointer.hub_format import PLACES, SETTING, is_exported, policy_folder, setting_of
+from lever_lm.training.environment import recorded
+from lever_lm.training.find_checkpoint import find_checkpoint
+from lever_lm.training.run_dir import RunFolder, lvlm_name
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.safe_parse import one_line
 

@@ -10,21 +10,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lever_lm.anomaly import detecting
-from lever_lm.batches import GroupTensors, to_tensors
 from lever_lm.config.schema import Config, FeatureConfig
 from lever_lm.data import VqaData, load_dataset
 from lever_lm.data.embeddings import Features, compute_features, features_fingerprint, read_embeddings
-from lever_lm.data.groups import check_reward_mode, read_groups, split_ids
 from lever_lm.data.pools import check_sampler
-from lever_lm.doctor import ALL, examine, require
-from lever_lm.finding import find_checkpoint
-from lever_lm.journal import Journal, state_of
 from lever_lm.lvlm import CachedLvlm, load_lvlm
-from lever_lm.proposals import new_policy
-from lever_lm.provenance import compare as compare_runs
-from lever_lm.provenance import environment, own_files, record, verdict
-from lever_lm.rollouts import (
+from lever_lm.selectors.pointer.checkpoint import format_of, read_checkpoint, save_torch, to_v2, to_v3
+from lever_lm.training.batches import GroupTensors, to_tensors
+from lever_lm.training.environment import compare as compare_runs
+from lever_lm.training.environment import environment, own_files, record, verdict
+from lever_lm.training.find_checkpoint import find_checkpoint
+from lever_lm.training.grpo import train_grpo, train_rce
+from lever_lm.training.nan_debug import detecting
+from lever_lm.training.preflight import ALL, examine, require
+from lever_lm.training.rollouts.file_format import check_reward_mode, read_groups, split_ids
+from lever_lm.training.rollouts.generate import (
     check_rows,
     made_elsewhere,
     make_rollouts,
@@ -32,11 +32,11 @@ from lever_lm.rollouts import (
     rollout_stamp,
     why_made_again,
 )
-from lever_lm.runs import LOCK, Layout, RunFolder, inference_folder, v2_name
-from lever_lm.selection import choose, read_history, worth_keeping
-from lever_lm.selectors.pointer.checkpoint import format_of, read_checkpoint, save_torch, to_v2, to_v3
-from lever_lm.trackers import TensorBoard, track
-from lever_lm.training import train_grpo, train_rce
+from lever_lm.training.rollouts.propose import new_policy
+from lever_lm.training.run_dir import LOCK, Layout, RunFolder, inference_folder, v2_name
+from lever_lm.training.run_state import Journal, state_of
+from lever_lm.training.select_checkpoint import choose, read_history, worth_keeping
+from lever_lm.training.tensorboard import TensorBoard, track
 from lever_lm.utils.atomic_io import file_digest
 from lever_lm.utils.console import Screen
 from lever_lm.utils.device import check_device_name, resolve_device

@@ -8,11 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lever_lm.batches import GroupTensors
-from lever_lm.guards import At, Pass, check_groups
-from lever_lm.judging import EVAL_BATCH
-from lever_lm.rewards import tied_groups
 from lever_lm.selectors.pointer.model import PointerSelector
+from lever_lm.training.batches import GroupTensors
+from lever_lm.training.finite_checks import At, Pass, check_groups
+from lever_lm.training.rewards import tied_groups
+from lever_lm.training.validation import EVAL_BATCH
 from lever_lm.utils.errors import LeverError
 
 # Sequences (n, G, S) of pool positions for the training queries → their rewards (n, G).

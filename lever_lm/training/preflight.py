@@ -14,8 +14,8 @@ from lever_lm.data.okvqa import SPLITS, annotations_file, images_folder, questio
 from lever_lm.data.okvqa import load_split as load_official
 from lever_lm.data.parquet import load_split as load_parquet
 from lever_lm.data.split_files import files_of
-from lever_lm.model_checks import GIB, Check, answer_lengths, lvlm, memory_needed, model, server
-from lever_lm.runs import Layout
+from lever_lm.training.preflight_models import GIB, Check, answer_lengths, lvlm, memory_needed, model, server
+from lever_lm.training.run_dir import Layout
 from lever_lm.utils.device import resolve_device
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.hub import cached_snapshot, model_folder

@@ -10,12 +10,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lever_lm.batches import GroupTensors
 from lever_lm.config.schema import GrpoConfig
-from lever_lm.guards import At, Pass, rce_terms
-from lever_lm.losses import rce_loss
-from lever_lm.rewards import group_mean_std, tied_groups
 from lever_lm.selectors.pointer.model import PointerSelector
+from lever_lm.training.batches import GroupTensors
+from lever_lm.training.finite_checks import At, Pass, rce_terms
+from lever_lm.training.losses import rce_loss
+from lever_lm.training.rewards import group_mean_std, tied_groups
 
 EVAL_BATCH = 256
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lever_lm.guards import At, not_finite
-from lever_lm.runs import RunFolder
 from lever_lm.selectors.pointer.checkpoint import save_torch, v3_content
 from lever_lm.selectors.pointer.model import PointerSelector
-from lever_lm.statefile import misfit, problem_of
-from lever_lm.trackers import TensorBoard
+from lever_lm.training.finite_checks import At, not_finite
+from lever_lm.training.resume_state import misfit, problem_of
+from lever_lm.training.run_dir import RunFolder
+from lever_lm.training.tensorboard import TensorBoard
 from lever_lm.utils.atomic_io import append_line, remove, write_text
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.progress import BETWEEN_LINES, Track, Work, untracked

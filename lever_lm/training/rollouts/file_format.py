@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lever_lm.config.schema import RewardConfig
-from lever_lm.rewards import NEEDED, reward
+from lever_lm.training.rewards import NEEDED, reward
 from lever_lm.utils.errors import LeverError, UsageError
 from lever_lm.utils.safe_parse import read_json, shown
 

@@ -15,14 +15,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lever_lm.anchors import Anchor, snapshot
-from lever_lm.anomaly import backward
-from lever_lm.batches import Batch, GroupTensors
 from lever_lm.config.schema import GrpoConfig, RceConfig
-from lever_lm.guards import At, Pass, check_groups, grpo_terms, rce_terms
-from lever_lm.journal import Journal
-from lever_lm.judging import alarms, group_report, group_statistics, projected, validate
-from lever_lm.losses import (
+from lever_lm.selectors.pointer.model import PointerSelector
+from lever_lm.training.batches import Batch, GroupTensors
+from lever_lm.training.finite_checks import At, Pass, check_groups, grpo_terms, rce_terms
+from lever_lm.training.losses import (
     adapt_kl_beta,
     group_mean,
     grpo_loss,
@@ -32,10 +29,13 @@ from lever_lm.losses import (
     scheduled_lr,
     zero_grad_frac,
 )
-from lever_lm.online import Answer, explore, mix, online_statistics
-from lever_lm.rewards import group_advantage, group_mean_std, normalize_group, tied_groups
-from lever_lm.selection import epochs_since_best
-from lever_lm.selectors.pointer.model import PointerSelector
+from lever_lm.training.nan_debug import backward
+from lever_lm.training.reference_policy import Anchor, snapshot
+from lever_lm.training.rewards import group_advantage, group_mean_std, normalize_group, tied_groups
+from lever_lm.training.rollouts.online import Answer, explore, mix, online_statistics
+from lever_lm.training.run_state import Journal
+from lever_lm.training.select_checkpoint import epochs_since_best
+from lever_lm.training.validation import alarms, group_report, group_statistics, projected, validate
 
 _BACKBONE = ("input_proj", "query_proj", "cand_proj")
 

@@ -8,11 +8,11 @@ import copy
 import torch
 from torch import Tensor
 
-from lever_lm.batches import Batch, GroupTensors
-from lever_lm.guards import At, Pass
-from lever_lm.judging import EVAL_BATCH, projected
 from lever_lm.selectors.pointer.encoder import Noise
 from lever_lm.selectors.pointer.model import PointerSelector
+from lever_lm.training.batches import Batch, GroupTensors
+from lever_lm.training.finite_checks import At, Pass
+from lever_lm.training.validation import EVAL_BATCH, projected
 
 
 def snapshot(policy: PointerSelector) -> dict[str, Tensor]:

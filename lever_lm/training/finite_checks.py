@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lever_lm.batches import Batch
-from lever_lm.losses import KL_ESTIMATES
 from lever_lm.selectors.pointer.encoder import Noise
 from lever_lm.selectors.pointer.model import PointerSelector
+from lever_lm.training.batches import Batch
+from lever_lm.training.losses import KL_ESTIMATES
 from lever_lm.utils.errors import LeverError
 
 _NAMED = 3  # queries of a message, and rollouts of each

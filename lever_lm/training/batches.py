@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lever_lm.data.groups import Group
+from lever_lm.training.rollouts.file_format import Group
 from lever_lm.utils.errors import LeverError
 
 CHUNK_CANDIDATES = 16_384  # 48 MiB of features of D = 768

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lever_lm import __version__
 from lever_lm.config.schema import Config
-from lever_lm.runs import RunFolder
+from lever_lm.training.run_dir import RunFolder
 from lever_lm.utils.atomic_io import write_json
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.paths import PACKAGE

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lever_lm.runs import RunFolder
+from lever_lm.training.run_dir import RunFolder
 from lever_lm.utils.errors import LeverError, UsageError
 from lever_lm.utils.safe_parse import Line, is_epoch, lines, metrics_rows, read_json, shown
 

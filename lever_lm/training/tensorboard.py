@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from lever_lm.runs import RunFolder
+from lever_lm.training.run_dir import RunFolder
 from lever_lm.utils.atomic_io import append_bytes, atomic_file, remove
 from lever_lm.utils.errors import LeverError, UsageError
 from lever_lm.utils.safe_parse import CONFIG_LIMIT, one_line, read_bytes, shown

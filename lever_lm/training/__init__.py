@@ -1,0 +1,1 @@
+"""Rollouts, warm-up, GRPO, and the choice of a checkpoint."""

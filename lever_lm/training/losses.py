@@ -1,0 +1,153 @@
+"""Losses of the policy. Pure functions of tensors; only `log_probs` carries gradient.
+
+B queries (groups), G rollouts per query. mask (B, G) bool, True on real rollouts; a row without any is left out.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# Estimates of KL(π ‖ π_ref) from d = log π_ref − log π on samples of π: Schulman, "Approximating KL Divergence". k1 is
+# unbiased and noisy, and its gradient is zero in expectation; k2 is biased, with the right gradient; k3 is unbiased
+# and never negative. On logged rollouts, which are no samples of π, k1 has no floor: it pushes all of them down.
+KL_ESTIMATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "k1": lambda d: -d,
+    "k2": lambda d: d.square() / 2,
+    "k3": lambda d: d.exp() - 1 - d,
+}
+# Share of the full learning rate after a share of the steps, both in [0, 1].
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda done: 1.0,
+    "linear": lambda done: 1.0 - done,
+    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+}
+
+
+def group_mean(values: Tensor, mask: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean within each group over its real rollouts, then over the groups that have any, weighted by `weights` (B,).
+    (B, G) → scalar."""
+    count = mask.sum(-1)
+    per_group = values.masked_fill(~mask, 0).sum(-1) / count.clamp(min=1)
+    if weights is None:
+        return per_group.sum() / (count > 0).sum().clamp(min=1)
+    weights = weights.masked_fill(count == 0, 0)
+    return (per_group * weights).sum() / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
+
+
+def rce_loss(log_probs: Tensor, rewards: Tensor, mask: Tensor | None, temperature: float) -> Tensor:
+    """Reward-weighted cross-entropy: mean over queries of Σ_i softmax(r / temperature)_i · (−log π(sequence_i)).
+
+    log_probs (B, G) of the logged sequences, summed over steps; rewards (B, G); mask (B, G) or None for all real.
+    Returns a scalar. Source: the warm-up stage of Lever-Plus; the weights are those of reward-weighted regression.
+    """
+    mask = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask
+    # A row without a rollout would be softmax over nothing, that is NaN: it is scored by zeros and left out.
+    scores = (rewards / temperature).masked_fill(~mask, -torch.inf).masked_fill(~mask.any(-1, keepdim=True), 0)
+    per_group = (scores.softmax(-1) * -log_probs).masked_fill(~mask, 0).sum(-1)
+    return per_group.sum() / mask.any(-1).sum().clamp(min=1)
+
+
+def grpo_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    clip_epsilon: float = 0.2,
+    kl_beta: float = 0.1,
+    ref_log_probs: Tensor | None = None,
+    clip: bool = True,
+    clip_epsilon_high: float | None = None,
+    kl_estimate: str = "k3",
+    weights: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Clipped policy gradient plus kl_beta · KL: −mean min(ρA, clip(ρ, 1 − ε, 1 + ε_high)A) + β·KL,
+    ρ = exp(log π − log π_old); ε_high is ε where it is not given.
+
+    All tensors (B, G); advantages 0 on tied groups, so that these leave the policy term while their KL still counts.
+    weights (B,): how much each group counts in every mean, all alike if None. kl_estimate is one of KL_ESTIMATES of
+    d = log π_ref − log π where a reference is given, else of the lineage's d = log π − log π_old. `clip=False` leaves
+    the plain ratio. Returns (loss, metrics) with detached scalars ppo_loss, kl, kl_loss, mean_ratio, clip_frac (share
+    of real rollouts outside the range). Raises ValueError on an unknown estimate.
+    Source: GRPO, arXiv:2402.03300 eq. 3–4; ε_high: DAPO, arXiv:2503.14476 §3.1.
+    """
+    if kl_estimate not in KL_ESTIMATES:
+        raise ValueError(f"unknown KL estimate {kl_estimate!r}; choose one of {', '.join(KL_ESTIMATES)} (grpo.kl)")
+    mask = torch.ones_like(log_probs, dtype=torch.bool) if mask is None else mask
+    low, high = _clip_range(clip_epsilon, clip_epsilon_high)
+    log_ratio = (log_probs - old_log_probs).masked_fill(~mask, 0)
+    ratio = log_ratio.exp()
+    objective = ratio * advantages
+    if clip:
+        objective = torch.minimum(objective, ratio.clamp(low, high) * advantages)
+    ppo_loss = -group_mean(objective, mask, weights)
+    gap = log_ratio if ref_log_probs is None else (ref_log_probs - log_probs).masked_fill(~mask, 0)
+    kl = group_mean(KL_ESTIMATES[kl_estimate](gap), mask, weights)
+    kl_loss = kl_beta * kl
+    outside = ((ratio > high) | (ratio < low)).to(ratio.dtype)
+    metrics = {
+        "ppo_loss": ppo_loss,
+        "kl": kl,
+        "kl_loss": kl_loss,
+        "mean_ratio": group_mean(ratio, mask, weights),
+        "clip_frac": group_mean(outside, mask, weights),
+    }
+    return ppo_loss + kl_loss, {name: value.detach() for name, value in metrics.items()}
+
+
+def _clip_range(low: float, high: float | None) -> tuple[float, float]:
+    return 1 - low, 1 + (low if high is None else high)
+
+
+@torch.no_grad()
+def zero_grad_frac(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip_epsilon: float = 0.2,
+    clip_epsilon_high: float | None = None,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """Share of the real rollouts that get no policy gradient: their advantage is 0, or the clip cuts them off. A mean
+    within groups, then over them; arguments as in grpo_loss. Returns a scalar."""
+    low, high = _clip_range(clip_epsilon, clip_epsilon_high)
+    ratio = (log_probs - old_log_probs).exp()
+    cut = ((ratio > high) & (advantages > 0)) | ((ratio < low) & (advantages < 0))
+    return group_mean((cut | (advantages == 0)).to(ratio.dtype), mask, weights)
+
+
+@torch.no_grad()
+def kl_share(kl_loss: Tensor, advantages: Tensor, mask: Tensor, weights: Tensor | None = None) -> Tensor:
+    """How much of the loss is KL, in [0, 1]: β·KL against the mean size of the advantages. (Their mean itself is 0 by
+    construction, so that the policy term's value says nothing of its weight.) Returns a scalar."""
+    size = group_mean(advantages.abs(), mask, weights)
+    return kl_loss.abs() / (kl_loss.abs() + size).clamp(min=1e-12)
+
+
+def rce_temperature(step: int, total: int, start: float = 2.0, end: float = 0.5) -> float:
+    """Temperature of step `step` of `total`: linear from start to end, which it keeps from the last step on."""
+    if total <= 1:
+        return end
+    return start + (end - start) * min(step / (total - 1), 1.0)
+
+
+def scheduled_lr(lr: float, step: int, total: int, *, schedule: str = "constant", warmup_steps: int = 0) -> float:
+    """Learning rate of step `step` (from 0) of `total`: rising linearly to `lr` over the warm-up, then by SCHEDULES."""
+    if step < warmup_steps:
+        return lr * (step + 1) / warmup_steps
+    return lr * SCHEDULES[schedule]((step - warmup_steps) / max(total - warmup_steps, 1))
+
+
+def adapt_kl_beta(
+    beta: float, kl: float, *, low: float = 0.01, high: float = 0.1, factor: float = 1.5, bounds=(0.001, 10.0)
+) -> float:
+    """β of the next step: × factor when KL > high, ÷ factor when KL < low, kept within bounds; unmoved by NaN."""
+    if kl > high:
+        beta = beta * factor
+    elif kl < low:
+        beta = beta / factor
+    return min(max(beta, bounds[0]), bounds[1])
