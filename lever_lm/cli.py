@@ -81,7 +81,7 @@ def demo(
     pipeline = make_pipeline(common, training_flags(rce_epochs, grpo_epochs, keep))
     if planned(common, pipeline, "demo", answers=1 + 7 * len(numbers)):
         return
-    from lever_lm.evaluating import demo as run_demo
+    from lever_lm.evaluation.run import demo as run_demo
     from lever_lm.tables import show_results
 
     refuse_resuming(common, pipeline)
@@ -220,7 +220,7 @@ def infer(
     numbers = parse_shots(shots)
     if icds is not None and ckpt is not None:
         raise UsageError("--icds and --ckpt both say what is shown: give one of them")
-    from lever_lm import evaluating
+    from lever_lm.evaluation import run as evaluating
     from lever_lm.tables import show_results
     from lever_lm.training.find_checkpoint import find_checkpoint
 
@@ -260,8 +260,8 @@ def pick(
     _in_one_process("pick")
     if (image is None) != (question is None) or (image is not None and example is not None):
         raise UsageError("pick takes an --image with its --question, or --example QUESTION_ID, or none of them")
+    from lever_lm.evaluation.retriever import Retriever
     from lever_lm.picking import checkpoint_here, pick_for, show_picks, the_query
-    from lever_lm.retriever import Retriever
     from lever_lm.training.from_checkpoint import change_lines, changes
 
     pipeline = pipeline_of_run(common, find=lambda run, layout: checkpoint_here(run, layout, ckpt))
@@ -330,7 +330,7 @@ def export(
     pipeline = pipeline_of_run(common, run_dir=where[0] if len(where) == 2 else None)
     if planned(common, pipeline):
         return
-    from lever_lm.sharing import export as write
+    from lever_lm.evaluation.export import export as write
     from lever_lm.training.find_checkpoint import find_checkpoint
 
     named = len(where) == 2 or common.run_name
@@ -383,7 +383,7 @@ def report(
         raise UsageError(f"{len(others) + 1} run folders make one page only with --compare")
     pipeline = pipeline_of_run(common, run_dir=first)
     if not planned(common, pipeline):
-        from lever_lm.evaluating import report as make_report
+        from lever_lm.evaluation.run import report as make_report
 
         result = make_report(pipeline, others, output, png)
         pipeline.screen.result(f"report: {result['report']}")

@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 from lever_lm.data import Example
-from lever_lm.retriever import Pick, Retriever
+from lever_lm.evaluation.retriever import Pick, Retriever
 from lever_lm.selectors.pointer.checkpoint import load_policy
 from lever_lm.tasks.vqa import vqa_accuracy
 from lever_lm.training.find_checkpoint import find_checkpoint, latest_checkpoint

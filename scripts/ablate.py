@@ -23,8 +23,8 @@ import torch
 
 from lever_lm.config.schema import Config
 from lever_lm.config.values import build, configs_root, dotted, merge, named_yaml, read_yaml
-from lever_lm.evaluating import evaluation_of
-from lever_lm.inference import BASELINES
+from lever_lm.evaluation.evaluate import BASELINES
+from lever_lm.evaluation.run import evaluation_of
 from lever_lm.selectors.pointer.checkpoint import load_policy
 from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.training.batches import to_tensors

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from helpers import RUN, files_in, run_here, small_digits
 
-from lever_lm.retriever import Retriever
+from lever_lm.evaluation.retriever import Retriever
 from lever_lm.training.run_dir import RunFolder
 from lever_lm.utils.paths import asset_path
 

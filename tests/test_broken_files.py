@@ -13,9 +13,9 @@ from lever_lm.config.load import resolve
 from lever_lm.config.schema import Config, to_dict
 from lever_lm.config.values import build
 from lever_lm.data import load_dataset
-from lever_lm.icds import read_icds
-from lever_lm.inference import Evaluation, Outcome
-from lever_lm.report import write_report
+from lever_lm.evaluation.choices_file import read_icds
+from lever_lm.evaluation.evaluate import Evaluation, Outcome
+from lever_lm.evaluation.report.page import write_report
 from lever_lm.training.find_checkpoint import find_checkpoint
 from lever_lm.training.rollouts.file_format import load_groups
 from lever_lm.training.run_dir import RunFolder

@@ -22,7 +22,7 @@ from test_training import GRPO, RCE, assert_same_run, data, journal_in, make, sa
 from lever_lm.config.schema import DataConfig, FeatureConfig, GrpoConfig, PromptConfig, RceConfig
 from lever_lm.data import load_dataset
 from lever_lm.data.embeddings import ClipEncoder, compute_features
-from lever_lm.inference import Evaluation
+from lever_lm.evaluation.evaluate import Evaluation
 from lever_lm.lvlm import build_prompt
 from lever_lm.lvlm.decoding import NotFinite, Prefilled, beam_search, greedy
 from lever_lm.selectors.pointer.checkpoint import save_torch

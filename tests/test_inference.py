@@ -13,7 +13,7 @@ from helpers import INFERENCE, RUN, files_in, track
 
 from lever_lm.config.schema import to_dict
 from lever_lm.data.pools import SAMPLERS
-from lever_lm.inference import BASELINES, Evaluation, compare, is_result
+from lever_lm.evaluation.evaluate import BASELINES, Evaluation, compare, is_result
 from lever_lm.lvlm import load_lvlm
 from lever_lm.options import parse_shots
 from lever_lm.selectors.pointer.checkpoint import save_torch, to_v2, v3_content

@@ -13,12 +13,12 @@ from helpers import INFERENCE, RUN
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lever_lm.report import words
-from lever_lm.report.charts import Series, line_chart, round_ticks
-from lever_lm.report.curves import Evaluated, accuracy_series, distinct_names, training_curves
-from lever_lm.report.gallery import EACH, Shown, pick_queries, right_labels
-from lever_lm.report.results import Sample, read_metrics, read_samples
-from lever_lm.stats import paired_test
+from lever_lm.evaluation.report import phrasing as words
+from lever_lm.evaluation.report.curves import Evaluated, accuracy_series, distinct_names, training_curves
+from lever_lm.evaluation.report.gallery import EACH, Shown, pick_queries, right_labels
+from lever_lm.evaluation.report.svg import Series, line_chart, round_ticks
+from lever_lm.evaluation.results import Sample, read_metrics, read_samples
+from lever_lm.evaluation.statistics import paired_test
 from lever_lm.training.run_dir import RunFolder
 from lever_lm.utils.errors import LeverError
 

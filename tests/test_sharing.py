@@ -14,13 +14,13 @@ from official import hub_cache
 from safetensors.torch import load_file, save_file
 
 from lever_lm import load_policy
-from lever_lm.card import markdown
 from lever_lm.config.schema import Config, DataConfig, FeatureConfig, LvlmConfig, to_dict
+from lever_lm.evaluation.export import export
+from lever_lm.evaluation.model_card import markdown
 from lever_lm.selectors.pointer.checkpoint import read_checkpoint, save_torch, v3_content
 from lever_lm.selectors.pointer.hub_format import policy_folder, setting_of
 from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.selectors.pointer.variants import VARIANTS
-from lever_lm.sharing import export
 from lever_lm.utils.errors import LeverError, UsageError
 
 NAMES = {"model.safetensors", "config.json", "README.md"}
@@ -287,7 +287,7 @@ def test_folders_of_something_else_are_refused(tmp_path, shared):
 
 def test_a_strangers_setting_names_no_server_and_no_file_here(trained, lever):
     """What is shared is used with keys of a short list: a stranger's folder cannot have images sent anywhere."""
-    from lever_lm.retriever import Retriever
+    from lever_lm.evaluation.retriever import Retriever
 
     assert lever("export", RUN, "shared").status == 0
     setting = json.loads((trained / "shared/config.json").read_text())["setting"]

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from lever_lm.stats import bootstrap_interval, paired_test
+from lever_lm.evaluation.statistics import bootstrap_interval, paired_test
 
 
 def test_scores_without_spread_have_an_interval_of_no_width():

@@ -311,9 +311,9 @@ def _spoil_answers(rng: Random, content: bytes, keys: list[str], path: Path) -> 
 def _exported(folder: Path) -> Path:
     """A folder as `lever export` writes it."""
     from lever_lm.config.load import resolve
+    from lever_lm.evaluation.export import export
     from lever_lm.selectors.pointer.checkpoint import save_torch, v3_content
     from lever_lm.selectors.pointer.model import PointerSelector
-    from lever_lm.sharing import export
     from lever_lm.training.run_dir import RunFolder
 
     run, settings = RunFolder(folder), resolve({"dataset": "digits", "lvlm": "tiny_qwen2.5_vl"}, None, [], {})[0]

@@ -51,9 +51,9 @@ def choices(run, log: Path | None) -> None:
 
 def metrics_file(folder: Path) -> Target:
     """A run's metrics.jsonl, as `lever best-ckpt`, `lever status` and the report read it."""
+    from lever_lm.evaluation.report import phrasing as words
+    from lever_lm.evaluation.report.curves import curve_chart, training_curves
     from lever_lm.options import finite
-    from lever_lm.report import words
-    from lever_lm.report.curves import curve_chart, training_curves
     from lever_lm.status import run_status
     from lever_lm.training.run_dir import RunFolder
 
@@ -279,7 +279,7 @@ def _inference(folder: Path):
 
 
 def _report(run, inference: Path, data) -> None:
-    from lever_lm.report import write_report
+    from lever_lm.evaluation.report.page import write_report
 
     page = write_report(run, inference, data).read_text(encoding="utf-8")
     assert not re.search("<script>|<b>what", page), "text is markup in the report"
@@ -288,7 +288,7 @@ def _report(run, inference: Path, data) -> None:
 
 def results_file(folder: Path) -> Target:
     """An inference's metrics.json, as the next inference and the report read it."""
-    from lever_lm.inference import _earlier
+    from lever_lm.evaluation.evaluate import _earlier
 
     run, inference, data, samples, content = _inference(folder)
     (inference / "samples_grpo_2shot.jsonl").write_bytes(samples)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-import lever_lm.report  # noqa: F401 - and with it nearly all, before a worker is forked
+import lever_lm.evaluation.report.page  # noqa: F401 - and with it nearly all, before a worker is forked
 from fuzzing.harness import CANARY, STEERS, Parser, Target
 from fuzzing.mutations import TOKENS, encoded, lines_spoiler, spoil_json
 from lever_lm.config.schema import Config, to_dict
@@ -251,7 +251,7 @@ def rollouts(folder: Path) -> Target:
 def icds(folder: Path) -> Target:
     """`--icds FILE` in its three layouts."""
     from lever_lm.data import Example, StoredImage
-    from lever_lm.icds import read_icds
+    from lever_lm.evaluation.choices_file import read_icds
 
     def example(i: int) -> Example:
         return Example(i, i, "what?", ("yes",), ("yes",), StoredImage(f"image {i}", i, None))

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lever_lm.report.charts import Series, line_chart
-from lever_lm.report.gallery import LEARNED
-from lever_lm.report.results import is_finite, read_metrics
-from lever_lm.report.words import METHODS
+from lever_lm.evaluation.report.gallery import LEARNED
+from lever_lm.evaluation.report.phrasing import METHODS
+from lever_lm.evaluation.report.svg import Series, line_chart
+from lever_lm.evaluation.results import is_finite, read_metrics
 from lever_lm.training.run_dir import RunFolder
 from lever_lm.training.select_checkpoint import STRATEGIES, History, best_row, read_history
 from lever_lm.utils.errors import LeverError

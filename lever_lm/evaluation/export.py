@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lever_lm import __version__
-from lever_lm.card import model_card
 from lever_lm.config.schema import Config, to_dict
 from lever_lm.config.values import build
-from lever_lm.report.results import evaluations, read_metrics
+from lever_lm.evaluation.model_card import model_card
+from lever_lm.evaluation.results import evaluations, read_metrics
 from lever_lm.selectors.pointer.checkpoint import load_policy, own_config, policy_digest, read_checkpoint
 from lever_lm.selectors.pointer.hub_format import CARD, CONFIG, FORMAT, VERSION, WEIGHTS, is_exported, setting_of
 from lever_lm.selectors.pointer.model import PointerSelector

@@ -7,8 +7,8 @@ from pathlib import Path
 import yaml
 
 from lever_lm.data import VqaData
-from lever_lm.report import words
-from lever_lm.report.curves import (
+from lever_lm.evaluation.report import phrasing as words
+from lever_lm.evaluation.report.curves import (
     PHASES,
     Evaluated,
     accuracy_chart,
@@ -17,10 +17,10 @@ from lever_lm.report.curves import (
     distinct_names,
     training_curves,
 )
-from lever_lm.report.gallery import LEARNED, make_cards, pick_queries, read_shown, right_labels
-from lever_lm.report.results import evaluations, is_finite, last_evaluation, read_samples, samples_file
+from lever_lm.evaluation.report.gallery import LEARNED, make_cards, pick_queries, read_shown, right_labels
+from lever_lm.evaluation.results import evaluations, is_finite, last_evaluation, read_samples, samples_file
+from lever_lm.evaluation.statistics import paired_test
 from lever_lm.selectors.pointer.checkpoint import load_policy, policy_digest
-from lever_lm.stats import paired_test
 from lever_lm.training.environment import read_environment, typed_again
 from lever_lm.training.run_dir import RunFolder, differing
 from lever_lm.utils.atomic_io import write_text

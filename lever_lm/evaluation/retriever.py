@@ -22,7 +22,7 @@ from lever_lm.data import Example, VqaData, image_digest, image_digests, open_im
 from lever_lm.data.embeddings import ClipEncoder, Embeddings, Features, encode
 from lever_lm.data.example import unfit
 from lever_lm.data.image_decode import Undecodable, decoded
-from lever_lm.inference import Evaluation
+from lever_lm.evaluation.evaluate import Evaluation
 from lever_lm.lvlm import Prompt, build_prompt
 from lever_lm.lvlm.processor import load_processor
 from lever_lm.lvlm.prompt import to_messages

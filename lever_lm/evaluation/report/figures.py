@@ -10,8 +10,8 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from lever_lm.report.charts import Series
-from lever_lm.report.curves import PHASES, Curve, Evaluated, accuracy_series, distinct_names, training_curves
+from lever_lm.evaluation.report.curves import PHASES, Curve, Evaluated, accuracy_series, distinct_names, training_curves
+from lever_lm.evaluation.report.svg import Series
 from lever_lm.utils.atomic_io import atomic_file
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.safe_parse import one_line

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lever_lm.inference import is_result, is_test
+from lever_lm.evaluation.evaluate import is_result, is_test
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.safe_parse import LINE_LIMIT, Line, lines, loads, read_json, read_object, shown
 

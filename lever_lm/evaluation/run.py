@@ -12,10 +12,10 @@ from pathlib import Path
 
 from lever_lm.data import VqaData, load_dataset
 from lever_lm.data.embeddings import encoder_fingerprint
-from lever_lm.icds import read_icds
-from lever_lm.inference import BASELINES, Evaluation, Outcome, compare, rows_of_another_setting
-from lever_lm.plots import check_plots, write_plots
-from lever_lm.report import Evaluated, evaluations, last_evaluation, write_report
+from lever_lm.evaluation.choices_file import read_icds
+from lever_lm.evaluation.evaluate import BASELINES, Evaluation, Outcome, compare, rows_of_another_setting
+from lever_lm.evaluation.report.figures import check_plots, write_plots
+from lever_lm.evaluation.report.page import Evaluated, evaluations, last_evaluation, write_report
 from lever_lm.selectors.pointer.checkpoint import policy_digest
 from lever_lm.training.environment import command_line, recorded
 from lever_lm.training.find_checkpoint import find_checkpoint, load_for

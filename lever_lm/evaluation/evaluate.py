@@ -17,9 +17,9 @@ from lever_lm.config.schema import Config
 from lever_lm.data import Example, VqaData
 from lever_lm.data.embeddings import Embeddings, Features
 from lever_lm.data.pools import Candidates, nearest, query_rng, sample_pools, similarity_rows
+from lever_lm.evaluation.statistics import bootstrap_interval, paired_test
 from lever_lm.lvlm import CachedLvlm, build_prompt
 from lever_lm.selectors.pointer.model import PointerSelector
-from lever_lm.stats import bootstrap_interval, paired_test
 from lever_lm.tasks.answer_stems import Stems, learn_stems
 from lever_lm.tasks.vqa import vqa_accuracy
 from lever_lm.utils.atomic_io import write_json, write_text

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from lever_lm.report.results import is_finite
+from lever_lm.evaluation.results import is_finite
 from lever_lm.training.select_checkpoint import STRATEGIES, best_row
 
 METHODS = {

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from lever_lm.data import Example, Image, VqaData, open_image
-from lever_lm.report.results import Sample, read_samples, samples_file
+from lever_lm.evaluation.results import Sample, read_samples, samples_file
 from lever_lm.tasks.vqa import vqa_accuracy
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.safe_parse import printable, shown

@@ -1,0 +1,1 @@
+"""N-shot evaluation of a checkpoint, its statistics, the report page, export and the Python API."""
