@@ -10,4 +10,5 @@ def __getattr__(name: str):
         raise AttributeError(f"module 'lever_lm' has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module(f"lever_lm.{'checkpoint' if name == 'load_policy' else 'retriever'}"), name)
+    home = "selectors.pointer.checkpoint" if name == "load_policy" else "evaluation.retriever"
+    return getattr(importlib.import_module(f"lever_lm.{home}"), name)

@@ -34,8 +34,8 @@ from torch import Tensor, nn
 
 from lever_lm.config.schema import GrpoConfig, RceConfig
 from lever_lm.selectors.pointer.model import PointerSelector
+from lever_lm.training import grpo as training
 from lever_lm.training.batches import GroupTensors, to_tensors
-from lever_lm.training.grpo import grpo as training
 from lever_lm.training.losses import rce_temperature
 from lever_lm.training.reference_policy import Anchor
 from lever_lm.training.rollouts.file_format import load_groups, split_ids

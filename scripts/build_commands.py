@@ -6,8 +6,8 @@ from pathlib import Path
 
 import typer
 
-from lever_lm.cli import app
-from lever_lm.options import Common
+from lever_lm.cli.commands import app
+from lever_lm.cli.options import Common
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "commands.md"
 OPENING = """# Commands

@@ -50,7 +50,7 @@ def log_asked(path: Path) -> None:
 
 def run_command(arguments: list[str], log: str | None) -> None:
     """The `lever` command in this process; ends it."""
-    from lever_lm.cli import main
+    from lever_lm.cli.commands import main
 
     if log:
         log_asked(Path(log))
@@ -79,7 +79,7 @@ def serve() -> None:
 def _load_everything() -> None:
     """Modules, and the models once for what loading them makes the libraries remember; nothing is computed."""
     for name in (
-        "lever_lm.cli",
+        "lever_lm.cli.commands",
         "lever_lm.training.pipeline",
         "PIL.JpegImagePlugin",
         "pydantic.type_adapter",

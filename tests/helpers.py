@@ -58,8 +58,8 @@ def run_lever(*arguments, cwd: Path, prefix: tuple[str, ...] = (), **extra: str)
 
 def run_here(*arguments, cwd: Path) -> Done:
     """The command line in this process, which has imported everything: seconds sooner than in one of its own."""
-    from lever_lm.cli import app
-    from lever_lm.process import run
+    from lever_lm.cli.commands import app
+    from lever_lm.cli.entrypoint import run
 
     out, err, before = io.StringIO(), io.StringIO(), os.getcwd()
     os.chdir(cwd)

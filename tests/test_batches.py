@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from lever_lm.selectors.pointer.model import PointerSelector
+from lever_lm.training import batches
 from lever_lm.training.batches import to_tensors
-from lever_lm.training.grpo import batches
 from lever_lm.training.rollouts.file_format import Group
 from lever_lm.utils.errors import LeverError
 

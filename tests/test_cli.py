@@ -18,7 +18,8 @@ import pytest
 import yaml
 from helpers import ROLLOUTS, RUN, SMALL, Done, clean_environment, files_in, run_lever
 
-from lever_lm import __version__, cli
+from lever_lm import __version__
+from lever_lm.cli import commands as cli
 from lever_lm.utils.safe_torch_load import load_torch
 
 COMMANDS = ("demo", "train", "rollout", "best-ckpt", "convert", "infer", "pick", "export", "report", "status", "doctor")
@@ -54,8 +55,8 @@ def scripts(tmp_path) -> Path:
 def test_help_and_version_load_nothing_heavy(tmp_path):
     code = (
         "import sys\n"
-        "from lever_lm.cli import app\n"
-        "from lever_lm.process import run\n"
+        "from lever_lm.cli.commands import app\n"
+        "from lever_lm.cli.entrypoint import run\n"
         f"commands = [[], ['--help'], ['--version'], *([c, '--help'] for c in {COMMANDS!r}), ['nonsense']]\n"
         "for command in commands:\n"
         "    run(app, command)\n"
@@ -186,8 +187,8 @@ def test_an_absurd_range_of_shots_is_refused_without_being_counted_out(tmp_path)
     code = (
         "import resource, sys\n"
         "resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))\n"
-        "from lever_lm.cli import app\n"
-        "from lever_lm.process import run\n"
+        "from lever_lm.cli.commands import app\n"
+        "from lever_lm.cli.entrypoint import run\n"
         "sys.exit(run(app, ['infer', '--shots', '1-99999999999', '--json']))\n"
     )
     command = [sys.executable, "-c", code]

@@ -12,9 +12,9 @@ import yaml
 from helpers import RUN, clean_environment, files_in, run_lever
 from pages import CHECKOUT
 
+from lever_lm.cli.config_views import flat, key_docs
 from lever_lm.config.schema import Config, to_dict
 from lever_lm.config.values import all_keys, build
-from lever_lm.config_views import flat, key_docs
 from lever_lm.training.select_checkpoint import STRATEGIES
 
 
@@ -206,7 +206,7 @@ def offered(folder, line: str, shell: str = "bash") -> list[str]:
     count = len(line.split(" ")) - 1
     asked = {"COMP_WORDS": line, "COMP_CWORD": str(count), "_TYPER_COMPLETE_ARGS": line}
     asked |= {"_LEVER_COMPLETE": f"complete_{shell}", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
-    command = [sys.executable, "-c", "from lever_lm.cli import main; main()"]
+    command = [sys.executable, "-c", "from lever_lm.cli.commands import main; main()"]
     done = subprocess.run(
         command, cwd=folder, env=clean_environment(**asked), capture_output=True, text=True, timeout=60
     )
@@ -249,7 +249,7 @@ def test_every_shell_is_offered_the_same_and_nothing_that_it_would_run(runs):
 def test_offers_within_this_process(runs, monkeypatch):
     import click
 
-    from lever_lm import completion
+    from lever_lm.cli import completion
 
     monkeypatch.chdir(runs)
     context = click.Context(click.Command("x"))
@@ -281,8 +281,8 @@ def test_neither_completion_nor_the_views_load_anything_heavy(tmp_path):
         "context = click.Context(click.Command('x'))\n"
         "for find in (completion.set_keys, completion.run_folders, completion.configs, completion.strategies):\n"
         "    find(context, '')\n"
-        "from lever_lm.cli import app\n"
-        "from lever_lm.process import run\n"
+        "from lever_lm.cli.commands import app\n"
+        "from lever_lm.cli.entrypoint import run\n"
         "for words in (['show', '--docs'], ['diff', 'demo'], ['--help']):\n"
         "    assert run(app, ['config', *words]) == 0\n"
         "print(json.dumps(sorted({'torch', 'numpy', 'transformers', 'jinja2'} & set(sys.modules))))\n"
@@ -293,7 +293,7 @@ def test_neither_completion_nor_the_views_load_anything_heavy(tmp_path):
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_each_shell_has_its_script(shell, tmp_path):
-    command = [sys.executable, "-c", "from lever_lm.cli import main; main()", "--show-completion", shell]
+    command = [sys.executable, "-c", "from lever_lm.cli.commands import main; main()", "--show-completion", shell]
     environment = clean_environment(_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

@@ -27,11 +27,11 @@ from helpers import RUN, clean_environment, small_digits
 from official import hub_cache
 from pages import CHECKOUT, PAGES, Part
 
-from lever_lm.cli import app
+from lever_lm.cli.commands import app
+from lever_lm.cli.entrypoint import run as run_command
 from lever_lm.config.load import ENVIRONMENT
 from lever_lm.config.schema import LvlmConfig
 from lever_lm.config.values import all_keys, build
-from lever_lm.process import run as run_command
 from lever_lm.utils.paths import asset_path
 
 DEMO = RUN.with_name("demo")
@@ -333,8 +333,8 @@ EXAMPLE = re.compile(r"# (?P<file>[\w./]+)(?:, (?P<end>at its end)|, before: (?P
 LINES = 30
 DRIVER = """
 import shlex, sys
-from lever_lm.cli import app
-from lever_lm.process import run
+from lever_lm.cli.commands import app
+from lever_lm.cli.entrypoint import run
 for line in sys.stdin.read().splitlines():
     print("$", line, flush=True)
     if status := run(app, shlex.split(line)[1:]):

@@ -14,7 +14,7 @@ from test_groups import DATA
 from lever_lm.config.load import resolve
 from lever_lm.config.schema import LvlmConfig
 from lever_lm.data.embeddings import ClipEncoder
-from lever_lm.training.grpo import preflight as doctor
+from lever_lm.training import preflight as doctor
 from lever_lm.training.preflight_models import GIB, memory_needed
 from lever_lm.utils.device import import_transformers
 from lever_lm.utils.errors import LeverError

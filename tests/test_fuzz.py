@@ -17,9 +17,9 @@ from helpers import SCRIPTS, clean_environment
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lever_lm.cli.options import parse_shots
 from lever_lm.config.values import build, parse_set
 from lever_lm.lvlm.openai_server import log_prob_at_end
-from lever_lm.options import parse_shots
 from lever_lm.utils.errors import LeverError, UsageError
 from lever_lm.utils.safe_parse import json_text, load_yaml, loads, one_line, printable, shown
 from lever_lm.utils.safe_torch_load import load_torch

@@ -14,8 +14,8 @@ import torch
 from test_training import GRPO, POOL, QUERIES, RCE, Killed, assert_same_run, data, make, same_state, train, world
 
 from lever_lm.config.schema import GrpoConfig
+from lever_lm.training import grpo as training
 from lever_lm.training.batches import to_tensors
-from lever_lm.training.grpo import grpo as training
 from lever_lm.training.losses import (
     KL_ESTIMATES,
     SCHEDULES,

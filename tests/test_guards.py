@@ -27,9 +27,9 @@ from lever_lm.lvlm import build_prompt
 from lever_lm.lvlm.decoding import NotFinite, Prefilled, beam_search, greedy
 from lever_lm.selectors.pointer.checkpoint import save_torch
 from lever_lm.selectors.pointer.model import PointerSelector
+from lever_lm.training import grpo as training
 from lever_lm.training.batches import to_tensors
 from lever_lm.training.finite_checks import At, Pass, not_finite
-from lever_lm.training.grpo import grpo as training
 from lever_lm.training.grpo import train_grpo, train_rce, update
 from lever_lm.training.losses import rce_loss
 from lever_lm.training.nan_debug import backward, detecting

@@ -11,14 +11,14 @@ import torch
 import yaml
 from helpers import INFERENCE, RUN, files_in, track
 
+from lever_lm.cli.display import show_results
+from lever_lm.cli.options import parse_shots
 from lever_lm.config.schema import to_dict
 from lever_lm.data.pools import SAMPLERS
 from lever_lm.evaluation.evaluate import BASELINES, Evaluation, compare, is_result
 from lever_lm.lvlm import load_lvlm
-from lever_lm.options import parse_shots
 from lever_lm.selectors.pointer.checkpoint import save_torch, to_v2, v3_content
 from lever_lm.selectors.pointer.model import PointerSelector
-from lever_lm.tables import show_results
 from lever_lm.tasks.vqa import vqa_accuracy
 from lever_lm.training.find_checkpoint import find_checkpoint, latest_checkpoint, load_for
 from lever_lm.training.run_dir import RunFolder

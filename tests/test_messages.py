@@ -106,7 +106,7 @@ def flags_of(text: str) -> set[str]:
 def test_flags_that_a_message_names_exist():
     import typer.main
 
-    from lever_lm.cli import app
+    from lever_lm.cli.commands import app
 
     known = {"--nproc-per-node", "--shm-size", "--repo-type", "--max-model-len"}  # of torchrun, docker, hf and vllm
     queue = [typer.main.get_command(app)]

@@ -100,7 +100,8 @@ def test_files_are_300_dpi_sized_for_a_column_and_the_same_again(tmp_path):
         assert 6.4 < picture.width / 300 < 7.0
     (tmp_path / "matplotlibrc").write_text("font.size: 30\naxes.facecolor: red\nbackend: tkagg\n")
     code = (
-        "from pathlib import Path\nfrom lever_lm.evaluation.report.figures import write_plots\nfrom lever_lm.evaluation.report.page import Evaluated\n"
+        "from pathlib import Path\nfrom lever_lm.evaluation.report.figures import write_plots\n"
+        "from lever_lm.evaluation.report.page import Evaluated\n"
         "from lever_lm.training.run_dir import RunFolder\n"
         "write_plots([Evaluated(RunFolder('one'), Path('one/inference'))], Path('again'))\n"
         "import sys; sys.exit('matplotlib.pyplot' in sys.modules)\n"

@@ -47,7 +47,7 @@ def test_the_environment_names_versions_machine_seed_inputs_and_what_these_were_
 def test_a_checkout_names_its_revision_and_whether_files_in_it_were_changed(tmp_path, monkeypatch):
     import subprocess
 
-    from lever_lm.training.grpo import environment as provenance
+    from lever_lm.training import environment as provenance
 
     package = tmp_path / "lever_lm"
     package.mkdir()

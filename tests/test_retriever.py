@@ -14,13 +14,13 @@ import torch
 from helpers import INFERENCE, RUN, SCRIPTS, clean_environment, run_here
 
 import lever_lm
-from lever_lm.cli import app
+from lever_lm.cli.commands import app
+from lever_lm.cli.entrypoint import run as run_command
+from lever_lm.cli.pick import pick_for
 from lever_lm.data import Example
 from lever_lm.evaluation import retriever as module
 from lever_lm.evaluation.retriever import Pick, Retriever
 from lever_lm.lvlm.prompt import cut_answer
-from lever_lm.picking import pick_for
-from lever_lm.process import run as run_command
 from lever_lm.training.from_checkpoint import config_beside, results_beside
 from lever_lm.utils.errors import LeverError, UsageError
 from lever_lm.utils.paths import asset_path

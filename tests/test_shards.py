@@ -356,8 +356,8 @@ def test_two_processes_deal_the_batches_and_both_have_all_answers(tmp_path):
 
 FAILING = """
 import os
-from lever_lm import cli
-from lever_lm.training.grpo import pipeline
+from lever_lm.cli import commands as cli
+from lever_lm.training import pipeline
 from lever_lm.utils.errors import LeverError
 
 if os.environ["RANK"] == "1":
@@ -439,7 +439,7 @@ def test_two_processes_make_everything_from_an_empty_folder(lever, tmp_path, tmp
 KILLED = """
 import os, signal, time
 from pathlib import Path
-from lever_lm import cli
+from lever_lm.cli import commands as cli
 from lever_lm.lvlm.answer_cache import AnswerCache
 
 put, done = AnswerCache.put, []

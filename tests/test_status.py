@@ -17,8 +17,8 @@ import pytest
 from helpers import RUN, SMALL, clean_environment, files_in
 from test_groups import DATA
 
-from lever_lm import status as status_module
-from lever_lm.status import gpus
+from lever_lm.cli import status as status_module
+from lever_lm.cli.status import gpus
 from lever_lm.training.environment import record, typed_again
 from lever_lm.training.run_dir import LOCK, RunFolder
 from lever_lm.training.run_state import table_header, table_row
@@ -323,7 +323,7 @@ def test_gpus_are_those_that_nvidia_smi_names(tmp_path, monkeypatch):
 
 def test_it_loads_neither_torch_nor_numpy(trained):
     code = (
-        "import sys\nfrom lever_lm.cli import app\nfrom lever_lm.process import run\n"
+        "import sys\nfrom lever_lm.cli.commands import app\nfrom lever_lm.cli.entrypoint import run\n"
         f"run(app, ['status', {str(RUN)!r}])\nrun(app, ['status'])\n"
         "sys.exit(', '.join(sorted({'torch', 'numpy', 'transformers'} & set(sys.modules))) or 0)\n"
     )

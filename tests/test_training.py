@@ -14,10 +14,10 @@ import torch
 
 from lever_lm.config.schema import GrpoConfig, RceConfig
 from lever_lm.selectors.pointer.model import PointerSelector
+from lever_lm.training import validation as judging
 from lever_lm.training.batches import to_tensors
 from lever_lm.training.finite_checks import At
 from lever_lm.training.grpo import best_rollouts, train_grpo, train_rce
-from lever_lm.training.grpo import validation as judging
 from lever_lm.training.losses import rce_loss
 from lever_lm.training.reference_policy import Anchor, snapshot
 from lever_lm.training.rewards import group_advantage

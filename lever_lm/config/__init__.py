@@ -1,1 +1,1 @@
-"""Every setting of the package: its defaults (schema), and how YAML, environment, --set and flags change them (load)."""
+"""Every setting of the package: its defaults (schema) and who may change them (load)."""

@@ -41,7 +41,7 @@ def _spoil_rows(rng, content: bytes) -> bytes:
 
 def choices(run, log: Path | None) -> None:
     """What `lever best-ckpt --show-all` does but for writing."""
-    from lever_lm.options import finite
+    from lever_lm.cli.options import finite
     from lever_lm.training.select_checkpoint import STRATEGIES, choose, read_history
 
     history = read_history(run, log)
@@ -51,10 +51,10 @@ def choices(run, log: Path | None) -> None:
 
 def metrics_file(folder: Path) -> Target:
     """A run's metrics.jsonl, as `lever best-ckpt`, `lever status` and the report read it."""
+    from lever_lm.cli.options import finite
+    from lever_lm.cli.status import run_status
     from lever_lm.evaluation.report import phrasing as words
     from lever_lm.evaluation.report.curves import curve_chart, training_curves
-    from lever_lm.options import finite
-    from lever_lm.status import run_status
     from lever_lm.training.run_dir import RunFolder
 
     run = RunFolder(folder / "run")

@@ -184,7 +184,7 @@ def run_config(folder: Path) -> Target:
 
 def shots(folder: Path) -> Target:
     """`--shots TEXT`."""
-    from lever_lm.options import parse_shots
+    from lever_lm.cli.options import parse_shots
 
     known = [b"1-9999," * 1000 + b"1", b"0", b"", b",", b"-", b"1-", b"9999-1", "٣".encode(), b"1" * 100_000]
     return Target(

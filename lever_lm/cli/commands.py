@@ -6,9 +6,11 @@ from typing import Annotated
 
 import typer
 
-from lever_lm import __version__, completion, process
-from lever_lm.config_cli import config_app
-from lever_lm.options import (
+from lever_lm import __version__
+from lever_lm.cli import completion
+from lever_lm.cli import entrypoint as process
+from lever_lm.cli.config_command import config_app
+from lever_lm.cli.options import (
     Common,
     command,
     dataset_named,
@@ -19,7 +21,7 @@ from lever_lm.options import (
     refuse_resuming,
     training_flags,
 )
-from lever_lm.pipelines import make_pipeline, pipeline_of_run, run_paths
+from lever_lm.cli.run_config import make_pipeline, pipeline_of_run, run_paths
 from lever_lm.training.tensorboard import check_tracker
 from lever_lm.utils.distributed import Shards
 from lever_lm.utils.errors import LeverError, UsageError
@@ -81,8 +83,8 @@ def demo(
     pipeline = make_pipeline(common, training_flags(rce_epochs, grpo_epochs, keep))
     if planned(common, pipeline, "demo", answers=1 + 7 * len(numbers)):
         return
+    from lever_lm.cli.display import show_results
     from lever_lm.evaluation.run import demo as run_demo
-    from lever_lm.tables import show_results
 
     refuse_resuming(common, pipeline)
     pipeline.detect_anomaly, pipeline.tracker = detect_anomaly, tracker
@@ -151,7 +153,7 @@ def best_ckpt(
     log: Annotated[Path | None, typer.Option(help="Choose from a training log, ours or Lever-Plus's.")] = None,
 ) -> None:
     """Pick an epoch by its metrics; the answer is kept in the run's best.json."""
-    from lever_lm.tables import show_choice
+    from lever_lm.cli.display import show_choice
     from lever_lm.training.select_checkpoint import check_strategy, choose, kept_choice, read_history
     from lever_lm.utils.atomic_io import write_json
 
@@ -220,8 +222,8 @@ def infer(
     numbers = parse_shots(shots)
     if icds is not None and ckpt is not None:
         raise UsageError("--icds and --ckpt both say what is shown: give one of them")
+    from lever_lm.cli.display import show_results
     from lever_lm.evaluation import run as evaluating
-    from lever_lm.tables import show_results
     from lever_lm.training.find_checkpoint import find_checkpoint
 
     def find(run, _) -> tuple[Path, str]:
@@ -260,8 +262,8 @@ def pick(
     _in_one_process("pick")
     if (image is None) != (question is None) or (image is not None and example is not None):
         raise UsageError("pick takes an --image with its --question, or --example QUESTION_ID, or none of them")
+    from lever_lm.cli.pick import checkpoint_here, pick_for, show_picks, the_query
     from lever_lm.evaluation.retriever import Retriever
-    from lever_lm.picking import checkpoint_here, pick_for, show_picks, the_query
     from lever_lm.training.from_checkpoint import change_lines, changes
 
     pipeline = pipeline_of_run(common, find=lambda run, layout: checkpoint_here(run, layout, ckpt))
@@ -288,8 +290,8 @@ def status(
     all_: Annotated[bool, typer.Option("--all", help="Every run below --results, a line each.")] = False,
 ) -> None:
     """How far a run is, and whether it is at work: epochs, speed, time left, metrics, GPU. Nothing is touched."""
-    from lever_lm.status import gpus, run_status
-    from lever_lm.status_views import status_lines, status_row
+    from lever_lm.cli.status import gpus, run_status
+    from lever_lm.cli.status_views import status_lines, status_row
     from lever_lm.training.run_dir import RunFolder
     from lever_lm.utils.console import Screen
 

@@ -11,7 +11,7 @@ from contextlib import redirect_stdout
 
 import typer
 
-from lever_lm.options import debugging
+from lever_lm.cli.options import debugging
 from lever_lm.utils.distributed import Shards
 from lever_lm.utils.errors import LeverError, UsageError
 from lever_lm.utils.safe_parse import one_line, printable, shown

@@ -4,7 +4,7 @@ import socket
 import time
 from pathlib import Path
 
-from lever_lm.status import PHASES, who
+from lever_lm.cli.status import PHASES, who
 from lever_lm.utils.progress import duration
 from lever_lm.utils.safe_parse import one_line
 

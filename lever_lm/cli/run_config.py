@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lever_lm.options import Common, named_yamls, option_values, show_places
+from lever_lm.cli.options import Common, named_yamls, option_values, show_places
 from lever_lm.utils.errors import LeverError, UsageError
 
 _KINDS = ("dataset", "lvlm", "sampler", "recipe")

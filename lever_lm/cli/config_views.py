@@ -102,7 +102,7 @@ def flat(values: dict, prefix: str = "") -> dict:
 
 def key_docs() -> dict[str, str]:
     """Dotted key, or section, → what config.py says of it: the comment of a field, the docstring of a section."""
-    source = (PACKAGE / "config.py").read_text(encoding="utf-8")
+    source = (PACKAGE / "config" / "schema.py").read_text(encoding="utf-8")
     lines, sections = source.splitlines(), {one.type.__name__: one.name for one in dataclasses.fields(Config)}
     docs = {}
     for node in ast.parse(source).body:

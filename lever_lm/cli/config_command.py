@@ -4,8 +4,8 @@ from typing import Annotated
 
 import typer
 
-from lever_lm import completion
-from lever_lm.options import Common, command, emit, named_yamls, option_values
+from lever_lm.cli import completion
+from lever_lm.cli.options import Common, command, emit, named_yamls, option_values
 from lever_lm.utils.errors import UsageError
 
 config_app = typer.Typer(help="Show the config that options give or a run has, or compare two.", no_args_is_help=True)
@@ -25,8 +25,8 @@ def show(
     docs: Annotated[bool, typer.Option("--docs", help="With what each key means.")] = False,
 ) -> None:
     """The config as YAML; a value that is not the default says what set it. `> my.yaml` makes a file for --config."""
+    from lever_lm.cli.config_views import as_yaml, is_run, key_docs
     from lever_lm.config.schema import to_dict
-    from lever_lm.config_views import as_yaml, is_run, key_docs
     from lever_lm.utils.console import Screen
 
     if is_run(what):
@@ -53,7 +53,7 @@ def diff(
     ] = None,
 ) -> None:
     """What differs between two configs, key by key. The options complete recipes and YAML files, not run folders."""
-    from lever_lm.config_views import difference_lines, differences
+    from lever_lm.cli.config_views import difference_lines, differences
     from lever_lm.utils.console import Screen
 
     there, here = (_view(common, what, alone=True) for what in (one, other))
@@ -67,7 +67,7 @@ def diff(
 
 def _view(common: Common, what: str | None, alone: bool = False):
     """The view of an argument among the common options; where `alone`, a run folder is taken as it is."""
-    from lever_lm.config_views import is_run, view
+    from lever_lm.cli.config_views import is_run, view
 
     if alone and is_run(what):
         return view(what, {}, None, [], {})

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lever_lm import completion
+from lever_lm.cli import completion
 from lever_lm.utils.errors import LeverError, UsageError
 from lever_lm.utils.safe_parse import json_text, shown
 
@@ -232,8 +232,8 @@ def planned(
         return False
     import yaml
 
+    from lever_lm.cli.dry_run import as_json, in_all, make_plan
     from lever_lm.config.schema import to_dict
-    from lever_lm.planning import as_json, in_all, make_plan
     from lever_lm.training.environment import own_files
     from lever_lm.training.preflight import ALL, examine
     from lever_lm.training.run_dir import RunFolder
