@@ -19,7 +19,8 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's client: no test may need the network
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
+CHECKOUT = Path(__file__).parents[1]
+SCRIPTS = CHECKOUT / "scripts"
 RUN = Path("results/digits/model_cpk/v3_MixSampler_tiny-qwen2_5-vl")
 INFERENCE = Path("results/digits/inference/v3_MixSampler_tiny-qwen2_5-vl")
 ROLLOUTS = Path("results/digits/generated_data/rl_data_MixSampler_tiny-qwen2_5-vl.json")

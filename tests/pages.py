@@ -5,9 +5,9 @@ import re
 import shlex
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
-CHECKOUT = Path(__file__).parents[1]
+from helpers import CHECKOUT
+
 PAGES = ["README.md", "README.zh-CN.md", "CONTRIBUTING.md", "CHANGELOG.md", "results/README.md"]
 PAGES += sorted(f"docs/{path.name}" for path in (CHECKOUT / "docs").glob("*.md"))
 LANGUAGES = {"bash", "python", "yaml", "json", "text", "message"}

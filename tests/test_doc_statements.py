@@ -63,7 +63,8 @@ def walked(page: str) -> tuple[list[str], set[str]]:
 @functools.cache
 def names_in(name: str) -> set[str]:
     """The names of a file's tests."""
-    tree = ast.parse((CHECKOUT / "tests" / name).read_text(encoding="utf-8"))
+    (path,) = (CHECKOUT / "tests").rglob(name)
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")}
 
 

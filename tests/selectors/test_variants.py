@@ -85,7 +85,7 @@ def unit(x):
 def written_out(policy, query, candidates, picks, real=None):
     """One query, (D,) and (K, D): the logits of each step up to the one after the last pick, as rows of O numbers.
 
-    Only the encoding, which test_policy.py holds against torch's own attention, is asked of the policy.
+    Only the encoding, which test_model.py holds against torch's own attention, is asked of the policy.
     """
     w = {name: tensor.detach().numpy() for name, tensor in policy.state_dict().items()}
     with torch.no_grad():

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import ROLLOUTS, RUN, answers_in, track
-from test_training import GRPO, POOL, QUERIES, RCE, Killed, Mortal, assert_same_run, data, journal_in, make, world
+from test_loops import GRPO, POOL, QUERIES, RCE, Killed, Mortal, assert_same_run, data, journal_in, make, world
 
 from lever_lm.config.schema import GrpoConfig
 from lever_lm.lvlm import CachedLvlm, build_prompt, cut_answer

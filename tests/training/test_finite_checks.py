@@ -16,8 +16,8 @@ from hypothesis import event, given
 from hypothesis import settings as how
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-from test_lvlm import make as make_lvlm
-from test_training import GRPO, RCE, assert_same_run, data, journal_in, make, same_state, train, world
+from test_loops import GRPO, RCE, assert_same_run, data, journal_in, make, same_state, train, world
+from test_qwen2_5_vl import make as make_lvlm
 
 from lever_lm.config.schema import DataConfig, FeatureConfig, GrpoConfig, PromptConfig, RceConfig
 from lever_lm.data import load_dataset

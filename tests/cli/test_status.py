@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from helpers import RUN, SMALL, clean_environment, files_in
-from test_groups import DATA
+from test_file_format import DATA
 
 from lever_lm.cli import status as status_module
 from lever_lm.cli.status import gpus

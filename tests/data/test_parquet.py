@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import clean_environment, files_in, track
+from helpers import CHECKOUT, clean_environment, files_in, track
 from official import (
     ANNOTATIONS,
     ODD,
@@ -601,7 +601,7 @@ def test_hf_home_leads_to_the_cache(home, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**environment, "HF_HOME": str(home)},
-        cwd=Path(__file__).parents[1],
+        cwd=CHECKOUT,
         capture_output=True,
         text=True,
         timeout=60,

@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import clean_environment, small_digits
+from helpers import CHECKOUT, clean_environment, small_digits
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from official import write_parquet
@@ -49,7 +49,7 @@ from lever_lm.utils.paths import asset_path
 from lever_lm.utils.pickle_scan import SHARED
 from lever_lm.utils.safe_torch_load import load_torch
 
-V3 = Path(__file__).parent / "data" / "checkpoints" / "rce_epoch2_plain_L1.pt"
+V3 = CHECKOUT / "tests/data" / "checkpoints" / "rce_epoch2_plain_L1.pt"
 GIB = 1 << 30
 MEMORY = 3 * GIB  # of address space, beyond what torch takes
 

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 
 import PIL.Image
 import pytest
-from helpers import SMALL, answers_in, clean_environment, track
+from helpers import CHECKOUT, SMALL, answers_in, clean_environment, track
 from loopback import Loopback, Reply, TinyChat, models, said
 
 from lever_lm.config.schema import LvlmConfig, PromptConfig
@@ -1148,7 +1148,7 @@ def real(tmp_path_factory):
     home = tmp_path_factory.mktemp("hub")
     (home / "hub").mkdir()
     log = home / "serve.log"
-    command = [sys.executable, str(Path(__file__).with_name("serve_tiny.py")), str(asset_path(TINY)), str(port)]
+    command = [sys.executable, str(CHECKOUT / "tests/serve_tiny.py"), str(asset_path(TINY)), str(port)]
     with open(log, "w") as out:
         process = subprocess.Popen(
             command, env=clean_environment(HF_HOME=str(home), HF_HUB_OFFLINE="1"), stdout=out, stderr=subprocess.STDOUT

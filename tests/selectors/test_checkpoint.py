@@ -6,10 +6,10 @@ import os
 import pickle
 import signal
 from collections import OrderedDict
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import CHECKOUT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -28,7 +28,7 @@ from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.safe_torch_load import load_torch
 
-GOLDEN = Path(__file__).parent / "data" / "checkpoints"
+GOLDEN = CHECKOUT / "tests/data" / "checkpoints"
 V3 = GOLDEN / "rce_epoch2_plain_L1.pt"
 V2 = GOLDEN / "rce_epoch2_plain_L1_v2format.ckpt"
 FACTS = json.loads((GOLDEN / "rce_epoch2_plain_L1.json").read_text(encoding="utf-8"))

@@ -3,9 +3,9 @@
 import copy
 import json
 import re
-from pathlib import Path
 
 import pytest
+from helpers import CHECKOUT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -22,7 +22,7 @@ from lever_lm.training.rollouts.file_format import (
 from lever_lm.training.rollouts.generate import load_groups as public_load_groups
 from lever_lm.utils.errors import LeverError, UsageError
 
-DATA = Path(__file__).parent / "data" / "rl_data"
+DATA = CHECKOUT / "tests/data" / "rl_data"
 EDGE_CASES = json.loads((DATA / "small_edge_cases.json").read_text(encoding="utf-8"))
 EXPECTED = json.loads((DATA / "small_expected.json").read_text(encoding="utf-8"))
 # The lineage's argument → ours; what is normalised within a group is not the loader's business in ours.
@@ -183,7 +183,7 @@ def test_each_trajectory_is_read_by_its_own_layout(tmp_path, entry, rows):
 
 
 def test_the_least_file_of_the_page_shows_what_the_page_says(tmp_path):
-    page = (Path(__file__).parents[1] / "docs" / "own-data.md").read_text(encoding="utf-8")
+    page = (CHECKOUT / "docs" / "own-data.md").read_text(encoding="utf-8")
     (least,) = re.findall(r"```json\n(.*?)```", page, flags=re.DOTALL)
     path = write(tmp_path, least)
     assert rows_of(path) == [[5, 7], [7, 3]]

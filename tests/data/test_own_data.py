@@ -45,7 +45,7 @@ def test_the_pages_own_folder_has_several_questions_on_a_photograph_each_under_a
 
 
 def test_no_pool_and_no_rollout_of_the_pages_own_folder_shows_the_querys_photograph(mine, data):
-    """By the sampler that has candidates of every kind; test_samplers.py has each alone."""
+    """By the sampler that has candidates of every kind; test_pools.py has each alone."""
     done = run_here("rollout", "--config", "mine.yaml", "--sampler", "mix_sampler", "--quiet", "--json", cwd=mine)
     assert done.status == 0, done.err
     content = json.loads((mine / done.json["path"]).read_text())

@@ -11,7 +11,7 @@ import math
 
 import pytest
 import torch
-from test_training import GRPO, POOL, QUERIES, RCE, Killed, assert_same_run, data, make, same_state, train, world
+from test_loops import GRPO, POOL, QUERIES, RCE, Killed, assert_same_run, data, make, same_state, train, world
 
 from lever_lm.config.schema import GrpoConfig
 from lever_lm.training import grpo as training

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import clean_environment
+from helpers import CHECKOUT, clean_environment
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -28,7 +28,7 @@ from lever_lm.training.select_checkpoint import (
 )
 from lever_lm.utils.errors import LeverError, UsageError
 
-GOLDEN = Path(__file__).parent / "data" / "best_checkpoint"
+GOLDEN = CHECKOUT / "tests/data" / "best_checkpoint"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text(encoding="utf-8"))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import INFERENCE, RUN, files_in
+from helpers import CHECKOUT, INFERENCE, RUN, files_in
 from official import hub_cache
 from safetensors.torch import load_file, save_file
 
@@ -327,7 +327,7 @@ def test_paths_of_this_machine_are_not_shared(tmp_path):
 
 
 def test_a_checkpoint_of_unknown_origin_claims_no_dataset(tmp_path):
-    golden = Path(__file__).parent / "data/checkpoints/rce_epoch2_plain_L1.pt"
+    golden = CHECKOUT / "tests/data/checkpoints/rce_epoch2_plain_L1.pt"
     export(golden, "named", tmp_path / "shared")
     config = json.loads((tmp_path / "shared/config.json").read_text())
     assert {"encoder", "dataset"}.isdisjoint(config)
@@ -340,7 +340,7 @@ def test_a_checkpoint_of_unknown_origin_claims_no_dataset(tmp_path):
 
 
 def test_a_run_on_features_of_ones_own_claims_no_dataset_either(tmp_path):
-    shutil.copy(Path(__file__).parent / "data/checkpoints/rce_epoch2_plain_L1.pt", tmp_path / "rce_epoch2.pt")
+    shutil.copy(CHECKOUT / "tests/data/checkpoints/rce_epoch2_plain_L1.pt", tmp_path / "rce_epoch2.pt")
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(Config())))
     export(tmp_path / "rce_epoch2.pt", "named", tmp_path / "shared")
     config = json.loads((tmp_path / "shared/config.json").read_text())

@@ -2,14 +2,14 @@
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import CHECKOUT
 
 from lever_lm.training.losses import adapt_kl_beta, grpo_loss, rce_loss, rce_temperature
 
-TABLES = json.loads((Path(__file__).parent / "data" / "tables.json").read_text(encoding="utf-8"))
+TABLES = json.loads((CHECKOUT / "tests/data" / "tables.json").read_text(encoding="utf-8"))
 
 
 def value(tensor):

@@ -2,16 +2,16 @@
 
 import json
 import random
-from pathlib import Path
 
 import pytest
 import vqa_rule
+from helpers import CHECKOUT
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lever_lm.tasks.vqa import CONTRACTIONS, normalize_answer, relevance, vqa_accuracy
 
-DATA = Path(__file__).parent / "data"
+DATA = CHECKOUT / "tests/data"
 OFFICIAL = json.loads((DATA / "vqa_official.json").read_text(encoding="utf-8"))
 LINEAGE = json.loads((DATA / "vqa_metric.json").read_text(encoding="utf-8"))
 

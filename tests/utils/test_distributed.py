@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import INFERENCE, ROLLOUTS, Done, answers_in, clean_environment, files_in, run_lever
-from test_lvlm_cache import Counting, opened, prompts  # noqa: F401 - a fixture
+from helpers import CHECKOUT, INFERENCE, ROLLOUTS, Done, answers_in, clean_environment, files_in, run_lever
+from test_answer_cache import Counting, opened, prompts  # noqa: F401 - a fixture
 
 from lever_lm.lvlm.answer_cache import AnswerCache
 from lever_lm.utils.console import Screen
@@ -42,7 +42,7 @@ INFER = ("infer", "--limit", "12", "--shots", "2", "--baselines")
 def torchrun(*command, cwd: Path, timeout: int = 200) -> Done:
     """A job of two processes: `-m lever_lm …`, or a script with its arguments."""
     job = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *map(str, command)]
-    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(CHECKOUT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = clean_environment(PYTHONPATH=path)
     done = subprocess.run(job, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
     return Done(done.returncode, done.stdout, done.stderr)
@@ -276,7 +276,7 @@ def test_a_broken_file_of_a_process_is_named_and_nothing_is_lost(file):
 PARTS = """
 import json, sys, time
 from pathlib import Path
-from test_lvlm_cache import Counting
+from test_answer_cache import Counting
 from lever_lm.data import Example
 from lever_lm.utils.errors import LeverError
 from lever_lm.lvlm import CachedLvlm, Prompt

@@ -2,10 +2,10 @@
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import CHECKOUT
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,7 +18,7 @@ from lever_lm.training.rewards import (
     tied_groups,
 )
 
-TABLES = json.loads((Path(__file__).parent / "data" / "tables.json").read_text(encoding="utf-8"))
+TABLES = json.loads((CHECKOUT / "tests/data" / "tables.json").read_text(encoding="utf-8"))
 ROWS = [dict(zip(TABLES["reward"]["columns"], row, strict=True)) for row in TABLES["reward"]["rows"]]
 ARGUMENTS = {
     "vqa_correct": "correct",

@@ -14,7 +14,7 @@ import torch
 from helpers import INFERENCE, ROLLOUTS, RUN, files_in, small_digits
 from safetensors.torch import load_file, save_file
 from test_checkpoint import Executed
-from test_groups import DATA, EDGE_CASES
+from test_file_format import DATA, EDGE_CASES
 from test_prompt import FIRST, QUERY, SECOND, VISION
 
 from lever_lm.config.schema import Config, FeatureConfig, PromptConfig, RewardConfig

@@ -6,11 +6,11 @@ B queries, K candidates, G rollouts, S shots, D embedding.
 import itertools
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import CHECKOUT
 from safetensors.torch import load_file
 
 from lever_lm.selectors.pointer.model import MASKED_LOGIT, PointerSelector
@@ -18,7 +18,7 @@ from lever_lm.training.grpo import best_rollouts
 from lever_lm.training.losses import grpo_loss, rce_loss
 from lever_lm.training.rewards import group_advantage
 
-GOLDEN = Path(__file__).parent / "data" / "policy"
+GOLDEN = CHECKOUT / "tests/data" / "policy"
 CASES = sorted(file.stem for file in GOLDEN.glob("*.json"))
 
 
