@@ -276,7 +276,7 @@ def test_offers_within_this_process(runs, monkeypatch):
 def test_neither_completion_nor_the_views_load_anything_heavy(tmp_path):
     code = (
         "import json, sys\n"
-        "from lever_lm import completion\n"
+        "from lever_lm.cli import completion\n"
         "import click\n"
         "context = click.Context(click.Command('x'))\n"
         "for find in (completion.set_keys, completion.run_folders, completion.configs, completion.strategies):\n"
