@@ -5,11 +5,10 @@ import math
 import shutil
 
 import pytest
-from helpers import SMALL, files_in, small_digits
+from helpers import DATA, SMALL, files_in, small_digits
 from models import SPOILT, copied, edited
 from models import TINY as TINY_QWEN
 from official import build_official, image_path, read_official
-from test_file_format import DATA
 
 from lever_lm.config.load import resolve
 from lever_lm.config.schema import LvlmConfig
