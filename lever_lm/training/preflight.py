@@ -9,8 +9,9 @@ from pathlib import Path
 
 from lever_lm.config.schema import Config, DataConfig
 from lever_lm.data import in_both, in_parquet, source_of
+from lever_lm.data.embeddings import DEFAULT_WIDTH
 from lever_lm.data.example import Example
-from lever_lm.data.okvqa import SPLITS, annotations_file, images_folder, questions_file
+from lever_lm.data.okvqa import OFFICIAL_SIZES, SPLITS, annotations_file, images_folder, questions_file
 from lever_lm.data.okvqa import load_split as load_official
 from lever_lm.data.parquet import load_split as load_parquet
 from lever_lm.data.split_files import files_of
@@ -24,7 +25,6 @@ from lever_lm.utils.progress import unsaid
 
 _IMAGE_FEATURES = 391 * 2048 * 2  # bytes of an image of 640 × 480 in the 3B model
 ALL = ("data", "encoder", "lvlm")  # what commands need; some need less: train on rollouts and features of one's own
-_EXAMPLES = {"okvqa": (9009, 5046), "okvqa_hub": (9009, 5046), "vqav2": (443757, 214354)}
 _DOWNLOAD = {  # GiB
     "Qwen/Qwen2.5-VL-3B-Instruct": 7.0,
     "Qwen/Qwen2.5-VL-7B-Instruct": 15.5,
@@ -148,7 +148,7 @@ def counts(config: DataConfig, answers: list[str]) -> Iterable[Check]:
     """How many examples each split has, and how many cannot be used. Images are looked up, not decoded. The reference
     answers of those that can be used are added to `answers`."""
     lenient, splits = replace(config, skip_bad_examples=True), {}
-    for split, expected in zip(SPLITS, _EXAMPLES.get(config.name, (None, None)), strict=True):
+    for split, expected in zip(SPLITS, OFFICIAL_SIZES.get(config.name, (None, None)), strict=True):
         skipped: list[str] = []
         load = load_parquet if in_parquet(config, split) else load_official
         try:
@@ -257,7 +257,7 @@ def disk(config: Config, layout: Layout, checks: Iterable[Check]) -> Check:
 
 def disk_needed(config: Config) -> dict[str, int]:
     """Bytes by what is written: an estimate from the config alone."""
-    width, examples = 768, sum(_EXAMPLES.get(config.data.name, (3000, 500)))
+    width, examples = DEFAULT_WIDTH, sum(OFFICIAL_SIZES.get(config.data.name, (3000, 500)))
     rollout = config.rollout
     prompts = rollout.num_queries * group_size(config)
     hidden = config.policy.hidden_dim
