@@ -12,7 +12,7 @@ from rich.text import Text
 
 from lever_lm.utils.distributed import Shards
 from lever_lm.utils.progress import WORTH_A_WORD, Stage, Work
-from lever_lm.utils.safe_parse import one_line
+from lever_lm.utils.terminal import one_line
 
 _REDRAWN = 4  # times a second
 

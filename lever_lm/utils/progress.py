@@ -11,7 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from lever_lm.utils.safe_parse import one_line
+from lever_lm.utils.terminal import one_line
 
 # Items, `name: how much there is to do`, and their number → the items, followed on the screen.
 Track = Callable[[Iterable, str, int], Iterable]
