@@ -146,7 +146,7 @@ def test_a_bar_fits_every_width_and_leaves_out_what_matters_least(now, width):
     bar, below = (line.rstrip() for line in drawn(screen))
     assert len(bar) <= width >= len(below)
     assert "1,200/6,500" in bar or width < 40
-    assert ("3 min left" in bar) == (width >= 60)
+    assert ("3 min left" in bar) == (width >= 40)
     assert ("35.3 prompts/s  34 s  340 known" in bar) == (width >= 100)
     assert below.startswith("  loss 0.1\\x1b[2J"[: width - 2])
     stage.close()
