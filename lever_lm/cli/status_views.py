@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lever_lm.cli.status import PHASES, who
 from lever_lm.utils.progress import duration
-from lever_lm.utils.safe_parse import one_line
+from lever_lm.utils.terminal import one_line
 
 _SHOWN = ("train_loss", "val_loss", "ppo_loss", "kl", "beta", "temperature", "reward", "val_reward")
 _FAR = 24 * 3600  # seconds; what ends later has no hour of the day

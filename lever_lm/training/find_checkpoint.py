@@ -14,7 +14,7 @@ from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.training.run_dir import RunFolder, v2_name
 from lever_lm.training.select_checkpoint import STRATEGIES, best_row, broken, read_best, read_history
 from lever_lm.utils.errors import LeverError
-from lever_lm.utils.safe_parse import one_line, shown
+from lever_lm.utils.terminal import one_line, shown
 
 
 def find_checkpoint(run: RunFolder, wanted: str | None, environ: dict) -> tuple[Path, str]:

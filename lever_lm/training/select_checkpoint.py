@@ -10,7 +10,8 @@ from pathlib import Path
 
 from lever_lm.training.run_dir import RunFolder
 from lever_lm.utils.errors import LeverError, UsageError
-from lever_lm.utils.safe_parse import Line, is_epoch, lines, metrics_rows, read_json, shown
+from lever_lm.utils.safe_parse import Line, is_epoch, lines, metrics_rows, read_json
+from lever_lm.utils.terminal import shown
 
 KL_RANGE, KL_TARGET = (0.01, 0.1), 0.05
 GRPO_MARKER = "阶段3：GRPO训练"

@@ -16,7 +16,8 @@ from pathlib import Path
 from lever_lm.training.run_dir import RunFolder
 from lever_lm.utils.atomic_io import append_bytes, atomic_file, remove
 from lever_lm.utils.errors import LeverError, UsageError
-from lever_lm.utils.safe_parse import CONFIG_LIMIT, one_line, read_bytes, shown
+from lever_lm.utils.safe_parse import CONFIG_LIMIT, read_bytes
+from lever_lm.utils.terminal import one_line, shown
 
 
 def check_tracker(name: str | None) -> None:

@@ -11,7 +11,7 @@ from lever_lm.evaluation.results import is_finite, read_metrics
 from lever_lm.training.run_dir import RunFolder
 from lever_lm.training.select_checkpoint import STRATEGIES, History, best_row, read_history
 from lever_lm.utils.errors import LeverError
-from lever_lm.utils.safe_parse import printable
+from lever_lm.utils.terminal import printable
 
 METRICS = {
     "train_loss": "train loss",

@@ -14,7 +14,7 @@ from lever_lm.evaluation.report.curves import PHASES, Curve, Evaluated, accuracy
 from lever_lm.evaluation.report.svg import Series
 from lever_lm.utils.atomic_io import atomic_file
 from lever_lm.utils.errors import LeverError
-from lever_lm.utils.safe_parse import one_line
+from lever_lm.utils.terminal import one_line
 
 COLUMN, PAGE = 3.3, 6.8  # inches: the width of one column, of both
 _OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")

@@ -15,7 +15,7 @@ from lever_lm.data import Example, Image, VqaData, open_image
 from lever_lm.evaluation.results import Sample, read_samples, samples_file
 from lever_lm.tasks import TASKS, Task
 from lever_lm.utils.errors import LeverError
-from lever_lm.utils.safe_parse import printable, shown
+from lever_lm.utils.terminal import printable, shown
 
 LEARNED = ("grpo", "policy", "rce", "icds")  # what may be chosen by a policy or a file, the first of them is shown
 CONTRASTS = ("random", "img_text_sim")  # baselines whose choice stands beside it

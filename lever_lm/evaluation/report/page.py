@@ -25,7 +25,8 @@ from lever_lm.training.environment import read_environment, typed_again
 from lever_lm.training.run_dir import RunFolder, differing
 from lever_lm.utils.atomic_io import write_text
 from lever_lm.utils.errors import LeverError
-from lever_lm.utils.safe_parse import CONFIG_LIMIT, printable, read_bytes, shown
+from lever_lm.utils.safe_parse import CONFIG_LIMIT, read_bytes
+from lever_lm.utils.terminal import printable, shown
 
 __all__ = ["Evaluated", "evaluations", "last_evaluation", "write_report"]
 

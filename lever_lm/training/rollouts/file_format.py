@@ -17,7 +17,8 @@ from pathlib import Path
 from lever_lm.config.schema import RewardConfig
 from lever_lm.training.rewards import NEEDED, reward
 from lever_lm.utils.errors import LeverError, UsageError
-from lever_lm.utils.safe_parse import read_json, shown
+from lever_lm.utils.safe_parse import read_json
+from lever_lm.utils.terminal import shown
 
 _LARGEST = sys.float_info.max  # a longer integer is JSON, but no float
 _LONGEST_ID = 19  # digits that always fit in 63 bits

@@ -23,7 +23,7 @@ from lever_lm.training.rollouts.propose import propose_groups
 from lever_lm.utils.atomic_io import write_json
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.fingerprint import changed, changes, stamp
-from lever_lm.utils.safe_parse import shown
+from lever_lm.utils.terminal import shown
 
 __all__ = ["Group", "group_report", "load_groups", "make_rollouts", "online_rewards"]
 
