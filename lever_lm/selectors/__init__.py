@@ -1,1 +1,1 @@
-"""Who chooses the demonstrations."""
+"""Selectors: what chooses the demonstrations of a query."""
