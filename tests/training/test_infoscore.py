@@ -11,7 +11,7 @@ import random
 import pytest
 import torch
 from helpers import ROLLOUTS, RUN, answers_in, track
-from test_qwen2_5_vl import plain_inputs, plain_log_prob
+from lvlm_helpers import plain_inputs, plain_log_prob
 
 from lever_lm.config.schema import RolloutConfig
 from lever_lm.lvlm import CachedLvlm, build_prompt, cut_answer
