@@ -217,7 +217,7 @@ class Pipeline:
         train, val = train.to(device), val.to(device)
         answer = None
         if self.config.grpo.online:
-            answer = online_rewards(self.config, self.data.train_examples, train.rows, train.pools, self.lvlm)
+            answer = online_rewards(self.config, self.data, train.rows, train.pools, self.lvlm)
         grpo = {"val_temperature": self.config.rce.temperature_end, "answer": answer}
         with detecting(policy, self.screen.say) if self.detect_anomaly else contextlib.nullcontext():
             train_rce(policy, train, val, self.config.rce, journal)

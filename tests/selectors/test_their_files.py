@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 from helpers import DATA, INFERENCE, ROLLOUTS, RUN, files_in, small_digits
+from lvlm_helpers import FIRST, QUERY, SECOND, VISION
 from safetensors.torch import load_file, save_file
 from test_checkpoint import Executed
-from test_prompt import FIRST, QUERY, SECOND, VISION
 
 from lever_lm.config.schema import Config, FeatureConfig, PromptConfig, RewardConfig
 from lever_lm.config.values import named_yaml
