@@ -23,15 +23,14 @@ from lever_lm.training.find_checkpoint import find_checkpoint
 from lever_lm.training.grpo import train_grpo, train_rce
 from lever_lm.training.nan_debug import detecting
 from lever_lm.training.preflight import ALL, examine
-from lever_lm.training.rollouts.file_format import check_reward_mode, read_groups, split_ids
-from lever_lm.training.rollouts.generate import (
-    check_rows,
+from lever_lm.training.rollouts.file_format import (
+    check_reward_mode,
     made_elsewhere,
-    make_rollouts,
-    online_rewards,
-    rollout_stamp,
+    read_groups,
+    split_ids,
     why_made_again,
 )
+from lever_lm.training.rollouts.generate import check_rows, make_rollouts, online_rewards, rollout_stamp
 from lever_lm.training.rollouts.propose import new_policy
 from lever_lm.training.run_dir import LOCK, Layout, RunFolder, inference_folder, v2_name
 from lever_lm.training.run_state import Journal, state_of
