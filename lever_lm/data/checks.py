@@ -16,8 +16,6 @@ from lever_lm.utils.errors import LeverError
 from lever_lm.utils.hub import cached_snapshot
 from lever_lm.utils.paths import HUB_PREFIX, asset_path
 
-# data.name → numbers of training and evaluation examples of the data sets that are distributed under it.
-
 
 def check_files(config: DataConfig) -> Iterator[Check]:
     """Check that the files and folders of both splits are there."""
