@@ -21,6 +21,7 @@ from lever_lm.training.environment import compare as compare_runs
 from lever_lm.training.environment import environment, own_files, record, verdict
 from lever_lm.training.find_checkpoint import find_checkpoint
 from lever_lm.training.grpo import train_grpo, train_rce
+from lever_lm.training.metrics import RECOMMENDED
 from lever_lm.training.nan_debug import detecting
 from lever_lm.training.preflight import ALL, examine
 from lever_lm.training.rollouts.file_format import (
@@ -329,7 +330,7 @@ class Pipeline:
 
     def recommend(self) -> dict:
         """The checkpoint that `train` and `demo` recommend: the best by val_reward."""
-        answer = choose(read_history(self.run, None), "val_reward", self.run)
+        answer = choose(read_history(self.run, None), RECOMMENDED, self.run)
         if answer["epoch"] is None:
             raise LeverError(f"no checkpoint of {self.run.path} can be recommended: {answer['why']}")
         self.screen.result(f"recommended: {answer['checkpoint']} ({answer['why']})")

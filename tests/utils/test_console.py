@@ -13,7 +13,7 @@ import pytest
 from helpers import RUN, SMALL, clean_environment
 from rich.console import Console, Group
 
-from lever_lm.training.run_state import table_header
+from lever_lm.training.metrics import table_header
 from lever_lm.utils import progress
 from lever_lm.utils.console import Screen, settle
 from lever_lm.utils.progress import BETWEEN_LINES, Stage, Work, clock, duration, loaded
