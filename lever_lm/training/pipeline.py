@@ -24,20 +24,19 @@ from lever_lm.training.grpo import train_grpo, train_rce
 from lever_lm.training.metrics import RECOMMENDED
 from lever_lm.training.nan_debug import detecting
 from lever_lm.training.preflight import ALL, examine
-from lever_lm.training.rollouts.file_format import check_reward_mode, read_groups, split_ids
-from lever_lm.training.rollouts.generate import (
-    check_rows,
+from lever_lm.training.rollouts.file_format import (
+    check_reward_mode,
     made_elsewhere,
-    make_rollouts,
-    online_rewards,
-    rollout_stamp,
+    read_groups,
+    split_ids,
     why_made_again,
 )
+from lever_lm.training.rollouts.generate import check_rows, make_rollouts, online_rewards, rollout_stamp
 from lever_lm.training.rollouts.propose import new_policy
 from lever_lm.training.run_dir import LOCK, Layout, RunFolder, inference_folder, v2_name
 from lever_lm.training.run_state import Journal, state_of
 from lever_lm.training.select_checkpoint import choose, read_history, worth_keeping
-from lever_lm.training.tensorboard import TensorBoard, track
+from lever_lm.training.tensorboard import TRACKERS, TensorBoard
 from lever_lm.utils.atomic_io import file_digest
 from lever_lm.utils.checks import require
 from lever_lm.utils.console import Screen
@@ -253,9 +252,10 @@ class Pipeline:
     @cached_property
     def tracking(self) -> TensorBoard | None:
         """Where the metrics go besides the run's own files; None for nowhere."""
-        if self.tracker is not None:
-            self.screen.say(f"tracker: tensorboard --logdir {self.run.path}")
-        return track(self.tracker, self.run)
+        if self.tracker is None:
+            return None
+        self.screen.say(f"tracker: tensorboard --logdir {self.run.path}")
+        return TRACKERS[self.tracker](self.run)
 
     def _source(self, rl_data: Path | None, embeddings: Path | None, dataset_named: bool) -> "Source":
         """Rollouts and features to train on: made here; or the rollouts that are there, with the features in a file,
