@@ -3,7 +3,7 @@
 A choice is a list of training rows per query in pick order, best first; the prompt's order is prompt.build_prompt's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,8 +17,7 @@ from lever_lm.evaluation.statistics import bootstrap_interval, paired_test
 from lever_lm.lvlm import CachedLvlm, build_prompt
 from lever_lm.selectors import ZERO_SHOT, select
 from lever_lm.selectors.problem import Problem
-from lever_lm.tasks.answer_stems import Stems, learn_stems
-from lever_lm.tasks.vqa import vqa_accuracy
+from lever_lm.tasks import TASKS
 from lever_lm.utils.progress import Track, untracked
 
 
@@ -63,15 +62,14 @@ class Evaluation:
     def problem(self) -> Problem:
         """The queries with their pools, features and what may be shown before them."""
         embeddings = (self.features.val.take(self.rows), self.features.train)
-        return problem_of(self.config, self.queries, self.data.train_examples, embeddings, self.track)
+        return problem_of(self.config, self.queries, self.data.train_examples, self.data.task, embeddings, self.track)
 
     @cached_property
-    def stems(self) -> Stems | None:
-        """How predictions are reduced before they are scored; None where they are not."""
+    def reduce(self) -> Callable[[str], str]:
+        """From a written answer to the prediction that is scored: the same, but with infer.okvqa_stem."""
         if not self.config.infer.okvqa_stem:
-            return None
-        examples = (*self.data.train_examples, *self.data.val_examples)
-        return learn_stems(pair for e in examples for pair in zip(e.raw_answers, e.answers, strict=True))
+            return str
+        return TASKS[self.data.task].reducer((*self.data.train_examples, *self.data.val_examples))
 
     def select(self, name: str, shots: int) -> list[list[int]]:
         """Return the picks of a selector of the table."""
@@ -91,18 +89,17 @@ class Evaluation:
         return [self._scored(*job, answers[i * count : (i + 1) * count]) for i, job in enumerate(jobs)]
 
     def _scored(self, method: str, shots: int, written: list[str]) -> Outcome:
-        predictions = [self.stems.reduce(answer) for answer in written] if self.stems else written
-        pairs = [(p, query.answers) for p, query in zip(predictions, self.queries, strict=True)]
-        scores = [vqa_accuracy(*pair) for pair in pairs]
-        normalized = [vqa_accuracy(*pair, always_normalize=True) for pair in pairs]
-        raw = [vqa_accuracy(p, query.raw_answers) for p, query in zip(written, self.queries, strict=True)]
-        return Outcome(method, shots, predictions, scores, raw, normalized)
+        predictions = [self.reduce(answer) for answer in written]
+        scored = [TASKS[self.data.task].metrics(*row) for row in zip(predictions, self.queries, written, strict=True)]
+        names = ("accuracy", "raw_accuracy", "normalized_accuracy")
+        return Outcome(method, shots, predictions, *([row[name] for row in scored] for name in names))
 
 
 def problem_of(
     config: Config,
     queries: Sequence[Example],
     train: Sequence[Example],
+    task: str,
     embeddings: tuple[Embeddings, Embeddings],
     track: Track = untracked,
 ) -> Problem:
@@ -111,7 +108,7 @@ def problem_of(
     pools = sample_pools(config.sampler, queries, train, embeddings, size=size, seed=seed, track=track)
     of_query, of_icd = config.features.parts()
     features = (embeddings[0].combine(of_query), embeddings[1].combine(of_icd))
-    return Problem(queries, train, embeddings, features, pools, seed)
+    return Problem(queries, train, embeddings, features, pools, seed, TASKS[task])
 
 
 def compare(ours: str, outcomes: Sequence[Outcome]) -> list[dict]:

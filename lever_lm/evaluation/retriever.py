@@ -141,7 +141,9 @@ class Retriever:
         return [self.examples[row] for row in rows]
 
     def _problem(self, queries: list[Example]) -> Problem:
-        return problem_of(self.config, queries, self.examples, (self._of_queries(queries), self._embeddings))
+        embeddings = (self._of_queries(queries), self._embeddings)
+        task = self.pipeline.data.task if self._own is None else VqaData.task
+        return problem_of(self.config, queries, self.examples, task, embeddings)
 
     def _pick(self, queries: list[Example], shots: int) -> list[list[Pick]]:
         problem = self._problem(queries)

@@ -6,9 +6,8 @@ import numpy as np
 
 from lever_lm.data.pools import nearest, similarity_rows
 from lever_lm.selectors.problem import Problem
-from lever_lm.tasks.vqa import vqa_accuracy
 
-_ABOVE = 100  # cosines sum to at most 2, so that a step of 0.1 in accuracy always outweighs them
+_ABOVE = 100  # cosines sum to at most 2, so that a step of 0.1 in the score always outweighs them
 
 
 def nothing(problem: Problem, shots: int) -> Iterator[list[int]]:
@@ -35,11 +34,10 @@ def similarity(*parts: str) -> Callable[[Problem, int], Iterator[list[int]]]:
 
 
 def oracle(problem: Problem, shots: int) -> Iterator[list[int]]:
-    """Rank the pool by the accuracy of each ICD's own answer against the query's references, always normalised as in a
-    reward, and by similarity of image and text among equals."""
+    """Rank the pool by what each ICD's own answer would score for the query, as in a reward, and among equals by the
+    similarity of image and text."""
     rows = similarity_rows(*problem.embeddings, frozenset({"img", "text"}))
     for query, scores in zip(problem, rows, strict=True):
-        answers = (problem.train[row].answer for row in query.pool)
-        right = [vqa_accuracy(answer, query.example.answers, always_normalize=True) for answer in answers]
+        right = [problem.task.score(problem.train[row].answer, query.example) for row in query.pool]
         scores[query.pool] += _ABOVE * np.array(right)
         yield nearest(scores, np.array(query.pool), shots, query.rng)

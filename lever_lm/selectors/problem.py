@@ -14,6 +14,7 @@ from torch import Tensor
 from lever_lm.data import Example
 from lever_lm.data.embeddings import Embeddings
 from lever_lm.data.pools import Candidates, query_rng
+from lever_lm.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Query:
 @dataclass(frozen=True)
 class Problem:
     """Queries to choose demonstrations for. embeddings: of (queries, train), row for row. features: (Q, D) and (N, D),
-    as a policy sees queries and ICDs. pools: the candidates of each query, rows of `train`."""
+    as a policy sees queries and ICDs. pools: the candidates of each query, rows of `train`. task: how answers score."""
 
     queries: Sequence[Example]
     train: Sequence[Example]
@@ -38,6 +39,7 @@ class Problem:
     features: tuple[Tensor, Tensor]
     pools: Sequence[list[int]]
     seed: int
+    task: Task
 
     @cached_property
     def candidates(self) -> Candidates:

@@ -13,7 +13,7 @@ from lever_lm.evaluation.evaluate import Evaluation, compare
 from lever_lm.evaluation.results import is_result, write_results
 from lever_lm.selectors import BASELINES
 from lever_lm.selectors.pointer.checkpoint import save_torch
-from lever_lm.tasks.vqa import vqa_accuracy
+from lever_lm.tasks.vqa_metrics import vqa_accuracy
 from lever_lm.utils.safe_torch_load import load_torch
 
 QUERIES = 40
