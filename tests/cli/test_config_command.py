@@ -12,7 +12,8 @@ import yaml
 from helpers import RUN, clean_environment, files_in, run_lever
 from pages import CHECKOUT
 
-from lever_lm.cli.config_views import flat, key_docs
+from lever_lm.cli.config_command import flat
+from lever_lm.cli.config_views import key_docs
 from lever_lm.config.schema import Config, to_dict
 from lever_lm.config.values import all_keys, build
 from lever_lm.training.select_checkpoint import STRATEGIES
