@@ -5,7 +5,7 @@ import signal
 import torch
 from hypothesis import settings
 
-pytest_plugins = ["helpers", "trials"]
+pytest_plugins = ["helpers", "trials", "lvlm_helpers"]
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None, max_examples=100)
 settings.load_profile("repeatable")

@@ -8,13 +8,15 @@ from pathlib import Path
 import yaml
 
 from lever_lm.config.schema import Config, to_dict
-from lever_lm.data import StoredImage, VqaData, load_dataset, open_image
-from lever_lm.data.embeddings import Features, cached_features
+from lever_lm.data import Example, StoredImage, VqaData, load_dataset, open_image
+from lever_lm.data.embeddings import DEFAULT_WIDTH, Features, cached_features
+from lever_lm.data.okvqa import OFFICIAL_SIZES
 from lever_lm.lvlm import CachedLvlm, load_lvlm
+from lever_lm.tasks import TASKS
 from lever_lm.training.environment import own_files
 from lever_lm.training.preflight import ALL, disk_needed, examine, group_size
 from lever_lm.training.rollouts.file_format import query_ids, read_rollouts, split_ids
-from lever_lm.training.rollouts.generate import is_made, made_elsewhere, references, rollout_stamp
+from lever_lm.training.rollouts.generate import is_made, made_elsewhere, rollout_stamp
 from lever_lm.training.rollouts.infoscore import infoscore_calls
 from lever_lm.training.rollouts.propose import propose_groups, query_rows
 from lever_lm.training.run_dir import Layout, RunFolder
@@ -141,8 +143,10 @@ class _Planner:
         self.data: VqaData | None = None
         self.known: Features | None = None
         self.lvlm: CachedLvlm | None = None
+        self.sizes = OFFICIAL_SIZES.get(config.data.name, OFFICIAL_SIZES["okvqa"])
         with contextlib.suppress(LeverError):  # among what is missing; the plan is then an upper bound
             self.data = load_dataset(config.data)
+            self.sizes = len(self.data.train_examples), len(self.data.val_examples)
             self.known = cached_features(self.data, config.features, layout.features)
             if layout.answers.is_file() and (config.lvlm.server or model_folder(config.lvlm.path)):
                 where = {"device": config.device, "cache": layout.answers}
@@ -152,8 +156,7 @@ class _Planner:
         path = str(self.layout.features)
         if self.known is not None:
             return Stage("features", "there", path)
-        count = len(self.data.train_examples) + len(self.data.val_examples) if self.data else 14055
-        seconds = self._seconds(self.config.features.encoder, count, _ENCODER_TOKENS)
+        seconds = self._seconds(self.config.features.encoder, sum(self.sizes), _ENCODER_TOKENS)
         return Stage("features", "to be made", path, seconds=seconds, bytes=self.disk["features"])
 
     def rollouts(self) -> Stage:
@@ -171,7 +174,7 @@ class _Planner:
             # As many rollouts more for each query, unknown before the search.
             calls += rollout.infoscore * self._calls(proposals.rows, rollout.gt_prob)
             if rollout.gt_prob:
-                calls, exact = calls + sum(len(references(prompt.query)) for prompt in prompts), False
+                calls, exact = calls + sum(self._references(prompt.query) for prompt in prompts), False
         if search := infoscore_calls(self.config, rollout.pool_size):
             calls, exact = calls + search * len(rows), False
         state = "to be made again" if path.is_file() else "to be made"
@@ -188,11 +191,14 @@ class _Planner:
         if not scored:
             return len(rows)
         train = self.data.train_examples if self.data else ()
-        return sum(1 + (len(references(train[row])) if row < len(train) else _REFERENCES) for row in rows)
+        return sum(1 + (self._references(train[row]) if row < len(train) else _REFERENCES) for row in rows)
+
+    def _references(self, query: Example) -> int:
+        return len(TASKS[self.data.task].references(query))
 
     def training(self, run: RunFolder, queries: list[int]) -> list[Stage]:
         stages, rows, online = [], run.rows(), self.config.grpo
-        width = self.known.train.image.shape[1] if self.known else 768
+        width = self.known.train.image.shape[1] if self.known else DEFAULT_WIDTH
         flops = 12 * self.config.rollout.pool_size * width * self.config.policy.hidden_dim * len(queries)
         for phase, config in (("rce", self.config.rce), ("grpo", self.config.grpo)):
             done = [row for row in rows if row["phase"] == phase]
@@ -211,8 +217,7 @@ class _Planner:
         return stages
 
     def inference(self, answers: int, folder: Path) -> Stage:
-        total = len(self.data.val_examples) if self.data else 5046
-        calls = answers * min(self.config.infer.num_queries or total, total)
+        calls = answers * min(self.config.infer.num_queries or self.sizes[1], self.sizes[1])
         seconds = self._answering(calls, 4)
         return Stage("inference", "to be answered", str(folder), calls, False, seconds, _PREDICTION * calls)
 

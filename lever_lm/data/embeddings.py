@@ -25,6 +25,7 @@ from lever_lm.utils.progress import WORTH_A_WORD, Track, Work, loaded, untracked
 from lever_lm.utils.safe_parse import loads, shown
 from lever_lm.utils.safe_torch_load import load_torch
 
+DEFAULT_WIDTH = 768  # dimensions of the default encoder's features, for estimates before it is there
 _NPY_HEADER = 1 << 16  # bytes; one of an (N, D) matrix has 118
 _SPLITS = {"train": "training", "val": "evaluation"}
 

@@ -11,6 +11,8 @@ from lever_lm.utils.paths import asset_path
 from lever_lm.utils.safe_parse import loads, read_bytes, shown
 
 SPLITS = {"train": "train2014", "val": "val2014"}
+# How many examples (train, val) the official releases have, by data.name.
+OFFICIAL_SIZES = {"okvqa": (9009, 5046), "okvqa_hub": (9009, 5046), "vqav2": (443757, 214354)}
 _IDS = ("question_id", "image_id")
 
 

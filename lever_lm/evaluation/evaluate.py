@@ -4,7 +4,7 @@ A choice is a list of training rows per query in pick order, best first; the pro
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,8 +20,7 @@ from lever_lm.data.pools import Candidates, nearest, query_rng, sample_pools, si
 from lever_lm.evaluation.statistics import bootstrap_interval, paired_test
 from lever_lm.lvlm import CachedLvlm, build_prompt
 from lever_lm.selectors.pointer.model import PointerSelector
-from lever_lm.tasks.answer_stems import Stems, learn_stems
-from lever_lm.tasks.vqa import vqa_accuracy
+from lever_lm.tasks import TASKS
 from lever_lm.utils.atomic_io import write_json, write_text
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.progress import WORTH_A_WORD, Track, Work, untracked
@@ -68,6 +67,7 @@ class Evaluation:
 
     def __init__(self, config: Config, data: VqaData, features: Features | None, track: Track = untracked):
         self.config, self.data, self.features, self.track = config, data, features, track
+        self.task = TASKS[data.task]
         total = len(data.val_examples)
         count = min(config.infer.num_queries or total, total)
         # A subset of a larger one, and in the order of the file.
@@ -98,12 +98,11 @@ class Evaluation:
         return Candidates(self.data.train_examples)
 
     @cached_property
-    def stems(self) -> Stems | None:
-        """How predictions are reduced before they are scored; None where they are not."""
+    def reduce(self) -> Callable[[str], str]:
+        """From a written answer to the prediction that is scored: the same, but with infer.okvqa_stem."""
         if not self.config.infer.okvqa_stem:
-            return None
-        examples = (*self.data.train_examples, *self.data.val_examples)
-        return learn_stems(pair for e in examples for pair in zip(e.raw_answers, e.answers, strict=True))
+            return str
+        return self.task.reducer((*self.data.train_examples, *self.data.val_examples))
 
     def choose(self, policy: PointerSelector, shots: int, checkpoint: Path | str = "the policy") -> list[list[int]]:
         """Greedy picks of a policy from each query's pool. Raises LeverError naming checkpoint and query where the
@@ -183,7 +182,7 @@ class Evaluation:
             if name == "oracle":
                 among = np.array(pool)
                 # Similarities lie within ±2, so an accuracy step of 0.1 always outweighs them.
-                right = [vqa_accuracy(train[i].answer, query.answers, always_normalize=True) for i in pool]
+                right = [self.task.score(train[i].answer, query) for i in pool]
                 row[among] += 100 * np.array(right)
             chosen = rng.permutation(among)[:shots].tolist() if name == "random" else nearest(row, among, shots, rng)
             picks.append(chosen)
@@ -202,12 +201,10 @@ class Evaluation:
         outcomes = []
         for i, (method, k) in enumerate(jobs):
             written = answers[i * len(self.queries) : (i + 1) * len(self.queries)]
-            predictions = [self.stems.reduce(answer) for answer in written] if self.stems else written
-            pairs = [(p, query.answers) for p, query in zip(predictions, self.queries, strict=True)]
-            scores = [vqa_accuracy(*pair) for pair in pairs]
-            normalized = [vqa_accuracy(*pair, always_normalize=True) for pair in pairs]
-            raw = [vqa_accuracy(p, query.raw_answers) for p, query in zip(written, self.queries, strict=True)]
-            outcomes.append(Outcome(method, k, predictions, scores, raw, normalized))
+            predictions = [self.reduce(answer) for answer in written]
+            scored = [self.task.metrics(*row) for row in zip(predictions, self.queries, written, strict=True)]
+            names = ("accuracy", "raw_accuracy", "normalized_accuracy")
+            outcomes.append(Outcome(method, k, predictions, *([row[name] for row in scored] for name in names)))
         return outcomes
 
     def write(

@@ -22,7 +22,7 @@ from lever_lm.training.environment import environment, own_files, record, verdic
 from lever_lm.training.find_checkpoint import find_checkpoint
 from lever_lm.training.grpo import train_grpo, train_rce
 from lever_lm.training.nan_debug import detecting
-from lever_lm.training.preflight import ALL, examine, require
+from lever_lm.training.preflight import ALL, examine
 from lever_lm.training.rollouts.file_format import check_reward_mode, read_groups, split_ids
 from lever_lm.training.rollouts.generate import (
     check_rows,
@@ -38,6 +38,7 @@ from lever_lm.training.run_state import Journal, state_of
 from lever_lm.training.select_checkpoint import choose, read_history, worth_keeping
 from lever_lm.training.tensorboard import TensorBoard, track
 from lever_lm.utils.atomic_io import file_digest
+from lever_lm.utils.checks import require
 from lever_lm.utils.console import Screen
 from lever_lm.utils.device import check_device_name, resolve_device
 from lever_lm.utils.distributed import Shards
@@ -216,7 +217,7 @@ class Pipeline:
         train, val = train.to(device), val.to(device)
         answer = None
         if self.config.grpo.online:
-            answer = online_rewards(self.config, self.data.train_examples, train.rows, train.pools, self.lvlm)
+            answer = online_rewards(self.config, self.data, train.rows, train.pools, self.lvlm)
         grpo = {"val_temperature": self.config.rce.temperature_end, "answer": answer}
         with detecting(policy, self.screen.say) if self.detect_anomaly else contextlib.nullcontext():
             train_rce(policy, train, val, self.config.rce, journal)

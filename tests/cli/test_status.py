@@ -14,8 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import RUN, SMALL, clean_environment, files_in
-from test_file_format import DATA
+from helpers import DATA, RUN, SMALL, clean_environment, files_in
 
 from lever_lm.cli import status as status_module
 from lever_lm.cli.status import gpus

@@ -19,7 +19,7 @@ from lever_lm.evaluation.evaluate import BASELINES, Evaluation, compare, is_resu
 from lever_lm.lvlm import load_lvlm
 from lever_lm.selectors.pointer.checkpoint import save_torch, to_v2, v3_content
 from lever_lm.selectors.pointer.model import PointerSelector
-from lever_lm.tasks.vqa import vqa_accuracy
+from lever_lm.tasks.vqa_metrics import vqa_accuracy
 from lever_lm.training.find_checkpoint import find_checkpoint, latest_checkpoint, load_for
 from lever_lm.training.run_dir import RunFolder
 from lever_lm.utils.console import Screen

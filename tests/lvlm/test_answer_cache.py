@@ -8,59 +8,13 @@ import dataclasses
 import sqlite3
 
 import pytest
+from helpers import track
+from lvlm_helpers import Counting, Stopped, no_model, opened
 
-from lever_lm.data import Example, image_digest
 from lever_lm.lvlm import CachedLvlm, Prompt
 from lever_lm.lvlm import answer_cache as cache
 from lever_lm.lvlm.answer_cache import AnswerCache
 from lever_lm.utils.errors import LeverError, Unfinished
-
-
-class Stopped(Exception):
-    """The backend died."""
-
-
-class Counting:
-    """Answers with the question and how often it was asked; dies at batch `dies_at`."""
-
-    def __init__(self, batch_size: int = 4, dies_at: int | None = None):
-        self.batch_size, self.dies_at = batch_size, dies_at
-        self.work: list[list[str]] = []  # the questions of each batch
-
-    def batches(self, prompts, answers=None):
-        order = sorted(range(len(prompts)), key=lambda i: prompts[i].query.question)
-        return [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
-
-    def generate(self, prompts):
-        self._note(prompts)
-        return [f"{prompt.query.question} {prompt.query.answer}, and more" for prompt in prompts]
-
-    def answer_log_prob(self, prompts, answers, *, end=False):
-        self._note(prompts)
-        return [-float(len(answer) + end) - 0.123456 for answer in answers]
-
-    def _note(self, prompts):
-        if self.dies_at is not None and len(self.work) + 1 == self.dies_at:
-            raise Stopped
-        self.work.append([prompt.query.question for prompt in prompts])
-
-    @property
-    def asked(self) -> list[str]:
-        return [question for batch in self.work for question in batch]
-
-
-def no_model():
-    raise AssertionError("everything is known: the model must not be loaded")
-
-
-def tracked(items, what, total):
-    return items
-
-
-def opened(path, backend=None, fingerprint="model-1", track=tracked) -> CachedLvlm:
-    """The cache as a new process would open it."""
-    image_digest.cache_clear()
-    return CachedLvlm((lambda: backend) if backend else no_model, fingerprint, AnswerCache(path), track)
 
 
 @pytest.fixture
@@ -69,16 +23,8 @@ def file(tmp_path):
 
 
 @pytest.fixture
-def prompts(tmp_path):
-    """Ten prompts of one demonstration each, on images of their own."""
-    made = []
-    for i in range(10):
-        paths = [tmp_path / f"{kind}{i}.jpg" for kind in ("icd", "query")]
-        for path in paths:
-            path.write_bytes(path.name.encode())
-        icd = Example(i, i, f"shown {i}?", ("yes",), ("yes",), str(paths[0]))
-        made.append(Prompt((icd,), Example(100 + i, 100 + i, f"q{i}", ("a",), ("a",), str(paths[1]))))
-    return made
+def prompts(numbered_prompts):
+    return numbered_prompts
 
 
 def with_query(prompt: Prompt, **changes) -> Prompt:
@@ -129,7 +75,7 @@ def test_an_answer_is_cut_on_the_way_out_and_kept_uncut(file, prompts):
 def test_where_an_answer_is_cut_is_no_reason_to_ask_again(file, prompts):
     named = [with_query(prompts[0], question="Shorts")]
     assert opened(file, Counting()).answer(named) == ["Shorts a"]
-    known = CachedLvlm(no_model, "model-1", AnswerCache(file), tracked, cut="classic")
+    known = CachedLvlm(no_model, "model-1", AnswerCache(file), track, cut="classic")
     assert known.answer(named) == [""]
 
 

@@ -3,23 +3,14 @@
 import dataclasses
 
 import pytest
+from lvlm_helpers import FIRST, QUERY, SECOND, VISION
 
 from lever_lm.config.schema import PromptConfig
-from lever_lm.data import Example
 from lever_lm.lvlm import build_prompt, cut_answer
 from lever_lm.lvlm.prompt import to_messages
 from lever_lm.utils.device import import_transformers
 from lever_lm.utils.paths import asset_path
 
-
-def example(number: int, question: str, answer: str) -> Example:
-    return Example(number, number, question, (answer,) * 10, (answer,) * 10, f"{number}.jpg")
-
-
-FIRST = example(1, "what digit is it?", "three")
-SECOND = example(2, "is it even?", "no")
-QUERY = example(9, "which comes next?", "secret")
-VISION = "<|vision_start|><|image_pad|><|vision_end|>"
 SYSTEM = "<|im_start|>system\nBe brief.<|im_end|>\n"
 
 

@@ -9,6 +9,7 @@ import shutil
 import PIL.Image
 import pytest
 import torch
+from lvlm_helpers import conversation, local_lvlm, plain_answer, plain_log_prob, plain_tokens
 from models import SPOILT, TINY, copied, edited
 from torch.nn import functional as F
 
@@ -27,14 +28,9 @@ STYLES = ("interleaved", "dialogue")
 PROMPTS = 54  # a setting: nine of every number of shots
 
 
-def make(style: str = "interleaved", path: str = TINY, **settings) -> LocalLvlm:
-    config = LvlmConfig(**{"path": str(path), "dtype": "float32", "batch_size": 16, **settings})
-    return LocalLvlm(config, PromptConfig(style=style), "cpu")
-
-
 @pytest.fixture(scope="module")
 def lvlm():
-    return make()
+    return local_lvlm()
 
 
 @pytest.fixture(scope="module")
@@ -49,63 +45,13 @@ def prompts(picks):
     return [build_prompt(icds, query, PromptConfig()) for icds, query in picks]
 
 
-# ---------------------------------------------------------------------- the library's own way
-
-
-def conversation(prompt, style: str) -> list[dict]:
-    """The conversation of a prompt, images in it, as a user of the library would write it."""
-    texts = [f"Question: {example.question} Short answer:" for example in (*prompt.icds, prompt.query)]
-    pictures = [{"type": "image", "image": f"file://{path}"} for path in prompt.images]
-    system = {"role": "system", "content": [{"type": "text", "text": PromptConfig.system}]}
-    if style == "interleaved":
-        content = []
-        for picture, text, icd in zip(pictures[:-1], texts[:-1], prompt.icds, strict=True):
-            content += [picture, {"type": "text", "text": f"{text} {icd.answer}\n"}]
-        return [
-            system,
-            {"role": "user", "content": [*content, pictures[-1], {"type": "text", "text": texts[-1]}]},
-        ]
-    turns = [system]
-    for picture, text, icd in zip(pictures, texts, (*prompt.icds, None), strict=True):
-        turns.append({"role": "user", "content": [picture, {"type": "text", "text": text}]})
-        if icd is not None:
-            turns.append({"role": "assistant", "content": [{"type": "text", "text": icd.answer}]})
-    return turns
-
-
-def plain_inputs(lvlm: LocalLvlm, prompt, style: str):
-    """Tokens and pixels of one prompt."""
-    import_transformers()
-    from qwen_vl_utils import process_vision_info
-
-    messages = conversation(prompt, style)
-    for turn in messages:
-        for part in turn["content"]:
-            if part["type"] == "image":
-                part |= {"min_pixels": lvlm.config.min_pixels, "max_pixels": lvlm.config.max_pixels}
-    text = lvlm.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    images, _ = process_vision_info(messages, image_patch_size=lvlm.processor.image_processor.patch_size)
-    return lvlm.processor(text=[text], images=images, return_tensors="pt")
-
-
-@torch.inference_mode()
-def plain_tokens(lvlm: LocalLvlm, prompt, style: str = "interleaved", **settings) -> list[int]:
-    inputs = plain_inputs(lvlm, prompt, style)
-    settings = {"max_new_tokens": 5, "num_beams": 1, "do_sample": False, **settings}
-    return lvlm.model.generate(**inputs, **settings)[0, inputs["input_ids"].shape[1] :].tolist()
-
-
-def plain_answer(lvlm: LocalLvlm, prompt, style: str = "interleaved", **settings) -> str:
-    return lvlm.tokenizer.decode(plain_tokens(lvlm, prompt, style, **settings), skip_special_tokens=True)
-
-
 # ---------------------------------------------------------------------- answers
 
 
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("style", STYLES)
 def test_answers_are_those_of_plain_generate(prompts, style, beams):
-    ours = make(style, num_beams=beams)
+    ours = local_lvlm(style, num_beams=beams)
     answers = ours.generate(prompts)
     assert answers == [plain_answer(ours, prompt, style, num_beams=beams) for prompt in prompts]
     assert len(set(answers)) >= 8, "prompts that all get the same answer prove nothing"
@@ -122,7 +68,7 @@ def test_no_prompt_no_answer(lvlm):
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_the_batch_size_changes_no_answer(prompts, beams):
-    one, other = make(batch_size=1, num_beams=beams), make(batch_size=54, num_beams=beams)
+    one, other = local_lvlm(batch_size=1, num_beams=beams), local_lvlm(batch_size=54, num_beams=beams)
     assert one.generate(prompts) == other.generate(prompts)
 
 
@@ -139,7 +85,7 @@ def test_batches_hold_every_prompt_once_and_no_more_than_the_batch_size(lvlm, pr
 
 
 def test_a_larger_image_budget_gives_more_image_tokens_and_the_library_agrees(prompts):
-    small, large = make(), make(min_pixels=56 * 56 * 4, max_pixels=56 * 56 * 16)
+    small, large = local_lvlm(), local_lvlm(min_pixels=56 * 56 * 4, max_pixels=56 * 56 * 16)
     prompt = prompts[1]
     assert large.generate([prompt]) == [plain_answer(large, prompt)]
     small.generate([prompt])
@@ -150,22 +96,9 @@ def test_a_larger_image_budget_gives_more_image_tokens_and_the_library_agrees(pr
 # ---------------------------------------------------------------------- log-probs
 
 
-@torch.inference_mode()
-def plain_log_prob(lvlm: LocalLvlm, prompt, answer: str, style: str) -> float:
-    """Summed log-softmax of the answer's tokens in one forward pass over pixels."""
-    inputs = plain_inputs(lvlm, prompt, style)
-    target = torch.tensor([lvlm.tokenizer(answer, add_special_tokens=False).input_ids])
-    inputs["input_ids"] = torch.cat([inputs["input_ids"], target], 1)
-    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    if "mm_token_type_ids" in inputs:
-        inputs["mm_token_type_ids"] = (inputs["input_ids"] == lvlm.image_token_id).int()
-    logits = lvlm.model(**inputs).logits[0, -target.shape[1] - 1 : -1]
-    return float(logits.float().log_softmax(-1).gather(-1, target.T).sum())
-
-
 @pytest.mark.parametrize("style", STYLES)
 def test_log_prob_is_the_summed_log_softmax_of_a_plain_forward(prompts, style):
-    ours = make(style)
+    ours = local_lvlm(style)
     answers = [("three", "twenty one", "no", "a blue circle of paper")[i % 4] for i in range(24)]
     scores = ours.answer_log_prob(prompts[:24], answers)
     plain = [plain_log_prob(ours, p, a, style) for p, a in zip(prompts[:24], answers, strict=True)]
@@ -175,7 +108,7 @@ def test_log_prob_is_the_summed_log_softmax_of_a_plain_forward(prompts, style):
 
 @pytest.mark.parametrize("style", STYLES)
 def test_with_the_end_of_the_turn_its_token_counts_too(prompts, style):
-    ours = make(style)
+    ours = local_lvlm(style)
     answers = [("three", "twenty one", "1", "a blue circle of paper")[i % 4] for i in range(12)]
     plain = [plain_log_prob(ours, p, f"{a}<|im_end|>", style) for p, a in zip(prompts[:12], answers, strict=True)]
     assert ours.answer_log_prob(prompts[:12], answers, end=True) == pytest.approx(plain, abs=1e-4)
@@ -185,7 +118,7 @@ def test_with_the_end_of_the_turn_its_token_counts_too(prompts, style):
 
 def test_answers_that_end_exclude_one_another_and_beginnings_do_not(prompts):
     """Of a model that goes on after its answer: every beginning of what it writes is probable, and one end of it is."""
-    ours = make()
+    ours = local_lvlm()
     weights = 5 * ours.model.lm_head.weight.detach()  # sure of what it goes on with
     weights[ours.eos] *= -1
     ours.model.lm_head.weight = torch.nn.Parameter(weights)
@@ -201,7 +134,7 @@ def test_answers_that_end_exclude_one_another_and_beginnings_do_not(prompts):
 
 def test_batches_of_log_probs_count_the_answers(prompts):
     """64 short prompts and one long answer: the batch of that one is padded to it, and so holds fewer."""
-    ours, short = make(batch_size=64, batch_tokens=2000), [prompts[0]] * 40
+    ours, short = local_lvlm(batch_size=64, batch_tokens=2000), [prompts[0]] * 40
     answers = ["three"] * 39 + ["a blue circle of paper " * 12]
     shapes, inputs, ours._inputs = [], ours._inputs, None
     ours._inputs = lambda *work: (found := inputs(*work), shapes.append(found[0].shape))[0]
@@ -216,7 +149,7 @@ def test_batches_of_log_probs_count_the_answers(prompts):
 
 
 def test_what_is_left_of_prompts_and_answers_is_cut_as_before(prompts):
-    ours = make(batch_tokens=700)
+    ours = local_lvlm(batch_tokens=700)
     answers = [("three", "a blue circle of paper " * (1 + i % 7))[i % 2] for i in range(len(prompts))]
     batches = ours.batches(prompts, answers)
     assert batches != ours.batches(prompts)
@@ -229,7 +162,7 @@ def test_what_is_left_of_prompts_and_answers_is_cut_as_before(prompts):
 
 def test_the_batch_size_hardly_changes_a_log_prob(prompts):
     answers = [prompt.query.answer for prompt in prompts]
-    one, other = make(batch_size=1), make(batch_size=54)
+    one, other = local_lvlm(batch_size=1), local_lvlm(batch_size=54)
     assert one.answer_log_prob(prompts, answers) == pytest.approx(other.answer_log_prob(prompts, answers), abs=1e-4)
 
 
@@ -247,7 +180,7 @@ def test_prompts_and_answers_must_be_as_many(lvlm, prompts):
 
 
 def test_every_distinct_image_is_encoded_once(prompts):
-    ours, encoded = make(), []
+    ours, encoded = local_lvlm(), []
     ours.model.model.visual.register_forward_hook(
         lambda module, args, kwargs, output: encoded.append(len(kwargs.get("grid_thw", args[-1]))), with_kwargs=True
     )
@@ -295,7 +228,7 @@ def test_a_thin_image_is_answered_and_counted(prompts, tmp_path):
     picture(600, 20).save(tmp_path / "thin.png")
     query = dataclasses.replace(prompts[0].query, image=str(tmp_path / "thin.png"))
     prompt = dataclasses.replace(prompts[2], query=query)
-    ours = make(max_pixels=12544)
+    ours = local_lvlm(max_pixels=12544)
     (answer,) = ours.generate([prompt])
     assert ours.vision.tokens(query.image) == 16
     images = [fitted(open_image(image), ours.config) for image in prompt.images]
@@ -348,7 +281,7 @@ def several_ends(tmp_path_factory, prompts):
     """A copy of the model whose generation config names a dozen further end tokens, its most frequent inner ones."""
     folder = tmp_path_factory.mktemp("model") / "several-ends"
     shutil.copytree(asset_path(TINY), folder)
-    unsure = flatten(make())
+    unsure = flatten(local_lvlm())
     counts: dict[int, int] = {}
     for prompt in prompts:
         for token in plain_tokens(unsure, prompt)[1:4]:
@@ -362,7 +295,7 @@ def several_ends(tmp_path_factory, prompts):
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_several_end_tokens_end_an_answer(several_ends, prompts, beams):
-    usual, ours = flatten(make(num_beams=beams)), flatten(make(path=several_ends, num_beams=beams))
+    usual, ours = flatten(local_lvlm(num_beams=beams)), flatten(local_lvlm(path=several_ends, num_beams=beams))
     assert len(ours.eos) >= 3
     answers = ours.generate(prompts)
     assert answers == [plain_answer(ours, prompt, num_beams=beams) for prompt in prompts]
@@ -372,7 +305,7 @@ def test_several_end_tokens_end_an_answer(several_ends, prompts, beams):
 @pytest.mark.parametrize("penalty", [0.0, 1.0, 2.0])
 @torch.inference_mode()
 def test_beam_search_is_that_of_generate_under_every_length_penalty(several_ends, prompts, penalty):
-    ours = flatten(make(path=several_ends))
+    ours = flatten(local_lvlm(path=several_ends))
     chosen = prompts[:24]
     ours.batches(chosen)
     prefilled = ours._prefill(chosen)
@@ -383,7 +316,7 @@ def test_beam_search_is_that_of_generate_under_every_length_penalty(several_ends
 
 
 def test_length_penalty_of_the_config_is_used(several_ends, prompts):
-    short, long = (flatten(make(path=several_ends, num_beams=3, length_penalty=p)) for p in (-2.0, 3.0))
+    short, long = (flatten(local_lvlm(path=several_ends, num_beams=3, length_penalty=p)) for p in (-2.0, 3.0))
     answers = short.generate(prompts)
     assert answers == [plain_answer(short, prompt, num_beams=3, length_penalty=-2.0) for prompt in prompts]
     assert answers != long.generate(prompts)
@@ -392,7 +325,10 @@ def test_length_penalty_of_the_config_is_used(several_ends, prompts):
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("penalty", [1.05, 1.5])
 def test_a_repetition_penalty_is_that_of_plain_generate(prompts, beams, penalty):
-    ours, unpunished = flatten(make(num_beams=beams, repetition_penalty=penalty)), flatten(make(num_beams=beams))
+    ours, unpunished = (
+        flatten(local_lvlm(num_beams=beams, repetition_penalty=penalty)),
+        flatten(local_lvlm(num_beams=beams)),
+    )
     answers = ours.generate(prompts)
     assert answers == [plain_answer(ours, prompt, num_beams=beams, repetition_penalty=penalty) for prompt in prompts]
     assert answers != unpunished.generate(prompts)
@@ -400,7 +336,7 @@ def test_a_repetition_penalty_is_that_of_plain_generate(prompts, beams, penalty)
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_the_tokenizers_own_token_alone_ends_an_answer(several_ends, prompts, beams):
-    ours = flatten(make(path=several_ends, num_beams=beams, eos="tokenizer"))
+    ours = flatten(local_lvlm(path=several_ends, num_beams=beams, eos="tokenizer"))
     assert ours.eos.tolist() == [ours.tokenizer.eos_token_id]
     end = {"eos_token_id": ours.tokenizer.eos_token_id}
     assert ours.generate(prompts) == [plain_answer(ours, prompt, num_beams=beams, **end) for prompt in prompts]
@@ -425,20 +361,20 @@ def broken(folder, name: str):
 
 def test_a_model_that_is_nowhere_is_named():
     with pytest.raises(LeverError, match="no/such-model") as caught:
-        make(path="no/such-model")
+        local_lvlm(path="no/such-model")
     assert "--lvlm" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_an_empty_folder_is_no_model(tmp_path):
     with pytest.raises(LeverError, match=tmp_path.name):
-        make(path=tmp_path)
+        local_lvlm(path=tmp_path)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
 def test_a_damaged_model_is_named(tmp_path, name):
     with pytest.raises(LeverError, match="damaged") as caught:
-        make(path=broken(tmp_path / "damaged", name))
+        local_lvlm(path=broken(tmp_path / "damaged", name))
     assert "\n" not in str(caught.value)
 
 
@@ -446,7 +382,7 @@ def test_a_damaged_model_is_named(tmp_path, name):
 def test_a_model_without_a_part_of_its_processor_is_refused_with_the_files_to_fetch(tmp_path, name):
     spoil, words = SPOILT[name]
     with pytest.raises(LeverError, match="damaged") as caught:
-        make(path=spoil(copied(tmp_path / "damaged")))
+        local_lvlm(path=spoil(copied(tmp_path / "damaged")))
     for word in (*words, "fetch", "again", "lvlm.path"):
         assert word in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -457,12 +393,12 @@ def test_a_chat_template_in_the_tokenizers_config_alone_is_used(tmp_path, lvlm, 
     moved = folder / "chat_template.jinja"
     edited(folder, "tokenizer_config.json", chat_template=moved.read_text())
     moved.unlink()
-    assert make(path=folder).generate(prompts[:12]) == lvlm.generate(prompts[:12])
+    assert local_lvlm(path=folder).generate(prompts[:12]) == lvlm.generate(prompts[:12])
 
 
 def test_a_model_of_another_kind_is_refused():
     with pytest.raises(LeverError, match="tiny-clip"):
-        make(path="asset:tiny-clip")
+        local_lvlm(path="asset:tiny-clip")
 
 
 # ---------------------------------------------------------------------- fingerprint
@@ -552,5 +488,5 @@ def test_on_a_gpu_answers_in_bfloat16_repeat_themselves(picks, num_beams):
 def test_a_model_whose_answers_no_token_ends_is_refused_with_the_file_to_fetch(tmp_path, end):
     folder = edited(copied(tmp_path / "damaged"), "generation_config.json", eos_token_id=end)
     with pytest.raises(LeverError, match=r"damaged: no token ends its answers, .*generation_config\.json .*lvlm\.eos"):
-        make(path=folder)
-    assert make(path=folder, eos="tokenizer").eos.tolist()
+        local_lvlm(path=folder)
+    assert local_lvlm(path=folder, eos="tokenizer").eos.tolist()

@@ -1,6 +1,5 @@
 """Files of Lever-Plus and its users: embeddings, rollouts, checkpoints and logs; other models; their prompt."""
 
-import copy
 import dataclasses
 import json
 import math
@@ -11,11 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import INFERENCE, ROLLOUTS, RUN, files_in, small_digits
+from helpers import DATA, INFERENCE, ROLLOUTS, RUN, files_in, small_digits
+from lvlm_helpers import FIRST, QUERY, SECOND, VISION
 from safetensors.torch import load_file, save_file
 from test_checkpoint import Executed
-from test_file_format import DATA, EDGE_CASES
-from test_prompt import FIRST, QUERY, SECOND, VISION
 
 from lever_lm.config.schema import Config, FeatureConfig, PromptConfig, RewardConfig
 from lever_lm.config.values import named_yaml
@@ -176,7 +174,7 @@ def test_a_folder_and_a_missing_file_are_refused(tmp_path, suffix):
 
 def golden_file() -> dict:
     """The golden edge cases, a copy for each test: some change it."""
-    return copy.deepcopy(EDGE_CASES)
+    return json.loads((DATA / "small_edge_cases.json").read_text(encoding="utf-8"))
 
 
 def present_layout() -> dict:

@@ -5,7 +5,7 @@ import json
 import re
 
 import pytest
-from helpers import CHECKOUT
+from helpers import CHECKOUT, DATA
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -22,7 +22,6 @@ from lever_lm.training.rollouts.file_format import (
 from lever_lm.training.rollouts.generate import load_groups as public_load_groups
 from lever_lm.utils.errors import LeverError, UsageError
 
-DATA = CHECKOUT / "tests/data" / "rl_data"
 EDGE_CASES = json.loads((DATA / "small_edge_cases.json").read_text(encoding="utf-8"))
 EXPECTED = json.loads((DATA / "small_expected.json").read_text(encoding="utf-8"))
 # The lineage's argument → ours; what is normalised within a group is not the loader's business in ours.

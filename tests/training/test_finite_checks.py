@@ -16,8 +16,8 @@ from hypothesis import event, given
 from hypothesis import settings as how
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from lvlm_helpers import local_lvlm
 from test_loops import GRPO, RCE, assert_same_run, data, journal_in, make, same_state, train, world
-from test_qwen2_5_vl import make as make_lvlm
 
 from lever_lm.config.schema import DataConfig, FeatureConfig, GrpoConfig, PromptConfig, RceConfig
 from lever_lm.data import load_dataset
@@ -556,7 +556,7 @@ def prompts(digits):
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_generation_that_is_not_finite_names_the_question(monkeypatch, prompts, beams, dtype):
-    ours = make_lvlm(num_beams=beams, dtype=dtype)
+    ours = local_lvlm(num_beams=beams, dtype=dtype)
     inner, broken = ours._prefill, prompts[2]
 
     def prefill(batch):
@@ -573,7 +573,7 @@ def test_a_generation_that_is_not_finite_names_the_question(monkeypatch, prompts
 
 
 def test_a_log_prob_that_is_not_finite_names_the_question(monkeypatch, prompts):
-    ours = make_lvlm()
+    ours = local_lvlm()
     head, query = ours.model.lm_head.forward, prompts[3].query.question_id
 
     def forward(hidden):

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import CHECKOUT, INFERENCE, ROLLOUTS, Done, answers_in, clean_environment, files_in, run_lever
-from test_answer_cache import Counting, opened, prompts  # noqa: F401 - a fixture
+from lvlm_helpers import Counting, opened
 
 from lever_lm.lvlm.answer_cache import AnswerCache
 from lever_lm.utils.console import Screen
@@ -192,7 +192,8 @@ def test_what_one_process_does_is_refused_under_torchrun(lever, monkeypatch, tmp
 # ---------------------------------------------------------------------- the files of a killed job
 
 
-def test_what_a_killed_job_left_is_gone_on_with_by_one_process(file, prompts):  # noqa: F811
+def test_what_a_killed_job_left_is_gone_on_with_by_one_process(file, numbered_prompts):
+    prompts = numbered_prompts
     backend = Counting()
     answers = opened(file, backend).generate(prompts)
     with sqlite3.connect(file) as db:
@@ -276,7 +277,7 @@ def test_a_broken_file_of_a_process_is_named_and_nothing_is_lost(file):
 PARTS = """
 import json, sys, time
 from pathlib import Path
-from test_answer_cache import Counting
+from lvlm_helpers import Counting
 from lever_lm.data import Example
 from lever_lm.utils.errors import LeverError
 from lever_lm.lvlm import CachedLvlm, Prompt

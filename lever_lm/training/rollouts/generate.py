@@ -5,8 +5,6 @@ n queries, K pool, G rollouts per query, S shots. What is proposed: proposals.py
 """
 
 import math
-import unicodedata
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,7 +16,7 @@ from lever_lm.config.schema import Config
 from lever_lm.data import Example, VqaData
 from lever_lm.data.embeddings import Features
 from lever_lm.lvlm import CachedLvlm, Prompt, build_prompt, cut_answer
-from lever_lm.tasks.vqa import normalize_answer, relevance, vqa_accuracy
+from lever_lm.tasks import TASKS, Task
 from lever_lm.training.rollouts.file_format import Group, is_query, load_groups, read_rollouts, trajectory_reward
 from lever_lm.training.rollouts.infoscore import add_infoscore
 from lever_lm.training.rollouts.propose import propose_groups
@@ -112,12 +110,17 @@ def make_rollouts(
     prompts = proposals.prompts(config, train)
     texts = iter(lvlm.generate(prompts, "rollouts"))
     end = config.rollout.gt_prob_end
-    probs = iter(_reference_probs(prompts, lvlm, end) if config.rollout.gt_prob else [None] * len(prompts))
+    task = TASKS[data.task]
+    probs = iter(_reference_probs(prompts, task, lvlm, end) if config.rollout.gt_prob else [None] * len(prompts))
     content: dict = {"_meta": {**here, "n_train": len(train)}}
     by_query = (proposals.rows, proposals.queries, proposals.pools, proposals.groups)
     for row, query, pool, group in zip(*by_query, strict=True):
-        scored = [_score(trajectory, pool, next(texts), next(probs), query, config.prompt.cut) for trajectory in group]
-        content[str(row)] = {"query": _query(row, query), "candidate_pool_ids": pool, "pointer_candidates": scored}
+        scored = [_scored(move, pool, next(texts), next(probs), query, task, config.prompt.cut) for move in group]
+        content[str(row)] = {
+            "query": _query(row, query, task),
+            "candidate_pool_ids": pool,
+            "pointer_candidates": scored,
+        }
     if shards.leader:
         write_json(path, content, indent=None)
     return shards.from_leader(lambda: group_report(path))
@@ -137,10 +140,12 @@ def _look(path: Path, here: dict[str, str], say: Callable[[str], None]) -> bool:
 
 
 def online_rewards(
-    config: Config, train: Sequence[Example], rows: Tensor, pools: Tensor, lvlm: CachedLvlm
+    config: Config, data: VqaData, rows: Tensor, pools: Tensor, lvlm: CachedLvlm
 ) -> Callable[[Tensor], Tensor]:
     """What answers the rollouts of a policy that is learning: sequences (n, G, S) of pool positions, −1 where one is
     shorter, for the queries `rows` (n,) with `pools` (n, K) of training rows → rewards (n, G), by reward.mode."""
+
+    task, train = TASKS[data.task], data.train_examples
 
     def rewards(sequences: Tensor) -> Tensor:
         jobs = [
@@ -152,9 +157,9 @@ def online_rewards(
         texts = lvlm.generate(prompts, "online rollouts")
         with_probs = "gtprob" in config.reward.mode
         end = config.rollout.gt_prob_end
-        probs = _reference_probs(prompts, lvlm, end) if with_probs else [None] * len(prompts)
-        cut = config.prompt.cut
-        scored = (_scores(text, prob, query, cut) for text, prob, (query, _) in zip(texts, probs, jobs, strict=True))
+        probs = _reference_probs(prompts, task, lvlm, end) if with_probs else [None] * len(prompts)
+        answers = (cut_answer(text, config.prompt.cut) for text in texts)
+        scored = (_scores(text, prob, query, task) for text, prob, (query, _) in zip(answers, probs, jobs, strict=True))
         values = [trajectory_reward(scores, config.reward, "an online rollout") for scores in scored]
         return torch.tensor(values).view(sequences.shape[:2])
 
@@ -164,23 +169,16 @@ def online_rewards(
 # ---------------------------------------------------------------------- scoring
 
 
-def references(query: Example) -> dict[str, int]:
-    """The distinct reference answers of a query and how many annotators gave each, composed (NFC) as tokenizers do: é
-    is one answer, whichever way it was typed. The blanks of annotators who gave none are left out: they are no text to
-    be probable."""
-    return Counter(unicodedata.normalize("NFC", text) for text in query.answers if text.strip())
-
-
-def _reference_probs(prompts: list[Prompt], lvlm: CachedLvlm, end: bool) -> list[float]:
-    """Σ over a query's distinct reference answers of min(count / 3, 1) · P(answer | prompt), for each prompt.
+def _reference_probs(prompts: list[Prompt], task: Task, lvlm: CachedLvlm, end: bool) -> list[float]:
+    """Return Σ over a query's distinct reference answers of weight · P(answer | prompt), for each prompt.
 
     With `end`, P is that of the answer and the end of the turn after it: these exclude one another, so that the sum is
     at most 1. Without, it is that of any text that begins so, and `1` and `10` share probability.
     """
     pairs = [
-        (i, answer, min(count / 3, 1.0))
+        (i, answer, weight)
         for i, prompt in enumerate(prompts)
-        for answer, count in references(prompt.query).items()
+        for answer, weight in task.references(prompt.query).items()
     ]
     asked = [prompts[i] for i, _, _ in pairs], [answer for _, answer, _ in pairs]
     log_probs = lvlm.answer_log_prob(*asked, "gt_prob", end=end)
@@ -190,28 +188,29 @@ def _reference_probs(prompts: list[Prompt], lvlm: CachedLvlm, end: bool) -> list
     return totals
 
 
-def _score(trajectory: dict, pool: list[int], text: str, gt_prob: float | None, query: Example, cut: str) -> dict:
-    """A trajectory of the rollout file."""
+def _scored(
+    trajectory: dict, pool: list[int], text: str, gt_prob: float | None, query: Example, task: Task, cut: str
+) -> dict:
+    """Return a trajectory as the rollout file holds it; text: what the LVLM wrote."""
+    answer = cut_answer(text, cut)
     blank = {"beam_rank": None, "beam_score": None, "logprob_score": None, "temperature": None}
     return {
         **blank,
         **trajectory,
         "pointer_global": [pool[i] for i in trajectory["pointer"]],
         "vqa_raw_generation": text,
-        "vqa_pred_answer": cut_answer(text, cut),
-        **_scores(text, gt_prob, query, cut),
+        "vqa_pred_answer": answer,
+        **_scores(answer, gt_prob, query, task),
         "vqa_eval_mode": "vqaEval",
         "eval_split_used": "train",
         "eval_failed": False,
     }
 
 
-def _scores(text: str, gt_prob: float | None, query: Example, cut: str) -> dict:
-    """What rewards are made of, by its names in the rollout file."""
-    answer = cut_answer(text, cut)
-    # Always normalised: that `Yes` is worth nothing where all ten wrote `yes` is a rule of the scorer, and no lesson.
-    accuracy = round(vqa_accuracy(answer, query.answers, always_normalize=True), 6)
-    f1, edit = relevance(answer, query.answers)
+def _scores(answer: str, gt_prob: float | None, query: Example, task: Task) -> dict:
+    """Return what rewards are made of, by its names in the rollout file."""
+    accuracy = round(task.score(answer, query), 6)
+    f1, edit = task.relevance(answer, query)
     return {
         "vqa_correct": int(accuracy > 0),
         "vqa_acc_score": accuracy,
@@ -222,14 +221,14 @@ def _scores(text: str, gt_prob: float | None, query: Example, cut: str) -> dict:
     }
 
 
-def _query(row: int, query: Example) -> dict:
+def _query(row: int, query: Example, task: Task) -> dict:
     return {
         "query_id": row,
         "question_id": query.question_id,
         "image_id": query.image_id,
         "question": query.question,
         "gt_answers_raw": list(query.raw_answers),
-        "gt_answers_norm": [normalize_answer(answer) for answer in query.answers],
+        "gt_answers_norm": task.normalized_references(query),
     }
 
 
