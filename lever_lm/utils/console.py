@@ -108,7 +108,9 @@ class _Bars(Progress):
 
     def __init__(self, console: Console, drawn: bool):
         super().__init__(
-            TextColumn("{task.description}", style="bold", markup=False, table_column=Column(no_wrap=True, min_width=9)),
+            TextColumn(
+                "{task.description}", style="bold", markup=False, table_column=Column(no_wrap=True, min_width=9)
+            ),
             BarColumn(bar_width=None, table_column=Column(min_width=6, max_width=32)),
             _Figures(table_column=Column(no_wrap=True, overflow="ellipsis")),
             console=console,
