@@ -293,7 +293,7 @@ def do(part: Part, run) -> None:
         build(yaml.safe_load(part.text))
         Path(name).write_text(part.text)
     elif part.language == "json":
-        from lever_lm.training.rollouts.generate import load_groups
+        from lever_lm.training.rollouts.file_format import load_groups
 
         Path("example.json").write_text(part.text)
         assert all(len(group.sequences) == len(group.rewards) > 1 for group in load_groups("example.json"))

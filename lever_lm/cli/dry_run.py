@@ -6,12 +6,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lever_lm.config.schema import Config
-from lever_lm.data import StoredImage, VqaData, load_dataset, open_image
-from lever_lm.data.embeddings import Features, cached_features
+from lever_lm.data import Example, StoredImage, VqaData, load_dataset, open_image
+from lever_lm.data.embeddings import DEFAULT_WIDTH, Features, cached_features
+from lever_lm.data.okvqa import OFFICIAL_SIZES
 from lever_lm.lvlm import CachedLvlm, load_lvlm
+from lever_lm.tasks import TASKS
 from lever_lm.training.preflight import disk_needed, group_size
-from lever_lm.training.rollouts.file_format import query_ids, read_rollouts, split_ids
-from lever_lm.training.rollouts.generate import is_made, made_elsewhere, references, rollout_stamp
+from lever_lm.training.rollouts.file_format import is_made, made_elsewhere, query_ids, read_rollouts, split_ids
+from lever_lm.training.rollouts.generate import rollout_stamp
 from lever_lm.training.rollouts.infoscore import infoscore_calls
 from lever_lm.training.rollouts.propose import propose_groups, query_rows
 from lever_lm.training.run_dir import Layout, RunFolder
@@ -124,7 +126,8 @@ class _Planner:
         path = str(self.layout.features)
         if self.known is not None:
             return [Stage("features", "there", path)]
-        count = len(self.data.train_examples) + len(self.data.val_examples) if self.data else 14055
+        data = self.data
+        count = len(data.train_examples) + len(data.val_examples) if data else sum(OFFICIAL_SIZES["okvqa"])
         seconds = self._seconds(self.config.features.encoder, count, 257)
         return [Stage("features", "to be made", path, seconds=seconds, bytes=self.disk["features"])]
 
@@ -144,7 +147,7 @@ class _Planner:
             # As many rollouts more for each query, unknown before the search.
             calls += rollout.infoscore * self._calls(proposals.rows, rollout.gt_prob)
             if rollout.gt_prob:
-                calls += sum(len(references(prompt.query)) for prompt in prompts)
+                calls += sum(self._references(prompt.query) for prompt in prompts)
                 exact = False
         if search := infoscore_calls(self.config, rollout.pool_size):
             calls, exact = calls + search * len(rows), False
@@ -169,11 +172,14 @@ class _Planner:
         if not scored:
             return len(rows)
         train = self.data.train_examples if self.data else ()
-        return sum(1 + (len(references(train[row])) if row < len(train) else _REFERENCES) for row in rows)
+        return sum(1 + (self._references(train[row]) if row < len(train) else _REFERENCES) for row in rows)
+
+    def _references(self, query: Example) -> int:
+        return len(TASKS[self.data.task].references(query))
 
     def training(self, run: RunFolder, queries: list[int]) -> list[Stage]:
         stages, rows = [], run.rows()
-        width = self.known.train.image.shape[1] if self.known else 768
+        width = self.known.train.image.shape[1] if self.known else DEFAULT_WIDTH
         flops = 12 * self.config.rollout.pool_size * width * self.config.policy.hidden_dim * len(queries)
         for phase, config in (("rce", self.config.rce), ("grpo", self.config.grpo)):
             done = [row for row in rows if row["phase"] == phase]
@@ -192,7 +198,7 @@ class _Planner:
         return stages
 
     def inference(self, answers: int, folder: Path) -> Stage:
-        total = len(self.data.val_examples) if self.data else 5046
+        total = len(self.data.val_examples) if self.data else OFFICIAL_SIZES["okvqa"][1]
         calls = answers * min(self.config.infer.num_queries or total, total)
         seconds = self._answering(calls, 4)
         return Stage("inference", "to be answered", str(folder), calls, False, seconds, 500 * calls)

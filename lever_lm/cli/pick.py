@@ -8,7 +8,7 @@ from pathlib import Path
 from lever_lm.data import Example
 from lever_lm.evaluation.retriever import Pick, Retriever
 from lever_lm.selectors.pointer.checkpoint import load_policy
-from lever_lm.tasks.vqa import vqa_accuracy
+from lever_lm.tasks import TASKS
 from lever_lm.training.find_checkpoint import find_checkpoint, latest_checkpoint
 from lever_lm.training.run_dir import Layout, RunFolder
 from lever_lm.utils.console import Screen
@@ -81,9 +81,8 @@ def pick_for(retriever: Retriever, query: Example, shots: int, *, answer: bool, 
     if query.answers:
         result["references"] = list(query.answers)
     if answer and query.answers:
-        scored = result["answer"], query.answers
-        result["accuracy"] = vqa_accuracy(*scored)
-        result["normalized_accuracy"] = vqa_accuracy(*scored, always_normalize=True)
+        scores = TASKS[retriever.pipeline.data.task].metrics(result["answer"], query, result["answer"])
+        result |= {name: scores[name] for name in ("accuracy", "normalized_accuracy")}
     if prompt:
         result["prompt"] = retriever.prompt(query, picks=picks, form="text")
     return result

@@ -7,7 +7,7 @@ from pathlib import Path
 from lever_lm.config.schema import DataConfig
 from lever_lm.data import in_both, in_parquet, source_of
 from lever_lm.data.example import Example
-from lever_lm.data.okvqa import SPLITS, annotations_file, images_folder, questions_file
+from lever_lm.data.okvqa import OFFICIAL_SIZES, SPLITS, annotations_file, images_folder, questions_file
 from lever_lm.data.okvqa import load_split as load_official
 from lever_lm.data.parquet import load_split as load_parquet
 from lever_lm.data.split_files import files_of
@@ -15,10 +15,6 @@ from lever_lm.utils.checks import Check, check_file
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.hub import cached_snapshot
 from lever_lm.utils.paths import HUB_PREFIX, asset_path
-
-# data.name → numbers of training and evaluation examples of the data sets that are distributed under it.
-OFFICIAL_SIZES = {"okvqa": (9009, 5046), "okvqa_hub": (9009, 5046), "vqav2": (443757, 214354)}
-USUAL_WIDTH = 768  # of CLIP features, for estimates before an encoder is here
 
 
 def check_files(config: DataConfig) -> Iterator[Check]:

@@ -26,6 +26,7 @@ from lever_lm.utils.safe_parse import loads
 from lever_lm.utils.safe_torch_load import load_torch
 from lever_lm.utils.terminal import shown
 
+DEFAULT_WIDTH = 768  # dimensions of the default encoder's features, for estimates before it is there
 _NPY_HEADER = 1 << 16  # bytes; one of an (N, D) matrix has 118
 _SPLITS = {"train": "training", "val": "evaluation"}
 

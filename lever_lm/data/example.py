@@ -74,6 +74,7 @@ class VqaData:
     fingerprint: str
     skipped: tuple[str, ...] = ()
     stamps: tuple[str, ...] = ()  # the fingerprint of each split
+    task: str = "vqa"  # how answers are scored: a name of tasks.TASKS
 
     def examples(self, split: str) -> tuple[Example, ...]:
         """Those of a split, `train` or `val`."""

@@ -12,6 +12,8 @@ from lever_lm.utils.safe_parse import loads, read_bytes
 from lever_lm.utils.terminal import shown
 
 SPLITS = {"train": "train2014", "val": "val2014"}
+# How many examples (train, val) the official releases have, by data.name.
+OFFICIAL_SIZES = {"okvqa": (9009, 5046), "okvqa_hub": (9009, 5046), "vqav2": (443757, 214354)}
 _IDS = ("question_id", "image_id")
 
 

@@ -4,7 +4,9 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from lever_lm.config.schema import Config
-from lever_lm.data.checks import OFFICIAL_SIZES, USUAL_WIDTH, check_examples, check_files
+from lever_lm.data.checks import check_examples, check_files
+from lever_lm.data.embeddings import DEFAULT_WIDTH
+from lever_lm.data.okvqa import OFFICIAL_SIZES
 from lever_lm.lvlm.checks import check_answer_lengths, check_device, check_lvlm
 from lever_lm.training.run_dir import Layout
 from lever_lm.utils.checks import GIB, Check, check_model, check_packages, check_results, nearest_existing
@@ -85,12 +87,12 @@ def disk_needed(config: Config) -> dict[str, int]:
     examples = sum(OFFICIAL_SIZES.get(config.data.name, (3000, 500)))
     prompts = config.rollout.num_queries * group_size(config)
     hidden = config.policy.hidden_dim
-    weights = 4 * (3 * USUAL_WIDTH * hidden + config.policy.num_layers * 4 * hidden * hidden)
+    weights = 4 * (3 * DEFAULT_WIDTH * hidden + config.policy.num_layers * 4 * hidden * hidden)
     epochs = config.rce.epochs + config.grpo.epochs
     elsewhere = config.lvlm.server or config.lvlm.path.startswith(ASSET_PREFIX)
     return {
         "vision": 0 if elsewhere else min(int(config.lvlm.bank_disk * GIB), _IMAGE_FEATURES * examples),
-        "features": 2 * 4 * USUAL_WIDTH * examples,
+        "features": 2 * 4 * DEFAULT_WIDTH * examples,
         "answers": 300 * prompts,
         "rollouts": 900 * prompts,
         "checkpoints": weights * (epochs + 6),  # state.pt holds old and reference policy and two moments

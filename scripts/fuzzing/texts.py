@@ -222,8 +222,15 @@ def rollouts(folder: Path) -> Target:
 
     from lever_lm.data import Example
     from lever_lm.training.batches import to_tensors
-    from lever_lm.training.rollouts.file_format import is_query, load_groups, read_rollouts, split_ids
-    from lever_lm.training.rollouts.generate import check_rows, group_report, made_elsewhere
+    from lever_lm.training.rollouts.file_format import (
+        group_report,
+        is_query,
+        load_groups,
+        made_elsewhere,
+        read_rollouts,
+        split_ids,
+    )
+    from lever_lm.training.rollouts.generate import check_rows
 
     path, matrix = folder / "rollouts.json", torch.randn(300, 4, generator=torch.Generator().manual_seed(0))
     train = [Example(100_000 + i, i, "what?", ("yes",), ("yes",), "x.jpg") for i in range(300)]

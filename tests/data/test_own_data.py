@@ -15,7 +15,7 @@ from lever_lm.config.schema import DataConfig
 from lever_lm.data import image_digest, load_dataset
 from lever_lm.data.checks import check_examples
 from lever_lm.data.pools import Candidates
-from lever_lm.tasks.vqa import vqa_accuracy
+from lever_lm.tasks.vqa_metrics import vqa_accuracy
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from lever_lm.lvlm import CachedLvlm, build_prompt, cut_answer
 from lever_lm.lvlm.answer_cache import AnswerCache
 from lever_lm.lvlm.qwen2_5_vl import LocalLvlm, local_fingerprint
 from lever_lm.selectors.pointer.model import PointerSelector
-from lever_lm.tasks.vqa import vqa_accuracy
+from lever_lm.tasks.vqa_metrics import vqa_accuracy
 from lever_lm.training.batches import GroupTensors, to_tensors
 from lever_lm.training.finite_checks import At
 from lever_lm.training.grpo import train_grpo, train_rce
@@ -338,7 +338,7 @@ def answering(logged, digits, groups, **reward):
     config, _, lvlm = logged
     config = dataclasses.replace(config, reward=dataclasses.replace(config.reward, **reward))
     rows, pools = torch.tensor([g.query_id for g in groups]), torch.tensor([g.pool for g in groups])
-    return online_rewards(config, digits.train_examples, rows, pools, lvlm)
+    return online_rewards(config, digits, rows, pools, lvlm)
 
 
 @pytest.mark.parametrize("mode", [*sorted(REWARD_MODES.keys() - {"infoscore"}), "legacy"])
@@ -375,7 +375,7 @@ def test_a_reward_does_not_hang_on_how_an_answer_is_written(logged, digits):
     agreed = [row for row, query in enumerate(train) if len(set(query.answers)) == 1][:3]
     disagreed = [row for row, query in enumerate(train) if query.answers.count(query.answer) in range(4, 10)][:3]
     rows, pools = torch.tensor(agreed + disagreed), torch.tensor([[2000, 2001]] * 6)
-    answer = online_rewards(config, train, rows, pools, Shouting())
+    answer = online_rewards(config, digits, rows, pools, Shouting())
     assert answer(torch.tensor([[[0, 1]]] * 6)).flatten().tolist() == [2.0] * 6  # right, and all of the accuracy
 
 

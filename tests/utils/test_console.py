@@ -13,7 +13,7 @@ import pytest
 from helpers import RUN, SMALL, clean_environment
 from rich.console import Console
 
-from lever_lm.training.run_state import table_header
+from lever_lm.training.metrics import table_header
 from lever_lm.utils import console
 from lever_lm.utils.console import Screen, settle
 from lever_lm.utils.progress import BETWEEN_LINES, Work, duration, loaded
