@@ -20,7 +20,7 @@ from lever_lm.lvlm import load_lvlm
 from lever_lm.selectors.pointer.checkpoint import save_torch, to_v2, v3_content
 from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.tasks.vqa_metrics import vqa_accuracy
-from lever_lm.training.find_checkpoint import find_checkpoint, latest_checkpoint, load_for
+from lever_lm.training.find_checkpoint import find_checkpoint, load_for
 from lever_lm.training.run_dir import RunFolder
 from lever_lm.utils.console import Screen
 from lever_lm.utils.errors import LeverError, UsageError
@@ -454,14 +454,14 @@ def test_a_broken_best_json_is_named(run, content):
 
 def test_the_latest_is_by_number_and_grpo_comes_after_rce(run):
     shutil.copy(run.checkpoint("grpo", 4), run.checkpoint("grpo", 10))
-    assert latest_checkpoint(run) == run.checkpoint("grpo", 10)
+    assert run.latest_checkpoint() == run.checkpoint("grpo", 10)
     for path in run.path.glob("grpo_*"):
         path.unlink()
-    assert latest_checkpoint(run) == run.checkpoint("rce", 2)
+    assert run.latest_checkpoint() == run.checkpoint("rce", 2)
     for path in run.path.glob("rce_*"):
         path.unlink()
     with pytest.raises(LeverError, match="lever train"):
-        latest_checkpoint(run)
+        run.latest_checkpoint()
 
 
 def test_a_missing_checkpoint_says_who_named_it(run):
