@@ -32,11 +32,11 @@ from lever_lm.training.from_checkpoint import config_beside, results_beside
 from lever_lm.training.pipeline import Pipeline
 from lever_lm.utils.atomic_io import open_regular
 from lever_lm.utils.console import Screen
-from lever_lm.utils.device import import_transformers
 from lever_lm.utils.errors import LeverError, UsageError
 from lever_lm.utils.hub import fetch_model
 from lever_lm.utils.progress import untracked
 from lever_lm.utils.terminal import one_line, shown
+from lever_lm.utils.transformers_compat import import_transformers
 
 FORMS = ("transformers", "openai", "text")
 

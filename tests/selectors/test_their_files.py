@@ -28,10 +28,10 @@ from lever_lm.training.rewards import REWARD_MODES
 from lever_lm.training.rollouts.file_format import is_query, read_groups
 from lever_lm.training.run_dir import RunFolder
 from lever_lm.utils.atomic_io import file_digest
-from lever_lm.utils.device import import_transformers
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.paths import asset_path
 from lever_lm.utils.safe_torch_load import load_torch
+from lever_lm.utils.transformers_compat import import_transformers
 
 EMBEDDINGS = DATA / "small_embeddings.safetensors"
 QUICK = ("--rce-epochs", "1", "--grpo-epochs", "1", "--set", "policy.hidden_dim=8", "--json")
