@@ -97,7 +97,7 @@ def _evaluated(run: RunFolder, policy: PointerSelector) -> dict | None:
     digest = policy_digest(policy)
     for folder in evaluations(inference_folder(run.path)):
         try:
-            found = read_metrics(folder / "metrics.json")
+            found = read_metrics(folder)
         except LeverError:
             continue
         methods = (row["method"] for row in found["results"])

@@ -18,8 +18,8 @@ from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.selectors.pointer.variants import VARIANTS
 from lever_lm.utils.atomic_io import atomic_file
 from lever_lm.utils.errors import LeverError
-from lever_lm.utils.safe_parse import shown
 from lever_lm.utils.safe_torch_load import load_torch
+from lever_lm.utils.terminal import shown
 
 FORMAT = "lever_lm/v3"
 OWN_KEY = "lever_lm_config"

@@ -7,17 +7,17 @@ that mean the same on every machine: a downloaded folder names no file of this m
 
 import os
 import re
-from dataclasses import fields
 from pathlib import Path
 
 import torch
 
-from lever_lm.config.schema import LVLM_MACHINE, LVLM_SPEED, LvlmConfig, PromptConfig
+from lever_lm.config.schema import keys_of
 from lever_lm.utils.atomic_io import remove, write_json, write_tensors, write_text
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.hub import POLICY_FILES, fetch_policy, is_hub_id
 from lever_lm.utils.paths import ASSET_PREFIX, HUB_PREFIX
-from lever_lm.utils.safe_parse import is_epoch, read_bytes, read_json, read_object, shown
+from lever_lm.utils.safe_parse import is_epoch, read_bytes, read_json, read_object
+from lever_lm.utils.terminal import shown
 
 FORMAT, VERSION = "lever_lm/policy", 1
 CONFIG, WEIGHTS = POLICY_FILES
@@ -30,16 +30,10 @@ _OF_POLICY = ("policy", "encoder", "features", "embeddings", "dataset", "seed")
 _KEYS = {"format", "format_version", "lever_lm", *_OF_POLICY, "phase", "epoch", "chosen"}
 _KEYS |= {"setting", "fingerprints", "packages", "results"}
 _WHAT = "a policy as `lever export` writes it"
-# The config keys that are shared with a policy.
-SETTING = {
-    "data": ("name", "okvqa_path", "coco_path", "train_path", "file_prefix"),
-    "features": ("encoder", "name"),
-    "sampler": ("name",),
-    "rollout": ("pool_size",),
-    "prompt": tuple(field.name for field in fields(PromptConfig)),
-    "lvlm": tuple(f.name for f in fields(LvlmConfig) if f.name not in (*LVLM_SPEED, *LVLM_MACHINE)),
-}
-PLACES = {("data", "okvqa_path"), ("data", "coco_path"), ("data", "train_path")}
+# What of a config a policy is used with, whoever uses it.
+_SECTIONS = ("data", "features", "sampler", "rollout", "prompt", "lvlm")  # in the order of the file
+SETTING = sorted(keys_of("answers", "place"), key=lambda key: _SECTIONS.index(key[0]))
+PLACES = set(keys_of("place"))
 _EVERYWHERE = rf"{ASSET_PREFIX}[\w-][\w.-]*|{HUB_PREFIX}[\w-][\w.-]*/[\w-][\w.-]*"  # no way out of the assets
 _MODELS = {("features", "encoder"), ("lvlm", "path")}
 
@@ -48,11 +42,14 @@ def setting_of(values: dict) -> dict:
     """Return what is shared of nested config values: the keys of SETTING. A folder of this machine is left out; of a
     model's folder the name stays, as that of the model to look for."""
     kept: dict = {}
-    for section, names in SETTING.items():
+    for section, name in SETTING:
         there = values.get(section)
-        for name in names if isinstance(there, dict) else ():
-            if name in there and (value := _shareable((section, name), there[name])) is not None:
-                kept.setdefault(section, {})[name] = value
+        if (
+            isinstance(there, dict)
+            and name in there
+            and (value := _shareable((section, name), there[name])) is not None
+        ):
+            kept.setdefault(section, {})[name] = value
     return kept
 
 
