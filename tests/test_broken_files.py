@@ -23,7 +23,7 @@ from lever_lm.training.run_dir import RunFolder
 from lever_lm.training.select_checkpoint import STRATEGIES, choose, kept_choice, read_history
 from lever_lm.utils.errors import LeverError, UsageError
 from lever_lm.utils.hub import missing_files
-from lever_lm.utils.safe_parse import json_text
+from lever_lm.utils.terminal import json_text
 
 many = settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 JUNK = st.recursive(

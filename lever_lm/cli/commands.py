@@ -22,6 +22,7 @@ from lever_lm.cli.options import (
     training_flags,
 )
 from lever_lm.cli.run_config import make_pipeline, pipeline_of_run, run_paths
+from lever_lm.training.metrics import STRATEGIES
 from lever_lm.training.tensorboard import check_tracker
 from lever_lm.utils.distributed import Shards
 from lever_lm.utils.errors import LeverError, UsageError
@@ -37,9 +38,7 @@ app = typer.Typer(
 
 Strategy = Annotated[
     str,
-    typer.Option(
-        help="val_loss, ppo_loss, kl, adv_std, val_reward or val_top_reward", autocompletion=completion.strategies
-    ),
+    typer.Option(help=" or ".join(", ".join(STRATEGIES).rsplit(", ", 1)), autocompletion=completion.strategies),
 ]
 RceEpochs = Annotated[int | None, typer.Option(min=0, help="Epochs of RCE warm-up.")]
 GrpoEpochs = Annotated[int | None, typer.Option(min=0, help="Epochs of GRPO; raising it continues a finished run.")]

@@ -25,8 +25,8 @@ def show(
     docs: Annotated[bool, typer.Option("--docs", help="With what each key means.")] = False,
 ) -> None:
     """The config as YAML; a value that is not the default says what set it. `> my.yaml` makes a file for --config."""
-    from lever_lm.cli.config_views import as_yaml, is_run, key_docs
-    from lever_lm.config.schema import to_dict
+    from lever_lm.cli.config_views import as_yaml, is_run
+    from lever_lm.config.schema import key_docs, to_dict
     from lever_lm.utils.console import Screen
 
     if is_run(what):

@@ -1,18 +1,16 @@
 """The config for a person to read: each value with the source that set it, and what differs between two configs."""
 
-import ast
 import dataclasses
 from pathlib import Path
 
 import yaml
 
 from lever_lm.config.load import Layer, combined, file_layer, layers
-from lever_lm.config.schema import Config, to_dict
-from lever_lm.config.values import all_keys, build, configs_root
+from lever_lm.config.schema import Config, all_keys, to_dict
+from lever_lm.config.values import build, configs_root
 from lever_lm.training.run_dir import RunFolder
 from lever_lm.utils.errors import LeverError, UsageError
-from lever_lm.utils.paths import PACKAGE
-from lever_lm.utils.safe_parse import one_line, shown
+from lever_lm.utils.terminal import one_line, shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,23 +96,6 @@ def flat(values: dict, prefix: str = "") -> dict:
 
 
 # ---------------------------------------------------------------------- showing
-
-
-def key_docs() -> dict[str, str]:
-    """Dotted key, or section, → what config.py says of it: the comment of a field, the docstring of a section."""
-    source = (PACKAGE / "config" / "schema.py").read_text(encoding="utf-8")
-    lines, sections = source.splitlines(), {one.type.__name__: one.name for one in dataclasses.fields(Config)}
-    docs = {}
-    for node in ast.parse(source).body:
-        name = getattr(node, "name", None)
-        if name in sections:
-            docs[sections[name]] = ast.get_docstring(node)  # `python -OO` leaves __doc__ out
-        if name in sections or name == "Config":
-            prefix = f"{sections[name]}." if name in sections else ""
-            for item in node.body:
-                if isinstance(item, ast.AnnAssign) and (said := lines[item.lineno - 1].partition("  # ")[2]):
-                    docs[f"{prefix}{item.target.id}"] = said
-    return docs
 
 
 def as_yaml(view: View, docs: dict[str, str] | None = None) -> list[str]:

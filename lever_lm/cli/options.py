@@ -12,7 +12,7 @@ import typer
 
 from lever_lm.cli import completion
 from lever_lm.utils.errors import LeverError, UsageError
-from lever_lm.utils.safe_parse import json_text, shown
+from lever_lm.utils.terminal import json_text, shown
 
 DEFAULT_DATASET, DEFAULT_LVLM = "digits", "tiny_qwen2.5_vl"
 

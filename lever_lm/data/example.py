@@ -15,7 +15,7 @@ from lever_lm.data.image_decode import Undecodable, decoded
 from lever_lm.utils.atomic_io import open_regular
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.file_hashes import DIGESTS
-from lever_lm.utils.safe_parse import one_line, shown
+from lever_lm.utils.terminal import one_line, shown
 
 DIGITS = 16  # of its SHA-256: what identifies it
 

@@ -8,7 +8,8 @@ from lever_lm.config.schema import DataConfig
 from lever_lm.data.example import Example, refuse_or_skip, unfit, unique, whole_id
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.paths import asset_path
-from lever_lm.utils.safe_parse import loads, read_bytes, shown
+from lever_lm.utils.safe_parse import loads, read_bytes
+from lever_lm.utils.terminal import shown
 
 SPLITS = {"train": "train2014", "val": "val2014"}
 # How many examples (train, val) the official releases have, by data.name.

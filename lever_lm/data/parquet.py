@@ -27,7 +27,7 @@ from lever_lm.utils.errors import LeverError
 from lever_lm.utils.fingerprint import fingerprint
 from lever_lm.utils.hub import cached_snapshot
 from lever_lm.utils.paths import HUB_PREFIX, asset_path
-from lever_lm.utils.safe_parse import one_line, shown
+from lever_lm.utils.terminal import one_line, shown
 
 COLUMNS = ("question_id", "image", "question", "answers")
 _OPTIONAL = ("image_id", "raw_answers")

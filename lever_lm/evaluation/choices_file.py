@@ -10,7 +10,8 @@ from lever_lm.data.example import whole_id
 from lever_lm.data.pools import Candidates
 from lever_lm.utils.atomic_io import write_text
 from lever_lm.utils.errors import LeverError
-from lever_lm.utils.safe_parse import loads, read_bytes, shown
+from lever_lm.utils.safe_parse import loads, read_bytes
+from lever_lm.utils.terminal import shown
 
 _FORMAT = 'expected {"question_id": [ICD question_ids]}, or lines {"question_id": 1, "icds": [2, 3]} as in icds.jsonl'
 

@@ -8,7 +8,7 @@ from lever_lm.config.schema import Config
 from lever_lm.selectors import CONTRASTS, ZERO_SHOT
 from lever_lm.utils.hub import is_hub_id
 from lever_lm.utils.paths import HUB_PREFIX
-from lever_lm.utils.safe_parse import one_line
+from lever_lm.utils.terminal import one_line
 
 TAGS = ("in-context-learning", "demonstration-selection", "visual-question-answering", "vision-language-model")
 _MARKUP = re.compile(r"([\\`*_\[\]<>|~&#!$])")

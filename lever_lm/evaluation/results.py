@@ -13,7 +13,8 @@ from lever_lm.evaluation.choices_file import write_icds
 from lever_lm.evaluation.evaluate import Outcome
 from lever_lm.utils.atomic_io import write_json, write_text
 from lever_lm.utils.errors import LeverError
-from lever_lm.utils.safe_parse import LINE_LIMIT, Line, lines, loads, read_json, read_object, shown
+from lever_lm.utils.safe_parse import LINE_LIMIT, Line, lines, loads, read_json, read_object
+from lever_lm.utils.terminal import shown
 
 LARGEST = 1e300  # of what is drawn: differences stay finite
 _MOST = 2000  # results of an evaluation, and tests: ours have some ten methods at some ten numbers of shots

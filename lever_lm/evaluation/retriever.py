@@ -37,7 +37,7 @@ from lever_lm.utils.device import import_transformers
 from lever_lm.utils.errors import LeverError, UsageError
 from lever_lm.utils.hub import fetch_model
 from lever_lm.utils.progress import untracked
-from lever_lm.utils.safe_parse import one_line, shown
+from lever_lm.utils.terminal import one_line, shown
 
 FORMS = ("transformers", "openai", "text")
 

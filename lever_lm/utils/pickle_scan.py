@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lever_lm.utils.safe_parse import shown
+from lever_lm.utils.terminal import shown
 
 MAX_DEPTH = 32  # of lists and dicts within each other
 SHARED = 4  # times the pickle's size that all it holds may come to: values can be shared

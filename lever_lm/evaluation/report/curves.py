@@ -7,23 +7,12 @@ from pathlib import Path
 from lever_lm.evaluation.report.svg import Series, line_chart
 from lever_lm.evaluation.results import is_finite, read_metrics
 from lever_lm.selectors import LEARNED, SELECTORS, ZERO_SHOT
+from lever_lm.training.metrics import METRICS, STRATEGIES, metrics_on
 from lever_lm.training.run_dir import RunFolder
-from lever_lm.training.select_checkpoint import STRATEGIES, History, best_row, read_history
+from lever_lm.training.select_checkpoint import History, best_row, read_history
 from lever_lm.utils.errors import LeverError
-from lever_lm.utils.safe_parse import printable
+from lever_lm.utils.terminal import printable
 
-METRICS = {
-    "train_loss": "train loss",
-    "val_loss": "validation loss",
-    "ppo_loss": "PPO loss",
-    "kl": "KL",
-    "adv_std": "Adv Std (advantages)",
-    "beta": "β (weight of the KL)",
-    "temperature": "temperature (RCE weights)",
-    "val_reward": "val_reward (expected)",
-    "val_top_reward": "val_top_reward (first choice)",
-    "entropy": "entropy, first pick (nats)",
-}
 PHASES = {"rce": "RCE warm-up", "grpo": "GRPO"}
 RUN_COLOURS = 6  # of runs that are compared
 
@@ -123,14 +112,14 @@ class Curve:
     @property
     def title(self) -> str:
         """What it is of."""
-        return METRICS[self.metric]
+        return METRICS[self.metric].title
 
 
 def training_curves(runs: Sequence[tuple[str, list[dict]]]) -> list[Curve]:
     """The logged metrics of runs by name, over epochs; a strategy marks the epoch that it chooses."""
     curves = []
     for phase in PHASES:
-        for metric in METRICS:
+        for metric in metrics_on("curve"):
             series = [
                 Series(name, f"run{i % RUN_COLOURS}", points, marks=_marks(rows, phase, metric))
                 for i, (name, rows) in enumerate(runs)

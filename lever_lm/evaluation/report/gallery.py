@@ -16,7 +16,7 @@ from lever_lm.evaluation.results import Sample, read_samples, samples_file
 from lever_lm.selectors import CONTRASTS, LEARNED, ZERO_SHOT
 from lever_lm.tasks import TASKS, Task
 from lever_lm.utils.errors import LeverError
-from lever_lm.utils.safe_parse import printable, shown
+from lever_lm.utils.terminal import printable, shown
 
 EACH = 8  # queries of a kind
 _MOST_ICDS = 32  # of one method on a card

@@ -23,12 +23,14 @@ from lever_lm.evaluation.statistics import paired_test
 from lever_lm.selectors import LEARNED, named
 from lever_lm.selectors.pointer.checkpoint import load_policy, policy_digest
 from lever_lm.training.environment import read_environment, typed_again
+from lever_lm.training.metrics import LOGGED, RECOMMENDED
 from lever_lm.training.run_dir import RunFolder, differing
 from lever_lm.utils.atomic_io import write_text
 from lever_lm.utils.errors import LeverError
-from lever_lm.utils.safe_parse import CONFIG_LIMIT, printable, read_bytes, shown
+from lever_lm.utils.safe_parse import CONFIG_LIMIT, read_bytes
+from lever_lm.utils.terminal import printable, shown
 
-_EPOCHS = ("phase", "epoch", "train_loss", "val_loss", "ppo_loss", "kl", "adv_std", "adv_max", "beta", "val_reward")
+_EPOCHS = ("phase", "epoch", *LOGGED, RECOMMENDED)
 _MOST = 200  # epochs in the table
 _LONGEST = 200  # characters of a value that differs
 _NOT_COMPARED = ("command", "last_command", "sources", "resumed_with")  # of env.json

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from lever_lm.evaluation.results import is_finite
 from lever_lm.selectors import CONTRASTS, named
-from lever_lm.training.select_checkpoint import STRATEGIES, best_row
+from lever_lm.training.metrics import STRATEGIES, metrics_on
+from lever_lm.training.select_checkpoint import best_row
 
 _ALPHA = 0.05
 
@@ -89,34 +90,23 @@ def strategies(rows: Sequence[dict]) -> list[dict]:
     chosen = []
     for name, strategy in STRATEGIES.items():
         row = best_row(list(rows), strategy)
-        values = [value for row in rows if is_finite(value := row.get(strategy.metric))]
+        values = [value for row in rows if is_finite(value := row.get(strategy.key))]
         equal = row is not None and len(values) > 1 == len(set(values))
         why = "equal in all epochs: the first" if equal else strategy.why
         chosen.append({"name": name, "why": why, "epoch": row["epoch"] if row else None, "row": row or {}})
     return chosen
 
 
-_HEALTH = {
-    "frac_reward_zero_std": ("groups tied in reward", "share", "nothing to learn from"),
-    "zero_grad_frac": ("rollouts without gradient", "share", "tied, or clipped"),
-    "clip_frac": ("ratios outside the clip range", "share", "how far the policy is from the old one"),
-    "kl_share": ("share of KL in the loss", "share", "how much pulls back to the reference policy"),
-    "entropy": ("entropy of the first pick (nats)", "number", "near 0 one candidate takes all"),
-    "grad_norm": ("gradient norm", "number", "before it is cut at grpo.max_grad_norm"),
-    "reward": ("mean reward of the rollouts", "number", ""),
-    "reward_std": ("spread of rewards in a group", "number", ""),
-}
-
-
 def health(rows: Sequence[dict]) -> list[dict]:
     """What GRPO had to learn from, at its first and last epoch."""
     rows = [row for row in rows if row["phase"] == "grpo"]
     table = []
-    for key, (name, kind, what) in _HEALTH.items():
+    for key, metric in metrics_on("health").items():
         values = [row[key] for row in rows if is_finite(row.get(key))]
         if values:
-            show = percent if kind == "share" else "{:.3g}".format
-            table.append({"name": name, "first": show(values[0]), "last": show(values[-1]), "what": what})
+            show = percent if metric.share else "{:.3g}".format
+            shown = {"first": show(values[0]), "last": show(values[-1])}
+            table.append({"name": metric.title, **shown, "what": metric.note})
     return table
 
 
