@@ -18,6 +18,7 @@ from lever_lm.cli.run_config import (
     refuse_resuming,
     run_paths,
 )
+from lever_lm.training.metrics import STRATEGIES
 from lever_lm.training.tensorboard import check_tracker
 from lever_lm.utils.errors import LeverError, UsageError
 
@@ -132,9 +133,7 @@ def rollout(common: Common) -> None:
 def best_ckpt(
     common: Common,
     run_dir: RunDir = None,
-    strategy: Annotated[
-        str, Option(help=", ".join(completion.STRATEGIES), autocompletion=completion.strategies)
-    ] = "val_loss",
+    strategy: Annotated[str, Option(help=", ".join(STRATEGIES), autocompletion=completion.strategies)] = "val_loss",
     show_all: Annotated[bool, Option("--show-all", help="Print every epoch.")] = False,
     log: Annotated[Path | None, Option(help="Choose from a training log, ours or Lever-Plus's.")] = None,
 ) -> None:

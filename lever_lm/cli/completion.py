@@ -10,11 +10,11 @@ from pathlib import Path
 
 import typer
 
-from lever_lm.cli.config_views import key_docs
-from lever_lm.config.values import all_keys, configs_root
+from lever_lm.config.schema import all_keys, key_docs
+from lever_lm.config.values import configs_root
+from lever_lm.training.metrics import STRATEGIES
 from lever_lm.training.tensorboard import TRACKERS
 
-STRATEGIES = ("val_loss", "ppo_loss", "kl", "adv_std", "val_reward", "val_top_reward")
 _PLAIN = re.compile(r"[\w.,+=@/-]+")
 _MOST = 1000  # runs that are looked at
 

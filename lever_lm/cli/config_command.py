@@ -7,14 +7,13 @@ import typer
 import yaml
 
 from lever_lm.cli import completion
-from lever_lm.cli.config_views import key_docs
 from lever_lm.cli.options import Common, command, emit, named_yamls, option_values
 from lever_lm.config.load import Layer, combined, file_layer, layers
-from lever_lm.config.schema import Config, to_dict
+from lever_lm.config.schema import Config, key_docs, to_dict
 from lever_lm.config.values import all_keys, build
 from lever_lm.training.run_dir import RunFolder
 from lever_lm.utils.errors import LeverError, UsageError
-from lever_lm.utils.safe_parse import one_line, shown
+from lever_lm.utils.terminal import one_line, shown
 
 config_app = typer.Typer(help="Show the config that options give or a run has, or compare two.", no_args_is_help=True)
 

@@ -15,8 +15,8 @@ from lever_lm.lvlm import CachedLvlm, load_lvlm
 from lever_lm.tasks import TASKS
 from lever_lm.training.environment import own_files
 from lever_lm.training.preflight import ALL, disk_needed, examine, group_size
-from lever_lm.training.rollouts.file_format import query_ids, read_rollouts, split_ids
-from lever_lm.training.rollouts.generate import is_made, made_elsewhere, rollout_stamp
+from lever_lm.training.rollouts.file_format import is_made, made_elsewhere, query_ids, read_rollouts, split_ids
+from lever_lm.training.rollouts.generate import rollout_stamp
 from lever_lm.training.rollouts.infoscore import infoscore_calls
 from lever_lm.training.rollouts.propose import propose_groups, query_rows
 from lever_lm.training.run_dir import Layout, RunFolder

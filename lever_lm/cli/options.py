@@ -15,7 +15,7 @@ from lever_lm.cli import completion
 from lever_lm.config.values import dotted, merge
 from lever_lm.utils.distributed import Shards
 from lever_lm.utils.errors import UsageError
-from lever_lm.utils.safe_parse import json_text, shown
+from lever_lm.utils.terminal import json_text, shown
 
 DEFAULT_DATASET, DEFAULT_LVLM = "digits", "tiny_qwen2.5_vl"
 

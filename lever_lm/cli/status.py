@@ -19,13 +19,13 @@ from typing import TypeVar
 from lever_lm.config.schema import Config
 from lever_lm.config.values import build
 from lever_lm.training.environment import read_environment, recorded, typed_again
+from lever_lm.training.metrics import PHASES, RECOMMENDED, STRATEGIES
 from lever_lm.training.run_dir import LOCK, Layout, RunFolder
-from lever_lm.training.select_checkpoint import STRATEGIES, best_row, epochs_since_best, read_log
+from lever_lm.training.select_checkpoint import best_row, epochs_since_best, read_log
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.locks import seen
 from lever_lm.utils.safe_parse import metrics_rows
 
-PHASES = ("rce", "grpo")
 _LATELY = 10  # epochs that the time of one is taken from
 _GPU = "name,memory.used,memory.total,utilization.gpu"
 _COMPUTED = (
@@ -242,7 +242,7 @@ def _best(rows: list[dict]) -> dict:
     """Metric → the best epoch so far and its value, among the epochs that are chosen from."""
     phase = PHASES[any(row["phase"] == "grpo" for row in rows)]
     of_phase = [row for row in rows if row["phase"] == phase]
-    best = {name: best_row(of_phase, STRATEGIES[name]) for name in ("val_reward", "val_loss")}
+    best = {name: best_row(of_phase, STRATEGIES[name]) for name in (RECOMMENDED, "val_loss")}
     return {n: {"phase": phase, "epoch": row["epoch"], "value": row[n]} for n, row in best.items() if row}
 
 

@@ -11,10 +11,11 @@ from lever_lm.data.embeddings import encoder_fingerprint, same_encoder
 from lever_lm.selectors.pointer.checkpoint import own_config, policy_of, read_checkpoint
 from lever_lm.selectors.pointer.hub_format import is_exported, policy_folder
 from lever_lm.selectors.pointer.model import PointerSelector
+from lever_lm.training.metrics import RECOMMENDED, STRATEGIES
 from lever_lm.training.run_dir import RunFolder, v2_name
-from lever_lm.training.select_checkpoint import STRATEGIES, best_row, broken, read_best, read_history
+from lever_lm.training.select_checkpoint import best_row, broken, read_best, read_history
 from lever_lm.utils.errors import LeverError
-from lever_lm.utils.safe_parse import one_line, shown
+from lever_lm.utils.terminal import one_line, shown
 
 
 def find_checkpoint(run: RunFolder, wanted: str | None, environ: dict) -> tuple[Path, str]:
@@ -48,7 +49,7 @@ def find_checkpoint(run: RunFolder, wanted: str | None, environ: dict) -> tuple[
             return path, f"best.json of the run, strategy {answer['strategy']}{more}"
         gone = f"; {run.best.name} names {one_line(path.name)}, which is gone: `lever best-ckpt` chooses again"
     history = read_history(run, None)
-    strategy = "val_reward" if any("val_reward" in row for row in history.rows) else "val_loss"
+    strategy = RECOMMENDED if any(RECOMMENDED in row for row in history.rows) else "val_loss"
     row = best_row(history.rows, STRATEGIES[strategy])
     if row is None:
         raise LeverError(f"no epoch of {run.path} has a finite {strategy}; name one: --ckpt PATH")

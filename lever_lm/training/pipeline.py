@@ -21,22 +21,22 @@ from lever_lm.training.environment import compare as compare_runs
 from lever_lm.training.environment import environment, own_files, record, verdict
 from lever_lm.training.find_checkpoint import find_checkpoint
 from lever_lm.training.grpo import train_grpo, train_rce
+from lever_lm.training.metrics import RECOMMENDED
 from lever_lm.training.nan_debug import detecting
 from lever_lm.training.preflight import ALL, examine
-from lever_lm.training.rollouts.file_format import check_reward_mode, read_groups, split_ids
-from lever_lm.training.rollouts.generate import (
-    check_rows,
+from lever_lm.training.rollouts.file_format import (
+    check_reward_mode,
     made_elsewhere,
-    make_rollouts,
-    online_rewards,
-    rollout_stamp,
+    read_groups,
+    split_ids,
     why_made_again,
 )
+from lever_lm.training.rollouts.generate import check_rows, make_rollouts, online_rewards, rollout_stamp
 from lever_lm.training.rollouts.propose import new_policy
 from lever_lm.training.run_dir import LOCK, Layout, RunFolder, inference_folder, v2_name
 from lever_lm.training.run_state import Journal, state_of
 from lever_lm.training.select_checkpoint import choose, read_history, worth_keeping
-from lever_lm.training.tensorboard import TensorBoard, track
+from lever_lm.training.tensorboard import TRACKERS, TensorBoard
 from lever_lm.utils.atomic_io import file_digest
 from lever_lm.utils.checks import require
 from lever_lm.utils.console import Screen
@@ -86,7 +86,6 @@ class Pipeline:
         DIGESTS.keep_in(self.layout.cache / "digests.json")
         self.inference = inference_folder(run_dir) if run_dir else self.layout.inference
         self.checkpoint: tuple[Path, str] | None = None  # that a command on a run uses, and why this one
-        self.evaluation = None  # the evaluation queries with their pools, once `evaluation_of` has made them
         self.detect_anomaly = False  # in training, for the module and operation of a NaN
         self.tracker: str | None = None  # where the metrics of a training go besides the run's own files
 
@@ -252,9 +251,10 @@ class Pipeline:
     @cached_property
     def tracking(self) -> TensorBoard | None:
         """Where the metrics go besides the run's own files; None for nowhere."""
-        if self.tracker is not None:
-            self.screen.say(f"tracker: tensorboard --logdir {self.run.path}")
-        return track(self.tracker, self.run)
+        if self.tracker is None:
+            return None
+        self.screen.say(f"tracker: tensorboard --logdir {self.run.path}")
+        return TRACKERS[self.tracker](self.run)
 
     def _source(self, rl_data: Path | None, embeddings: Path | None, dataset_named: bool) -> "Source":
         """Rollouts and features to train on: made here; or the rollouts that are there, with the features in a file,
@@ -329,7 +329,7 @@ class Pipeline:
 
     def recommend(self) -> dict:
         """The checkpoint that `train` and `demo` recommend: the best by val_reward."""
-        answer = choose(read_history(self.run, None), "val_reward", self.run)
+        answer = choose(read_history(self.run, None), RECOMMENDED, self.run)
         if answer["epoch"] is None:
             raise LeverError(f"no checkpoint of {self.run.path} can be recommended: {answer['why']}")
         self.screen.result(f"recommended: {answer['checkpoint']} ({answer['why']})")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lever_lm.selectors.pointer.model import PointerSelector
-from lever_lm.utils.safe_parse import shown
+from lever_lm.utils.terminal import shown
 
 FIELDS = ("phase", "epoch", "policy", "optimizer", "rng", "extra", "rows", "inputs")
 _MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # of AdamW

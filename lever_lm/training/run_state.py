@@ -14,6 +14,7 @@ from torch import Tensor
 from lever_lm.selectors.pointer.checkpoint import save_torch, v3_content
 from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.training.finite_checks import At, not_finite
+from lever_lm.training.metrics import metrics_on, table_header, table_row
 from lever_lm.training.resume_state import misfit, problem_of
 from lever_lm.training.run_dir import RunFolder
 from lever_lm.training.tensorboard import TensorBoard
@@ -21,43 +22,6 @@ from lever_lm.utils.atomic_io import append_line, remove, write_text
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.progress import BETWEEN_LINES, Track, Work, untracked
 from lever_lm.utils.safe_torch_load import load_torch
-
-# Column name, key, width, precision. The GRPO columns and both headings are what existing scripts parse.
-_COLUMNS = {
-    "rce": [
-        ("Train Loss", "train_loss", 12, 5),
-        ("Val Loss", "val_loss", 12, 5),
-        ("Temperature", "temperature", 12, 3),
-    ],
-    "grpo": [
-        ("Train Loss", "train_loss", 12, 5),
-        ("Val Loss", "val_loss", 12, 5),
-        ("PPO Loss", "ppo_loss", 12, 5),
-        ("KL", "kl", 10, 5),
-        ("Adv Std", "adv_std", 10, 4),
-        ("Adv Max", "adv_max", 10, 4),
-        ("Beta", "beta", 8, 4),
-    ],
-}
-_SHOWN = ("train_loss", "val_loss", "val_reward")  # beside a progress bar
-_HEADINGS = {"rce": "阶段2：RCE预热", "grpo": "阶段3：GRPO训练"}
-
-
-def table_header(phase: str) -> list[str]:
-    """Marker line, column names and rule of a phase's table."""
-    names = "".join(f" {name:>{width}}" for name, _, width, _ in _COLUMNS[phase])
-    return [_HEADINGS[phase], f"{'Epoch':>6}{names}", "-" * (6 + len(names))]
-
-
-def table_row(row: dict) -> str:
-    """One epoch of a phase's table."""
-    cells = (_cell(row.get(key), width, precision) for _, key, width, precision in _COLUMNS[row["phase"]])
-    return f"{row['epoch']:>6}{''.join(cells)}"
-
-
-def _cell(value, width: int, precision: int) -> str:
-    """A number, or `-` where a checkpoint of somebody else's does not carry it."""
-    return f" {value:>{width}.{precision}f}" if isinstance(value, (int, float)) else f" {'-':>{width}}"
 
 
 def state_of(run: RunFolder, inputs: dict[str, str], policy: PointerSelector | None = None) -> dict:
@@ -150,7 +114,9 @@ class Journal:
     def _latest(self) -> str:
         """The last epoch in a few numbers."""
         row = self.rows[-1] if self.rows else {}
-        return ", ".join(f"{name} {row[name]:.4f}" for name in _SHOWN if isinstance(row.get(name), (int, float)))
+        return ", ".join(
+            f"{name} {row[name]:.4f}" for name in metrics_on("progress") if isinstance(row.get(name), (int, float))
+        )
 
     def restore(self, phase: str, policy: PointerSelector, optimizer: torch.optim.Optimizer) -> dict | None:
         """Put weights, optimizer and random state where the last epoch of `phase` left them. Returns the phase's

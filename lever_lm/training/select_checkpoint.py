@@ -4,17 +4,15 @@ import contextlib
 import math
 import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lever_lm.training.metrics import GRPO_MARKER, KL_RANGE, KL_TARGET, LOGGED, PHASES, RECOMMENDED, STRATEGIES, Metric
 from lever_lm.training.run_dir import RunFolder
 from lever_lm.utils.errors import LeverError, UsageError
-from lever_lm.utils.safe_parse import Line, is_epoch, lines, metrics_rows, read_json, shown
+from lever_lm.utils.safe_parse import Line, is_epoch, lines, metrics_rows, read_json
+from lever_lm.utils.terminal import shown
 
-KL_RANGE, KL_TARGET = (0.01, 0.1), 0.05
-GRPO_MARKER = "阶段3：GRPO训练"
-LOGGED = ("train_loss", "val_loss", "ppo_loss", "kl", "adv_std", "adv_max", "beta")
 _NUMBER = r"[+-]?(?:\d+(?:\.\d*)?(?:[eE][+-]?\d+)?|\.\d+(?:[eE][+-]?\d+)?|inf|nan|Infinity|NaN)"
 _LOG_ROW = re.compile(rf"^\s*(\d{{1,9}})((?:\s+{_NUMBER}){{{len(LOGGED)}}})\s*$", re.IGNORECASE)
 _LOG_PART = 64 << 10  # bytes of a log that are looked at together
@@ -22,31 +20,6 @@ _LONGEST_NAME = 256  # bytes of a file's
 _LONGEST_ROW = 1000  # characters
 _MOST_ROWS = 100_000  # epochs of one run
 _JOINS = 5  # notes on tables that are one run
-
-
-@dataclass(frozen=True)
-class Strategy:
-    """A metric and what makes it good: `score` of a value, the least wins; None for a value that does not qualify."""
-
-    metric: str
-    why: str
-    score: Callable[[float], float | None]
-
-
-STRATEGIES: dict[str, Strategy] = {
-    "val_loss": Strategy("val_loss", "least validation loss", lambda value: value),
-    "ppo_loss": Strategy("ppo_loss", "least PPO loss", lambda value: value),
-    "kl": Strategy(
-        "kl",
-        "KL in [0.01, 0.1], nearest 0.05",
-        lambda value: abs(value - KL_TARGET) if KL_RANGE[0] <= value <= KL_RANGE[1] else None,
-    ),
-    "adv_std": Strategy("adv_std", "largest advantage spread", lambda value: -value),
-    "val_reward": Strategy("val_reward", "largest validation reward", lambda value: -value),
-    "val_top_reward": Strategy(
-        "val_top_reward", "largest validation reward of the top-ranked rollout", lambda value: -value
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -62,7 +35,7 @@ class History:
 # ---------------------------------------------------------------------- choosing
 
 
-def check_strategy(name: str) -> Strategy:
+def check_strategy(name: str) -> Metric:
     """The strategy of this name. Raises UsageError."""
     if name not in STRATEGIES:
         raise UsageError(f"unknown strategy {shown(name)}: one of {', '.join(STRATEGIES)} (--strategy)")
@@ -76,23 +49,23 @@ def broken(row: dict, *more: str) -> str:
     return ", ".join(f"{name} is {number}" for name, number in numbers.items() if not math.isfinite(number))
 
 
-def usable(rows: list[dict], strategy: Strategy) -> tuple[list[dict], list[dict]]:
+def usable(rows: list[dict], strategy: Metric) -> tuple[list[dict], list[dict]]:
     """Rows of epochs that did not break and have the strategy's metric, and the others as {epoch, why}."""
     kept, excluded = [], []
     for row in rows:
-        value = row.get(strategy.metric)
-        if why := broken(row, strategy.metric):
+        value = row.get(strategy.key)
+        if why := broken(row, strategy.key):
             excluded.append({"epoch": row["epoch"], "why": why})
         elif not isinstance(value, (int, float)) or isinstance(value, bool):
-            excluded.append({"epoch": row["epoch"], "why": f"no {strategy.metric}"})
+            excluded.append({"epoch": row["epoch"], "why": f"no {strategy.key}"})
         else:
             kept.append(row)
     return kept, excluded
 
 
-def best_row(rows: list[dict], strategy: Strategy) -> dict | None:
+def best_row(rows: list[dict], strategy: Metric) -> dict | None:
     """The best row, the first of equals; None when none qualifies."""
-    scored = [(strategy.score(row[strategy.metric]), row) for row in usable(rows, strategy)[0]]
+    scored = [(strategy.score(row[strategy.key]), row) for row in usable(rows, strategy)[0]]
     qualified = [(score, row) for score, row in scored if score is not None]
     return min(qualified, key=lambda pair: pair[0])[1] if qualified else None
 
@@ -100,7 +73,7 @@ def best_row(rows: list[dict], strategy: Strategy) -> dict | None:
 def epochs_since_best(rows: list[dict]) -> int:
     """GRPO epochs since the first one of the largest val_reward; 0 where none has any."""
     grpo = [row for row in rows if row["phase"] == "grpo"]
-    best = best_row(grpo, STRATEGIES["val_reward"])
+    best = best_row(grpo, STRATEGIES[RECOMMENDED])
     return len(grpo) - 1 - grpo.index(best) if best else 0
 
 
@@ -117,15 +90,13 @@ def choose(history: History, name: str, run: RunFolder | None) -> dict:
     }
     why = strategy.why
     if row is None and kept:
-        nearest = min(kept, key=lambda r: abs(r[strategy.metric] - KL_TARGET))
+        nearest = min(kept, key=lambda r: abs(r[strategy.key] - KL_TARGET))
         why = (
-            f"none in range: no epoch has a {strategy.metric} in [{KL_RANGE[0]}, {KL_RANGE[1]}]; nearest is epoch "
-            f"{nearest['epoch']} with {nearest[strategy.metric]:.5g}. Try another --strategy"
+            f"none in range: no epoch has a {strategy.key} in [{KL_RANGE[0]}, {KL_RANGE[1]}]; nearest is epoch "
+            f"{nearest['epoch']} with {nearest[strategy.key]:.5g}. Try another --strategy"
         )
     elif row is None:
-        why = (
-            f"no epoch has a finite {strategy.metric} and no broken number in {history.source}. Try another --strategy"
-        )
+        why = f"no epoch has a finite {strategy.key} and no broken number in {history.source}. Try another --strategy"
     return {
         "strategy": name,
         "epoch": row["epoch"] if row else None,
@@ -169,7 +140,7 @@ def worth_keeping(run: RunFolder, rows: list[dict], latest: int) -> set[Path]:
     kept: set[Path] = set()
     with contextlib.suppress(LeverError):
         kept |= {run.path / Path(read_best(run)["checkpoint"]).name}
-    for phase in ("rce", "grpo"):
+    for phase in PHASES:
         of_phase = [row for row in rows if row["phase"] == phase]
         best = (best_row(of_phase, strategy) for strategy in STRATEGIES.values())
         spared = [*of_phase[-latest:], *(row for row in best if row is not None)]

@@ -15,6 +15,7 @@ from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.training.batches import GroupTensors
 from lever_lm.training.finite_checks import At, Pass, rce_terms
 from lever_lm.training.losses import rce_loss
+from lever_lm.training.metrics import brief
 from lever_lm.training.rewards import group_mean_std, tied_groups
 
 EVAL_BATCH = 256
@@ -75,11 +76,7 @@ def group_statistics(rewards: Tensor, mask: Tensor, advantages: Tensor) -> dict[
 
 def group_report(row: dict, groups: int) -> str:
     """One line on what an epoch of GRPO had to learn from, for the screen."""
-    return (
-        f"       groups skipped {row['groups_skipped']} of {groups}, rollouts without gradient "
-        f"{row['zero_grad_frac']:.0%}, clipped {row['clip_frac']:.0%}, entropy {row['entropy']:.2f}, gradient norm "
-        f"{row['grad_norm']:.2g}, val_reward {row['val_reward']:.4f}"
-    )
+    return f"       groups skipped {row['groups_skipped']} of {groups}, {brief(row)}"
 
 
 def alarms(row: dict, config: GrpoConfig) -> dict[str, str]:

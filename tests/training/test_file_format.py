@@ -19,7 +19,6 @@ from lever_lm.training.rollouts.file_format import (
     read_rollouts,
     split_ids,
 )
-from lever_lm.training.rollouts.generate import load_groups as public_load_groups
 from lever_lm.utils.errors import LeverError, UsageError
 
 EDGE_CASES = json.loads((DATA / "small_edge_cases.json").read_text(encoding="utf-8"))
@@ -361,10 +360,6 @@ def test_an_unknown_reward_mode_is_a_usage_error_that_names_the_key():
         UsageError, match=r"unknown reward mode 'hybrid'; choose one of hard_plus_soft.*\(reward\.mode\)"
     ):
         check_reward_mode("hybrid")
-
-
-def test_the_loader_is_public_under_rollouts():
-    assert public_load_groups is load_groups
 
 
 # ---------------------------------------------------------------------- refusals

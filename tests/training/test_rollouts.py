@@ -15,8 +15,8 @@ from lever_lm.lvlm.answer_cache import AnswerCache
 from lever_lm.lvlm.qwen2_5_vl import LocalLvlm, local_fingerprint
 from lever_lm.tasks import TASKS
 from lever_lm.tasks.vqa_metrics import normalize_answer, relevance, vqa_accuracy
-from lever_lm.training.rollouts.file_format import load_groups
-from lever_lm.training.rollouts.generate import _reference_probs, group_report, make_rollouts, online_rewards
+from lever_lm.training.rollouts.file_format import group_report, load_groups
+from lever_lm.training.rollouts.generate import _reference_probs, make_rollouts, online_rewards
 from lever_lm.training.rollouts.propose import new_policy, query_rows
 from lever_lm.utils.errors import LeverError
 

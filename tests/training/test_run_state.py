@@ -8,8 +8,9 @@ import torch
 
 from lever_lm.selectors.pointer.checkpoint import load_policy
 from lever_lm.selectors.pointer.model import PointerSelector
+from lever_lm.training.metrics import table_header, table_row
 from lever_lm.training.run_dir import RunFolder
-from lever_lm.training.run_state import Journal, table_header, table_row
+from lever_lm.training.run_state import Journal
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.safe_torch_load import load_torch
 

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lever_lm.selectors.pointer.checkpoint import save_torch
+from lever_lm.training.metrics import table_header, table_row
 from lever_lm.training.run_dir import RunFolder
-from lever_lm.training.run_state import table_header, table_row
 from lever_lm.training.select_checkpoint import (
     GRPO_MARKER,
     STRATEGIES,

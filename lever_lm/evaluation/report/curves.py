@@ -4,27 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lever_lm.evaluation.report.gallery import LEARNED
-from lever_lm.evaluation.report.phrasing import METHODS
 from lever_lm.evaluation.report.svg import Series, line_chart
 from lever_lm.evaluation.results import is_finite, read_metrics
+from lever_lm.selectors import LEARNED, SELECTORS, ZERO_SHOT
+from lever_lm.training.metrics import METRICS, STRATEGIES, metrics_on
 from lever_lm.training.run_dir import RunFolder
-from lever_lm.training.select_checkpoint import STRATEGIES, History, best_row, read_history
+from lever_lm.training.select_checkpoint import History, best_row, read_history
 from lever_lm.utils.errors import LeverError
-from lever_lm.utils.safe_parse import printable
+from lever_lm.utils.terminal import printable
 
-METRICS = {
-    "train_loss": "train loss",
-    "val_loss": "validation loss",
-    "ppo_loss": "PPO loss",
-    "kl": "KL",
-    "adv_std": "Adv Std (advantages)",
-    "beta": "β (weight of the KL)",
-    "temperature": "temperature (RCE weights)",
-    "val_reward": "val_reward (expected)",
-    "val_top_reward": "val_top_reward (first choice)",
-    "entropy": "entropy, first pick (nats)",
-}
 PHASES = {"rce": "RCE warm-up", "grpo": "GRPO"}
 RUN_COLOURS = 6  # of runs that are compared
 
@@ -45,7 +33,7 @@ class Evaluated:
         """What read_metrics has of the evaluation, all empty where there is none."""
         if self.inference is None:
             return {"results": [], "tests": [], "checkpoint": "", "policies": {}}
-        return read_metrics(self.inference / "metrics.json")
+        return read_metrics(self.inference)
 
     def history(self) -> History | None:
         """Where its metrics are from, as `lever best-ckpt` reads them; None where there are none, as where choices from
@@ -92,8 +80,8 @@ def _by_method(results: Sequence[dict]) -> list[Series]:
         rows = sorted((row for row in results if row["method"] == method), key=lambda row: row["shots"])
         points = [(row["shots"], 100 * row["accuracy"]) for row in rows]
         intervals = [(100 * row["ci"][0], 100 * row["ci"][1]) for row in rows]
-        colour = f"m_{method}" if method in METHODS else "m_policy"
-        flat = method == "zero_shot"
+        colour = f"m_{method}" if method in SELECTORS else "m_policy"
+        flat = method == ZERO_SHOT
         series.append(Series(printable(method), colour, points, [] if flat else intervals, flat))
     return series
 
@@ -124,14 +112,14 @@ class Curve:
     @property
     def title(self) -> str:
         """What it is of."""
-        return METRICS[self.metric]
+        return METRICS[self.metric].title
 
 
 def training_curves(runs: Sequence[tuple[str, list[dict]]]) -> list[Curve]:
     """The logged metrics of runs by name, over epochs; a strategy marks the epoch that it chooses."""
     curves = []
     for phase in PHASES:
-        for metric in METRICS:
+        for metric in metrics_on("curve"):
             series = [
                 Series(name, f"run{i % RUN_COLOURS}", points, marks=_marks(rows, phase, metric))
                 for i, (name, rows) in enumerate(runs)
