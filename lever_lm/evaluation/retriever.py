@@ -27,16 +27,16 @@ from lever_lm.lvlm.processor import load_processor
 from lever_lm.lvlm.prompt import to_messages
 from lever_lm.selectors.learned import choose, explain
 from lever_lm.selectors.problem import Problem
-from lever_lm.training.find_checkpoint import load_for
-from lever_lm.training.from_checkpoint import config_beside, locate, results_beside
+from lever_lm.training.find_checkpoint import load_for, locate
+from lever_lm.training.from_checkpoint import config_beside, results_beside
 from lever_lm.training.pipeline import Pipeline
 from lever_lm.utils.atomic_io import open_regular
 from lever_lm.utils.console import Screen
-from lever_lm.utils.device import import_transformers
 from lever_lm.utils.errors import LeverError, UsageError
 from lever_lm.utils.hub import fetch_model
 from lever_lm.utils.progress import untracked
 from lever_lm.utils.terminal import one_line, shown
+from lever_lm.utils.transformers_compat import import_transformers
 
 FORMS = ("transformers", "openai", "text")
 
