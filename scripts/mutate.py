@@ -1,6 +1,6 @@
 """Do the tests notice a fault? One line of lever_lm is changed at a time, and the tests that should fail are run.
 
-    python scripts/mutate.py [--only ID …] [--all-tests] [--timeout 300] [--json FILE]
+    python scripts/mutate.py [--only ID …] [--all-tests] [--timeout 600] [--json FILE]
 
 tests/data/faults.yaml holds the faults: `old`, a piece of source that stands once in lever_lm, wherever that is; `new`,
 what stands there instead; `what` then goes wrong; `tests`, the stems of the test files that should catch it. All of it
@@ -101,7 +101,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="ID", help="these faults")
     parser.add_argument("--all-tests", action="store_true", help="all tests, not those that a fault names")
-    parser.add_argument("--timeout", type=float, default=300, help="seconds for the tests of a fault (%(default)g)")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds for the tests of a fault (%(default)g)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what became of each fault")
     args = parser.parse_args()
     faults = read_faults(ROOT)
@@ -112,6 +112,7 @@ def main() -> int:
     if wrong:
         print("\n".join(wrong))
         return 1
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of what cleans up
     outcomes, began = [], time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mutate-") as folder:
         root = Path(folder)
