@@ -19,8 +19,8 @@ from pathlib import Path
 
 from lever_lm.data import Example, VqaData, image_digest, image_digests, open_image
 from lever_lm.data.embeddings import ClipEncoder, Embeddings, encode
-from lever_lm.data.example import unfit
 from lever_lm.data.image_decode import Undecodable, decoded
+from lever_lm.data.rows import unfit
 from lever_lm.evaluation.evaluate import problem_of
 from lever_lm.lvlm import Prompt, build_prompt
 from lever_lm.lvlm.processor import load_processor

@@ -7,10 +7,11 @@ from pathlib import Path
 import yaml
 
 from lever_lm.config.schema import Config, keys_of, to_dict
+from lever_lm.training.metrics_file import metrics_rows
 from lever_lm.utils.atomic_io import remove, sweep, write_text
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.locks import alone
-from lever_lm.utils.safe_parse import CONFIG_LIMIT, load_yaml, metrics_rows, read_bytes
+from lever_lm.utils.safe_parse import CONFIG_LIMIT, load_yaml, read_bytes
 from lever_lm.utils.terminal import shown
 
 LOCK = ".lock"  # in a folder that one process at a time works in

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lever_lm.training.metrics import GRPO_MARKER, KL_RANGE, KL_TARGET, LOGGED, PHASES, RECOMMENDED, STRATEGIES, Metric
+from lever_lm.training.metrics_file import metrics_rows
 from lever_lm.training.run_dir import RunFolder
 from lever_lm.utils.errors import LeverError, UsageError
-from lever_lm.utils.safe_parse import Line, is_epoch, lines, metrics_rows, read_json
+from lever_lm.utils.safe_parse import Line, is_epoch, lines, read_json
 from lever_lm.utils.terminal import shown
 
 _NUMBER = r"[+-]?(?:\d+(?:\.\d*)?(?:[eE][+-]?\d+)?|\.\d+(?:[eE][+-]?\d+)?|inf|nan|Infinity|NaN)"
