@@ -237,11 +237,12 @@ def pick(
     """The demonstrations a policy chooses for one image and question, why these, and the LVLM's answer."""
     if (image is None) != (question is None) or (image is not None and example is not None):
         raise UsageError("pick takes an --image with its --question, or --example QUESTION_ID, or none of them")
-    from lever_lm.cli.pick import checkpoint_here, pick_for, show_picks, the_query
+    from lever_lm.cli.pick import pick_for, show_picks, the_query
     from lever_lm.evaluation.retriever import Retriever
+    from lever_lm.training.find_checkpoint import find_or_newest
     from lever_lm.training.from_checkpoint import change_lines, changes
 
-    pipeline = pipeline_of_run(common, find=lambda run, layout: checkpoint_here(run, layout, ckpt))
+    pipeline = pipeline_of_run(common, find=lambda run, layout: find_or_newest(run, layout, ckpt))
     if planned(common, pipeline):
         return
     path, why = pipeline.checkpoint

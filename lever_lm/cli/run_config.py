@@ -43,7 +43,8 @@ def pipeline_of_run(
     that is used and why, for a command that uses one: the config beside it counts, and `Pipeline.checkpoint` is it.
     With --dry-run none need be there.
     """
-    from lever_lm.training.from_checkpoint import layers_beside, locate, values_of
+    from lever_lm.training.find_checkpoint import locate, values_of
+    from lever_lm.training.from_checkpoint import layers_beside
 
     made, file, layout, folder = _named_run(common, flags)
     run = RunFolder(run_dir or folder)

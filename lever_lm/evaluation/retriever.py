@@ -27,8 +27,8 @@ from lever_lm.lvlm.processor import load_processor
 from lever_lm.lvlm.prompt import to_messages
 from lever_lm.selectors.learned import choose, explain
 from lever_lm.selectors.problem import Problem
-from lever_lm.training.find_checkpoint import load_for
-from lever_lm.training.from_checkpoint import config_beside, locate, results_beside
+from lever_lm.training.find_checkpoint import load_for, locate
+from lever_lm.training.from_checkpoint import config_beside, results_beside
 from lever_lm.training.pipeline import Pipeline
 from lever_lm.utils.atomic_io import open_regular
 from lever_lm.utils.console import Screen

@@ -17,15 +17,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from lever_lm.utils.console import Screen
-from lever_lm.utils.safe_parse import (
-    CONFIG_LIMIT,
-    FILE_LIMIT,
-    lines,
-    load_yaml,
-    loads,
-    read_bytes,
-    read_json,
-)
+from lever_lm.utils.safe_parse import CONFIG_LIMIT, FILE_LIMIT, lines, load_yaml, loads, read_bytes, read_json
 from lever_lm.utils.terminal import json_text, one_line, printable, shown
 
 ESCAPE, BIDI, BYTE = "\x1b[2J\x1b]0;owned\x07", "\u202e", "\udcff"
