@@ -13,12 +13,12 @@ from lever_lm.data.example import Example, Image, StoredImage, image_digest
 from lever_lm.data.image_download import Refused, cache_file, fetch_images, is_address, is_fetchable, local_image
 from lever_lm.data.rows import BadExamples, problem_of, unique, whole_id
 from lever_lm.data.split_files import files_of, parquet_files, splits_named
-from lever_lm.utils.device import first_line
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.fingerprint import fingerprint
 from lever_lm.utils.hub import cached_snapshot
 from lever_lm.utils.paths import HUB_PREFIX, asset_path
 from lever_lm.utils.terminal import one_line, shown
+from lever_lm.utils.transformers_compat import first_line
 
 COLUMNS = ("question_id", "image", "question", "answers")
 _OPTIONAL = ("image_id", "raw_answers")
