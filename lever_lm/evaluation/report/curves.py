@@ -7,9 +7,10 @@ from pathlib import Path
 from lever_lm.evaluation.report.svg import Series, line_chart
 from lever_lm.evaluation.results import is_finite, read_metrics
 from lever_lm.selectors import LEARNED, SELECTORS, ZERO_SHOT
+from lever_lm.training.log_parser import History
 from lever_lm.training.metrics import METRICS, STRATEGIES, metrics_on
 from lever_lm.training.run_dir import RunFolder
-from lever_lm.training.select_checkpoint import History, best_row, read_history
+from lever_lm.training.select_checkpoint import best_row, read_history
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.terminal import printable
 
