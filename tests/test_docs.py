@@ -30,8 +30,8 @@ from pages import CHECKOUT, PAGES, Part
 from lever_lm.cli.commands import app
 from lever_lm.cli.entrypoint import run as run_command
 from lever_lm.config.load import ENVIRONMENT
-from lever_lm.config.schema import LvlmConfig
-from lever_lm.config.values import all_keys, build
+from lever_lm.config.schema import LvlmConfig, all_keys
+from lever_lm.config.values import build
 from lever_lm.utils.paths import asset_path
 
 DEMO = RUN.with_name("demo")

@@ -17,7 +17,13 @@ LEVEL = {name: level for level, name in enumerate(PACKAGES)}
 FACES = ["errors", "policy", "losses", "rewards", "rollouts", "metrics", "checkpoint"]
 # What pure modules may use of the standard library and beyond: no files, no processes, no clocks.
 PURE = ["tasks.vqa_metrics", "tasks.answer_stems", "selectors.pointer.variants", "selectors.pointer.encoder"]
-PURE += ["selectors.pointer.model", "training.losses", "training.rewards", "evaluation.statistics"]
+PURE += [
+    "selectors.pointer.decoding",
+    "selectors.pointer.model",
+    "training.losses",
+    "training.rewards",
+    "evaluation.statistics",
+]
 PURE_IMPORTS = {"numpy", "torch", "lever_lm"}
 PURE_IMPORTS |= {"collections", "copy", "dataclasses", "difflib", "functools", "math", "re"}
 LATE = {

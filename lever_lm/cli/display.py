@@ -1,5 +1,6 @@
 """Results and choices as a person reads them on the terminal."""
 
+from lever_lm.selectors import RIVALS
 from lever_lm.training.log_parser import History
 from lever_lm.training.metrics import LOGGED, STRATEGIES, table_header, table_row
 from lever_lm.utils.console import Screen
@@ -25,7 +26,7 @@ def show_results(screen: Screen, results: list[dict], tests: list[dict], *, stem
         if row["method"] == ours:
             screen.result(f"{row['method']} at {count_shots(row['shots'])}: {_accuracies(row)}")
     for test in tests:
-        if test["against"] in ("img_text_sim", "rce"):
+        if test["against"] in RIVALS:
             screen.result(
                 f"{test['method']} − {test['against']} at {count_shots(test['shots'])}: {test['difference']:+.3f} "
                 f"[{test['low']:+.3f}, {test['high']:+.3f}], p = {test['p']:.4f} (paired)"

@@ -7,7 +7,7 @@ from pathlib import Path
 from lever_lm.cli.status import who
 from lever_lm.training.metrics import PHASES, RECOMMENDED, metrics_on
 from lever_lm.utils.progress import duration
-from lever_lm.utils.safe_parse import one_line
+from lever_lm.utils.terminal import one_line
 
 _FAR = 24 * 3600  # seconds; what ends later has no hour of the day
 

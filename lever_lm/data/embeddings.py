@@ -22,8 +22,9 @@ from lever_lm.utils.errors import LeverError
 from lever_lm.utils.fingerprint import changed, changes, stamp
 from lever_lm.utils.hub import content_digests, fetch_model, model_folder, weights_digest
 from lever_lm.utils.progress import WORTH_A_WORD, Track, Work, loaded, untracked
-from lever_lm.utils.safe_parse import loads, shown
+from lever_lm.utils.safe_parse import loads
 from lever_lm.utils.safe_torch_load import load_torch
+from lever_lm.utils.terminal import shown
 
 DEFAULT_WIDTH = 768  # dimensions of the default encoder's features, for estimates before it is there
 _NPY_HEADER = 1 << 16  # bytes; one of an (N, D) matrix has 118

@@ -17,15 +17,16 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from lever_lm.config.schema import InferConfig
 from lever_lm.data import Example, VqaData, image_digest, image_digests, open_image
-from lever_lm.data.embeddings import ClipEncoder, Embeddings, Features, encode
-from lever_lm.data.example import unfit
+from lever_lm.data.embeddings import ClipEncoder, Embeddings, encode
 from lever_lm.data.image_decode import Undecodable, decoded
-from lever_lm.evaluation.evaluate import Evaluation
+from lever_lm.data.rows import unfit
+from lever_lm.evaluation.evaluate import problem_of
 from lever_lm.lvlm import Prompt, build_prompt
 from lever_lm.lvlm.processor import load_processor
 from lever_lm.lvlm.prompt import to_messages
+from lever_lm.selectors.learned import choose, explain
+from lever_lm.selectors.problem import Problem
 from lever_lm.training.find_checkpoint import load_for, locate
 from lever_lm.training.from_checkpoint import config_beside, results_beside
 from lever_lm.training.pipeline import Pipeline
@@ -35,7 +36,7 @@ from lever_lm.utils.device import import_transformers
 from lever_lm.utils.errors import LeverError, UsageError
 from lever_lm.utils.hub import fetch_model
 from lever_lm.utils.progress import untracked
-from lever_lm.utils.safe_parse import one_line, shown
+from lever_lm.utils.terminal import one_line, shown
 
 FORMS = ("transformers", "openai", "text")
 
@@ -136,26 +137,25 @@ class Retriever:
 
     def pool(self, image, question=None) -> list[Example]:
         """What the demonstrations of one query are chosen from; arguments as of `query`."""
-        (rows,) = self._evaluation([self.query(image, question)]).pools
+        (rows,) = self._problem([self.query(image, question)]).pools
         return [self.examples[row] for row in rows]
 
-    def _evaluation(self, queries: list[Example]) -> Evaluation:
-        data = VqaData(self.config.data.name, self.examples, tuple(queries), "")
-        encoder, name = self.config.features.encoder, self.config.features.name
-        features = Features(self._embeddings, self._of_queries(queries), encoder, name, "")
-        return Evaluation(replace(self.config, infer=InferConfig()), data, features)
+    def _problem(self, queries: list[Example]) -> Problem:
+        embeddings = (self._of_queries(queries), self._embeddings)
+        task = self.pipeline.data.task if self._own is None else VqaData.task
+        return problem_of(self.config, queries, self.examples, task, embeddings)
 
     def _pick(self, queries: list[Example], shots: int) -> list[list[Pick]]:
-        evaluation = self._evaluation(queries)
-        train, embedded = evaluation.features.train, evaluation.features.val
-        chosen = evaluation.choose(self.policy, shots, self.checkpoint)
-        told = evaluation.explain(self.policy, chosen)
+        problem = self._problem(queries)
+        asked, train = problem.embeddings
+        chosen = choose(self.policy, problem, shots, self.checkpoint)
+        reasons = explain(self.policy, problem, chosen)
         return [
             [
                 Pick(self.examples[row], sure, float(train.image[row] @ image), float(train.text[row] @ text))
                 for row, sure in zip(rows, why["probabilities"], strict=True)
             ]
-            for rows, why, image, text in zip(chosen, told, embedded.image, embedded.text, strict=True)
+            for rows, why, image, text in zip(chosen, reasons, asked.image, asked.text, strict=True)
         ]
 
     def query(self, image: str | Path | Example, question: str | None = None) -> Example:

@@ -22,7 +22,7 @@ from lever_lm.utils.distributed import Shards
 from lever_lm.utils.errors import LeverError, Unfinished
 from lever_lm.utils.fingerprint import changed, changes
 from lever_lm.utils.progress import Track, Work, loaded
-from lever_lm.utils.safe_parse import shown
+from lever_lm.utils.terminal import shown
 
 _SQL_VARIABLES = 500
 _PATIENCE = 60.0  # seconds to wait for the writing of another process

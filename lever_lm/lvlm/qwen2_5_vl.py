@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lever_lm.config.schema import LVLM_SPEED, LvlmConfig, PromptConfig
+from lever_lm.config.schema import LvlmConfig, PromptConfig, keys_of
 from lever_lm.lvlm.answer_cache import Track
 from lever_lm.lvlm.decoding import NotFinite, Prefilled, beam_search, greedy
 from lever_lm.lvlm.processor import load_processor
@@ -24,7 +24,7 @@ from lever_lm.utils.errors import LeverError
 from lever_lm.utils.fingerprint import CODE, fingerprint
 from lever_lm.utils.hub import content_digests, fetch_model, model_folder
 from lever_lm.utils.progress import untracked
-from lever_lm.utils.safe_parse import shown
+from lever_lm.utils.terminal import shown
 
 _CHARS_PER_TOKEN = 3  # of English, a few less than there are: good enough to sort and to budget by
 
@@ -316,7 +316,8 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
 def local_fingerprint(config: LvlmConfig, prompt: PromptConfig, device: str) -> str:
     """Changes with everything an answer depends on but the question: weights, precision, decoding, image budget,
     prompt style. Needs no model loaded."""
-    settings = {name: value for name, value in vars(config).items() if name not in ("path", "dtype", *LVLM_SPEED)}
+    left_out = {"path", "dtype", *(key[-1] for key in keys_of("speed") if key[0] == "lvlm")}
+    settings = {name: value for name, value in vars(config).items() if name not in left_out}
     precision = str(_dtype(config.dtype, resolve_device(device)))
     return fingerprint(CODE["answers"], CODE["vision"], _weights(config.path), settings, precision, wording(prompt))
 

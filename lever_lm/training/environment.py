@@ -17,7 +17,8 @@ from lever_lm.training.run_dir import RunFolder
 from lever_lm.utils.atomic_io import write_json
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.paths import PACKAGE
-from lever_lm.utils.safe_parse import FILE_LIMIT, read_object, shown
+from lever_lm.utils.safe_parse import FILE_LIMIT, read_object
+from lever_lm.utils.terminal import shown
 
 PACKAGES = ("torch", "transformers", "datasets", "numpy", "safetensors", "tokenizers", "qwen-vl-utils", "pillow")
 _LONGEST = 10_000  # characters of a command

@@ -16,7 +16,7 @@ from lever_lm.training.metrics import RECOMMENDED, STRATEGIES
 from lever_lm.training.run_dir import Layout, RunFolder, v2_name
 from lever_lm.training.select_checkpoint import best_row, broken, read_best, read_history
 from lever_lm.utils.errors import LeverError
-from lever_lm.utils.safe_parse import one_line, shown
+from lever_lm.utils.terminal import one_line, shown
 
 VARIABLE = "LEVER_LM_CHECKPOINT_PATH"
 _OF_A_COMMAND = ("device", "infer", "keep")  # sections of a run's config that say nothing of how it was trained

@@ -6,17 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lever_lm.config.load import Layer, Layers, combined, layers
-from lever_lm.config.schema import LVLM_MACHINE, Config, to_dict
+from lever_lm.config.schema import Config, keys_of, to_dict
 from lever_lm.config.values import configs_root, read_yaml
 from lever_lm.selectors.pointer.hub_format import PLACES, SETTING
 from lever_lm.training.find_checkpoint import locate, values_of
 from lever_lm.training.run_dir import RunFolder, lvlm_name
 from lever_lm.utils.errors import LeverError
-from lever_lm.utils.safe_parse import one_line
+from lever_lm.utils.terminal import one_line
 
 # What makes an evaluation one of the run's own. Where files are says nothing of what is in them.
-_COMPARED = [(section, name) for section, names in SETTING.items() for name in names if (section, name) not in PLACES]
-_COMPARED += [("lvlm", name) for name in LVLM_MACHINE]
+_COMPARED = [key for key in SETTING if key not in PLACES] + keys_of("machine")
 _NAMES = {("lvlm", "path"), ("features", "encoder")}  # told by their last part: a model may lie anywhere
 _LONGEST = 100  # characters of a value
 

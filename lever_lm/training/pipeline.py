@@ -86,7 +86,6 @@ class Pipeline:
         DIGESTS.keep_in(self.layout.cache / "digests.json")
         self.inference = inference_folder(run_dir) if run_dir else self.layout.inference
         self.checkpoint: tuple[Path, str] | None = None  # that a command on a run uses, and why this one
-        self.evaluation = None  # the evaluation queries with their pools, once `evaluation_of` has made them
         self.detect_anomaly = False  # in training, for the module and operation of a NaN
         self.tracker: str | None = None  # where the metrics of a training go besides the run's own files
 

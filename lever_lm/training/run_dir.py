@@ -7,12 +7,13 @@ from pathlib import Path
 
 import yaml
 
-from lever_lm.config.schema import LVLM_SPEED, Config, to_dict
+from lever_lm.config.schema import Config, keys_of, to_dict
 from lever_lm.training.metrics import PHASES
 from lever_lm.utils.atomic_io import remove, sweep, write_text
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.locks import alone
-from lever_lm.utils.safe_parse import CONFIG_LIMIT, load_yaml, metrics_rows, read_bytes, shown
+from lever_lm.utils.safe_parse import CONFIG_LIMIT, load_yaml, metrics_rows, read_bytes
+from lever_lm.utils.terminal import shown
 
 _CHECKPOINT = re.compile(rf"({'|'.join(PHASES)})_epoch(\d{{1,9}})(?:\.pt|_v2format\.ckpt)")
 LOCK = ".lock"  # in a folder that one process at a time works in
@@ -62,18 +63,7 @@ def inference_folder(run_dir: Path) -> Path:
 # ---------------------------------------------------------------------- runs
 
 # Settings that may change when a run goes on: they do not change what is already there.
-_FREE = (
-    ("device",),
-    ("keep",),
-    ("grpo", "epochs"),
-    ("grpo", "patience"),
-    ("infer",),
-    ("features", "batch_size"),
-    *(("lvlm", name) for name in LVLM_SPEED),
-    ("data", "okvqa_path"),
-    ("data", "coco_path"),
-    ("data", "allow_remote"),
-)
+_FREE = {("infer",), *keys_of("command", "length", "speed", "place")} - {("data", "train_path")}
 
 
 class RunFolder:

@@ -14,7 +14,8 @@ from pathlib import Path
 from lever_lm.training.run_dir import RunFolder
 from lever_lm.utils.atomic_io import append_bytes, atomic_file
 from lever_lm.utils.errors import LeverError, UsageError
-from lever_lm.utils.safe_parse import CONFIG_LIMIT, one_line, read_bytes, shown
+from lever_lm.utils.safe_parse import CONFIG_LIMIT, read_bytes
+from lever_lm.utils.terminal import one_line, shown
 
 _VERSION = "brain.Event:2"  # of the format, at the head of a file of events
 _LONGEST = 1 << 20  # bytes of an event

@@ -9,7 +9,8 @@ from lever_lm.utils.device import first_line
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.file_hashes import DIGESTS
 from lever_lm.utils.paths import asset_path
-from lever_lm.utils.safe_parse import one_line, read_json
+from lever_lm.utils.safe_parse import read_json
+from lever_lm.utils.terminal import one_line
 
 # What a model needs of its repository; the same weights in other formats stay there.
 _MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")

@@ -17,7 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lever_lm.utils.errors import LeverError
-from lever_lm.utils.safe_parse import loads, one_line
+from lever_lm.utils.safe_parse import loads
+from lever_lm.utils.terminal import one_line
 
 TAKEN = (errno.EACCES, errno.EAGAIN)  # another process has the lock
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # the disk has none

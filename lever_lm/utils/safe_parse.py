@@ -9,7 +9,6 @@ import gc
 import json
 import os
 import re
-import reprlib
 import stat
 from collections.abc import Hashable, Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import NamedTuple
 import yaml
 
 from lever_lm.utils.errors import LeverError
+from lever_lm.utils.terminal import shown
 
 CONFIG_LIMIT = 256 << 10  # bytes of a YAML file; ours have 4 KiB
 FILE_LIMIT = 16 << 20  # bytes of a JSON file of ours that is read whole: best.json, metrics.json, an index
@@ -26,51 +26,6 @@ _DEPTH = 32  # brackets within brackets
 _DIGITS = 20  # of an integer: 64 bits, and its sign
 _NUMERAL = 64  # characters of a number in YAML
 _WORDS = 300  # characters of a library's own words
-
-# ---------------------------------------------------------------------- showing
-
-# C0 but tab and newline, DEL, C1, line and paragraph separators, bidi embeddings, overrides and isolates, surrogates.
-_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-def printable(text: str) -> str:
-    """The text with what could steer a terminal or cannot be encoded as escapes to be seen: `\\x1b`, `\\u202e`."""
-    return _UNSAFE.sub(lambda match: _escape(match[0]), text)
-
-
-def one_line(text: str) -> str:
-    """`printable`, and line breaks as `\\n`: a name from a stranger begins no line of output."""
-    return printable(text).replace("\n", "\\n")
-
-
-def shown(value, limit: int = 60) -> str:
-    """At most `limit` characters of a value's repr, on one line, made in bounded time whatever its size and depth."""
-    text = one_line(_Short(limit).repr(value))
-    return text if len(text) <= limit else f"{text[: limit - 1]}…"
-
-
-def json_text(value) -> str:
-    """A value as one line of JSON that is fit for a terminal and reads back as the same value."""
-    return _UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", json.dumps(value, ensure_ascii=False))
-
-
-def _escape(character: str) -> str:
-    code = ord(character)
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
-
-
-class _Short(reprlib.Repr):
-    def __init__(self, limit: int):
-        super().__init__()
-        self.maxlevel, self.maxstring, self.maxother = 3, limit, limit
-        self.maxdict = self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = 20
-
-    def repr_bytes(self, value, level):
-        return repr(value[: self.maxstring])
-
-    def repr_int(self, value, level):
-        return repr(value) if value.bit_length() < 256 else f"an integer of {value.bit_length()} bits"
-
 
 # ---------------------------------------------------------------------- reading files
 

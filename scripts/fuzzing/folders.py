@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -288,14 +289,15 @@ def _report(run, inference: Path, data) -> None:
 
 def results_file(folder: Path) -> Target:
     """An inference's metrics.json, as the next inference and the report read it."""
-    from lever_lm.evaluation.evaluate import _earlier
+    from lever_lm.evaluation.results import _write_metrics
 
     run, inference, data, samples, content = _inference(folder)
     (inference / "samples_grpo_2shot.jsonl").write_bytes(samples)
     path = inference / "metrics.json"
 
     def read() -> None:
-        json.dumps(_earlier(path, [{**_RESULT, "shots": 4}], "s"), allow_nan=False)
+        kept = Path(shutil.copy(path, folder / "kept.json"))
+        json.dumps(_write_metrics(kept, [{**_RESULT, "shots": 4}], {"setting": "s"}), allow_nan=False)
         _report(run, inference, data)
 
     return Target(

@@ -380,9 +380,9 @@ def test_more_results_than_any_evaluation_has_are_refused(tmp_path):
     rows = [{"method": f"m{i}", "shots": i + 1, **row} for i in range(2001)]  # a table of four million cells
     (tmp_path / "metrics.json").write_text(json.dumps({"results": rows}))
     with pytest.raises(LeverError, match="2,001 results"):
-        read_metrics(tmp_path / "metrics.json")
+        read_metrics(tmp_path)
     (tmp_path / "metrics.json").write_text(json.dumps({"results": rows[:2000]}))
-    assert len(read_metrics(tmp_path / "metrics.json")["results"]) == 2000
+    assert len(read_metrics(tmp_path)["results"]) == 2000
 
 
 def test_samples_that_are_a_pipe_are_not_waited_for(tmp_path):

@@ -25,6 +25,7 @@ from lever_lm.data.embeddings import ClipEncoder, compute_features
 from lever_lm.evaluation.evaluate import Evaluation
 from lever_lm.lvlm import build_prompt
 from lever_lm.lvlm.decoding import NotFinite, Prefilled, beam_search, greedy
+from lever_lm.selectors.learned import choose
 from lever_lm.selectors.pointer.checkpoint import save_torch
 from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.training import grpo as training
@@ -471,11 +472,11 @@ def overflowing(features):
 
 
 def test_finite_weights_whose_logits_overflow_choose_nothing(digits, digits_config, digits_features):
-    evaluation = Evaluation(digits_config, digits, digits_features)
+    problem = Evaluation(digits_config, digits, digits_features).problem
     policy = overflowing(digits_features.train.image.shape[1])
     assert not_finite(policy.state_dict()) is None
-    text = message(evaluation.choose, policy, 2, "here/grpo_epoch1.pt")
-    first = evaluation.queries[0].question_id
+    text = message(choose, policy, problem, 2, "here/grpo_epoch1.pt")
+    first = problem.queries[0].question_id
     assert text.startswith(f"here/grpo_epoch1.pt, question {first}: the logits of pick 1 are NaN or infinite")
 
 

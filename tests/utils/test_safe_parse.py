@@ -22,17 +22,14 @@ from lever_lm.utils.safe_parse import (
     CONFIG_LIMIT,
     FILE_LIMIT,
     LINE_LIMIT,
-    json_text,
     lines,
     load_yaml,
     loads,
     metrics_rows,
-    one_line,
-    printable,
     read_bytes,
     read_json,
-    shown,
 )
+from lever_lm.utils.terminal import json_text, one_line, printable, shown
 
 ESCAPE, BIDI, BYTE = "\x1b[2J\x1b]0;owned\x07", "\u202e", "\udcff"
 ANYTHING = st.text(st.characters(), max_size=60)  # surrogates and controls among them

@@ -4,16 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lever_lm.evaluation.report.gallery import LEARNED
-from lever_lm.evaluation.report.phrasing import METHODS
 from lever_lm.evaluation.report.svg import Series, line_chart
 from lever_lm.evaluation.results import is_finite, read_metrics
+from lever_lm.selectors import LEARNED, SELECTORS, ZERO_SHOT
 from lever_lm.training.log_parser import History
 from lever_lm.training.metrics import METRICS, STRATEGIES, metrics_on
 from lever_lm.training.run_dir import RunFolder
 from lever_lm.training.select_checkpoint import best_row, read_history
 from lever_lm.utils.errors import LeverError
-from lever_lm.utils.safe_parse import printable
+from lever_lm.utils.terminal import printable
 
 PHASES = {"rce": "RCE warm-up", "grpo": "GRPO"}
 RUN_COLOURS = 6  # of runs that are compared
@@ -35,7 +34,7 @@ class Evaluated:
         """What read_metrics has of the evaluation, all empty where there is none."""
         if self.inference is None:
             return {"results": [], "tests": [], "checkpoint": "", "policies": {}}
-        return read_metrics(self.inference / "metrics.json")
+        return read_metrics(self.inference)
 
     def history(self) -> History | None:
         """Where its metrics are from, as `lever best-ckpt` reads them; None where there are none, as where choices from
@@ -82,8 +81,8 @@ def _by_method(results: Sequence[dict]) -> list[Series]:
         rows = sorted((row for row in results if row["method"] == method), key=lambda row: row["shots"])
         points = [(row["shots"], 100 * row["accuracy"]) for row in rows]
         intervals = [(100 * row["ci"][0], 100 * row["ci"][1]) for row in rows]
-        colour = f"m_{method}" if method in METHODS else "m_policy"
-        flat = method == "zero_shot"
+        colour = f"m_{method}" if method in SELECTORS else "m_policy"
+        flat = method == ZERO_SHOT
         series.append(Series(printable(method), colour, points, [] if flat else intervals, flat))
     return series
 

@@ -12,15 +12,15 @@ from pathlib import Path
 
 from lever_lm.evaluation.report.curves import PHASES, Curve, Evaluated, accuracy_series, distinct_names, training_curves
 from lever_lm.evaluation.report.svg import Series
+from lever_lm.selectors import SELECTORS
 from lever_lm.training.metrics import METRICS, RECOMMENDED
 from lever_lm.utils.atomic_io import atomic_file
 from lever_lm.utils.errors import LeverError
-from lever_lm.utils.safe_parse import one_line
+from lever_lm.utils.terminal import one_line
 
 COLUMN, PAGE = 3.3, 6.8  # inches: the width of one column, of both
 _OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
-# In the order of the colours, which are then those of the page.
-_METHODS = ("m_grpo", "m_rce", "m_img_text_sim", "m_img_sim", "m_text_sim", "m_random", "m_oracle")
+_COLOURS = {f"m_{name}": one.colour for name, one in SELECTORS.items() if one.colour is not None}  # as on the page
 _MARKERS = "os^Dv<>"  # one fewer than colours: the ninth line looks like none before it
 _DASHES = ("-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (4, 1.5, 1, 1.5)))
 _GREY = "#555555"
@@ -116,7 +116,7 @@ def _accuracy(series: Sequence[Series]):
             label=_label(one.label),
             capsize=1.5,
             elinewidth=0.7,
-            **_look(_METHODS.index(one.colour) if one.colour in _METHODS else len(_METHODS) + i),
+            **_look(_COLOURS.get(one.colour, len(_COLOURS) + i)),
         )
     axes.set_xticks(range(len(shots)), [f"{x:g}" for x in shots])
     axes.set_xlabel("demonstrations")

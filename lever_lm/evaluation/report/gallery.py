@@ -13,12 +13,11 @@ import numpy as np
 
 from lever_lm.data import Example, Image, VqaData, open_image
 from lever_lm.evaluation.results import Sample, read_samples, samples_file
+from lever_lm.selectors import CONTRASTS, LEARNED, ZERO_SHOT
 from lever_lm.tasks import TASKS, Task
 from lever_lm.utils.errors import LeverError
-from lever_lm.utils.safe_parse import printable, shown
+from lever_lm.utils.terminal import printable, shown
 
-LEARNED = ("grpo", "policy", "rce", "icds")  # what may be chosen by a policy or a file, the first of them is shown
-CONTRASTS = ("random", "img_text_sim")  # baselines whose choice stands beside it
 EACH = 8  # queries of a kind
 _MOST_ICDS = 32  # of one method on a card
 _QUERY, _ICD = 320, 160  # pixels
@@ -49,7 +48,7 @@ def read_shown(inference: Path, results: Sequence[dict]) -> Shown | None:
     methods = dict.fromkeys(row["method"] for row in results if row["shots"] in (chosen["shots"], 0))
     samples = {}
     for method in methods:
-        shots = 0 if method == "zero_shot" else chosen["shots"]
+        shots = 0 if method == ZERO_SHOT else chosen["shots"]
         samples[method] = read_samples(samples_file(inference, method, shots))
     return Shown(chosen["method"], chosen["shots"], samples)
 

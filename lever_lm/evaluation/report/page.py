@@ -17,18 +17,18 @@ from lever_lm.evaluation.report.curves import (
     distinct_names,
     training_curves,
 )
-from lever_lm.evaluation.report.gallery import LEARNED, make_cards, pick_queries, read_shown, right_labels
-from lever_lm.evaluation.results import evaluations, is_finite, last_evaluation, read_samples, samples_file
+from lever_lm.evaluation.report.gallery import make_cards, pick_queries, read_shown, right_labels
+from lever_lm.evaluation.results import is_finite, read_samples, samples_file
 from lever_lm.evaluation.statistics import paired_test
+from lever_lm.selectors import LEARNED, named
 from lever_lm.selectors.pointer.checkpoint import load_policy, policy_digest
 from lever_lm.training.environment import read_environment, typed_again
 from lever_lm.training.metrics import LOGGED, RECOMMENDED
 from lever_lm.training.run_dir import RunFolder, differing
 from lever_lm.utils.atomic_io import write_text
 from lever_lm.utils.errors import LeverError
-from lever_lm.utils.safe_parse import CONFIG_LIMIT, printable, read_bytes, shown
-
-__all__ = ["Evaluated", "evaluations", "last_evaluation", "write_report"]
+from lever_lm.utils.safe_parse import CONFIG_LIMIT, read_bytes
+from lever_lm.utils.terminal import printable, shown
 
 _EPOCHS = ("phase", "epoch", *LOGGED, RECOMMENDED)
 _MOST = 200  # epochs in the table
@@ -47,7 +47,7 @@ def write_report(
 ) -> Path:
     """Write the page of a run and return its path: `report.html` in the run folder, or `output`.
 
-    inference: a folder that Evaluation.write filled over `data`; None for a run that was not evaluated. others: runs
+    inference: a folder that write_results filled over `data`; None for a run that was not evaluated. others: runs
     that are laid over it. command: the command line that made the page. Raises LeverError for a run without metrics,
     and for files that are not those of a run.
     """
@@ -70,7 +70,7 @@ def _render(**values) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": words.percent, "named": words.named}
+    environment.filters |= {"percent": words.percent, "named": named}
     return environment.get_template("report.html.j2").render(**values)
 
 

@@ -3,27 +3,11 @@
 from collections.abc import Sequence
 
 from lever_lm.evaluation.results import is_finite
+from lever_lm.selectors import CONTRASTS, named
 from lever_lm.training.metrics import STRATEGIES, metrics_on
 from lever_lm.training.select_checkpoint import best_row
 
-METHODS = {
-    "zero_shot": "no demonstrations",
-    "random": "random",
-    "text_sim": "text similarity",
-    "img_sim": "image similarity",
-    "img_text_sim": "image and text similarity",
-    "rce": "RCE",
-    "grpo": "GRPO",
-    "policy": "the policy",
-    "icds": "choices from a file",
-    "oracle": "oracle",
-}
 _ALPHA = 0.05
-
-
-def named(method: str) -> str:
-    """A method as a person calls it."""
-    return METHODS.get(method, method)
 
 
 def percent(value: float) -> str:
@@ -50,7 +34,7 @@ def in_one_sentence(results: Sequence[dict], tests: Sequence[dict], method: str,
         f"{ours['n']:,} queries"
     )
     beside = {test["against"]: test for test in tests if (test["method"], test["shots"]) == (method, shots)}
-    gaps = [_gap(beside[other]) for other in ("random", "img_text_sim") if other in beside]
+    gaps = [_gap(beside[other]) for other in CONTRASTS if other in beside]
     return said + (f": {' and '.join(gaps)}." if gaps else ".")
 
 
@@ -88,7 +72,7 @@ def of_choices(rows: Sequence[dict], method: str) -> str:
         f"The answer of the first demonstration that {name} shows matches a reference of {percent(ours['first'])} of "
     )
     said += "the queries"
-    beside = [f"{percent(found[m]['first'])} for {named(m)}" for m in ("img_text_sim", "random") if m in found]
+    beside = [f"{percent(found[m]['first'])} for {named(m)}" for m in reversed(CONTRASTS) if m in found]
     said += f" (it is {' and '.join(beside)})." if beside else "."
     if ours["with_right"] is not None and ours["without"] is not None:
         said += (

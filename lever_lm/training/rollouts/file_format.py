@@ -19,7 +19,8 @@ from lever_lm.training.rollouts.layouts import pool_and_sequences
 from lever_lm.utils.atomic_io import write_json
 from lever_lm.utils.errors import LeverError, UsageError
 from lever_lm.utils.fingerprint import changed, changes
-from lever_lm.utils.safe_parse import read_json, shown
+from lever_lm.utils.safe_parse import read_json
+from lever_lm.utils.terminal import shown
 
 _LARGEST = sys.float_info.max  # a longer integer is JSON, but no float
 _LONGEST_ID = 19  # digits that always fit in 63 bits

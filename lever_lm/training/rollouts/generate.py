@@ -32,7 +32,7 @@ from lever_lm.training.rollouts.infoscore import add_infoscore
 from lever_lm.training.rollouts.propose import propose_groups
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.fingerprint import stamp
-from lever_lm.utils.safe_parse import shown
+from lever_lm.utils.terminal import shown
 
 
 def rollout_stamp(config: Config, data: VqaData, features: str, lvlm: CachedLvlm) -> dict[str, str]:
