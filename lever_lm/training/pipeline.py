@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 
 from lever_lm.config.schema import Config, FeatureConfig
-from lever_lm.data import VqaData, load_dataset
-from lever_lm.data.embeddings import Features, compute_features, features_fingerprint, read_embeddings
-from lever_lm.data.pools import check_sampler
-from lever_lm.lvlm import CachedLvlm, load_lvlm
+from lever_lm.data import load_dataset
+from lever_lm.data.embeddings import features_fingerprint, read_embeddings
 from lever_lm.selectors.pointer.checkpoint import format_of, read_checkpoint, save_torch, to_v2, to_v3
 from lever_lm.training.batches import GroupTensors, to_tensors
 from lever_lm.training.environment import compare as compare_runs
@@ -25,7 +23,6 @@ from lever_lm.training.metrics import RECOMMENDED
 from lever_lm.training.nan_debug import detecting
 from lever_lm.training.preflight import ALL, examine
 from lever_lm.training.rollouts.file_format import (
-    check_reward_mode,
     made_elsewhere,
     read_groups,
     split_ids,
@@ -36,14 +33,13 @@ from lever_lm.training.rollouts.propose import new_policy
 from lever_lm.training.run_dir import LOCK, Layout, RunFolder, inference_folder, v2_name
 from lever_lm.training.run_state import Journal, state_of
 from lever_lm.training.select_checkpoint import choose, read_history, worth_keeping
+from lever_lm.training.stages import Stages
 from lever_lm.training.tensorboard import TRACKERS, TensorBoard
 from lever_lm.utils.atomic_io import file_digest
 from lever_lm.utils.checks import require
 from lever_lm.utils.console import Screen
-from lever_lm.utils.device import check_device_name, resolve_device
-from lever_lm.utils.distributed import Shards
+from lever_lm.utils.device import resolve_device
 from lever_lm.utils.errors import LeverError, UsageError
-from lever_lm.utils.file_hashes import DIGESTS
 from lever_lm.utils.fingerprint import CODE
 from lever_lm.utils.hub import fetch_model
 from lever_lm.utils.locks import alone
@@ -63,8 +59,8 @@ class Source:
     files: dict[str, str]
 
 
-class Pipeline:
-    """The stages of one config over one results folder. Data, features and LVLM are made when first needed.
+class Pipeline(Stages):
+    """The stages of one config over one results folder, up to a checkpoint.
 
     Under torchrun `rollouts` is a call of the whole job: its processes share the questions to the LVLM, each does the
     rest for itself, and the leader alone writes. The other stages are the work of one process.
@@ -79,49 +75,13 @@ class Pipeline:
         run_name: str | None = None,
         run_dir: Path | None = None,
     ):
-        check_names(config)
-        self.config, self.screen, self.shards = config, screen, Shards.from_environment()
-        self.layout = Layout(config, results, run_name)
+        super().__init__(config, Layout(config, results, run_name), screen.say, screen.track)
+        self.screen = screen
         self.run = RunFolder(run_dir or self.layout.run)
-        DIGESTS.keep_in(self.layout.cache / "digests.json")
         self.inference = inference_folder(run_dir) if run_dir else self.layout.inference
         self.checkpoint: tuple[Path, str] | None = None  # that a command on a run uses, and why this one
         self.detect_anomaly = False  # in training, for the module and operation of a NaN
         self.tracker: str | None = None  # where the metrics of a training go besides the run's own files
-
-    @cached_property
-    def data(self) -> VqaData:
-        """The dataset; examples that were left out are counted aloud."""
-        # The leader first: `datasets` makes a cache of its own from parquet files.
-        with self.shards.leader_first(), DIGESTS.kept(self.shards, self.screen.track):
-            data = load_dataset(self.config.data)
-        counts = f"{len(data.train_examples)} training and {len(data.val_examples)} evaluation examples"
-        self.screen.say(f"data: {data.name}, {counts}")
-        if data.skipped:
-            self.screen.say(f"data: {len(data.skipped)} bad examples left out, the first: {data.skipped[0]}")
-        return data
-
-    @cached_property
-    def features(self) -> Features:
-        """CLIP features of both splits."""
-        data = self.data
-        with self.shards.leader_first(), DIGESTS.kept(self.shards, self.screen.track):
-            return compute_features(
-                data, self.config.features, self.layout.features, self.config.device, self.screen.track, self.screen.say
-            )
-
-    @cached_property
-    def lvlm(self) -> CachedLvlm:
-        """The LVLM behind the answer cache."""
-        return load_lvlm(
-            self.config.lvlm,
-            self.config.prompt,
-            device=self.config.device,
-            cache=self.layout.answers,
-            track=self.screen.track,
-            shards=self.shards,
-            say=self.screen.say,
-        )
 
     def check(self, *needs: str, writes: bool = True) -> None:
         """Raise LeverError with all that is missing for a command, before anything is loaded or made. writes: the
@@ -363,11 +323,3 @@ class Pipeline:
         if dropped:
             self.screen.say(f"warning: v2 has one layer; left out {', '.join(dropped)}: its choices will differ")
         return {"input": str(path), "output": str(output), "to": to, "dropped": dropped}
-
-
-def check_names(config: Config) -> None:
-    """Raise UsageError for a name or shape that a stage would only refuse after the costly ones before it."""
-    check_reward_mode(config.reward.mode)
-    check_sampler(config.sampler)
-    new_policy(config, config.policy.hidden_dim)
-    check_device_name(config.device)
