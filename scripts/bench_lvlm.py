@@ -23,8 +23,9 @@ from lever_lm.data import Example, load_dataset
 from lever_lm.lvlm import build_prompt
 from lever_lm.lvlm.prompt import to_messages
 from lever_lm.lvlm.qwen2_5_vl import LocalLvlm
-from lever_lm.utils.device import import_transformers, resolve_device
+from lever_lm.utils.device import resolve_device
 from lever_lm.utils.paths import asset_path
+from lever_lm.utils.transformers_compat import import_transformers
 
 TINY = "asset:tiny-qwen2.5-vl"
 SHOTS, NEW_TOKENS = 4, 5

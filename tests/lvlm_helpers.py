@@ -10,7 +10,7 @@ from lever_lm.data import Example, image_digest
 from lever_lm.lvlm import CachedLvlm, Prompt
 from lever_lm.lvlm.answer_cache import AnswerCache
 from lever_lm.lvlm.qwen2_5_vl import LocalLvlm
-from lever_lm.utils.device import import_transformers
+from lever_lm.utils.transformers_compat import import_transformers
 
 
 def example(number: int, question: str, answer: str) -> Example:

@@ -1,8 +1,8 @@
 """Results and choices as a person reads them on the terminal."""
 
 from lever_lm.selectors import RIVALS
+from lever_lm.training.log_parser import History
 from lever_lm.training.metrics import LOGGED, STRATEGIES, table_header, table_row
-from lever_lm.training.select_checkpoint import History
 from lever_lm.utils.console import Screen
 
 _ACROSS = 3

@@ -1,15 +1,13 @@
 """Checks of a dataset before it is used: its files, how many examples it has, and how many of them cannot be used."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from lever_lm.config.schema import DataConfig
-from lever_lm.data import in_both, in_parquet, source_of
+from lever_lm.data import in_both, in_parquet, load_split, source_of
 from lever_lm.data.example import Example
 from lever_lm.data.okvqa import OFFICIAL_SIZES, SPLITS, annotations_file, images_folder, questions_file
-from lever_lm.data.okvqa import load_split as load_official
-from lever_lm.data.parquet import load_split as load_parquet
+from lever_lm.data.rows import BadExamples
 from lever_lm.data.split_files import files_of
 from lever_lm.utils.checks import Check, check_file
 from lever_lm.utils.errors import LeverError
@@ -65,12 +63,11 @@ def _official_files(config: DataConfig, split: str) -> Iterator[Check]:
 def check_examples(config: DataConfig, answers: list[str]) -> Iterator[Check]:
     """Count the examples of each split that can be used and those that cannot. Images are looked up, not decoded. The
     reference answers of those that can be used are added to `answers`."""
-    lenient, splits = replace(config, skip_bad_examples=True), {}
+    splits = {}
     for split, expected in zip(SPLITS, OFFICIAL_SIZES.get(config.name, (None, None)), strict=True):
-        skipped: list[str] = []
-        load = load_parquet if in_parquet(config, split) else load_official
+        bad = BadExamples(skip=True)
         try:
-            examples, _ = load(source_of(config, split), lenient, split, skipped)
+            examples, _ = load_split(config, split, bad)
         except LeverError as error:
             found, _, mend = str(error).partition("; ")
             yield Check(f"{split} examples", "missing", found, mend or "replace the file")
@@ -78,10 +75,12 @@ def check_examples(config: DataConfig, answers: list[str]) -> Iterator[Check]:
         splits[split] = examples
         answers += [answer for example in examples for answer in example.answers]
         found = f"{len(examples)} usable"
-        if skipped:
+        if bad.problems:
             status = "warning" if config.skip_bad_examples and examples else "missing"
             mend = "left out, as asked" if status == "warning" else "mend the files, or --skip-bad-examples"
-            yield Check(f"{split} examples", status, f"{found}, {len(skipped)} not, the first: {skipped[0]}", mend)
+            yield Check(
+                f"{split} examples", status, f"{found}, {len(bad.problems)} not, the first: {bad.problems[0]}", mend
+            )
         elif expected not in (None, len(examples)):
             found += f"; the official split has {expected}"
             yield Check(f"{split} examples", "warning", found, "fine for a part of it, else fetch it again")

@@ -17,7 +17,7 @@ from torch import Tensor
 from lever_lm.config.schema import FeatureConfig
 from lever_lm.data import Example, VqaData, open_image
 from lever_lm.utils.atomic_io import open_regular, write_tensors
-from lever_lm.utils.device import first_line, import_transformers, load_whole, resolve_device
+from lever_lm.utils.device import resolve_device
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.fingerprint import changed, changes, stamp
 from lever_lm.utils.hub import content_digests, fetch_model, model_folder, weights_digest
@@ -25,6 +25,7 @@ from lever_lm.utils.progress import WORTH_A_WORD, Track, Work, loaded, untracked
 from lever_lm.utils.safe_parse import loads
 from lever_lm.utils.safe_torch_load import load_torch
 from lever_lm.utils.terminal import shown
+from lever_lm.utils.transformers_compat import first_line, import_transformers, load_whole
 
 DEFAULT_WIDTH = 768  # dimensions of the default encoder's features, for estimates before it is there
 _NPY_HEADER = 1 << 16  # bytes; one of an (N, D) matrix has 118

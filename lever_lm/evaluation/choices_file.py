@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lever_lm.data import Example
-from lever_lm.data.example import whole_id
 from lever_lm.data.pools import Candidates
+from lever_lm.data.rows import whole_id
 from lever_lm.utils.atomic_io import write_text
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.safe_parse import loads, read_bytes

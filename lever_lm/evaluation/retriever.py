@@ -19,25 +19,25 @@ from pathlib import Path
 
 from lever_lm.data import Example, VqaData, image_digest, image_digests, open_image
 from lever_lm.data.embeddings import ClipEncoder, Embeddings, encode
-from lever_lm.data.example import unfit
 from lever_lm.data.image_decode import Undecodable, decoded
+from lever_lm.data.rows import unfit
 from lever_lm.evaluation.evaluate import problem_of
 from lever_lm.lvlm import Prompt, build_prompt
 from lever_lm.lvlm.processor import load_processor
 from lever_lm.lvlm.prompt import to_messages
 from lever_lm.selectors.learned import choose, explain
 from lever_lm.selectors.problem import Problem
-from lever_lm.training.find_checkpoint import load_for
-from lever_lm.training.from_checkpoint import config_beside, locate, results_beside
+from lever_lm.training.find_checkpoint import load_for, locate
+from lever_lm.training.from_checkpoint import config_beside, results_beside
 from lever_lm.training.run_dir import Layout
 from lever_lm.training.stages import Stages
 from lever_lm.utils.atomic_io import open_regular
 from lever_lm.utils.console import Screen
-from lever_lm.utils.device import import_transformers
 from lever_lm.utils.errors import LeverError, UsageError
 from lever_lm.utils.hub import fetch_model
 from lever_lm.utils.progress import untracked
 from lever_lm.utils.terminal import one_line, shown
+from lever_lm.utils.transformers_compat import import_transformers
 
 FORMS = ("transformers", "openai", "text")
 

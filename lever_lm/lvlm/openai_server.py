@@ -23,10 +23,10 @@ from lever_lm.lvlm.openai_client import SEE_LOG, ServerError, served_name
 from lever_lm.lvlm.openai_servers import Servers, check_servers
 from lever_lm.lvlm.preprocess import fitted
 from lever_lm.lvlm.prompt import Prompt, cut_answer, holder, to_messages, wording
-from lever_lm.utils.device import import_transformers
 from lever_lm.utils.errors import LeverError, Unfinished
 from lever_lm.utils.fingerprint import CODE, fingerprint
 from lever_lm.utils.progress import unsaid
+from lever_lm.utils.transformers_compat import import_transformers
 
 _ROUNDS = 8  # prompts in a batch for each request under way: what a killed job may have to ask again
 _URL_MEMORY = 1 << 30  # bytes of encoded images to keep

@@ -18,13 +18,14 @@ from lever_lm.lvlm.processor import load_processor
 from lever_lm.lvlm.prompt import Prompt, cut_answer, holder, to_messages, wording
 from lever_lm.lvlm.qwen_kernels import compile_parts, float32_logits, repeatable_attention, speed_up_vision
 from lever_lm.lvlm.qwen_vision import Vision
-from lever_lm.utils.device import first_line, import_transformers, load_whole, resolve_device
+from lever_lm.utils.device import resolve_device
 from lever_lm.utils.distributed import Shards
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.fingerprint import CODE, fingerprint
 from lever_lm.utils.hub import content_digests, fetch_model, model_folder
 from lever_lm.utils.progress import untracked
 from lever_lm.utils.terminal import shown
+from lever_lm.utils.transformers_compat import first_line, import_transformers, load_whole
 
 _CHARS_PER_TOKEN = 3  # of English, a few less than there are: good enough to sort and to budget by
 

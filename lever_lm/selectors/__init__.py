@@ -1,4 +1,4 @@
-"""Who chooses the demonstrations: the table of selectors, and what each of them is given.
+"""Selectors: what chooses the demonstrations of a query, and what each of them is given.
 
 Q queries, N training examples, S shots, D feature size. A selector is a function from a `Problem` and S to the picks of
 each query in turn: at most S rows of the training split, the first pick first. It takes them from `Query.allowed` or

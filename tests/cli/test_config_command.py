@@ -9,7 +9,7 @@ import pytest
 import yaml
 from helpers import RUN, clean_environment, files_in, run_lever
 
-from lever_lm.cli.config_views import flat
+from lever_lm.cli.config_command import flat
 from lever_lm.config.schema import Config, all_keys, key_docs, to_dict
 from lever_lm.config.values import build
 from lever_lm.training.select_checkpoint import STRATEGIES

@@ -7,7 +7,7 @@ import torch
 
 from lever_lm.selectors.pointer.checkpoint import save_torch, v3_content
 from lever_lm.selectors.pointer.model import PointerSelector
-from lever_lm.training.find_checkpoint import find_checkpoint, latest_checkpoint, load_for
+from lever_lm.training.find_checkpoint import find_checkpoint, load_for
 from lever_lm.training.run_dir import RunFolder
 from lever_lm.utils.errors import LeverError
 
@@ -112,14 +112,14 @@ def test_a_choice_of_an_epoch_that_broke_is_said_to_be_one(run):
 
 def test_the_latest_is_by_number_and_grpo_comes_after_rce(run):
     run.checkpoint("grpo", 10).write_bytes(b"weights")
-    assert latest_checkpoint(run) == run.checkpoint("grpo", 10)
+    assert run.latest_checkpoint() == run.checkpoint("grpo", 10)
     for path in run.path.glob("grpo_*"):
         path.unlink()
-    assert latest_checkpoint(run) == run.checkpoint("rce", 2)
+    assert run.latest_checkpoint() == run.checkpoint("rce", 2)
     for path in run.path.glob("rce_*"):
         path.unlink()
     with pytest.raises(LeverError, match="lever train"):
-        latest_checkpoint(run)
+        run.latest_checkpoint()
 
 
 def test_a_missing_checkpoint_says_who_named_it(run):

@@ -140,7 +140,7 @@ def test_a_checkpoint_of_lever_plus_goes_by_the_commands_options(there, tmp_path
 
 
 def test_features_of_the_users_own_say_nothing_of_a_dataset(tmp_path):
-    from lever_lm.training.from_checkpoint import values_of
+    from lever_lm.training.find_checkpoint import values_of
 
     run = RunFolder(tmp_path)
     run.config.write_text("seed: 4\ndevice: cuda:1\ninfer: {num_queries: 8}\n")

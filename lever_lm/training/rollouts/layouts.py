@@ -11,7 +11,7 @@ trajectories hold rows and the pool is the sorted set of them. Each trajectory i
 from collections import Counter
 
 from lever_lm.utils.errors import LeverError
-from lever_lm.utils.safe_parse import shown
+from lever_lm.utils.terminal import shown
 
 
 def pool_and_sequences(
