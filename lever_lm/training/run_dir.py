@@ -9,6 +9,7 @@ import yaml
 
 from lever_lm.config.schema import Config, keys_of, to_dict
 from lever_lm.training.metrics import PHASES
+from lever_lm.training.metrics_file import metrics_rows
 from lever_lm.utils.atomic_io import remove, sweep, write_text
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.locks import alone
