@@ -280,7 +280,7 @@ def report(
     if figures is not None:
         check_plots(figures)
     main = Evaluated(pipeline.run, last_evaluation(pipeline.inference))
-    if main.inference is None and not main.rows():
+    if main.inference is None and not main.rows:
         raise LeverError(f"no results in {pipeline.inference}: run `lever infer --baselines` or `lever demo` first")
     if main.inference is not None:
         pipeline.screen.say(f"results: {main.inference} (the last evaluation with baselines; without any, the last)")
