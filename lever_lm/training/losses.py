@@ -177,7 +177,35 @@ def adapt_kl_beta(
     return min(max(beta, bounds[0]), bounds[1])
 
 
+def reinforce_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    weights: Tensor | None = None,
+    kl_beta: float = 0.1,
+    kl_estimate: str = "k3",
+    ref_log_probs: Tensor | None = None,
+    **_,
+) -> LossAndStats:
+    """REINFORCE with the group's mean as baseline: −mean A·log π + β·KL, without ratio and clip. Arguments as in
+    grpo_loss; the old policy matters only where it is the KL's reference. Returns (loss, stats).
+    Source: Williams 1992; for policies that are language models, Ahmadian et al., arXiv:2402.14740.
+    """
+    policy_loss = -group_mean(advantages * log_probs, mask, weights)
+    kl = _kl(log_probs, old_log_probs, ref_log_probs, kl_estimate, mask, weights)
+    stats = {
+        "ppo_loss": policy_loss,
+        "kl": kl,
+        "kl_loss": kl_beta * kl,
+        "zero_grad_frac": group_mean((advantages == 0).to(log_probs.dtype), mask, weights),
+        "kl_share": kl_share(kl_beta * kl, advantages, mask, weights),
+    }
+    return policy_loss + kl_beta * kl, {name: value.detach() for name, value in stats.items()}
+
+
 # grpo.loss → (loss, stats) of (log_probs, old_log_probs, advantages, mask) and, by keyword, weights, kl_beta,
 # kl_estimate, ref_log_probs, clip_epsilon and clip_epsilon_high, all as in grpo_loss. stats are detached scalars. Their
 # means over an epoch are in metrics.jsonl: `ppo_loss`, the policy's term, and `kl` have columns in the log.
-LOSSES: dict[str, Callable[..., LossAndStats]] = {"clip": clip_loss}
+LOSSES: dict[str, Callable[..., LossAndStats]] = {"clip": clip_loss, "reinforce": reinforce_loss}
