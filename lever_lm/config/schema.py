@@ -66,6 +66,7 @@ class DataConfig(Section, section="data"):
     okvqa_path: str = place("asset:digits", "folder of questions and annotations, or of parquet files; or hub:REPO")
     coco_path: str = place("asset:digits", "folder of train2014/ and val2014/, with or without mscoco2014/ above them")
     train_path: str = place("", "where the training split is, if not in okvqa_path")
+    task: str = answers("vqa", "how an answer is scored: a name of TASKS in lever_lm/tasks")
     file_prefix: str = answers("", "what stands before the official files' names: v2_ for VQAv2")
     skip_bad_examples: bool = setting(False, "go on without examples that cannot be read, and count them")
     allow_remote: bool = length(False, "fetch images that a table names by http(s) address; each once, into a cache")
