@@ -8,7 +8,7 @@ from pathlib import Path
 from lever_lm.config.schema import Config
 from lever_lm.data import StoredImage, VqaData, load_dataset, open_image
 from lever_lm.data.embeddings import Features, cached_features
-from lever_lm.lvlm import CachedLvlm, load_lvlm
+from lever_lm.lvlm import CachedLvlm, load_lvlm, tokens_of_pixels
 from lever_lm.training.preflight import disk_needed, group_size
 from lever_lm.training.rollouts.file_format import query_ids, read_rollouts, split_ids
 from lever_lm.training.rollouts.generate import is_made, made_elsewhere, references, rollout_stamp
@@ -207,12 +207,12 @@ class _Planner:
         return self._seconds(self.config.lvlm.path, calls, tokens)
 
     def _image_tokens(self) -> float:
-        """Of the first training image; a patch of 28 × 28 pixels is a token."""
+        """Return about how many tokens the first training image has."""
         pixels = 640 * 480
         if self.data is not None and not isinstance(image := self.data.train_examples[0].image, StoredImage):
             with contextlib.suppress(LeverError):  # refused when it is used
                 pixels = math.prod(open_image(image).size)
-        return min(max(pixels, self.config.lvlm.min_pixels), self.config.lvlm.max_pixels) / 28**2
+        return tokens_of_pixels(pixels, self.config.lvlm)
 
     def _seconds(self, model: str, calls: int, tokens: float) -> float | None:
         folder = model_folder(model)

@@ -9,8 +9,6 @@ from urllib.parse import urlsplit
 from lever_lm.utils.errors import UsageError
 from lever_lm.utils.safe_parse import shown
 
-TOKEN_EDGE = 28  # pixels of an image, along each side, that are one token of a Qwen2.5-VL
-
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -115,8 +113,6 @@ class LvlmConfig:
             raise UsageError(f"lvlm.workers must be -1 or more, found {self.workers}")
         if self.min_pixels > self.max_pixels:
             raise UsageError(f"lvlm.min_pixels {self.min_pixels} exceeds lvlm.max_pixels {self.max_pixels}")
-        if self.max_pixels < TOKEN_EDGE**2:
-            raise UsageError(f"lvlm.max_pixels must be {TOKEN_EDGE**2} or more, one token, found {self.max_pixels}")
         _positive(self, "lvlm", "concurrency", "timeout")
         _not_negative(self, "lvlm", "retries", "wait")
         if self.server:

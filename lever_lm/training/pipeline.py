@@ -14,7 +14,7 @@ from lever_lm.config.schema import Config, FeatureConfig
 from lever_lm.data import VqaData, load_dataset
 from lever_lm.data.embeddings import Features, compute_features, features_fingerprint, read_embeddings
 from lever_lm.data.pools import check_sampler
-from lever_lm.lvlm import CachedLvlm, load_lvlm
+from lever_lm.lvlm import CachedLvlm, check_pixel_budget, load_lvlm
 from lever_lm.selectors.pointer.checkpoint import format_of, read_checkpoint, save_torch, to_v2, to_v3
 from lever_lm.training.batches import GroupTensors, to_tensors
 from lever_lm.training.environment import compare as compare_runs
@@ -79,6 +79,7 @@ class Pipeline:
         run_dir: Path | None = None,
     ):
         check_names(config)
+        check_pixel_budget(config.lvlm)
         self.config, self.screen, self.shards = config, screen, Shards.from_environment()
         self.layout = Layout(config, results, run_name)
         self.run = RunFolder(run_dir or self.layout.run)

@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lever_lm.config.schema import Config, LvlmConfig
-from lever_lm.lvlm.openai_client import ServerError, check_server
+from lever_lm.lvlm.openai_client import ServerError
+from lever_lm.lvlm.openai_servers import check_server
 from lever_lm.lvlm.processor import load_processor
 from lever_lm.utils.errors import LeverError, MendableError
 from lever_lm.utils.hub import is_hub_id, lacking, model_folder, parameter_count, weight_files

@@ -257,7 +257,7 @@ def test_zero_shot_is_answered_once_and_the_others_at_every_number_of_shots(eval
 
 
 def test_answers_are_those_to_the_prompts_of_the_choices(evaluated, evaluation, lvlm, digits, config):
-    from lever_lm.lvlm import build_prompt
+    from lever_lm.lvlm import build_prompt, cut_answer
 
     _, outcomes, choices = evaluated
     for outcome in outcomes:
@@ -265,7 +265,7 @@ def test_answers_are_those_to_the_prompts_of_the_choices(evaluated, evaluation, 
             build_prompt([digits.train_examples[i] for i in picks[: outcome.shots]], query, config.prompt)
             for query, picks in zip(evaluation.queries, choices[outcome.method], strict=True)
         ]
-        assert outcome.predictions == lvlm.backend.answer(prompts)
+        assert outcome.predictions == list(map(cut_answer, lvlm.backend.generate(prompts)))
 
 
 def test_prompts_already_answered_are_not_asked_again(evaluated, evaluation, lvlm):

@@ -622,13 +622,13 @@ BAD_BANKS = {
 
 @pytest.mark.parametrize("kind", BAD_BANKS)
 def test_a_bank_file_that_is_not_what_it_says_is_thrown_out(tmp_path, kind):
-    from lever_lm.lvlm.feature_cache import VisionBank
+    from lever_lm.lvlm.feature_cache import FeatureCache
 
     tensors, grids = BAD_BANKS[kind]
     good, bad = tmp_path / f"{'1' * 16}.safetensors", tmp_path / f"{'2' * 16}.safetensors"
     save_file({"c" * 16: torch.zeros(4, 5)}, good, metadata={"grids": json.dumps({"c" * 16: [1, 4, 4]})})
     save_file(tensors, bad, metadata={"grids": grids})
-    bank = VisionBank(tmp_path, memory=1 << 20, disk=1 << 20)
+    bank = FeatureCache(tmp_path, memory=1 << 20, disk=1 << 20)
     assert len(bank) == 1
     assert (good.exists(), bad.exists()) == (True, False)
 
@@ -1083,7 +1083,7 @@ def test_a_model_whose_weights_are_a_pickle_is_loaded_without_executing_any(pick
 @pytest.mark.parametrize("asset", ["tiny-clip", "tiny-qwen2.5-vl"])
 def test_code_that_comes_with_a_model_is_not_imported(tmp_path, asset):
     from lever_lm.config.schema import LvlmConfig, PromptConfig
-    from lever_lm.lvlm.qwen2_5_vl import LocalLvlm
+    from lever_lm.lvlm.backend import load_local
 
     folder, trap = tmp_path / "model", tmp_path / "executed"
     shutil.copytree(asset_path(f"asset:{asset}"), folder)
@@ -1097,7 +1097,7 @@ def test_code_that_comes_with_a_model_is_not_imported(tmp_path, asset):
         if asset == "tiny-clip":
             encode(folder)
         else:
-            LocalLvlm(LvlmConfig(path=str(folder), dtype="float32"), PromptConfig(), "cpu")
+            load_local(LvlmConfig(path=str(folder), dtype="float32"), PromptConfig(), "cpu")
     assert not trap.exists()
     assert "own" not in sys.modules
 
