@@ -23,14 +23,16 @@ import torch
 
 from lever_lm.config.schema import Config
 from lever_lm.config.values import build, configs_root, dotted, merge, named_yaml, read_yaml
-from lever_lm.evaluation.evaluate import BASELINES
-from lever_lm.evaluation.run import evaluation_of
+from lever_lm.evaluation.evaluate import Evaluation
+from lever_lm.selectors import BASELINES
+from lever_lm.selectors.learned import choose
 from lever_lm.selectors.pointer.checkpoint import load_policy
 from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.training.batches import to_tensors
 from lever_lm.training.find_checkpoint import load_for
-from lever_lm.training.grpo import best_rollouts, train_grpo, train_rce
+from lever_lm.training.grpo import best_rollouts, train_grpo
 from lever_lm.training.pipeline import Pipeline
+from lever_lm.training.rce import train_rce
 from lever_lm.training.rewards import group_advantage
 from lever_lm.training.rollouts.file_format import load_groups, split_ids
 from lever_lm.training.rollouts.propose import new_policy
@@ -150,10 +152,10 @@ def run_digits(row: str, seed: int, folder: Path, results: Path) -> dict:
         best = max(of_grpo, key=lambda r: r["val_reward"])["epoch"]
         policies["grpo_last"] = pipeline.run.checkpoint("grpo", len(of_grpo))
         policies["grpo_best"] = pipeline.run.checkpoint("grpo", best)
-    evaluation = evaluation_of(pipeline)
-    choices = {name: evaluation.choose(load_for(path, config), max(SHOTS)) for name, path in policies.items()}
+    evaluation = Evaluation(config, pipeline.data, pipeline.features)
+    choices = {name: choose(load_for(path, config), evaluation.problem, max(SHOTS)) for name, path in policies.items()}
     if row == "ours":
-        choices = {**{name: evaluation.baseline(name, max(SHOTS)) for name in BASELINES}, **choices}
+        choices = {**{name: evaluation.select(name, max(SHOTS)) for name in BASELINES}, **choices}
     outcomes = evaluation.run(choices, SHOTS, pipeline.lvlm)
     accuracy = {f"{outcome.method}@{outcome.shots}": outcome.summary()["accuracy"] for outcome in outcomes}
     signal = signals(pipeline.layout.rollouts)

@@ -24,8 +24,9 @@ from lever_lm.lvlm import build_prompt
 from lever_lm.lvlm.backend import load_local
 from lever_lm.lvlm.local import LocalLvlm
 from lever_lm.lvlm.prompt import to_messages
-from lever_lm.utils.device import import_transformers, resolve_device
+from lever_lm.utils.device import resolve_device
 from lever_lm.utils.paths import asset_path
+from lever_lm.utils.transformers_compat import import_transformers
 
 TINY = "asset:tiny-qwen2.5-vl"
 SHOTS, NEW_TOKENS = 4, 5

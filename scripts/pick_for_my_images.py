@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lever_lm import Retriever
 from lever_lm.utils.errors import LeverError
-from lever_lm.utils.safe_parse import printable
+from lever_lm.utils.terminal import printable
 
 IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"}
 

@@ -311,8 +311,8 @@ def true_rewards(
     rewards = torch.as_tensor(truth).to(candidates)
     expected = greedy = 0.0
     for query, pool, reward in zip(*(rows.split(CHUNK) for rows in (queries, candidates, rewards)), strict=True):
-        logits = policy.step_logits(query, pool, firsts.to(pool.device).expand(len(query), -1, -1))[..., :size]
-        first, second = logits.double().softmax(-1).unbind(2)
+        steps = policy.steps(query, pool, firsts.to(pool.device).expand(len(query), -1, -1))
+        first, second = (step.expand(-1, size, -1)[..., :size].double().softmax(-1) for step in steps)
         # All rows of `first` are alike; after pick i the chance of picking i again is exp(−100), the rest of the row.
         expected += float((first[:, 0, :, None] * second * reward).sum())
         places, best = torch.arange(len(query)), first[:, 0].argmax(-1)

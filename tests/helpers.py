@@ -21,6 +21,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's client: 
 
 CHECKOUT = Path(__file__).parents[1]
 SCRIPTS = CHECKOUT / "scripts"
+DATA = CHECKOUT / "tests/data/rl_data"  # rollout files of Lever-Plus, and what its loader makes of them
 RUN = Path("results/digits/model_cpk/v3_MixSampler_tiny-qwen2_5-vl")
 INFERENCE = Path("results/digits/inference/v3_MixSampler_tiny-qwen2_5-vl")
 ROLLOUTS = Path("results/digits/generated_data/rl_data_MixSampler_tiny-qwen2_5-vl.json")

@@ -11,7 +11,7 @@ from lever_lm.lvlm import CachedLvlm, Prompt
 from lever_lm.lvlm.answer_cache import AnswerCache
 from lever_lm.lvlm.backend import load_local
 from lever_lm.lvlm.local import LocalLvlm
-from lever_lm.utils.device import import_transformers
+from lever_lm.utils.transformers_compat import import_transformers
 
 
 def example(number: int, question: str, answer: str) -> Example:

@@ -16,13 +16,14 @@ from lever_lm.data import load_dataset
 from lever_lm.evaluation.choices_file import read_icds
 from lever_lm.evaluation.evaluate import Evaluation, Outcome
 from lever_lm.evaluation.report.page import write_report
+from lever_lm.evaluation.results import write_results
 from lever_lm.training.find_checkpoint import find_checkpoint
 from lever_lm.training.rollouts.file_format import load_groups
 from lever_lm.training.run_dir import RunFolder
 from lever_lm.training.select_checkpoint import STRATEGIES, choose, kept_choice, read_history
 from lever_lm.utils.errors import LeverError, UsageError
 from lever_lm.utils.hub import missing_files
-from lever_lm.utils.safe_parse import json_text
+from lever_lm.utils.terminal import json_text
 
 many = settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 JUNK = st.recursive(
@@ -192,7 +193,9 @@ def write(evaluation, folder, other: str) -> dict:
     outcomes = [Outcome(name, 1, ["two"] * 3, *[[0.0, 0.3, 1.0]] * 3) for name in (other, "grpo")]
     choices = {outcome.method: [[0], [1], [2]] for outcome in outcomes}
     test = {"method": "grpo", "against": other, "shots": 1, "difference": 0.1, "low": 0.0, "high": 0.2, "p": 0.5}
-    return evaluation.write(folder, outcomes, choices, "grpo", {"setting": "s", "checkpoint": "c", "tests": [test]})
+    facts = {"setting": "s", "checkpoint": "c", "tests": [test]}
+    examples = (evaluation.queries, evaluation.data.train_examples)
+    return write_results(folder, *examples, outcomes, choices, "grpo", facts, {})
 
 
 @settings(many, max_examples=60)

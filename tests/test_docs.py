@@ -30,8 +30,8 @@ from pages import CHECKOUT, PAGES, Part
 from lever_lm.cli.commands import app
 from lever_lm.cli.entrypoint import run as run_command
 from lever_lm.config.load import ENVIRONMENT
-from lever_lm.config.schema import LvlmConfig
-from lever_lm.config.values import all_keys, build
+from lever_lm.config.schema import LvlmConfig, all_keys
+from lever_lm.config.values import build
 from lever_lm.utils.paths import asset_path
 
 DEMO = RUN.with_name("demo")
@@ -293,7 +293,7 @@ def do(part: Part, run) -> None:
         build(yaml.safe_load(part.text))
         Path(name).write_text(part.text)
     elif part.language == "json":
-        from lever_lm.training.rollouts.generate import load_groups
+        from lever_lm.training.rollouts.file_format import load_groups
 
         Path("example.json").write_text(part.text)
         assert all(len(group.sequences) == len(group.rewards) > 1 for group in load_groups("example.json"))
@@ -363,7 +363,7 @@ def apply(part: Part, root: Path) -> Path:
 
 def tiny_qwen2_vl(folder: Path) -> None:
     """A random Qwen2-VL of a few thousand weights with the shipped model's tokenizer: another model than ours."""
-    from lever_lm.utils.device import import_transformers
+    from lever_lm.utils.transformers_compat import import_transformers
 
     library, shipped = import_transformers(), asset_path("asset:tiny-qwen2.5-vl")
     ours = json.loads((shipped / "config.json").read_text())

@@ -21,8 +21,9 @@ from lever_lm.cli.options import parse_shots
 from lever_lm.config.values import build, parse_set
 from lever_lm.lvlm.openai_server import log_prob_at_end
 from lever_lm.utils.errors import LeverError, UsageError
-from lever_lm.utils.safe_parse import json_text, load_yaml, loads, one_line, printable, shown
+from lever_lm.utils.safe_parse import load_yaml, loads
 from lever_lm.utils.safe_torch_load import load_torch
+from lever_lm.utils.terminal import json_text, one_line, printable, shown
 
 NUMBERS = st.integers(-(2**63), 2**63) | st.floats(allow_nan=False, allow_infinity=False)
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)

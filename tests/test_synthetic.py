@@ -14,7 +14,7 @@ import torch
 
 from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.training.batches import to_tensors
-from lever_lm.training.rollouts.generate import load_groups
+from lever_lm.training.rollouts.file_format import load_groups
 
 CHECKOUT = Path(__file__).parents[1]
 GOLDEN = CHECKOUT.parent / "shared" / "golden" / "make_rl_data.py"

@@ -1,10 +1,10 @@
 """The official VQA accuracy, transcribed slowly from the evaluator's public description: dictionaries as it gets them,
-step by step as it takes them. Nothing here is shared with lever_lm.tasks.vqa but the table of contractions."""
+step by step as it takes them. Nothing here is shared with lever_lm.tasks.vqa_metrics but the table of contractions."""
 
 import re
 from functools import cache
 
-from lever_lm.tasks.vqa import CONTRACTIONS
+from lever_lm.tasks.vqa_metrics import CONTRACTIONS
 
 MARKS = [";", "/", "[", "]", '"', "{", "}", "(", ")", "=", "+", "\\", "_", "-", ">", "<", "@", "`", ",", "?", "!"]
 DIGITS = {

@@ -4,29 +4,25 @@ import os
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Exit, Option, Typer, echo
 
 from lever_lm import __version__
-from lever_lm.cli import completion
-from lever_lm.cli import entrypoint as process
+from lever_lm.cli import completion, entrypoint
 from lever_lm.cli.config_command import config_app
-from lever_lm.cli.options import (
-    Common,
-    command,
+from lever_lm.cli.options import Common, command, emit, finite, parse_shots
+from lever_lm.cli.run_config import (
     dataset_named,
-    emit,
-    finite,
-    parse_shots,
+    make_pipeline,
+    pipeline_of_run,
     planned,
     refuse_resuming,
-    training_flags,
+    run_without_pipeline,
 )
-from lever_lm.cli.run_config import make_pipeline, pipeline_of_run, run_paths
+from lever_lm.training.metrics import STRATEGIES
 from lever_lm.training.tensorboard import check_tracker
-from lever_lm.utils.distributed import Shards
 from lever_lm.utils.errors import LeverError, UsageError
 
-app = typer.Typer(
+app = Typer(
     name="lever",
     help="Learn which demonstrations to show a frozen vision-language model, and show them.",
     no_args_is_help=True,
@@ -35,52 +31,42 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Strategy = Annotated[
-    str,
-    typer.Option(
-        help="val_loss, ppo_loss, kl, adv_std, val_reward or val_top_reward", autocompletion=completion.strategies
-    ),
-]
-RceEpochs = Annotated[int | None, typer.Option(min=0, help="Epochs of RCE warm-up.")]
-GrpoEpochs = Annotated[int | None, typer.Option(min=0, help="Epochs of GRPO; raising it continues a finished run.")]
-DetectAnomaly = Annotated[
-    bool, typer.Option("--detect-anomaly", help="Name the module and operation of a NaN; slower, results as without.")
-]
+RceEpochs = Annotated[int | None, Option(min=0, help="Epochs of RCE warm-up.")]
+GrpoEpochs = Annotated[int | None, Option(min=0, help="Epochs of GRPO; raising it continues a finished run.")]
 Keep = Annotated[
-    int | None, typer.Option(min=1, help="Keep N checkpoints of each phase and the best of every strategy; else all.")
+    int | None, Option(min=1, help="Keep N checkpoints of each phase and the best of every strategy; else all.")
+]
+DetectAnomaly = Annotated[
+    bool, Option("--detect-anomaly", help="Name the module and operation of a NaN; slower, results as without.")
 ]
 Tracker = Annotated[
     str | None,
-    typer.Option(
+    Option(
         help="tensorboard: also write the metrics for it, into the run's folder.", autocompletion=completion.trackers
     ),
 ]
 RunDir = Annotated[
     Path | None,
-    typer.Argument(help="Run folder; by default the one the options name.", autocompletion=completion.run_folders),
+    Argument(help="Run folder; by default the one the options name.", autocompletion=completion.run_folders),
 ]
+Ckpt = Annotated[str | None, Option(help="A path, best, latest, an exported folder or a hub id OWNER/NAME")]
 
 
-# ---------------------------------------------------------------------- commands
-
-
-@command(app, "demo")
+@command(app, "demo", one_process=True)
 def demo(
     common: Common,
     rce_epochs: RceEpochs = None,
     grpo_epochs: GrpoEpochs = None,
     keep: Keep = None,
-    shots: Annotated[str, typer.Option(help="Numbers of demonstrations: 1,2,4 or 1-5")] = "1,2,4",
+    shots: Annotated[str, Option(help="Numbers of demonstrations: 1,2,4 or 1-5")] = "1,2,4",
     detect_anomaly: DetectAnomaly = False,
     tracker: Tracker = None,
 ) -> None:
     """The whole way on the embedded data and model, offline, in two minutes: ends with a table and a report."""
-    _in_one_process("demo")
     check_tracker(tracker)
-    common.recipe = common.recipe or "demo"
-    common.run_name = common.run_name or "demo"
+    common.recipe, common.run_name = common.recipe or "demo", common.run_name or "demo"
     numbers = parse_shots(shots)
-    pipeline = make_pipeline(common, training_flags(rce_epochs, grpo_epochs, keep))
+    pipeline = make_pipeline(common, {"rce.epochs": rce_epochs, "grpo.epochs": grpo_epochs, "keep": keep})
     if planned(common, pipeline, "demo", answers=1 + 7 * len(numbers)):
         return
     from lever_lm.cli.display import show_results
@@ -94,46 +80,45 @@ def demo(
     emit(common, result)
 
 
-@command(app, "train")
+@command(app, "train", one_process=True)
 def train(
     common: Common,
     rce_epochs: RceEpochs = None,
     grpo_epochs: GrpoEpochs = None,
     keep: Keep = None,
     rl_data: Annotated[
-        Path | None, typer.Option(help="Train on this rollout file; with --embeddings, no dataset and no LVLM.")
+        Path | None, Option(help="Train on this rollout file; with --embeddings, no dataset and no LVLM.")
     ] = None,
     embeddings: Annotated[
-        Path | None, typer.Option(help="(N, D) features for --rl-data: .pt, .pth, .npy or .safetensors")
+        Path | None, Option(help="(N, D) features for --rl-data: .pt, .pth, .npy or .safetensors")
     ] = None,
-    run_dir: Annotated[Path | None, typer.Option(help="Folder of the run, in place of the default one.")] = None,
+    run_dir: Annotated[Path | None, Option(help="Folder of the run, in place of the default one.")] = None,
     detect_anomaly: DetectAnomaly = False,
     tracker: Tracker = None,
     from_run: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             help="Repeat the run in this folder, in another one, and say what differs.",
             autocompletion=completion.run_folders,
         ),
     ] = None,
 ) -> None:
     """Features, pools and rollouts where missing; then RCE and GRPO; then the recommended checkpoint is converted."""
-    _in_one_process("train")
     check_tracker(tracker)
     if embeddings is not None and (common.features or any(key.startswith("features.") for key in common.set_ or [])):
         raise UsageError("--embeddings are the features: leave --features and features.* out")
-    pipeline = make_pipeline(common, training_flags(rce_epochs, grpo_epochs, keep), run_dir, from_run)
+    flags = {"rce.epochs": rce_epochs, "grpo.epochs": grpo_epochs, "keep": keep}
+    pipeline = make_pipeline(common, flags, run_dir, from_run)
     if rl_data is None and from_run is None and (path := os.environ.get("RL_DATA_PATH", "").strip()):
         pipeline.screen.say(f"from the environment: RL_DATA_PATH={path}")
         rl_data = Path(path)
-    own = {"rl_data": rl_data, "embeddings": embeddings}
-    if planned(common, pipeline, "train", **own, from_run=from_run):
+    own = {"rl_data": rl_data, "embeddings": embeddings, "from_run": from_run}
+    if planned(common, pipeline, "train", **own):
         return
     refuse_resuming(common, pipeline)
     pipeline.detect_anomaly, pipeline.tracker = detect_anomaly, tracker
     named = dataset_named(common, pipeline.config)
-    result = pipeline.train(**own, overwrite=common.overwrite, from_run=from_run, dataset_named=named)
-    emit(common, result)
+    emit(common, pipeline.train(**own, overwrite=common.overwrite, dataset_named=named))
 
 
 @command(app, "rollout")
@@ -144,25 +129,25 @@ def rollout(common: Common) -> None:
         emit(common, pipeline.rollouts())
 
 
-@command(app, "best-ckpt")
+@command(app, "best-ckpt", one_process=True)
 def best_ckpt(
     common: Common,
     run_dir: RunDir = None,
-    strategy: Strategy = "val_loss",
-    show_all: Annotated[bool, typer.Option("--show-all", help="Print every epoch.")] = False,
-    log: Annotated[Path | None, typer.Option(help="Choose from a training log, ours or Lever-Plus's.")] = None,
+    strategy: Annotated[str, Option(help=", ".join(STRATEGIES), autocompletion=completion.strategies)] = "val_loss",
+    show_all: Annotated[bool, Option("--show-all", help="Print every epoch.")] = False,
+    log: Annotated[Path | None, Option(help="Choose from a training log, ours or Lever-Plus's.")] = None,
 ) -> None:
     """Pick an epoch by its metrics; the answer is kept in the run's best.json."""
     from lever_lm.cli.display import show_choice
     from lever_lm.training.select_checkpoint import check_strategy, choose, kept_choice, read_history
     from lever_lm.utils.atomic_io import write_json
 
-    _in_one_process("best-ckpt")
     check_strategy(strategy)
-    pipeline = pipeline_of_run(common, run_dir=run_dir)
-    if planned(common, pipeline):
+    if common.dry_run:
+        planned(common, pipeline_of_run(common, run_dir=run_dir))
         return
-    run = pipeline.run if log is None or run_dir is not None else None
+    named, _, screen = run_without_pipeline(common, run_dir)
+    run = named if log is None or run_dir is not None else None
     history = read_history(run, log)
     answer = choose(history, strategy, run)
     before, not_kept = None, None
@@ -172,28 +157,27 @@ def best_ckpt(
             write_json(run.best, finite(answer))
         except LeverError as error:
             before, not_kept = None, error
-    show_choice(pipeline.screen, history, answer, show_all)
+    show_choice(screen, history, answer, show_all)
     if not_kept:
-        pipeline.screen.say(f"warning: the choice is not kept: {not_kept}; `--ckpt {answer['checkpoint']}` names it")
+        screen.say(f"warning: the choice is not kept: {not_kept}; `--ckpt {answer['checkpoint']}` names it")
     if before not in (None, (answer["strategy"], answer["epoch"])):
-        pipeline.screen.say(f"{run.best}: this replaces the choice of {before[0]}, epoch {before[1]}")
+        screen.say(f"{run.best}: this replaces the choice of {before[0]}, epoch {before[1]}")
     emit(common, answer)
     if answer["epoch"] is None:
         raise LeverError(answer["why"])
 
 
-@command(app, "convert")
+@command(app, "convert", one_process=True)
 def convert(
     common: Common,
-    ckpt: Annotated[Path | None, typer.Argument(help="Checkpoint; by default the run's best.")] = None,
+    ckpt: Annotated[Path | None, Argument(help="Checkpoint; by default the run's best.")] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Where to, in place of <stem>_v2format.ckpt or <stem>_v3format.pt")
+        Path | None, Option(help="Where to, in place of <stem>_v2format.ckpt or <stem>_v3format.pt")
     ] = None,
-    to: Annotated[str, typer.Option(help="v2, or v3 for the way back")] = "v2",
-    allow_truncate: Annotated[bool, typer.Option("--allow-truncate", help="Keep the first of several layers.")] = False,
+    to: Annotated[str, Option(help="v2, or v3 for the way back")] = "v2",
+    allow_truncate: Annotated[bool, Option("--allow-truncate", help="Keep the first of several layers.")] = False,
 ) -> None:
     """A v3 checkpoint to the v2 format, or back."""
-    _in_one_process("convert")
     if to not in ("v2", "v3"):
         raise UsageError(f"--to takes v2 or v3, found {to!r}")
     pipeline = pipeline_of_run(common)
@@ -204,18 +188,14 @@ def convert(
 @command(app, "infer")
 def infer(
     common: Common,
-    shots: Annotated[str, typer.Option(help="Numbers of demonstrations: 5, or 1,2,4, or 1-5")] = "4",
-    ckpt: Annotated[
-        str | None, typer.Option(help="A path, best, latest, an exported folder or a hub id OWNER/NAME")
-    ] = None,
-    baselines: Annotated[
-        bool, typer.Option("--baselines", help="Also zero-shot, random, similarities and oracle.")
-    ] = False,
+    shots: Annotated[str, Option(help="Numbers of demonstrations: 5, or 1,2,4, or 1-5")] = "4",
+    ckpt: Ckpt = None,
+    baselines: Annotated[bool, Option("--baselines", help="Also zero-shot, random, similarities and oracle.")] = False,
     icds: Annotated[
-        Path | None, typer.Option(help="Choices of your own, question_id → ICD question_ids, in place of a checkpoint.")
+        Path | None, Option(help="Choices of your own, question_id → ICD question_ids, in place of a checkpoint.")
     ] = None,
     okvqa_stem: Annotated[
-        bool, typer.Option("--okvqa-stem", help="Reduce predictions as OK-VQA's `answer`s are, before scoring.")
+        bool, Option("--okvqa-stem", help="Reduce predictions as OK-VQA's `answer`s are, before scoring.")
     ] = False,
 ) -> None:
     """N-shot inference with a checkpoint, or with choices of your own, on the evaluation split; torchrun shares it."""
@@ -223,59 +203,55 @@ def infer(
     if icds is not None and ckpt is not None:
         raise UsageError("--icds and --ckpt both say what is shown: give one of them")
     from lever_lm.cli.display import show_results
-    from lever_lm.evaluation import run as evaluating
+    from lever_lm.evaluation import run as evaluation
     from lever_lm.training.find_checkpoint import find_checkpoint
 
     def find(run, _) -> tuple[Path, str]:
         return find_checkpoint(run, ckpt, dict(os.environ))
 
-    stemmed = {"infer": {"okvqa_stem": True}} if okvqa_stem else {}
-    pipeline = pipeline_of_run(common, stemmed, find=find if icds is None else None)
+    pipeline = pipeline_of_run(common, {"infer.okvqa_stem": okvqa_stem or None}, find=find if icds is None else None)
     if common.dry_run:
-        pipeline.inference = evaluating.planned_folder(pipeline, icds)
+        pipeline.inference = evaluation.planned_folder(pipeline, icds)
     if planned(common, pipeline, "infer", answers=len(numbers) + baselines * (1 + 5 * len(numbers))):
         return
     if icds is not None:
-        result = evaluating.infer_icds(pipeline, icds, numbers, baselines=baselines)
+        result = evaluation.infer_icds(pipeline, icds, numbers, baselines=baselines)
     else:
-        result = evaluating.infer(pipeline, numbers, ckpt=ckpt, baselines=baselines)
+        result = evaluation.infer(pipeline, numbers, ckpt=ckpt, baselines=baselines)
     show_results(pipeline.screen, result["results"], result["tests"], stemmed=result["okvqa_stem"])
     emit(common, result)
 
 
-@command(app, "pick")
+@command(app, "pick", one_process=True)
 def pick(
     common: Common,
-    image: Annotated[Path | None, typer.Option(help="An image of yours: JPEG, PNG, WEBP, BMP or GIF.")] = None,
-    question: Annotated[str | None, typer.Option(help="What is asked about it.")] = None,
+    image: Annotated[Path | None, Option(help="An image of yours: JPEG, PNG, WEBP, BMP or GIF.")] = None,
+    question: Annotated[str | None, Option(help="What is asked about it.")] = None,
     example: Annotated[
-        int | None, typer.Option(help="A question_id of the evaluation split in place of both; by default the first.")
+        int | None, Option(help="A question_id of the evaluation split in place of both; by default the first.")
     ] = None,
-    shots: Annotated[int, typer.Option(min=1, help="Number of demonstrations.")] = 4,
-    ckpt: Annotated[
-        str | None, typer.Option(help="A path, best, latest, an exported folder or a hub id OWNER/NAME")
-    ] = None,
-    no_answer: Annotated[bool, typer.Option("--no-answer", help="Choose only; the LVLM is not needed.")] = False,
-    prompt: Annotated[bool, typer.Option("--prompt", help="Also print the prompt, as the LVLM is given it.")] = False,
+    shots: Annotated[int, Option(min=1, help="Number of demonstrations.")] = 4,
+    ckpt: Ckpt = None,
+    no_answer: Annotated[bool, Option("--no-answer", help="Choose only; the LVLM is not needed.")] = False,
+    prompt: Annotated[bool, Option("--prompt", help="Also print the prompt, as the LVLM is given it.")] = False,
 ) -> None:
     """The demonstrations a policy chooses for one image and question, why these, and the LVLM's answer."""
-    _in_one_process("pick")
     if (image is None) != (question is None) or (image is not None and example is not None):
         raise UsageError("pick takes an --image with its --question, or --example QUESTION_ID, or none of them")
-    from lever_lm.cli.pick import checkpoint_here, pick_for, show_picks, the_query
+    from lever_lm.cli.pick import pick_for, show_picks, the_query
     from lever_lm.evaluation.retriever import Retriever
+    from lever_lm.training.find_checkpoint import find_or_newest
     from lever_lm.training.from_checkpoint import change_lines, changes
 
-    pipeline = pipeline_of_run(common, find=lambda run, layout: checkpoint_here(run, layout, ckpt))
+    pipeline = pipeline_of_run(common, find=lambda run, layout: find_or_newest(run, layout, ckpt))
     if planned(common, pipeline):
         return
     path, why = pipeline.checkpoint
-    pipeline.screen.say(f"checkpoint: {path} ({why})")
     changed = changes(path, pipeline.config)
-    for line in change_lines(changed):
+    for line in (f"checkpoint: {path} ({why})", *change_lines(changed)):
         pipeline.screen.say(line)
     pipeline.check("data", "encoder", *([] if no_answer else ["lvlm"]), writes=not no_answer)
-    retriever = Retriever(path, pipeline=pipeline)
+    retriever = Retriever(path, stages=pipeline)
     query, source = the_query(retriever, image and str(image), question, example)
     result = pick_for(retriever, query, shots, answer=not no_answer, prompt=prompt)
     result |= {"why": why, "changed": changed}
@@ -287,45 +263,38 @@ def pick(
 def status(
     common: Common,
     run_dir: RunDir = None,
-    all_: Annotated[bool, typer.Option("--all", help="Every run below --results, a line each.")] = False,
+    all_: Annotated[bool, Option("--all", help="Every run below --results, a line each.")] = False,
 ) -> None:
     """How far a run is, and whether it is at work: epochs, speed, time left, metrics, GPU. Nothing is touched."""
-    from lever_lm.cli.status import gpus, run_status
+    from lever_lm.cli.status import gpus, run_status, runs_below
     from lever_lm.cli.status_views import status_lines, status_row
-    from lever_lm.training.run_dir import RunFolder
-    from lever_lm.utils.console import Screen
 
     if common.dry_run:
         planned(common, pipeline_of_run(common, run_dir=run_dir))
         return
-    screen = Screen(to_stderr=common.json_, quiet=common.quiet, verbose=common.verbose)
+    run, layout, screen = run_without_pipeline(common, run_dir)
     if all_:
-        found = [run_status(RunFolder(path)) for path in sorted(common.results.glob("*/model_cpk/*/"))]
-        if not found:
-            raise LeverError(f"no run below {common.results}: train first (`lever train`), or name another --results")
-        for one in found:
-            screen.result(status_row(one))
-        emit(common, {"runs": found})
-        return
-    layout, folder = (None, run_dir) if run_dir is not None else run_paths(common)
-    result = {**run_status(RunFolder(folder), layout), "gpus": gpus()}
-    for line in status_lines(result):
+        result = {"runs": runs_below(common.results)}
+        lines = map(status_row, result["runs"])
+    else:
+        result = {**run_status(run, layout), "gpus": gpus()}
+        lines = status_lines(result)
+    for line in lines:
         screen.result(line)
     emit(common, result)
 
 
-@command(app, "export")
+@command(app, "export", one_process=True)
 def export(
     common: Common,
     where: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[RUN_DIR] DIR", help="The run, by default the one the options name; and where to."),
+        Argument(metavar="[RUN_DIR] DIR", help="The run, by default the one the options name; and where to."),
     ] = None,
-    ckpt: Annotated[str | None, typer.Option(help="A path, best, or latest")] = None,
-    license_: Annotated[str, typer.Option("--license", help="Of the weights, as the hub names it.")] = "apache-2.0",
+    ckpt: Annotated[str | None, Option(help="A path, best, or latest")] = None,
+    license_: Annotated[str, Option("--license", help="Of the weights, as the hub names it.")] = "apache-2.0",
 ) -> None:
     """A checkpoint as a folder to share: model.safetensors, config.json and a model card. `--ckpt DIR` takes it."""
-    _in_one_process("export")
     where = where or []
     if len(where) > 2 or not (where or common.dry_run):
         raise UsageError(f"export takes [RUN_DIR] DIR, found {len(where)} folders: `lever export policy`")
@@ -363,58 +332,47 @@ def doctor(common: Common) -> None:
     pipeline.screen.result("nothing is missing")
 
 
-@command(app, "report")
+@command(app, "report", one_process=True)
 def report(
     common: Common,
     runs: Annotated[
         list[Path] | None,
-        typer.Argument(
+        Argument(
             metavar="RUN_DIR",
             help="Run folder, by default the one the options name; with --compare, several.",
             autocompletion=completion.run_folders,
         ),
     ] = None,
-    compare: Annotated[bool, typer.Option("--compare", help="Lay the further runs over the first.")] = False,
-    output: Annotated[Path | None, typer.Option(help="Where to, in place of report.html in the run folder.")] = None,
-    png: Annotated[Path | None, typer.Option(metavar="DIR", help="Also its charts as PNG and PDF for papers.")] = None,
+    compare: Annotated[bool, Option("--compare", help="Lay the further runs over the first.")] = False,
+    output: Annotated[Path | None, Option(help="Where to, in place of report.html in the run folder.")] = None,
+    png: Annotated[Path | None, Option(metavar="DIR", help="Also its charts as PNG and PDF for papers.")] = None,
 ) -> None:
     """One self-contained HTML page: results, what was chosen and how surely, training, config; runs compared."""
-    _in_one_process("report")
     first, *others = runs or [None]
     if others and not compare:
         raise UsageError(f"{len(others) + 1} run folders make one page only with --compare")
     pipeline = pipeline_of_run(common, run_dir=first)
-    if not planned(common, pipeline):
-        from lever_lm.evaluation.run import report as make_report
+    if planned(common, pipeline):
+        return
+    from lever_lm.evaluation.run import report as make_report
 
-        result = make_report(pipeline, others, output, png)
-        pipeline.screen.result(f"report: {result['report']}")
-        for figure in result.get("figures", ()):
-            pipeline.screen.result(f"figure: {figure}")
-        emit(common, result)
+    result = make_report(pipeline, others, output, png)
+    pipeline.screen.result(f"report: {result['report']}")
+    for figure in result.get("figures", ()):
+        pipeline.screen.result(f"figure: {figure}")
+    emit(common, result)
 
 
 app.add_typer(config_app, name="config")
 
 
 @app.callback(invoke_without_command=True)
-def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
-) -> None:
+def _root(version: Annotated[bool, Option("--version", help="Print the version.", is_eager=True)] = False) -> None:
     if version:
-        typer.echo(f"lever_lm {__version__}")
-        raise typer.Exit
-
-
-def _in_one_process(name: str) -> None:
-    """Raise UsageError under torchrun: the command writes what one process makes."""
-    if (world := Shards.from_environment().world) > 1:
-        raise UsageError(
-            f"`lever {name}` is the work of one process, not of {world} under torchrun: first let all of them answer, "
-            f"`torchrun --nproc-per-node=N -m lever_lm rollout …`, then run `lever {name} …` plainly"
-        )
+        echo(f"lever_lm {__version__}")
+        raise Exit
 
 
 def main() -> None:
     """The entry point of the installed command."""
-    process.main(app)
+    entrypoint.main(app)

@@ -1,12 +1,19 @@
 """`lever config`: what config a command line gives, what set each value, and how two configs differ."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
+import yaml
 
 from lever_lm.cli import completion
 from lever_lm.cli.options import Common, command, emit, named_yamls, option_values
-from lever_lm.utils.errors import UsageError
+from lever_lm.config.load import Layer, combined, file_layer, layers
+from lever_lm.config.schema import Config, key_docs, to_dict
+from lever_lm.config.values import all_keys, build
+from lever_lm.training.run_dir import RunFolder
+from lever_lm.utils.errors import LeverError, UsageError
+from lever_lm.utils.terminal import one_line, shown
 
 config_app = typer.Typer(help="Show the config that options give or a run has, or compare two.", no_args_is_help=True)
 
@@ -25,20 +32,10 @@ def show(
     docs: Annotated[bool, typer.Option("--docs", help="With what each key means.")] = False,
 ) -> None:
     """The config as YAML; a value that is not the default says what set it. `> my.yaml` makes a file for --config."""
-    from lever_lm.cli.config_views import as_yaml, is_run, key_docs
-    from lever_lm.config.schema import to_dict
-    from lever_lm.utils.console import Screen
-
-    if is_run(what):
-        _refuse(common, what, "dataset", "lvlm", "sampler", "recipe", "config")
-    shown = _view(common, what)
-    documented = key_docs() if docs else None
-    if not common.json_:
-        screen = Screen(quiet=common.quiet)
-        for line in as_yaml(shown, documented):
-            screen.result(line)
+    view, documented = _view(common, what), key_docs() if docs else {}
+    _print(common, as_yaml(view, documented))
     told = {"docs": documented} if docs else {}
-    emit(common, {"config": to_dict(shown.config), "changed": shown.changed(), **told})
+    emit(common, {"config": to_dict(view.config), "changed": view.changed(), **told})
 
 
 @command(config_app, "diff")
@@ -53,30 +50,116 @@ def diff(
     ] = None,
 ) -> None:
     """What differs between two configs, key by key. The options complete recipes and YAML files, not run folders."""
-    from lever_lm.cli.config_views import difference_lines, differences
-    from lever_lm.utils.console import Screen
-
     there, here = (_view(common, what, alone=True) for what in (one, other))
-    if not common.json_:
-        screen = Screen(quiet=common.quiet)
-        for line in difference_lines(there, here):
-            screen.result(line)
-    found = {key: {"a": old, "b": new} for key, (old, new) in differences(there, here).items()}
+    pairs = {key: (there.values[key], here.values[key]) for key in all_keys()}
+    found = {key: {"a": old, "b": new} for key, (old, new) in pairs.items() if old != new}
+    names = f"{one_line(there.name)} {'→' if found else 'and'} {one_line(here.name)}"
+    keys, verb = ("key", "differs") if len(found) == 1 else ("keys", "differ")
+    count = f"{len(found)} {keys} of {len(pairs)} {verb}" if found else "no difference"
+    lines = [f"{key}: {_plain(pair['a'])} → {_plain(pair['b'])}" for key, pair in found.items()]
+    _print(common, [f"{names}: {count}", *lines])
     emit(common, {"a": there.name, "b": here.name, "identical": not found, "differences": found})
 
 
-def _view(common: Common, what: str | None, alone: bool = False):
-    """The view of an argument among the common options; where `alone`, a run folder is taken as it is."""
-    from lever_lm.cli.config_views import is_run, view
+class View:
+    """A resolved config: its name, its values by dotted key in the order of the dataclasses, and the source that set
+    each value last."""
 
-    if alone and is_run(what):
-        return view(what, {}, None, [], {})
-    if what is not None and what.endswith((".yaml", ".yml")):
+    def __init__(self, name: str, found: list[Layer]):
+        self.name, self.config = name, build(combined(found))
+        self.values = flat(to_dict(self.config))
+        self.sources = {key: layer.source for layer in found for key in flat(layer.values)}
+
+    def changed(self) -> dict[str, dict]:
+        """Dotted key → {from, default}, of the values that are not the default."""
+        defaults = flat(to_dict(Config()))
+        return {
+            key: {"from": self.sources[key], "default": defaults[key]}
+            for key, value in self.values.items()
+            if value != defaults[key]
+        }
+
+
+def _view(common: Common, what: str | None, alone: bool = False) -> View:
+    """The config of a run folder, or of a recipe or YAML file among the options of a command line; of the options alone
+    for None. In a run folder's config only --set and options change anything, and with `alone` nothing does. Raises
+    UsageError for another name."""
+    names, sets, options = named_yamls(common), common.set_ or [], option_values(common)
+    recipes, path = completion.yaml_names("recipe"), Path(what or "")
+    if what is None or what in recipes:
+        names["recipe"] = what or common.recipe
+        found = layers(names, file_layer(common.config), sets, options)
+    elif path.is_dir():
+        if not alone:
+            _refuse(common, what, "dataset", "lvlm", "sampler", "recipe", "config")
+        run = Layer(str(path / "config.yaml"), to_dict(_run_config(RunFolder(path))))
+        found = layers({}, None, [] if alone else sets, {} if alone else options, base=run)
+    elif path.exists() and not path.is_fifo():  # a pipe without a writer would be waited for
         _refuse(common, what, "config")
-    return view(what, named_yamls(common), common.config, common.set_ or [], option_values(common))
+        found = layers(names, file_layer(path), sets, options)
+    else:
+        kinds = f"a run folder, a YAML file or a recipe ({', '.join(recipes)})"
+        raise UsageError(f"no config {shown(what, 200)}: expected {kinds}")
+    return View(what or "the options", found.found)
 
 
 def _refuse(common: Common, what: str, *names: str) -> None:
     """Raise UsageError for options that would only seem to change what is shown."""
     if extra := [f"--{name}" for name in names if getattr(common, name) is not None]:
         raise UsageError(f"{what} stands in the place of {', '.join(extra)}: give one of them")
+
+
+def _run_config(run: RunFolder) -> Config:
+    """The config of a run folder, keys that it does not know yet at their defaults. Raises LeverError."""
+    if not run.config.is_file():
+        raise LeverError(f"{run.path} is no run folder: it holds no {run.config.name}")
+    try:
+        return build(run.values())
+    except UsageError as error:
+        raise LeverError(f"{run.config}: {error}") from error
+
+
+def flat(values: dict, prefix: str = "") -> dict:
+    """Nested values as dotted key → value."""
+    found: dict = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+def as_yaml(view: View, docs: dict[str, str]) -> list[str]:
+    """The lines of a YAML file that reads back as this config. A value that is not the default has a comment with its
+    source and the default; each key in `docs` is preceded by what is said of it."""
+    changed, lines, section = view.changed(), [], ""
+    for key, value in view.values.items():
+        first, dot, last = key.rpartition(".")
+        indent = "  " if dot else ""
+        if docs and section and first != section:
+            lines.append("")
+        if first and first != section:
+            lines += [f"# {docs[first]}"] if first in docs else []
+            lines.append(f"{first}:")
+        section = first
+        lines += [f"{indent}# {docs[key]}"] if key in docs else []
+        note = changed.get(key)
+        said = f"  # {one_line(note['from'])}; default {_plain(note['default'])}" if note else ""
+        lines.append(f"{indent}{last}: {_plain(value)}{said}")
+    return lines
+
+
+def _plain(value) -> str:
+    """A value as YAML on one line that the terminal shows as it is."""
+    options = {"default_flow_style": True, "width": float("inf")}
+    text = yaml.safe_dump(value, allow_unicode=True, **options).removesuffix("\n").removesuffix("\n...")
+    if one_line(text) != text:
+        text = yaml.safe_dump(value, default_style='"', **options).removesuffix("\n")
+    return text
+
+
+def _print(common: Common, lines: list[str]) -> None:
+    """Print the lines as the result, unless --json takes their place."""
+    from lever_lm.utils.console import Screen
+
+    screen = Screen(quiet=common.quiet)
+    for line in [] if common.json_ else lines:
+        screen.result(line)

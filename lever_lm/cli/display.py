@@ -1,7 +1,7 @@
 """Results and choices as a person reads them on the terminal."""
 
-from lever_lm.training.run_state import table_header, table_row
-from lever_lm.training.select_checkpoint import LOGGED, STRATEGIES, History
+from lever_lm.training.log_parser import History
+from lever_lm.training.metrics import LOGGED, STRATEGIES, table_header, table_row
 from lever_lm.utils.console import Screen
 
 _ACROSS = 3
@@ -9,6 +9,8 @@ _ACROSS = 3
 
 def show_results(screen: Screen, results: list[dict], tests: list[dict], *, stemmed: bool = False) -> None:
     """Accuracy and its 95 % interval: methods down and shots across, or one row each where 80 columns are too few."""
+    from lever_lm.selectors import RIVALS  # loads torch, which a choice among epochs does not need
+
     shots = sorted({row["shots"] for row in results if row["shots"]}) or [0]
     scored = "reduced predictions against `answer`" if stemmed else "against `answer`"
     title = f"Official VQA accuracy on {results[0]['n']} queries, {scored}, with 95 % intervals"
@@ -25,7 +27,7 @@ def show_results(screen: Screen, results: list[dict], tests: list[dict], *, stem
         if row["method"] == ours:
             screen.result(f"{row['method']} at {count_shots(row['shots'])}: {_accuracies(row)}")
     for test in tests:
-        if test["against"] in ("img_text_sim", "rce"):
+        if test["against"] in RIVALS:
             screen.result(
                 f"{test['method']} − {test['against']} at {count_shots(test['shots'])}: {test['difference']:+.3f} "
                 f"[{test['low']:+.3f}, {test['high']:+.3f}], p = {test['p']:.4f} (paired)"
@@ -57,7 +59,7 @@ def show_choice(screen: Screen, history: History, answer: dict, show_all: bool) 
         screen.say(f"note: {note}")
     if show_all:
         marker, names, rule = table_header(history.phase)
-        metric = STRATEGIES[answer["strategy"]].metric
+        metric = STRATEGIES[answer["strategy"]].key
         beside = "" if metric in LOGGED else metric  # a strategy of ours has no column in the table that scripts parse
         width = len(beside) + 2 if beside else 0
         for line in (marker, f"{names}{beside:>{width}}", rule + "-" * width):

@@ -5,25 +5,95 @@ import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lever_lm.config.schema import Config
-from lever_lm.data import StoredImage, VqaData, load_dataset, open_image
-from lever_lm.data.embeddings import Features, cached_features
+import yaml
+
+from lever_lm.config.schema import Config, to_dict
+from lever_lm.data import Example, StoredImage, VqaData, load_dataset, open_image
+from lever_lm.data.embeddings import DEFAULT_WIDTH, Features, cached_features
+from lever_lm.data.okvqa import OFFICIAL_SIZES
 from lever_lm.lvlm import CachedLvlm, load_lvlm, tokens_of_pixels
-from lever_lm.training.preflight import disk_needed, group_size
-from lever_lm.training.rollouts.file_format import query_ids, read_rollouts, split_ids
-from lever_lm.training.rollouts.generate import is_made, made_elsewhere, references, rollout_stamp
+from lever_lm.tasks import TASKS
+from lever_lm.training.environment import own_files
+from lever_lm.training.preflight import ALL, disk_needed, examine, group_size
+from lever_lm.training.rollouts.file_format import is_made, made_elsewhere, query_ids, read_rollouts, split_ids
+from lever_lm.training.rollouts.generate import rollout_stamp
 from lever_lm.training.rollouts.infoscore import infoscore_calls
 from lever_lm.training.rollouts.propose import propose_groups, query_rows
 from lever_lm.training.run_dir import Layout, RunFolder
 from lever_lm.utils.device import resolve_device
 from lever_lm.utils.errors import LeverError
+from lever_lm.utils.file_hashes import DIGESTS
 from lever_lm.utils.hub import model_folder, parameter_count
-from lever_lm.utils.progress import duration
+from lever_lm.utils.progress import duration, untracked
 
 # Multiply-adds a second that are reached in practice, for a first guess before anything was measured.
 _REACHED = {"cuda": 1e14, "cpu": 5e10}
 _TEXT_TOKENS = 30  # of a question with its answer
+_ENCODER_TOKENS = 257  # of an image, for CLIP ViT-L/14
 _REFERENCES = 10  # different answers to a question of a dataset that is not here
+_ANSWER, _PREDICTION = 300, 500  # bytes of an answer in the cache, of a prediction with its sample
+
+
+def show_plan(
+    pipeline,
+    command: str,
+    *,
+    rl_data: Path | None = None,
+    embeddings: Path | None = None,
+    from_run: Path | None = None,
+    answers: int = 0,
+) -> dict:
+    """Show and return the config and the paths of a command; for `rollout`, `train`, `infer` and `demo` also their
+    stages and what is missing for them.
+
+    rl_data, embeddings: rollouts and features of the user's own, else those of the run `from_run`, so that none are
+    made. answers: evaluation prompts for each query. What the cache knows is counted where data, features and model are
+    here; else calls are bounded from above: no command asks more than its plan says.
+    """
+    DIGESTS.keep_nothing()
+    config, layout, screen = pipeline.config, pipeline.layout, pipeline.screen
+    for line in yaml.safe_dump(to_dict(config), sort_keys=False).splitlines():
+        screen.say(line)
+    show_places(pipeline)
+    plan = {"config": to_dict(config), "paths": {name: str(path) for name, path in _places(pipeline).items()}}
+    if not command:
+        return plan
+    files = own_files(RunFolder(from_run)) if from_run is not None else {}
+    rl_data, embeddings = rl_data or files.get("rl_data"), embeddings or files.get("embeddings")
+    needs = ALL if rl_data is None or config.grpo.online else () if embeddings else ("data", "encoder")
+    missing = [check for check in examine(config, layout, needs) if check.status != "ok"]
+    if command != "infer" and rl_data is None and made_elsewhere(layout.rollouts):
+        rl_data = layout.rollouts
+    planner, stages = _Planner(config, layout), []
+    if rl_data is None or not (embeddings or layout.exported.is_file()):
+        stages.append(planner.features())
+    if rl_data is not None:
+        stages.append(Stage("rollouts", "there, not of `lever rollout`: taken as it is", str(rl_data)))
+    elif command != "infer":
+        stages.append(planner.rollouts())
+    if command in ("train", "demo"):
+        stages += planner.training(pipeline.run, planner.queries() if rl_data is None else _queries_of(config, rl_data))
+    if answers:
+        stages.append(planner.inference(answers, pipeline.inference))
+    total = _in_all(stages)
+    for line in (*(check.line() for check in missing), *(stage.line() for stage in stages)):
+        screen.say(line)
+    screen.say(f"{total.line()}; estimates are good to a factor of 3")
+    sums = {"lvlm_calls": total.lvlm_calls, "seconds": total.seconds, "bytes": total.bytes}
+    return {**plan, **sums, "stages": [asdict(stage) for stage in stages], "missing": [vars(c) for c in missing]}
+
+
+def _places(pipeline) -> dict[str, Path]:
+    """Where the stages of a pipeline leave what they make."""
+    layout = pipeline.layout
+    made = {"features": layout.features, "rollouts": layout.rollouts}
+    return {**made, "run": pipeline.run.path, "inference": pipeline.inference}
+
+
+def show_places(pipeline) -> None:
+    """Say where the stages of a pipeline leave what they make, and whether it is there."""
+    for name, path in _places(pipeline).items():
+        pipeline.screen.say(f"{name}: {path} ({'there' if path.exists() else 'to be made'})")
 
 
 @dataclass(frozen=True)
@@ -40,7 +110,7 @@ class Stage:
     bytes: int = 0
 
     def line(self) -> str:
-        """For the terminal."""
+        """Return the stage as a line for the terminal."""
         parts = [self.state]
         if self.lvlm_calls:
             parts.append(f"{'' if self.exact else 'at most '}{self.lvlm_calls:,} LVLM calls")
@@ -51,56 +121,18 @@ class Stage:
         return f"{self.name}: {', '.join(filter(None, parts))}{f' ({self.path})' if self.path else ''}"
 
 
-def in_all(stages: list[Stage]) -> Stage:
+def _in_all(stages: list[Stage]) -> Stage:
     """The sums over a plan; the time is unknown where that of a stage is."""
     times = [stage.seconds for stage in stages]
-    return Stage(
-        "in all",
-        "",
-        "",
-        sum(stage.lvlm_calls for stage in stages),
-        all(stage.exact for stage in stages),
-        None if None in times else sum(times),
-        sum(stage.bytes for stage in stages),
-    )
+    calls, size = (sum(getattr(stage, name) for stage in stages) for name in ("lvlm_calls", "bytes"))
+    return Stage("in all", "", "", calls, all(s.exact for s in stages), None if None in times else sum(times), size)
 
 
-def as_json(stages: list[Stage]) -> list[dict]:
-    """Plain values of a plan."""
-    return [asdict(stage) for stage in stages]
-
-
-def make_plan(
-    config: Config,
-    layout: Layout,
-    run: RunFolder,
-    command: str,
-    *,
-    rl_data: Path | None = None,
-    embeddings: Path | None = None,
-    answers: int = 0,
-    inference: Path | None = None,
-) -> list[Stage]:
-    """The stages of a command (`rollout`, `train`, `infer`, `demo`).
-
-    rl_data, embeddings: rollouts and features of the user's own, so that none are made. answers: evaluation prompts for
-    each query; inference: the folder that they go to, by default the run's. What the cache knows is counted where data,
-    features and model are here; else calls are bounded from above: no command asks more than its plan says.
-    """
-    planner = _Planner(config, layout)
-    if command != "infer" and rl_data is None and made_elsewhere(layout.rollouts):
-        rl_data = layout.rollouts
-    with_features = rl_data is not None and (embeddings is not None or layout.exported.is_file())
-    stages = [] if with_features else planner.features()
-    if rl_data is not None:
-        stages.append(Stage("rollouts", "there, not of `lever rollout`: taken as it is", str(rl_data)))
-    elif command != "infer":
-        stages.append(planner.rollouts())
-    if command in ("train", "demo"):
-        stages += planner.training(run, planner.queries() if rl_data is None else planner.queries_of(rl_data))
-    if answers:
-        stages.append(planner.inference(answers, inference or layout.inference))
-    return stages
+def _queries_of(config: Config, rl_data: Path) -> list[int]:
+    """The training rows that have a group in a rollout file; none where it cannot be read."""
+    with contextlib.suppress(LeverError):
+        return query_ids(read_rollouts(rl_data), config.reward.max_groups)
+    return []
 
 
 class _Planner:
@@ -111,27 +143,25 @@ class _Planner:
         self.data: VqaData | None = None
         self.known: Features | None = None
         self.lvlm: CachedLvlm | None = None
-        try:
+        self.sizes = OFFICIAL_SIZES.get(config.data.name, OFFICIAL_SIZES["okvqa"])
+        with contextlib.suppress(LeverError):  # among what is missing; the plan is then an upper bound
             self.data = load_dataset(config.data)
+            self.sizes = len(self.data.train_examples), len(self.data.val_examples)
             self.known = cached_features(self.data, config.features, layout.features)
             if layout.answers.is_file() and (config.lvlm.server or model_folder(config.lvlm.path)):
                 where = {"device": config.device, "cache": layout.answers}
-                self.lvlm = load_lvlm(config.lvlm, config.prompt, **where, track=lambda items, *_: items)
-        except LeverError:
-            pass  # `lever doctor` says what is missing; the plan is then an upper bound
+                self.lvlm = load_lvlm(config.lvlm, config.prompt, **where, track=untracked)
 
-    def features(self) -> list[Stage]:
+    def features(self) -> Stage:
         path = str(self.layout.features)
         if self.known is not None:
-            return [Stage("features", "there", path)]
-        count = len(self.data.train_examples) + len(self.data.val_examples) if self.data else 14055
-        seconds = self._seconds(self.config.features.encoder, count, 257)
-        return [Stage("features", "to be made", path, seconds=seconds, bytes=self.disk["features"])]
+            return Stage("features", "there", path)
+        seconds = self._seconds(self.config.features.encoder, sum(self.sizes), _ENCODER_TOKENS)
+        return Stage("features", "to be made", path, seconds=seconds, bytes=self.disk["features"])
 
     def rollouts(self) -> Stage:
-        path, rollout = self.layout.rollouts, self.config.rollout
+        path, rollout, rows = self.layout.rollouts, self.config.rollout, self.queries()
         size = self.disk["rollouts"] + self.disk["answers"] + self.disk["vision"]
-        rows = self.queries()
         calls, exact = group_size(self.config) * self._calls(rows, rollout.gt_prob), False
         if self.known is not None:
             proposals = propose_groups(self.config, self.data, self.known)
@@ -144,24 +174,16 @@ class _Planner:
             # As many rollouts more for each query, unknown before the search.
             calls += rollout.infoscore * self._calls(proposals.rows, rollout.gt_prob)
             if rollout.gt_prob:
-                calls += sum(len(references(prompt.query)) for prompt in prompts)
-                exact = False
+                calls, exact = calls + sum(self._references(prompt.query) for prompt in prompts), False
         if search := infoscore_calls(self.config, rollout.pool_size):
             calls, exact = calls + search * len(rows), False
         state = "to be made again" if path.is_file() else "to be made"
-        seconds = self._answering(calls, rollout.shots)
-        return Stage("rollouts", state, str(path), calls, exact, seconds, size)
+        return Stage("rollouts", state, str(path), calls, exact, self._answering(calls, rollout.shots), size)
 
     def queries(self) -> list[int]:
         """The training rows that get a group; of a dataset that is not here, as many."""
         count = self.config.rollout.num_queries
         return query_rows(count, len(self.data.train_examples), self.config.seed) if self.data else list(range(count))
-
-    def queries_of(self, rl_data: Path) -> list[int]:
-        """The training rows that have a group in a rollout file; none where it cannot be read."""
-        with contextlib.suppress(LeverError):
-            return query_ids(read_rollouts(rl_data), self.config.reward.max_groups)
-        return []
 
     def _calls(self, rows: list[int], scored: bool) -> int:
         """LVLM calls of a rollout for each of these queries: the answer, and where it is `scored` that of each
@@ -169,11 +191,14 @@ class _Planner:
         if not scored:
             return len(rows)
         train = self.data.train_examples if self.data else ()
-        return sum(1 + (len(references(train[row])) if row < len(train) else _REFERENCES) for row in rows)
+        return sum(1 + (self._references(train[row]) if row < len(train) else _REFERENCES) for row in rows)
+
+    def _references(self, query: Example) -> int:
+        return len(TASKS[self.data.task].references(query))
 
     def training(self, run: RunFolder, queries: list[int]) -> list[Stage]:
-        stages, rows = [], run.rows()
-        width = self.known.train.image.shape[1] if self.known else 768
+        stages, rows, online = [], run.rows(), self.config.grpo
+        width = self.known.train.image.shape[1] if self.known else DEFAULT_WIDTH
         flops = 12 * self.config.rollout.pool_size * width * self.config.policy.hidden_dim * len(queries)
         for phase, config in (("rce", self.config.rce), ("grpo", self.config.grpo)):
             done = [row for row in rows if row["phase"] == phase]
@@ -183,19 +208,18 @@ class _Planner:
             size = self.disk["checkpoints"] * left // max(1, self.config.rce.epochs + self.config.grpo.epochs)
             state = f"{len(done)} of {config.epochs} epochs there"
             stages.append(Stage(phase, state, str(run.path), seconds=each * left, bytes=size if left else 0))
-        if self.config.grpo.online and left:
-            rounds = sum((epoch - 1) % config.online_every == 0 for epoch in range(len(done) + 1, config.epochs + 1))
-            learnt = sorted(split_ids(queries)[0])
-            calls = rounds * config.online_samples * self._calls(learnt, "gtprob" in self.config.reward.mode)
+        if online.online and left:
+            rounds = sum((epoch - 1) % online.online_every == 0 for epoch in range(len(done) + 1, online.epochs + 1))
+            scored = "gtprob" in self.config.reward.mode
+            calls = rounds * online.online_samples * self._calls(sorted(split_ids(queries)[0]), scored)
             seconds = self._answering(calls, self.config.rollout.shots)
-            stages.append(Stage("online rollouts", f"{rounds} rounds", "", calls, False, seconds, 300 * calls))
+            stages.append(Stage("online rollouts", f"{rounds} rounds", "", calls, False, seconds, _ANSWER * calls))
         return stages
 
     def inference(self, answers: int, folder: Path) -> Stage:
-        total = len(self.data.val_examples) if self.data else 5046
-        calls = answers * min(self.config.infer.num_queries or total, total)
+        calls = answers * min(self.config.infer.num_queries or self.sizes[1], self.sizes[1])
         seconds = self._answering(calls, 4)
-        return Stage("inference", "to be answered", str(folder), calls, False, seconds, 500 * calls)
+        return Stage("inference", "to be answered", str(folder), calls, False, seconds, _PREDICTION * calls)
 
     def _answering(self, calls: int, shots: int) -> float | None:
         """Seconds for LVLM calls: from the speed last measured with this model, else from its size."""
@@ -215,12 +239,11 @@ class _Planner:
         return tokens_of_pixels(pixels, self.config.lvlm)
 
     def _seconds(self, model: str, calls: int, tokens: float) -> float | None:
-        folder = model_folder(model)
-        if folder is None or calls == 0:
-            return None if calls else 0.0
-        parameters = parameter_count(folder)
-        try:
-            reached = _REACHED.get(resolve_device(self.config.device).type, _REACHED["cuda"])
-        except LeverError:
-            return None
-        return calls * tokens * parameters / reached
+        """Seconds of forward passes by the model's size; None where it is not here."""
+        if calls == 0:
+            return 0.0
+        with contextlib.suppress(LeverError):
+            if folder := model_folder(model):
+                reached = _REACHED.get(resolve_device(self.config.device).type, _REACHED["cuda"])
+                return calls * tokens * parameter_count(folder) / reached
+        return None

@@ -14,7 +14,7 @@ import typer
 from lever_lm.cli.options import debugging
 from lever_lm.utils.distributed import Shards
 from lever_lm.utils.errors import LeverError, UsageError
-from lever_lm.utils.safe_parse import one_line, printable, shown
+from lever_lm.utils.terminal import one_line, printable, shown
 
 INTERRUPTED, TERMINATED = 130, 128 + signal.SIGTERM
 # What a wrong command line raises. Typer carries a click of its own in some versions and uses click's in others.

@@ -1,52 +1,12 @@
 """`lever pick`: which demonstrations a policy shows before one question, why these, and what the LVLM then answers."""
 
-import contextlib
-import os
 from collections import Counter
-from pathlib import Path
 
 from lever_lm.data import Example
 from lever_lm.evaluation.retriever import Pick, Retriever
-from lever_lm.selectors.pointer.checkpoint import load_policy
-from lever_lm.tasks.vqa import vqa_accuracy
-from lever_lm.training.find_checkpoint import find_checkpoint, latest_checkpoint
-from lever_lm.training.run_dir import Layout, RunFolder
+from lever_lm.tasks import TASKS
 from lever_lm.utils.console import Screen
-from lever_lm.utils.errors import LeverError, UsageError
-
-
-def checkpoint_here(run: RunFolder, layout: Layout, ckpt: str | None) -> tuple[Path, str]:
-    """The checkpoint that the options name, as for `lever infer`, and why. Where they name none and their run has none:
-    that of the dataset's newest run. Raises LeverError where there is none.
-
-    run: the run that the options name; layout: the paths that they give.
-    """
-    named = ckpt not in (None, "best", "latest") or (
-        not ckpt and os.environ.get("LEVER_LM_CHECKPOINT_PATH", "").strip()
-    )
-    if named or layout.run_name or _last_saved(run):
-        return find_checkpoint(run, ckpt, {} if layout.run_name else dict(os.environ))
-    runs = [RunFolder(folder) for folder in layout.run.parent.glob("*/")]
-    unfit = ""
-    for other in sorted(filter(_last_saved, runs), key=_last_saved, reverse=True):
-        try:
-            path, why = find_checkpoint(other, ckpt, {})
-            load_policy(path)
-        except LeverError as error:
-            unfit = unfit or f". The newest run cannot be used: {error}"
-            continue
-        return path, f"{why}, in the newest run: {run.path.name} has no checkpoint"
-    raise LeverError(
-        f"no checkpoint in {run.path}, nor in another run beside it: `lever demo` trains one in a minute or two on the "
-        f"embedded data, `lever train` one with these options; or name one: --ckpt PATH{unfit}"
-    )
-
-
-def _last_saved(run: RunFolder) -> float:
-    """When the latest checkpoint of a run was written; 0 where there is none."""
-    with contextlib.suppress(LeverError, OSError):
-        return latest_checkpoint(run).stat().st_mtime
-    return 0.0
+from lever_lm.utils.errors import UsageError
 
 
 def the_query(
@@ -55,7 +15,7 @@ def the_query(
     """What is asked, and where it is from: an image and a question, or an evaluation question, the first if None."""
     if image is not None:
         return retriever.query(image, question), "your own"
-    evaluation = retriever.pipeline.data.val_examples
+    evaluation = retriever.stages.data.val_examples
     if example is None:
         return evaluation[0], f"question {evaluation[0].question_id}, the first of the evaluation split"
     found = next((query for query in evaluation if query.question_id == example), None)
@@ -81,9 +41,8 @@ def pick_for(retriever: Retriever, query: Example, shots: int, *, answer: bool, 
     if query.answers:
         result["references"] = list(query.answers)
     if answer and query.answers:
-        scored = result["answer"], query.answers
-        result["accuracy"] = vqa_accuracy(*scored)
-        result["normalized_accuracy"] = vqa_accuracy(*scored, always_normalize=True)
+        scores = TASKS[retriever.stages.data.task].metrics(result["answer"], query, result["answer"])
+        result |= {name: scores[name] for name in ("accuracy", "normalized_accuracy")}
     if prompt:
         result["prompt"] = retriever.prompt(query, picks=picks, form="text")
     return result

@@ -4,7 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lever_lm.cli.options import Common, named_yamls, option_values, show_places
+from lever_lm.cli.options import Common, emit, named_yamls, nested, option_values
+from lever_lm.config.load import Layer, file_layer, layers
+from lever_lm.config.schema import DataConfig
+from lever_lm.training.run_dir import Layout, RunFolder
 from lever_lm.utils.errors import LeverError, UsageError
 
 _KINDS = ("dataset", "lvlm", "sampler", "recipe")
@@ -12,16 +15,16 @@ _KINDS = ("dataset", "lvlm", "sampler", "recipe")
 
 def make_pipeline(common: Common, flags: dict | None = None, run_dir: Path | None = None, from_run: Path | None = None):
     """The pipeline of a command line that makes something: named YAMLs < --config < environment < --set < flags. The
-    config of the run folder `from_run` stands in the place of the first two."""
-    from lever_lm.config.load import Layer, file_layer, layers
+    config of the run folder `from_run` stands in the place of the first two.
 
+    flags: dotted config keys that the command's own options set, None for an option that is not given.
+    """
     _check_run_name(common.run_name)
-    run_name, sets, options = common.run_name, common.set_ or [], _spelt(common, flags)
+    run_name, sets, options = common.run_name, common.set_ or [], _options(common, flags)
     if from_run is None:
         made = layers(named_yamls(common), file_layer(common.config), sets, options)
     else:
-        base = _repeated(from_run, {kind: getattr(common, kind) for kind in (*_KINDS, "config")})
-        made = layers({}, None, sets, options, base=Layer("base", base))
+        made = layers({}, None, sets, options, base=Layer("base", _config_of(common, from_run)))
         run_name = run_name or f"{from_run.resolve().name}_repeat"
     return _pipeline(common, made, run_name, run_dir)
 
@@ -40,8 +43,8 @@ def pipeline_of_run(
     that is used and why, for a command that uses one: the config beside it counts, and `Pipeline.checkpoint` is it.
     With --dry-run none need be there.
     """
-    from lever_lm.training.from_checkpoint import layers_beside, locate, values_of
-    from lever_lm.training.run_dir import RunFolder
+    from lever_lm.training.find_checkpoint import locate, values_of
+    from lever_lm.training.from_checkpoint import layers_beside
 
     made, file, layout, folder = _named_run(common, flags)
     run = RunFolder(run_dir or folder)
@@ -56,7 +59,7 @@ def pipeline_of_run(
             lacking = error
     if values:
         names = {kind: getattr(common, kind) for kind in _KINDS}
-        made = layers_beside(values, named, names, file, common.set_ or [], _spelt(common, flags))
+        made = layers_beside(values, named, names, file, common.set_ or [], _options(common, flags))
     pipeline = _pipeline(common, made, common.run_name, run_dir, run)
     pipeline.checkpoint = checkpoint
     if lacking is not None:
@@ -66,22 +69,22 @@ def pipeline_of_run(
     return pipeline
 
 
-def run_paths(common: Common) -> tuple[Any, Path]:
-    """The Layout of a command line and the folder of the run that it names, for a command that needs no pipeline: that
-    would load torch."""
-    return _named_run(common)[2:]
+def run_without_pipeline(common: Common, run_dir: Path | None) -> tuple[RunFolder, Layout | None, Any]:
+    """The run in `run_dir`, by default the one that the options name with the Layout that they give, and a Screen: for
+    a command that needs no pipeline, which would load torch."""
+    from lever_lm.utils.console import Screen
+
+    layout, folder = (None, run_dir) if run_dir is not None else _named_run(common)[2:]
+    return RunFolder(folder), layout, Screen(to_stderr=common.json_, quiet=common.quiet, verbose=common.verbose)
 
 
 def _named_run(common: Common, flags: dict | None = None) -> tuple[Any, Any, Any, Path]:
     """The layers of a command line, that of its --config, the Layout that they give, and the folder of the run that the
     options name. A --run-name without a folder where no option names a dataset is that of the only dataset that has
     such a run. Raises UsageError where several have."""
-    from lever_lm.config.load import file_layer, layers
-    from lever_lm.training.run_dir import Layout
-
     _check_run_name(common.run_name)
     file = file_layer(common.config)
-    made = layers(named_yamls(common), file, common.set_ or [], _spelt(common, flags))
+    made = layers(named_yamls(common), file, common.set_ or [], _options(common, flags))
     layout = Layout(made.config(), common.results, common.run_name)
     named = common.dataset or (file and "data" in file.values)
     named = named or any(item.startswith(("data.", "data=")) for item in common.set_ or [])
@@ -94,8 +97,9 @@ def _named_run(common: Common, flags: dict | None = None) -> tuple[Any, Any, Any
     return made, file, layout, found[0] if found else layout.run
 
 
-def _spelt(common: Common, flags: dict | None) -> dict[str, dict]:
-    return {**option_values(common), **({"flags": flags} if flags else {})}
+def _options(common: Common, flags: dict | None) -> dict[str, dict]:
+    own = nested(flags or {})
+    return {**option_values(common), **({"flags": own} if own else {})}
 
 
 def _pipeline(common: Common, made, run_name: str | None, run_dir: Path | None, run=None):
@@ -116,6 +120,8 @@ def _pipeline(common: Common, made, run_name: str | None, run_dir: Path | None, 
     if common.verbose and not common.dry_run:
         found = ", ".join(f"{name} {number or 'none'}" for name, number in versions().items())
         screen.detail(f"versions: {found}")
+        from lever_lm.cli.dry_run import show_places
+
         show_places(pipeline)
     return pipeline
 
@@ -125,11 +131,33 @@ def _check_run_name(name: str | None) -> None:
         raise UsageError(f"--run-name takes a folder name, found {name!r}")
 
 
-def _repeated(run: Path, given: dict) -> dict:
+def _config_of(common: Common, run: Path) -> dict:
     """The config of a run that is to be made again. Raises UsageError for options that would only seem to change it."""
     from lever_lm.training.environment import config_of
-    from lever_lm.training.run_dir import RunFolder
 
-    if extra := [f"--{name}" for name, value in given.items() if value is not None]:
+    if extra := [f"--{name}" for name in (*_KINDS, "config") if getattr(common, name) is not None]:
         raise UsageError(f"--from-run brings its own config: change single keys with --set, without {', '.join(extra)}")
     return config_of(RunFolder(run))
+
+
+def dataset_named(common: Common, config) -> bool:
+    """Return whether the command line, a config or the environment says which dataset is meant: else it is the embedded
+    one, by default."""
+    return common.dataset is not None or config.data.okvqa_path != DataConfig.okvqa_path
+
+
+def refuse_resuming(common: Common, pipeline) -> None:
+    """With --no-resume: raise LeverError where the run's folder holds a run already."""
+    if not common.resume and not common.overwrite and pipeline.run.config.is_file():
+        raise LeverError(
+            f"{pipeline.run.path} holds a run already: drop --no-resume to go on with it, or --overwrite it"
+        )
+
+
+def planned(common: Common, pipeline, command: str = "", **plan: Any) -> bool:
+    """With --dry-run: show what the command would do in place of doing it. `command` and `plan`: see `dry_run`."""
+    if common.dry_run:
+        from lever_lm.cli.dry_run import show_plan
+
+        emit(common, show_plan(pipeline, command, **plan))
+    return common.dry_run

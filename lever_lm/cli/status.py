@@ -19,13 +19,14 @@ from typing import TypeVar
 from lever_lm.config.schema import Config
 from lever_lm.config.values import build
 from lever_lm.training.environment import read_environment, recorded, typed_again
+from lever_lm.training.log_parser import read_log
+from lever_lm.training.metrics import PHASES, RECOMMENDED, STRATEGIES
+from lever_lm.training.metrics_file import metrics_rows
 from lever_lm.training.run_dir import LOCK, Layout, RunFolder
-from lever_lm.training.select_checkpoint import STRATEGIES, best_row, epochs_since_best, read_log
+from lever_lm.training.select_checkpoint import best_row, epochs_since_best
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.locks import seen
-from lever_lm.utils.safe_parse import metrics_rows
 
-PHASES = ("rce", "grpo")
 _LATELY = 10  # epochs that the time of one is taken from
 _GPU = "name,memory.used,memory.total,utilization.gpu"
 _COMPUTED = (
@@ -33,19 +34,20 @@ _COMPUTED = (
     "UNION ALL SELECT 1 FROM pragma_table_xinfo('answers') WHERE hidden"
 )
 _ANEW = ("--overwrite", "--no-resume")  # what goes on with a run does without these
-_CUT = 200  # characters of one that a lock file holds, at most
+_CUT = 200  # characters of a command that a lock file holds, at most
 _PATIENCE = 5.0  # seconds for nvidia-smi, which hangs where a driver does
 Told = TypeVar("Told")
+Checkpoints = dict[tuple[str, int], os.DirEntry]  # (phase, epoch) → file
 
 
 def run_status(run: RunFolder, layout: Layout | None = None) -> dict:
     """The state of a run as plain values. `layout` says where its rollouts and answers are, unless its own config and
     place do. A file that cannot be read is among the `notes`, and the rest is told without it.
 
-    state: running, finished, killed (epochs are missing and nobody is at work), not begun, or unknown where there are
-    checkpoints and no config. phase: rollouts, rce, grpo, or done; epoch and epochs are of rce and grpo, `seconds_left`
-    of training, None until the speed of each phase is known, and `phase_seconds_left` of the phase that is counted.
-    Raises LeverError where there is no folder.
+    state: running, finished, killed (epochs are missing and no process is at work), not begun, or unknown where there
+    are checkpoints and no config. phase: rollouts, rce, grpo, or done; epoch and epochs are of rce and grpo,
+    `seconds_left` of training, None until the speed of each phase is known, and `phase_seconds_left` of the phase that
+    is counted. Raises LeverError where there is no folder.
     """
     if run.path.is_file():
         raise LeverError(f"{run.path} is a file: name its folder, {run.path.parent}")
@@ -60,8 +62,8 @@ def run_status(run: RunFolder, layout: Layout | None = None) -> dict:
     process, working = _worker(run.path / LOCK)
     rows = _told(notes, lambda: _rows(run, notes, working)) or []
     checkpoints = _checkpoints(run)
-    done = {name: max([0, *(epoch for phase, epoch in checkpoints if phase == name)]) for name in PHASES}
-    done |= {name: max([0, *(row["epoch"] for row in rows if row["phase"] == name)]) for name in PHASES if rows}
+    there = [(row["phase"], row["epoch"]) for row in rows] or checkpoints
+    done = {name: max([0, *(epoch for phase, epoch in there if phase == name)]) for name in PHASES}
     wanted = {name: getattr(config, name).epochs if config else None for name in PHASES}
     left = {name: max(0, wanted[name] - done[name]) if config else 0 for name in PHASES}
     early = bool(config and left["grpo"] and 0 < config.grpo.patience <= epochs_since_best(rows))
@@ -95,6 +97,14 @@ def run_status(run: RunFolder, layout: Layout | None = None) -> dict:
         "command": _command(run, layout, process) if state in ("killed", "not begun") else None,
         "notes": notes,
     }
+
+
+def runs_below(results: Path) -> list[dict]:
+    """The state of every run below a results folder. Raises LeverError where there is none."""
+    found = [run_status(RunFolder(path)) for path in sorted(results.glob("*/model_cpk/*/"))]
+    if not found:
+        raise LeverError(f"no run below {results}: train first (`lever train`), or name another --results")
+    return found
 
 
 def _told(notes: list[str], read: Callable[[], Told]) -> Told | None:
@@ -233,7 +243,7 @@ def _best(rows: list[dict]) -> dict:
     """Metric → the best epoch so far and its value, among the epochs that are chosen from."""
     phase = PHASES[any(row["phase"] == "grpo" for row in rows)]
     of_phase = [row for row in rows if row["phase"] == phase]
-    best = {name: best_row(of_phase, STRATEGIES[name]) for name in ("val_reward", "val_loss")}
+    best = {name: best_row(of_phase, STRATEGIES[name]) for name in (RECOMMENDED, "val_loss")}
     return {n: {"phase": phase, "epoch": row["epoch"], "value": row[n]} for n, row in best.items() if row}
 
 

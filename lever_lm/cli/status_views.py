@@ -4,11 +4,11 @@ import socket
 import time
 from pathlib import Path
 
-from lever_lm.cli.status import PHASES, who
+from lever_lm.cli.status import who
+from lever_lm.training.metrics import PHASES, RECOMMENDED, metrics_on
 from lever_lm.utils.progress import duration
-from lever_lm.utils.safe_parse import one_line
+from lever_lm.utils.terminal import one_line
 
-_SHOWN = ("train_loss", "val_loss", "ppo_loss", "kl", "beta", "temperature", "reward", "val_reward")
 _FAR = 24 * 3600  # seconds; what ends later has no hour of the day
 
 
@@ -37,8 +37,8 @@ def status_row(status: dict) -> str:
     phase = f"{status['phase'].upper()} " if status["phase"] in PHASES else ""
     known, at_least = status["seconds_left"], status["phase_seconds_left"]
     left = f"{duration(known)} left" if known else f"> {duration(at_least)} left" if known is None and at_least else ""
-    best = status["best"].get("val_reward")
-    reward = f"val_reward {best['value']:.4f}" if best else ""
+    best = status["best"].get(RECOMMENDED)
+    reward = f"{RECOMMENDED} {best['value']:.4f}" if best else ""
     return f"{status['state']:<9}  {phase + epochs:<16}  {left:<13}  {reward:<17}  {dataset}/{name}"
 
 
@@ -76,7 +76,7 @@ def _at(seconds: float) -> time.struct_time:
 
 
 def _numbers(row: dict) -> str:
-    values = [f"{name} {row[name]:.4f}" for name in _SHOWN if isinstance(row.get(name), (int, float))]
+    values = [f"{name} {row[name]:.4f}" for name in metrics_on("status") if isinstance(row.get(name), (int, float))]
     return f"{row['phase'].upper()} {row['epoch']}: {', '.join(values)}" if values else ""
 
 

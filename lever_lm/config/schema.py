@@ -1,74 +1,117 @@
-"""Every default of the package, as frozen dataclasses. How YAML, environment and flags change them: settings.py."""
+"""Every default of the package, as frozen dataclasses. YAML, environment and flags change them in load.py.
+
+A key's metadata says what it means, which values it takes, and its role: what depends on it.
+"""
 
 import dataclasses
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import partial
 from urllib.parse import urlsplit
 
 from lever_lm.utils.errors import UsageError
-from lever_lm.utils.safe_parse import shown
+from lever_lm.utils.terminal import shown
+
+_RANGES = {
+    "> 0": ("be greater than 0", lambda value: value > 0),
+    ">= 0": ("not be negative", lambda value: value >= 0),
+    "[0, 1)": ("lie in [0, 1)", lambda value: 0 <= value < 1),
+    "(0, 1)": ("lie in (0, 1)", lambda value: 0 < value < 1),
+    "(0, 1]": ("lie in (0, 1]", lambda value: 0 < value <= 1),
+}
 
 
-@dataclass(frozen=True)
-class DataConfig:
-    """Where the questions, annotations and images are. A path `asset:NAME` means what the package ships."""
+def setting(default, help: str, takes: str = "", *, role: str = "training"):
+    """A key of the config.
 
-    name: str = "digits"  # folder below results/
-    okvqa_path: str = "asset:digits"  # folder of the questions and annotations files, or of parquet files; or hub:REPO
-    coco_path: str = "asset:digits"  # folder of train2014/ and val2014/, with or without mscoco2014/ above them
-    train_path: str = ""  # where the training split is, if not in okvqa_path
-    file_prefix: str = ""  # what stands before the official files' names: v2_ for VQAv2
-    skip_bad_examples: bool = False  # go on without examples that cannot be read, and count them
-    allow_remote: bool = False  # fetch images that a table names by http(s) address; each once, into a cache
+    help: what it means, for `lever config show --docs`. takes: one of _RANGES, or words with ` | ` between them.
+    role: `answers`, what the picks and answers of a trained policy depend on; `place`, where the files of these are;
+    `machine`, what answers depend on by rounding alone; `speed`, what changes no result; `length`, what may change
+    when a run goes on; `command`, what belongs to one command; `training`, the others.
+    """
+    return field(default=default, metadata={"help": help, "takes": takes, "role": role})
 
 
-@dataclass(frozen=True)
-class FeatureConfig:
-    """CLIP embeddings of queries and candidates."""
+answers, place, machine = (partial(setting, role=role) for role in ("answers", "place", "machine"))
+speed, length, command = (partial(setting, role=role) for role in ("speed", "length", "command"))
 
-    encoder: str = "openai/clip-vit-large-patch14"  # hub id, directory, or asset:NAME
-    name: str = "query_img_text_icd_img_text"  # what the query and the ICDs are encoded by
-    batch_size: int = 64
+
+class Section:
+    """A part of the config under a name of its own. Raises UsageError for a value that a key does not take."""
+
+    section: str
+
+    def __init_subclass__(cls, section: str):
+        cls.section = section
 
     def __post_init__(self):
+        for one in fields(self):
+            key, value, takes = f"{self.section}.{one.name}", getattr(self, one.name), one.metadata["takes"]
+            if takes in _RANGES:
+                words, holds = _RANGES[takes]
+                if not holds(value):
+                    raise UsageError(f"{key} must {words}, found {value}")
+            elif takes and value not in takes.split(" | "):
+                raise UsageError(f"{key} is {shown(value)}: expected one of {takes.replace(' |', ',')}")
+
+
+@dataclass(frozen=True)
+class DataConfig(Section, section="data"):
+    """Where the questions, annotations and images are. A path `asset:NAME` means what the package ships."""
+
+    name: str = answers("digits", "folder below results/")
+    okvqa_path: str = place("asset:digits", "folder of questions and annotations, or of parquet files; or hub:REPO")
+    coco_path: str = place("asset:digits", "folder of train2014/ and val2014/, with or without mscoco2014/ above them")
+    train_path: str = place("", "where the training split is, if not in okvqa_path")
+    file_prefix: str = answers("", "what stands before the official files' names: v2_ for VQAv2")
+    skip_bad_examples: bool = setting(False, "go on without examples that cannot be read, and count them")
+    allow_remote: bool = length(False, "fetch images that a table names by http(s) address; each once, into a cache")
+
+
+@dataclass(frozen=True)
+class FeatureConfig(Section, section="features"):
+    """CLIP embeddings of queries and candidates."""
+
+    encoder: str = answers("openai/clip-vit-large-patch14", "hub id, directory, or asset:NAME")
+    name: str = answers("query_img_text_icd_img_text", "what the query and the ICDs are encoded by")
+    batch_size: int = speed(64, "images or texts in a batch of the encoder")
+
+    def __post_init__(self):
+        super().__post_init__()
         self.parts()
 
     def parts(self) -> tuple[frozenset[str], frozenset[str]]:
-        """What (queries, ICDs) are encoded by, as sets of `img` and `text`."""
-        choices = {"img": frozenset({"img"}), "text": frozenset({"text"}), "img_text": frozenset({"img", "text"})}
-        for query, query_parts in choices.items():
-            for icd, icd_parts in choices.items():
-                if self.name == f"query_{query}_icd_{icd}":
-                    return query_parts, icd_parts
-        raise UsageError(
-            f"unknown features {shown(self.name)}: expected query_X_icd_Y with X and Y of img, text, img_text "
-            "(--features)"
-        )
+        """Return what (queries, ICDs) are encoded by, as sets of `img` and `text`."""
+        match = re.fullmatch("query_(img|text|img_text)_icd_(img|text|img_text)", self.name)
+        if match is None:
+            raise UsageError(
+                f"unknown features {shown(self.name)}: expected query_X_icd_Y with X and Y of img, text, img_text "
+                "(--features)"
+            )
+        return frozenset(match[1].split("_")), frozenset(match[2].split("_"))
 
 
 @dataclass(frozen=True)
-class SamplerConfig:
+class SamplerConfig(Section, section="sampler"):
     """How the pool of a query is drawn from the training examples (its size is rollout.pool_size)."""
 
-    name: str = "rand_sampler"  # or text_sim_sampler, img_sim_sampler; mix_sampler: 1/2 random, 1/4 text, 1/4 image
+    name: str = answers("rand_sampler", "or text_sim_sampler, img_sim_sampler; mix_sampler: 1/2, 1/4, 1/4 of the three")
 
 
 @dataclass(frozen=True)
-class PromptConfig:
+class PromptConfig(Section, section="prompt"):
     """How ICDs and a query become a conversation."""
 
-    style: str = "interleaved"  # interleaved: one user turn; dialogue: one user/assistant turn per ICD
-    template: str = "Question: {question} Short answer: {answer}"  # an ICD's text; the query's ends before {answer}
-    separator: str = "\n"  # between one ICD and the next image, within one turn
-    order: str = "first_pick_last"  # the first pick stands nearest the query; or first_pick_first
-    system: str = "You are a helpful assistant."
-    cut: str = "turn"  # an answer ends at a line break, a comma, or the next turn; classic: also at Short in Shorts
+    style: str = answers("interleaved", "dialogue: one user and assistant turn per ICD", "interleaved | dialogue")
+    template: str = answers("Question: {question} Short answer: {answer}", "of an ICD; a query's ends before {answer}")
+    separator: str = answers("\n", "text between one ICD and the next image, within one turn")
+    order: str = answers("first_pick_last", "where the first pick stands", "first_pick_last | first_pick_first")
+    system: str = answers("You are a helpful assistant.", "text of the system turn")
+    cut: str = answers("turn", "an answer ends at line, comma, turn; classic: at Short in Shorts too", "turn | classic")
 
     def __post_init__(self):
-        _one_of("prompt.style", self.style, ("interleaved", "dialogue"))
-        _one_of("prompt.order", self.order, ("first_pick_last", "first_pick_first"))
-        _one_of("prompt.cut", self.cut, ("turn", "classic"))
+        super().__post_init__()
         parts = re.split(r"(\{question\}|\{answer\})", self.template)
         if parts[1::2] != ["{question}", "{answer}"] or parts[-1]:
             raise UsageError(
@@ -77,57 +120,52 @@ class PromptConfig:
 
 
 @dataclass(frozen=True)
-class LvlmConfig:
+class LvlmConfig(Section, section="lvlm"):
     """The frozen vision-language model and how it answers."""
 
-    path: str = "Qwen/Qwen2.5-VL-3B-Instruct"  # hub id, directory, or asset:NAME
-    dtype: str = "auto"  # auto: bfloat16 on a GPU, float32 on a CPU
-    attention: str = "auto"  # auto: the library's choice; or sdpa, eager, flash_attention_2
-    batch_size: int = 64  # prompts in a batch, at most
-    batch_tokens: int = 65536  # and tokens in it, padding and the answers that are scored counted
-    compile: bool = False  # fuse small operations on a GPU: a tenth faster, after 15 seconds
-    workers: int = -1  # processes that decode images ahead of the model; -1: eight with a GPU, none without
-    bank_memory: float = 0.0  # GiB of the device for image features; 0: a quarter of what the model leaves free
-    bank_disk: float = 64.0  # GiB in the cache folder for image features; 0: none is written
-    num_beams: int = 1
-    length_penalty: float = 1.0
-    repetition_penalty: float = 1.0  # above 1: against tokens that the prompt has, so against copied answers too
-    eos: str = "model"  # what ends an answer: the tokens of the model's generation config; or tokenizer: its own alone
-    max_new_tokens: int = 5
-    min_pixels: int = 3136
-    max_pixels: int = 1003520
-    server: str = ""  # URL of an OpenAI-compatible server that answers as model `path`, or URL,URL,…; empty: in process
-    concurrency: int = 32  # requests under way at a server at once
-    timeout: float = 120.0  # seconds a request may take
-    retries: int = 5  # of a request that failed in a way that may pass
-    wait: float = 0.0  # seconds to wait for a server that is starting, or starting again; 0: as long as the retries
+    path: str = answers("Qwen/Qwen2.5-VL-3B-Instruct", "hub id, directory, or asset:NAME")
+    dtype: str = machine("auto", "bfloat16 on a GPU, float32 on a CPU", "auto | float32 | bfloat16 | float16")
+    attention: str = machine("auto", "auto: the library's choice", "auto | sdpa | eager | flash_attention_2")
+    batch_size: int = speed(64, "prompts in a batch, at most", "> 0")
+    batch_tokens: int = speed(65536, "tokens in a batch, at most; padding and the answers that are scored count", "> 0")
+    compile: bool = speed(False, "fuse small operations on a GPU: a tenth faster, after 15 seconds")
+    workers: int = speed(-1, "processes that decode images ahead of the model; -1: eight with a GPU, none without")
+    bank_memory: float = speed(0.0, "GiB of the device for image features; 0: a quarter of what is free", ">= 0")
+    bank_disk: float = speed(64.0, "GiB in the cache folder for image features; 0: none is written", ">= 0")
+    num_beams: int = answers(1, "beams of the search for an answer; 1: greedy", "> 0")
+    length_penalty: float = answers(1.0, "exponent of the length that a beam's log-prob is divided by")
+    repetition_penalty: float = answers(1.0, "above 1: against tokens of the prompt, and so copied answers", "> 0")
+    eos: str = answers("model", "what ends an answer: the model's tokens, or the tokenizer's one", "model | tokenizer")
+    max_new_tokens: int = answers(5, "tokens of an answer, at most", "> 0")
+    min_pixels: int = answers(3136, "a smaller image is enlarged to this many", "> 0")
+    max_pixels: int = answers(1003520, "a larger image is reduced to this many", "> 0")
+    # The fingerprint of answers says itself that they came from a server.
+    server: str = speed("", "URL of an OpenAI-compatible server of model `path`, or URL,URL,…; empty: in process")
+    concurrency: int = speed(32, "requests under way at a server at once", "> 0")
+    timeout: float = speed(120.0, "seconds that a request may take", "> 0")
+    retries: int = speed(5, "of a request that failed in a way that may pass", ">= 0")
+    wait: float = speed(0.0, "seconds to wait for a server that is starting; 0: as long as the retries take", ">= 0")
 
     def __post_init__(self):
-        _one_of("lvlm.dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
-        _one_of("lvlm.eos", self.eos, ("model", "tokenizer"))
-        _one_of("lvlm.attention", self.attention, ("auto", "sdpa", "eager", "flash_attention_2"))
-        sizes = ("batch_size", "batch_tokens", "num_beams", "max_new_tokens", "min_pixels", "max_pixels")
-        _positive(self, "lvlm", *sizes, "repetition_penalty")
-        _not_negative(self, "lvlm", "bank_memory", "bank_disk")
+        super().__post_init__()
         if self.workers < -1:
             raise UsageError(f"lvlm.workers must be -1 or more, found {self.workers}")
         if self.min_pixels > self.max_pixels:
             raise UsageError(f"lvlm.min_pixels {self.min_pixels} exceeds lvlm.max_pixels {self.max_pixels}")
-        _positive(self, "lvlm", "concurrency", "timeout")
-        _not_negative(self, "lvlm", "retries", "wait")
-        if self.server:
-            for url in self.server.split(","):
-                _check_url("lvlm.server", url.strip(), "--server http://127.0.0.1:8000/v1")
-            if self.num_beams > 1:
-                raise UsageError(
-                    f"a server answers greedily, but lvlm.num_beams is {self.num_beams}: --set lvlm.num_beams=1, or "
-                    "drop --server (lvlm.server) to search beams in this process"
-                )
-            if self.eos != "model":
-                raise UsageError(
-                    f"a server ends its answers where the model's generation config says, but lvlm.eos is {self.eos}: "
-                    "--set lvlm.eos=model, or drop --server (lvlm.server)"
-                )
+        if not self.server:
+            return
+        for url in self.server.split(","):
+            _check_server(url.strip())
+        if self.num_beams > 1:
+            raise UsageError(
+                f"a server answers greedily, but lvlm.num_beams is {self.num_beams}: --set lvlm.num_beams=1, or "
+                "drop --server (lvlm.server) to search beams in this process"
+            )
+        if self.eos != "model":
+            raise UsageError(
+                f"a server ends its answers where the model's generation config says, but lvlm.eos is {self.eos}: "
+                "--set lvlm.eos=model, or drop --server (lvlm.server)"
+            )
 
     @property
     def servers(self) -> list[str]:
@@ -135,34 +173,41 @@ class LvlmConfig:
         return list(dict.fromkeys(url.strip().rstrip("/") for url in self.server.split(","))) if self.server else []
 
 
-# What of an LVLM changes the time its answers take, and not the answers.
-LVLM_SPEED = ("batch_size", "batch_tokens", "compile", "workers", "bank_memory", "bank_disk")
-# That a server answered is in its own fingerprint.
-LVLM_SPEED += ("server", "concurrency", "timeout", "retries", "wait")
-LVLM_MACHINE = ("dtype", "attention")  # and what depends on the machine that it runs on
+def _check_server(url: str) -> None:
+    """Raise UsageError unless `url` is http(s) with a host and nothing that does not belong into a config."""
+    if "@" in url:  # not shown: it may be a password
+        raise UsageError("lvlm.server must hold no user or password: a key is taken from OPENAI_API_KEY")
+    try:
+        parts = urlsplit(url)
+        sound = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
+        sound = sound and url.isprintable() and " " not in url and not parts.query and not parts.fragment
+    except ValueError:  # a port that is no number, a broken IPv6 address
+        sound = False
+    if not sound:
+        example = "for example --server http://127.0.0.1:8000/v1"
+        raise UsageError(f"lvlm.server must be the URL of a server, up to its /v1, found {shown(url, 100)}: {example}")
 
 
 @dataclass(frozen=True)
-class RolloutConfig:
+class RolloutConfig(Section, section="rollout"):
     """The rollouts of a query: how many queries, how large a pool, how many sequences of each kind."""
 
-    num_queries: int = 5000  # training examples that get a group; all of them if there are fewer
-    pool_size: int = 64
-    shots: int = 2
-    beam: int = 2  # beams of the initial policy
-    sample: int = 3  # samples of the initial policy, at each temperature
-    temperatures: tuple[float, ...] = (1.0, 1.3)
-    retrieval: int = 2  # by similarity to the query
-    random: int = 5
-    infoscore: int = 0  # by beam search, of this width, for the gain in the reference's log-prob; costly
-    infoscore_candidates: int = 0  # how many of the pool that search tries at each step; 0: all
-    distinct_orders: bool = False  # the same ICDs in another order are another rollout, not a duplicate
-    gt_prob: bool = False  # also score P(reference answers), which the reward modes with gtprob need
-    gt_prob_end: bool = True  # of answers that end there, so that 1 has no share in 10; no: of texts that begin so
+    num_queries: int = setting(5000, "training examples that get a group; all of them if there are fewer", "> 0")
+    pool_size: int = answers(64, "candidates of a query", "> 0")
+    shots: int = setting(2, "demonstrations of a rollout", "> 0")
+    beam: int = setting(2, "beams of the initial policy", ">= 0")
+    sample: int = setting(3, "samples of the initial policy, at each temperature", ">= 0")
+    temperatures: tuple[float, ...] = setting((1.0, 1.3), "temperatures of the samples")
+    retrieval: int = setting(2, "rollouts by similarity to the query", ">= 0")
+    random: int = setting(5, "rollouts that are drawn evenly", ">= 0")
+    infoscore: int = setting(0, "rollouts by a beam search for the gain in the reference's log-prob; costly", ">= 0")
+    infoscore_candidates: int = setting(0, "candidates that this search tries at each step; 0: all", ">= 0")
+    distinct_orders: bool = setting(False, "the same ICDs in another order are another rollout, not a duplicate")
+    gt_prob: bool = setting(False, "also score P(reference answers), which the reward modes with gtprob need")
+    gt_prob_end: bool = setting(True, "of answers that end there, so that 1 has no share in 10; no: that begin so")
 
     def __post_init__(self):
-        _positive(self, "rollout", "num_queries", "pool_size", "shots")
-        _not_negative(self, "rollout", "beam", "sample", "retrieval", "random", "infoscore", "infoscore_candidates")
+        super().__post_init__()
         if not any((self.beam, self.sample and self.temperatures, self.retrieval, self.random, self.infoscore)):
             raise UsageError("no rollout of any kind is asked for: rollout.beam, sample, retrieval, random, infoscore")
         if 0 < self.infoscore_candidates < self.shots:
@@ -180,129 +225,99 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True)
-class RewardConfig:
-    """How a scored rollout becomes a number (rewards.py), and which rollouts are dropped on loading."""
+class RewardConfig(Section, section="reward"):
+    """How a scored rollout becomes a number, and which rollouts are dropped on loading."""
 
-    mode: str = "hard_plus_soft"
-    hard_weight: float = 1.0
-    soft_weight: float = 1.0
-    rel_weight: float = 0.1
-    skip_fallback: bool = True  # drop rollouts scored by the fallback metric
-    require_positive: bool = False  # drop queries without a correct rollout
-    missing: str = "refuse"  # a rollout that lacks a score of the mode: refuse, drop; lineage: no vqa_gt_prob is 0
-    max_groups: int = 0  # groups of a rollout file to train on, the first by query id; 0: all (--limit)
-
-    def __post_init__(self):
-        _one_of("reward.missing", self.missing, ("refuse", "drop", "lineage"))
-        _not_negative(self, "reward", "max_groups")
+    mode: str = setting("hard_plus_soft", "how scores become a reward: docs/learning.md lists the modes")
+    hard_weight: float = setting(1.0, "weight of a correct answer")
+    soft_weight: float = setting(1.0, "weight of the accuracy, or of P(reference answers)")
+    rel_weight: float = setting(0.1, "weight of the relevance")
+    skip_fallback: bool = setting(True, "drop rollouts scored by the fallback metric")
+    require_positive: bool = setting(False, "drop queries without a correct rollout")
+    missing: str = setting("refuse", "if a score lacks; lineage: no vqa_gt_prob is 0", "refuse | drop | lineage")
+    max_groups: int = setting(0, "groups of a rollout file to train on, first by query id; 0: all (--limit)", ">= 0")
 
 
 @dataclass(frozen=True)
-class PolicyConfig:
+class PolicyConfig(Section, section="policy"):
     """Shape of the PointerSelector; its input size is that of the features."""
 
-    hidden_dim: int = 256
-    num_layers: int = 1
-    num_heads: int = 1
-    dropout: float = 0.5
-    attn_dropout: float = 0.1
-    state_update: str = "none"  # how a pick changes the query state: none, gate, gru
-    scorer: str = "dot"  # how the state scores a candidate: dot, additive, bilinear
-    diversity: str = "none"  # mmr: likeness to what was picked costs, by a learnt weight
-    stop: bool = False  # the policy may end a sequence early, after its first pick
-
-    def __post_init__(self):
-        _positive(self, "policy", "hidden_dim", "num_layers", "num_heads")
-        for name in ("dropout", "attn_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UsageError(f"policy.{name} must lie in [0, 1), found {getattr(self, name)}")
+    hidden_dim: int = setting(256, "size of projected queries and candidates", "> 0")
+    num_layers: int = setting(1, "layers of cross-attention", "> 0")
+    num_heads: int = setting(1, "heads of a layer", "> 0")
+    dropout: float = setting(0.5, "dropout after the projections", "[0, 1)")
+    attn_dropout: float = setting(0.1, "dropout of the attention weights", "[0, 1)")
+    state_update: str = setting("none", "how a pick changes the query state: none, gate, gru")
+    scorer: str = setting("dot", "how the state scores a candidate: dot, additive, bilinear")
+    diversity: str = setting("none", "mmr: likeness to what was picked costs, by a learnt weight")
+    stop: bool = setting(False, "the policy may end a sequence early, after its first pick")
 
 
 @dataclass(frozen=True)
-class RceConfig:
+class RceConfig(Section, section="rce"):
     """Reward-weighted cross-entropy: the warm-up."""
 
-    epochs: int = 5
-    lr: float = 1e-3
-    batch_size: int = 64
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    temperature_start: float = 2.0
-    temperature_end: float = 0.5
-    normalize: str = "none"  # rewards in the weights: none, zscore or rank within the group
-    label_smoothing: float = 0.0
-
-    def __post_init__(self):
-        _positive(self, "rce", "batch_size", "lr", "max_grad_norm", "temperature_start", "temperature_end")
-        _not_negative(self, "rce", "epochs")
-        _not_negative(self, "rce", "weight_decay")
-        if not 0 <= self.label_smoothing < 1:
-            raise UsageError(f"rce.label_smoothing must lie in [0, 1), found {self.label_smoothing}")
-        _one_of("rce.normalize", self.normalize, ("none", "zscore", "rank"))
+    epochs: int = setting(5, "epochs of the warm-up", ">= 0")
+    lr: float = setting(1e-3, "learning rate", "> 0")
+    batch_size: int = setting(64, "groups in a batch", "> 0")
+    weight_decay: float = setting(0.01, "weight decay of AdamW", ">= 0")
+    max_grad_norm: float = setting(1.0, "longer gradients are cut to this length", "> 0")
+    temperature_start: float = setting(2.0, "temperature of the rewards' softmax in the first epoch", "> 0")
+    temperature_end: float = setting(0.5, "and in the last one", "> 0")
+    normalize: str = setting("none", "rewards in the weights, within their group", "none | zscore | rank")
+    label_smoothing: float = setting(0.0, "share of the target that is spread over all candidates", "[0, 1)")
 
 
 @dataclass(frozen=True)
-class GrpoConfig:
+class GrpoConfig(Section, section="grpo"):
     """Group-relative policy optimisation on the logged groups."""
 
-    epochs: int = 50
-    lr: float = 1e-4
-    batch_size: int = 64
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    schedule: str = "constant"  # of the learning rate: constant; linear or cosine, to 0 at the last of `epochs`
-    warmup_steps: int = 0
-    patience: int = 0  # stop after so many epochs without a better val_reward; 0: never
-    clip_epsilon: float = 0.2
-    clip_epsilon_high: float = 0.0  # of ratios above 1; 0: as clip_epsilon
-    kl_beta: float = 0.1
-    kl: str = "k3"  # estimate of the KL: k1, k2, k3; on logged rollouts k1 is a drift, not a penalty
-    adaptive_kl: bool = False  # β × 1.5 above KL 0.1, ÷ 1.5 below 0.01
-    entropy_beta: float = 0.0  # weight of a bonus for the entropy of the picks
-    advantage: str = "zscore"  # or rank
-    advantage_scale: str = "group"  # what a zscore divides by: std of the group, of the batch (all groups), or none
-    advantage_min_std: float = 0.1
-    advantage_clip: float = 5.0
-    top_k: tuple[int, ...] = ()  # keep only the k best rollouts of a group; one entry an epoch, the last for the rest
-    refresh_every: int = 5  # epochs between refreshes of the old policy; 0 never
-    anchor: str = "rce"  # what old and reference policy are at the start: that after RCE (rce), or before it (init)
-    reference: str = "start"  # KL against the policy at GRPO's start, or against the `old` one
-    dropout: str = "both"  # off; both: the same masks for old, reference and new policy; new_only: as in the lineage
-    freeze_backbone: bool = False  # train the attention layers only: input_proj, query_proj, cand_proj stay
-    online: bool = False  # also learn from new rollouts of the policy itself, answered by the LVLM
-    online_every: int = 5  # epochs between rounds of them; each replaces the round before
-    online_samples: int = 8  # for each query, in a round
-    online_ratio: float = 0.5  # their share of the loss; 1: the logged rollouts are left out
+    epochs: int = length(50, "epochs after the warm-up", ">= 0")
+    lr: float = setting(1e-4, "learning rate", "> 0")
+    batch_size: int = setting(64, "groups in a batch", "> 0")
+    weight_decay: float = setting(0.0, "weight decay of AdamW", ">= 0")
+    max_grad_norm: float = setting(1.0, "longer gradients are cut to this length", "> 0")
+    schedule: str = setting("constant", "of the learning rate, to 0 at the last epoch", "constant | linear | cosine")
+    warmup_steps: int = setting(0, "steps in which the learning rate rises from 0", ">= 0")
+    loss: str = setting("clip", "what a step minimises: the clipped ratio times the advantage", "clip")
+    patience: int = length(0, "stop after so many epochs without a better val_reward; 0: never", ">= 0")
+    clip_epsilon: float = setting(0.2, "how far the ratio of new to old probability counts, from 1", "(0, 1)")
+    clip_epsilon_high: float = setting(0.0, "of ratios above 1; 0: as clip_epsilon", ">= 0")
+    kl_beta: float = setting(0.1, "weight β of the KL to the reference policy", ">= 0")
+    kl: str = setting("k3", "estimate of the KL; on logged rollouts k1 is a drift, not a penalty", "k1 | k2 | k3")
+    adaptive_kl: bool = setting(False, "β × 1.5 above KL 0.1, ÷ 1.5 below 0.01")
+    entropy_beta: float = setting(0.0, "weight of a bonus for the entropy of the picks", ">= 0")
+    advantage: str = setting("zscore", "of the reward within its group, or its rank", "zscore | rank")
+    advantage_scale: str = setting("group", "whose std a zscore divides by", "group | batch | none")
+    advantage_min_std: float = setting(0.1, "a zscore divides by no less", ">= 0")
+    advantage_clip: float = setting(5.0, "larger advantages, of either sign, are cut to this", "> 0")
+    top_k: tuple[int, ...] = setting((), "keep only the k best rollouts of a group, an entry an epoch, then the last")
+    refresh_every: int = setting(5, "epochs between refreshes of the old policy; 0 never", ">= 0")
+    anchor: str = setting("rce", "old and reference policy at the start: that after RCE, or before it", "rce | init")
+    reference: str = setting("start", "KL against the policy at GRPO's start, or against the `old` one", "start | old")
+    dropout: str = setting("both", "both: same masks in old and new policy; lineage: new_only", "off | both | new_only")
+    freeze_backbone: bool = setting(False, "train the attention layers only: input_proj, query_proj, cand_proj stay")
+    online: bool = setting(False, "also learn from new rollouts of the policy itself, answered by the LVLM")
+    online_every: int = setting(5, "epochs between rounds of these; each replaces the round before", "> 0")
+    online_samples: int = setting(8, "rollouts of a query in a round")
+    online_ratio: float = setting(0.5, "their share of the loss; 1: the logged rollouts are left out", "(0, 1]")
 
     def __post_init__(self):
-        _positive(self, "grpo", "batch_size", "lr", "max_grad_norm", "clip_epsilon", "advantage_clip", "online_every")
-        _not_negative(self, "grpo", "epochs", "kl_beta", "refresh_every", "weight_decay", "clip_epsilon_high")
-        _not_negative(self, "grpo", "entropy_beta", "patience", "warmup_steps", "advantage_min_std")
-        if self.clip_epsilon >= 1:
-            raise UsageError(f"grpo.clip_epsilon must lie in (0, 1), found {self.clip_epsilon}")
+        super().__post_init__()
         if self.kl == "k1" and self.adaptive_kl:
             raise UsageError("grpo.adaptive_kl follows a KL that is never negative: not with grpo.kl=k1, take k3")
         if self.online_samples < 2:
             raise UsageError(f"grpo.online_samples must be 2 or more to compare, found {self.online_samples}")
-        if not 0 < self.online_ratio <= 1:
-            raise UsageError(f"grpo.online_ratio must lie in (0, 1], found {self.online_ratio}")
         if any(k < 1 for k in self.top_k):
             raise UsageError(f"grpo.top_k must hold numbers of 1 or more, found {list(self.top_k)}")
-        _one_of("grpo.advantage", self.advantage, ("zscore", "rank"))
-        _one_of("grpo.advantage_scale", self.advantage_scale, ("group", "batch", "none"))
-        _one_of("grpo.kl", self.kl, ("k1", "k2", "k3"))
-        _one_of("grpo.schedule", self.schedule, ("constant", "linear", "cosine"))
-        _one_of("grpo.anchor", self.anchor, ("rce", "init"))
-        _one_of("grpo.dropout", self.dropout, ("off", "both", "new_only"))
-        _one_of("grpo.reference", self.reference, ("start", "old"))
 
 
 @dataclass(frozen=True)
-class InferConfig:
-    """Which evaluation queries are answered, and how predictions are scored."""
+class InferConfig(Section, section="infer"):
+    """The queries of an evaluation, and how predictions are scored."""
 
-    num_queries: int = 0  # 0: all of the evaluation split
-    okvqa_stem: bool = False  # reduce predictions as OK-VQA reduced its `answer`s, before they are scored against these
+    num_queries: int = command(0, "queries that are answered; 0: all of the evaluation split")
+    okvqa_stem: bool = command(False, "reduce predictions as OK-VQA reduced its `answer`s, before they are scored")
 
 
 @dataclass(frozen=True)
@@ -320,9 +335,9 @@ class Config:
     rce: RceConfig = field(default_factory=RceConfig)
     grpo: GrpoConfig = field(default_factory=GrpoConfig)
     infer: InferConfig = field(default_factory=InferConfig)
-    seed: int = 0
-    device: str = "auto"  # auto: the first GPU if there is one, else the CPU
-    keep: int = 0  # checkpoints to keep: so many of the latest of each phase, and the best of every strategy; 0: all
+    seed: int = setting(0, "seed of every draw")
+    device: str = command("auto", "auto: the first GPU if there is one, else the CPU")
+    keep: int = command(0, "checkpoints to keep: the latest of each phase, and the best of every strategy; 0: all")
 
     def __post_init__(self):
         if not 0 <= self.seed < 2**63:
@@ -337,39 +352,32 @@ class Config:
             )
 
 
-def _one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UsageError(f"{key} is {shown(value)}: expected one of {', '.join(choices)}")
-
-
-def _positive(part, prefix: str, *names: str) -> None:
-    for name in names:
-        if getattr(part, name) <= 0:
-            raise UsageError(f"{prefix}.{name} must be greater than 0, found {getattr(part, name)}")
-
-
-def _check_url(key: str, url: str, example: str) -> None:
-    """Raise UsageError unless it is http(s) with a host and nothing that does not belong into a config."""
-    if "@" in url:  # not shown: it may be a password
-        raise UsageError(f"{key} must hold no user or password: a key goes into the environment, as OPENAI_API_KEY")
-    try:
-        parts = urlsplit(url)
-        sound = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
-        sound = sound and url.isprintable() and " " not in url and not parts.query and not parts.fragment
-    except ValueError:  # a port that is no number, a broken IPv6 address
-        sound = False
-    if not sound:
-        raise UsageError(
-            f"{key} must be the URL of a server, up to its /v1, found {shown(url, 100)}: for example {example}"
-        )
-
-
-def _not_negative(part, prefix: str, *names: str) -> None:
-    for name in names:
-        if getattr(part, name) < 0:
-            raise UsageError(f"{prefix}.{name} must not be negative, found {getattr(part, name)}")
-
-
 def to_dict(config) -> dict:
-    """Plain nested values of a config or of a part of it, as YAML and JSON hold them."""
+    """Return the plain nested values of a config or of a part of it, as YAML and JSON hold them."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+# ---------------------------------------------------------------------- the keys
+
+
+def _keys() -> dict[tuple[str, ...], dataclasses.Field]:
+    """The field of each key: (section, name), or (name,) at the top; in the order of the dataclasses."""
+    parts = {one: fields(one.type) if dataclasses.is_dataclass(one.type) else () for one in fields(Config)}
+    inner = {(one.name, leaf.name): leaf for one, leaves in parts.items() for leaf in leaves}
+    return inner | {(one.name,): one for one, leaves in parts.items() if not leaves}
+
+
+def keys_of(*roles: str) -> list[tuple[str, ...]]:
+    """Return the keys of these roles, as (section, name) or (name,)."""
+    return [key for key, one in _keys().items() if one.metadata["role"] in roles]
+
+
+def all_keys() -> list[str]:
+    """Return every dotted key of the config."""
+    return list(map(".".join, _keys()))
+
+
+def key_docs() -> dict[str, str]:
+    """Return what each dotted key means, and each section."""
+    sections = {one.name: one.type.__doc__ for one in fields(Config) if dataclasses.is_dataclass(one.type)}
+    return sections | {".".join(key): one.metadata["help"] for key, one in _keys().items()}

@@ -11,12 +11,11 @@ from lever_lm.data.example import (
     image_digest,
     image_digests,
     open_image,
-    refuse_or_skip,
     undecodable,
 )
-from lever_lm.data.okvqa import SPLITS, questions_file
-from lever_lm.data.okvqa import load_split as load_official
-from lever_lm.data.parquet import load_split as load_parquet
+from lever_lm.data.okvqa import SPLITS, load_official, questions_file
+from lever_lm.data.parquet import load_parquet
+from lever_lm.data.rows import BadExamples
 from lever_lm.data.split_files import parquet_files
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.fingerprint import fingerprint
@@ -31,6 +30,7 @@ __all__ = [
     "in_both",
     "in_parquet",
     "load_dataset",
+    "load_split",
     "open_image",
     "source_of",
 ]
@@ -42,12 +42,19 @@ def source_of(config: DataConfig, split: str) -> str:
 
 
 def in_parquet(config: DataConfig, split: str) -> bool:
-    """Whether a split comes from parquet files: a hub id, or a folder that holds such and no official files."""
+    """Return whether a split comes from parquet files: a hub id, or a folder that holds such and no official files."""
     source = source_of(config, split)
     if source.startswith(HUB_PREFIX):
         return True
     root = asset_path(source)
     return not os.path.isfile(questions_file(root, split, config.file_prefix)) and bool(parquet_files(root))
+
+
+def load_split(config: DataConfig, split: str, bad: BadExamples) -> tuple[list[Example], str]:
+    """The examples of a split (`train`, `val`) and its fingerprint; images are not opened. Examples that cannot be used
+    go to `bad`. Raises LeverError with file, id and what was expected."""
+    load = load_parquet if in_parquet(config, split) else load_official
+    return load(source_of(config, split), config, split, bad)
 
 
 def load_dataset(config: DataConfig) -> VqaData:
@@ -57,17 +64,16 @@ def load_dataset(config: DataConfig) -> VqaData:
     listed in `skipped`.
     """
     image_digest.cache_clear()  # what was read before may have changed
-    skipped: list[str] = []
+    bad = BadExamples(config.skip_bad_examples)
     splits, stamps, digests = {}, {}, {}
     for split in SPLITS:
-        load = load_parquet if in_parquet(config, split) else load_official
-        splits[split], stamps[split] = load(source_of(config, split), config, split, skipped)
-        if config.skip_bad_examples:
-            splits[split] = _decodable(splits[split], skipped)
+        splits[split], stamps[split] = load_split(config, split, bad)
+        if bad.skip:
+            splits[split] = _decodable(splits[split], bad)
         digests[split] = _digests(splits[split])
     repeated = in_both(config, splits["train"], splits["val"])
     for problem in repeated.values():
-        refuse_or_skip(problem, config.skip_bad_examples, skipped)
+        bad.add(problem)
     splits["train"], digests["train"] = (
         [item for row, item in enumerate(items) if row not in repeated] for items in (splits["train"], digests["train"])
     )
@@ -76,7 +82,7 @@ def load_dataset(config: DataConfig) -> VqaData:
             raise LeverError(f"{source_of(config, split)}: the {split} split holds no usable example: `lever doctor`")
         stamps[split] = fingerprint(stamps[split], [e.question_id for e in examples], digests[split])
     train, val = (tuple(splits[split]) for split in SPLITS)
-    return VqaData(config.name, train, val, fingerprint(*stamps.values()), tuple(skipped), tuple(stamps.values()))
+    return VqaData(config.name, train, val, fingerprint(*stamps.values()), tuple(bad.problems), tuple(stamps.values()))
 
 
 def in_both(config: DataConfig, train: list[Example], val: list[Example]) -> dict[int, str]:
@@ -97,20 +103,19 @@ def in_both(config: DataConfig, train: list[Example], val: list[Example]) -> dic
 
 
 def _digests(examples: list[Example]) -> list[str]:
-    """What identifies the content of each example's image. Raises LeverError naming the question of one that cannot be
-    read."""
+    """Return what identifies the content of each example's image. Raises LeverError with the question of an image that
+    cannot be read."""
+    images = [example.image for example in examples]
     try:
-        return image_digests([example.image for example in examples])
-    except LeverError:
-        for example in examples:
-            try:
-                image_digest(example.image)
-            except LeverError as error:
-                raise LeverError(f"question {example.question_id}: {error}") from error
-        raise
+        return image_digests(images)
+    except LeverError as error:
+        question = examples[images.index(error.__cause__.filename)].question_id
+        raise LeverError(f"question {question}: {error}") from error
 
 
-def _decodable(examples: list[Example], skipped: list[str]) -> list[Example]:
-    bad = undecodable(example.image for example in examples)
-    skipped += [f"question {e.question_id}: {bad[e.image]}" for e in examples if e.image in bad]
-    return [example for example in examples if example.image not in bad]
+def _decodable(examples: list[Example], bad: BadExamples) -> list[Example]:
+    broken = undecodable(example.image for example in examples)
+    for example in examples:
+        if example.image in broken:
+            bad.add(f"question {example.question_id}: {broken[example.image]}")
+    return [example for example in examples if example.image not in broken]

@@ -1,8 +1,6 @@
-"""One VQA item, the table of them, and the one place where an image becomes pixels."""
+"""Example, one VQA item; VqaData, the two splits; and the one place where an image becomes pixels."""
 
-import hashlib
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,9 +13,7 @@ from lever_lm.data.image_decode import Undecodable, decoded
 from lever_lm.utils.atomic_io import open_regular
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.file_hashes import DIGESTS
-from lever_lm.utils.safe_parse import one_line, shown
-
-DIGITS = 16  # of its SHA-256: what identifies it
+from lever_lm.utils.terminal import one_line
 
 
 @dataclass(frozen=True)
@@ -60,7 +56,7 @@ class Example:
 
     @cached_property
     def content(self) -> str:
-        """The digest of the image's content. Raises LeverError when the image is not there."""
+        """The digest of the image's content. Raises LeverError when the image is missing."""
         return image_digest(self.image)
 
 
@@ -74,9 +70,10 @@ class VqaData:
     fingerprint: str
     skipped: tuple[str, ...] = ()
     stamps: tuple[str, ...] = ()  # the fingerprint of each split
+    task: str = "vqa"  # how answers are scored: a name of tasks.TASKS
 
     def examples(self, split: str) -> tuple[Example, ...]:
-        """Those of a split, `train` or `val`."""
+        """Return the examples of a split, `train` or `val`."""
         return {"train": self.train_examples, "val": self.val_examples}[split]
 
     def stamp(self, split: str) -> str:
@@ -98,30 +95,16 @@ def to_dataset(examples: Sequence[Example]):
     """Examples → `datasets.Dataset` whose `image` column decodes on access, never before."""
     import datasets
 
-    text, number = datasets.Value("string"), datasets.Value("int64")
-    features = datasets.Features(
-        question_id=number,
-        image_id=number,
-        question=text,
-        answers=datasets.List(text),
-        raw_answers=datasets.List(text),
-    )
-    columns = {
-        "question_id": [example.question_id for example in examples],
-        "image_id": [example.image_id for example in examples],
-        "question": [example.question for example in examples],
-        "answers": [list(example.answers) for example in examples],
-        "raw_answers": [list(example.raw_answers) for example in examples],
-    }
+    names = ("question_id", "image_id", "question", "answers", "raw_answers")
+    columns = {name: [getattr(example, name) for example in examples] for name in names}
     images = [example.image for example in examples]
-    column = datasets.Image()
-    stored = [isinstance(image, StoredImage) for image in images]
-    if all(stored) and stored:
-        table = images[0].table.select([image.row for image in images]).cast_column("image", column)
-        return datasets.concatenate_datasets([datasets.Dataset.from_dict(columns, features=features), table], axis=1)
-    features["image"] = column
-    images = [{"bytes": image.read()} if own else image for image, own in zip(images, stored, strict=True)]
-    return datasets.Dataset.from_dict({**columns, "image": images}, features=features)
+    if all(isinstance(image, StoredImage) for image in images):
+        pictures = images[0].table.select([image.row for image in images])
+    else:
+        places = [(i.read(), None) if isinstance(i, StoredImage) else (None, i) for i in images]
+        pictures = datasets.Dataset.from_dict({"image": [dict(zip(("bytes", "path"), p, strict=True)) for p in places]})
+    pictures = pictures.cast_column("image", datasets.Image())
+    return datasets.concatenate_datasets([datasets.Dataset.from_dict(columns), pictures], axis=1)
 
 
 # ---------------------------------------------------------------------- images
@@ -152,12 +135,12 @@ def _opened(image: str) -> BinaryIO:
 
 @lru_cache(maxsize=200_000)
 def image_digest(image: Image) -> str:
-    """What identifies an image's content, whether in a file or in a table. Raises LeverError when it is not there."""
+    """Return what identifies an image's content, in a file or in a table. Raises LeverError when it is missing."""
     return image_digests([image])[0]
 
 
 def image_digests(images: Sequence[Image]) -> list[str]:
-    """What identifies the content of each image. Raises LeverError when one is not there."""
+    """Return what identifies the content of each image. Raises LeverError when one is missing."""
     files = [image for image in images if not isinstance(image, StoredImage)]
     try:
         of_file = dict(zip(files, DIGESTS.of(files), strict=True))
@@ -166,13 +149,8 @@ def image_digests(images: Sequence[Image]) -> list[str]:
     return [image.digest if isinstance(image, StoredImage) else of_file[image] for image in images]
 
 
-def bytes_digest(content: bytes) -> str:
-    """Hex digits that identify a file's content."""
-    return hashlib.sha256(content).hexdigest()[:DIGITS]
-
-
 def undecodable(images: Iterable[Image]) -> dict[Image, str]:
-    """Those of the images that do not decode, with the reason. Decodes them all, on every core."""
+    """Return the images that do not decode, with the reason. Decodes all of them, on every core."""
 
     def problem(image: Image) -> str | None:
         try:
@@ -184,50 +162,3 @@ def undecodable(images: Iterable[Image]) -> dict[Image, str]:
     distinct = list(dict.fromkeys(images))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return {image: why for image, why in zip(distinct, pool.map(problem, distinct), strict=True) if why}
-
-
-# ---------------------------------------------------------------------- what is wrong with a data file
-
-# What Qwen2.5-VL's tokenizer takes for the end of a turn or the place of an image wherever it stands, and half
-# characters, which no tokenizer takes.
-_UNFIT = re.compile(
-    r"<\|(?:im_start|im_end|vision_start|vision_end|vision_pad|image_pad|video_pad|endoftext)\|>|[\ud800-\udfff]"
-)
-
-
-def unfit(texts: Iterable[str]) -> str | None:
-    """What among the texts can stand in no prompt, for a message; None where all can."""
-    found = _UNFIT.search("\n".join(texts))
-    if found is None:
-        return None
-    why = "a token of the LVLM's own" if found[0].startswith("<") else "half a character, no UTF-8"
-    return f"{shown(found[0])} can stand in no question or answer: it is {why}"
-
-
-def whole_id(value) -> int | None:
-    """The id of a question or an image, 0 to 2**63 - 1: from a whole number, from one that pandas made a float, or from
-    a text of digits. None for all else."""
-    if isinstance(value, float) and value.is_integer() and value < 2**53:
-        value = int(value)
-    text = str(value)
-    sound = text.isascii() and text.isdigit() and len(text) < 20
-    return int(text) if sound and int(text) < 2**63 else None
-
-
-def refuse_or_skip(problem: str, skip_bad: bool, skipped: list[str]) -> None:
-    """Raise LeverError for a bad example, or count it among the skipped ones."""
-    if not skip_bad:
-        raise LeverError(f"{problem}; to go on without such examples: --skip-bad-examples")
-    skipped.append(problem)
-
-
-def unique(where, rows: list[dict], skip_bad: bool, skipped: list[str]) -> list[dict]:
-    """The rows, the first of those with the same question_id."""
-    for question_id, count in Counter(row["question_id"] for row in rows).items():
-        if count > 1:
-            problem = f"{where}: question_id {question_id} appears {count} times, expected once"
-            refuse_or_skip(problem, skip_bad, skipped)
-    first: dict = {}
-    for row in rows:
-        first.setdefault(row["question_id"], row)
-    return list(first.values())

@@ -15,7 +15,7 @@ from urllib.parse import urljoin, urlsplit
 from lever_lm.data.image_decode import Undecodable, decoded
 from lever_lm.utils.atomic_io import atomic_file
 from lever_lm.utils.locks import alone
-from lever_lm.utils.safe_parse import one_line
+from lever_lm.utils.terminal import one_line
 
 MAX_BYTES = 64 << 20  # of an image that is fetched
 CONNECTIONS = 8

@@ -5,12 +5,16 @@ import os
 from pathlib import Path
 
 from lever_lm.config.schema import DataConfig
-from lever_lm.data.example import Example, refuse_or_skip, unfit, unique, whole_id
+from lever_lm.data.example import Example
+from lever_lm.data.rows import BadExamples, problem_of, unique, whole_id
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.paths import asset_path
-from lever_lm.utils.safe_parse import loads, read_bytes, shown
+from lever_lm.utils.safe_parse import loads, read_bytes
+from lever_lm.utils.terminal import shown
 
 SPLITS = {"train": "train2014", "val": "val2014"}
+# How many examples (train, val) the official releases have, by data.name.
+OFFICIAL_SIZES = {"okvqa": (9009, 5046), "okvqa_hub": (9009, 5046), "vqav2": (443757, 214354)}
 _IDS = ("question_id", "image_id")
 
 
@@ -36,42 +40,36 @@ def images_folder(root: Path, split: str) -> Path:
     )
 
 
-def load_split(source: str, config: DataConfig, split: str, skipped: list[str]) -> tuple[list[Example], str]:
+def load_official(source: str, config: DataConfig, split: str, bad: BadExamples) -> tuple[list[Example], str]:
     """One split (`train` or `val`) from the official files in the folder `source`, and its fingerprint.
 
-    Raises LeverError with file, id and what was expected; with skip_bad_examples such examples are left out and
-    added to `skipped`. Images are looked up in their folder's listing and not opened.
+    Raises LeverError with file, id and what was expected; examples that cannot be used go to `bad`. Images are looked
+    up in their folder's listing and not opened.
     """
-    digest, skip_bad, root = hashlib.sha256(), config.skip_bad_examples, asset_path(source)
-    questions_path = questions_file(root, split, config.file_prefix)
-    annotations_path = annotations_file(root, split, config.file_prefix)
-    questions = _read_list(questions_path, "questions", digest, skip_bad, skipped)
-    annotations = _read_list(annotations_path, "annotations", digest, skip_bad, skipped)
+    digest, root = hashlib.sha256(), asset_path(source)
+    paths = [file(root, split, config.file_prefix) for file in (questions_file, annotations_file)]
+    questions, annotations = (
+        _read_list(path, key, digest, bad) for path, key in zip(paths, ("questions", "annotations"), strict=True)
+    )
     folder = images_folder(asset_path(config.coco_path), split)
     sizes = _sizes(folder)
-    questions = unique(questions_path, questions, skip_bad, skipped)
-    annotations = unique(annotations_path, annotations, skip_bad, skipped)
+    questions, annotations = (unique(*rows, bad) for rows in zip(paths, (questions, annotations), strict=True))
     annotated = {item["question_id"]: item for item in annotations}
-    orphans = annotated.keys() - {item["question_id"] for item in questions}
-    for orphan in sorted(orphans):
-        problem = f"{annotations_path}: annotation {orphan} has no question in {questions_path.name}"
-        refuse_or_skip(problem, skip_bad, skipped)
-    examples: list[Example] = []
-    shared: dict = {}
+    for orphan in sorted(annotated.keys() - {item["question_id"] for item in questions}):
+        bad.add(f"{paths[1]}: annotation {orphan} has no question in {paths[0].name}")
+    examples, shared = [], {}
     for item in questions:
-        problem = None
+        name = f"COCO_{SPLITS[split]}_{item['image_id']:012d}.jpg"
         try:
-            example = _example(item, annotated, questions_path, annotations_path, folder, split, shared)
-            name = Path(example.image).name
-            if not sizes.get(name):
-                problem = f"question {example.question_id}: image {example.image} is missing or empty"
-            digest.update(f"{name}:{sizes.get(name)}".encode())
-        except LeverError as error:
-            problem = str(error)
-        if problem is None:
+            example = _example(item, annotated, paths, str(folder / name), shared)
+        except _Unusable as error:
+            bad.add(str(error))
+            continue
+        digest.update(f"{name}:{sizes.get(name)}".encode())
+        if sizes.get(name):
             examples.append(example)
         else:
-            refuse_or_skip(problem, skip_bad, skipped)
+            bad.add(f"question {example.question_id}: image {example.image} is missing or empty")
     return examples, digest.hexdigest()[:16]
 
 
@@ -84,7 +82,7 @@ def _sizes(folder: Path) -> dict[str, int]:
         raise LeverError(f"cannot read the images in {folder}: {error.strerror} (COCO_PATH, data.coco_path)") from error
 
 
-def _read_list(path: Path, key: str, digest, skip_bad: bool, skipped: list[str]) -> list[dict]:
+def _read_list(path: Path, key: str, digest, bad: BadExamples) -> list[dict]:
     """The entries of an official file, their ids as numbers."""
     try:
         content = read_bytes(path)
@@ -96,9 +94,10 @@ def _read_list(path: Path, key: str, digest, skip_bad: bool, skipped: list[str])
         if not isinstance(entries, list):
             raise TypeError(f"'{key}' is {shown(entries)}")
     except (ValueError, KeyError, TypeError) as error:
+        reason = f"no key {error}" if isinstance(error, KeyError) else str(error)
         raise LeverError(
-            f"{path} is not an official VQA file ({_reason(error)}): expected an object with a list "
-            f"'{key}' of objects with integer question_id and image_id"
+            f"{path} is not an official VQA file ({reason}): expected an object with a list '{key}' of objects with "
+            "integer question_id and image_id"
         ) from error
     rows = []
     for number, entry in enumerate(entries):
@@ -106,48 +105,34 @@ def _read_list(path: Path, key: str, digest, skip_bad: bool, skipped: list[str])
         ids = {name: whole_id(value) for name, value in given.items()} if isinstance(given, dict) else {"": None}
         if None in ids.values():
             problem = f"{path}: entry {number} of '{key}' needs a {' and an '.join(_IDS)} of 0 to 2**63 - 1"
-            refuse_or_skip(f"{problem}, found {shown(given, 80)}", skip_bad, skipped)
+            bad.add(f"{problem}, found {shown(given, 80)}")
         else:
             rows.append({**entry, **ids})
     return rows
 
 
-def _reason(error: Exception) -> str:
-    return f"no key {error}" if isinstance(error, KeyError) else str(error)
+class _Unusable(Exception):
+    """A question that makes no example: why."""
 
 
-def _example(item, annotated, questions_path, annotations_path, folder, split, shared: dict) -> Example:
+def _example(item: dict, annotated: dict[int, dict], paths: list[Path], image: str, shared: dict) -> Example:
+    """The example of a question; shared: texts that were read before, as equal ones are kept once."""
     question_id, image_id = item["question_id"], item["image_id"]
     annotation = annotated.get(question_id)
     if annotation is None:
-        raise LeverError(f"{annotations_path}: no annotation for question {question_id} of {questions_path.name}")
+        raise _Unusable(f"{paths[1]}: no annotation for question {question_id} of {paths[0].name}")
     if annotation["image_id"] != image_id:
-        raise LeverError(
-            f"question {question_id} is about image {image_id} in {questions_path.name}, "
-            f"but about image {annotation['image_id']} in {annotations_path.name}"
+        raise _Unusable(
+            f"question {question_id} is about image {image_id} in {paths[0]}, but about image "
+            f"{annotation['image_id']} in {paths[1].name}"
         )
     question, entries = item.get("question"), annotation.get("answers")
-    if not isinstance(question, str) or not question.strip():
-        raise LeverError(f"{questions_path}: question {question_id} has no text, found {shown(question)}")
-    if not isinstance(entries, list) or not entries or not all(_is_answer(entry) for entry in entries):
-        raise LeverError(
-            f"{annotations_path}: question {question_id} needs a list of objects with 'answer', found {shown(entries)}"
-        )
-    if not any(entry["answer"].strip() for entry in entries):
-        raise LeverError(f"{annotations_path}: all answers to question {question_id} are blank")
-    # Answers repeat over and over: equal ones are kept once.
-    answers = tuple(shared.setdefault(entry["answer"], entry["answer"]) for entry in entries)
-    typed = (entry.get("raw_answer", entry["answer"]) for entry in entries)
-    raw_answers = tuple(shared.setdefault(text, text) for text in typed)
-    if problem := unfit((question, *answers, *raw_answers)):
-        raise LeverError(f"{questions_path}: question {question_id}: {problem}")
-    image = folder / f"COCO_{SPLITS[split]}_{image_id:012d}.jpg"
-    return Example(question_id, image_id, question, answers, raw_answers, str(image))
-
-
-def _is_answer(entry) -> bool:
-    return (
-        isinstance(entry, dict)
-        and isinstance(entry.get("answer"), str)
-        and isinstance(entry.get("raw_answer", ""), str)
-    )
+    where = f"{paths[0]} and {paths[1].name}, question {question_id}"
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise _Unusable(f"{where}: it needs a list of objects with 'answer', found {shown(entries)}")
+    answers = [entry.get("answer") for entry in entries]
+    raw_answers = [entry.get("raw_answer", answer) for entry, answer in zip(entries, answers, strict=True)]
+    if problem := problem_of(question, answers, raw_answers):
+        raise _Unusable(f"{where}: {problem}")
+    answers, raw_answers = (tuple(shared.setdefault(text, text) for text in texts) for texts in (answers, raw_answers))
+    return Example(question_id, image_id, question, answers, raw_answers, image)

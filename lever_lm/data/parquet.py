@@ -1,49 +1,39 @@
 """Parquet copies of a VQA dataset, from the hub or a folder: columns question_id, image, question, answers.
 
-The images are inside, or named by path or address (remote.py). `datasets` keeps the tables memory-mapped on disk, so
-neither loading nor reading text columns holds or decodes one.
+The images are inside, or named by path or address (image_download.py). `datasets` keeps the tables memory-mapped on
+disk, so neither loading nor reading text columns holds or decodes one.
 """
 
-import contextlib
 import glob
+import hashlib
 from pathlib import Path
 
 from lever_lm.config.schema import DataConfig
-from lever_lm.data.example import (
-    Example,
-    Image,
-    StoredImage,
-    bytes_digest,
-    image_digest,
-    refuse_or_skip,
-    unfit,
-    unique,
-    whole_id,
-)
+from lever_lm.data.example import Example, Image, StoredImage, image_digest
 from lever_lm.data.image_download import Refused, cache_file, fetch_images, is_address, is_fetchable, local_image
+from lever_lm.data.rows import BadExamples, problem_of, unique, whole_id
 from lever_lm.data.split_files import files_of, parquet_files, splits_named
-from lever_lm.utils.device import first_line
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.fingerprint import fingerprint
 from lever_lm.utils.hub import cached_snapshot
 from lever_lm.utils.paths import HUB_PREFIX, asset_path
-from lever_lm.utils.safe_parse import one_line, shown
+from lever_lm.utils.terminal import one_line, shown
+from lever_lm.utils.transformers_compat import first_line
 
 COLUMNS = ("question_id", "image", "question", "answers")
 _OPTIONAL = ("image_id", "raw_answers")
 
 
-def load_split(
-    source: str, config: DataConfig, split: str, skipped: list[str], folder: Path | None = None
-) -> tuple[list[Example], str]:
+def load_parquet(source: str, config: DataConfig, split: str, bad: BadExamples) -> tuple[list[Example], str]:
     """One split (`train` or `val`) from a folder of parquet files or from `hub:REPO`, and its fingerprint.
 
-    The hub's copy is taken from the local cache where there is one; images that are fetched lie in `folder`. Raises
-    LeverError with source, row and what was expected; with skip_bad_examples such examples are left out and added to
-    `skipped`.
+    The hub's copy is taken from the local cache where there is one. Raises LeverError with source, row and what was
+    expected; examples that cannot be used go to `bad`.
     """
     import datasets
 
+    datasets.disable_progress_bars()  # progress is shown by utils/console.py alone
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # our error says what is wrong with a file
     if source.startswith(HUB_PREFIX):
         table, files = _from_hub(source, split)
     else:
@@ -63,23 +53,26 @@ def load_split(
         found = images.map(_digests, batched=True, batch_size=64, remove_columns="image").to_list()
         texts = table.select_columns([name for name in (*COLUMNS, *_OPTIONAL) if name in table.column_names])
         rows = texts.remove_columns("image").to_list()
-    except Exception as error:  # anybody's file: Arrow can fail on it in any way
+    except Exception as error:  # Arrow can fail on an untrusted file in any way
         _refuse_cache(error)
         raise LeverError(f"{source}: cannot read the {split} {what}: {first_line(error)}") from error
     places = {number: image["place"] for number, image in enumerate(found) if image["place"]}
-    named = _find_images(places, _roots(source, config), config, folder)
     stored = {i: StoredImage(image["digest"], i, images) for i, image in enumerate(found) if image["digest"]}
-    examples = _examples(rows, {**stored, **named}, f"{source}, {split}", files, config.skip_bad_examples, skipped)
-    return examples, fingerprint(rows, found)
+    named = _find_images(places, _roots(source, config), config.allow_remote, stop_early=not bad.skip)
+    return _examples(rows, {**stored, **named}, f"{source}, {split}", files, bad), fingerprint(rows, found)
 
 
 def _digests(batch: dict) -> dict:
-    """Of each image in a batch: the digest of its bytes, or else the place that it is said to be at."""
+    """Return for each image in a batch the digest of its bytes, or else the place that it is said to be at."""
     images = [image or {"bytes": None, "path": None} for image in batch["image"]]
     return {
-        "digest": [bytes_digest(image["bytes"]) if image["bytes"] else "" for image in images],
+        "digest": [_sha256(image["bytes"]) if image["bytes"] else "" for image in images],
         "place": ["" if image["bytes"] else image["path"] or "" for image in images],
     }
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]  # as utils.file_hashes has that of a file
 
 
 def _roots(source: str, config: DataConfig) -> tuple[list[Path], list[Path]]:
@@ -93,37 +86,32 @@ def _roots(source: str, config: DataConfig) -> tuple[list[Path], list[Path]]:
 
 
 def _find_images(
-    places: dict[int, str], roots: tuple[list[Path], list[Path]], config: DataConfig, folder: Path | None
+    places: dict[int, str], roots: tuple[list[Path], list[Path]], allow_remote: bool, stop_early: bool
 ) -> dict[int, str | Refused]:
     """The files of images that a table does not hold, by row; where there is none, the reason. Addresses are fetched
-    into `folder`, or beside what `datasets` keeps, with data.allow_remote."""
+    with data.allow_remote, into a folder beside what `datasets` keeps."""
     import datasets
 
-    folder = folder or Path(datasets.config.HF_DATASETS_CACHE) / "lever_lm_images"
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "lever_lm_images"
     found: dict[int, str | Refused] = {}
-    fetched: dict[int, str] = {}
+    remote: dict[int, str] = {}
     for number, place in places.items():
-        if not is_address(place):
-            found[number] = _local(place, *roots)
-        elif not is_fetchable(place):
-            found[number] = Refused(f"its image is at {shown(place, 80)}, which is never followed")
-        elif not config.allow_remote:
-            found[number] = Refused(f"its image is at {shown(place, 80)}, which is followed with --allow-remote alone")
-        else:
-            fetched[number] = place
-    stop_early = not config.skip_bad_examples
-    problems = fetch_images(fetched.values(), folder, stop_early=stop_early) if fetched else {}
-    for number, place in fetched.items():
+        try:
+            if not is_address(place):
+                found[number] = local_image(place, *roots)
+            elif not is_fetchable(place):
+                raise Refused(f"its image is at {shown(place, 80)}, which is never followed")
+            elif not allow_remote:
+                raise Refused(f"its image is at {shown(place, 80)}, which is followed with --allow-remote alone")
+            else:
+                remote[number] = place
+        except Refused as error:
+            found[number] = error
+    problems = fetch_images(remote.values(), folder, stop_early=stop_early)
+    for number, place in remote.items():
         why = problems.get(place)
         found[number] = Refused(f"its image {shown(place, 200)}: {why}") if why else str(cache_file(place, folder))
     return found
-
-
-def _local(place: str, roots: list[Path], within: list[Path]) -> str | Refused:
-    try:
-        return local_image(place, roots, within)
-    except Refused as error:
-        return error
 
 
 def _from_folder(root: Path, split: str) -> tuple["datasets.Dataset", list[tuple[str, int]]]:  # noqa: F821
@@ -138,11 +126,9 @@ def _from_folder(root: Path, split: str) -> tuple["datasets.Dataset", list[tuple
             f"{root}: no parquet file of the {split} split among {names}; put {split} into their names, or name "
             f"{'its folder: --set data.train_path=DIR' if split == 'train' else 'another folder: OKVQA_PATH'}"
         )
-    datasets.disable_progress_bars()  # progress is shown by console.py alone
     try:
         names = [glob.escape(str(file)) for file in files]  # `datasets` takes patterns
-        with _quiet():
-            table = datasets.load_dataset("parquet", data_files={split: names}, split=split)
+        table = datasets.load_dataset("parquet", data_files={split: names}, split=split)
         return table, [(str(file.relative_to(root)), read_metadata(file).num_rows) for file in files]
     except Exception as error:
         _refuse_cache(error)
@@ -178,25 +164,11 @@ def _refuse_cache(error: BaseException) -> None:
         error = error.__cause__ or error.__context__
 
 
-@contextlib.contextmanager
-def _quiet():
-    """Without what `datasets` logs about a file it cannot read: the error says it."""
-    import datasets
-
-    level = datasets.logging.get_verbosity()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    try:
-        yield
-    finally:
-        datasets.logging.set_verbosity(level)
-
-
 def _from_hub(source: str, split: str) -> tuple["datasets.Dataset", list[tuple[str, int]]]:  # noqa: F821
     """As `_from_folder`; without files where the table comes from the cache of `datasets`."""
     import datasets
 
     repository = source.removeprefix(HUB_PREFIX)
-    datasets.disable_progress_bars()
     if (snapshot := cached_snapshot(repository, "dataset")) and files_of(snapshot, split):
         return _from_folder(snapshot, split)
     try:
@@ -215,31 +187,30 @@ def _from_hub(source: str, split: str) -> tuple["datasets.Dataset", list[tuple[s
 
 
 def _examples(
-    rows: list[dict],
-    images: dict[int, Image | Refused],
-    where: str,
-    files: list[tuple[str, int]],
-    skip_bad: bool,
-    skipped: list[str],
+    rows: list[dict], images: dict[int, Image | Refused], where: str, files: list[tuple[str, int]], bad: BadExamples
 ) -> list[Example]:
     kept = []
     for number, row in enumerate(rows):
         image = images.get(number, Refused("its image holds neither bytes nor a path"))
-        problem = _problem(row) or (str(image) if isinstance(image, Refused) else None)
+        answers, raw_answers = _answers(row)
+        problem = _problem(row, answers, raw_answers) or (str(image) if isinstance(image, Refused) else None)
         if problem:
-            question = one_line(str(row["question_id"])[:40])
-            refuse_or_skip(f"{where}, {_place(number, files)}, question {question}: {problem}", skip_bad, skipped)
+            bad.add(f"{where}, {_place(number, files)}, question {one_line(str(row['question_id'])[:40])}: {problem}")
         else:
-            kept.append({**row, "question_id": whole_id(row["question_id"]), "image": image})
-    examples = []
-    for row in unique(where, kept, skip_bad, skipped):
-        answers = tuple(_text(entry, "answer") for entry in row["answers"])
-        raw = row.get("raw_answers") or [_text(a, "raw_answer") or _text(a, "answer") for a in row["answers"]]
-        # Without ids of their own, images are told apart by their content.
-        image_id = row.get("image_id")
-        image_id = int(image_digest(row["image"])[:15], 16) if image_id is None else whole_id(image_id)
-        examples.append(Example(row["question_id"], image_id, row["question"], answers, tuple(raw), row["image"]))
-    return examples
+            texts = {"answers": tuple(answers), "raw_answers": tuple(raw_answers)}
+            kept.append({**row, **texts, "question_id": whole_id(row["question_id"]), "image": image})
+    return [
+        Example(
+            row["question_id"],
+            # Without ids of their own, images are told apart by their content.
+            int(image_digest(row["image"])[:15], 16) if row.get("image_id") is None else whole_id(row["image_id"]),
+            row["question"],
+            row["answers"],
+            row["raw_answers"],
+            row["image"],
+        )
+        for row in unique(where, kept, bad)
+    ]
 
 
 def _place(number: int, files: list[tuple[str, int]]) -> str:
@@ -251,29 +222,24 @@ def _place(number: int, files: list[tuple[str, int]]) -> str:
     return f"row {number}"
 
 
-def _problem(row: dict) -> str | None:
-    """What is wrong with a row but for its image, if anything."""
+def _answers(row: dict) -> tuple:
+    """Answers and raw answers of a row, not checked yet. An answer is a text, or an object that holds it; raw answers
+    have a column of their own, or are in the objects, or are the answers."""
+    entries, raw_answers = row["answers"], row.get("raw_answers")
+    if not isinstance(entries, list):
+        return entries, raw_answers
+    answers = [entry.get("answer") if isinstance(entry, dict) else entry for entry in entries]
+    in_objects = [entry.get("raw_answer") if isinstance(entry, dict) else entry for entry in entries]
+    return answers, raw_answers or [raw or answer for raw, answer in zip(in_objects, answers, strict=True)]
+
+
+def _problem(row: dict, answers, raw_answers) -> str | None:
+    """What is wrong with a row but for its image; None where nothing is."""
+    ids = "must be a whole number of 0 to 2**63 - 1"
     if whole_id(row["question_id"]) is None:
-        return "question_id must be a whole number of 0 to 2**63 - 1"
-    if not isinstance(row["question"], str) or not row["question"].strip():
-        return f"it has no text, found {shown(row['question'])}"
-    answers = row["answers"]
-    if not isinstance(answers, list) or not answers or not all(isinstance(_text(a, "answer"), str) for a in answers):
-        return f"it needs a list of answers, found {shown(answers)}"
-    if not any(_text(a, "answer").strip() for a in answers):
-        return "all its answers are blank"
-    raw = row.get("raw_answers") or [_text(a, "raw_answer") or "" for a in answers]
-    if not isinstance(raw, list) or not all(isinstance(a, str) for a in raw):
-        return f"its raw answers must be a list of texts, found {shown(raw)} (raw_answers or answers)"
-    if len(raw) != len(answers):
-        return f"it has {len(answers)} answers and {len(raw)} raw_answers: as many are needed, in the same order"
-    if problem := unfit([row["question"], *(_text(a, "answer") for a in answers), *raw]):
+        return f"question_id {ids}"
+    if problem := problem_of(row["question"], answers, raw_answers):
         return problem
     if row.get("image_id") is not None and whole_id(row["image_id"]) is None:
-        return f"image_id must be a whole number of 0 to 2**63 - 1, found {shown(row['image_id'])}"
+        return f"image_id {ids}, found {shown(row['image_id'])}"
     return None
-
-
-def _text(entry, key: str):
-    """An answer: a string, or an object that holds it."""
-    return entry.get(key) if isinstance(entry, dict) else entry

@@ -6,7 +6,9 @@ decided in `Candidates`, and only there.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -20,13 +22,6 @@ from lever_lm.utils.progress import WORTH_A_WORD, Track, Work, untracked
 # Breaks ties of repeated questions; far under any difference that means something.
 _JITTER = 1e-6
 _CHUNK = 512
-# Where each sampler takes its candidates from: shares of random, text-similar and image-similar ones.
-SAMPLERS: dict[str, tuple[float, float, float]] = {
-    "rand_sampler": (1.0, 0.0, 0.0),
-    "text_sim_sampler": (0.0, 1.0, 0.0),
-    "img_sim_sampler": (0.0, 0.0, 1.0),
-    "mix_sampler": (0.5, 0.25, 0.25),
-}
 
 
 def query_rng(seed: int, query: Example) -> np.random.Generator:
@@ -72,79 +67,18 @@ def similarity_rows(queries: Embeddings, train: Embeddings, parts: frozenset[str
     were computed with it. Memory is that of one chunk of queries.
     """
     for start in range(0, len(queries.image), _CHUNK):
-        chunk = queries.take(slice(start, start + _CHUNK))
-        total = torch.zeros(len(chunk.image), len(train.image), dtype=torch.float64)
-        if "img" in parts:
-            total += chunk.image.double() @ train.image.double().T
-        if "text" in parts:
-            total += chunk.text.double() @ train.text.double().T
-        yield from total.numpy()
+        yield from _similarities(queries, train, parts, start)
 
 
-def check_sampler(config: SamplerConfig) -> None:
-    """Raise UsageError for an unknown sampler."""
-    if config.name not in SAMPLERS:
-        raise UsageError(f"unknown sampler {config.name!r}: one of {', '.join(SAMPLERS)} (--sampler)")
-
-
-def candidate_counts(name: str, size: int) -> list[int]:
-    """How many of a pool's candidates are random, text-similar and image-similar: the sampler's shares of `size`, by
-    largest remainder, the earlier of equals first. A mix_sampler's pool of one is random, one of two has a text-similar
-    candidate and no image-similar one."""
-    exact = [share * size for share in SAMPLERS[name]]
-    found = [int(share) for share in exact]
-    by_remainder = sorted(range(len(exact)), key=lambda i: found[i] - exact[i])
-    for i in by_remainder[: size - sum(found)]:
-        found[i] += 1
-    return found
-
-
-def sample_pools(
-    config: SamplerConfig,
-    queries: Sequence[Example],
-    train: Sequence[Example],
-    embeddings: tuple[Embeddings, Embeddings] | None,
-    *,
-    size: int,
-    seed: int,
-    track: Track = untracked,
-) -> list[list[int]]:
-    """The pool of each query, as rows of `train`; smaller than `size` only where fewer examples are allowed.
-
-    embeddings: those of (queries, train), row for row; rand_sampler takes None. Source of the mixture: Lever-Plus.
-    """
-    check_sampler(config)
-    _, of_text, of_image = candidate_counts(config.name, size)
-    if embeddings is None and of_text + of_image:
-        raise ValueError(f"{config.name} needs embeddings")
-    candidates = Candidates(train)
-    by_text = _rows_or_none(embeddings, "text", of_text, len(queries))
-    by_image = _rows_or_none(embeddings, "img", of_image, len(queries))
-    pools = []
-    work = Work(zip(queries, by_text, by_image, strict=True), "queries", after=WORTH_A_WORD)
-    for query, text, image in track(work, f"pools: {len(queries)} queries", len(queries)):
-        rng, rows = query_rng(seed, query), candidates.allowed(query)
-        if rows.size == 0:
-            raise LeverError(f"question {query.question_id}: no training example is left to show before it")
-        sources = [(text, of_text), (image, of_image)]
-        pools.append(_one_pool(rows, sources, size, rng))
-    return pools
-
-
-def _rows_or_none(embeddings, part: str, asked: int, count: int) -> Iterable[np.ndarray | None]:
-    """Similarities for a source that is asked for, None per query for one that is not."""
-    return similarity_rows(*embeddings, frozenset({part})) if asked else [None] * count
-
-
-def _one_pool(rows: np.ndarray, sources, size: int, rng: np.random.Generator) -> list[int]:
-    """The most similar rows of each source, topped up at random, in random order."""
-    chosen: list[int] = []
-    for scores, count in sources:
-        if count:
-            chosen += nearest(scores, rows, count, rng, exclude=chosen)
-    rest = rows if not chosen else np.setdiff1d(rows, chosen, assume_unique=True)
-    chosen += rng.permutation(rest)[: size - len(chosen)].tolist()
-    return [chosen[i] for i in rng.permutation(len(chosen))]
+def _similarities(queries: Embeddings, train: Embeddings, parts: frozenset[str], start: int) -> np.ndarray:
+    """Similarities of the chunk of queries that begins at `start`, (at most _CHUNK, N)."""
+    chunk = queries.take(slice(start, start + _CHUNK))
+    total = torch.zeros(len(chunk.image), len(train.image), dtype=torch.float64)
+    if "img" in parts:
+        total += chunk.image.double() @ train.image.double().T
+    if "text" in parts:
+        total += chunk.text.double() @ train.text.double().T
+    return total.numpy()
 
 
 def nearest(scores: np.ndarray, rows: np.ndarray, count: int, rng: np.random.Generator, exclude=()) -> list[int]:
@@ -155,3 +89,77 @@ def nearest(scores: np.ndarray, rows: np.ndarray, count: int, rng: np.random.Gen
     count = min(count, rows.size)
     top = np.argpartition(-noisy, count - 1)[:count] if count < rows.size else np.arange(rows.size)
     return rows[top[np.argsort(-noisy[top], kind="stable")]].tolist()
+
+
+# ---------------------------------------------------------------------- samplers
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What a sampler draws one query's pool from: rows of the training split that may stand before it, the size of the
+    pool, the query's generator, and its similarity (N,) to every training example by `img` or `text`."""
+
+    rows: np.ndarray
+    size: int
+    rng: np.random.Generator
+    similarity: Callable[[str], np.ndarray]
+
+    def nearest(self, part: str, count: int, exclude: Sequence[int] = ()) -> list[int]:
+        """The `count` rows most similar by image or text, best first."""
+        return nearest(self.similarity(part), self.rows, count, self.rng, exclude) if count else []
+
+
+def _mixed(draw: Draw) -> list[int]:
+    """Half at random, a quarter by text, a quarter by image, as in Lever-Plus. A size that is no multiple of four has
+    the first of its remainder at random, the second by text."""
+    by_text = draw.nearest("text", (draw.size + 2) // 4)
+    return by_text + draw.nearest("img", (draw.size + 1) // 4, exclude=by_text)
+
+
+# A sampler returns the rows that it wants in the pool; `sample_pools` fills the rest at random, and shuffles.
+SAMPLERS: dict[str, Callable[[Draw], list[int]]] = {
+    "rand_sampler": lambda draw: [],
+    "text_sim_sampler": lambda draw: draw.nearest("text", draw.size),
+    "img_sim_sampler": lambda draw: draw.nearest("img", draw.size),
+    "mix_sampler": _mixed,
+}
+
+
+def check_sampler(config: SamplerConfig) -> None:
+    """Raise UsageError for an unknown sampler."""
+    if config.name not in SAMPLERS:
+        raise UsageError(f"unknown sampler {config.name!r}: one of {', '.join(SAMPLERS)} (--sampler)")
+
+
+def sample_pools(
+    config: SamplerConfig,
+    queries: Sequence[Example],
+    train: Sequence[Example],
+    embeddings: tuple[Embeddings, Embeddings],
+    *,
+    size: int,
+    seed: int,
+    track: Track = untracked,
+) -> list[list[int]]:
+    """The pool of each query, as rows of `train`; smaller than `size` only where fewer examples are allowed.
+
+    embeddings: of (queries, train), row for row.
+    """
+    check_sampler(config)
+    candidates, pools = Candidates(train), []
+
+    @lru_cache(maxsize=2)  # images and texts of one chunk
+    def chunk(part: str, start: int) -> np.ndarray:
+        return _similarities(*embeddings, frozenset({part}), start)
+
+    work = Work(enumerate(queries), "queries", after=WORTH_A_WORD)
+    for i, query in track(work, f"pools: {len(queries)} queries", len(queries)):
+        rng, rows = query_rng(seed, query), candidates.allowed(query)
+        if rows.size == 0:
+            raise LeverError(f"question {query.question_id}: no training example is left to show before it")
+        draw = Draw(rows, size, rng, lambda part, i=i: chunk(part, i - i % _CHUNK)[i % _CHUNK])
+        pool = SAMPLERS[config.name](draw)
+        rest = np.setdiff1d(rows, pool, assume_unique=True) if pool else rows
+        pool += rng.permutation(rest)[: size - len(pool)].tolist()
+        pools.append([pool[i] for i in rng.permutation(len(pool))])
+    return pools

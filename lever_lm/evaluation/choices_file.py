@@ -1,4 +1,4 @@
-"""Anybody's choices of demonstrations, read from a file and checked: the harness of `lever infer` for every method."""
+"""Choices of demonstrations in a file, from any method, written and read: `lever infer --icds` evaluates them."""
 
 import contextlib
 import json
@@ -6,16 +6,27 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lever_lm.data import Example
-from lever_lm.data.example import whole_id
 from lever_lm.data.pools import Candidates
+from lever_lm.data.rows import whole_id
+from lever_lm.utils.atomic_io import write_text
 from lever_lm.utils.errors import LeverError
-from lever_lm.utils.safe_parse import loads, read_bytes, shown
+from lever_lm.utils.safe_parse import loads, read_bytes
+from lever_lm.utils.terminal import shown
 
 _FORMAT = 'expected {"question_id": [ICD question_ids]}, or lines {"question_id": 1, "icds": [2, 3]} as in icds.jsonl'
 
 
+def write_icds(path: Path, queries: Sequence[Example], train: Sequence[Example], choices: list[list[int]]) -> None:
+    """Write the choices, rows of `train` for each query in pick order, as one line a query."""
+    rows = (
+        {"question_id": q.question_id, "icds": [train[i].question_id for i in picks]}
+        for q, picks in zip(queries, choices, strict=True)
+    )
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
 def read_icds(path: Path, queries: Sequence[Example], train: Sequence[Example], shots: int) -> list[list[int]]:
-    """The rows of `train` chosen for each query, in pick order, `shots` of each list.
+    """Return the rows of `train` chosen for each query, in pick order, `shots` of each list.
 
     Raises LeverError naming file and question when a query has no choice or too few, when an ICD is no training
     example, stands twice among them, or shows the query itself or its image.

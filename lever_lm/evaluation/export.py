@@ -10,11 +10,10 @@ from lever_lm.config.values import build
 from lever_lm.evaluation.model_card import model_card
 from lever_lm.evaluation.results import evaluations, read_metrics
 from lever_lm.selectors.pointer.checkpoint import load_policy, own_config, policy_digest, read_checkpoint
-from lever_lm.selectors.pointer.hub_format import CARD, CONFIG, FORMAT, VERSION, WEIGHTS, is_exported, setting_of
+from lever_lm.selectors.pointer.hub_format import CARD, CONFIG, WEIGHTS, is_exported, setting_of, write_exported
 from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.training.environment import PACKAGES, recorded
 from lever_lm.training.run_dir import RunFolder, inference_folder
-from lever_lm.utils.atomic_io import remove, write_json, write_tensors, write_text
 from lever_lm.utils.errors import LeverError, UsageError
 from lever_lm.utils.safe_parse import is_epoch
 
@@ -45,8 +44,6 @@ def export(checkpoint: Path, why: str, folder: Path, *, license_: str = "apache-
     known = config is not None and isinstance(own.get("encoder"), str)
     evaluated = _evaluated(run, policy) if known else None
     shared = {
-        "format": FORMAT,
-        "format_version": VERSION,
         "lever_lm": __version__,
         "policy": policy.shape,
         **{name: own[name] for name in ("encoder", "features", "embeddings", "dataset", "seed") if name in own},
@@ -59,15 +56,9 @@ def export(checkpoint: Path, why: str, folder: Path, *, license_: str = "apache-
         "results": [row for row in evaluated["results"] if row["method"] == evaluated["method"]] if evaluated else [],
     }
     card = model_card(folder.resolve().name, license_, config, shared, evaluated, known=known)
-    # The config is what makes the folder a policy: it goes first and comes last, so that it is never one of two halves.
-    remove(folder / CONFIG)
-    write_tensors(folder / WEIGHTS, {name: t.contiguous() for name, t in policy.state_dict().items()}, {"format": "pt"})
-    write_text(folder / CARD, card)
-    write_json(folder / CONFIG, shared)
-    files = [str(folder / name) for name in (WEIGHTS, CONFIG, CARD)]
     return {
         "folder": str(folder),
-        "files": files,
+        "files": write_exported(folder, policy.state_dict(), shared, card),
         "checkpoint": str(checkpoint),
         "why": why,
         "evaluated": bool(evaluated),
@@ -106,7 +97,7 @@ def _evaluated(run: RunFolder, policy: PointerSelector) -> dict | None:
     digest = policy_digest(policy)
     for folder in evaluations(inference_folder(run.path)):
         try:
-            found = read_metrics(folder / "metrics.json")
+            found = read_metrics(folder)
         except LeverError:
             continue
         methods = (row["method"] for row in found["results"])

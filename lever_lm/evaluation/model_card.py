@@ -5,13 +5,13 @@ import re
 import yaml
 
 from lever_lm.config.schema import Config
+from lever_lm.selectors import CONTRASTS, ZERO_SHOT
 from lever_lm.utils.hub import is_hub_id
 from lever_lm.utils.paths import HUB_PREFIX
-from lever_lm.utils.safe_parse import one_line
+from lever_lm.utils.terminal import one_line
 
 TAGS = ("in-context-learning", "demonstration-selection", "visual-question-answering", "vision-language-model")
 _MARKUP = re.compile(r"([\\`*_\[\]<>|~&#!$])")
-_BASELINES = ("zero_shot", "random", "img_text_sim")  # what a reader compares with
 _NORMALIZED = "normalized_accuracy"  # a score that results of 0.1 do not hold
 # What is certain of a dataset's license; of others their own pages tell.
 _DATA_LICENSES = {
@@ -26,7 +26,7 @@ def model_card(
     """The text of README.md.
 
     name: of the folder. config: of the run, None where it is not known. shared: the content of config.json. evaluated:
-    results (rows of Evaluation.write), tests, and the method that is this policy; None where it was not evaluated.
+    results (rows of a metrics.json), tests, and the method that is this policy; None where it was not evaluated.
     known: whether dataset and encoder are those of the config; else rollouts and features were somebody's own.
     """
     import jinja2
@@ -119,4 +119,4 @@ def _tests(evaluated: dict | None) -> list[dict]:
     """The paired tests of this policy at its largest number of shots, against what a reader compares with."""
     ours = [t for t in evaluated["tests"] if t["method"] == evaluated["method"]] if evaluated else []
     most = max((test["shots"] for test in ours), default=0)
-    return [test for test in ours if test["shots"] == most and test["against"] in _BASELINES]
+    return [test for test in ours if test["shots"] == most and test["against"] in (ZERO_SHOT, *CONTRASTS)]

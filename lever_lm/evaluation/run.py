@@ -1,5 +1,5 @@
-"""What comes after training: a policy's choices, or anybody's, are answered and scored beside the baselines; the demo,
-which is all of it; and the page of a run.
+"""What comes after training: the choices of a policy or of a file are answered and scored beside the baselines; the
+demo, which is all of it; and the page of a run.
 
 Under torchrun `infer` and `infer_icds` are calls of the whole job, as Pipeline.rollouts is.
 """
@@ -13,10 +13,15 @@ from pathlib import Path
 from lever_lm.data import VqaData, load_dataset
 from lever_lm.data.embeddings import encoder_fingerprint
 from lever_lm.evaluation.choices_file import read_icds
-from lever_lm.evaluation.evaluate import BASELINES, Evaluation, Outcome, compare, rows_of_another_setting
+from lever_lm.evaluation.evaluate import Evaluation, Outcome, compare
+from lever_lm.evaluation.report.curves import Evaluated
 from lever_lm.evaluation.report.figures import check_plots, write_plots
-from lever_lm.evaluation.report.page import Evaluated, evaluations, last_evaluation, write_report
+from lever_lm.evaluation.report.page import write_report
+from lever_lm.evaluation.results import evaluations, last_evaluation, rows_of_another_setting, write_results
+from lever_lm.selectors import BASELINES, SELECTORS
+from lever_lm.selectors.learned import choose, explain
 from lever_lm.selectors.pointer.checkpoint import policy_digest
+from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.training.environment import command_line, recorded
 from lever_lm.training.find_checkpoint import find_checkpoint, load_for
 from lever_lm.training.from_checkpoint import change_lines, changes, changes_of_run
@@ -31,8 +36,8 @@ from lever_lm.utils.locks import alone
 
 @dataclass(frozen=True)
 class Chosen:
-    """What is evaluated: a method's name, its picks for each query, the digest of the policy or file that made them
-    (results of another stand in no table with its own), and what Evaluation.explain tells of them."""
+    """A method that is evaluated: its name, its picks for each query, the digest of the policy or file that made them
+    (results of another stand in no table with its own), and what `explain` tells of a policy's picks."""
 
     method: str
     picks: list[list[int]]
@@ -40,46 +45,38 @@ class Chosen:
     reasons: list[dict] | None = None
 
 
-def evaluation_of(pipeline: Pipeline) -> Evaluation:
-    """Return the evaluation queries with their pools, made once for a pipeline."""
-    if pipeline.evaluation is None:
-        pipeline.evaluation = Evaluation(pipeline.config, pipeline.data, pipeline.features, pipeline.screen.track)
-    return pipeline.evaluation
-
-
 def infer(pipeline: Pipeline, shots: Sequence[int], *, ckpt: str | None = None, baselines: bool = False) -> dict:
-    """Answer the evaluation queries with a checkpoint's choices; writes and returns results and paired tests."""
+    """Answer the evaluation queries with a checkpoint's choices; write and return results and paired tests."""
     _check_shots(pipeline, shots)
     path, why = find_checkpoint(pipeline.run, ckpt, dict(os.environ))
     pipeline.check(*ALL)
     pipeline.screen.say(f"checkpoint: {path} ({why})")
     policy = load_for(path, pipeline.config, pipeline.screen.say)
     method = next((phase for phase in ("rce", "grpo") if path.stem.startswith(phase)), "policy")
-    picks = evaluation_of(pipeline).choose(policy, max(shots), path)
+    evaluation = _evaluation(pipeline)
+    chosen = _choices_of(policy, evaluation, max(shots), method, path)
     if policy.stop:
-        mean = sum(map(len, picks)) / len(picks)
+        mean = sum(map(len, chosen.picks)) / len(chosen.picks)
         pipeline.screen.say(
             f"the policy may stop early: it chose {mean:.2f} ICDs a query where {max(shots)} were allowed"
         )
-    chosen = Chosen(method, picks, policy_digest(policy), evaluation_of(pipeline).explain(policy, picks))
     changed = _changed(pipeline, path, pipeline.data)
     facts = {"checkpoint": str(path), "why": why, "changed": changed}
-    return _evaluate(pipeline, chosen, shots, baselines, _folder_for(pipeline, path, changed), facts)
+    return _infer(pipeline, evaluation, chosen, shots, baselines, _folder_for(pipeline, path, changed), facts)
 
 
 def infer_icds(pipeline: Pipeline, path: Path, shots: Sequence[int], *, baselines: bool = False) -> dict:
-    """Answer the evaluation queries with the choices in a file, anybody's."""
+    """Answer the evaluation queries with the choices in a file; without baselines no features are needed."""
     pipeline.check(*(ALL if baselines else ("data", "lvlm")))
-    without_pools = Evaluation(pipeline.config, pipeline.data, None)  # and so without features
-    picks = read_icds(path, without_pools.queries, pipeline.data.train_examples, max(shots))
+    evaluation = Evaluation(pipeline.config, pipeline.data, None)
+    picks = read_icds(path, evaluation.queries, pipeline.data.train_examples, max(shots))
     if baselines:
         _check_shots(pipeline, shots)
-    else:
-        pipeline.evaluation = without_pools
+        evaluation = _evaluation(pipeline)
     changed = _changed(pipeline, None, pipeline.data)
     facts = {"icds": str(path), "changed": changed}
-    folder = _folder_of_icds(pipeline, path, changed)
-    return _evaluate(pipeline, Chosen("icds", picks, file_digest(path)), shots, baselines, folder, facts)
+    chosen, folder = Chosen("icds", picks, file_digest(path)), _folder_of_icds(pipeline, path, changed)
+    return _infer(pipeline, evaluation, chosen, shots, baselines, folder, facts)
 
 
 def _check_shots(pipeline: Pipeline, shots: Sequence[int]) -> None:
@@ -88,9 +85,43 @@ def _check_shots(pipeline: Pipeline, shots: Sequence[int]) -> None:
         raise UsageError(f"--shots {max(shots)} exceeds rollout.pool_size {size}")
 
 
+def _evaluation(pipeline: Pipeline) -> Evaluation:
+    return Evaluation(pipeline.config, pipeline.data, pipeline.features, pipeline.screen.track)
+
+
+def _choices_of(policy: PointerSelector, evaluation: Evaluation, shots: int, method: str, path: Path) -> Chosen:
+    picks = choose(policy, evaluation.problem, shots, path)
+    return Chosen(method, picks, policy_digest(policy), explain(policy, evaluation.problem, picks))
+
+
+def _infer(
+    pipeline: Pipeline,
+    evaluation: Evaluation,
+    chosen: Chosen,
+    shots: Sequence[int],
+    baselines: bool,
+    folder: Path,
+    facts: dict,
+) -> dict:
+    """Run a method's picks, beside the baselines if asked for; write and return results and paired tests."""
+    _say_changed(pipeline, facts["changed"])
+    choices = {name: evaluation.select(name, max(shots)) for name in BASELINES if baselines}
+    outcomes = evaluation.run({**choices, chosen.method: chosen.picks}, shots, pipeline.lvlm)
+    facts |= {"tests": compare(chosen.method, outcomes)}
+    metrics = pipeline.shards.from_leader(
+        lambda: _write(pipeline, evaluation, folder, outcomes, choices, [chosen], facts)
+    )
+    pipeline.screen.detail(pipeline.lvlm.tally)
+    pipeline.screen.say(f"predictions and metrics: {folder}")
+    return {**metrics, "folder": str(folder)}
+
+
+# ---------------------------------------------------------------------- where results go
+
+
 def planned_folder(pipeline: Pipeline, icds: Path | None) -> Path:
-    """The folder that `infer` or `infer_icds` would write to; that of the run's inferences where there is no checkpoint
-    yet, or the data cannot be read."""
+    """Return the folder that `infer` or `infer_icds` would write to; that of the run's inferences where there is no
+    checkpoint yet, or the data cannot be read."""
     path = pipeline.checkpoint[0] if pipeline.checkpoint else None
     with contextlib.suppress(LeverError):
         if icds is not None:
@@ -101,8 +132,8 @@ def planned_folder(pipeline: Pipeline, icds: Path | None) -> Path:
 
 
 def _changed(pipeline: Pipeline, checkpoint: Path | None, data: VqaData) -> dict[str, dict]:
-    """What the pipeline's config changes about the setting that a checkpoint, or for None the pipeline's run, was
-    trained in, and whether the data are others than the run's of that name."""
+    """Return what the pipeline's config changes about the setting that a checkpoint, or for None the pipeline's run,
+    was trained in, and whether the data are others than the run's of that name."""
     run = pipeline.run if checkpoint is None else RunFolder(checkpoint.parent)
     changed = changes_of_run(run, pipeline.config) if checkpoint is None else changes(checkpoint, pipeline.config)
     there = recorded(run, "fingerprints").get("data")
@@ -124,8 +155,8 @@ def _say_changed(pipeline: Pipeline, changed: dict[str, dict]) -> None:
 
 
 def _folder_for(pipeline: Pipeline, checkpoint: Path, changed: dict[str, dict]) -> Path:
-    """Where the inferences of a checkpoint go: by its own run, which need not be the one the options name, and apart
-    when it is used with another LVLM or under another setting than it was trained in."""
+    """Return where the inferences of a checkpoint go: by its own run, which need not be the one the options name, and
+    apart when it is used with another LVLM or under another setting than it was trained in."""
     path = checkpoint.resolve()
     name = (path.stem if path.is_file() else path.name).removesuffix("_v2format")
     apart = _apart(pipeline, changed, with_lvlm="lvlm.path" in changed)
@@ -139,66 +170,57 @@ def _folder_of_icds(pipeline: Pipeline, path: Path, changed: dict[str, dict]) ->
 
 
 def _apart(pipeline: Pipeline, changed: dict[str, dict], *, with_lvlm: bool) -> str:
-    """The end of a folder's name where the setting is not the run's own: the LVLM, and a fingerprint of the other keys'
-    values, which are in its metrics.json."""
+    """Return the end of a folder's name where the setting is not the run's own: the LVLM, and a fingerprint of the
+    other keys' values, which are in its metrics.json."""
     others = {key: pair["here"] for key, pair in changed.items() if key != "lvlm.path"}
     named = f"_with_{lvlm_name(pipeline.config.lvlm.path)}" if with_lvlm else ""
     return named + (f"_changed_{fingerprint(others)[:8]}" if others else "")
 
 
 def _setting(pipeline: Pipeline) -> str:
-    """Fingerprint of what results must share to stand in one table: data, pools, features, model, prompt."""
+    """Return a fingerprint of what results must share to stand in one table: data, pools, features, model, prompt."""
     config = pipeline.config
     parts = (config.sampler, config.rollout.pool_size, config.seed, config.infer, config.prompt.cut, CODE["inference"])
     encoder = encoder_fingerprint(config.features.encoder)
     return fingerprint(pipeline.data.fingerprint, encoder, config.features.name, pipeline.lvlm.fingerprint, *parts)
 
 
-def _evaluate(
-    pipeline: Pipeline, chosen: Chosen, shots: Sequence[int], baselines: bool, folder: Path, facts: dict
+def _write(
+    pipeline: Pipeline,
+    evaluation: Evaluation,
+    folder: Path,
+    outcomes: Sequence[Outcome],
+    choices: dict[str, list[list[int]]],
+    chosen: Sequence[Chosen],
+    facts: dict,
 ) -> dict:
-    """Run a method's picks, beside the baselines if asked for; write and return results and paired tests."""
-    evaluation, choices = evaluation_of(pipeline), {chosen.method: chosen.picks}
-    _say_changed(pipeline, facts["changed"])
-    if baselines:
-        choices = {**{name: evaluation.baseline(name, max(shots)) for name in BASELINES}, **choices}
-    outcomes = evaluation.run(choices, shots, pipeline.lvlm)
-    facts |= {"tests": _tests(outcomes, chosen.method), "okvqa_stem": pipeline.config.infer.okvqa_stem}
-    facts |= {"setting": f"{_setting(pipeline)}-{chosen.digest}", **_shown_to(pipeline)}
-    facts["policies"] = {chosen.method: chosen.digest} if chosen.reasons is not None else {}
-    results = (outcomes, choices, chosen.method, facts, {chosen.method: chosen.reasons})
-    metrics = pipeline.shards.from_leader(lambda: _write(pipeline, folder, *results))
-    pipeline.screen.detail(pipeline.lvlm.tally)
-    pipeline.screen.say(f"predictions and metrics: {folder}")
-    return {**metrics, "folder": str(folder)}
-
-
-def _shown_to(pipeline: Pipeline) -> dict:
-    """Which model saw the demonstrations, and in which order: facts of a metrics.json."""
-    return {"lvlm": lvlm_name(pipeline.config.lvlm.path), "order": pipeline.config.prompt.order}
-
-
-def _tests(outcomes: Sequence[Outcome], ours: str) -> list[dict]:
-    """The paired tests of one method against the others."""
-    return [test for outcome in outcomes if outcome.method == ours for test in compare(outcome, list(outcomes))]
-
-
-def _write(pipeline: Pipeline, folder: Path, *results) -> dict:
-    """Evaluation.write, by one process after another: each adds its rows to those in the folder. Rows that it replaces
-    are said."""
+    """Write results by one process after another: each adds its rows to those in the folder; rows that it replaces are
+    said. chosen: the last of them is the method whose choices are kept. choices: those of the baselines."""
+    ours, config = chosen[-1].method, pipeline.config
+    facts = {
+        **facts,
+        "okvqa_stem": config.infer.okvqa_stem,
+        "setting": "-".join((_setting(pipeline), *(one.digest for one in chosen))),
+        "lvlm": lvlm_name(config.lvlm.path),
+        "order": config.prompt.order,
+        "policies": {one.method: one.digest for one in chosen if one.reasons is not None},
+    }
+    choices = {**choices, **{one.method: one.picks for one in chosen}}
+    reasons = {one.method: one.reasons for one in chosen if one.reasons is not None}
     with alone(folder / LOCK, str(folder), "infer with another checkpoint", wait=True):
-        if count := rows_of_another_setting(folder / "metrics.json", results[3]["setting"]):
+        if count := rows_of_another_setting(folder, facts["setting"]):
             pipeline.screen.say(
                 f"{folder}: {count} results of other queries, other data, another policy or version are replaced"
             )
-        return evaluation_of(pipeline).write(folder, *results)
+        examples = (evaluation.queries, evaluation.data.train_examples)
+        return write_results(folder, *examples, outcomes, choices, ours, facts, reasons)
 
 
 # ---------------------------------------------------------------------- the demo
 
 
 def demo(pipeline: Pipeline, shots: Sequence[int], *, overwrite: bool = False) -> dict:
-    """Everything on one page: train, then every method on the same evaluation queries, then the report."""
+    """Train, run every method on the same evaluation queries, and write the report: everything on one page."""
     _check_shots(pipeline, shots)
     with pipeline.run.alone(pipeline.screen.say):
         return _demo(pipeline, shots, overwrite)
@@ -206,23 +228,19 @@ def demo(pipeline: Pipeline, shots: Sequence[int], *, overwrite: bool = False) -
 
 def _demo(pipeline: Pipeline, shots: Sequence[int], overwrite: bool) -> dict:
     trained = pipeline.train_here(None, None, overwrite)
-    best, evaluation = Path(trained["recommended"]["checkpoint"]), evaluation_of(pipeline)
+    best, evaluation = Path(trained["recommended"]["checkpoint"]), _evaluation(pipeline)
     policies = {"rce": pipeline.run.checkpoint("rce", pipeline.config.rce.epochs), "grpo": best}
-    choices = {name: evaluation.baseline(name, max(shots)) for name in BASELINES if name != "oracle"}
-    reasons, digests = {}, {}
-    for name, path in policies.items():
-        policy = load_for(path, pipeline.config, pipeline.screen.say)
-        digests[name] = policy_digest(policy)
-        choices[name] = evaluation.choose(policy, max(shots), path)
-        reasons[name] = evaluation.explain(policy, choices[name])
-    choices["oracle"] = evaluation.baseline("oracle", max(shots))
-    outcomes = evaluation.run(choices, shots, pipeline.lvlm)
-    tests, learned = _tests(outcomes, "grpo"), _learned(pipeline, choices)
+    chosen = {
+        name: _choices_of(load_for(path, pipeline.config, pipeline.screen.say), evaluation, max(shots), name, path)
+        for name, path in policies.items()
+    }
+    baselines = {name: evaluation.select(name, max(shots)) for name in BASELINES}
+    choices = {**baselines, **{name: one.picks for name, one in chosen.items()}}
+    outcomes = evaluation.run({name: choices[name] for name in SELECTORS if name in choices}, shots, pipeline.lvlm)
+    tests, learned = compare("grpo", outcomes), _learned(pipeline, chosen)
     pipeline.screen.detail(pipeline.lvlm.tally)
-    setting = "-".join((_setting(pipeline), *digests.values()))
-    facts = {"checkpoint": str(best), "tests": tests, "learned": learned, "setting": setting}
-    facts |= {"policies": digests, "changed": {}, **_shown_to(pipeline)}
-    metrics = _write(pipeline, pipeline.inference, outcomes, choices, "grpo", facts, reasons)
+    facts = {"checkpoint": str(best), "tests": tests, "learned": learned, "changed": {}}
+    metrics = _write(pipeline, evaluation, pipeline.inference, outcomes, baselines, list(chosen.values()), facts)
     if pipeline.tracking is not None:
         pipeline.tracking.results(metrics["results"])
     page = write_report(pipeline.run, pipeline.inference, pipeline.data, command=command_line())
@@ -236,12 +254,12 @@ def _demo(pipeline: Pipeline, shots: Sequence[int], overwrite: bool) -> dict:
     }
 
 
-def _learned(pipeline: Pipeline, choices: dict[str, list[list[int]]]) -> dict:
-    """What GRPO changed after RCE: the share of evaluation queries with another first pick, and val_reward."""
-    changed = sum(ours[0] != theirs[0] for ours, theirs in zip(choices["grpo"], choices["rce"], strict=True))
+def _learned(pipeline: Pipeline, chosen: dict[str, Chosen]) -> dict:
+    """Return what GRPO changed after RCE: the share of queries with another first pick, and val_reward."""
+    pairs = list(zip(chosen["grpo"].picks, chosen["rce"].picks, strict=True))
     rows = pipeline.run.rows()
     learned = {
-        "first_picks_changed": changed / len(choices["grpo"]),
+        "first_picks_changed": sum(ours[0] != theirs[0] for ours, theirs in pairs) / len(pairs),
         "val_reward_rce": [row for row in rows if row["phase"] == "rce"][-1]["val_reward"],
         "val_reward_grpo": max(row["val_reward"] for row in rows if row["phase"] == "grpo"),
     }
@@ -262,7 +280,7 @@ def report(
     if figures is not None:
         check_plots(figures)
     main = Evaluated(pipeline.run, last_evaluation(pipeline.inference))
-    if main.inference is None and not main.rows():
+    if main.inference is None and not main.rows:
         raise LeverError(f"no results in {pipeline.inference}: run `lever infer --baselines` or `lever demo` first")
     if main.inference is not None:
         pipeline.screen.say(f"results: {main.inference} (the last evaluation with baselines; without any, the last)")

@@ -14,7 +14,7 @@ from pathlib import Path
 from lever_lm.utils.distributed import Shards
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.fingerprint import changed
-from lever_lm.utils.safe_parse import shown
+from lever_lm.utils.terminal import shown
 
 _SQL_VARIABLES = 500  # keys in one query
 _PATIENCE = 60.0  # seconds to wait for the writing of another process

@@ -16,7 +16,7 @@ from lever_lm.lvlm.prompt import Prompt, cut_answer
 from lever_lm.utils.errors import LeverError, Unfinished
 from lever_lm.utils.fingerprint import changes
 from lever_lm.utils.progress import Track, Work, loaded
-from lever_lm.utils.safe_parse import shown
+from lever_lm.utils.terminal import shown
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,17 @@ from typing import Protocol
 
 import torch
 
-from lever_lm.config.schema import LVLM_SPEED, LvlmConfig, PromptConfig
+from lever_lm.config.schema import LvlmConfig, PromptConfig, keys_of
 from lever_lm.data import Image
 from lever_lm.lvlm.decoding import NotFinite, Prefilled, beam_search, greedy
 from lever_lm.lvlm.processor import load_processor
 from lever_lm.lvlm.prompt import Prompt, wording
-from lever_lm.utils.device import first_line, import_transformers, load_whole, resolve_device
+from lever_lm.utils.device import resolve_device
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.fingerprint import CODE, fingerprint
 from lever_lm.utils.hub import content_digests, fetch_model, model_folder
-from lever_lm.utils.safe_parse import shown
+from lever_lm.utils.terminal import shown
+from lever_lm.utils.transformers_compat import first_line, import_transformers, load_whole
 
 _CHARS_PER_TOKEN = 3  # of English, a few less than there are: good enough to sort and to budget by
 
@@ -225,7 +226,8 @@ def dtype_of(config: LvlmConfig, device: torch.device) -> torch.dtype:
 def local_fingerprint(config: LvlmConfig, prompt: PromptConfig, device: str) -> str:
     """Return a fingerprint of everything an answer depends on but the question: weights, precision, decoding, image
     budget, prompt style. Needs no model loaded."""
-    settings = {name: value for name, value in vars(config).items() if name not in ("path", "dtype", *LVLM_SPEED)}
+    left_out = {"path", "dtype", *(key[-1] for key in keys_of("speed") if key[0] == "lvlm")}
+    settings = {name: value for name, value in vars(config).items() if name not in left_out}
     precision = str(dtype_of(config, resolve_device(device)))
     return fingerprint(CODE["answers"], CODE["vision"], _weights(config.path), settings, precision, wording(prompt))
 

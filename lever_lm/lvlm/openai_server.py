@@ -19,10 +19,10 @@ from lever_lm.lvlm.data_urls import DataUrls
 from lever_lm.lvlm.openai_client import SEE_LOG, ServerError, served_name
 from lever_lm.lvlm.openai_servers import Servers, check_server
 from lever_lm.lvlm.prompt import Prompt, holder, to_messages, wording
-from lever_lm.utils.device import import_transformers
 from lever_lm.utils.errors import LeverError, Unfinished
 from lever_lm.utils.fingerprint import CODE, fingerprint
 from lever_lm.utils.progress import unsaid
+from lever_lm.utils.transformers_compat import import_transformers
 
 _ROUNDS = 8  # prompts in a batch for each request under way: what a killed job may have to ask again
 _BROKEN_OFF = ("abort", "error", "content_filter")  # a finish_reason of these leaves half an answer

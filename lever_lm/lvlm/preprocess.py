@@ -8,8 +8,8 @@ from torch import Tensor
 from lever_lm.config.schema import LvlmConfig
 from lever_lm.data import Image, open_image
 from lever_lm.lvlm.image_size import fitted
-from lever_lm.utils.device import first_line
 from lever_lm.utils.errors import LeverError
+from lever_lm.utils.transformers_compat import first_line
 
 CHUNK = 16  # images that go through the vision tower together
 

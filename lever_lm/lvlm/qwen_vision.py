@@ -15,10 +15,10 @@ from lever_lm.config.schema import LvlmConfig
 from lever_lm.data import Image
 from lever_lm.lvlm.feature_cache import GIB, FeatureCache
 from lever_lm.lvlm.preprocess import chunked, chunked_patches, patches
-from lever_lm.utils.device import first_line
 from lever_lm.utils.distributed import Shards
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.progress import Track, Work
+from lever_lm.utils.transformers_compat import first_line
 
 _WORKERS = 8
 

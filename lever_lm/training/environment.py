@@ -12,14 +12,15 @@ from pathlib import Path
 
 from lever_lm import __version__
 from lever_lm.config.schema import Config
+from lever_lm.training.metrics import TIMES
 from lever_lm.training.run_dir import RunFolder
 from lever_lm.utils.atomic_io import write_json
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.paths import PACKAGE
-from lever_lm.utils.safe_parse import FILE_LIMIT, read_object, shown
+from lever_lm.utils.safe_parse import FILE_LIMIT, read_object
+from lever_lm.utils.terminal import shown
 
 PACKAGES = ("torch", "transformers", "datasets", "numpy", "safetensors", "tokenizers", "qwen-vl-utils", "pillow")
-_TIMES = ("epoch_time", "step_time")  # of a row of metrics.jsonl: never the same twice
 _LONGEST = 10_000  # characters of a command
 _NAMED = 8  # differences that are listed, of each kind
 
@@ -196,7 +197,7 @@ def _first_difference(original: RunFolder, repeated: RunFolder) -> tuple[str | N
         where = f"{phase} epoch {epoch}"
         old, new = there[phase, epoch], here[phase, epoch]
         for name in new:
-            if name not in _TIMES and name in old and old[name] != new[name]:
+            if name not in TIMES and name in old and old[name] != new[name]:
                 return f"{where}: {name} is {shown(old[name])} there, {shown(new[name])} here", len(common)
         paths = [run.checkpoint(phase, epoch) for run in (original, repeated)]
         if all(path.is_file() for path in paths) and (name := _other_weights(*paths)):

@@ -2,52 +2,22 @@
 command line and `Retriever` go by the same functions.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from lever_lm.config.load import Layer, Layers, combined, layers
-from lever_lm.config.schema import LVLM_MACHINE, Config, to_dict
+from lever_lm.config.schema import Config, keys_of, to_dict
 from lever_lm.config.values import configs_root, read_yaml
-from lever_lm.selectors.pointer.checkpoint import own_config, read_checkpoint
-from lever_lm.selectors.pointer.hub_format import PLACES, SETTING, is_exported, policy_folder, setting_of
-from lever_lm.training.environment import recorded
-from lever_lm.training.find_checkpoint import find_checkpoint
+from lever_lm.selectors.pointer.hub_format import PLACES, SETTING
+from lever_lm.training.find_checkpoint import locate, values_of
 from lever_lm.training.run_dir import RunFolder, lvlm_name
 from lever_lm.utils.errors import LeverError
-from lever_lm.utils.safe_parse import one_line
+from lever_lm.utils.terminal import one_line
 
 # What makes an evaluation one of the run's own. Where files are says nothing of what is in them.
-_COMPARED = [(section, name) for section, names in SETTING.items() for name in names if (section, name) not in PLACES]
-_COMPARED += [("lvlm", name) for name in LVLM_MACHINE]
+_COMPARED = [key for key in SETTING if key not in PLACES] + keys_of("machine")
 _NAMES = {("lvlm", "path"), ("features", "encoder")}  # told by their last part: a model may lie anywhere
-_OF_A_COMMAND = ("device", "infer", "keep")
 _LONGEST = 100  # characters of a value
-
-
-def locate(checkpoint: str | Path) -> tuple[Path, str, dict]:
-    """The checkpoint of a run folder (as `lever infer` takes it), a file, an exported folder or a hub id; why this one;
-    and nested config values from beside it, {} where there are none. Raises LeverError where there is no checkpoint."""
-    path = Path(checkpoint)
-    if os.path.isdir(path) and not is_exported(path):
-        run = RunFolder(path)
-        found, why = find_checkpoint(run, None, {})
-        return found, why, values_of(run)
-    if os.path.isfile(path):
-        return path, "as named", values_of(RunFolder(path.parent))
-    if policy_folder(path) is None:
-        raise LeverError(f"no checkpoint {path}: expected a run folder, a checkpoint, an exported folder or OWNER/NAME")
-    content = read_checkpoint(path)
-    seed = own_config(content).get("seed", 0)
-    return path, "as named", {**setting_of(content["setting"]), "seed": seed}
-
-
-def values_of(run: RunFolder) -> dict:
-    """The nested config values that a run is used under: its own, without those of a single command. {} where it has no
-    config, or learned from features of the user's own, of which its config says nothing."""
-    if not run.config.is_file() or "embeddings" in recorded(run, "sources"):
-        return {}
-    return {key: value for key, value in run.values().items() if key not in _OF_A_COMMAND}
 
 
 # ---------------------------------------------------------------------- what is in force

@@ -11,38 +11,36 @@ import torch
 from torch import Tensor
 
 from lever_lm.config.schema import Config, FeatureConfig
-from lever_lm.data import VqaData, load_dataset
-from lever_lm.data.embeddings import Features, compute_features, features_fingerprint, read_embeddings
-from lever_lm.data.pools import check_sampler
-from lever_lm.lvlm import CachedLvlm, check_pixel_budget, load_lvlm
+from lever_lm.data import load_dataset
+from lever_lm.data.embeddings import features_fingerprint, read_embeddings
 from lever_lm.selectors.pointer.checkpoint import format_of, read_checkpoint, save_torch, to_v2, to_v3
 from lever_lm.training.batches import GroupTensors, to_tensors
 from lever_lm.training.environment import compare as compare_runs
 from lever_lm.training.environment import environment, own_files, record, verdict
 from lever_lm.training.find_checkpoint import find_checkpoint
-from lever_lm.training.grpo import train_grpo, train_rce
+from lever_lm.training.grpo import train_grpo
+from lever_lm.training.metrics import RECOMMENDED
 from lever_lm.training.nan_debug import detecting
-from lever_lm.training.preflight import ALL, examine, require
-from lever_lm.training.rollouts.file_format import check_reward_mode, read_groups, split_ids
-from lever_lm.training.rollouts.generate import (
-    check_rows,
+from lever_lm.training.preflight import ALL, examine
+from lever_lm.training.rce import train_rce
+from lever_lm.training.rollouts.file_format import (
     made_elsewhere,
-    make_rollouts,
-    online_rewards,
-    rollout_stamp,
+    read_groups,
+    split_ids,
     why_made_again,
 )
+from lever_lm.training.rollouts.generate import check_rows, make_rollouts, online_rewards, rollout_stamp
 from lever_lm.training.rollouts.propose import new_policy
 from lever_lm.training.run_dir import LOCK, Layout, RunFolder, inference_folder, v2_name
 from lever_lm.training.run_state import Journal, state_of
 from lever_lm.training.select_checkpoint import choose, read_history, worth_keeping
-from lever_lm.training.tensorboard import TensorBoard, track
+from lever_lm.training.stages import Stages
+from lever_lm.training.tensorboard import TRACKERS, TensorBoard
 from lever_lm.utils.atomic_io import file_digest
+from lever_lm.utils.checks import require
 from lever_lm.utils.console import Screen
-from lever_lm.utils.device import check_device_name, resolve_device
-from lever_lm.utils.distributed import Shards
+from lever_lm.utils.device import resolve_device
 from lever_lm.utils.errors import LeverError, UsageError
-from lever_lm.utils.file_hashes import DIGESTS
 from lever_lm.utils.fingerprint import CODE
 from lever_lm.utils.hub import fetch_model
 from lever_lm.utils.locks import alone
@@ -62,8 +60,8 @@ class Source:
     files: dict[str, str]
 
 
-class Pipeline:
-    """The stages of one config over one results folder. Data, features and LVLM are made when first needed.
+class Pipeline(Stages):
+    """The stages of one config over one results folder, up to a checkpoint.
 
     Under torchrun `rollouts` is a call of the whole job: its processes share the questions to the LVLM, each does the
     rest for itself, and the leader alone writes. The other stages are the work of one process.
@@ -78,51 +76,13 @@ class Pipeline:
         run_name: str | None = None,
         run_dir: Path | None = None,
     ):
-        check_names(config)
-        check_pixel_budget(config.lvlm)
-        self.config, self.screen, self.shards = config, screen, Shards.from_environment()
-        self.layout = Layout(config, results, run_name)
+        super().__init__(config, Layout(config, results, run_name), screen.say, screen.track)
+        self.screen = screen
         self.run = RunFolder(run_dir or self.layout.run)
-        DIGESTS.keep_in(self.layout.cache / "digests.json")
         self.inference = inference_folder(run_dir) if run_dir else self.layout.inference
         self.checkpoint: tuple[Path, str] | None = None  # that a command on a run uses, and why this one
-        self.evaluation = None  # the evaluation queries with their pools, once `evaluation_of` has made them
         self.detect_anomaly = False  # in training, for the module and operation of a NaN
         self.tracker: str | None = None  # where the metrics of a training go besides the run's own files
-
-    @cached_property
-    def data(self) -> VqaData:
-        """The dataset; examples that were left out are counted aloud."""
-        # The leader first: `datasets` makes a cache of its own from parquet files.
-        with self.shards.leader_first(), DIGESTS.kept(self.shards, self.screen.track):
-            data = load_dataset(self.config.data)
-        counts = f"{len(data.train_examples)} training and {len(data.val_examples)} evaluation examples"
-        self.screen.say(f"data: {data.name}, {counts}")
-        if data.skipped:
-            self.screen.say(f"data: {len(data.skipped)} bad examples left out, the first: {data.skipped[0]}")
-        return data
-
-    @cached_property
-    def features(self) -> Features:
-        """CLIP features of both splits."""
-        data = self.data
-        with self.shards.leader_first(), DIGESTS.kept(self.shards, self.screen.track):
-            return compute_features(
-                data, self.config.features, self.layout.features, self.config.device, self.screen.track, self.screen.say
-            )
-
-    @cached_property
-    def lvlm(self) -> CachedLvlm:
-        """The LVLM behind the answer cache."""
-        return load_lvlm(
-            self.config.lvlm,
-            self.config.prompt,
-            device=self.config.device,
-            cache=self.layout.answers,
-            track=self.screen.track,
-            shards=self.shards,
-            say=self.screen.say,
-        )
 
     def check(self, *needs: str, writes: bool = True) -> None:
         """Raise LeverError with all that is missing for a command, before anything is loaded or made. writes: the
@@ -217,7 +177,7 @@ class Pipeline:
         train, val = train.to(device), val.to(device)
         answer = None
         if self.config.grpo.online:
-            answer = online_rewards(self.config, self.data.train_examples, train.rows, train.pools, self.lvlm)
+            answer = online_rewards(self.config, self.data, train.rows, train.pools, self.lvlm)
         grpo = {"val_temperature": self.config.rce.temperature_end, "answer": answer}
         with detecting(policy, self.screen.say) if self.detect_anomaly else contextlib.nullcontext():
             train_rce(policy, train, val, self.config.rce, journal)
@@ -252,9 +212,10 @@ class Pipeline:
     @cached_property
     def tracking(self) -> TensorBoard | None:
         """Where the metrics go besides the run's own files; None for nowhere."""
-        if self.tracker is not None:
-            self.screen.say(f"tracker: tensorboard --logdir {self.run.path}")
-        return track(self.tracker, self.run)
+        if self.tracker is None:
+            return None
+        self.screen.say(f"tracker: tensorboard --logdir {self.run.path}")
+        return TRACKERS[self.tracker](self.run)
 
     def _source(self, rl_data: Path | None, embeddings: Path | None, dataset_named: bool) -> "Source":
         """Rollouts and features to train on: made here; or the rollouts that are there, with the features in a file,
@@ -329,7 +290,7 @@ class Pipeline:
 
     def recommend(self) -> dict:
         """The checkpoint that `train` and `demo` recommend: the best by val_reward."""
-        answer = choose(read_history(self.run, None), "val_reward", self.run)
+        answer = choose(read_history(self.run, None), RECOMMENDED, self.run)
         if answer["epoch"] is None:
             raise LeverError(f"no checkpoint of {self.run.path} can be recommended: {answer['why']}")
         self.screen.result(f"recommended: {answer['checkpoint']} ({answer['why']})")
@@ -363,11 +324,3 @@ class Pipeline:
         if dropped:
             self.screen.say(f"warning: v2 has one layer; left out {', '.join(dropped)}: its choices will differ")
         return {"input": str(path), "output": str(output), "to": to, "dropped": dropped}
-
-
-def check_names(config: Config) -> None:
-    """Raise UsageError for a name or shape that a stage would only refuse after the costly ones before it."""
-    check_reward_mode(config.reward.mode)
-    check_sampler(config.sampler)
-    new_policy(config, config.policy.hidden_dim)
-    check_device_name(config.device)

@@ -1,17 +1,22 @@
 """Where everything is on disk, and what makes two runs the same run."""
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import yaml
 
-from lever_lm.config.schema import LVLM_SPEED, Config, to_dict
+from lever_lm.config.schema import Config, keys_of, to_dict
+from lever_lm.training.metrics import PHASES
+from lever_lm.training.metrics_file import metrics_rows
 from lever_lm.utils.atomic_io import remove, sweep, write_text
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.locks import alone
-from lever_lm.utils.safe_parse import CONFIG_LIMIT, load_yaml, metrics_rows, read_bytes, shown
+from lever_lm.utils.safe_parse import CONFIG_LIMIT, load_yaml, read_bytes
+from lever_lm.utils.terminal import shown
 
+_CHECKPOINT = re.compile(rf"({'|'.join(PHASES)})_epoch(\d{{1,9}})(?:\.pt|_v2format\.ckpt)")
 LOCK = ".lock"  # in a folder that one process at a time works in
 
 # ---------------------------------------------------------------------- places
@@ -59,18 +64,7 @@ def inference_folder(run_dir: Path) -> Path:
 # ---------------------------------------------------------------------- runs
 
 # Settings that may change when a run goes on: they do not change what is already there.
-_FREE = (
-    ("device",),
-    ("keep",),
-    ("grpo", "epochs"),
-    ("grpo", "patience"),
-    ("infer",),
-    ("features", "batch_size"),
-    *(("lvlm", name) for name in LVLM_SPEED),
-    ("data", "okvqa_path"),
-    ("data", "coco_path"),
-    ("data", "allow_remote"),
-)
+_FREE = {("infer",), *keys_of("command", "length", "speed", "place")} - {("data", "train_path")}
 
 
 class RunFolder:
@@ -90,6 +84,21 @@ class RunFolder:
     def checkpoint(self, phase: str, epoch: int) -> Path:
         """`rce_epoch1.pt`, `grpo_epoch50.pt`; epochs count from 1."""
         return self.path / f"{phase}_epoch{epoch}.pt"
+
+    def checkpoints(self) -> dict[tuple[str, int], Path]:
+        """Return (phase, epoch) → checkpoint, the file in the v2 format where there is no other."""
+        found: dict[tuple[str, int], Path] = {}
+        for path in sorted(self.path.glob("*_epoch*")):  # `.pt` comes before `_v2format.ckpt`
+            if match := _CHECKPOINT.fullmatch(path.name):
+                found.setdefault((match[1], int(match[2])), path)
+        return found
+
+    def latest_checkpoint(self) -> Path:
+        """Return the checkpoint of the last epoch of the last phase. Raises LeverError when there is none."""
+        found = self.checkpoints()
+        if not found:
+            raise LeverError(f"no checkpoint in {self.path}: train first (`lever train`), or name one with --ckpt PATH")
+        return found[max(found, key=lambda key: (PHASES.index(key[0]), key[1]))]
 
     @contextlib.contextmanager
     def alone(self, say: Callable[[str], None]) -> Iterator[None]:

@@ -1,10 +1,11 @@
-"""The memory of a training run: what an epoch leaves behind, and how a killed run goes on where it was.
+"""The state of a training run: what an epoch leaves behind, and how a killed run goes on where it was.
 
 `state.pt` is written first and holds everything of the epoch it ends with, its row and its weights included; the
-checkpoint, metrics.jsonl and train.log are then made from it. Whatever a kill left out is made up for on resume.
+checkpoint, metrics.jsonl and train.log are then made from it. What a kill left out is written on resume.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -14,65 +15,36 @@ from torch import Tensor
 from lever_lm.selectors.pointer.checkpoint import save_torch, v3_content
 from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.training.finite_checks import At, not_finite
-from lever_lm.training.resume_state import misfit, problem_of
+from lever_lm.training.metrics import PHASES, metrics_on, table_header, table_row
 from lever_lm.training.run_dir import RunFolder
 from lever_lm.training.tensorboard import TensorBoard
 from lever_lm.utils.atomic_io import append_line, remove, write_text
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.progress import BETWEEN_LINES, Track, Work, untracked
 from lever_lm.utils.safe_torch_load import load_torch
+from lever_lm.utils.terminal import shown
 
-# Column name, key, width, precision. The GRPO columns and both headings are what existing scripts parse.
-_COLUMNS = {
-    "rce": [
-        ("Train Loss", "train_loss", 12, 5),
-        ("Val Loss", "val_loss", 12, 5),
-        ("Temperature", "temperature", 12, 3),
-    ],
-    "grpo": [
-        ("Train Loss", "train_loss", 12, 5),
-        ("Val Loss", "val_loss", 12, 5),
-        ("PPO Loss", "ppo_loss", 12, 5),
-        ("KL", "kl", 10, 5),
-        ("Adv Std", "adv_std", 10, 4),
-        ("Adv Max", "adv_max", 10, 4),
-        ("Beta", "beta", 8, 4),
-    ],
-}
-_SHOWN = ("train_loss", "val_loss", "val_reward")  # beside a progress bar
-_HEADINGS = {"rce": "阶段2：RCE预热", "grpo": "阶段3：GRPO训练"}
+# ---------------------------------------------------------------------- state.pt
 
-
-def table_header(phase: str) -> list[str]:
-    """Marker line, column names and rule of a phase's table."""
-    names = "".join(f" {name:>{width}}" for name, _, width, _ in _COLUMNS[phase])
-    return [_HEADINGS[phase], f"{'Epoch':>6}{names}", "-" * (6 + len(names))]
-
-
-def table_row(row: dict) -> str:
-    """One epoch of a phase's table."""
-    cells = (_cell(row.get(key), width, precision) for _, key, width, precision in _COLUMNS[row["phase"]])
-    return f"{row['epoch']:>6}{''.join(cells)}"
-
-
-def _cell(value, width: int, precision: int) -> str:
-    """A number, or `-` where a checkpoint of somebody else's does not carry it."""
-    return f" {value:>{width}.{precision}f}" if isinstance(value, (int, float)) else f" {'-':>{width}}"
+_FIELDS = ("phase", "epoch", "policy", "optimizer", "rng", "extra", "rows", "inputs")
+_EXTRA = {"old", "reference", "beta", "online"}  # of GRPO
+# An online round in `extra`: dimensions and kind of its tensors.
+_ONLINE = {"sequences": (3, torch.int64), "rewards": (2, torch.float32), "mask": (2, torch.bool)}
 
 
 def state_of(run: RunFolder, inputs: dict[str, str], policy: PointerSelector | None = None) -> dict:
-    """The content of a run's state.pt. Raises LeverError where it is none of this run, the run was begun with other
-    `inputs` than these, or its weights are not those of a policy of this shape."""
+    """Read a run's state.pt. Raises LeverError where it is no state of this run, the run was begun with other `inputs`
+    than these, or its weights are not those of a policy of this shape."""
     state = load_torch(run.state)
-    _refuse(run, problem_of(state))
-    there = state.get("inputs")
+    _refuse(run, _problem_of(state))
+    there = state["inputs"]
     changed = [name for name, value in inputs.items() if not isinstance(there, dict) or there.get(name) != value]
     if changed:
         raise LeverError(
             f"the {' and '.join(changed)} of the run in {run.path} have changed since it was begun; "
             "choose another folder with --run-name NAME, or start over with --overwrite"
         )
-    _refuse(run, misfit(state, policy) if policy is not None else None)
+    _refuse(run, _misfit(state, policy) if policy is not None else None)
     return state
 
 
@@ -82,14 +54,99 @@ def _refuse(run: RunFolder, problem: str | None) -> None:
         raise LeverError(f"{run.state} is no state of this run ({problem}): --overwrite starts over")
 
 
+def _problem_of(state: dict) -> str | None:
+    """Return what keeps a file's content from being the state of any run: the file may come from anywhere."""
+    if missing := [name for name in _FIELDS if name not in state]:
+        return f"no {missing[0]}"
+    rows, rng = state["rows"], state["rng"]
+    if not isinstance(rows, list) or not rows:
+        return "no rows"
+    for number, row in enumerate(rows, 1):
+        if why := _problem_of_row(row):
+            return f"row {number}: {why}"
+    if (state["phase"], state["epoch"]) != (rows[-1]["phase"], rows[-1]["epoch"]):
+        return "its last row is of another epoch"
+    sound = isinstance(rng, dict) and "cpu" in rng and all(_has_form(value, 1, torch.uint8) for value in rng.values())
+    if not sound or len(rng["cpu"]) != len(torch.get_rng_state()):
+        return "rng is no random state"
+    return _problem_of_extra(state["extra"])
+
+
+def _problem_of_row(row) -> str | None:
+    if not isinstance(row, dict) or row.get("phase") not in PHASES or type(row.get("epoch")) is not int:
+        return "no phase or no epoch"
+    for name, value in row.items():
+        plain = type(value) in (int, str, bool, type(None)) or (type(value) is float and math.isfinite(value))
+        texts = isinstance(value, dict) and all(isinstance(text, str) for pair in value.items() for text in pair)
+        if not isinstance(name, str) or not (texts if name == "warnings" else plain):
+            return f"{shown(name)} is {shown(value)}"
+    return None
+
+
+def _problem_of_extra(extra) -> str | None:
+    if not isinstance(extra, dict) or not extra.keys() <= _EXTRA:
+        return "extra is none of GRPO"
+    beta, online = extra.get("beta", 0.0), extra.get("online")
+    if not isinstance(beta, (int, float)) or not math.isfinite(beta):
+        return f"beta is {shown(beta)}"
+    if online is None:
+        return None
+    sound = isinstance(online, dict) and online.keys() == _ONLINE.keys()
+    sound = sound and all(_has_form(online[name], *form) for name, form in _ONLINE.items())
+    sound = sound and len({tuple(tensor.shape[:2]) for tensor in online.values()}) == 1
+    return None if sound and bool(online["rewards"].isfinite().all()) else "online holds no rollouts"
+
+
+def _has_form(value, dimensions: int, dtype: torch.dtype) -> bool:
+    return isinstance(value, Tensor) and (value.ndim, value.dtype) == (dimensions, dtype)
+
+
+def _misfit(state: dict, policy: PointerSelector, optimizer: torch.optim.Optimizer | None = None) -> str | None:
+    """Return what keeps a sound state from being that of this policy and, where it is given, this optimizer."""
+    snapshots = {name: state["extra"][name] for name in ("old", "reference") if name in state["extra"]}
+    for name, weights in {"policy": state["policy"], **snapshots}.items():
+        if not _is_like(weights, policy.state_dict()):
+            return f"{name} holds no finite weights, or those of another policy"
+    if optimizer is None:
+        return None
+    there, here = state["optimizer"], optimizer.state_dict()
+    known = there.get("state") if isinstance(there, dict) else None
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    here["state"] = {
+        place: {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
+        for place, parameter in enumerate(parameters)
+        if isinstance(known, dict) and place in known
+    }
+    return None if _is_like(there, here) else "optimizer has other options, or holds another policy's state"
+
+
+def _is_like(there, here) -> bool:
+    """Return whether a value is built as another one is: keys, kinds, equal integers, and for tensors shape and dtype;
+    and whether all its numbers are finite."""
+    if isinstance(here, Tensor):
+        same = isinstance(there, Tensor) and (there.shape, there.dtype) == (here.shape, here.dtype)
+        return same and bool(there.isfinite().all())
+    if isinstance(here, dict):
+        same = isinstance(there, dict) and there.keys() == here.keys()
+        return same and all(_is_like(there[key], here[key]) for key in here)
+    if type(there) is not type(here):
+        return False
+    if isinstance(here, (list, tuple)):
+        return len(there) == len(here) and all(map(_is_like, there, here))
+    return math.isfinite(there) if isinstance(here, float) else there == here
+
+
+# ---------------------------------------------------------------------- recording
+
+
 # Rows so far → the checkpoints that are not to be deleted.
 Keep = Callable[[list[dict]], set[Path]]
 
 
 class Journal:
     """Records epochs of one run. `config` is what its checkpoints carry; `inputs` are the fingerprints of its data,
-    which a resumed run must find unchanged; `keep` names the checkpoints to keep, all without it. `say` is told what
-    everybody should know, `detail` what some like to, `track` shows how far a phase is; `tracker` is told every row."""
+    which a resumed run must find unchanged; `keep` names the checkpoints to keep, all without it. `say` is told every
+    epoch, `detail` what a verbose command shows; `track` shows how far a phase is; `tracker` is told every row."""
 
     def __init__(
         self,
@@ -121,36 +178,40 @@ class Journal:
             self.say(f"going on after {last['phase']} epoch {last['epoch']} in {self.run.path}")
         # Rows of metrics.jsonl and train.log that a kill cut short or left out are written again, from the state.
         write_text(self.run.metrics, "".join(json.dumps(row) + "\n" for row in self.rows))
-        lines = []
-        for i, row in enumerate(self.rows):
-            lines += [
-                *(table_header(row["phase"]) if self._opens_phase(i) else []),
-                *([str(row["note"])] if "note" in row else []),
-                table_row(row),
-                *self._warnings(row),
-            ]
+        lines: list[str] = []
+        for place, row in enumerate(self.rows):
+            lines += self._heading_of(place) + ([str(row["note"])] if "note" in row else []) + self._lines(row)
         write_text(self.run.log, "".join(line + "\n" for line in lines))
         if self.tracker is not None:
             self.tracker.begin(self.rows)
         self._prune()
 
-    def _opens_phase(self, i: int) -> bool:
-        return i == 0 or self.rows[i]["phase"] != self.rows[i - 1]["phase"]
+    def _heading_of(self, place: int) -> list[str]:
+        """Return the heading of the table that the row at a place opens; [] where it opens none."""
+        phase = self.rows[place]["phase"]
+        return table_header(phase) if place == 0 or self.rows[place - 1]["phase"] != phase else []
+
+    def _lines(self, row: dict) -> list[str]:
+        """Return the row of an epoch and its warnings, each kind the first time it comes in the run."""
+        new = {kind: text for kind, text in row.get("warnings", {}).items() if kind not in self._warned}
+        self._warned |= new.keys()
+        return [table_row(row), *(f"warning: {row['phase']} epoch {row['epoch']}: {text}" for text in new.values())]
 
     def done(self, phase: str) -> int:
-        """Epochs of a phase that are finished."""
+        """Return the number of epochs of a phase that are finished."""
         return sum(row["phase"] == phase for row in self.rows)
 
     def epochs(self, phase: str, last: int) -> Iterable[int]:
-        """The numbers of the epochs of a phase that are left up to `last`, under a progress bar with the metrics."""
+        """Yield the numbers of a phase's epochs that are left up to `last`, under a progress bar with the metrics."""
         done = self.done(phase)
         left = Work(range(done + 1, last + 1), "epochs", done=done, now=self._latest, after=BETWEEN_LINES)
         return self._track(left, phase.upper(), last) if done < last else ()
 
     def _latest(self) -> str:
-        """The last epoch in a few numbers."""
+        """Return the last epoch in a few numbers."""
         row = self.rows[-1] if self.rows else {}
-        return ", ".join(f"{name} {row[name]:.4f}" for name in _SHOWN if isinstance(row.get(name), (int, float)))
+        known = [name for name in metrics_on("progress") if isinstance(row.get(name), (int, float))]
+        return ", ".join(f"{name} {row[name]:.4f}" for name in known)
 
     def restore(self, phase: str, policy: PointerSelector, optimizer: torch.optim.Optimizer) -> dict | None:
         """Put weights, optimizer and random state where the last epoch of `phase` left them. Returns the phase's
@@ -158,7 +219,7 @@ class Journal:
         if self.state is None:
             return None
         goes_on = self.state["phase"] == phase
-        _refuse(self.run, misfit(self.state, policy, optimizer if goes_on else None))
+        _refuse(self.run, _misfit(self.state, policy, optimizer if goes_on else None))
         policy.load_state_dict(self.state["policy"])
         _set_rng(self.state["rng"])
         if not goes_on:
@@ -173,7 +234,7 @@ class Journal:
         append_line(self.run.log, text)
 
     def commit(self, row: dict, policy: PointerSelector, optimizer: torch.optim.Optimizer, extra: dict) -> None:
-        """An epoch is finished: state, then checkpoint, then the metrics and log lines. Raises LeverError when a
+        """Record a finished epoch: state, then checkpoint, then the metrics and log lines. Raises LeverError when a
         metric, weight or moment is not finite, before anything is written."""
         if self._note is not None:
             row["note"], self._note = self._note, None
@@ -198,12 +259,12 @@ class Journal:
         self._publish_checkpoint(policy)
         append_line(self.run.metrics, json.dumps(row))
         again = [kind for kind in row.get("warnings", {}) if kind in self._warned]
-        header, warnings = table_header(row["phase"]), self._warnings(row)
-        for line in [*(header if self._opens_phase(len(self.rows) - 1) else []), table_row(row), *warnings]:
+        lines = self._lines(row)
+        for line in self._heading_of(len(self.rows) - 1) + lines:
             append_line(self.run.log, line)
         if self.tracker is not None:
             self.tracker.add(row)
-        for line in [*(header if self._heading != row["phase"] else []), table_row(row), *warnings]:
+        for line in (table_header(row["phase"]) if self._heading != row["phase"] else []) + lines:
             self.say(line)
         self._heading = row["phase"]
         for kind in again:
@@ -217,12 +278,6 @@ class Journal:
             for path in {self.run.checkpoint(row["phase"], row["epoch"]) for row in self.rows} - kept:
                 remove(path)
 
-    def _warnings(self, row: dict) -> list[str]:
-        """The warnings of an epoch, each kind the first time it comes in the run."""
-        new = {kind: text for kind, text in row.get("warnings", {}).items() if kind not in self._warned}
-        self._warned |= new.keys()
-        return [f"warning: {row['phase']} epoch {row['epoch']}: {text}" for text in new.values()]
-
     def _publish_checkpoint(self, policy: PointerSelector | None = None) -> None:
         """Write the checkpoint of the last epoch unless it is there."""
         row = self.rows[-1]
@@ -231,18 +286,11 @@ class Journal:
             return
         if policy is None:
             policy = PointerSelector(**self.config["policy"])
-            _refuse(self.run, misfit(self.state, policy))
+            _refuse(self.run, _misfit(self.state, policy))
             policy.load_state_dict(self.state["policy"])
         metrics = {name: value for name, value in row.items() if name not in ("phase", "epoch")}
-        content = v3_content(
-            policy,
-            epoch=row["epoch"] - 1,
-            phase=row["phase"],
-            kl_beta=row.get("beta", 0.0),
-            metrics=metrics,
-            config=self.config,
-        )
-        save_torch(path, content)
+        place = {"epoch": row["epoch"] - 1, "phase": row["phase"]}
+        save_torch(path, v3_content(policy, **place, kl_beta=row.get("beta", 0.0), metrics=metrics, config=self.config))
 
 
 def _get_rng() -> dict[str, Tensor]:

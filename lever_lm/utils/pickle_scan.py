@@ -1,9 +1,10 @@
-"""A dry run of the pickle in a torch file: what it would make, without making it. See torchfile.py.
+"""A dry run of the pickle in a torch file: what it would make, without making it. See safe_torch_load.py.
 
 It knows the opcodes and the names that weights are saved with. Nothing that a file names is looked up or called.
 """
 
-import pickletools
+import io
+import pickle
 from collections.abc import Callable
 from math import prod
 
@@ -11,26 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lever_lm.utils.safe_parse import shown
+from lever_lm.utils.terminal import shown
 
 MAX_DEPTH = 32  # of lists and dicts within each other
 SHARED = 4  # times the pickle's size that all it holds may come to: values can be shared
 TIED = 64  # times the file's size that its tensors may come to, which share their memory
-_DTYPES = {
-    f"torch {name}Storage": dtype
-    for name, dtype in {
-        "Float": torch.float32,
-        "Double": torch.float64,
-        "Half": torch.float16,
-        "BFloat16": torch.bfloat16,
-        "Long": torch.int64,
-        "Int": torch.int32,
-        "Short": torch.int16,
-        "Char": torch.int8,
-        "Byte": torch.uint8,
-        "Bool": torch.bool,
-    }.items()
-}
+_FLOATS = {"Float": torch.float32, "Double": torch.float64, "Half": torch.float16, "BFloat16": torch.bfloat16}
+_INTEGERS = {"Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8}
+_DTYPES = {f"torch {name}Storage": dtype for name, dtype in {**_FLOATS, **_INTEGERS, "Bool": torch.bool}.items()}
 _TYPES = {f"torch {str(dtype).removeprefix('torch.')}" for dtype in _DTYPES.values()}
 NUMBERS = ("f2", "f4", "f8", "i4", "i8")  # what numpy arrays may hold
 _PLAIN = (str, int, float, bool, type(None))
@@ -41,11 +30,13 @@ class Refused(Exception):
 
 
 def look_through(pickled: bytes, size_of: Callable[[str], int], size: int) -> None:
-    """Raise Refused, or whatever pickletools does, at what is not read.
+    """Raise Refused, or whatever pickle does, at what is not read.
 
     size_of: the bytes of a storage by its key; size: of the whole file.
     """
-    _check_size(_DryRun(size_of).run(pickled), len(pickled), size)
+    if not pickled.startswith(b"\x80\x02"):
+        raise Refused("it is not of pickle's protocol 2")
+    _check_size(_DryRun(pickled, size_of).load(), len(pickled), size)
 
 
 def _check_size(content, pickled: int, size: int) -> None:
@@ -74,78 +65,29 @@ def _check_size(content, pickled: int, size: int) -> None:
         waiting += [(item, depth + 1) for item in inner]
 
 
-class _DryRun:
-    """Runs a pickle of protocol 2 to see what it would make. `size_of` gives the bytes of a storage by its key."""
+class _Name(str):
+    """What a file names, as `module name`: never looked up."""
 
-    def __init__(self, size_of: Callable[[str], int]):
+    def __call__(self, *arguments):
+        raise Refused(f"it wants {shown(str(self))} called")
+
+
+class _DryRun(pickle._Unpickler):
+    """Runs a pickle of protocol 2 with the opcodes of `_OPCODES`; what it calls are functions of this module."""
+
+    def __init__(self, pickled: bytes, size_of: Callable[[str], int]):
+        super().__init__(io.BytesIO(pickled))
         self.size_of = size_of
         self.storages: dict[str, Tensor] = {}
-        self.stack: list = []
-        self.marks: list[list] = []
 
-    def run(self, pickled: bytes):
-        """The value that the pickle makes. Raises Refused at whatever is none of tensors and plain values."""
-        memo: dict = {}
-        for opcode, argument, _ in pickletools.genops(pickled):
-            name = opcode.name
-            if name == "PROTO" and argument != 2:
-                raise Refused(f"it is of pickle's protocol {argument}")
-            if name in ("BINPUT", "LONG_BINPUT"):
-                memo[argument] = self.stack[-1]
-            elif name in ("BINGET", "LONG_BINGET"):
-                self.stack.append(memo[argument])
-            elif name in _VALUES:
-                self.stack.append(argument)
-            elif name in _CONSTANTS:
-                self.stack.append(_CONSTANTS[name])
-            elif name == "GLOBAL":
-                self.stack.append(_Name(argument))
-            elif name == "STOP":
-                return self.stack.pop()
-            elif name in _ACTIONS:
-                _ACTIONS[name](self)
-            else:
-                raise Refused(f"it needs pickle's {name}")
-        raise EOFError
+    def find_class(self, module: str, name: str):
+        """Return the function that stands for a name, or the name itself."""
+        name = f"{module} {name}"
+        return _CALLS.get(name, _Name(name))
 
-    def pop_mark(self) -> list:
-        """What was put on the stack after the last mark."""
-        items, self.stack = self.stack, self.marks.pop()
-        return items
-
-    def mark(self) -> None:
-        self.marks.append(self.stack)
-        self.stack = []
-
-    def empty(self, kind: type) -> None:
-        self.stack.append(kind())
-
-    def group(self, count: int | None) -> None:
-        """The last `count` values, or those after the mark, become a tuple."""
-        items = self.pop_mark() if count is None else self.stack[-count:]
-        if count is not None:
-            del self.stack[-count:]
-        self.stack.append(tuple(items))
-
-    def append(self, items: list) -> None:
-        _of(self.stack[-1], list).extend(items)
-
-    def set_items(self, items: list) -> None:
-        target = _of(self.stack[-1], dict)
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            if type(key) not in _PLAIN:
-                raise Refused(f"a key of it is a {type(key).__name__}")
-            target[key] = value
-
-    def take(self, count: int) -> list:
-        """The last values of the stack, off it."""
-        items = self.stack[-count:]
-        del self.stack[-count:]
-        return items
-
-    def storage(self) -> None:
-        """(`storage`, its type, key, device, length) → a flat tensor of that length, without memory."""
-        kind, of, key, _, length = _of(self.stack.pop(), tuple)
+    def persistent_load(self, pid) -> Tensor:
+        """Return for (`storage`, type, key, device, length) a flat tensor of that length, without memory."""
+        kind, of, key, _, length = _of(pid, tuple)
         dtype = _DTYPES.get(str(of)) if isinstance(of, _Name) else None
         if kind != "storage" or dtype is None or type(key) is not str:
             raise Refused(f"it holds a {shown(of)}")
@@ -154,18 +96,24 @@ class _DryRun:
         flat = self.storages[key]
         if flat.dtype != dtype or len(flat) != length:
             raise Refused("a tensor of it claims another size than it has")
-        self.stack.append(flat)
+        return flat
 
-    def reduce(self) -> None:
-        """A call of one of the names that are known; made by functions of this module."""
-        arguments, name = _of(self.stack.pop(), tuple), _of(self.stack.pop(), _Name)
-        make = _CALLS.get(str(name))
-        if make is None:
-            raise Refused(f"it wants {shown(str(name))} called")
-        self.stack.append(make(*arguments))
+    def set_items(self, items: list) -> None:
+        target = _of(self.stack[-1], dict)
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            if type(key) not in _PLAIN:  # the hash of a deep tuple would end the process
+                raise Refused(f"a key of it is a {type(key).__name__}")
+            target[key] = value
 
-    def build(self) -> None:
-        """What an array or its dtype is filled with."""
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self.set_items([key, value])
+
+    def load_setitems(self) -> None:
+        self.set_items(self.pop_mark())
+
+    def load_build(self) -> None:
+        """Fill an array or its dtype; the metadata of a state_dict is left out."""
         state, target = self.stack.pop(), self.stack[-1]
         if type(target) is np.ndarray:
             _, shape, dtype, fortran, content = _of(state, tuple)
@@ -179,8 +127,21 @@ class _DryRun:
             raise Refused(f"it fills a {type(target).__name__}")
 
 
-class _Name(str):
-    """What a file names, as `module name`: never looked up."""
+class _Dispatch(dict):
+    def __missing__(self, code: int):
+        raise Refused(f"it needs pickle's opcode {chr(code)!r}")
+
+
+_OPCODES = """PROTO STOP MARK EMPTY_DICT EMPTY_LIST EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 APPEND APPENDS
+BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE NONE NEWTRUE NEWFALSE
+GLOBAL REDUCE BINPERSID BINPUT LONG_BINPUT BINGET LONG_BINGET"""  # those of torch.save
+_CODES = {getattr(pickle, name)[0] for name in _OPCODES.split()}
+_DryRun.dispatch = _Dispatch({code: pickle._Unpickler.dispatch[code] for code in _CODES})
+_DryRun.dispatch |= {
+    pickle.SETITEM[0]: _DryRun.load_setitem,
+    pickle.SETITEMS[0]: _DryRun.load_setitems,
+    pickle.BUILD[0]: _DryRun.load_build,
+}
 
 
 def _of(value, kind: type):
@@ -233,23 +194,4 @@ _CALLS = {
     "_codecs encode": _encoded,
     "numpy.core.multiarray _reconstruct": _empty_array,
     "numpy._core.multiarray _reconstruct": _empty_array,
-}
-_VALUES = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"}
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-_ACTIONS: dict[str, Callable[[_DryRun], None]] = {
-    "PROTO": lambda run: None,
-    "MARK": _DryRun.mark,
-    "EMPTY_DICT": lambda run: run.empty(dict),
-    "EMPTY_LIST": lambda run: run.empty(list),
-    "TUPLE": lambda run: run.group(None),
-    "TUPLE1": lambda run: run.group(1),
-    "TUPLE2": lambda run: run.group(2),
-    "TUPLE3": lambda run: run.group(3),
-    "APPEND": lambda run: run.append(run.take(1)),
-    "APPENDS": lambda run: run.append(run.pop_mark()),
-    "SETITEM": lambda run: run.set_items(run.take(2)),
-    "SETITEMS": lambda run: run.set_items(run.pop_mark()),
-    "BINPERSID": _DryRun.storage,
-    "REDUCE": _DryRun.reduce,
-    "BUILD": _DryRun.build,
 }

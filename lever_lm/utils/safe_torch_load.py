@@ -68,8 +68,6 @@ def _look_through(file: BinaryIO) -> None:
     if order is not None and b"".join(_blocks(file, order)) != b"little":
         raise Refused("its numbers are big-endian")
     pickled = b"".join(_blocks(file, members[pickled]))
-    if not pickled.startswith(b"\x80\x02"):
-        raise Refused("it is not of pickle's protocol 2")
 
     def size_of(key: str) -> int:
         return sum(map(len, _blocks(file, members[f"{folder}data/{key}"])))

@@ -330,7 +330,8 @@ def _exported(folder: Path) -> Path:
 def _use(folder: Path) -> None:
     """What `--ckpt DIR` does with a shared policy before any data is read."""
     from lever_lm.selectors.pointer.checkpoint import load_policy
-    from lever_lm.training.from_checkpoint import config_beside, locate
+    from lever_lm.training.find_checkpoint import locate
+    from lever_lm.training.from_checkpoint import config_beside
 
     path, _, values = locate(folder)
     load_policy(path)

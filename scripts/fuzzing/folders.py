@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -54,7 +55,8 @@ def metrics_file(folder: Path) -> Target:
     from lever_lm.cli.options import finite
     from lever_lm.cli.status import run_status
     from lever_lm.evaluation.report import phrasing as words
-    from lever_lm.evaluation.report.curves import curve_chart, training_curves
+    from lever_lm.evaluation.report.curves import training_curves
+    from lever_lm.evaluation.report.page import _curve_chart
     from lever_lm.training.run_dir import RunFolder
 
     run = RunFolder(folder / "run")
@@ -65,7 +67,7 @@ def metrics_file(folder: Path) -> Target:
         choices(run, None)
         rows = run.rows()
         for curve in training_curves([("x", rows)]):
-            curve_chart(curve)
+            _curve_chart("x", curve)
         for tell in (words.strategies, words.health, words.of_groups, words.warnings_of):
             tell(rows)
 
@@ -288,14 +290,15 @@ def _report(run, inference: Path, data) -> None:
 
 def results_file(folder: Path) -> Target:
     """An inference's metrics.json, as the next inference and the report read it."""
-    from lever_lm.evaluation.evaluate import _earlier
+    from lever_lm.evaluation.results import _write_metrics
 
     run, inference, data, samples, content = _inference(folder)
     (inference / "samples_grpo_2shot.jsonl").write_bytes(samples)
     path = inference / "metrics.json"
 
     def read() -> None:
-        json.dumps(_earlier(path, [{**_RESULT, "shots": 4}], "s"), allow_nan=False)
+        kept = Path(shutil.copy(path, folder / "kept.json"))
+        json.dumps(_write_metrics(kept, [{**_RESULT, "shots": 4}], {"setting": "s"}), allow_nan=False)
         _report(run, inference, data)
 
     return Target(

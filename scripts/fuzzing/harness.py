@@ -313,7 +313,7 @@ def _most_memory() -> int:
 def _judge(error: BaseException) -> tuple[str, str]:
     """What an exception of a parser is: a refusal, or a failure."""
     from lever_lm.utils.errors import LeverError
-    from lever_lm.utils.safe_parse import printable
+    from lever_lm.utils.terminal import printable
 
     cause: BaseException | None = error
     while cause is not None:  # behind a message, too

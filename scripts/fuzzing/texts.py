@@ -147,7 +147,7 @@ def variables(folder: Path) -> Target:
     """Environment variables: NAME=VALUE on each line."""
     from lever_lm.config.load import ENVIRONMENT, environment_values
     from lever_lm.config.values import build, merge
-    from lever_lm.utils.safe_parse import printable
+    from lever_lm.utils.terminal import printable
 
     def parse(content: bytes) -> None:
         pairs = (line.partition("=") for line in argument(content).split("\n"))
@@ -159,7 +159,7 @@ def variables(folder: Path) -> Target:
         build(values)
 
     examples = {int: "3", float: "0.5", str: "hard"}
-    seeds = [f"{name}={examples.get(kind, 'true')}".encode() for name, (kind, _) in ENVIRONMENT.items()]
+    seeds = [f"{name}={examples.get(kind, 'true')}".encode() for name, (_, kind) in ENVIRONMENT.items()]
     return Target([b"\n".join(seeds), *seeds], lines_spoiler([*ENVIRONMENT, "1e-4", "TRUE", "off", "1_0"]), parse)
 
 
@@ -222,8 +222,15 @@ def rollouts(folder: Path) -> Target:
 
     from lever_lm.data import Example
     from lever_lm.training.batches import to_tensors
-    from lever_lm.training.rollouts.file_format import is_query, load_groups, read_rollouts, split_ids
-    from lever_lm.training.rollouts.generate import check_rows, group_report, made_elsewhere
+    from lever_lm.training.rollouts.file_format import (
+        group_report,
+        is_query,
+        load_groups,
+        made_elsewhere,
+        read_rollouts,
+        split_ids,
+    )
+    from lever_lm.training.rollouts.generate import check_rows
 
     path, matrix = folder / "rollouts.json", torch.randn(300, 4, generator=torch.Generator().manual_seed(0))
     train = [Example(100_000 + i, i, "what?", ("yes",), ("yes",), "x.jpg") for i in range(300)]
@@ -282,7 +289,7 @@ def terminal(folder: Path) -> Target:
     from io import StringIO
 
     from lever_lm.utils.console import Screen
-    from lever_lm.utils.safe_parse import one_line, printable, shown
+    from lever_lm.utils.terminal import one_line, printable, shown
 
     screen, seen = Screen(), StringIO()
     screen.out.file = seen

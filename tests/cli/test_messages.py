@@ -118,7 +118,7 @@ def test_flags_that_a_message_names_exist():
 
 
 def test_keys_that_a_message_names_exist():
-    from lever_lm.config.values import all_keys
+    from lever_lm.config.schema import all_keys
 
     keys = set(all_keys())
     sections = {key.split(".")[0] for key in keys if "." in key}

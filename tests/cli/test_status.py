@@ -14,14 +14,13 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import RUN, SMALL, clean_environment, files_in
-from test_file_format import DATA
+from helpers import DATA, RUN, SMALL, clean_environment, files_in
 
 from lever_lm.cli import status as status_module
 from lever_lm.cli.status import gpus
 from lever_lm.training.environment import record, typed_again
+from lever_lm.training.metrics import table_header, table_row
 from lever_lm.training.run_dir import LOCK, RunFolder
-from lever_lm.training.run_state import table_header, table_row
 from lever_lm.utils.locks import alone, seen
 
 KEYS = {"run", "state", "phase", "epoch", "epochs", "checkpoint", "seconds_left", "metrics", "best", "answers", "gpus"}

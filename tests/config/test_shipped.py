@@ -1,11 +1,17 @@
-"""Every YAML that is shipped builds a Config."""
+"""Every YAML that is shipped builds a Config, and the defaults are those of the pages and of the public functions."""
+
+import inspect
 
 import pytest
 import yaml
 
 from lever_lm.config.load import resolve
-from lever_lm.config.schema import Config, to_dict
-from lever_lm.config.values import all_keys, configs_root
+from lever_lm.config.schema import Config, all_keys, to_dict
+from lever_lm.config.values import configs_root
+from lever_lm.losses import grpo_loss, rce_temperature
+from lever_lm.policy import PointerSelector
+from lever_lm.rewards import group_advantage, reward
+from lever_lm.rollouts import load_groups
 from lever_lm.utils.paths import asset_path
 
 YAMLS = sorted(configs_root().rglob("*.yaml"))
@@ -36,23 +42,12 @@ def test_the_names_users_bring_are_there():
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_every_yaml_builds_a_config_that_holds_its_values(path, monkeypatch):
-    from lever_lm.config.load import ENVIRONMENT
-
-    for name in ENVIRONMENT:
-        monkeypatch.delenv(name, raising=False)
+def test_every_yaml_builds_a_config_that_holds_its_values(path):
     config, in_effect = resolve({path.parent.name: path.stem}, None, [], {})
     assert in_effect == []
+    held = values(config)
     for key, value in flat(yaml.safe_load(path.read_text(encoding="utf-8"))):
-        found = config
-        for part in key.split("."):
-            found = getattr(found, part)
-        assert (list(found) if isinstance(value, list) else found) == value, key
-
-
-@pytest.mark.parametrize("path", YAMLS, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_every_asset_a_yaml_names_is_shipped(path):
-    for key, value in flat(yaml.safe_load(path.read_text(encoding="utf-8"))):
+        assert held[key] == value, key
         if isinstance(value, str) and value.startswith("asset:"):
             assert asset_path(value).is_dir(), key
 
@@ -69,12 +64,6 @@ def test_the_classic_lvlm_asks_decodes_and_cuts_as_lever_plus_does():
     assert (lvlm.num_beams, lvlm.max_new_tokens, lvlm.length_penalty) == (3, 5, 0.0)
     assert (lvlm.repetition_penalty, lvlm.eos) == (1.05, "tokenizer")
     assert (prompt.order, prompt.cut) == ("first_pick_first", "classic")
-
-
-def test_the_defaults_alone_are_a_config():
-    assert Config().rollout.pool_size == 64
-    assert Config().grpo.epochs == 50
-    assert Config().rce.epochs == 5
 
 
 def values(config) -> dict:
@@ -122,3 +111,19 @@ def test_classic_sets_what_the_page_has_in_bold():
         "grpo.lr": 5e-6,
         "grpo.weight_decay": 0.01,
     }
+
+
+def test_the_public_functions_have_the_defaults_of_the_config():
+    defaults = Config()
+    for function, section, names in [
+        (grpo_loss, defaults.grpo, {"clip_epsilon": "clip_epsilon", "kl_beta": "kl_beta"}),
+        (group_advantage, defaults.grpo, {"min_std": "advantage_min_std", "clip": "advantage_clip"}),
+        (rce_temperature, defaults.rce, {"start": "temperature_start", "end": "temperature_end"}),
+        *(
+            (function, defaults.reward, {f"{name}_weight": f"{name}_weight" for name in ("hard", "soft", "rel")})
+            for function in (reward, load_groups)
+        ),
+        (PointerSelector, defaults.policy, {key: key for key in to_dict(defaults.policy)}),
+    ]:
+        found = inspect.signature(function).parameters
+        assert {name: found[name].default for name in names} == {name: getattr(section, names[name]) for name in names}

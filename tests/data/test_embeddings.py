@@ -14,9 +14,9 @@ from safetensors import safe_open
 from lever_lm.config.schema import DataConfig, FeatureConfig
 from lever_lm.data import load_dataset
 from lever_lm.data.embeddings import compute_features
-from lever_lm.utils.device import import_transformers
 from lever_lm.utils.errors import LeverError, UsageError
 from lever_lm.utils.paths import asset_path
+from lever_lm.utils.transformers_compat import import_transformers
 
 CLIP = FeatureConfig(encoder="asset:tiny-clip")
 PARTS = ("img", "text", "img_text")

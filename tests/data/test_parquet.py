@@ -41,12 +41,12 @@ from PIL import Image
 from lever_lm.config.load import resolve
 from lever_lm.config.schema import DataConfig, FeatureConfig, LvlmConfig, PromptConfig
 from lever_lm.data import image_digest, load_dataset, open_image
+from lever_lm.data.checks import check_examples
 from lever_lm.data.embeddings import ClipEncoder, compute_features, encoder_fingerprint
 from lever_lm.data.pools import Candidates
 from lever_lm.lvlm import build_prompt, load_lvlm
 from lever_lm.lvlm.backend import load_local
 from lever_lm.lvlm.local import LocalLvlm, local_fingerprint
-from lever_lm.training.preflight import counts
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.hub import fetch_model, missing_files, model_folder, weights_digest
 from lever_lm.utils.paths import asset_path
@@ -366,12 +366,12 @@ def test_rows_that_are_in_both_splits_are_refused_by_name_and_leave_the_training
     assert (len(data.val_examples), len(data.skipped)) == (9, 3)
     config = DataConfig(name="mine", okvqa_path=str(how["folder"]), coco_path=str(source))
     config = replace(config, train_path=how.get("train_path", ""))
-    *_, told = counts(config, [])
+    *_, told = check_examples(config, [])
     assert (told.what, told.status) == ("splits", "missing")
     assert (
         f"3 of 12 training questions are in the evaluation split, too ({how['folder']}): question {first}" in told.found
     )
-    *_, told = counts(replace(config, skip_bad_examples=True), [])
+    *_, told = check_examples(replace(config, skip_bad_examples=True), [])
     assert (told.what, told.status, told.mend) == ("splits", "warning", "left out, as asked")
 
 

@@ -9,8 +9,9 @@ from helpers import INFERENCE, RUN, files_in, small_digits
 from lever_lm.config.load import resolve
 from lever_lm.data import load_dataset
 from lever_lm.evaluation.choices_file import read_icds
-from lever_lm.evaluation.evaluate import BASELINES, Evaluation
+from lever_lm.evaluation.evaluate import Evaluation
 from lever_lm.lvlm import CachedLvlm
+from lever_lm.selectors import BASELINES
 from lever_lm.utils.errors import LeverError
 
 LIMIT = 6

@@ -10,9 +10,8 @@ from helpers import RUN, clean_environment
 from PIL import Image
 
 from lever_lm.evaluation.report import figures as plots
-from lever_lm.evaluation.report.curves import accuracy_series, training_curves
+from lever_lm.evaluation.report.curves import Evaluated, accuracy_series, training_curves
 from lever_lm.evaluation.report.figures import _accuracy, _training, write_plots
-from lever_lm.evaluation.report.page import Evaluated
 from lever_lm.training.run_dir import RunFolder
 from lever_lm.utils.errors import LeverError
 
@@ -101,7 +100,7 @@ def test_files_are_300_dpi_sized_for_a_column_and_the_same_again(tmp_path):
     (tmp_path / "matplotlibrc").write_text("font.size: 30\naxes.facecolor: red\nbackend: tkagg\n")
     code = (
         "from pathlib import Path\nfrom lever_lm.evaluation.report.figures import write_plots\n"
-        "from lever_lm.evaluation.report.page import Evaluated\n"
+        "from lever_lm.evaluation.report.curves import Evaluated\n"
         "from lever_lm.training.run_dir import RunFolder\n"
         "write_plots([Evaluated(RunFolder('one'), Path('one/inference'))], Path('again'))\n"
         "import sys; sys.exit('matplotlib.pyplot' in sys.modules)\n"

@@ -14,12 +14,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lever_lm.evaluation.report import phrasing as words
-from lever_lm.evaluation.report.curves import Evaluated, accuracy_series, distinct_names, training_curves
+from lever_lm.evaluation.report.curves import accuracy_series, distinct_names, training_curves
 from lever_lm.evaluation.report.gallery import EACH, Shown, pick_queries, right_labels
 from lever_lm.evaluation.report.svg import Series, line_chart, round_ticks
 from lever_lm.evaluation.results import Sample, read_metrics, read_samples
 from lever_lm.evaluation.statistics import paired_test
-from lever_lm.training.run_dir import RunFolder
 from lever_lm.utils.errors import LeverError
 
 NUMBERS = st.floats(-1e299, 1e299)
@@ -310,7 +309,7 @@ def test_metrics_of_checkpoints_alone_are_drawn(trained, lever):
 
 
 def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path):
-    runs = [Evaluated(RunFolder(tmp_path / path), None) for path in ("a/x/demo", "b/x/demo", "a/x/other", "a/x/demo")]
+    runs = [tmp_path / path for path in ("a/x/demo", "b/x/demo", "a/x/other", "a/x/demo")]
     assert distinct_names(runs) == ["a/x/demo", "b/x/demo", "a/x/other", "a/x/demo (2)"]
     assert distinct_names(runs[1:3]) == ["demo", "other"]
 
@@ -380,9 +379,9 @@ def test_more_results_than_any_evaluation_has_are_refused(tmp_path):
     rows = [{"method": f"m{i}", "shots": i + 1, **row} for i in range(2001)]  # a table of four million cells
     (tmp_path / "metrics.json").write_text(json.dumps({"results": rows}))
     with pytest.raises(LeverError, match="2,001 results"):
-        read_metrics(tmp_path / "metrics.json")
+        read_metrics(tmp_path)
     (tmp_path / "metrics.json").write_text(json.dumps({"results": rows[:2000]}))
-    assert len(read_metrics(tmp_path / "metrics.json")["results"]) == 2000
+    assert len(read_metrics(tmp_path)["results"]) == 2000
 
 
 def test_samples_that_are_a_pipe_are_not_waited_for(tmp_path):

@@ -32,9 +32,9 @@ from lever_lm.lvlm.image_size import fitted
 from lever_lm.lvlm.local import LocalLvlm, local_fingerprint
 from lever_lm.lvlm.openai_server import ServerLvlm, log_prob_at_end, server_fingerprint
 from lever_lm.lvlm.openai_servers import check_server
-from lever_lm.utils.device import import_transformers
 from lever_lm.utils.errors import LeverError, Unfinished, UsageError
 from lever_lm.utils.paths import asset_path
+from lever_lm.utils.transformers_compat import import_transformers
 
 TINY = "asset:tiny-qwen2.5-vl"
 NAME = "tiny"

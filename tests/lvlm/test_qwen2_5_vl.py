@@ -20,9 +20,9 @@ from lever_lm.lvlm.backend import load_local
 from lever_lm.lvlm.decoding import beam_search, float32_logits, repeatable_attention
 from lever_lm.lvlm.image_size import check_pixel_budget, fitted
 from lever_lm.lvlm.local import LocalLvlm, local_fingerprint
-from lever_lm.utils.device import import_transformers
 from lever_lm.utils.errors import LeverError, UsageError
 from lever_lm.utils.paths import asset_path
+from lever_lm.utils.transformers_compat import import_transformers
 
 STYLES = ("interleaved", "dialogue")
 PROMPTS = 54  # a setting: nine of every number of shots

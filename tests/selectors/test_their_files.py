@@ -1,6 +1,5 @@
 """Files of Lever-Plus and its users: embeddings, rollouts, checkpoints and logs; other models; their prompt."""
 
-import copy
 import dataclasses
 import json
 import math
@@ -11,11 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import INFERENCE, ROLLOUTS, RUN, files_in, small_digits
+from helpers import DATA, INFERENCE, ROLLOUTS, RUN, files_in, small_digits
 from lvlm_helpers import FIRST, QUERY, SECOND, VISION
 from safetensors.torch import load_file, save_file
 from test_checkpoint import Executed
-from test_file_format import DATA, EDGE_CASES
 
 from lever_lm.config.schema import Config, FeatureConfig, PromptConfig, RewardConfig
 from lever_lm.config.values import named_yaml
@@ -24,16 +22,16 @@ from lever_lm.lvlm import build_prompt
 from lever_lm.lvlm.prompt import to_messages
 from lever_lm.selectors.pointer.checkpoint import load_policy, own_config, save_torch, to_v2, v3_content
 from lever_lm.selectors.pointer.model import PointerSelector
-from lever_lm.training.find_checkpoint import latest_checkpoint, load_for
+from lever_lm.training.find_checkpoint import load_for
+from lever_lm.training.metrics import GRPO_MARKER
 from lever_lm.training.rewards import REWARD_MODES
 from lever_lm.training.rollouts.file_format import is_query, read_groups
 from lever_lm.training.run_dir import RunFolder
-from lever_lm.training.select_checkpoint import GRPO_MARKER
 from lever_lm.utils.atomic_io import file_digest
-from lever_lm.utils.device import import_transformers
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.paths import asset_path
 from lever_lm.utils.safe_torch_load import load_torch
+from lever_lm.utils.transformers_compat import import_transformers
 
 EMBEDDINGS = DATA / "small_embeddings.safetensors"
 QUICK = ("--rce-epochs", "1", "--grpo-epochs", "1", "--set", "policy.hidden_dim=8", "--json")
@@ -176,7 +174,7 @@ def test_a_folder_and_a_missing_file_are_refused(tmp_path, suffix):
 
 def golden_file() -> dict:
     """The golden edge cases, a copy for each test: some change it."""
-    return copy.deepcopy(EDGE_CASES)
+    return json.loads((DATA / "small_edge_cases.json").read_text(encoding="utf-8"))
 
 
 def present_layout() -> dict:
@@ -549,13 +547,13 @@ def test_latest_takes_a_v2_file_where_there_is_no_other(tmp_path):
     for name in ("grpo_epoch3_v2format.ckpt", "grpo_epoch2.pt", "rce_epoch9.pt", "grpo_epoch11.txt"):
         (tmp_path / name).touch()
     run = RunFolder(tmp_path)
-    assert latest_checkpoint(run).name == "grpo_epoch3_v2format.ckpt"
+    assert run.latest_checkpoint().name == "grpo_epoch3_v2format.ckpt"
     run.checkpoint("grpo", 3).touch()
-    assert latest_checkpoint(run).name == "grpo_epoch3.pt"
+    assert run.latest_checkpoint().name == "grpo_epoch3.pt"
     for path in tmp_path.glob("grpo*"):
         path.unlink()
     (tmp_path / "rce_epoch10_v2format.ckpt").touch()
-    assert latest_checkpoint(run).name == "rce_epoch10_v2format.ckpt"
+    assert run.latest_checkpoint().name == "rce_epoch10_v2format.ckpt"
 
 
 def test_infer_with_the_latest_of_converted_files_only(trained, lever):

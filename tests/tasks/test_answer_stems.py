@@ -11,7 +11,7 @@ from lever_lm.config.load import resolve
 from lever_lm.data import load_dataset
 from lever_lm.lvlm import CachedLvlm
 from lever_lm.tasks.answer_stems import learn_stems
-from lever_lm.tasks.vqa import vqa_accuracy
+from lever_lm.tasks.vqa_metrics import vqa_accuracy
 
 # As they stand in OK-VQA's annotations: (raw_answer, answer).
 PAIRS = [

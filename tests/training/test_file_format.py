@@ -5,7 +5,7 @@ import json
 import re
 
 import pytest
-from helpers import CHECKOUT
+from helpers import CHECKOUT, DATA
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -19,10 +19,8 @@ from lever_lm.training.rollouts.file_format import (
     read_rollouts,
     split_ids,
 )
-from lever_lm.training.rollouts.generate import load_groups as public_load_groups
 from lever_lm.utils.errors import LeverError, UsageError
 
-DATA = CHECKOUT / "tests/data" / "rl_data"
 EDGE_CASES = json.loads((DATA / "small_edge_cases.json").read_text(encoding="utf-8"))
 EXPECTED = json.loads((DATA / "small_expected.json").read_text(encoding="utf-8"))
 # The lineage's argument → ours; what is normalised within a group is not the loader's business in ours.
@@ -362,10 +360,6 @@ def test_an_unknown_reward_mode_is_a_usage_error_that_names_the_key():
         UsageError, match=r"unknown reward mode 'hybrid'; choose one of hard_plus_soft.*\(reward\.mode\)"
     ):
         check_reward_mode("hybrid")
-
-
-def test_the_loader_is_public_under_rollouts():
-    assert public_load_groups is load_groups
 
 
 # ---------------------------------------------------------------------- refusals

@@ -18,7 +18,7 @@ from lever_lm.lvlm import CachedLvlm, build_prompt, cut_answer
 from lever_lm.lvlm.answer_cache import AnswerCache
 from lever_lm.lvlm.backend import load_local
 from lever_lm.lvlm.local import local_fingerprint
-from lever_lm.tasks.vqa import vqa_accuracy
+from lever_lm.tasks.vqa_metrics import vqa_accuracy
 from lever_lm.training import grpo as training
 from lever_lm.training.rollouts.file_format import load_groups
 from lever_lm.training.rollouts.infoscore import add_infoscore, infoscore_calls, search

@@ -5,21 +5,20 @@ import math
 import shutil
 
 import pytest
-from helpers import SMALL, files_in, small_digits
+from helpers import DATA, SMALL, files_in, small_digits
 from models import SPOILT, copied, edited
 from models import TINY as TINY_QWEN
 from official import build_official, image_path, read_official
-from test_file_format import DATA
 
 from lever_lm.config.load import resolve
 from lever_lm.config.schema import LvlmConfig
 from lever_lm.data.embeddings import ClipEncoder
-from lever_lm.training import preflight as doctor
-from lever_lm.training.preflight_models import GIB, memory_needed
-from lever_lm.utils.device import import_transformers
+from lever_lm.lvlm.checks import check_device, memory_needed
+from lever_lm.utils.checks import GIB
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.hub import parameter_count
 from lever_lm.utils.paths import asset_path
+from lever_lm.utils.transformers_compat import import_transformers
 
 REAL = ("--dataset", "okvqa_local", "--lvlm", "qwen2.5_vl_3B")
 TINY = ("--set", "lvlm.path=asset:tiny-qwen2.5-vl", "--set", "features.encoder=asset:tiny-clip")
@@ -220,14 +219,14 @@ def test_the_memory_of_the_gpu_is_set_against_the_models(tmp_path, monkeypatch, 
 
     (tmp_path / "config.json").write_text("{}")
     with open(tmp_path / "model.safetensors", "wb") as file:
-        file.truncate(5 * doctor.GIB)  # a hole: nothing is on the disk
+        file.truncate(5 * GIB)  # a hole: nothing is on the disk
     total = {"missing": 6, "ok": 16, "warning": 16}[status]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * doctor.GIB, total * doctor.GIB))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * GIB, total * GIB))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
     config = resolve({}, None, [f"lvlm.path={tmp_path}", "device=cuda"], {})[0]
     assert config.lvlm == LvlmConfig(path=str(tmp_path))
-    (check,) = doctor.device(config, with_lvlm=True)
+    (check,) = check_device(config.device, config.lvlm)
     assert check.status == status
     assert "about 7.0 needed" in check.found
 

@@ -14,9 +14,10 @@ from lever_lm.lvlm import CachedLvlm, build_prompt, cut_answer
 from lever_lm.lvlm.answer_cache import AnswerCache
 from lever_lm.lvlm.backend import load_local
 from lever_lm.lvlm.local import LocalLvlm, local_fingerprint
-from lever_lm.tasks.vqa import normalize_answer, relevance, vqa_accuracy
-from lever_lm.training.rollouts.file_format import load_groups
-from lever_lm.training.rollouts.generate import _reference_probs, group_report, make_rollouts, online_rewards
+from lever_lm.tasks import TASKS
+from lever_lm.tasks.vqa_metrics import normalize_answer, relevance, vqa_accuracy
+from lever_lm.training.rollouts.file_format import group_report, load_groups
+from lever_lm.training.rollouts.generate import _reference_probs, make_rollouts, online_rewards
 from lever_lm.training.rollouts.propose import new_policy, query_rows
 from lever_lm.utils.errors import LeverError
 
@@ -363,7 +364,8 @@ def test_a_reference_is_one_answer_whichever_way_it_was_typed(digits, config):
     asked, query = [], dataclasses.replace(digits.train_examples[0], answers=("cafe\u0301", "caf\xe9") * 5)
     scored = dataclasses.replace(config, reward=dataclasses.replace(config.reward, mode="hard01_plus_gtprob"))
     rows, pools = torch.tensor([0]), torch.tensor([[1, 2]])
-    rewards = online_rewards(scored, [query, *digits.train_examples[1:3]], rows, pools, Certain())
+    data = dataclasses.replace(digits, train_examples=(query, *digits.train_examples[1:3]))
+    rewards = online_rewards(scored, data, rows, pools, Certain())
     rewards(torch.tensor([[[0, 1]]]))
     assert asked == [(["caf\xe9"], True)]
 
@@ -513,7 +515,7 @@ def test_blank_answers_are_no_references(digits):
     example = dataclasses.replace(digits.train_examples[0], answers=("", "one", "one", "uno", " ", "") + ("two",) * 4)
     model = Halves()
     prompt = build_prompt([], example, PromptConfig())
-    assert _reference_probs([prompt], model, True) == [pytest.approx(0.5 * (2 / 3 + 1 / 3 + 1))]
+    assert _reference_probs([prompt], TASKS[digits.task], model, True) == [pytest.approx(0.5 * (2 / 3 + 1 / 3 + 1))]
     assert model.asked == ["one", "uno", "two"]
 
 

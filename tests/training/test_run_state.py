@@ -8,12 +8,14 @@ import torch
 
 from lever_lm.selectors.pointer.checkpoint import load_policy
 from lever_lm.selectors.pointer.model import PointerSelector
+from lever_lm.training.metrics import table_header, table_row
 from lever_lm.training.run_dir import RunFolder
-from lever_lm.training.run_state import Journal, table_header, table_row
+from lever_lm.training.run_state import Journal
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.safe_torch_load import load_torch
 
 INPUTS = {"rollouts": "aaaa", "features": "bbbb"}
+ROUND = {"sequences": torch.tensor([[[0, 1]]]), "rewards": torch.tensor([[0.5]]), "mask": torch.tensor([[True]])}
 
 
 def make():
@@ -50,7 +52,7 @@ def row(phase="grpo", epoch=1, **values):
 def record(journal, policy, optimizer, rows):
     for entry in rows:
         step(policy, optimizer)
-        journal.commit(entry, policy, optimizer, {"beta": 0.12, "kept": torch.ones(2)})
+        journal.commit(entry, policy, optimizer, {"beta": 0.12, "online": ROUND})
 
 
 # ---------------------------------------------------------------------- an epoch
@@ -137,7 +139,7 @@ def test_restore_gives_back_weights_optimizer_random_state_and_extra(tmp_path):
     torch.manual_seed(99)
     fresh, fresh_optimizer = make()
     extra = begin(tmp_path, fresh).restore("grpo", fresh, fresh_optimizer)
-    assert (extra["beta"], extra["kept"].tolist()) == (0.12, [1.0, 1.0])
+    assert (extra["beta"], extra["online"]["rewards"].tolist()) == (0.12, [[0.5]])
     assert torch.equal(torch.rand(3), drawn)
     step(fresh, fresh_optimizer)  # the optimizer's moments are back: the next step is the same
     for name, tensor in policy.state_dict().items():

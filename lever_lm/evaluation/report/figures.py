@@ -10,51 +10,23 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from lever_lm.evaluation.report.curves import PHASES, Curve, Evaluated, accuracy_series, distinct_names, training_curves
+import lever_lm
+from lever_lm.evaluation.report.curves import PHASES, Curve, Evaluated, charts_of
 from lever_lm.evaluation.report.svg import Series
+from lever_lm.selectors import SELECTORS
+from lever_lm.training.metrics import METRICS, RECOMMENDED
 from lever_lm.utils.atomic_io import atomic_file
 from lever_lm.utils.errors import LeverError
-from lever_lm.utils.safe_parse import one_line
+from lever_lm.utils.terminal import one_line
 
 COLUMN, PAGE = 3.3, 6.8  # inches: the width of one column, of both
 _OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
-# In the order of the colours, which are then those of the page.
-_METHODS = ("m_grpo", "m_rce", "m_img_text_sim", "m_img_sim", "m_text_sim", "m_random", "m_oracle")
+_COLOURS = {f"m_{name}": one.colour for name, one in SELECTORS.items() if one.colour is not None}  # as on the page
 _MARKERS = "os^Dv<>"  # one fewer than colours: the ninth line looks like none before it
 _DASHES = ("-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (4, 1.5, 1, 1.5)))
 _GREY = "#555555"
 _PANELS = 3  # in a row
 _LONGEST = 40  # characters of a name
-# Where the name of a metric is not what a paper calls it.
-_LABELS = {
-    "train_loss": "train loss",
-    "val_loss": "validation loss",
-    "ppo_loss": "PPO loss",
-    "kl": "KL",
-    "adv_std": "Adv Std",
-    "beta": "β",
-}
-# Over matplotlib's own defaults, whatever is set on this machine. Type 42: text in a PDF stays text.
-_STYLE = {
-    "font.size": 8,
-    "axes.labelsize": 8,
-    "axes.titlesize": 8,
-    "legend.fontsize": 7,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "axes.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#E0E0E0",
-    "grid.linewidth": 0.5,
-    "lines.linewidth": 1.2,
-    "lines.markersize": 4,
-    "legend.frameon": False,
-    "pdf.fonttype": 42,
-    "text.parse_math": False,
-}
 _METADATA = {"png": {"Software": None}, "pdf": {"Creator": None, "Producer": None, "CreationDate": None}}
 
 
@@ -72,15 +44,13 @@ def write_plots(runs: Sequence[Evaluated], directory: Path) -> list[Path]:
     check_plots(directory)
     import matplotlib
 
-    names, (first, *others) = distinct_names(runs), runs
-    beside = [(name, one.metrics()["results"]) for name, one in zip(names[1:], others, strict=True) if one.inference]
-    series = accuracy_series(first.metrics()["results"], beside)
-    curves = training_curves([(name, one.rows()) for name, one in zip(names, runs, strict=True)])
+    _, series, curves = charts_of(runs)
+    style = Path(lever_lm.__file__).with_name("templates") / "figures.mplstyle"
     written = []
     with matplotlib.rc_context(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph", UserWarning)  # of a name: a box stands for it
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_STYLE)
+        matplotlib.rc_file(style, use_default_template=False)
         if series:
             written += _save(_accuracy(series), directory / "accuracy")
         for phase in PHASES:
@@ -124,7 +94,7 @@ def _accuracy(series: Sequence[Series]):
             label=_label(one.label),
             capsize=1.5,
             elinewidth=0.7,
-            **_look(_METHODS.index(one.colour) if one.colour in _METHODS else len(_METHODS) + i),
+            **_look(_COLOURS.get(one.colour, len(_COLOURS) + i)),
         )
     axes.set_xticks(range(len(shots)), [f"{x:g}" for x in shots])
     axes.set_xlabel("demonstrations")
@@ -145,7 +115,7 @@ def _training(curves: Sequence[Curve]):
     rows = -(-len(curves) // columns)
     names = list(dict.fromkeys(one.label for curve in curves for one in curve.series))
     figure = Figure(figsize=(PAGE * columns / _PANELS, 1.45 * rows + 0.3), layout="constrained")
-    chosen = [x for curve in curves if curve.metric == "val_reward" for one in curve.series for x in one.marks]
+    chosen = [x for curve in curves if curve.metric == RECOMMENDED for one in curve.series for x in one.marks]
     for number, curve in enumerate(curves):
         axes = figure.add_subplot(rows, columns, number + 1)
         for one in curve.series:
@@ -157,8 +127,8 @@ def _training(curves: Sequence[Curve]):
                 ring = {"s": 22, "facecolors": "white", "edgecolors": look["color"], "zorder": 3}
                 axes.scatter(*zip(*rings, strict=True), **ring, label="chosen by this metric")
         for x in chosen if len(names) == 1 else ():
-            axes.axvline(x, color=_GREY, linewidth=0.7, linestyle=(0, (1, 1)), label="chosen by val_reward")
-        axes.set_ylabel(_LABELS.get(curve.metric, curve.metric))
+            axes.axvline(x, color=_GREY, linewidth=0.7, linestyle=(0, (1, 1)), label=f"chosen by {RECOMMENDED}")
+        axes.set_ylabel(METRICS[curve.metric].label)
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(4))

@@ -13,12 +13,11 @@ import numpy as np
 
 from lever_lm.data import Example, Image, VqaData, open_image
 from lever_lm.evaluation.results import Sample, read_samples, samples_file
-from lever_lm.tasks.vqa import vqa_accuracy
+from lever_lm.selectors import CONTRASTS, LEARNED, ZERO_SHOT
+from lever_lm.tasks import TASKS, Task
 from lever_lm.utils.errors import LeverError
-from lever_lm.utils.safe_parse import printable, shown
+from lever_lm.utils.terminal import printable, shown
 
-LEARNED = ("grpo", "policy", "rce", "icds")  # what may be chosen by a policy or a file, the first of them is shown
-CONTRASTS = ("random", "img_text_sim")  # baselines whose choice stands beside it
 EACH = 8  # queries of a kind
 _MOST_ICDS = 32  # of one method on a card
 _QUERY, _ICD = 320, 160  # pixels
@@ -49,7 +48,7 @@ def read_shown(inference: Path, results: Sequence[dict]) -> Shown | None:
     methods = dict.fromkeys(row["method"] for row in results if row["shots"] in (chosen["shots"], 0))
     samples = {}
     for method in methods:
-        shots = 0 if method == "zero_shot" else chosen["shots"]
+        shots = 0 if method == ZERO_SHOT else chosen["shots"]
         samples[method] = read_samples(samples_file(inference, method, shots))
     return Shown(chosen["method"], chosen["shots"], samples)
 
@@ -65,7 +64,7 @@ def right_labels(found: Shown, data: VqaData) -> list[dict]:
 
     @cache
     def fits(icd: int, query: int) -> bool:
-        return matches_a_reference(train[icd], val[query])
+        return TASKS[data.task].score(train[icd].answer, val[query]) > 0
 
     rows = []
     for method, samples in found.samples.items():
@@ -87,11 +86,6 @@ def right_labels(found: Shown, data: VqaData) -> list[dict]:
                 }
             )
     return rows
-
-
-def matches_a_reference(icd: Example, query: Example) -> bool:
-    """Return whether an ICD's own answer would score against the query's references, both normalised."""
-    return vqa_accuracy(icd.answer, query.answers, always_normalize=True) > 0
 
 
 def by_id(examples: Sequence[Example]) -> dict[int, Example]:
@@ -132,7 +126,7 @@ def make_cards(found: Shown, data: VqaData, chosen: dict[str, list[int]]) -> lis
 
     def card(question_id: int, kind: str) -> dict:
         query = known(val, question_id)
-        tell = _Teller(query, lambda icd: known(train, icd), picture)
+        tell = _Teller(query, TASKS[data.task], lambda icd: known(train, icd), picture)
         others = {m: found.samples[m][question_id] for m in CONTRASTS if question_id in found.samples.get(m, {})}
         ours = found.ours[question_id]
         return {
@@ -154,6 +148,7 @@ class _Teller:
     """What is said of the ICDs of one query."""
 
     query: Example
+    task: Task
     icd: Callable[[int], Example]
     picture: Callable[[Image, int], str]
 
@@ -177,7 +172,7 @@ class _Teller:
             "question": printable(example.question),
             "answer": printable(example.answer),
             "share": share,
-            "fits": matches_a_reference(example, self.query),
+            "fits": self.task.score(example.answer, self.query) > 0,
         }
 
 

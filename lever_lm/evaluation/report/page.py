@@ -8,28 +8,22 @@ import yaml
 
 from lever_lm.data import VqaData
 from lever_lm.evaluation.report import phrasing as words
-from lever_lm.evaluation.report.curves import (
-    PHASES,
-    Evaluated,
-    accuracy_chart,
-    accuracy_series,
-    curve_chart,
-    distinct_names,
-    training_curves,
-)
-from lever_lm.evaluation.report.gallery import LEARNED, make_cards, pick_queries, read_shown, right_labels
-from lever_lm.evaluation.results import evaluations, is_finite, last_evaluation, read_samples, samples_file
+from lever_lm.evaluation.report.curves import PHASES, Curve, Evaluated, charts_of
+from lever_lm.evaluation.report.gallery import make_cards, pick_queries, read_shown, right_labels
+from lever_lm.evaluation.report.svg import Series, line_chart
+from lever_lm.evaluation.results import is_finite, read_samples, samples_file
 from lever_lm.evaluation.statistics import paired_test
+from lever_lm.selectors import LEARNED, named
 from lever_lm.selectors.pointer.checkpoint import load_policy, policy_digest
 from lever_lm.training.environment import read_environment, typed_again
+from lever_lm.training.metrics import LOGGED, METRICS, RECOMMENDED
 from lever_lm.training.run_dir import RunFolder, differing
 from lever_lm.utils.atomic_io import write_text
 from lever_lm.utils.errors import LeverError
-from lever_lm.utils.safe_parse import CONFIG_LIMIT, printable, read_bytes, shown
+from lever_lm.utils.safe_parse import CONFIG_LIMIT, read_bytes
+from lever_lm.utils.terminal import printable, shown
 
-__all__ = ["Evaluated", "evaluations", "last_evaluation", "write_report"]
-
-_EPOCHS = ("phase", "epoch", "train_loss", "val_loss", "ppo_loss", "kl", "adv_std", "adv_max", "beta", "val_reward")
+_EPOCHS = ("phase", "epoch", *LOGGED, RECOMMENDED)
 _MOST = 200  # epochs in the table
 _LONGEST = 200  # characters of a value that differs
 _NOT_COMPARED = ("command", "last_command", "sources", "resumed_with")  # of env.json
@@ -46,7 +40,7 @@ def write_report(
 ) -> Path:
     """Write the page of a run and return its path: `report.html` in the run folder, or `output`.
 
-    inference: a folder that Evaluation.write filled over `data`; None for a run that was not evaluated. others: runs
+    inference: a folder that write_results filled over `data`; None for a run that was not evaluated. others: runs
     that are laid over it. command: the command line that made the page. Raises LeverError for a run without metrics,
     and for files that are not those of a run.
     """
@@ -69,19 +63,14 @@ def _render(**values) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": words.percent, "named": words.named}
+    environment.filters |= {"percent": words.percent, "named": named}
     return environment.get_template("report.html.j2").render(**values)
 
 
 def _page(main: Evaluated, data: VqaData | None, others: list[Evaluated]) -> dict:
     """The values of the page's template."""
-    metrics = main.metrics()
-    history, rows = main.history(), main.rows()
-    names = distinct_names([main, *others])
-    series = accuracy_series(
-        metrics["results"], [(name, one.metrics()["results"]) for name, one in zip(names[1:], others, strict=True)]
-    )
-    curves = training_curves([(name, one.rows()) for name, one in zip(names, (main, *others), strict=True)])
+    metrics, history, rows = main.metrics, main.history, main.rows
+    names, series, curves = charts_of([main, *others])
     environment = read_environment(main.run, CONFIG_LIMIT)
     judged = [row for row in rows if row["phase"] == (history.phase if history else "grpo")]
     return {
@@ -90,12 +79,12 @@ def _page(main: Evaluated, data: VqaData | None, others: list[Evaluated]) -> dic
         "results": [_readable(row) for row in metrics["results"]],
         **_by_shots(metrics),
         "checkpoint": printable(metrics["checkpoint"]),
-        "chart": accuracy_chart(series) if any(one.points for one in series) else "",
+        "chart": _accuracy_chart(series) if any(one.points for one in series) else "",
         "nearest": metrics.get("order") == "first_pick_last",
         "stale": _is_stale(main.run, metrics),
         **_chosen(main, metrics, data),
         "phases": [
-            (title, [(curve.title, curve_chart(curve)) for curve in curves if curve.phase == phase])
+            (title, [_curve_chart(title, curve) for curve in curves if curve.phase == phase])
             for phase, title in PHASES.items()
             if any(curve.phase == phase for curve in curves)
         ],
@@ -112,6 +101,25 @@ def _page(main: Evaluated, data: VqaData | None, others: list[Evaluated]) -> dic
         "trained_by": printable(typed_again(environment.get("command"))),
         "compared": [_compared((main, names[0]), pair) for pair in zip(others, names[1:], strict=True)],
     }
+
+
+def _accuracy_chart(series: list[Series]) -> str:
+    room = 20 + min(150, 6 * max((len(one.label) for one in series), default=0))
+    return line_chart(
+        series,
+        title="VQA accuracy in percent by number of demonstrations",
+        across="demonstrations (shots)",
+        ticks=sorted({x for one in series if not one.flat for x, _ in one.points}),
+        show="{:.1f}".format,
+        size=(270 + room, 290),
+        labels=room,
+    )
+
+
+def _curve_chart(phase: str, curve: Curve) -> tuple[str, str]:
+    """Return the title of a curve and its chart."""
+    title = METRICS[curve.metric].title
+    return title, line_chart(curve.series, title=f"{phase}, {title}", across="epoch")
 
 
 def _is_stale(run: RunFolder, metrics: dict) -> bool:
@@ -220,7 +228,7 @@ def _plain(value) -> str:
 def _tests(ours: tuple[Evaluated, str], theirs: tuple[Evaluated, str]) -> list[str]:
     """What each learned method that both have does on the queries that both answered, with the same references."""
     runs, names = zip(ours, theirs, strict=True)
-    done = [{(row["method"], row["shots"]) for row in run.metrics()["results"] if row["shots"]} for run in runs]
+    done = [{(row["method"], row["shots"]) for row in run.metrics["results"] if row["shots"]} for run in runs]
     said = []
     for method, shots in sorted(done[0] & done[1]):
         if method in LEARNED:

@@ -3,26 +3,11 @@
 from collections.abc import Sequence
 
 from lever_lm.evaluation.results import is_finite
-from lever_lm.training.select_checkpoint import STRATEGIES, best_row
+from lever_lm.selectors import CONTRASTS, named
+from lever_lm.training.metrics import STRATEGIES, metrics_on
+from lever_lm.training.select_checkpoint import best_row
 
-METHODS = {
-    "zero_shot": "no demonstrations",
-    "random": "random",
-    "text_sim": "text similarity",
-    "img_sim": "image similarity",
-    "img_text_sim": "image and text similarity",
-    "rce": "RCE",
-    "grpo": "GRPO",
-    "policy": "the policy",
-    "icds": "choices from a file",
-    "oracle": "oracle",
-}
 _ALPHA = 0.05
-
-
-def named(method: str) -> str:
-    """A method as a person calls it."""
-    return METHODS.get(method, method)
 
 
 def percent(value: float) -> str:
@@ -49,7 +34,7 @@ def in_one_sentence(results: Sequence[dict], tests: Sequence[dict], method: str,
         f"{ours['n']:,} queries"
     )
     beside = {test["against"]: test for test in tests if (test["method"], test["shots"]) == (method, shots)}
-    gaps = [_gap(beside[other]) for other in ("random", "img_text_sim") if other in beside]
+    gaps = [_gap(beside[other]) for other in CONTRASTS if other in beside]
     return said + (f": {' and '.join(gaps)}." if gaps else ".")
 
 
@@ -87,7 +72,7 @@ def of_choices(rows: Sequence[dict], method: str) -> str:
         f"The answer of the first demonstration that {name} shows matches a reference of {percent(ours['first'])} of "
     )
     said += "the queries"
-    beside = [f"{percent(found[m]['first'])} for {named(m)}" for m in ("img_text_sim", "random") if m in found]
+    beside = [f"{percent(found[m]['first'])} for {named(m)}" for m in reversed(CONTRASTS) if m in found]
     said += f" (it is {' and '.join(beside)})." if beside else "."
     if ours["with_right"] is not None and ours["without"] is not None:
         said += (
@@ -105,34 +90,23 @@ def strategies(rows: Sequence[dict]) -> list[dict]:
     chosen = []
     for name, strategy in STRATEGIES.items():
         row = best_row(list(rows), strategy)
-        values = [value for row in rows if is_finite(value := row.get(strategy.metric))]
+        values = [value for row in rows if is_finite(value := row.get(strategy.key))]
         equal = row is not None and len(values) > 1 == len(set(values))
         why = "equal in all epochs: the first" if equal else strategy.why
         chosen.append({"name": name, "why": why, "epoch": row["epoch"] if row else None, "row": row or {}})
     return chosen
 
 
-_HEALTH = {
-    "frac_reward_zero_std": ("groups tied in reward", "share", "nothing to learn from"),
-    "zero_grad_frac": ("rollouts without gradient", "share", "tied, or clipped"),
-    "clip_frac": ("ratios outside the clip range", "share", "how far the policy is from the old one"),
-    "kl_share": ("share of KL in the loss", "share", "how much pulls back to the reference policy"),
-    "entropy": ("entropy of the first pick (nats)", "number", "near 0 one candidate takes all"),
-    "grad_norm": ("gradient norm", "number", "before it is cut at grpo.max_grad_norm"),
-    "reward": ("mean reward of the rollouts", "number", ""),
-    "reward_std": ("spread of rewards in a group", "number", ""),
-}
-
-
 def health(rows: Sequence[dict]) -> list[dict]:
     """What GRPO had to learn from, at its first and last epoch."""
     rows = [row for row in rows if row["phase"] == "grpo"]
     table = []
-    for key, (name, kind, what) in _HEALTH.items():
+    for key, metric in metrics_on("health").items():
         values = [row[key] for row in rows if is_finite(row.get(key))]
         if values:
-            show = percent if kind == "share" else "{:.3g}".format
-            table.append({"name": name, "first": show(values[0]), "last": show(values[-1]), "what": what})
+            show = percent if metric.share else "{:.3g}".format
+            shown = {"first": show(values[0]), "last": show(values[-1])}
+            table.append({"name": metric.title, **shown, "what": metric.note})
     return table
 
 

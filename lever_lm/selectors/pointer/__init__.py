@@ -1,1 +1,1 @@
-"""Who chooses the demonstrations."""
+"""The learnt policy: a pointer network over a pool of candidates, and its checkpoint formats."""

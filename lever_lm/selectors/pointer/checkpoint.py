@@ -1,7 +1,8 @@
-"""Checkpoints: v3 and v2 files, the key map between them, and the resume state. A checkpoint is data, never code.
+"""Checkpoints: v3 and v2 files, the key map between them, and the policy in them. A checkpoint is data, never code.
 
 v3: {epoch (0-based), phase, model_state_dict, kl_beta, metrics} + our config and format.
-v2: the older Lightning-shaped file {state_dict, epoch, global_step, pytorch-lightning_version, hyper_parameters}.
+v2: the older Lightning-shaped file {state_dict, epoch, global_step, pytorch-lightning_version, hyper_parameters}, with
+our config under a key of its own.
 """
 
 import hashlib
@@ -17,20 +18,21 @@ from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.selectors.pointer.variants import VARIANTS
 from lever_lm.utils.atomic_io import atomic_file
 from lever_lm.utils.errors import LeverError
-from lever_lm.utils.safe_parse import shown
 from lever_lm.utils.safe_torch_load import load_torch
+from lever_lm.utils.terminal import shown
 
 FORMAT = "lever_lm/v3"
 OWN_KEY = "lever_lm_config"
 V2_PREFIX = "lever_lm.pointer_selector."
 V2_HYPER_PARAMETERS = {"lr": 1e-4, "weight_decay": 1e-3, "warm_steps": 0.05}
-# v2 knows a single cross-attention layer, without an index.
-_LAYER_KEYS = {
-    "cross_attn_layers.0.": "cross_attn.",
-    "attn_norms.0.": "attn_norm.",
-}
+# v3 prefix → v2 prefix: v2 knows a single cross-attention layer, without an index.
+_LAYER_KEYS = {"cross_attn_layers.0.": "cross_attn.", "attn_norms.0.": "attn_norm."}
 # option → what of it v2 can express
 _IN_V2 = {"state_update": ("none", "gate"), "scorer": ("dot",), "diversity": ("none",), "stop": (False,)}
+_NOT_OURS = "not the weights of a PointerSelector"
+
+
+# ---------------------------------------------------------------------- v3 files
 
 
 def save_torch(path: Path, content: dict) -> None:
@@ -42,94 +44,32 @@ def save_torch(path: Path, content: dict) -> None:
 
 
 def v3_content(policy: PointerSelector, *, epoch: int, phase: str, kl_beta: float, metrics: dict, config: dict) -> dict:
-    """The content of a v3 file. epoch counts from 0, as the lineage's do; config says what the policy was made for."""
+    """The content of a v3 file. epoch counts from 0, as in Lever-Plus; config says what the policy was made for."""
     state = {name: tensor.detach().cpu().clone() for name, tensor in policy.state_dict().items()}
-    own = {"policy": policy.shape, **config}
+    return _v3(epoch, phase, state, kl_beta, metrics, {"policy": policy.shape, **config})
+
+
+def _v3(epoch: int, phase: str, state: dict[str, Tensor], kl_beta: float, metrics: dict, config: dict) -> dict:
     return {
         "epoch": epoch,
         "phase": phase,
         "model_state_dict": state,
         "kl_beta": kl_beta,
         "metrics": metrics,
-        "config": own,
+        "config": config,
         "format": FORMAT,
     }
 
 
-# ---------------------------------------------------------------------- loading
-
-
 def read_checkpoint(path: str | Path) -> dict:
     """The content of a v3 or v2 file, or of an exported folder or hub id in the form of a v3 file. Raises LeverError
-    when it is none."""
+    for anything else."""
     folder = policy_folder(path)
     return load_torch(path) if folder is None else read_exported(folder, path)
 
 
-def load_policy(path: str | Path, num_heads: int = 1) -> PointerSelector:
-    """The policy of a v3 or v2 file, or of a folder of `lever export` or a hub id OWNER/NAME of such, in eval mode.
-
-    Its shape is read from our config where the file carries one, else from the weights; heads and the logit
-    temperature are not in those: num_heads is taken as given and the temperature is 0.1. Raises LeverError when the
-    file is no checkpoint, or its weights do not fit exactly.
-    """
-    return policy_of(read_checkpoint(path), path, num_heads)
-
-
-def policy_of(content: dict, path: str | Path, num_heads: int = 1) -> PointerSelector:
-    """The policy in the content of a v3 or v2 file, in eval mode, as `load_policy` gives it; path: what the file is
-    called in messages. Raises LeverError where weights are missing, do not fit, or are NaN or infinite."""
-    state, config = weights_of(content, path), own_config(content)
-    shape = (
-        infer_shape(state, num_heads, path)
-        if config.get("policy") is None
-        else _checked_shape(config["policy"], state, path)
-    )
-    try:
-        with torch.device("meta"):  # nothing is allocated for what the weights do not fit
-            policy = PointerSelector(**shape)
-        policy.load_state_dict({name: tensor.float().clone() for name, tensor in state.items()}, assign=True)
-    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
-        raise LeverError(f"{path} does not hold the weights of a PointerSelector: {_one_line(error)}") from error
-    broken = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
-    if broken:
-        raise LeverError(f"{path}: NaN or infinite weights in {', '.join(broken[:3])}; use an earlier checkpoint")
-    return policy.eval()
-
-
-def _checked_shape(shape, state: dict[str, Tensor], path: str | Path) -> dict:
-    """The shape that a file's config claims, where its sizes are those of its weights. Raises LeverError otherwise."""
-    if not isinstance(shape, dict):
-        raise LeverError(f"{path}: its config has a {type(shape).__name__} for the shape of a PointerSelector")
-    found = infer_shape(state, 1, path)
-    for name, value in shape.items():
-        if name in ("dropout", "attn_dropout"):
-            fits = type(value) in (int, float) and 0 <= value < 1
-        elif name == "temperature":
-            fits = type(value) in (int, float) and 1e-6 <= value <= 1e6
-        elif name == "num_heads":
-            fits = type(value) is int and 0 < value <= found["hidden_dim"]
-        else:  # variants of another name than the weights have are told by these
-            fits = type(value) is type(found.get(name)) and (type(value) is not int or value == found[name])
-        if not fits:
-            raise LeverError(
-                f"{path} does not hold the weights of a PointerSelector with {shown(name)}={shown(value)}, as its "
-                "config says"
-            )
-    return shape
-
-
-def policy_digest(policy: PointerSelector) -> str:
-    """16 hex digits of a policy's weights, whatever file they came from."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(policy.state_dict().items()):
-        digest.update(f"{name}:{tuple(tensor.shape)}".encode())
-        digest.update(tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def own_config(content: dict) -> dict:
-    """What a file of ours says of itself ({} for a file of the lineage)."""
+    """The config that a checkpoint of ours carries; {} for one of Lever-Plus."""
     found = (content.get(key) for key in (OWN_KEY, "config"))
     return next((config for config in found if isinstance(config, dict) and config), {})
 
@@ -149,27 +89,78 @@ def weights_of(content: dict, path: str | Path) -> dict[str, Tensor]:
         raise LeverError(f"{path} holds neither a model_state_dict (v3) nor a state_dict (v2): not a policy checkpoint")
     if not state or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise LeverError(f"{path} holds no policy weights")
-    odd = [name for name, tensor in state.items() if not tensor.is_floating_point()]
-    if odd:
-        raise LeverError(f"{path}: {odd[0]:.60} holds {state[odd[0]].dtype}: not the weights of a PointerSelector")
+    if odd := next((name for name, tensor in state.items() if not tensor.is_floating_point()), None):
+        raise LeverError(f"{path}: {odd:.60} holds {state[odd].dtype}: {_NOT_OURS}")
     return state
 
 
+# ---------------------------------------------------------------------- policies
+
+
+def load_policy(path: str | Path, num_heads: int = 1) -> PointerSelector:
+    """The policy of a v3 or v2 file, or of a folder of `lever export` or a hub id OWNER/NAME of such, in eval mode.
+
+    Its shape is read from our config where the file carries one, else from the weights; heads and the logit
+    temperature are not in those: num_heads is taken as given and the temperature is 0.1. Raises LeverError when the
+    file is no checkpoint, or its weights do not fit exactly.
+    """
+    return policy_of(read_checkpoint(path), path, num_heads)
+
+
+def policy_of(content: dict, path: str | Path, num_heads: int = 1) -> PointerSelector:
+    """The policy in the content of a checkpoint, as `load_policy` returns it; path: the checkpoint's name in messages.
+    Raises LeverError where weights are missing, do not fit, or are NaN or infinite."""
+    state, claimed = weights_of(content, path), own_config(content).get("policy")
+    shape = infer_shape(state, num_heads, path)
+    if claimed is not None:
+        shape = _checked_shape(claimed, shape, path)
+    try:
+        with torch.device("meta"):  # nothing is allocated for what the weights do not fit
+            policy = PointerSelector(**shape)
+        policy.load_state_dict({name: tensor.float().clone() for name, tensor in state.items()}, assign=True)
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        why = " ".join(str(error).split())[:300]
+        raise LeverError(f"{path} does not hold the weights of a PointerSelector: {why}") from error
+    broken = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise LeverError(f"{path}: NaN or infinite weights in {', '.join(broken[:3])}; use an earlier checkpoint")
+    return policy.eval()
+
+
+def _checked_shape(claimed, found: dict, path: str | Path) -> dict:
+    """The shape that a file's config claims, where its sizes are those `found` in the weights. LeverError otherwise."""
+    if not isinstance(claimed, dict):
+        raise LeverError(f"{path}: its config has a {type(claimed).__name__} for the shape of a PointerSelector")
+    for name, value in claimed.items():
+        if name in ("dropout", "attn_dropout"):
+            fits = type(value) in (int, float) and 0 <= value < 1
+        elif name == "temperature":
+            fits = type(value) in (int, float) and 1e-6 <= value <= 1e6
+        elif name == "num_heads":
+            fits = type(value) is int and 0 < value <= found["hidden_dim"]
+        else:  # weights of another variant than the config names are refused when they are loaded
+            fits = type(value) is type(found.get(name)) and (type(value) is not int or value == found[name])
+        if not fits:
+            claim = f"{shown(name)}={shown(value)}"
+            raise LeverError(f"{path} does not hold the weights of a PointerSelector with {claim}, as its config says")
+    return claimed
+
+
 def infer_shape(state: dict[str, Tensor], num_heads: int, path: str | Path = "checkpoint") -> dict:
-    """Constructor arguments of the policy whose weights these are."""
+    """Constructor arguments of the policy that has these weights."""
     if "query_proj.weight" not in state:
-        raise LeverError(f"{path} holds no query_proj.weight: not the weights of a PointerSelector")
+        raise LeverError(f"{path} holds no query_proj.weight: {_NOT_OURS}")
     for name in ("query_proj.weight", "input_proj.weight"):
         if name in state and (state[name].ndim != 2 or not state[name].numel()):
-            found = tuple(state[name].shape)
-            raise LeverError(f"{path}: {name} has shape {found}: not the weights of a PointerSelector")
+            raise LeverError(f"{path}: {name} has shape {tuple(state[name].shape)}: {_NOT_OURS}")
     hidden, width = state["query_proj.weight"].shape
     if hidden != width:
         raise LeverError(f"{path}: query_proj.weight of {hidden} by {width} numbers is of no PointerSelector")
     entry = state.get("input_proj.weight")
-    layers = {int(match[1]) for key in state if (match := re.match(r"cross_attn_layers\.(\d+)\.", key))}
+    layers = {match[1] for key in state if (match := re.match(r"cross_attn_layers\.(\d+)\.", key))}
+    modules = {key.split(".")[0] for key in state}
     variants = {
-        option: next((name for name, part in known.items() if part and _has(state, part[0])), next(iter(known)))
+        option: next((name for name, part in known.items() if part and part[0] in modules), next(iter(known)))
         for option, known in VARIANTS.items()
     }
     return {
@@ -182,12 +173,13 @@ def infer_shape(state: dict[str, Tensor], num_heads: int, path: str | Path = "ch
     }
 
 
-def _has(state: dict[str, Tensor], part: str) -> bool:
-    return any(key.startswith(part + ".") for key in state)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+def policy_digest(policy: PointerSelector) -> str:
+    """16 hex digits of a policy's weights, whatever file they came from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(policy.state_dict().items()):
+        digest.update(f"{name}:{tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 # ---------------------------------------------------------------------- conversion
@@ -208,10 +200,8 @@ def v2_to_v3_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _rename(key: str, prefixes: dict[str, str]) -> str:
-    for old, new in prefixes.items():
-        if key.startswith(old):
-            return new + key.removeprefix(old)
-    return key
+    old = next(filter(key.startswith, prefixes), "")
+    return prefixes.get(old, "") + key.removeprefix(old)
 
 
 def to_v2(content: dict, path: str | Path, *, allow_truncate: bool = False) -> tuple[dict, list[str]]:
@@ -220,9 +210,7 @@ def to_v2(content: dict, path: str | Path, *, allow_truncate: bool = False) -> t
     Raises LeverError when the file holds no sound policy, or when v2 cannot express it: more than one layer, unless
     allow_truncate drops them.
     """
-    policy_of(content, path)
-    state = weights_of(content, path)
-    shape = infer_shape(state, 1, path)
+    shape, state = policy_of(content, path).shape, weights_of(content, path)
     beyond = [f"{option}={shape[option]}" for option, held in _IN_V2.items() if shape[option] not in held]
     if beyond:
         raise LeverError(f"{path}: v2 cannot express a policy with {', '.join(beyond)}; use the v3 file as it is")
@@ -243,23 +231,14 @@ def to_v2(content: dict, path: str | Path, *, allow_truncate: bool = False) -> t
         "pytorch-lightning_version": "2.0.0",
         "hyper_parameters": dict(V2_HYPER_PARAMETERS),
     }
-    if own:
-        converted[OWN_KEY] = own
-    return converted, extra
+    return {**converted, **({OWN_KEY: own} if own else {})}, extra
 
 
 def to_v3(content: dict, path: str | Path) -> dict:
     """The v3 content of a v2 file; phase and metrics are not in v2 and stay empty. Raises LeverError when the file
     holds no sound policy."""
     policy_of(content, path)
-    state = weights_of(content, path)
-    own = own_config(content)
-    return {
-        "epoch": content.get("epoch", 0),
-        "phase": own.get("phase", "grpo"),
-        "model_state_dict": {key: tensor.clone() for key, tensor in state.items()},
-        "kl_beta": own.get("kl_beta", 0.0),
-        "metrics": {},
-        "config": own or {"policy": infer_shape(state, 1, path)},
-        "format": FORMAT,
-    }
+    state, own = weights_of(content, path), own_config(content)
+    kept = {key: tensor.clone() for key, tensor in state.items()}
+    config = own or {"policy": infer_shape(state, 1, path)}
+    return _v3(content.get("epoch", 0), own.get("phase", "grpo"), kept, own.get("kl_beta", 0.0), {}, config)

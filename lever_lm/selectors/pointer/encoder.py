@@ -18,7 +18,7 @@ from torch import Tensor, nn
 @dataclass(frozen=True)
 class Noise:
     """The dropout of one pass, as the factors 0 and 1 / (1 − p) that it multiplies by; None where nothing is dropped.
-    Policies that are given the same noise look through the same masks."""
+    Two policies that are given the same noise drop the same units."""
 
     attention: list[Tensor | None]  # (B, heads, K) of each layer
     query: Tensor | None  # (B, H)
@@ -26,7 +26,7 @@ class Noise:
 
 
 class Encoder(nn.Module):
-    """d_model D of the features; hidden_dim H (W_in is absent when D = H); num_layers cross-attention layers.
+    """The part of a policy before its picks. d_model: D of the features; hidden_dim: H (W_in is absent when D = H).
 
     dropout_last: dropout follows the projections W_q and W_c, as in the lineage's plain policy; else it stands before
     them, as in the gated one. Raises ValueError where the heads do not divide H.
@@ -117,7 +117,7 @@ class Encoder(nn.Module):
     def encode_raw(
         self, query: Tensor, candidates: Tensor, pool_mask: Tensor | None, noise: Noise | None
     ) -> tuple[Tensor, Tensor]:
-        """As `encode`, the candidates at their own lengths."""
+        """The same as `encode`, with the candidates at their own lengths."""
         noise = self.draw_noise(query, candidates) if noise is None else noise
         x = query if self.input_proj is None else self.input_proj(query)
         attended = candidates if self.cand_proj is not None else candidates[..., : self.hidden_dim]
@@ -129,16 +129,18 @@ class Encoder(nn.Module):
     # ------------------------------------------------------------------ features projected once
 
     def after_input(self) -> "Encoder":
-        """This module for features that have been through its input_proj already: the same parameters, no copy."""
+        """Return this module for features that input_proj has projected already: the same parameters, no copy."""
         inner = self._without("input_proj")
         inner.d_model = self.hidden_dim
         return inner
 
     @torch.no_grad()
     def project(self, queries: Tensor, icds: Tensor) -> tuple["Encoder", Tensor, Tensor]:
-        """What of the module follows its projections of the features, and what it takes in place of these: queries
-        (N, D) → (N, H), icds (N, D) → (N, H), or where no dropout precedes cand_proj (N, 2H), what the attention reads
-        beside what is scored. Features that are looked up often are so projected once; no gradient goes back to them.
+        """Project features that are looked up often once; no gradient goes back to the projections.
+
+        Returns the module without them, sharing all other parameters, and what it takes in place of features: queries
+        (N, D) → (N, H), icds (N, D) → (N, H), or (N, 2H) where no dropout precedes cand_proj: what the attention reads
+        beside what is scored.
         """
         inner = self
         if self.input_proj is not None:

@@ -1,22 +1,23 @@
-"""A shared policy: a folder of model.safetensors and config.json, or a hub id of such. It is data, and a stranger's.
+"""A shared policy, untrusted data: a folder of model.safetensors, config.json and a model card, or a hub id of such.
 
 config.json says of the policy what a checkpoint does (shape, encoder, features, dataset, seed, phase, epoch), and in
 `setting` the config keys that it is used with. Only keys of SETTING are taken from there, and of the paths only those
-that mean the same on every machine: a folder that came from somebody names no file here, and no server.
+that mean the same on every machine: a downloaded folder names no file of this machine, and no server.
 """
 
 import os
 import re
-from dataclasses import fields
 from pathlib import Path
 
 import torch
 
-from lever_lm.config.schema import LVLM_MACHINE, LVLM_SPEED, LvlmConfig, PromptConfig
+from lever_lm.config.schema import keys_of
+from lever_lm.utils.atomic_io import remove, write_json, write_tensors, write_text
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.hub import POLICY_FILES, fetch_policy, is_hub_id
 from lever_lm.utils.paths import ASSET_PREFIX, HUB_PREFIX
-from lever_lm.utils.safe_parse import is_epoch, read_bytes, read_json, read_object, shown
+from lever_lm.utils.safe_parse import is_epoch, read_bytes, read_json, read_object
+from lever_lm.utils.terminal import shown
 
 FORMAT, VERSION = "lever_lm/policy", 1
 CONFIG, WEIGHTS = POLICY_FILES
@@ -24,34 +25,31 @@ CARD = "README.md"
 _CONFIG_LIMIT = 1 << 20  # bytes
 _WEIGHTS_LIMIT = 1 << 30
 _LONGEST_ID = 96  # characters of a hub id
-# As a checkpoint of ours has them in its config.
+# Keys that a checkpoint has in its config, too.
 _OF_POLICY = ("policy", "encoder", "features", "embeddings", "dataset", "seed")
 _KEYS = {"format", "format_version", "lever_lm", *_OF_POLICY, "phase", "epoch", "chosen"}
 _KEYS |= {"setting", "fingerprints", "packages", "results"}
 _WHAT = "a policy as `lever export` writes it"
 # What of a config a policy is used with, whoever uses it.
-SETTING = {
-    "data": ("name", "okvqa_path", "coco_path", "train_path", "file_prefix"),
-    "features": ("encoder", "name"),
-    "sampler": ("name",),
-    "rollout": ("pool_size",),
-    "prompt": tuple(field.name for field in fields(PromptConfig)),
-    "lvlm": tuple(f.name for f in fields(LvlmConfig) if f.name not in (*LVLM_SPEED, *LVLM_MACHINE)),
-}
-PLACES = {("data", "okvqa_path"), ("data", "coco_path"), ("data", "train_path")}
+_SECTIONS = ("data", "features", "sampler", "rollout", "prompt", "lvlm")  # in the order of the file
+SETTING = sorted(keys_of("answers", "place"), key=lambda key: _SECTIONS.index(key[0]))
+PLACES = set(keys_of("place"))
 _EVERYWHERE = rf"{ASSET_PREFIX}[\w-][\w.-]*|{HUB_PREFIX}[\w-][\w.-]*/[\w-][\w.-]*"  # no way out of the assets
 _MODELS = {("features", "encoder"), ("lvlm", "path")}
 
 
 def setting_of(values: dict) -> dict:
-    """What of nested config values is shared: the keys of SETTING. A folder of this machine is left out; where it holds
-    a model, its name stays, as that of the model to look for."""
+    """Return what is shared of nested config values: the keys of SETTING. A folder of this machine is left out; of a
+    model's folder the name stays, as that of the model to look for."""
     kept: dict = {}
-    for section, names in SETTING.items():
+    for section, name in SETTING:
         there = values.get(section)
-        for name in names if isinstance(there, dict) else ():
-            if name in there and (value := _shareable((section, name), there[name])) is not None:
-                kept.setdefault(section, {})[name] = value
+        if (
+            isinstance(there, dict)
+            and name in there
+            and (value := _shareable((section, name), there[name])) is not None
+        ):
+            kept.setdefault(section, {})[name] = value
     return kept
 
 
@@ -68,7 +66,7 @@ def _shareable(key: tuple[str, str], value):
     return None if name.startswith((".", "~")) else name
 
 
-# ---------------------------------------------------------------------- reading
+# ---------------------------------------------------------------------- the folder
 
 
 def is_exported(folder: Path) -> bool:
@@ -77,27 +75,36 @@ def is_exported(folder: Path) -> bool:
 
 
 def policy_folder(path: str | Path) -> Path | None:
-    """The folder of a shared policy: `path` where it is one, or in the hub's cache, downloaded where it is not there,
-    if it is a hub id OWNER/NAME; None for what can be neither, as a path into a folder that is here. Raises LeverError
-    where the hub has it not."""
+    """The folder of a shared policy: `path` itself where it is a folder; of a hub id OWNER/NAME the one in the hub's
+    cache, downloaded where it is missing; None for all else. Raises LeverError where the hub does not have it."""
     if os.path.isdir(path):
         return Path(path)
     if (
         len(str(path)) <= _LONGEST_ID
         and is_hub_id(str(path))
         and Path(path).suffix not in (".pt", ".pth", ".ckpt", ".safetensors")
-        and not os.path.isdir(Path(path).parts[0])  # `results/…`, mistyped, is nobody's business
+        and not os.path.isdir(Path(path).parts[0])  # a mistyped `results/…` is not asked of the hub
     ):
         return fetch_policy(str(path))
     return None
 
 
-def read_exported(folder: Path, named: str | Path | None = None) -> dict:
-    """A shared policy in the form of a v3 checkpoint, and its `setting`. named: what the folder is called in messages.
+def write_exported(folder: Path, weights: dict[str, torch.Tensor], config: dict, card: str) -> list[str]:
+    """Write a shared policy; config: the content of config.json. Returns the files' paths."""
+    # The config is what makes the folder a policy: it is removed first and written last, so that a killed export leaves
+    # no mixture of two policies.
+    remove(folder / CONFIG)
+    write_tensors(folder / WEIGHTS, {name: t.contiguous() for name, t in weights.items()}, {"format": "pt"})
+    write_text(folder / CARD, card)
+    write_json(folder / CONFIG, {"format": FORMAT, "format_version": VERSION, **config})
+    return [str(folder / name) for name in (WEIGHTS, CONFIG, CARD)]
 
-    Raises LeverError where a file is missing, too large, or none of ours, or of a later version.
+
+def read_exported(folder: Path, named: str | Path) -> dict:
+    """A shared policy in the form of a v3 checkpoint, and its `setting`. named: the folder's name in messages.
+
+    Raises LeverError where a file is missing, too large, of another format, or of a later version.
     """
-    named = folder if named is None else named
     config = _read_config(folder, named)
     epoch = config.get("epoch")
     return {

@@ -1,47 +1,25 @@
 """The policy: a pointer over a pool of candidates, step by step.
 
-B queries, K candidates in the pool, G rollouts per query, S shots, D embedding, H hidden; M sequences decoded side by
-side for each query. pool_mask (B, K) bool, True on real candidates. Sequences hold pool positions; −1 is padding and
-counts as no step, but with `stop` the first −1 after a pick is the decision to stop, and does count.
-Maths: with the unit query u and the unit candidates v of encoder.py, logit_k = u·v_k / temperature. Masking lives here
-and only here: a picked or padded candidate has logit −100. Deviation from the lineage: candidates are projected once
-per query, not once per rollout, so training-mode dropout is drawn once per query.
+B queries, K candidates in the pool, G rollouts per query, S shots, D embedding; M sequences decoded side by side for
+each query, O options of a step: the candidates and, with `stop`, the stop. pool_mask (B, K) bool, True on real
+candidates. Sequences hold pool positions; −1 is padding and counts as no step, but with `stop` the first −1 after a
+pick is the decision to stop, and does count. Deviation from the lineage: candidates are projected once per query, not
+once per rollout, so training-mode dropout is drawn once per query.
 """
-
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lever_lm.selectors.pointer.decoding import MASKED_LOGIT, Decoding, gather_rows
 from lever_lm.selectors.pointer.encoder import Encoder, Noise
 from lever_lm.selectors.pointer.variants import VARIANTS
-
-MASKED_LOGIT = -100.0
-
-
-@dataclass(frozen=True)
-class _Decoding:
-    """M half-made sequences per query, one that stands for all before the first pick. O options: the K candidates and,
-    with `stop`, the stop after them.
-
-    cands (B, O, H) and their lengths (B, O); state (B, M, H), or (B, 1, H) where picks do not change it; scores
-    (B, M or 1, O) of that state; closest (B, M, O), likeness to the nearest pick, None before there is one or where it
-    does not matter; taken (B, M, O), True on what may not be picked.
-    """
-
-    cands: Tensor
-    lengths: Tensor
-    state: Tensor
-    scores: Tensor
-    closest: Tensor | None
-    taken: Tensor
 
 
 class PointerSelector(Encoder):
     """Scores the candidates of a pool and picks demonstrations one after the other.
 
-    Sizes and dropout as in Encoder. Variants, their parts in decoder.VARIANTS: state_update (none, gate, gru) is how a
+    Sizes and dropout as in Encoder. Variants, their parts in variants.VARIANTS: state_update (none, gate, gru) is how a
     pick changes the query state; scorer (dot, additive, bilinear) how a state scores a candidate; diversity (none, mmr)
     what likeness to the picks costs; stop lets the policy end a sequence after its first pick. Parameter names are
     those of Lever-Plus's v3 checkpoints. Raises ValueError on a shape or name that cannot be.
@@ -91,66 +69,10 @@ class PointerSelector(Encoder):
         names = ("d_model", "hidden_dim", "num_layers", "num_heads", "dropout", "attn_dropout", "temperature")
         return {name: getattr(self, name) for name in (*names, *VARIANTS, "stop")}
 
-    def _part(self, option: str) -> nn.Module | None:
+    def part(self, option: str) -> nn.Module | None:
+        """The module that a variant option stands for, None where its value has none."""
         part = VARIANTS[option][getattr(self, option)]
         return None if part is None else getattr(self, part[0])
-
-    # ------------------------------------------------------------------ decoding
-
-    def _begin(
-        self, query: Tensor, candidates: Tensor, pool_mask: Tensor | None, noise: Noise | None = None
-    ) -> _Decoding:
-        """The empty sequence of each query."""
-        state, cands = self.encode_raw(query, candidates, pool_mask, noise)
-        batch, pool = candidates.shape[:2]
-        taken = torch.zeros(batch, pool, dtype=torch.bool, device=query.device) if pool_mask is None else ~pool_mask
-        if self.stop:
-            cands, taken = (
-                torch.cat([cands, self.stop_embedding.expand(batch, 1, -1)], 1),
-                F.pad(taken, (0, 1), value=True),
-            )
-        lengths = cands.norm(dim=-1).clamp(min=1e-12)
-        state = state.unsqueeze(1)
-        return _Decoding(cands, lengths, state, self._scores(state, cands, lengths), None, taken.unsqueeze(1))
-
-    def _scores(self, state: Tensor, cands: Tensor, lengths: Tensor) -> Tensor:
-        scorer = self._part("scorer")
-        return _cosine(state, cands, lengths) if scorer is None else scorer(state, cands / lengths.unsqueeze(-1))
-
-    def _logits(self, decoding: _Decoding) -> Tensor:
-        """Logits of the next pick, (B, M, O)."""
-        scores = decoding.scores
-        if decoding.closest is not None:
-            scores = self._part("diversity")(scores, decoding.closest)
-        return torch.where(decoding.taken, MASKED_LOGIT, scores / self.temperature)
-
-    def _advance(self, decoding: _Decoding, pick: Tensor, real: Tensor | None = None) -> _Decoding:
-        """The sequences after one more pick, (B, M) of options; where `real` (B, M) is False nothing was picked."""
-        cands, lengths, state, scores, closest, taken = vars(decoding).values()
-        pool, real = cands.shape[1] - self.stop, torch.ones_like(pick, dtype=torch.bool) if real is None else real
-        taken = taken | (F.one_hot(pick, cands.shape[1]).bool() & real.unsqueeze(-1))
-        if self.stop:  # allowed from now on, and the only way on once it was chosen
-            stopped = (pick == pool).unsqueeze(-1)
-            taken = torch.cat([taken[..., :pool] | stopped, torch.zeros_like(stopped)], -1)
-        if (update := self._part("state_update")) is not None:
-            picked = _unit_rows(cands, pick)
-            state = torch.where(real.unsqueeze(-1), update(state.expand_as(picked), picked), state)
-            scores = self._scores(state, cands, lengths)
-        if self._part("diversity") is not None:
-            likeness = _cosine(_unit_rows(cands, pick), cands[:, :pool], lengths[:, :pool])
-            likeness = F.pad(likeness, (0, int(self.stop)))  # to stop is like nothing
-            closest = (
-                likeness if closest is None else torch.where(real.unsqueeze(-1), closest.maximum(likeness), closest)
-            )
-        return _Decoding(cands, lengths, state, scores, closest, taken)
-
-    def _follow(self, decoding: _Decoding, parent: Tensor) -> _Decoding:
-        """New sequences, each going on from one of the old: parent (B, W) places among these."""
-        cands, lengths, state, scores, closest, taken = vars(decoding).values()
-        if self._part("state_update") is not None:
-            state = _gather(state, parent)  # the scores are those of the state after the pick
-        closest = None if closest is None else _gather(closest, parent)
-        return _Decoding(cands, lengths, state, scores, closest, _gather(taken, parent))
 
     # ------------------------------------------------------------------ scoring
 
@@ -165,19 +87,12 @@ class PointerSelector(Encoder):
     ) -> list[Tensor]:
         """Teacher-forced logits of every step: sequences (B, G, S) → S times (B, G, K), the first (B, 1, K), as all
         sequences of a query begin alike. Masked positions are −100. With `stop` there is one more column, the last."""
-        decoding = self._begin(query, candidates, pool_mask, noise)
-        steps = [self._logits(decoding)]
+        decoding = Decoding.begin(self, query, candidates, pool_mask, noise)
+        steps = [decoding.logits()]
         for pick in sequences[..., :-1].unbind(-1):
-            decoding = self._advance(decoding, pick.clamp(min=0), pick >= 0)
-            steps.append(self._logits(decoding))
+            decoding = decoding.advance(pick.clamp(min=0), pick >= 0)
+            steps.append(decoding.logits())
         return steps
-
-    def step_logits(
-        self, query: Tensor, candidates: Tensor, sequences: Tensor, pool_mask: Tensor | None = None
-    ) -> Tensor:
-        """`steps` as one tensor (B, G, S, K)."""
-        steps = self.steps(query, candidates, sequences, pool_mask)
-        return torch.stack([step.expand(-1, sequences.shape[1], -1) for step in steps], 2)
 
     def score(
         self,
@@ -216,13 +131,13 @@ class PointerSelector(Encoder):
         sequences: Tensor,
         pool_mask: Tensor | None = None,
         *,
-        temperature: float = 1.0,
-        label_smoothing: float = 0.0,
         noise: Noise | None = None,
+        **options: float,
     ) -> tuple[Tensor, Tensor]:
-        """log_prob and entropy of whole sequences, as `score` has them; noise as in `encode`."""
+        """Log-prob and entropy of whole sequences, as `score` returns them; options: its temperature and
+        label_smoothing."""
         steps = self.steps(query, candidates, sequences, pool_mask, noise=noise)
-        return self.score(steps, sequences, pool_mask, temperature=temperature, label_smoothing=label_smoothing)
+        return self.score(steps, sequences, pool_mask, **options)
 
     def log_prob(
         self,
@@ -246,8 +161,8 @@ class PointerSelector(Encoder):
         return self.evaluate(query, candidates, sequences, pool_mask, **options)[0]
 
     def logits(self, query: Tensor, candidates: Tensor, sequences: Tensor, pool_mask: Tensor | None = None) -> Tensor:
-        """step_logits of one sequence per query: sequences (B, S) → (B, S, K)."""
-        return self.step_logits(query, candidates, sequences.unsqueeze(1), pool_mask).squeeze(1)
+        """Teacher-forced logits of one sequence per query: sequences (B, S) → (B, S, K), as in `steps`."""
+        return torch.cat(self.steps(query, candidates, sequences.unsqueeze(1), pool_mask), 1)
 
     # ------------------------------------------------------------------ choosing
 
@@ -286,31 +201,31 @@ class PointerSelector(Encoder):
         (B, W) and sums of step probabilities (B, W). W is smaller than `width` where there are fewer sequences."""
         _check_shots(shots, candidates, pool_mask)
         batch, pool = candidates.shape[:2]
-        decoding = self._begin(query, candidates, pool_mask)
+        decoding = Decoding.begin(self, query, candidates, pool_mask)
         picks = torch.zeros(batch, 1, 0, dtype=torch.long, device=query.device)
         log_probs = probs = torch.zeros(batch, 1, device=query.device)
         for _ in range(shots):
-            steps = _normalised(self._logits(decoding)).masked_fill(decoding.taken, -torch.inf)
+            steps = _normalised(decoding.logits()).masked_fill(decoding.taken, -torch.inf)
             total = (log_probs.unsqueeze(-1) + steps).flatten(1)
             possible = int((~decoding.taken).flatten(1).sum(-1).min())
             log_probs, flat = total.topk(min(width, possible), -1)
             options = steps.shape[-1]
             parent, pick = flat // options, flat % options
-            ended = (_gather(picks, parent)[..., -1:] < 0).any(-1)
+            ended = (gather_rows(picks, parent)[..., -1:] < 0).any(-1)
             probs = probs.gather(1, parent) + steps.flatten(1).gather(1, flat).exp().masked_fill(ended, 0)
-            picks = torch.cat([_gather(picks, parent), pick.masked_fill(pick == pool, -1).unsqueeze(-1)], -1)
-            decoding = self._advance(self._follow(decoding, parent), pick)
+            picks = torch.cat([gather_rows(picks, parent), pick.masked_fill(pick == pool, -1).unsqueeze(-1)], -1)
+            decoding = decoding.follow(parent).advance(pick)
         return picks, log_probs, probs
 
     def _roll(self, query, candidates, shots, pool_mask, num_samples, choose) -> Tensor:
         """Pick step by step with `choose`: logits (B, M, O), −inf where nothing may be picked, → (B, M)."""
         _check_shots(shots, candidates, pool_mask)
-        decoding, picks = self._begin(query, candidates, pool_mask), []
+        decoding, picks = Decoding.begin(self, query, candidates, pool_mask), []
         for _ in range(shots):
-            logits = self._logits(decoding).masked_fill(decoding.taken, -torch.inf)
+            logits = decoding.logits().masked_fill(decoding.taken, -torch.inf)
             pick = choose(logits.expand(-1, num_samples, -1))
             picks.append(pick.masked_fill(pick == candidates.shape[1], -1))
-            decoding = self._advance(decoding, pick)
+            decoding = decoding.advance(pick)
         return torch.stack(picks, -1)
 
 
@@ -326,18 +241,3 @@ def _check_shots(shots: int, candidates: Tensor, pool_mask: Tensor | None) -> No
     size = candidates.shape[1] if pool_mask is None else int(pool_mask.sum(-1).min())
     if not 1 <= shots <= size:
         raise ValueError(f"cannot pick {shots} shots from a pool of {size} candidates")
-
-
-def _gather(rows: Tensor, index: Tensor) -> Tensor:
-    """rows (B, K, H), index (B, M) → (B, M, H)."""
-    return rows.gather(1, index.unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
-
-
-def _unit_rows(rows: Tensor, index: Tensor) -> Tensor:
-    return F.normalize(_gather(rows, index), dim=-1)
-
-
-def _cosine(units: Tensor, rows: Tensor, lengths: Tensor) -> Tensor:
-    """units (B, M, H), rows (B, K, H) of these lengths (B, K) → (B, M, K). To divide the products by the lengths costs
-    less than to divide the rows, and in the backward pass far less."""
-    return units @ rows.transpose(1, 2) / lengths.unsqueeze(1)

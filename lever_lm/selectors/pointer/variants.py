@@ -1,5 +1,5 @@
-"""What differs between variants of the policy: how a pick changes the query state, how a state scores a candidate, and
-what a candidate loses by being like those already picked.
+"""The parts in which variants of the policy differ: how a pick changes the query state, how a state scores a candidate,
+and what a candidate loses by likeness to the picks.
 
 B queries, M sequences per query (1 when selecting), K candidates, H hidden. States and candidates are unit vectors.
 """

@@ -1,12 +1,7 @@
-"""The rollout file: groups of scored sequences, in Lever-Plus's two JSON layouts, read and written.
+"""The rollout file: groups of scored sequences, read and written.
 
-One object; keys are query ids (rows of the embedding matrix) as decimal strings, other keys are ignored. In the
-present layout a query names its pool (`candidate_pool_ids`) and trajectories hold places in it; in the older one
-trajectories hold rows and the pool is the sorted set of them. Each trajectory is read by its own layout:
-
-- `pointer_global` marks the present layout, and must agree with the places;
-- `pointer_pos`, a query's `_fix_failed`, and a query without a pool mark the older one;
-- an unmarked pointer into a pool holds places where it can; else, where all of it are ids of the pool, rows.
+One JSON object; keys are query ids (rows of the embedding matrix) as decimal strings. Other keys are ignored, but
+`_meta`, in which `lever rollout` says what it made the file of. Where trajectories point to: layouts.py.
 """
 
 import sys
@@ -14,10 +9,18 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from lever_lm.config.schema import RewardConfig
+from lever_lm.data import Example
+from lever_lm.tasks import Task
 from lever_lm.training.rewards import NEEDED, reward
+from lever_lm.training.rollouts.layouts import pool_and_sequences
+from lever_lm.utils.atomic_io import write_json
 from lever_lm.utils.errors import LeverError, UsageError
-from lever_lm.utils.safe_parse import read_json, shown
+from lever_lm.utils.fingerprint import changed, changes
+from lever_lm.utils.safe_parse import read_json
+from lever_lm.utils.terminal import shown
 
 _LARGEST = sys.float_info.max  # a longer integer is JSON, but no float
 _LONGEST_ID = 19  # digits that always fit in 63 bits
@@ -121,7 +124,7 @@ def read_groups(path: str | Path, config: RewardConfig) -> RolloutFile:
         counts["scored"] += len(kept)
         if not kept or (config.require_positive and not any(t.get("vqa_correct") == 1 for _, t in kept)):
             continue
-        pool, sequences = _pool_and_sequences(entry, kept, counts, where)
+        pool, sequences = pool_and_sequences(entry, kept, counts, where)
         rewards = [trajectory_reward(t, config, f"{where}, trajectory {i}") for i, t in kept]
         groups.append(Group(int(key), pool, sequences, rewards, [i for i, _ in kept]))
         marks = [t.get("vqa_correct") if t.get("vqa_correct") is not None else t.get("vqa_acc_score") for _, t in kept]
@@ -205,65 +208,6 @@ def _is_scored(trajectory: dict, config: RewardConfig, counts: Counter, where: s
     return False
 
 
-def _pool_and_sequences(
-    entry: dict, kept: list[tuple[int, dict]], counts: Counter, where: str
-) -> tuple[list[int], list[list[int]]]:
-    """The pool of a query, and its trajectories as places in it."""
-    pool = None
-    if entry.get("candidate_pool_ids") is not None or any(t.get("pointer_global") is not None for _, t in kept):
-        pool = _integers(entry.get("candidate_pool_ids"), f"{where}, candidate_pool_ids")
-        if len(set(pool)) != len(pool):
-            raise LeverError(f"{where}: candidate_pool_ids repeats an id")
-    named = [f"{where}, trajectory {i}" for i, _ in kept]
-    by_row = pool is None or bool(entry.get("_fix_failed"))
-    read = [_rows(t, pool, by_row, name) for (_, t), name in zip(kept, named, strict=True)]
-    layouts = {layout for _, layout in read}
-    if layouts == {"older"}:
-        pool = sorted({row for rows, _ in read for row in rows})
-    place = {row: i for i, row in enumerate(pool)}
-    for (rows, layout), name in zip(read, named, strict=True):
-        if not all(row in place for row in rows):
-            raise LeverError(f"{name}: rows {shown(rows)} do not lie in candidate_pool_ids")
-        if len(set(rows)) != len(rows):
-            raise LeverError(f"{name}: its sequence names a candidate twice (rows {shown(rows)})")
-        if layout == "either" and "ids" in layouts:
-            raise LeverError(
-                f"{name}: its pointer can be places in the pool and ids of it, and others of the query can only be "
-                "ids: say which they are by pointer_global beside places, or by pointer_pos in place of pointer"
-            )
-    counts["older"] += sum(layout in ("older", "ids") for _, layout in read)
-    return pool, [[place[row] for row in rows] for rows, _ in read]
-
-
-def _rows(trajectory: dict, pool: list[int] | None, by_row: bool, where: str) -> tuple[list[int], str]:
-    """The rows that a trajectory shows, and its layout: `places` in the pool, `older` by its marks, unmarked `ids` of
-    the pool, or unmarked places that could be ids just as well (`either`)."""
-    written = trajectory.get("pointer_global")
-    rows = trajectory.get("pointer_pos")
-    if written is None and (rows is not None or by_row):
-        rows = _integers(trajectory.get("pointer") if rows is None else rows, f"{where}, pointer")
-        if not rows:
-            raise LeverError(f"{where}: its pointer is empty")
-        return rows, "older"
-    pointer = _integers(trajectory.get("pointer"), f"{where}, pointer")
-    are_places, are_ids = bool(pointer) and max(pointer) < len(pool), set(pointer) <= set(pool)
-    if written is None and pointer and are_ids and not are_places:
-        return pointer, "ids"
-    if not are_places:
-        ids = "" if written is not None else ", and are not ids of it"
-        raise LeverError(f"{where}: positions {shown(pointer)} do not lie in a pool of {len(pool)}{ids}")
-    rows = [pool[place] for place in pointer]
-    if written is not None and rows != _integers(written, f"{where}, pointer_global"):
-        raise LeverError(f"{where}: pointer_global is {shown(written)}, but pointer names rows {shown(rows)}")
-    return rows, "either" if written is None and are_ids and rows != pointer else "places"
-
-
-def _integers(value, where: str) -> list[int]:
-    if not isinstance(value, list) or not all(type(v) is int and 0 <= v < 2**63 for v in value):
-        raise LeverError(f"{where}: expected a list of non-negative integers, found {shown(value)}")
-    return value
-
-
 def trajectory_reward(trajectory: dict, config: RewardConfig, where: str) -> float:
     """The reward of a trajectory of the rollout file, or of as much of one. Raises LeverError naming `where` when one
     of its scores is no finite number."""
@@ -290,3 +234,94 @@ def check_reward_mode(mode: str) -> None:
         reward(mode)
     except ValueError as error:
         raise UsageError(f"{error} (reward.mode)") from error
+
+
+# ---------------------------------------------------------------------- what it was made of
+
+
+def is_made(path: Path, here: dict[str, str]) -> bool:
+    """Return whether the rollout file is there, made from what `rollout_stamp` says."""
+    return path.is_file() and _meta(path).get("fingerprint") == here["fingerprint"]
+
+
+def why_made_again(path: Path, here: dict[str, str]) -> str:
+    """Return which inputs of the rollout file have changed, as a sentence; empty where it is not there or is up to
+    date."""
+    return "" if is_made(path, here) or not path.is_file() else changes(changed(_meta(path), here))
+
+
+def made_elsewhere(path: Path) -> bool:
+    """Return whether a rollout file is there that `lever rollout` did not make: one of Lever-Plus."""
+    return path.is_file() and "fingerprint" not in _meta(path)
+
+
+def _meta(path: Path) -> dict:
+    meta = read_rollouts(path).get("_meta")
+    return meta if isinstance(meta, dict) else {}
+
+
+# ---------------------------------------------------------------------- writing
+
+
+def write_rollouts(path: Path, meta: dict, entries: dict[int, dict]) -> None:
+    """Write a rollout file; entries: row of the query → `query_entry`. Raises LeverError."""
+    write_json(path, {"_meta": meta, **{str(row): entry for row, entry in entries.items()}}, indent=None)
+
+
+def query_entry(row: int, query: Example, task: Task, pool: list[int], trajectories: list[dict]) -> dict:
+    """Return the entry of a query, the training example in this row, with its pool (K rows) and trajectories."""
+    described = {
+        "query_id": row,
+        "question_id": query.question_id,
+        "image_id": query.image_id,
+        "question": query.question,
+        "gt_answers_raw": list(query.raw_answers),
+        "gt_answers_norm": task.normalized_references(query),
+    }
+    return {"query": described, "candidate_pool_ids": pool, "pointer_candidates": trajectories}
+
+
+def trajectory_entry(proposed: dict, pool: list[int], text: str, answer: str, scores: dict) -> dict:
+    """Return a trajectory: what was `proposed` (see propose.py), the `text` that the LVLM wrote, the `answer` that is
+    cut out of it, and its `score_entry`."""
+    blank = {"beam_rank": None, "beam_score": None, "logprob_score": None, "temperature": None}
+    return {
+        **blank,
+        **proposed,
+        "pointer_global": [pool[i] for i in proposed["pointer"]],
+        "vqa_raw_generation": text,
+        "vqa_pred_answer": answer,
+        **scores,
+        "vqa_eval_mode": "vqaEval",
+        "eval_split_used": "train",
+        "eval_failed": False,
+    }
+
+
+def score_entry(answer: str, gt_prob: float | None, query: Example, task: Task) -> dict:
+    """Return the scores of an answer, by their names in the file: what rewards are made of."""
+    accuracy = round(task.score(answer, query), 6)
+    f1, edit = task.relevance(answer, query)
+    return {
+        "vqa_correct": int(accuracy > 0),
+        "vqa_acc_score": accuracy,
+        **({} if gt_prob is None else {"vqa_gt_prob": round(gt_prob, 6)}),
+        "vqa_rel_token_f1": round(f1, 6),
+        "vqa_rel_edit_sim": round(edit, 6),
+        "vqa_rel_score": round(max(f1, edit), 6),
+    }
+
+
+def group_report(path: Path) -> dict:
+    """Count how much there is to learn from in a file: groups, rollouts, mean accuracy; groups that are tied, all
+    right, all wrong."""
+    groups = [entry["pointer_candidates"] for key, entry in read_rollouts(path).items() if is_query(key)]
+    scores = [[t.get("vqa_acc_score") or 0.0 for t in group] for group in groups if group]
+    return {
+        "groups": len(groups),
+        "rollouts": sum(map(len, groups)),
+        "accuracy": round(float(np.mean([s for group in scores for s in group])), 4) if scores else 0.0,
+        "tied": sum(max(s) == min(s) for s in scores),
+        "all_right": sum(min(s) > 0 for s in scores),
+        "all_wrong": sum(max(s) == 0 for s in scores),
+    }

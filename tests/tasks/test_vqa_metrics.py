@@ -9,7 +9,7 @@ from helpers import CHECKOUT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lever_lm.tasks.vqa import CONTRACTIONS, normalize_answer, relevance, vqa_accuracy
+from lever_lm.tasks.vqa_metrics import CONTRACTIONS, normalize_answer, relevance, vqa_accuracy
 
 DATA = CHECKOUT / "tests/data"
 OFFICIAL = json.loads((DATA / "vqa_official.json").read_text(encoding="utf-8"))

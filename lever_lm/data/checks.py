@@ -1,0 +1,102 @@
+"""Checks of a dataset before it is used: its files, how many examples it has, and how many of them cannot be used."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from lever_lm.config.schema import DataConfig
+from lever_lm.data import in_both, in_parquet, load_split, source_of
+from lever_lm.data.example import Example
+from lever_lm.data.okvqa import OFFICIAL_SIZES, SPLITS, annotations_file, images_folder, questions_file
+from lever_lm.data.rows import BadExamples
+from lever_lm.data.split_files import files_of
+from lever_lm.utils.checks import Check, check_file
+from lever_lm.utils.errors import LeverError
+from lever_lm.utils.hub import cached_snapshot
+from lever_lm.utils.paths import HUB_PREFIX, asset_path
+
+
+def check_files(config: DataConfig) -> Iterator[Check]:
+    """Check that the files and folders of both splits are there."""
+    for split in SPLITS:
+        yield from _parquet_files(config, split) if in_parquet(config, split) else _official_files(config, split)
+
+
+def _parquet_files(config: DataConfig, split: str) -> Iterator[Check]:
+    source = source_of(config, split)
+    try:
+        if source.startswith(HUB_PREFIX):
+            yield _hub_dataset(source.removeprefix(HUB_PREFIX), split)
+        else:
+            files = files_of(asset_path(source), split)
+            yield Check(f"{split} data", "ok", f"{len(files)} parquet files in {source}")
+    except LeverError as error:  # a file that is named after both splits
+        found, _, mend = str(error).partition("; ")
+        yield Check(f"{split} data", "missing", found, mend)
+
+
+def _hub_dataset(repository: str, split: str) -> Check:
+    snapshot = cached_snapshot(repository, "dataset")
+    if snapshot and files_of(snapshot, split):
+        return Check(f"{split} data", "ok", f"{repository} in the hub's cache")
+    import datasets
+
+    if any(Path(datasets.config.HF_DATASETS_CACHE).glob(f"{repository.replace('/', '___').lower()}*")):
+        return Check(f"{split} data", "ok", f"{repository} in the cache of `datasets`")
+    fetch = f"hf download --repo-type dataset {repository}"
+    mend = f"{fetch}, or a folder of its parquet files: --dataset okvqa_local with OKVQA_PATH"
+    return Check(f"{split} data", "missing", f"{repository} is not in the hub's cache", mend, fetched=True)
+
+
+def _official_files(config: DataConfig, split: str) -> Iterator[Check]:
+    root = asset_path(source_of(config, split))
+    variable = "VQAV2_PATH" if config.file_prefix == "v2_" else "OKVQA_PATH"
+    for official in (questions_file, annotations_file):
+        mend = f"fetch it into {root}, or set {variable} (data.okvqa_path) to the folder that holds it"
+        yield check_file(f"{split} data", official(root, split, config.file_prefix), mend)
+    try:
+        yield Check(f"{split} images", "ok", str(images_folder(asset_path(config.coco_path), split)))
+    except LeverError as error:
+        found, _, mend = str(error).partition(": ")
+        yield Check(f"{split} images", "missing", found, mend)
+
+
+def check_examples(config: DataConfig, answers: list[str]) -> Iterator[Check]:
+    """Count the examples of each split that can be used and those that cannot. Images are looked up, not decoded. The
+    reference answers of those that can be used are added to `answers`."""
+    splits = {}
+    for split, expected in zip(SPLITS, OFFICIAL_SIZES.get(config.name, (None, None)), strict=True):
+        bad = BadExamples(skip=True)
+        try:
+            examples, _ = load_split(config, split, bad)
+        except LeverError as error:
+            found, _, mend = str(error).partition("; ")
+            yield Check(f"{split} examples", "missing", found, mend or "replace the file")
+            continue
+        splits[split] = examples
+        answers += [answer for example in examples for answer in example.answers]
+        found = f"{len(examples)} usable"
+        if bad.problems:
+            status = "warning" if config.skip_bad_examples and examples else "missing"
+            mend = "left out, as asked" if status == "warning" else "mend the files, or --skip-bad-examples"
+            yield Check(
+                f"{split} examples", status, f"{found}, {len(bad.problems)} not, the first: {bad.problems[0]}", mend
+            )
+        elif expected not in (None, len(examples)):
+            found += f"; the official split has {expected}"
+            yield Check(f"{split} examples", "warning", found, "fine for a part of it, else fetch it again")
+        else:
+            yield Check(f"{split} examples", "ok", found)
+    if len(splits) == len(SPLITS):
+        yield from _in_both_splits(config, splits)
+
+
+def _in_both_splits(config: DataConfig, splits: dict[str, list[Example]]) -> Iterator[Check]:
+    try:
+        problems = list(in_both(config, splits["train"], splits["val"]).values())
+    except LeverError as error:
+        yield Check("splits", "missing", str(error), "replace the file, or --skip-bad-examples")
+        return
+    if problems:
+        skipped = config.skip_bad_examples
+        mend = "left out, as asked" if skipped else "leave them in one split, or --skip-bad-examples"
+        yield Check("splits", "warning" if skipped else "missing", problems[0], mend)

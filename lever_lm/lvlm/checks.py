@@ -1,0 +1,127 @@
+"""Checks of the LVLM before it is used: its files and processor, its server, the device's memory, answer lengths."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from lever_lm.config.schema import LvlmConfig
+from lever_lm.lvlm.openai_client import ServerError
+from lever_lm.lvlm.openai_servers import check_server
+from lever_lm.lvlm.processor import load_processor
+from lever_lm.utils.checks import GIB, Check, check_model
+from lever_lm.utils.device import resolve_device
+from lever_lm.utils.errors import LeverError, MendableError
+from lever_lm.utils.hub import model_folder, parameter_count
+
+_ACTIVATIONS = 2 * GIB  # beside the weights, in the smallest batches of 16-bit numbers
+
+
+def check_lvlm(config: LvlmConfig, *, scored: bool, wait: float, say: Callable[[str], None]) -> Iterator[Check]:
+    """Check the LVLM of a config, in this process or on servers.
+
+    scored: reference answers are to be scored, too. wait: seconds to give a server that is still starting; `say` is
+    told when it is waited for.
+    """
+    for url in config.servers:
+        yield from _server(replace(config, server=url), scored, wait, say)
+    if not config.server:
+        yield _local(config.path)
+
+
+def _local(path: str) -> Check:
+    check = check_model("lvlm.path", path)
+    if check.status == "ok":
+        try:
+            load_processor(path, model_folder(path))
+        except MendableError as error:
+            return Check("lvlm.path", "missing", error.found, error.mend)
+    return check
+
+
+def _server(config: LvlmConfig, scored: bool, wait: float, say: Callable[[str], None]) -> Iterator[Check]:
+    try:
+        served = check_server(config, say, wait=wait)
+    except ServerError as error:
+        yield Check("lvlm.server", "missing", error.found, error.mend)
+        return
+    mended = ""
+    if served.url != config.server:
+        mended = f", where {config.server} has no list of models"
+        say(f"server: {served.url} is asked{mended}")
+    if served.card:
+        yield Check("lvlm.server", "ok", f"{served.url} serves {config.path}{mended}")
+    else:
+        found = f"{served.url} is there and does not say what it serves{mended}"
+        yield Check("lvlm.server", "warning", found, f"the first question will tell whether it knows {config.path}")
+    if scored and served.card.get("owned_by") != "vllm":
+        found = f"reference answers are to be scored, and {config.server} does not say that it is vLLM, which can"
+        mend = "rollout.gt_prob=false and rollout.infoscore=0, unless it can too"
+        yield Check("log-probs", "warning", found, mend)
+
+
+def check_answer_lengths(config: LvlmConfig, answers: Sequence[str]) -> Iterator[Check]:
+    """Warn of reference answers (each annotator's counted) that are longer in the model's own tokens than what it may
+    write. Without its tokenizer nothing is checked."""
+    folder = model_folder(config.path)
+    if folder is None or not answers:
+        return
+    try:
+        tokenizer = load_processor(config.path, folder).tokenizer
+    except LeverError:  # a check of its own where the model runs here
+        return
+    distinct = list(dict.fromkeys(answers))
+    lengths = dict(zip(distinct, map(len, tokenizer(distinct, add_special_tokens=False).input_ids), strict=True))
+    if longer := sum(lengths[answer] > config.max_new_tokens for answer in answers):
+        share = f"{longer / len(answers):.1%}, {longer} of {len(answers)}, each annotator's counted"
+        found = f"reference answers of both splits that are longer than lvlm.max_new_tokens, {config.max_new_tokens}"
+        mend = f"--set lvlm.max_new_tokens={max(lengths.values())} for all"
+        yield Check("answer lengths", "warning", f"{found}: {share}", mend)
+
+
+def check_device(name: str, lvlm: LvlmConfig | None) -> Iterator[Check]:
+    """Check that a device is there and that the LVLM, where one is to run on it, fits into its memory."""
+    try:
+        device = resolve_device(name)
+    except LeverError as error:
+        yield Check("device", "missing", str(error), "--device cpu, or a machine with a GPU")
+        return
+    on_gpu, folder = device.type == "cuda", None if lvlm is None else model_folder(lvlm.path)
+    needed = memory_needed(lvlm, folder, on_gpu=on_gpu) if folder else {}
+    if on_gpu:
+        yield _gpu_memory(device, needed, bounded=bool(lvlm and lvlm.bank_memory))
+        return
+    yield Check("device", "ok", f"{device}, {os.cpu_count()} cores")
+    if sum(needed.values()) > GIB:
+        found = f"no GPU for an LVLM of {needed['weights'] / GIB:.0f} GiB: days"
+        yield Check("device", "warning", found, "use a GPU")
+
+
+def _gpu_memory(device, parts: dict[str, float], *, bounded: bool) -> Check:
+    import torch
+
+    needed = sum(parts.values())
+    free, total = torch.cuda.mem_get_info(device)
+    memory = f"{torch.cuda.get_device_name(device)}, {free / GIB:.0f} of {total / GIB:.0f} GiB free"
+    about = f"{memory}, about {needed / GIB:.1f} needed"
+    if parts:
+        listed = ", ".join(f"{what} {size / GIB:.1f}" for what, size in parts.items())
+        about += f" at the least: {listed}" + ("" if bounded else "; image features take of the rest")
+    if needed > total:
+        return Check("GPU memory", "missing", about, "a larger GPU, or a smaller LVLM: --lvlm qwen2.5_vl_3B")
+    if needed > free:
+        return Check("GPU memory", "warning", about, "end other jobs on it (nvidia-smi), or CUDA_VISIBLE_DEVICES")
+    return Check("GPU memory", "ok", about)
+
+
+def memory_needed(config: LvlmConfig, folder: Path, *, on_gpu: bool) -> dict[str, float]:
+    """Return the bytes that the model in a folder takes of the device at the least, by what they hold: its weights in
+    `lvlm.dtype` (auto is bfloat16 on a GPU, float32 on a CPU), the smallest batches beside them, and the image features
+    where `lvlm.bank_memory` sets their bound. Where it sets none they take of what is left."""
+    width = 2 if config.dtype in ("bfloat16", "float16") or (config.dtype == "auto" and on_gpu) else 4
+    needed = {"weights": parameter_count(folder) * width}
+    if needed["weights"] > GIB:  # a model of a few megabytes needs no more than a few
+        needed["the smallest batches"] = _ACTIVATIONS * width // 2
+    if config.bank_memory:
+        needed["image features (lvlm.bank_memory)"] = config.bank_memory * GIB
+    return needed

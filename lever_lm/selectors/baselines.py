@@ -1,0 +1,43 @@
+"""Selectors that learn nothing: none, random, similarity, and the oracle, which knows the query's references."""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from lever_lm.data.pools import nearest, similarity_rows
+from lever_lm.selectors.problem import Problem
+
+_ABOVE = 100  # cosines sum to at most 2, so that a step of 0.1 in the score always outweighs them
+
+
+def nothing(problem: Problem, shots: int) -> Iterator[list[int]]:
+    """Show no demonstrations."""
+    return ([] for _ in problem.queries)
+
+
+def random(problem: Problem, shots: int) -> Iterator[list[int]]:
+    """Draw from the whole training split."""
+    for query in problem:
+        yield query.rng.permutation(query.allowed)[:shots].tolist()
+
+
+def similarity(*parts: str) -> Callable[[Problem, int], Iterator[list[int]]]:
+    """Return the selector of the training examples whose cosines to the query, summed over `parts` (of img, text), are
+    largest; ties in random order."""
+
+    def select(problem: Problem, shots: int) -> Iterator[list[int]]:
+        rows = similarity_rows(*problem.embeddings, frozenset(parts))
+        for query, scores in zip(problem, rows, strict=True):
+            yield nearest(scores, query.allowed, shots, query.rng)
+
+    return select
+
+
+def oracle(problem: Problem, shots: int) -> Iterator[list[int]]:
+    """Rank the pool by what each ICD's own answer would score for the query, as in a reward, and among equals by the
+    similarity of image and text."""
+    rows = similarity_rows(*problem.embeddings, frozenset({"img", "text"}))
+    for query, scores in zip(problem, rows, strict=True):
+        right = [problem.task.score(problem.train[row].answer, query.example) for row in query.pool]
+        scores[query.pool] += _ABOVE * np.array(right)
+        yield nearest(scores, np.array(query.pool), shots, query.rng)

@@ -1,0 +1,51 @@
+"""What a selector is given: queries, what may be shown before each of them, features and seeds.
+
+The leak check (`Candidates`), the pools and the queries' random generators are decided here and in data/pools.py; no
+selector decides them for itself. Q queries, N training examples, K candidates, D feature size.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from torch import Tensor
+
+from lever_lm.data import Example
+from lever_lm.data.embeddings import Embeddings
+from lever_lm.data.pools import Candidates, query_rng
+from lever_lm.tasks import Task
+
+
+@dataclass(frozen=True)
+class Query:
+    """One query with what may be shown before it, as rows of the training split: `allowed`, in order, is all but the
+    query itself and its image; `pool` holds its K candidates. rng: its own generator, fresh for each selector."""
+
+    example: Example
+    allowed: np.ndarray
+    pool: list[int]
+    rng: np.random.Generator
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Queries to choose demonstrations for. embeddings: of (queries, train), row for row. features: (Q, D) and (N, D),
+    as a policy sees queries and ICDs. pools: the candidates of each query, rows of `train`. task: how answers score."""
+
+    queries: Sequence[Example]
+    train: Sequence[Example]
+    embeddings: tuple[Embeddings, Embeddings]
+    features: tuple[Tensor, Tensor]
+    pools: Sequence[list[int]]
+    seed: int
+    task: Task
+
+    @cached_property
+    def candidates(self) -> Candidates:
+        """The training split as what may be shown before a query."""
+        return Candidates(self.train)
+
+    def __iter__(self) -> Iterator[Query]:
+        for example, pool in zip(self.queries, self.pools, strict=True):
+            yield Query(example, self.candidates.allowed(example), pool, query_rng(self.seed, example))

@@ -1,0 +1,161 @@
+"""The metrics of an epoch, each once: how log, choice of a checkpoint, `status`, page and figures show it.
+
+Keys are those of metrics.jsonl. A statistic that a loss returns is in metrics.jsonl by itself; a line of METRICS shows
+it in the other places too.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+# Phase → its heading in train.log. The headings and the columns of GRPO are what existing scripts parse.
+HEADINGS = {"rce": "阶段2：RCE预热", "grpo": "阶段3：GRPO训练"}
+PHASES, GRPO_MARKER = tuple(HEADINGS), HEADINGS["grpo"]
+KL_RANGE, KL_TARGET = (0.01, 0.1), 0.05
+RECOMMENDED = "val_reward"  # the strategy by which `train` and `demo` recommend a checkpoint
+TIMES = ("epoch_time", "step_time")  # keys of a row that differ between two equal runs
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the tables in train.log."""
+
+    heading: str
+    width: int
+    precision: int
+    phases: tuple[str, ...] = ("grpo",)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric. `on` names the places that show it beside its column: curve (of page and figures), status, progress
+    (beside the bar), health (of the groups, on the page).
+
+    title: on the page; an axis has what stands before the bracket. brief: in the line that follows an epoch. share: a
+    percentage on the page. score: what the strategy of this name minimises, None for a value that does not qualify;
+    why: what that strategy looks for.
+    """
+
+    key: str
+    title: str = ""
+    on: str = ""
+    column: Column | None = None
+    brief: str = ""
+    share: bool = False
+    note: str = ""
+    score: Callable[[float], float | None] | None = None
+    why: str = ""
+
+    @property
+    def label(self) -> str:
+        """The title on an axis."""
+        return self.title.split(" (")[0]
+
+
+def _least(value: float) -> float:
+    return value
+
+
+def _largest(value: float) -> float:
+    return -value
+
+
+def _near_target(value: float) -> float | None:
+    return abs(value - KL_TARGET) if KL_RANGE[0] <= value <= KL_RANGE[1] else None
+
+
+_BOTH = ("rce", "grpo")
+_ALL = (
+    Metric("train_loss", "train loss", "curve status progress", Column("Train Loss", 12, 5, _BOTH)),
+    Metric(
+        *("val_loss", "validation loss", "curve status progress", Column("Val Loss", 12, 5, _BOTH)),
+        score=_least,
+        why="least validation loss",
+    ),
+    Metric("ppo_loss", "PPO loss", "curve status", Column("PPO Loss", 12, 5), score=_least, why="least PPO loss"),
+    Metric("kl", "KL", "curve status", Column("KL", 10, 5), score=_near_target, why="KL in [0.01, 0.1], nearest 0.05"),
+    Metric(
+        *("adv_std", "Adv Std (advantages)", "curve", Column("Adv Std", 10, 4)),
+        score=_largest,
+        why="largest advantage spread",
+    ),
+    Metric("adv_max", column=Column("Adv Max", 10, 4)),
+    Metric("beta", "β (weight of the KL)", "curve status", Column("Beta", 8, 4)),
+    Metric("temperature", "temperature (RCE weights)", "curve status", Column("Temperature", 12, 3, ("rce",))),
+    Metric("frac_reward_zero_std", "groups tied in reward", "health", share=True, note="nothing to learn from"),
+    Metric(
+        *("zero_grad_frac", "rollouts without gradient", "health"),
+        share=True,
+        note="tied, or clipped",
+        brief="rollouts without gradient {:.0%}",
+    ),
+    Metric(
+        *("clip_frac", "ratios outside the clip range", "health"),
+        share=True,
+        note="how far the policy is from the old one",
+        brief="clipped {:.0%}",
+    ),
+    Metric(
+        *("kl_share", "share of KL in the loss", "health"),
+        share=True,
+        note="how much pulls back to the reference policy",
+    ),
+    Metric(
+        *("entropy", "entropy (first pick, nats)", "curve health"),
+        note="near 0 one candidate takes all",
+        brief="entropy {:.2f}",
+    ),
+    Metric(
+        *("grad_norm", "gradient norm", "health"),
+        note="before it is cut at grpo.max_grad_norm",
+        brief="gradient norm {:.2g}",
+    ),
+    Metric("reward", "mean reward of the rollouts", "health status"),
+    Metric("reward_std", "spread of rewards in a group", "health"),
+    Metric(
+        *("val_reward", "val_reward (expected)", "curve status progress"),
+        brief="val_reward {:.4f}",
+        score=_largest,
+        why="largest validation reward",
+    ),
+    Metric(
+        *("val_top_reward", "val_top_reward (first choice)", "curve"),
+        score=_largest,
+        why="largest validation reward of the top-ranked rollout",
+    ),
+)
+METRICS: dict[str, Metric] = {metric.key: metric for metric in _ALL}
+STRATEGIES: dict[str, Metric] = {metric.key: metric for metric in _ALL if metric.score is not None}
+
+
+def metrics_on(place: str) -> dict[str, Metric]:
+    """The metrics that a place shows, in the order of METRICS."""
+    return {key: metric for key, metric in METRICS.items() if place in metric.on.split()}
+
+
+def table_columns(phase: str) -> dict[str, Column]:
+    """Key → column of a phase's table."""
+    return {key: metric.column for key, metric in METRICS.items() if metric.column and phase in metric.column.phases}
+
+
+LOGGED = tuple(table_columns("grpo"))
+
+
+def table_header(phase: str) -> list[str]:
+    """Marker line, column names and rule of a phase's table."""
+    names = "".join(f" {column.heading:>{column.width}}" for column in table_columns(phase).values())
+    return [HEADINGS[phase], f"{'Epoch':>6}{names}", "-" * (6 + len(names))]
+
+
+def table_row(row: dict) -> str:
+    """One epoch of a phase's table; `-` for a number that a checkpoint of another program does not carry."""
+    cells = [f"{row['epoch']:>6}"]
+    for key, column in table_columns(row["phase"]).items():
+        known = isinstance(row.get(key), (int, float))
+        cells.append(f"{row[key]:>{column.width}.{column.precision}f}" if known else f"{'-':>{column.width}}")
+    return " ".join(cells)
+
+
+def brief(row: dict) -> str:
+    """The metrics of an epoch that the line after its row tells, those that the row has."""
+    told = (metric.brief.format(row[key]) for key, metric in METRICS.items() if metric.brief and key in row)
+    return ", ".join(told)
