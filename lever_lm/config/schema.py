@@ -13,8 +13,6 @@ from urllib.parse import urlsplit
 from lever_lm.utils.errors import UsageError
 from lever_lm.utils.terminal import shown
 
-TOKEN_EDGE = 28  # pixels of an image, along each side, that are one token of a Qwen2.5-VL
-
 _RANGES = {
     "> 0": ("be greater than 0", lambda value: value > 0),
     ">= 0": ("not be negative", lambda value: value >= 0),
@@ -155,8 +153,6 @@ class LvlmConfig(Section, section="lvlm"):
             raise UsageError(f"lvlm.workers must be -1 or more, found {self.workers}")
         if self.min_pixels > self.max_pixels:
             raise UsageError(f"lvlm.min_pixels {self.min_pixels} exceeds lvlm.max_pixels {self.max_pixels}")
-        if self.max_pixels < TOKEN_EDGE**2:
-            raise UsageError(f"lvlm.max_pixels must be {TOKEN_EDGE**2} or more, one token, found {self.max_pixels}")
         if not self.server:
             return
         for url in self.server.split(","):
