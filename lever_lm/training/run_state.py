@@ -21,8 +21,8 @@ from lever_lm.training.tensorboard import TensorBoard
 from lever_lm.utils.atomic_io import append_line, remove, write_text
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.progress import BETWEEN_LINES, Track, Work, untracked
-from lever_lm.utils.safe_parse import shown
 from lever_lm.utils.safe_torch_load import load_torch
+from lever_lm.utils.terminal import shown
 
 # ---------------------------------------------------------------------- state.pt
 

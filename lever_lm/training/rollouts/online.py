@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from lever_lm.selectors.pointer.model import PointerSelector
-from lever_lm.training.batches import GroupTensors
-from lever_lm.training.finite_checks import At, Pass, check_groups
+from lever_lm.training.batches import EVAL_BATCH, GroupTensors
+from lever_lm.training.finite_checks import At, check
 from lever_lm.training.rewards import tied_groups
-from lever_lm.training.validation import EVAL_BATCH
 from lever_lm.utils.errors import LeverError
 
 # Sequences (n, G, S) of pool positions for the training queries → their rewards (n, G).
@@ -28,9 +27,7 @@ def explore(
     rollout's log-prob or an own one's reward is not finite: from such a policy nothing can be drawn."""
     policy.eval()
     for _, batch in train.chunks(EVAL_BATCH):
-        log_probs = policy.log_prob(batch.query, batch.candidates, batch.sequences, batch.pool_mask)
-        if not torch.isfinite(log_probs[batch.mask]).all():
-            raise Pass(at, policy, batch, batch.mask, log_probs, dict).error("log-prob")
+        check(at, batch, {"log-prob": policy.log_prob(*batch.inputs)})
     shots = train.sequences.shape[2]
     try:
         drawn = [
@@ -44,8 +41,7 @@ def explore(
     sequences = torch.cat(drawn)
     rewards = answer(sequences).to(train.rewards)
     online = {"sequences": sequences, "rewards": rewards, "mask": torch.ones_like(rewards, dtype=torch.bool)}
-    own = torch.full_like(sequences[..., 0], -1)
-    check_groups(at, train.rows.tolist(), own, online["mask"], {"reward": rewards})
+    check(at, train.with_rollouts(**online), {"reward": rewards})
     found = online_statistics(online)
     say(
         f"online: {rewards.numel()} rollouts of the policy, mean reward {found['online_reward']:.4f}, "
