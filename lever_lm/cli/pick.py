@@ -15,7 +15,7 @@ def the_query(
     """What is asked, and where it is from: an image and a question, or an evaluation question, the first if None."""
     if image is not None:
         return retriever.query(image, question), "your own"
-    evaluation = retriever.pipeline.data.val_examples
+    evaluation = retriever.stages.data.val_examples
     if example is None:
         return evaluation[0], f"question {evaluation[0].question_id}, the first of the evaluation split"
     found = next((query for query in evaluation if query.question_id == example), None)
@@ -41,7 +41,7 @@ def pick_for(retriever: Retriever, query: Example, shots: int, *, answer: bool, 
     if query.answers:
         result["references"] = list(query.answers)
     if answer and query.answers:
-        scores = TASKS[retriever.pipeline.data.task].metrics(result["answer"], query, result["answer"])
+        scores = TASKS[retriever.stages.data.task].metrics(result["answer"], query, result["answer"])
         result |= {name: scores[name] for name in ("accuracy", "normalized_accuracy")}
     if prompt:
         result["prompt"] = retriever.prompt(query, picks=picks, form="text")

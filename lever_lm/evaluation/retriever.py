@@ -29,7 +29,8 @@ from lever_lm.selectors.learned import choose, explain
 from lever_lm.selectors.problem import Problem
 from lever_lm.training.find_checkpoint import load_for, locate
 from lever_lm.training.from_checkpoint import config_beside, results_beside
-from lever_lm.training.pipeline import Pipeline
+from lever_lm.training.run_dir import Layout
+from lever_lm.training.stages import Stages
 from lever_lm.utils.atomic_io import open_regular
 from lever_lm.utils.console import Screen
 from lever_lm.utils.errors import LeverError, UsageError
@@ -62,7 +63,7 @@ class Retriever:
     picks number them (`question_id`) from 0 in this order.
     dataset, lvlm: names of YAMLs in configs/. sets: config keys as for --set, `["features.encoder=DIR", "device=cpu"]`.
     results: the folder of the caches; by default that of the run, else `results`. verbose: say on stderr what is done.
-    pipeline: that of a command line, in place of all of these but `examples`.
+    stages: data, features and LVLM that are there already, in place of all of these but `examples`.
 
     Raises LeverError where the checkpoint is none, was trained on other features, or does not say what it needs; and
     UsageError (a LeverError) for an unknown name or key. Data, features and LVLM are loaded when first needed.
@@ -78,15 +79,16 @@ class Retriever:
         sets: Sequence[str] = (),
         results: str | Path | None = None,
         verbose: bool = False,
-        pipeline: Pipeline | None = None,
+        stages: Stages | None = None,
     ):
         self.checkpoint, self.why, values = locate(checkpoint)
-        if pipeline is None:
+        if stages is None:
             config = config_beside(values, checkpoint, dataset, lvlm, sets, own=examples is not None)
             screen = Screen(to_stderr=True, quiet=not verbose)
-            pipeline = Pipeline(config, screen, results=results or results_beside(self.checkpoint))
-        self.pipeline, self.config = pipeline, pipeline.config
-        self.policy = load_for(self.checkpoint, self.config, *([pipeline.screen.say] if pipeline else []))
+            layout = Layout(config, results or results_beside(self.checkpoint))
+            stages = Stages(config, layout, screen.say, screen.track)
+        self.stages, self.config = stages, stages.config
+        self.policy = load_for(self.checkpoint, self.config, stages.say)
         self._own = None if examples is None else _own_examples(examples)
 
     # ------------------------------------------------------------------ what there is
@@ -94,12 +96,12 @@ class Retriever:
     @property
     def examples(self) -> tuple[Example, ...]:
         """What demonstrations are chosen from: the training split, or those of your own."""
-        return self.pipeline.data.train_examples if self._own is None else self._own
+        return self.stages.data.train_examples if self._own is None else self._own
 
     @cached_property
     def _embeddings(self) -> Embeddings:
         """Those of `examples`."""
-        return self.pipeline.features.train if self._own is None else self._encode(self.examples)
+        return self.stages.features.train if self._own is None else self._encode(self.examples)
 
     @cached_property
     def _encoder(self) -> ClipEncoder:
@@ -108,17 +110,15 @@ class Retriever:
 
     def _encode(self, examples: Sequence[Example]) -> Embeddings:
         data = VqaData("own", tuple(examples), (), "")
-        return encode(self._encoder, data, "train", self.pipeline.screen.track if self._own is examples else untracked)
+        return encode(self._encoder, data, "train", self.stages.track if self._own is examples else untracked)
 
     def _of_queries(self, queries: Sequence[Example]) -> Embeddings:
         """From the cache where all of them are evaluation examples of the dataset, else made anew."""
         if self._own is None:
-            row = {example.question_id: i for i, example in enumerate(self.pipeline.data.val_examples)}
+            row = {example.question_id: i for i, example in enumerate(self.stages.data.val_examples)}
             rows = [row.get(query.question_id) for query in queries]
-            if all(
-                i is not None and self.pipeline.data.val_examples[i] == q for i, q in zip(rows, queries, strict=True)
-            ):
-                return self.pipeline.features.val.take(rows)
+            if all(i is not None and self.stages.data.val_examples[i] == q for i, q in zip(rows, queries, strict=True)):
+                return self.stages.features.val.take(rows)
         return self._encode(queries)
 
     # ------------------------------------------------------------------ choosing
@@ -142,7 +142,7 @@ class Retriever:
 
     def _problem(self, queries: list[Example]) -> Problem:
         embeddings = (self._of_queries(queries), self._embeddings)
-        task = self.pipeline.data.task if self._own is None else VqaData.task
+        task = self.stages.data.task if self._own is None else VqaData.task
         return problem_of(self.config, queries, self.examples, task, embeddings)
 
     def _pick(self, queries: list[Example], shots: int) -> list[list[Pick]]:
@@ -208,7 +208,7 @@ class Retriever:
     def answer(self, image, question=None, picks=()) -> str | list[str]:
         """What the LVLM answers to the conversation of `prompt`; kept in the answer cache. Lists give a list."""
         prompts, one = self._prompts(image, question, picks)
-        answers = self.pipeline.lvlm.answer(prompts, "answers")
+        answers = self.stages.lvlm.answer(prompts, "answers")
         return answers[0] if one else answers
 
     def _prompts(self, image, question, picks) -> tuple[list[Prompt], bool]:
@@ -236,7 +236,7 @@ class Retriever:
 
     @cached_property
     def _urls(self):
-        from lever_lm.lvlm.openai_server import DataUrls
+        from lever_lm.lvlm.data_urls import DataUrls
 
         import_transformers()  # qwen_vl_utils needs torchvision
         return DataUrls(self.config.lvlm)

@@ -83,7 +83,7 @@ def test_the_package_offers_it_and_imports_no_torch_before(tmp_path):
 def test_evaluation_queries_get_the_picks_and_probabilities_of_lever_infer(home, retriever):
     (samples,) = (home / INFERENCE).rglob("samples_grpo_3shot.jsonl")
     rows = [json.loads(line) for line in samples.read_text().splitlines()]
-    by_id = {query.question_id: query for query in retriever.pipeline.data.val_examples}
+    by_id = {query.question_id: query for query in retriever.stages.data.val_examples}
     queries = [by_id[row["question_id"]] for row in rows]
     picks = retriever.pick(queries, shots=3)
     assert [chosen(one) for one in picks] == [row["icds"] for row in rows]
@@ -158,7 +158,7 @@ def own_retriever(home, examples) -> Retriever:
 
 
 def test_the_image_of_an_example_that_is_asked_about_is_never_shown_whatever_its_number(home, retriever):
-    query, (other, *_) = retriever.pipeline.data.val_examples[0], retriever.examples
+    query, (other, *_) = retriever.stages.data.val_examples[0], retriever.examples
     own = own_retriever(home, [(str(query.image), "Another?", "leak"), (str(other.image), "Another?", "sound")])
     assert [pick.example.answer for pick in own.pick(query, shots=1)] == ["sound"]
     assert [example.answer for example in own.pool(query)] == ["sound"]
@@ -177,7 +177,7 @@ def test_one_image_under_several_numbers_is_one_image(home, retriever, tmp_path)
 
 
 def test_an_evaluation_question_loses_no_demonstration_for_its_number(home, retriever):
-    query = replace(retriever.pipeline.data.val_examples[0], question_id=1)
+    query = replace(retriever.stages.data.val_examples[0], question_id=1)
     own = own_retriever(home, [(example.image, QUESTION, "a") for example in retriever.examples[:3]])
     assert sorted(chosen(own.pick(query, shots=3))) == [0, 1, 2]
 
@@ -250,7 +250,7 @@ def test_arguments_that_do_not_fit_are_refused(retriever, tmp_path):
 def test_a_run_and_its_checkpoint_are_found_with_the_config_beside_them(home, retriever):
     assert retriever.checkpoint.parent == home / RUN
     assert "best by val_reward" in retriever.why
-    assert retriever.pipeline.layout.features == home / "results/digits/cache/features_tiny-clip.safetensors"
+    assert retriever.stages.layout.features == home / "results/digits/cache/features_tiny-clip.safetensors"
     named = Retriever(retriever.checkpoint, results=home / "results", sets=["rollout.pool_size=9", "seed=4"])
     assert (named.config.rollout.pool_size, named.config.seed) == (9, 4)
     assert named.config.sampler == retriever.config.sampler
@@ -309,13 +309,13 @@ def test_pick_shows_what_is_shown_why_and_the_answer(in_home, retriever):
 
 
 def test_pick_alone_takes_the_first_evaluation_question_and_scores_the_answer(in_home, retriever):
-    done, first = in_home("pick", "--json"), retriever.pipeline.data.val_examples[0]
+    done, first = in_home("pick", "--json"), retriever.stages.data.val_examples[0]
     assert done.json["query"]["question_id"] == first.question_id
     assert done.json["references"] == list(first.answers)
     assert len(done.json["icds"]) == 4
     assert 0 <= done.json["accuracy"] <= done.json["normalized_accuracy"] <= 1
     assert "the first of the evaluation split" in done.err
-    other = retriever.pipeline.data.val_examples[9]
+    other = retriever.stages.data.val_examples[9]
     done = in_home("pick", "--json", "--no-answer", "--example", other.question_id)
     assert done.json["query"]["question"] == other.question
     assert "answer" not in done.json

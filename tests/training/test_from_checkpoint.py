@@ -63,7 +63,7 @@ def test_infer_pick_and_retriever_agree_query_by_query_under_the_runs_own_settin
     assert (config.sampler.name, config.rollout.pool_size, config.seed) == ("text_sim_sampler", 20, 3)
     assert (config.prompt.order, config.features.name) == ("first_pick_first", "query_img_icd_img_text")
     assert config.lvlm.max_new_tokens == 4
-    by_id = {query.question_id: query for query in retriever.pipeline.data.val_examples}
+    by_id = {query.question_id: query for query in retriever.stages.data.val_examples}
     queries = [by_id[number] for number in rows]
     picks = retriever.pick(queries, shots=2)
     assert [[p.example.question_id for p in one] for one in picks] == [row["icds"] for row in rows.values()]
