@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from lever_lm.evaluation.report import phrasing as words
 from lever_lm.evaluation.report.curves import accuracy_series, distinct_names, training_curves
-from lever_lm.evaluation.report.gallery import EACH, Shown, pick_queries, right_labels
+from lever_lm.evaluation.report.gallery import EACH, Gallery, Shown, pick_queries
 from lever_lm.evaluation.report.svg import Series, line_chart, round_ticks
 from lever_lm.evaluation.results import Sample, read_metrics, read_samples
 from lever_lm.evaluation.statistics import paired_test
@@ -220,7 +220,7 @@ def test_right_answers_are_counted_by_hand(digits):
         query.question_id: sample(query.question_id, 1.0, [wrong.question_id, right.question_id]),
         second.question_id: sample(second.question_id, 0.3, [wrong.question_id, right.question_id]),
     }
-    (row,) = right_labels(Shown("grpo", 2, {"grpo": ours}), digits)
+    (row,) = Gallery(Shown("grpo", 2, {"grpo": ours}), digits).labels()
     assert (row["first"], row["any"]) == (0.0, 0.5)
     assert (row["accuracy"], row["with_right"], row["without"]) == (0.65, 1.0, 0.3)
 
