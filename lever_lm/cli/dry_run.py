@@ -12,7 +12,7 @@ from lever_lm.config.schema import Config, to_dict
 from lever_lm.data import Example, StoredImage, VqaData, load_dataset, open_image
 from lever_lm.data.embeddings import DEFAULT_WIDTH, Features, cached_features
 from lever_lm.data.okvqa import OFFICIAL_SIZES
-from lever_lm.lvlm import CachedLvlm, load_lvlm
+from lever_lm.lvlm import CachedLvlm, load_lvlm, tokens_of_pixels
 from lever_lm.selectors import BASELINES
 from lever_lm.tasks import TASKS
 from lever_lm.training.environment import own_files
@@ -237,12 +237,12 @@ class _Planner:
         return self._seconds(self.config.lvlm.path, calls, tokens)
 
     def _image_tokens(self) -> float:
-        """Of the first training image; a patch of 28 × 28 pixels is a token."""
+        """Return about how many tokens the first training image has."""
         pixels = 640 * 480
         if self.data is not None and not isinstance(image := self.data.train_examples[0].image, StoredImage):
             with contextlib.suppress(LeverError):  # refused when it is used
                 pixels = math.prod(open_image(image).size)
-        return min(max(pixels, self.config.lvlm.min_pixels), self.config.lvlm.max_pixels) / 28**2
+        return tokens_of_pixels(pixels, self.config.lvlm)
 
     def _seconds(self, model: str, calls: int, tokens: float) -> float | None:
         """Seconds of forward passes by the model's size; None where it is not here."""

@@ -469,10 +469,10 @@ def test_the_shipped_configs_load_any_qwen_directory(lever, tmp_path, small, lvl
 @pytest.fixture(scope="module")
 def backends(digits_config):
     """attention → an LVLM with it."""
-    from lever_lm.lvlm.qwen2_5_vl import LocalLvlm
+    from lever_lm.lvlm.backend import load_local
 
     def load(attention):
-        return LocalLvlm(dataclasses.replace(digits_config.lvlm, attention=attention), digits_config.prompt, "cpu")
+        return load_local(dataclasses.replace(digits_config.lvlm, attention=attention), digits_config.prompt, "cpu")
 
     return {attention: load(attention) for attention in ("auto", "eager", "sdpa")}
 
@@ -482,7 +482,7 @@ def test_the_kind_of_attention_changes_no_answer(backends, digits, digits_config
     train, val = digits.train_examples, digits.val_examples
     prompts = [build_prompt(train[3 * i : 3 * i + i % 4], val[7 * i], digits_config.prompt) for i in range(16)]
     assert backends[attention].model.config.text_config._attn_implementation == attention
-    assert backends[attention].answer(prompts) == backends["auto"].answer(prompts)
+    assert backends[attention].generate(prompts) == backends["auto"].generate(prompts)
     scores = [backends[name].answer_log_prob(prompts, ["two"] * 16) for name in (attention, "auto")]
     assert scores[0] == pytest.approx(scores[1], abs=1e-4)
 

@@ -32,7 +32,8 @@ from worlds import (
 
 from lever_lm.lvlm import CachedLvlm, build_prompt, cut_answer
 from lever_lm.lvlm.answer_cache import AnswerCache
-from lever_lm.lvlm.qwen2_5_vl import LocalLvlm, local_fingerprint
+from lever_lm.lvlm.backend import load_local
+from lever_lm.lvlm.local import local_fingerprint
 from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.tasks.vqa_metrics import vqa_accuracy
 from lever_lm.training.batches import GroupTensors, to_tensors
@@ -311,7 +312,7 @@ def logged(digits, digits_config, digits_features, tmp_path_factory):
     folder = tmp_path_factory.mktemp("online")
     stamp = local_fingerprint(config.lvlm, config.prompt, "cpu")
     cache = AnswerCache(folder / "answers.sqlite")
-    lvlm = CachedLvlm(lambda: LocalLvlm(config.lvlm, config.prompt, "cpu"), stamp, cache, track)
+    lvlm = CachedLvlm(lambda: load_local(config.lvlm, config.prompt, "cpu"), stamp, cache, track)
     make_rollouts(config, digits, digits_features, lvlm, folder / "rl_data.json", lambda text: None)
     return config, folder / "rl_data.json", lvlm
 
