@@ -110,7 +110,7 @@ class TinyChat:
     def __init__(self, folder: str, name: str):
         import torch
 
-        from lever_lm.utils.device import import_transformers
+        from lever_lm.utils.transformers_compat import import_transformers
 
         transformers = import_transformers()
         self.name = name

@@ -20,7 +20,7 @@ def decode_image(encoded, mode=None, apply_exif_orientation=False):
 
 def main(folder: str, port: str) -> None:
     """Serve the model of a folder on the loopback until killed."""
-    from lever_lm.utils.device import import_transformers
+    from lever_lm.utils.transformers_compat import import_transformers
 
     import_transformers()
     import torchvision.io

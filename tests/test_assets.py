@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from lever_lm.utils.device import import_transformers
 from lever_lm.utils.paths import PACKAGE, asset_path
+from lever_lm.utils.transformers_compat import import_transformers
 
 ASSETS = PACKAGE / "assets"
 MEGABYTE = 2**20

@@ -363,7 +363,7 @@ def apply(part: Part, root: Path) -> Path:
 
 def tiny_qwen2_vl(folder: Path) -> None:
     """A random Qwen2-VL of a few thousand weights with the shipped model's tokenizer: another model than ours."""
-    from lever_lm.utils.device import import_transformers
+    from lever_lm.utils.transformers_compat import import_transformers
 
     library, shipped = import_transformers(), asset_path("asset:tiny-qwen2.5-vl")
     ours = json.loads((shipped / "config.json").read_text())

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import clean_environment, small_digits
+from helpers import Done, clean_environment, run_here, small_digits
 from official import build_official, hub_cache
 
 from lever_lm.selectors.pointer.model import PointerSelector
@@ -25,19 +25,9 @@ BLOCKS = re.findall(r"^```bash\n(.*?)^```$", DOCUMENT, re.MULTILINE | re.DOTALL)
 INFERENCE = "bash scripts/inference.sh vqa okvqa_local 5 query_img_text_icd_img_text rand_sampler qwen2.5_vl_3B v3"
 RUN = Path("results/okvqa/model_cpk/v3_RandSampler_Qwen2_5-VL-3B-Instruct")
 ANSWERS = Path("results/okvqa/inference") / RUN.name
-FIND = f"python scripts/find_best_checkpoint.py --checkpoint_dir ./{RUN}"
 ROW = re.compile(r"^ *(\d+)( +-?\d+\.\d+){7}$", re.MULTILINE)
 COLUMNS = re.search(r"^Epoch +Train Loss.*$", DOCUMENT, re.MULTILINE)[0].split()
 VAL = 8
-
-
-@dataclass(frozen=True)
-class Step:
-    """A block of the document, or a part of one: exit status, stdout, stderr."""
-
-    status: int
-    out: str
-    err: str
 
 
 def shell_environment(folder: Path, data: Path) -> dict[str, str]:
@@ -70,7 +60,7 @@ class Shell:
     folder: Path
     environment: dict[str, str]
 
-    def run(self, script: str, timeout: int = 300) -> Step:
+    def run(self, script: str, timeout: int = 300) -> Done:
         done = subprocess.run(
             ["bash", "-e", "-c", script],
             cwd=self.folder,
@@ -80,7 +70,7 @@ class Shell:
             encoding="utf-8",
             timeout=timeout,
         )
-        return Step(done.returncode, done.stdout, done.stderr)
+        return Done(done.returncode, done.stdout, done.stderr)
 
     def files(self, pattern: str) -> set[str]:
         return {path.name for path in (self.folder / RUN).glob(pattern)}
@@ -108,7 +98,7 @@ def shell(tmp_path_factory) -> Shell:
 
 
 @pytest.fixture(scope="module")
-def walk(shell) -> dict[str, Step]:
+def walk(shell) -> dict[str, Done]:
     """The document from its first command to its last, in one shell: part → what it said.
 
     One command more: after method A, the inference that it is for.
@@ -126,7 +116,7 @@ def walk(shell) -> dict[str, Step]:
         lines += [strict, f"exec > said/{name}.out 2> said/{name}.err", part]
     done = shell.run("\n".join(lines))
     read = {path.name: path.read_text(encoding="utf-8") for path in said.iterdir()}
-    steps = {name: Step(0, read.get(f"{name}.out", ""), read.get(f"{name}.err", "")) for name in parts}
+    steps = {name: Done(0, read.get(f"{name}.out", ""), read.get(f"{name}.err", "")) for name in parts}
     last = [name for name in parts if f"{name}.out" in read][-1]
     assert done.status == 0, f"the part {last!r} failed: {steps[last].out[-1500:]}{steps[last].err[-1500:]}"
     return steps
@@ -248,41 +238,42 @@ def check_answers(folder: Path, data: Path) -> None:
 # ---------------------------------------------------------------------- troubleshooting
 
 
-def refused(step: Step) -> str:
+def refused(done: Done) -> str:
     """The one message of a command that could not."""
-    assert step.status == 1, step
-    lines = step.err.splitlines()
-    assert len(lines) == 1, step.err
+    assert done.status == 1, done
+    lines = done.err.splitlines()
+    assert len(lines) == 1, done.err
     assert lines[0].startswith("lever: ")
     return lines[0]
 
 
 def test_a_log_that_cannot_be_parsed_is_said_to_be_one(shell, walk):
     (shell.folder / "other.log").write_text("Epoch 1: loss 0.3\nEpoch 2: loss 0.2\n")
-    said = refused(shell.run(f"{FIND} --log_file other.log"))
+    said = refused(run_here("best-ckpt", RUN, "--log", "other.log", cwd=shell.folder))
     assert "other.log" in said
     assert "阶段3：GRPO训练" in said
 
 
-def test_the_table_in_the_document_is_a_log_that_can_be_parsed(shell):
+def test_the_table_in_the_document_is_a_log_that_can_be_parsed(tmp_path):
     table = re.search(r"^```\n(阶段3.*?)^```$", DOCUMENT, re.MULTILINE | re.DOTALL)[1]
-    (shell.folder / "document.log").write_text(table, encoding="utf-8")
-    step = shell.run("python scripts/find_best_checkpoint.py --log_file document.log --show_all")
-    assert step.status == 0, step.err
-    assert "val_loss: epoch 2 " in step.out
-    assert len(ROW.findall(step.out)) == 2
+    (tmp_path / "document.log").write_text(table, encoding="utf-8")
+    done = run_here("best-ckpt", "--log", "document.log", "--show-all", cwd=tmp_path)
+    assert done.status == 0, done.err
+    assert "val_loss: epoch 2 " in done.out
+    assert len(ROW.findall(done.out)) == 2
 
 
 @pytest.mark.parametrize(("folder", "word"), [("results/okvqa/model_cpk/v3_Rand", "no run folder"), ("bin", "no metr")])
 def test_a_wrong_directory_is_named(shell, folder, word):
-    said = refused(shell.run(f"python scripts/find_best_checkpoint.py --checkpoint_dir {folder}"))
+    said = refused(run_here("best-ckpt", folder, cwd=shell.folder))
     assert folder in said
     assert word in said
 
 
-def test_a_checkpoint_that_is_not_converted_yet_is_refused_with_the_command_that_converts_it(shell, walk):
+def test_a_checkpoint_that_is_not_converted_yet_is_refused_with_the_command_that_converts_it(shell, walk, monkeypatch):
     missing = f"{RUN}/grpo_epoch26_v2format.ckpt"
-    said = refused(shell.run(f"LEVER_LM_CHECKPOINT_PATH=./{missing} {INFERENCE}"))
+    monkeypatch.setenv("LEVER_LM_CHECKPOINT_PATH", f"./{missing}")
+    said = refused(run_here("infer", "--dataset", "okvqa_local", cwd=shell.folder))
     assert missing in said
     assert f"`lever convert {RUN}/grpo_epoch26.pt`" in said
     assert "LEVER_LM_CHECKPOINT_PATH" in said
@@ -324,7 +315,7 @@ def theirs(tmp_path_factory) -> Shell:
 
 
 @pytest.fixture(scope="module")
-def step_by_step(theirs) -> Step:
+def step_by_step(theirs) -> Done:
     """The last block of the document: count, find, convert, infer."""
     return theirs.run(parts_of_the_document()["whole"])
 
@@ -350,6 +341,6 @@ def test_their_files_are_left_as_they_were(theirs, step_by_step):
 @pytest.mark.parametrize("strategy", BEST)
 def test_each_strategy_of_the_documents_table_chooses_by_its_metric(theirs, strategy):
     assert f"| `{strategy}` |" in DOCUMENT
-    step = theirs.run(f"{FIND} --strategy {strategy}")
-    assert step.status == 0, step.err
-    assert f"{strategy}: epoch {BEST[strategy]}: {RUN}/grpo_epoch{BEST[strategy]}.pt " in step.out
+    done = run_here("best-ckpt", RUN, "--strategy", strategy, cwd=theirs.folder)
+    assert done.status == 0, done.err
+    assert f"{strategy}: epoch {BEST[strategy]}: {RUN}/grpo_epoch{BEST[strategy]}.pt " in done.out

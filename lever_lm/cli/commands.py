@@ -16,7 +16,7 @@ from lever_lm.cli.run_config import (
     pipeline_of_run,
     planned,
     refuse_resuming,
-    run_paths,
+    run_without_pipeline,
 )
 from lever_lm.training.metrics import STRATEGIES
 from lever_lm.training.tensorboard import check_tracker
@@ -67,7 +67,7 @@ def demo(
     common.recipe, common.run_name = common.recipe or "demo", common.run_name or "demo"
     numbers = parse_shots(shots)
     pipeline = make_pipeline(common, {"rce.epochs": rce_epochs, "grpo.epochs": grpo_epochs, "keep": keep})
-    if planned(common, pipeline, "demo", answers=1 + 7 * len(numbers)):
+    if planned(common, pipeline, "demo", shots=numbers, learned=2, baselines=True):
         return
     from lever_lm.cli.display import show_results
     from lever_lm.evaluation.run import demo as run_demo
@@ -143,10 +143,11 @@ def best_ckpt(
     from lever_lm.utils.atomic_io import write_json
 
     check_strategy(strategy)
-    pipeline = pipeline_of_run(common, run_dir=run_dir)
-    if planned(common, pipeline):
+    if common.dry_run:
+        planned(common, pipeline_of_run(common, run_dir=run_dir))
         return
-    run = pipeline.run if log is None or run_dir is not None else None
+    named, _, screen = run_without_pipeline(common, run_dir)
+    run = named if log is None or run_dir is not None else None
     history = read_history(run, log)
     answer = choose(history, strategy, run)
     before, not_kept = None, None
@@ -156,11 +157,11 @@ def best_ckpt(
             write_json(run.best, finite(answer))
         except LeverError as error:
             before, not_kept = None, error
-    show_choice(pipeline.screen, history, answer, show_all)
+    show_choice(screen, history, answer, show_all)
     if not_kept:
-        pipeline.screen.say(f"warning: the choice is not kept: {not_kept}; `--ckpt {answer['checkpoint']}` names it")
+        screen.say(f"warning: the choice is not kept: {not_kept}; `--ckpt {answer['checkpoint']}` names it")
     if before not in (None, (answer["strategy"], answer["epoch"])):
-        pipeline.screen.say(f"{run.best}: this replaces the choice of {before[0]}, epoch {before[1]}")
+        screen.say(f"{run.best}: this replaces the choice of {before[0]}, epoch {before[1]}")
     emit(common, answer)
     if answer["epoch"] is None:
         raise LeverError(answer["why"])
@@ -211,7 +212,7 @@ def infer(
     pipeline = pipeline_of_run(common, {"infer.okvqa_stem": okvqa_stem or None}, find=find if icds is None else None)
     if common.dry_run:
         pipeline.inference = evaluation.planned_folder(pipeline, icds)
-    if planned(common, pipeline, "infer", answers=len(numbers) + baselines * (1 + 5 * len(numbers))):
+    if planned(common, pipeline, "infer", shots=numbers, learned=1, baselines=baselines):
         return
     if icds is not None:
         result = evaluation.infer_icds(pipeline, icds, numbers, baselines=baselines)
@@ -267,20 +268,17 @@ def status(
     """How far a run is, and whether it is at work: epochs, speed, time left, metrics, GPU. Nothing is touched."""
     from lever_lm.cli.status import gpus, run_status, runs_below
     from lever_lm.cli.status_views import status_lines, status_row
-    from lever_lm.training.run_dir import RunFolder
-    from lever_lm.utils.console import Screen
 
     if common.dry_run:
         planned(common, pipeline_of_run(common, run_dir=run_dir))
         return
+    run, layout, screen = run_without_pipeline(common, run_dir)
     if all_:
         result = {"runs": runs_below(common.results)}
         lines = map(status_row, result["runs"])
     else:
-        layout, folder = (None, run_dir) if run_dir is not None else run_paths(common)
-        result = {**run_status(RunFolder(folder), layout), "gpus": gpus()}
+        result = {**run_status(run, layout), "gpus": gpus()}
         lines = status_lines(result)
-    screen = Screen(to_stderr=common.json_, quiet=common.quiet, verbose=common.verbose)
     for line in lines:
         screen.result(line)
     emit(common, result)

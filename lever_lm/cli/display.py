@@ -1,6 +1,5 @@
 """Results and choices as a person reads them on the terminal."""
 
-from lever_lm.selectors import RIVALS
 from lever_lm.training.log_parser import History
 from lever_lm.training.metrics import LOGGED, STRATEGIES, table_header, table_row
 from lever_lm.utils.console import Screen
@@ -10,6 +9,8 @@ _ACROSS = 3
 
 def show_results(screen: Screen, results: list[dict], tests: list[dict], *, stemmed: bool = False) -> None:
     """Accuracy and its 95 % interval: methods down and shots across, or one row each where 80 columns are too few."""
+    from lever_lm.selectors import RIVALS  # loads torch, which a choice among epochs does not need
+
     shots = sorted({row["shots"] for row in results if row["shots"]}) or [0]
     scored = "reduced predictions against `answer`" if stemmed else "against `answer`"
     title = f"Official VQA accuracy on {results[0]['n']} queries, {scored}, with 95 % intervals"

@@ -45,7 +45,6 @@ def pipeline_of_run(
     """
     from lever_lm.training.find_checkpoint import locate, values_of
     from lever_lm.training.from_checkpoint import layers_beside
-    from lever_lm.training.run_dir import RunFolder
 
     made, file, layout, folder = _named_run(common, flags)
     run = RunFolder(run_dir or folder)
@@ -70,10 +69,13 @@ def pipeline_of_run(
     return pipeline
 
 
-def run_paths(common: Common) -> tuple[Any, Path]:
-    """The Layout of a command line and the folder of the run that it names, for a command that needs no pipeline: that
-    would load torch."""
-    return _named_run(common)[2:]
+def run_without_pipeline(common: Common, run_dir: Path | None) -> tuple[RunFolder, Layout | None, Any]:
+    """The run in `run_dir`, by default the one that the options name with the Layout that they give, and a Screen: for
+    a command that needs no pipeline, which would load torch."""
+    from lever_lm.utils.console import Screen
+
+    layout, folder = (None, run_dir) if run_dir is not None else _named_run(common)[2:]
+    return RunFolder(folder), layout, Screen(to_stderr=common.json_, quiet=common.quiet, verbose=common.verbose)
 
 
 def _named_run(common: Common, flags: dict | None = None) -> tuple[Any, Any, Any, Path]:

@@ -82,7 +82,10 @@ def load_dataset(config: DataConfig) -> VqaData:
             raise LeverError(f"{source_of(config, split)}: the {split} split holds no usable example: `lever doctor`")
         stamps[split] = fingerprint(stamps[split], [e.question_id for e in examples], digests[split])
     train, val = (tuple(splits[split]) for split in SPLITS)
-    return VqaData(config.name, train, val, fingerprint(*stamps.values()), tuple(bad.problems), tuple(stamps.values()))
+    # Named where it is not the first task: fingerprints of data sets from before there were others stay as they are.
+    of_task = [] if config.task == "vqa" else [config.task]
+    whole = fingerprint(*stamps.values(), *of_task)
+    return VqaData(config.name, train, val, whole, tuple(bad.problems), tuple(stamps.values()), config.task)
 
 
 def in_both(config: DataConfig, train: list[Example], val: list[Example]) -> dict[int, str]:
@@ -103,17 +106,14 @@ def in_both(config: DataConfig, train: list[Example], val: list[Example]) -> dic
 
 
 def _digests(examples: list[Example]) -> list[str]:
-    """What identifies the content of each example's image. Raises LeverError naming the question of one that cannot be
-    read."""
+    """Return what identifies the content of each example's image. Raises LeverError with the question of an image that
+    cannot be read."""
+    images = [example.image for example in examples]
     try:
-        return image_digests([example.image for example in examples])
-    except LeverError:
-        for example in examples:
-            try:
-                image_digest(example.image)
-            except LeverError as error:
-                raise LeverError(f"question {example.question_id}: {error}") from error
-        raise
+        return image_digests(images)
+    except LeverError as error:
+        question = examples[images.index(error.__cause__.filename)].question_id
+        raise LeverError(f"question {question}: {error}") from error
 
 
 def _decodable(examples: list[Example], bad: BadExamples) -> list[Example]:

@@ -1,24 +1,24 @@
 """Parquet copies of a VQA dataset, from the hub or a folder: columns question_id, image, question, answers.
 
-The images are inside, or named by path or address (remote.py). `datasets` keeps the tables memory-mapped on disk, so
-neither loading nor reading text columns holds or decodes one.
+The images are inside, or named by path or address (image_download.py). `datasets` keeps the tables memory-mapped on
+disk, so neither loading nor reading text columns holds or decodes one.
 """
 
-import contextlib
 import glob
+import hashlib
 from pathlib import Path
 
 from lever_lm.config.schema import DataConfig
-from lever_lm.data.example import Example, Image, StoredImage, bytes_digest, image_digest
+from lever_lm.data.example import Example, Image, StoredImage, image_digest
 from lever_lm.data.image_download import Refused, cache_file, fetch_images, is_address, is_fetchable, local_image
 from lever_lm.data.rows import BadExamples, problem_of, unique, whole_id
 from lever_lm.data.split_files import files_of, parquet_files, splits_named
-from lever_lm.utils.device import first_line
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.fingerprint import fingerprint
 from lever_lm.utils.hub import cached_snapshot
 from lever_lm.utils.paths import HUB_PREFIX, asset_path
 from lever_lm.utils.terminal import one_line, shown
+from lever_lm.utils.transformers_compat import first_line
 
 COLUMNS = ("question_id", "image", "question", "answers")
 _OPTIONAL = ("image_id", "raw_answers")
@@ -32,6 +32,8 @@ def load_parquet(source: str, config: DataConfig, split: str, bad: BadExamples) 
     """
     import datasets
 
+    datasets.disable_progress_bars()  # progress is shown by utils/console.py alone
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # our error says what is wrong with a file
     if source.startswith(HUB_PREFIX):
         table, files = _from_hub(source, split)
     else:
@@ -61,12 +63,16 @@ def load_parquet(source: str, config: DataConfig, split: str, bad: BadExamples) 
 
 
 def _digests(batch: dict) -> dict:
-    """Of each image in a batch: the digest of its bytes, or else the place that it is said to be at."""
+    """Return for each image in a batch the digest of its bytes, or else the place that it is said to be at."""
     images = [image or {"bytes": None, "path": None} for image in batch["image"]]
     return {
-        "digest": [bytes_digest(image["bytes"]) if image["bytes"] else "" for image in images],
+        "digest": [_sha256(image["bytes"]) if image["bytes"] else "" for image in images],
         "place": ["" if image["bytes"] else image["path"] or "" for image in images],
     }
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]  # as utils.file_hashes has that of a file
 
 
 def _roots(source: str, config: DataConfig) -> tuple[list[Path], list[Path]]:
@@ -120,11 +126,9 @@ def _from_folder(root: Path, split: str) -> tuple["datasets.Dataset", list[tuple
             f"{root}: no parquet file of the {split} split among {names}; put {split} into their names, or name "
             f"{'its folder: --set data.train_path=DIR' if split == 'train' else 'another folder: OKVQA_PATH'}"
         )
-    datasets.disable_progress_bars()  # progress is shown by console.py alone
     try:
         names = [glob.escape(str(file)) for file in files]  # `datasets` takes patterns
-        with _quiet():
-            table = datasets.load_dataset("parquet", data_files={split: names}, split=split)
+        table = datasets.load_dataset("parquet", data_files={split: names}, split=split)
         return table, [(str(file.relative_to(root)), read_metadata(file).num_rows) for file in files]
     except Exception as error:
         _refuse_cache(error)
@@ -160,25 +164,11 @@ def _refuse_cache(error: BaseException) -> None:
         error = error.__cause__ or error.__context__
 
 
-@contextlib.contextmanager
-def _quiet():
-    """Without what `datasets` logs about a file it cannot read: the error says it."""
-    import datasets
-
-    level = datasets.logging.get_verbosity()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    try:
-        yield
-    finally:
-        datasets.logging.set_verbosity(level)
-
-
 def _from_hub(source: str, split: str) -> tuple["datasets.Dataset", list[tuple[str, int]]]:  # noqa: F821
     """As `_from_folder`; without files where the table comes from the cache of `datasets`."""
     import datasets
 
     repository = source.removeprefix(HUB_PREFIX)
-    datasets.disable_progress_bars()
     if (snapshot := cached_snapshot(repository, "dataset")) and files_of(snapshot, split):
         return _from_folder(snapshot, split)
     try:

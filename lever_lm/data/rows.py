@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from lever_lm.utils.errors import LeverError
-from lever_lm.utils.safe_parse import shown
+from lever_lm.utils.terminal import shown
 
 # What Qwen2.5-VL's tokenizer takes for the end of a turn or the place of an image wherever it stands, and half
 # characters, which no tokenizer takes.

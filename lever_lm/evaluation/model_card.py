@@ -5,6 +5,7 @@ import re
 import yaml
 
 from lever_lm.config.schema import Config
+from lever_lm.evaluation.templates import render
 from lever_lm.selectors import CONTRASTS, ZERO_SHOT
 from lever_lm.utils.hub import is_hub_id
 from lever_lm.utils.paths import HUB_PREFIX
@@ -29,17 +30,11 @@ def model_card(
     results (rows of a metrics.json), tests, and the method that is this policy; None where it was not evaluated.
     known: whether dataset and encoder are those of the config; else rollouts and features were somebody's own.
     """
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("lever_lm"), trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters["md"] = markdown
-    front = yaml.safe_dump(
-        _front_matter(name, license_, config, shared, evaluated, known), sort_keys=False, allow_unicode=True, width=1000
-    )
-    text = environment.get_template("model_card.md.j2").render(
-        front=front,
+    front = _front_matter(name, license_, config, shared, evaluated, known)
+    text = render(
+        "model_card.md.j2",
+        {"md": markdown},
+        front=yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=1000),
         name=name,
         license=license_,
         config=config,

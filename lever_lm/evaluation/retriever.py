@@ -33,11 +33,11 @@ from lever_lm.training.run_dir import Layout
 from lever_lm.training.stages import Stages
 from lever_lm.utils.atomic_io import open_regular
 from lever_lm.utils.console import Screen
-from lever_lm.utils.device import import_transformers
 from lever_lm.utils.errors import LeverError, UsageError
 from lever_lm.utils.hub import fetch_model
 from lever_lm.utils.progress import untracked
 from lever_lm.utils.terminal import one_line, shown
+from lever_lm.utils.transformers_compat import import_transformers
 
 FORMS = ("transformers", "openai", "text")
 
@@ -236,7 +236,7 @@ class Retriever:
 
     @cached_property
     def _urls(self):
-        from lever_lm.lvlm.openai_server import DataUrls
+        from lever_lm.lvlm.data_urls import DataUrls
 
         import_transformers()  # qwen_vl_utils needs torchvision
         return DataUrls(self.config.lvlm)

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from lever_lm.utils.device import first_line, import_transformers
 from lever_lm.utils.errors import MendableError
 from lever_lm.utils.hub import is_hub_id
 from lever_lm.utils.safe_parse import read_object
 from lever_lm.utils.terminal import shown
+from lever_lm.utils.transformers_compat import first_line, import_transformers
 
 _TEMPLATE = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")  # where a chat template can stand
 _CLASS = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")  # where its class is named

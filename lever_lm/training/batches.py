@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.training.rollouts.file_format import Group
 from lever_lm.utils.errors import LeverError
 
+EVAL_BATCH = 256  # queries that are scored together where nothing is learnt
 CHUNK_CANDIDATES = 16_384  # 48 MiB of features of D = 768
 LONGEST = 1e15  # length of a feature: beyond it squares come near the largest float32
 _LARGEST = torch.finfo(torch.float32).max
@@ -33,6 +35,11 @@ class Batch:
     query_ids: list[int]
     numbers: Tensor | None = None
 
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The first arguments of the policy's `log_prob`, `evaluate` and `steps`."""
+        return self.query, self.candidates, self.sequences, self.pool_mask
+
 
 @dataclass(frozen=True)
 class GroupTensors:
@@ -51,8 +58,13 @@ class GroupTensors:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def query_ids(self) -> list[int]:
+        """The row of each query, as a list."""
+        return self.rows.tolist()
+
     def batch(self, index: Tensor) -> Batch:
-        """The groups at these places."""
+        """Return the groups at these places."""
         return Batch(
             query=F.embedding(self.rows[index], self.queries),
             candidates=F.embedding(self.pools[index], self.icds),
@@ -65,18 +77,28 @@ class GroupTensors:
         )
 
     def chunks(self, size: int) -> Iterator[tuple[Tensor, Batch]]:
-        """(places, batch) over all groups, in order; `size` of them at a time, fewer where pools are large."""
+        """Yield (places, batch) over all groups in order, `size` groups at a time, fewer where pools are large."""
         size = max(1, min(size, CHUNK_CANDIDATES // self.pools.shape[1]))
         for index in torch.arange(len(self), device=self.rows.device).split(size):
             yield index, self.batch(index)
 
+    def shuffled(self, size: int, queries: int = 0) -> Iterator[tuple[Tensor, Batch]]:
+        """Yield (places, batch) over all groups in random order, drawn from torch's global generator.
+
+        queries: how many there are, where each has a logged and an online group; both are then in the same batch.
+        """
+        queries = queries or len(self)
+        for index in torch.randperm(queries).to(self.rows.device).split(size):
+            index = torch.cat([index + start for start in range(0, len(self), queries)])
+            yield index, self.batch(index)
+
     def with_rollouts(self, sequences: Tensor, mask: Tensor, rewards: Tensor) -> "GroupTensors":
-        """The same queries and pools with other rollouts, which are in no file."""
+        """Return the same queries and pools with other rollouts, which are in no file."""
         numbers = torch.full_like(mask, -1, dtype=torch.long)
         return replace(self, sequences=sequences, mask=mask, rewards=rewards, numbers=numbers)
 
     def stacked(self, other: "GroupTensors") -> "GroupTensors":
-        """The groups of both, over the same features and pool size; the smaller groups are padded."""
+        """Return the groups of both, over the same features and pool size; the smaller groups are padded."""
         size = max(self.mask.shape[1], other.mask.shape[1])
 
         def both(name: str, filler) -> Tensor:
@@ -95,14 +117,22 @@ class GroupTensors:
         )
 
     def to(self, device: torch.device) -> "GroupTensors":
-        """The same on another device."""
+        """Return the groups on another device."""
         moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **moved)
 
 
+def projected(policy: PointerSelector, data: GroupTensors) -> tuple[PointerSelector, GroupTensors]:
+    """Return the part of the policy behind its projections of the features, and the groups over projected features: for
+    a policy that does not change, or whose projections do not."""
+    inner, queries, icds = policy.project(data.queries, data.icds)
+    return inner, replace(data, queries=queries, icds=icds)
+
+
 def to_tensors(groups: Sequence[Group], queries: Tensor, icds: Tensor) -> GroupTensors:
-    """Groups over feature matrices (N, D). Raises LeverError when a group points outside them, when a feature is not
-    finite or too long, or when a reward is not finite in float32. A feature of zeros is like nothing, and harmless."""
+    """Return the groups as tensors over feature matrices (N, D). Raises LeverError when a group points outside them,
+    when a feature is not finite or too long, or when a reward is not finite in float32. A feature of zeros is allowed:
+    its similarity to every other is 0."""
     if not groups:
         raise LeverError(
             "no group of rollouts is left to work with: the file has too few queries (rollout.num_queries)"

@@ -15,7 +15,7 @@ from lever_lm.training.convert import convert
 from lever_lm.training.environment import compare as compare_runs
 from lever_lm.training.environment import environment, own_files, record, verdict
 from lever_lm.training.find_checkpoint import find_checkpoint
-from lever_lm.training.grpo import train_grpo, train_rce
+from lever_lm.training.grpo import train_grpo
 from lever_lm.training.inputs import (
     Source,
     check_own_features,
@@ -27,6 +27,7 @@ from lever_lm.training.inputs import (
 from lever_lm.training.metrics import RECOMMENDED
 from lever_lm.training.nan_debug import detecting
 from lever_lm.training.preflight import ALL, examine
+from lever_lm.training.rce import train_rce
 from lever_lm.training.rollouts.file_format import (
     made_elsewhere,
     why_made_again,

@@ -9,10 +9,11 @@ import yaml
 
 from lever_lm.config.schema import Config, keys_of, to_dict
 from lever_lm.training.metrics import PHASES
+from lever_lm.training.metrics_file import metrics_rows
 from lever_lm.utils.atomic_io import remove, sweep, write_text
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.locks import alone
-from lever_lm.utils.safe_parse import CONFIG_LIMIT, load_yaml, metrics_rows, read_bytes
+from lever_lm.utils.safe_parse import CONFIG_LIMIT, load_yaml, read_bytes
 from lever_lm.utils.terminal import shown
 
 _CHECKPOINT = re.compile(rf"({'|'.join(PHASES)})_epoch(\d{{1,9}})(?:\.pt|_v2format\.ckpt)")

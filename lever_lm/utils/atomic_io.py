@@ -1,6 +1,6 @@
-"""How files get to disk whole, and how what somebody else names is opened.
+"""Files written whole or not at all, and files opened without being waited for.
 
-What a write here returned from is on disk under its own name; before, nothing of it is.
+When a write here returns, the file is on disk under its own name; before, nothing of it is.
 """
 
 import contextlib
@@ -21,15 +21,15 @@ from lever_lm.utils.locks import NO_LOCKS, TAKEN, lock
 
 TEMPORARY_PREFIX = ".tmp-"
 _STOPS = (signal.SIGINT, signal.SIGTERM)
-_STALE = 3600.0  # seconds after which nobody is writing a temporary file any more, where locks cannot tell
+_STALE = 3600.0  # seconds after which no process writes a temporary file any more, where locks cannot tell
 
 # ---------------------------------------------------------------------- writing
 
 
 @contextlib.contextmanager
 def interrupts_wait() -> Iterator[None]:
-    """Ctrl-C and SIGTERM within the block take effect after it. For writes: torch.save turns a KeyboardInterrupt into a
-    RuntimeError of its own, and a temporary file made a moment before has nobody yet to remove it."""
+    """Let Ctrl-C and SIGTERM within the block take effect after it. For writes: torch.save turns a KeyboardInterrupt
+    into a RuntimeError of its own, and a temporary file would stay."""
     if threading.current_thread() is not threading.main_thread():  # only the main thread is interrupted
         yield
         return
@@ -47,8 +47,8 @@ def interrupts_wait() -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that appears under `path` whole or not at all: temporary file beside it, fsync, rename, fsync of
-    the folder. What killed writers left in the folder is removed on the way."""
+    """Yield a binary file that appears under `path` whole or not at all: temporary file beside it, fsync, rename, fsync
+    of the folder. Temporary files that killed writers left in the folder are removed. Raises LeverError."""
     with interrupts_wait(), _replacing(Path(path)) as file:
         yield file
 
@@ -87,7 +87,7 @@ _being_written: set[str] = set()  # temporary files of this process, which its o
 
 
 def _temporary(folder: Path) -> tuple[int, str]:
-    """A locked temporary file in a folder: descriptor and path."""
+    """Make a locked temporary file in a folder. Returns descriptor and path."""
     while True:
         with _sweeping:
             handle, name = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=folder)
@@ -147,7 +147,7 @@ def remove(path) -> None:
 
 
 def _discard(path) -> None:
-    """Delete a file of this process. Where its disk does not let it, what is said before counts more."""
+    """Delete a file of this process. An error before counts more than one here."""
     with contextlib.suppress(OSError):
         os.unlink(path)
 
@@ -163,7 +163,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically, as UTF-8; of a file name that is none, its bytes as escapes."""
+    """Write a text file atomically, as UTF-8; bytes of file names that are none become escapes."""
     with atomic_file(path) as file:
         file.write(text.encode("utf-8", "backslashreplace"))
 
@@ -201,8 +201,8 @@ def append_bytes(path: Path, content: bytes) -> None:
 
 
 def open_regular(path: str | Path, what: str) -> BinaryIO:
-    """A file to read bytes from. Raises LeverError where it is missing, a folder, a pipe or a device, none of which may
-    hang a command; `what` says what it was to be. Its own OSErrors are those of `open`, as `__cause__`."""
+    """Open a file to read bytes from. Raises LeverError, from the OSError of `open`, where it is missing, a folder, a
+    pipe or a device, none of which may hang a command; `what` says what it was to be."""
     try:
         # Opening a pipe waits for its writer otherwise.
         file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
@@ -215,15 +215,9 @@ def open_regular(path: str | Path, what: str) -> BinaryIO:
 
 
 def file_digest(path: Path) -> str:
-    """16 hex digits of a file's content."""
-    with open(path, "rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()[:16] if hasattr(hashlib, "file_digest") else _digest(file)
-        )
-
-
-def _digest(file) -> str:  # Python 3.10
+    """Return 16 hex digits of a file's content: of its SHA-256."""
     digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Digests of files' contents, each read once: what identifies an image or a model's weights, whatever its name or date.
+"""Digests of files' contents, each read once: they identify an image or a model's weights, whatever its name or date.
 
 A digest is kept with the size and the times of its file. One whose file was changed a moment before is not kept: a
 second change of the same size could leave the times as they are.
@@ -27,8 +27,8 @@ Stat = tuple[int, int, int]  # size, time of change of the content, and of anyth
 
 
 class Digests:
-    """Digests by path, in this process and in the file that `keep_in` names: shared by whoever works with its folder,
-    and harmless to lose."""
+    """Digests by path, in this process and in the file that `keep_in` names: shared by the processes that work in its
+    folder, and harmless to lose."""
 
     def __init__(self):
         self._known: dict[str, tuple[Stat, str]] = {}
@@ -48,8 +48,8 @@ class Digests:
 
     @contextlib.contextmanager
     def saved_at_the_end(self) -> Iterator[None]:
-        """Write the file when the block ends, also where it is interrupted, and not where it is refused: that changes
-        nothing. The processes of a job need the file before."""
+        """Write the file when the block ends, also where it is interrupted; a LeverError changes nothing. The processes
+        of a job need the file before."""
         self._held = True
         try:
             yield
@@ -62,8 +62,8 @@ class Digests:
 
     @contextlib.contextmanager
     def kept(self, shards: Shards, track: Track = untracked) -> Iterator[None]:
-        """Keep what is found out in the block: by the leader of a job, in whose turn the others then find it. `track`
-        follows what is read meanwhile."""
+        """Keep what is found out in the block; of a job, the leader writes it, and the others find it. `track` follows
+        what is read meanwhile."""
         self._load()
         outer, self._track = self._track, track
         try:
@@ -76,18 +76,15 @@ class Digests:
             self.save()
 
     def _load(self) -> None:
-        if self._file is None:
-            return
-        for path, entry in read_object(self._file, _LIMIT).items():
-            if _sound(entry):
+        for path, entry in (read_object(self._file, _LIMIT) if self._file else {}).items():
+            kinds = [type(value) for value in entry] if isinstance(entry, list) else []
+            if kinds == [int, int, int, str] and len(entry[3]) == 16 and entry[3].isalnum():
                 self._known.setdefault(path, (tuple(entry[:3]), entry[3]))
 
     def of(self, paths: Iterable[Path | str]) -> list[str]:
-        """The digests of files, 16 hex digits each. Raises OSError for one that cannot be read."""
+        """Return the digests of files, 16 hex digits each. Raises OSError for one that cannot be read."""
         names = [os.path.abspath(path) for path in paths]
-        stats = dict.fromkeys(names)
-        for name in stats:
-            stats[name] = _stat(name)
+        stats = {name: _stat(name) for name in dict.fromkeys(names)}
         unknown = [name for name, seen in stats.items() if self._known.get(name, (None,))[0] != seen]
         found = {name: self._known[name][1] for name in stats.keys() - set(unknown)}
         if unknown:
@@ -102,8 +99,7 @@ class Digests:
         return [found[name] for name in names]
 
     def save(self) -> None:
-        """Write the file, where there is something new and its folder is there. One that cannot be written is done
-        without."""
+        """Write the file where there is something new and its folder is there; go on without where it cannot be."""
         if self._file is None or not self._changed or not self._file.parent.is_dir():
             return
         self._changed = False
@@ -118,16 +114,6 @@ def _stat(name: str) -> Stat:
     if not stat.S_ISREG(found.st_mode):  # reading it might never end
         raise OSError(errno.EINVAL, "it is no regular file", name)
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns
-
-
-def _sound(entry) -> bool:
-    """Whether an entry of the file is one."""
-    return (
-        isinstance(entry, list)
-        and [type(value) for value in entry] == [int, int, int, str]
-        and len(entry[3]) == 16
-        and entry[3].isalnum()
-    )
 
 
 DIGESTS = Digests()

@@ -1,41 +1,41 @@
-"""Where models and datasets named by a hub id are on this machine: the hub's own cache, filled by `hf download` too."""
+"""Models and datasets of the hub on this machine: in the hub's own cache, which `hf download` fills too."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from pathlib import Path
 
-from lever_lm.utils.device import first_line
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.file_hashes import DIGESTS
 from lever_lm.utils.paths import asset_path
 from lever_lm.utils.safe_parse import read_json
 from lever_lm.utils.terminal import one_line
+from lever_lm.utils.transformers_compat import first_line
 
 # What a model needs of its repository; the same weights in other formats stay there.
 _MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")
-# What of a repository is a policy: config.json says which, and nothing else is fetched.
+# The files of a policy: nothing else of its repository is fetched.
 POLICY_FILES = ("config.json", "model.safetensors")
-# What a model's processor is made of: one of the files of each entry, or all of a tuple. Without them the library goes
-# on in silence: with an empty vocabulary, or with another size of images.
+# The files of a model's processor: of each entry, all of one tuple. Without them the library goes on in silence: with
+# an empty vocabulary, or with another size of images.
 _PROCESSOR_FILES = (
     (("tokenizer.json",), ("vocab.json", "merges.txt")),
     (("preprocessor_config.json",), ("processor_config.json",)),
 )
 _NAMED = 20  # shards of an index that are missing, named at most
-# What counts as here. A snapshot may lack other files of its repository: the hub's client holds it for incomplete then.
+# What makes a snapshot complete here. It may lack other files of its repository, and the hub's client refuses it then.
 _NEEDED = {"model": _MODEL_FILES, "dataset": ("*.parquet",)}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def is_hub_id(path: str) -> bool:
-    """Whether a path as the user wrote it can be OWNER/NAME on the hub."""
+    """Return whether a path as the user wrote it can be OWNER/NAME on the hub."""
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) is not None and not asset_path(path).exists()
 
 
 def cached_snapshot(repository: str, kind: str, needed: Sequence[str] | None = None) -> Path | None:
-    """The folder of a repository (`model` or `dataset`) in the hub's cache, None where there is none. No network.
-    needed: patterns of the files that have to be there, those of the kind if None."""
+    """Return the folder of a repository (`model` or `dataset`) in the hub's cache, None where there is none, without
+    network. needed: patterns of the files that have to be there, those of the kind if None."""
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -50,7 +50,7 @@ def cached_snapshot(repository: str, kind: str, needed: Sequence[str] | None = N
 
 
 def model_folder(path: str) -> Path | None:
-    """The folder of a model: a directory, a shipped asset, or a hub id in the cache; None where it is not here."""
+    """Return the folder of a model: a directory, a shipped asset, or a hub id in the cache; None if there is none."""
     folder = asset_path(path)
     if folder.is_dir():
         return folder
@@ -58,7 +58,7 @@ def model_folder(path: str) -> Path | None:
 
 
 def missing_files(folder: Path) -> list[str]:
-    """What a model's folder lacks: its config, or weights that its index names. [] for one that can be loaded."""
+    """Return what a model's folder lacks: its config, or weights that its index names. [] if it can be loaded."""
     missing = [] if (folder / "config.json").is_file() else ["config.json"]
     index = folder / "model.safetensors.index.json"
     try:
@@ -98,12 +98,12 @@ def _parameters(path: Path) -> float:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The weights of a model, in the format that is loaded: safetensors where there are any."""
+    """Return the weight files of a model, in the format that is loaded: safetensors where there are any."""
     return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
 
 
 def fetch_model(path: str, option: str) -> Path:
-    """The folder of a model, downloaded where the hub's cache has none or only a part of it.
+    """Return the folder of a model, downloaded where the hub's cache has none or only a part of it.
 
     Raises LeverError naming `option` when it is neither here nor to be had.
     """
@@ -116,50 +116,48 @@ def fetch_model(path: str, option: str) -> Path:
         raise LeverError(
             f"the model {path} {found}: {mend}name a directory of a model or a hub id OWNER/NAME ({option})"
         )
-    import huggingface_hub
-
-    try:
-        folder = Path(huggingface_hub.snapshot_download(path, allow_patterns=list(_MODEL_FILES)))
-        if missing := lacking(folder):  # offline, the client gives back what there is
-            raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}")
-        return folder
-    except Exception as error:  # no network, offline mode, no such repository, no space
-        why = first_line(error).rstrip(".")
-        raise LeverError(
-            f"the model {path} is not in the hub's cache, and not to be had from the hub: {why}. "
-            f"Fetch it where there is a network (hf download {path}), or name a directory of it ({option})"
-        ) from error
+    found = f"the model {path} is not in the hub's cache, and not to be had from the hub"
+    mend = f"Fetch it where there is a network (hf download {path}), or name a directory of it ({option})"
+    return _download(path, _MODEL_FILES, lacking, found, mend)
 
 
 def fetch_policy(repository: str) -> Path:
-    """The folder of a policy that is named by a hub id, its two files downloaded where the hub's cache lacks them.
-    Raises LeverError where they are not to be had."""
+    """Return the folder of a policy that is named by a hub id, its two files downloaded where the hub's cache lacks
+    them. Raises LeverError where they are not to be had."""
+
+    def lacks(folder: Path) -> list[str]:
+        return [name for name in POLICY_FILES if not (folder / name).is_file()]
+
     folder = cached_snapshot(repository, "model", POLICY_FILES)
-    if folder is not None and all((folder / name).is_file() for name in POLICY_FILES):
+    if folder is not None and not lacks(folder):
         return folder
+    found = f"no file or folder {repository} is here, and as a hub id it is not in the hub's cache, and not to be had"
+    files = " ".join(POLICY_FILES)
+    mend = f"Check the path, or fetch it where there is a network (hf download {repository} {files})"
+    return _download(repository, POLICY_FILES, lacks, f"{found} from the hub", mend)
+
+
+def _download(repository: str, files: Sequence[str], lacks: Callable[[Path], list[str]], found: str, mend: str) -> Path:
+    """Return the folder of a repository with these files, from the hub. Raises LeverError where it lacks some."""
     import huggingface_hub
 
     try:
-        folder = Path(huggingface_hub.snapshot_download(repository, allow_patterns=list(POLICY_FILES)))
-        if lacking := [name for name in POLICY_FILES if not (folder / name).is_file()]:
-            raise FileNotFoundError(f"{repository} has no {' and no '.join(lacking)}")
+        folder = Path(huggingface_hub.snapshot_download(repository, allow_patterns=list(files)))
+        if missing := lacks(folder):  # offline, the client gives back what there is
+            raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}")
         return folder
     except Exception as error:  # no network, offline mode, no such repository, no space
-        raise LeverError(
-            f"no file or folder {repository} is here, and as a hub id it is not in the hub's cache, and not to be had "
-            f"from the hub: {first_line(error).rstrip('.')}. Check the path, or fetch it where there is a network (hf "
-            f"download {repository} {' '.join(POLICY_FILES)})"
-        ) from error
+        raise LeverError(f"{found}: {first_line(error).rstrip('.')}. {mend}") from error
 
 
 def weights_digest(folder: Path) -> str:
-    """16 hex digits of a model's weights."""
+    """Return 16 hex digits of a model's weights."""
     digests = content_digests(weight_files(folder))
     return digests[0] if len(digests) == 1 else "+".join(digests) or "none"
 
 
 def content_digests(files: Sequence[Path]) -> list[str]:
-    """16 hex digits of each file. The hub's cache names one by its SHA-256, which saves reading it."""
+    """Return 16 hex digits of each file. The hub's cache names one by its SHA-256, which saves reading it."""
     blobs = {file: file.resolve().name for file in files}
     unnamed = [file for file, blob in blobs.items() if not _SHA256.fullmatch(blob)]
     read = dict(zip(unnamed, DIGESTS.of(unnamed), strict=True))

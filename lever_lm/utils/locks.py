@@ -1,4 +1,4 @@
-"""One process at a time: a lock file in a folder, and the lock itself.
+"""One process at a time: a lock file in a folder, and the lock on it.
 
 Locks are POSIX record locks: the system drops them with the process that holds them, however it ends, and network disks
 pass them on. A process's own lock does not keep itself out, and closing any descriptor of the file drops it.
@@ -34,8 +34,8 @@ _held: set[str] = set()  # by this process, which its own locks would let in aga
 
 @contextlib.contextmanager
 def alone(path: Path, what: str, mend: str, *, wait: bool = False) -> Iterator[dict | None]:
-    """Keep every other process out of a block that names the same lock file. Yields who left the lock behind: a process
-    that is gone; None as a rule.
+    """Keep every other process out of a block that names the same lock file. Yields pid and host of the process that
+    is gone and left the lock behind; None as a rule.
 
     what: what is locked, and mend: what else could be done, both for the message. Raises InUse with pid and host of the
     process that has it; with `wait` it is waited for.
@@ -48,14 +48,14 @@ def alone(path: Path, what: str, mend: str, *, wait: bool = False) -> Iterator[d
     try:
         yield left_by
     finally:
-        with contextlib.suppress(OSError):  # what is said before counts more
+        with contextlib.suppress(OSError):  # an error before counts more
             os.unlink(path)
         os.close(handle)
         _held.discard(key)
 
 
 def _acquire(path: Path, what: str, mend: str, wait: bool) -> tuple[int, dict | None]:
-    """The locked file's descriptor, and who left the lock behind."""
+    """Lock a file. Returns its descriptor, and the process that left the lock behind."""
     while True:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ def _acquire(path: Path, what: str, mend: str, wait: bool) -> tuple[int, dict | 
 
 
 def _take(handle: int) -> tuple[dict | None, bool]:
-    """Who holds a lock file or left it behind, and whether it is ours now."""
+    """Return the process that holds a lock file or left it behind, and whether it is ours now."""
     try:
         lock(handle)
         return _holder(handle), True
@@ -86,13 +86,13 @@ def _take(handle: int) -> tuple[dict | None, bool]:
 
 
 def lock(handle: int) -> None:
-    """Raises OSError, of TAKEN or NO_LOCKS as a rule."""
+    """Lock an open file for this process. Raises OSError, of TAKEN or NO_LOCKS as a rule."""
     fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def seen(path: Path) -> tuple[dict | None, bool]:
-    """Who took the lock file at `path` last (pid, host, command; None where nobody can be read from it), and whether it
-    is held now. Nothing is taken: nobody is kept out meanwhile. Raises OSError where the file cannot be read."""
+    """Return the process that took the lock file at `path` last (pid, host, command; None where the file names none),
+    and whether it is held now. The lock is not taken meanwhile. Raises OSError where the file cannot be read."""
     if os.path.realpath(path) in _held:  # closing the file would drop this process's own lock
         return _myself(), True
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -107,7 +107,7 @@ def seen(path: Path) -> tuple[dict | None, bool]:
 
 
 def _is_held(handle: int) -> bool:
-    """Whether a process has a lock on the file that keeps others out. Raises OSError where that cannot be asked."""
+    """Return whether a process has a lock on the file. Raises OSError where the disk does not say."""
     kind, whole_file = (fcntl.F_WRLCK, os.SEEK_SET), (0, 0, 0)  # type and whence; start, length and pid
     on_linux = sys.platform == "linux"
     layout = "hhqqi" if on_linux else "qqihh"  # of struct flock
@@ -117,7 +117,7 @@ def _is_held(handle: int) -> bool:
 
 
 def _is_at(handle: int, path: Path) -> bool:
-    """Whether a descriptor's file is still the one of this name."""
+    """Return whether a descriptor's file is still the one of this name."""
     try:
         return os.path.samestat(os.fstat(handle), os.stat(path))
     except FileNotFoundError:
@@ -129,19 +129,19 @@ def _myself() -> dict:
 
 
 def _holder(handle: int) -> dict | None:
-    """Who wrote into a lock file; None where nobody did."""
+    """Return the process that a lock file names, None where it names none."""
     try:
         found = loads(os.pread(handle, 4096, 0))
         pid, host, command = found["pid"], found["host"], found.get("command", "")
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
-    if not isinstance(pid, int) or not isinstance(host, str) or not isinstance(command, str):
+    if [type(pid), type(host), type(command)] != [int, str, str]:
         return None
     return {"pid": pid, "host": one_line(host)[:100], "command": one_line(command)[:200]}
 
 
 def _lives(holder: dict | None) -> bool:
-    """Whether a holder may be alive, as far as can be seen from this host."""
+    """Return whether a process may be alive, as far as this host can tell."""
     if holder is None or holder["host"] != socket.gethostname():
         return holder is not None
     try:
@@ -149,7 +149,7 @@ def _lives(holder: dict | None) -> bool:
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
-        return True
+        pass
     return True
 
 

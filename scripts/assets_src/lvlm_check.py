@@ -17,7 +17,7 @@ from assets_src.knowledge import NUM_TRAIN_PARAPHRASES, QUESTION_TYPES, TYPE_NAM
 from assets_src.lvlm_model import encode_images, hidden_states, patchify
 from assets_src.lvlm_processor import STYLES, chat_messages
 from assets_src.lvlm_sequences import Cell, Encoder, Sequence, collate
-from lever_lm.utils.device import import_transformers
+from lever_lm.utils.transformers_compat import import_transformers
 
 HELD_OUT = NUM_TRAIN_PARAPHRASES
 BATCH_SIZE = 50

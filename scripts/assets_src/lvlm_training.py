@@ -18,7 +18,7 @@ from assets_src.digit_images import load_digits, split_by_image
 from assets_src.lvlm_model import build_config, encode_images, hidden_states, patchify
 from assets_src.lvlm_processor import build_processor
 from assets_src.lvlm_sequences import NUM_TYPES, Batch, Encoder, TrainingBatches
-from lever_lm.utils.device import import_transformers
+from lever_lm.utils.transformers_compat import import_transformers
 
 PROBED_LAYER = 1
 AUX_WEIGHT = 0.3

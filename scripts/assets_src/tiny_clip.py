@@ -19,7 +19,7 @@ from torch import Tensor
 
 from assets_src.digit_images import load_digits, smudge, split_by_image
 from assets_src.knowledge import DIGIT_WORDS, NUM_TRAIN_PARAPHRASES, QUESTION_TYPES
-from lever_lm.utils.device import import_transformers
+from lever_lm.utils.transformers_compat import import_transformers
 
 PIXELS = 28
 EMBEDDING = 64

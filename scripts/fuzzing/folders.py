@@ -55,7 +55,8 @@ def metrics_file(folder: Path) -> Target:
     from lever_lm.cli.options import finite
     from lever_lm.cli.status import run_status
     from lever_lm.evaluation.report import phrasing as words
-    from lever_lm.evaluation.report.curves import curve_chart, training_curves
+    from lever_lm.evaluation.report.curves import training_curves
+    from lever_lm.evaluation.report.page import _curve_chart
     from lever_lm.training.run_dir import RunFolder
 
     run = RunFolder(folder / "run")
@@ -66,7 +67,7 @@ def metrics_file(folder: Path) -> Target:
         choices(run, None)
         rows = run.rows()
         for curve in training_curves([("x", rows)]):
-            curve_chart(curve)
+            _curve_chart("x", curve)
         for tell in (words.strategies, words.health, words.of_groups, words.warnings_of):
             tell(rows)
 

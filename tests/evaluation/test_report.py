@@ -14,12 +14,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lever_lm.evaluation.report import phrasing as words
-from lever_lm.evaluation.report.curves import Evaluated, accuracy_series, distinct_names, training_curves
-from lever_lm.evaluation.report.gallery import EACH, Shown, pick_queries, right_labels
+from lever_lm.evaluation.report.curves import accuracy_series, distinct_names, training_curves
+from lever_lm.evaluation.report.gallery import EACH, Gallery, Shown, pick_queries
 from lever_lm.evaluation.report.svg import Series, line_chart, round_ticks
 from lever_lm.evaluation.results import Sample, read_metrics, read_samples
 from lever_lm.evaluation.statistics import paired_test
-from lever_lm.training.run_dir import RunFolder
 from lever_lm.utils.errors import LeverError
 
 NUMBERS = st.floats(-1e299, 1e299)
@@ -221,7 +220,7 @@ def test_right_answers_are_counted_by_hand(digits):
         query.question_id: sample(query.question_id, 1.0, [wrong.question_id, right.question_id]),
         second.question_id: sample(second.question_id, 0.3, [wrong.question_id, right.question_id]),
     }
-    (row,) = right_labels(Shown("grpo", 2, {"grpo": ours}), digits)
+    (row,) = Gallery(Shown("grpo", 2, {"grpo": ours}), digits).labels()
     assert (row["first"], row["any"]) == (0.0, 0.5)
     assert (row["accuracy"], row["with_right"], row["without"]) == (0.65, 1.0, 0.3)
 
@@ -310,7 +309,7 @@ def test_metrics_of_checkpoints_alone_are_drawn(trained, lever):
 
 
 def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path):
-    runs = [Evaluated(RunFolder(tmp_path / path), None) for path in ("a/x/demo", "b/x/demo", "a/x/other", "a/x/demo")]
+    runs = [tmp_path / path for path in ("a/x/demo", "b/x/demo", "a/x/other", "a/x/demo")]
     assert distinct_names(runs) == ["a/x/demo", "b/x/demo", "a/x/other", "a/x/demo (2)"]
     assert distinct_names(runs[1:3]) == ["demo", "other"]
 

@@ -197,7 +197,7 @@ def test_examples_that_are_none_are_refused(home):
 
 def test_the_messages_are_what_the_model_is_asked(home, retriever):
     """Through the library's own processor and `generate`, the messages give the answer that `answer` gives."""
-    from lever_lm.utils.device import import_transformers
+    from lever_lm.utils.transformers_compat import import_transformers
 
     transformers = import_transformers()
     folder = str(asset_path("asset:tiny-qwen2.5-vl"))

@@ -8,8 +8,8 @@ from lvlm_helpers import FIRST, QUERY, SECOND, VISION
 from lever_lm.config.schema import PromptConfig
 from lever_lm.lvlm import build_prompt, cut_answer
 from lever_lm.lvlm.prompt import to_messages
-from lever_lm.utils.device import import_transformers
 from lever_lm.utils.paths import asset_path
+from lever_lm.utils.transformers_compat import import_transformers
 
 SYSTEM = "<|im_start|>system\nBe brief.<|im_end|>\n"
 

@@ -15,10 +15,10 @@ from lever_lm.config.schema import LvlmConfig
 from lever_lm.data.embeddings import ClipEncoder
 from lever_lm.lvlm.checks import check_device, memory_needed
 from lever_lm.utils.checks import GIB
-from lever_lm.utils.device import import_transformers
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.hub import parameter_count
 from lever_lm.utils.paths import asset_path
+from lever_lm.utils.transformers_compat import import_transformers
 
 REAL = ("--dataset", "okvqa_local", "--lvlm", "qwen2.5_vl_3B")
 TINY = ("--set", "lvlm.path=asset:tiny-qwen2.5-vl", "--set", "features.encoder=asset:tiny-clip")

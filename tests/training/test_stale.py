@@ -10,7 +10,7 @@ from helpers import answers_in, run_here, run_lever, small_digits
 from PIL import Image
 
 import lever_lm.data.embeddings
-from lever_lm.lvlm.qwen2_5_vl import LocalLvlm
+from lever_lm.lvlm.local import LocalLvlm
 from lever_lm.utils import fingerprint as stages
 from lever_lm.utils.paths import asset_path
 

@@ -17,18 +17,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from lever_lm.utils.console import Screen
-from lever_lm.utils.errors import LeverError
-from lever_lm.utils.safe_parse import (
-    CONFIG_LIMIT,
-    FILE_LIMIT,
-    LINE_LIMIT,
-    lines,
-    load_yaml,
-    loads,
-    metrics_rows,
-    read_bytes,
-    read_json,
-)
+from lever_lm.utils.safe_parse import CONFIG_LIMIT, FILE_LIMIT, lines, load_yaml, loads, read_bytes, read_json
 from lever_lm.utils.terminal import json_text, one_line, printable, shown
 
 ESCAPE, BIDI, BYTE = "\x1b[2J\x1b]0;owned\x07", "\u202e", "\udcff"
@@ -202,53 +191,6 @@ def test_lines_are_those_of_the_file_in_parts_that_join_again(tmp_path_factory, 
 def test_parts_of_a_long_line_overlap_where_asked(tmp_path):
     (tmp_path / "log").write_bytes(b"abcdefgh\nij")
     assert [line.text for line in lines(tmp_path / "log", 4, overlap=2)] == ["abcd", "cdefgh", "gh", "ij"]
-
-
-# ---------------------------------------------------------------------- metrics
-
-
-def write_metrics(folder, text) -> object:
-    path = folder / "metrics.jsonl"
-    path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8"))
-    return path
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        '{"epoch": 1, "phase": "rce", "phase": "grpo"}',
-        '{"epoch": true, "phase": "rce"}',
-        '{"epoch": -1, "phase": "rce"}',
-        '{"epoch": 1' + "0" * 30 + ', "phase": "rce"}',
-        '{"epoch": 1e3, "phase": "rce"}',
-        '{"epoch": 1, "phase": ["rce"]}',
-        '{"epoch": 1, "phase": "rce", "x": ' + "[" * 500 + "]" * 500 + "}",
-        "[" * 100_000,
-        "\x00",
-        "{'epoch': 1}",
-    ],
-    ids=lambda line: line[:44],
-)
-def test_a_broken_metrics_row_is_named_by_file_and_line(tmp_path, line):
-    good = '{"epoch": 1, "phase": "rce"}\n'
-    path = write_metrics(tmp_path, good + "\n" + line + "\n" + good)
-    with pytest.raises(LeverError, match=r"metrics\.jsonl, line 3: not a metrics row"):
-        metrics_rows(path)
-
-
-def test_bytes_that_are_no_text_break_a_metrics_row_or_stay_in_its_words(tmp_path):
-    path = write_metrics(tmp_path, b'{"epoch": 1, "phase": "rce", "x": "\xff"}\n')
-    assert metrics_rows(path)[0] == [{"epoch": 1, "phase": "rce", "x": "\ufffd"}]
-    with pytest.raises(LeverError, match="line 1: not a metrics row"):
-        metrics_rows(write_metrics(tmp_path, b"\xff\xfe\n"))
-
-
-def test_a_metrics_line_or_file_out_of_all_bounds_is_refused(tmp_path):
-    with pytest.raises(LeverError, match="line 2 is longer than 1 MiB"):
-        metrics_rows(write_metrics(tmp_path, "\n" + "x" * (LINE_LIMIT + 1) + "\n"))
-    row = json.dumps({"epoch": 1, "phase": "rce", "x": "y" * (LINE_LIMIT // 2)}) + "\n"
-    with pytest.raises(LeverError, match="it is larger than 16 MiB"):
-        metrics_rows(write_metrics(tmp_path, row * 40))
 
 
 # ---------------------------------------------------------------------- YAML

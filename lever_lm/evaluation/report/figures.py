@@ -10,7 +10,8 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from lever_lm.evaluation.report.curves import PHASES, Curve, Evaluated, accuracy_series, distinct_names, training_curves
+import lever_lm
+from lever_lm.evaluation.report.curves import PHASES, Curve, Evaluated, charts_of
 from lever_lm.evaluation.report.svg import Series
 from lever_lm.selectors import SELECTORS
 from lever_lm.training.metrics import METRICS, RECOMMENDED
@@ -26,27 +27,6 @@ _DASHES = ("-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (4, 1.5, 1, 1.5)))
 _GREY = "#555555"
 _PANELS = 3  # in a row
 _LONGEST = 40  # characters of a name
-# Over matplotlib's own defaults, whatever is set on this machine. Type 42: text in a PDF stays text.
-_STYLE = {
-    "font.size": 8,
-    "axes.labelsize": 8,
-    "axes.titlesize": 8,
-    "legend.fontsize": 7,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "axes.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#E0E0E0",
-    "grid.linewidth": 0.5,
-    "lines.linewidth": 1.2,
-    "lines.markersize": 4,
-    "legend.frameon": False,
-    "pdf.fonttype": 42,
-    "text.parse_math": False,
-}
 _METADATA = {"png": {"Software": None}, "pdf": {"Creator": None, "Producer": None, "CreationDate": None}}
 
 
@@ -64,15 +44,13 @@ def write_plots(runs: Sequence[Evaluated], directory: Path) -> list[Path]:
     check_plots(directory)
     import matplotlib
 
-    names, (first, *others) = distinct_names(runs), runs
-    beside = [(name, one.metrics()["results"]) for name, one in zip(names[1:], others, strict=True) if one.inference]
-    series = accuracy_series(first.metrics()["results"], beside)
-    curves = training_curves([(name, one.rows()) for name, one in zip(names, runs, strict=True)])
+    _, series, curves = charts_of(runs)
+    style = Path(lever_lm.__file__).with_name("templates") / "figures.mplstyle"
     written = []
     with matplotlib.rc_context(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph", UserWarning)  # of a name: a box stands for it
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_STYLE)
+        matplotlib.rc_file(style, use_default_template=False)
         if series:
             written += _save(_accuracy(series), directory / "accuracy")
         for phase in PHASES:

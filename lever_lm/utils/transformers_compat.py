@@ -1,0 +1,53 @@
+"""transformers: imported late, beside any torchvision, and never with a part of a model's weights."""
+
+import importlib
+import sys
+
+_declared = []  # keeps the operator library alive
+
+
+def import_transformers():
+    """Return the transformers module, with torchvision importable first.
+
+    The registry's torchvision wheel is built for a CUDA torch; beside a CPU one its operators do not load and the
+    import fails on their missing schemas. Declaring these is enough for the pure-Python part used here. Active only
+    where the plain import fails.
+    """
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise
+        _declare_operators()
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()  # progress is shown by console.py alone
+    return transformers
+
+
+def _declare_operators() -> None:
+    import torch
+
+    library = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _declared.append(library)
+    for name in [module for module in sys.modules if module.split(".")[0] == "torchvision"]:
+        del sys.modules[name]
+    importlib.import_module("torchvision")
+
+
+def load_whole(cls, path: str, dtype, **options):
+    """Return `cls.from_pretrained(path)`. Raises ValueError where weights are missing: the library would go on with
+    random ones in their place, and with a model of another kind that is all of them."""
+    model, report = cls.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ValueError(f"{len(missing)} weights of a {cls.__name__} are missing there, among them {missing[0]}")
+    return model.eval()
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of a library's error, or its type where it has no text."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
