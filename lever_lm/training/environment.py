@@ -37,9 +37,7 @@ def environment(config: Config, inputs: dict[str, str], made_of: dict[str, str],
         "lever_lm": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "device": f"cpu, {platform.machine()}, {os.cpu_count()} cores"
-        if on_cpu
-        else torch.cuda.get_device_name(device),
+        "device": cpu if on_cpu else torch.cuda.get_device_name(device),
         "threads": torch.get_num_threads(),
         "packages": versions(),
         "git_revision": _git_revision(),
@@ -172,8 +170,8 @@ def config_of(original: RunFolder) -> dict:
 
 
 def compare(original: RunFolder, repeated: RunFolder, config: Config) -> dict:
-    """Return what differs between a run and its repetition: `config`, `environment`, lists of differences; `epochs` that both
-    have, and whether rows and weights of these are `identical`, else the `first_difference`."""
+    """Return what differs between a run and its repetition: `config`, `environment`, lists of differences; `epochs`
+    that both have, and whether rows and weights of these are `identical`, else the `first_difference`."""
     first, epochs = _first_difference(original, repeated)
     return {
         "of": str(original.path),

@@ -34,8 +34,8 @@ def layers_beside(
     *,
     own: bool = False,
 ) -> Layers:
-    """Return what sets the config under which a checkpoint is used: the `values` that lie with it, and over them what is
-    given. names, file, sets, options: as of `layers`. own: no dataset is needed. Raises LeverError where one is and
+    """Return what sets the config under which a checkpoint is used: the `values` that lie with it, and over them what
+    is given. names, file, sets, options: as of `layers`. own: no dataset is needed. Raises LeverError where one is and
     nothing says which, UsageError for unknown names and keys."""
 
     def made(run: dict) -> Layers:
