@@ -219,7 +219,7 @@ def trajectory_reward(trajectory: dict, config: RewardConfig, where: str) -> flo
 
 
 def _scores(trajectory: dict, where: str) -> dict[str, float | None]:
-    """Return the scores of a trajectory by their names in rewards.py. Raises LeverError where one is no finite number."""
+    """Return the scores of a trajectory by their names in rewards.py. Raises LeverError for one that is not finite."""
     scores = {name: trajectory.get(key) for name, key in _FIELDS.items()}
     for name, score in scores.items():
         number = isinstance(score, (int, float)) and -_LARGEST <= score <= _LARGEST  # false for NaN
