@@ -91,8 +91,8 @@ def results_beside(checkpoint: Path) -> Path:
 
 def changes(checkpoint: Path, config: Config) -> dict[str, dict]:
     """Return what a config changes about the setting that a checkpoint was trained in: dotted key → the value
-    in the `run` and the one `here`. Nothing is known to differ where no config lies beside it, but the LVLM that a run folder of
-    Lever-Plus is named after."""
+    in the `run` and the one `here`. Where no config lies beside it, nothing is known to differ but the LVLM that a run
+    folder of Lever-Plus is named after."""
     if checkpoint.is_file():
         return changes_of_run(RunFolder(checkpoint.parent), config)
     return _changes(locate(checkpoint)[2], config)
