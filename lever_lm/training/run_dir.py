@@ -102,8 +102,8 @@ class RunFolder:
 
     @contextlib.contextmanager
     def alone(self, say: Callable[[str], None]) -> Iterator[None]:
-        """Keep the folder to this process. Raises LeverError with pid and host of the process that has it. A folder that
-        nothing was written to is removed afterwards."""
+        """Keep the folder to this process. Raises LeverError with pid and host of the process that has it. A folder
+        that nothing was written to is removed afterwards."""
         new = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         try:
             with alone(self.path / LOCK, str(self.path), "choose another folder with --run-name NAME") as left_by:
@@ -173,8 +173,8 @@ class RunFolder:
             return parts[2] if len(parts) == 3 and parts[0] == "v3" else None
 
     def rows(self) -> list[dict]:
-        """Read the rows of metrics.jsonl, one per finished epoch, without a last one that was cut short; [] when there is
-        none. Raises LeverError naming the line that is no row."""
+        """Read the rows of metrics.jsonl, one per finished epoch, without a last one that was cut short; [] when there
+        is no such file. Raises LeverError naming the line that is no row."""
         return metrics_rows(self.metrics)[0] if self.metrics.is_file() else []
 
     def _clear(self) -> None:
