@@ -33,9 +33,9 @@ sys.path.insert(0, str(ROOT))
 from lever_lm.config.schema import DataConfig, LvlmConfig, PromptConfig
 from lever_lm.data import load_dataset
 from lever_lm.lvlm import Prompt, build_prompt
-from lever_lm.lvlm.openai_client import check_server
+from lever_lm.lvlm.backend import load_local
 from lever_lm.lvlm.openai_server import ServerLvlm
-from lever_lm.lvlm.qwen2_5_vl import LocalLvlm
+from lever_lm.lvlm.openai_servers import check_server
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.paths import asset_path
 
@@ -173,7 +173,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is ended then too
     asked = prompts(arguments.prompts)
     references = [prompt.query.answer for prompt in asked]
-    local = [LocalLvlm(LvlmConfig(path=TINY, dtype="float32"), PromptConfig(style=style), "cpu") for style in STYLES]
+    local = [load_local(LvlmConfig(path=TINY, dtype="float32"), PromptConfig(style=style), "cpu") for style in STYLES]
     rows, failed = [], False
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

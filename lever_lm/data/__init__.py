@@ -82,7 +82,10 @@ def load_dataset(config: DataConfig) -> VqaData:
             raise LeverError(f"{source_of(config, split)}: the {split} split holds no usable example: `lever doctor`")
         stamps[split] = fingerprint(stamps[split], [e.question_id for e in examples], digests[split])
     train, val = (tuple(splits[split]) for split in SPLITS)
-    return VqaData(config.name, train, val, fingerprint(*stamps.values()), tuple(bad.problems), tuple(stamps.values()))
+    # Named where it is not the first task: fingerprints of data sets from before there were others stay as they are.
+    of_task = [] if config.task == "vqa" else [config.task]
+    whole = fingerprint(*stamps.values(), *of_task)
+    return VqaData(config.name, train, val, whole, tuple(bad.problems), tuple(stamps.values()), config.task)
 
 
 def in_both(config: DataConfig, train: list[Example], val: list[Example]) -> dict[int, str]:

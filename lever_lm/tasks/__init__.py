@@ -8,6 +8,8 @@ from typing import Protocol
 
 from lever_lm.data.example import Example
 from lever_lm.tasks.vqa import Vqa
+from lever_lm.utils.errors import UsageError
+from lever_lm.utils.terminal import shown
 
 
 class Task(Protocol):
@@ -33,4 +35,10 @@ class Task(Protocol):
         """A function from a written answer to the form of the references, learnt from annotated examples."""
 
 
-TASKS: dict[str, Task] = {"vqa": Vqa()}  # by `VqaData.task`
+TASKS: dict[str, Task] = {"vqa": Vqa()}  # by the config's data.task
+
+
+def check_task(name: str) -> None:
+    """Raise UsageError for a name that is not in TASKS."""
+    if name not in TASKS:
+        raise UsageError(f"unknown task {shown(name)}: one of {', '.join(TASKS)} (data.task)")

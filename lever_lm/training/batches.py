@@ -64,7 +64,7 @@ class GroupTensors:
         return self.rows.tolist()
 
     def batch(self, index: Tensor) -> Batch:
-        """The groups at these places."""
+        """Return the groups at these places."""
         return Batch(
             query=F.embedding(self.rows[index], self.queries),
             candidates=F.embedding(self.pools[index], self.icds),
@@ -77,26 +77,28 @@ class GroupTensors:
         )
 
     def chunks(self, size: int) -> Iterator[tuple[Tensor, Batch]]:
-        """(places, batch) over all groups, in order; `size` of them at a time, fewer where pools are large."""
+        """Yield (places, batch) over all groups in order, `size` groups at a time, fewer where pools are large."""
         size = max(1, min(size, CHUNK_CANDIDATES // self.pools.shape[1]))
         for index in torch.arange(len(self), device=self.rows.device).split(size):
             yield index, self.batch(index)
 
     def shuffled(self, size: int, queries: int = 0) -> Iterator[tuple[Tensor, Batch]]:
-        """(places, batch) over all groups in random order, from torch's global generator. Where there are two groups of
-        each of the `queries`, logged and online, both are in one batch: every batch mixes them alike."""
+        """Yield (places, batch) over all groups in random order, drawn from torch's global generator.
+
+        queries: how many there are, where each has a logged and an online group; both are then in the same batch.
+        """
         queries = queries or len(self)
         for index in torch.randperm(queries).to(self.rows.device).split(size):
             index = torch.cat([index + start for start in range(0, len(self), queries)])
             yield index, self.batch(index)
 
     def with_rollouts(self, sequences: Tensor, mask: Tensor, rewards: Tensor) -> "GroupTensors":
-        """The same queries and pools with other rollouts, which are in no file."""
+        """Return the same queries and pools with other rollouts, which are in no file."""
         numbers = torch.full_like(mask, -1, dtype=torch.long)
         return replace(self, sequences=sequences, mask=mask, rewards=rewards, numbers=numbers)
 
     def stacked(self, other: "GroupTensors") -> "GroupTensors":
-        """The groups of both, over the same features and pool size; the smaller groups are padded."""
+        """Return the groups of both, over the same features and pool size; the smaller groups are padded."""
         size = max(self.mask.shape[1], other.mask.shape[1])
 
         def both(name: str, filler) -> Tensor:
@@ -115,21 +117,22 @@ class GroupTensors:
         )
 
     def to(self, device: torch.device) -> "GroupTensors":
-        """The same on another device."""
+        """Return the groups on another device."""
         moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **moved)
 
 
 def projected(policy: PointerSelector, data: GroupTensors) -> tuple[PointerSelector, GroupTensors]:
-    """The policy behind its projections of the features, and the groups over features projected once: for a policy
-    that stays as it is, or whose projections do."""
+    """Return the part of the policy behind its projections of the features, and the groups over projected features: for
+    a policy that does not change, or whose projections do not."""
     inner, queries, icds = policy.project(data.queries, data.icds)
     return inner, replace(data, queries=queries, icds=icds)
 
 
 def to_tensors(groups: Sequence[Group], queries: Tensor, icds: Tensor) -> GroupTensors:
-    """Groups over feature matrices (N, D). Raises LeverError when a group points outside them, when a feature is not
-    finite or too long, or when a reward is not finite in float32. A feature of zeros is like nothing, and harmless."""
+    """Return the groups as tensors over feature matrices (N, D). Raises LeverError when a group points outside them,
+    when a feature is not finite or too long, or when a reward is not finite in float32. A feature of zeros is allowed:
+    its similarity to every other is 0."""
     if not groups:
         raise LeverError(
             "no group of rollouts is left to work with: the file has too few queries (rollout.num_queries)"

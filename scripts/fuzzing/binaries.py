@@ -182,7 +182,7 @@ def features(folder: Path) -> Target:
 def bank(folder: Path) -> Target:
     """A file of the vision bank."""
     from lever_lm.data import image_digest
-    from lever_lm.lvlm.feature_cache import VisionBank
+    from lever_lm.lvlm.feature_cache import FeatureCache
 
     images = [str(folder / name) for name in ("a.jpg", "b.jpg")]
     for image in images:
@@ -193,7 +193,7 @@ def bank(folder: Path) -> Target:
     path.parent.mkdir()
 
     def read() -> None:
-        found = VisionBank(path.parent, memory=1 << 20, disk=1 << 30)
+        found = FeatureCache(path.parent, memory=1 << 20, disk=1 << 30)
         found.missing(images)
         for image in images:
             if not found.missing([image]):

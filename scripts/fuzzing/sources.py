@@ -168,8 +168,8 @@ def server(folder: Path) -> Target:
     from lever_lm.config.schema import LvlmConfig, PromptConfig
     from lever_lm.data import Example
     from lever_lm.lvlm import build_prompt
-    from lever_lm.lvlm.openai_client import check_server
     from lever_lm.lvlm.openai_server import ServerLvlm
+    from lever_lm.lvlm.openai_servers import check_server
 
     ssl.SSLContext.load_verify_locations = lambda *_: None  # a client for each case would read all certificates
     image, replies = folder / "x.png", _Replies()
@@ -193,7 +193,7 @@ def server(folder: Path) -> Target:
         if content[:1] == b"\1":
             check_server(config)
         elif content[:1] == b"\2":
-            lvlm.answer([prompt])
+            lvlm.generate([prompt])
         else:
             lvlm.answer_log_prob([prompt], ["cat"])
 

@@ -45,7 +45,8 @@ from lever_lm.data.checks import check_examples
 from lever_lm.data.embeddings import ClipEncoder, compute_features, encoder_fingerprint
 from lever_lm.data.pools import Candidates
 from lever_lm.lvlm import build_prompt, load_lvlm
-from lever_lm.lvlm.qwen2_5_vl import LocalLvlm, local_fingerprint
+from lever_lm.lvlm.backend import load_local
+from lever_lm.lvlm.local import LocalLvlm, local_fingerprint
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.hub import fetch_model, missing_files, model_folder, weights_digest
 from lever_lm.utils.paths import asset_path
@@ -105,7 +106,7 @@ def small(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def lvlm() -> LocalLvlm:
-    return LocalLvlm(LvlmConfig(path="asset:tiny-qwen2.5-vl", dtype="float32"), PromptConfig(), "cpu")
+    return load_local(LvlmConfig(path="asset:tiny-qwen2.5-vl", dtype="float32"), PromptConfig(), "cpu")
 
 
 @pytest.fixture(scope="module")

@@ -312,7 +312,8 @@ def test_paths_of_this_machine_are_not_shared(tmp_path):
         lvlm=LvlmConfig(path="Qwen/Qwen2.5-VL-3B-Instruct", server="http://me:8000/v1"),
     )
     setting = setting_of(to_dict(config))
-    assert setting["data"] == {"name": "okvqa", "coco_path": "hub:some/images", "train_path": "", "file_prefix": ""}
+    shared = {"name": "okvqa", "coco_path": "hub:some/images", "train_path": "", "task": "vqa", "file_prefix": ""}
+    assert setting["data"] == shared
     assert setting["features"]["encoder"] == "clip-of-mine"
     assert setting["lvlm"]["path"] == "Qwen/Qwen2.5-VL-3B-Instruct"
     assert "server" not in setting["lvlm"]

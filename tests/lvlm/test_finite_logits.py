@@ -82,14 +82,14 @@ def prompts(digits):
 @pytest.mark.parametrize(("beams", "dtype"), [(1, "float32"), (3, "bfloat16")])
 def test_a_generation_that_is_not_finite_names_the_question(monkeypatch, prompts, beams, dtype):
     ours = local_lvlm(num_beams=beams, dtype=dtype)
-    inner, broken = ours._prefill, prompts[2]
+    inner, broken = ours.family.prefill, prompts[2]
 
     def prefill(batch):
         prefilled = inner(batch)
         prefilled.logits[batch.index(broken)] = math.nan
         return prefilled
 
-    monkeypatch.setattr(ours, "_prefill", prefill)
+    monkeypatch.setattr(ours.family, "prefill", prefill)
     text = message(ours.generate, prompts)
     assert text.startswith(
         f"question {broken.query.question_id}: asset:tiny-qwen2.5-vl in {dtype} gives its prompt logits"
@@ -99,31 +99,31 @@ def test_a_generation_that_is_not_finite_names_the_question(monkeypatch, prompts
 
 def test_a_log_prob_that_is_not_finite_names_the_question(monkeypatch, prompts):
     ours = local_lvlm()
-    head, query = ours.model.lm_head.forward, prompts[3].query.question_id
+    head, query = ours.family.model.lm_head.forward, prompts[3].query.question_id
 
     def forward(hidden):
         logits = head(hidden)
         logits[0, 5] = math.nan  # of one token of the whole vocabulary
         return logits
 
-    monkeypatch.setattr(ours.model.lm_head, "forward", forward)
+    monkeypatch.setattr(ours.family.model.lm_head, "forward", forward)
     assert f"question {query}: " in message(ours.answer_log_prob, prompts[3:4], ["7"])
 
 
 def test_image_features_that_are_not_finite_name_the_image_and_stay_off_the_disk(monkeypatch, tmp_path, prompts):
     from lever_lm.config.schema import LvlmConfig
-    from lever_lm.lvlm.qwen2_5_vl import LocalLvlm
+    from lever_lm.lvlm import load_local
 
     config = LvlmConfig(path="asset:tiny-qwen2.5-vl", dtype="float32")
-    ours = LocalLvlm(config, PromptConfig(), "cpu", bank=tmp_path / "bank")
-    tower = ours.vision._tower
+    ours = load_local(config, PromptConfig(), "cpu", folder=tmp_path / "bank")
+    tower = ours.family.vision._tower
 
     def broken(*args):
         features = tower(*args)
         features[0][0, 3] = math.nan
         return features
 
-    monkeypatch.setattr(ours.vision, "_tower", broken)
+    monkeypatch.setattr(ours.family.vision, "_tower", broken)
     text = message(ours.generate, prompts[:1])
     assert text.startswith(f"the image {prompts[0].images[0]}: the vision tower of asset:tiny-qwen2.5-vl gives it NaN")
     assert not list(tmp_path.rglob("*.safetensors"))

@@ -2,14 +2,13 @@
 
 import json
 import math
-import os
 import pickle
 import signal
 from collections import OrderedDict
 
 import pytest
 import torch
-from helpers import CHECKOUT
+from helpers import CHECKOUT, Executed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -216,16 +215,6 @@ def test_a_converted_file_shares_no_memory_with_its_source():
 
 
 # ---------------------------------------------------------------------- files that are none
-
-
-class Executed:
-    """Pickles to a call that would make a file."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["plain-pickle", "in-a-checkpoint"])

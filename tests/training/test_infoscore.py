@@ -16,7 +16,8 @@ from lvlm_helpers import plain_inputs, plain_log_prob
 from lever_lm.config.schema import RolloutConfig
 from lever_lm.lvlm import CachedLvlm, build_prompt, cut_answer
 from lever_lm.lvlm.answer_cache import AnswerCache
-from lever_lm.lvlm.qwen2_5_vl import LocalLvlm, local_fingerprint
+from lever_lm.lvlm.backend import load_local
+from lever_lm.lvlm.local import local_fingerprint
 from lever_lm.tasks.vqa_metrics import vqa_accuracy
 from lever_lm.training import grpo as training
 from lever_lm.training.rollouts.file_format import load_groups
@@ -148,7 +149,7 @@ def config(digits_config):
 
 @pytest.fixture(scope="module")
 def model(config):
-    return LocalLvlm(config.lvlm, config.prompt, "cpu")
+    return load_local(config.lvlm, config.prompt, "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -182,15 +183,15 @@ def test_a_log_prob_counts_exactly_the_tokens_of_the_answer(single, digits, conf
     for query, pool in list(zip(proposals.queries, proposals.pools, strict=True))[:6]:
         prompt = build_prompt([train[pool[0]]], query, config.prompt)
         inputs = plain_inputs(model, prompt, config.prompt.style)
-        target = model.tokenizer(query.answer, add_special_tokens=False).input_ids
-        assert model.tokenizer.decode(target) == query.answer
+        target = model.family.tokenizer(query.answer, add_special_tokens=False).input_ids
+        assert model.family.tokenizer.decode(target) == query.answer
         total, ids = 0.0, inputs["input_ids"]
         for token in target:
             step = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
             if "mm_token_type_ids" in inputs:
-                step["mm_token_type_ids"] = (ids == model.image_token_id).int()
+                step["mm_token_type_ids"] = (ids == model.family.image_token_id).int()
             with torch.inference_mode():
-                total += float(model.model(**step).logits[0, -1].float().log_softmax(-1)[token])
+                total += float(model.family.model(**step).logits[0, -1].float().log_softmax(-1)[token])
             ids = torch.cat([ids, torch.tensor([[token]])], 1)
         assert model.answer_log_prob([prompt], [query.answer])[0] == pytest.approx(total, abs=1e-4)
 

@@ -32,7 +32,8 @@ from worlds import (
 
 from lever_lm.lvlm import CachedLvlm, build_prompt, cut_answer
 from lever_lm.lvlm.answer_cache import AnswerCache
-from lever_lm.lvlm.qwen2_5_vl import LocalLvlm, local_fingerprint
+from lever_lm.lvlm.backend import load_local
+from lever_lm.lvlm.local import local_fingerprint
 from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.tasks.vqa_metrics import vqa_accuracy
 from lever_lm.training.batches import GroupTensors, to_tensors
@@ -312,7 +313,7 @@ def logged(digits, digits_config, digits_features, tmp_path_factory):
     folder = tmp_path_factory.mktemp("online")
     stamp = local_fingerprint(config.lvlm, config.prompt, "cpu")
     cache = AnswerCache(folder / "answers.sqlite")
-    lvlm = CachedLvlm(lambda: LocalLvlm(config.lvlm, config.prompt, "cpu"), stamp, cache, track)
+    lvlm = CachedLvlm(lambda: load_local(config.lvlm, config.prompt, "cpu"), stamp, cache, track)
     make_rollouts(config, digits, digits_features, lvlm, folder / "rl_data.json", lambda text: None)
     return config, folder / "rl_data.json", lvlm
 
@@ -416,10 +417,6 @@ def test_online_training_on_the_digits_is_planned_done_and_not_asked_twice(lever
     again = lever(*command)
     assert again.status == 0
     assert "prompts to ask" not in again.err
-    afresh = lever(*command, "--overwrite")
-    assert "prompts to ask" not in afresh.err
-    assert rows_in(digits_folder / RUN) == rows
-    assert answers_in(digits_folder) == asked
 
     # Rollouts of this dataset under another name: online too. Features of one's own name no examples.
     shutil.copy2(digits_folder / ROLLOUTS, digits_folder / "own.json")
@@ -497,9 +494,6 @@ def test_a_gru_policy_trains_resumes_and_infers(lever, digits_folder):
     assert one.json["converted"] is None
     more = lever("train", *QUICK, *gru)
     assert "going on after grpo epoch 1" in more.err
-    whole = lever("train", *QUICK, *gru, "--run-name", "whole")
-    assert whole.status == 0
-    assert rows_in(digits_folder / RUN) == rows_in(digits_folder / RUN.with_name("whole"))
     inferred = lever("infer", *QUICK[:-4], *gru, "--shots", "2")
     assert inferred.status == 0, inferred.err
     assert inferred.json["results"][0]["n"] == 8

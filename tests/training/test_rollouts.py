@@ -12,7 +12,8 @@ from helpers import small_digits, track
 from lever_lm.config.schema import PromptConfig
 from lever_lm.lvlm import CachedLvlm, build_prompt, cut_answer
 from lever_lm.lvlm.answer_cache import AnswerCache
-from lever_lm.lvlm.qwen2_5_vl import LocalLvlm, local_fingerprint
+from lever_lm.lvlm.backend import load_local
+from lever_lm.lvlm.local import LocalLvlm, local_fingerprint
 from lever_lm.tasks import TASKS
 from lever_lm.tasks.vqa_metrics import normalize_answer, relevance, vqa_accuracy
 from lever_lm.training.rollouts.file_format import group_report, load_groups
@@ -70,7 +71,7 @@ def make(digits, digits_features, config, tmp_path):
     """make(config changes, dies_at) → (report or None, model); file and cache are those of one results folder."""
 
     def run(changed=config, dies_at=None, path=tmp_path / "rl_data.json", said=None):
-        model = Halting(changed.lvlm, changed.prompt, "cpu")
+        model = Halting(load_local(changed.lvlm, changed.prompt, "cpu").family, changed.lvlm, changed.prompt)
         model.dies_at = dies_at
         stamp = local_fingerprint(changed.lvlm, changed.prompt, "cpu")
         asks = local_fingerprint(changed.lvlm, PromptConfig(), "cpu")
@@ -87,7 +88,7 @@ def made(digits, digits_features, config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("rollouts")
     stamp = local_fingerprint(config.lvlm, config.prompt, "cpu")
     cache = AnswerCache(folder / "answers.sqlite")
-    lvlm = CachedLvlm(lambda: LocalLvlm(config.lvlm, config.prompt, "cpu"), stamp, cache, track)
+    lvlm = CachedLvlm(lambda: load_local(config.lvlm, config.prompt, "cpu"), stamp, cache, track)
     make_rollouts(config, digits, digits_features, lvlm, folder / "rl_data.json", lambda text: None)
     return folder / "rl_data.json"
 
@@ -224,7 +225,7 @@ def test_the_file_loads_as_groups(made, entries):
 
 
 def test_answers_are_the_models_own(trajectories, digits, config):
-    model = LocalLvlm(config.lvlm, config.prompt, "cpu")
+    model = load_local(config.lvlm, config.prompt, "cpu")
     train = digits.train_examples
     prompts = [
         build_prompt([train[i] for i in t["pointer_global"]], train[row], config.prompt) for row, _, t in trajectories
@@ -307,7 +308,7 @@ def test_retrieval_takes_the_most_similar_pairs_that_no_beam_took(entries, digit
 class Dressed:
     """An LVLM that sees the same thing everywhere."""
 
-    def batches(self, prompts):
+    def batches(self, prompts, answers=None):
         return [list(range(len(prompts)))]
 
     def generate(self, prompts):
@@ -407,7 +408,7 @@ def test_pools_and_proposals_are_followed_as_the_answers_are(digits, digits_feat
 
     stamp = local_fingerprint(config.lvlm, config.prompt, "cpu")
     cache = AnswerCache(tmp_path / "answers.sqlite")
-    lvlm = CachedLvlm(lambda: LocalLvlm(config.lvlm, config.prompt, "cpu"), stamp, cache, follow)
+    lvlm = CachedLvlm(lambda: load_local(config.lvlm, config.prompt, "cpu"), stamp, cache, follow)
     make_rollouts(config, digits, digits_features, lvlm, tmp_path / "rl_data.json", lambda text: None)
     assert followed[:2] == [("pools", QUERIES), ("proposals", QUERIES)]
     assert followed[-1][0] == "rollouts"
