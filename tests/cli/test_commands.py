@@ -296,8 +296,8 @@ def test_quiet_leaves_errors_alone(trained, lever):
 
 def test_quiet_leaves_results_alone(trained, lever):
     """What was asked for is printed: table and tests, epochs, paths, plan, list."""
-    spoken = lever("infer", "--shots", "1", "--limit", "8", "--baselines").out
-    quiet = lever("infer", "--shots", "1", "--limit", "8", "--baselines", "--quiet").out
+    spoken = lever("infer", "--shots", "1", "--limit", "4", "--baselines").out
+    quiet = lever("infer", "--shots", "1", "--limit", "4", "--baselines", "--quiet").out
     assert quiet == spoken[spoken.index("Official VQA accuracy") :]
     assert "(paired)" in quiet
     assert [line.split()[0] for line in lever("best-ckpt", "--show-all", "--quiet").out.splitlines()[3:7]] == [*"1234"]
