@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lever_lm.lvlm.feature_cache import VisionBank
+from lever_lm.lvlm.feature_cache import FeatureCache
 
 BAD_BANKS = {
     "nested": ({}, "[" * 100_000),
@@ -30,6 +30,6 @@ def test_a_bank_file_that_is_not_what_it_says_is_thrown_out(tmp_path, kind):
     good, bad = tmp_path / f"{'1' * 16}.safetensors", tmp_path / f"{'2' * 16}.safetensors"
     save_file({"c" * 16: torch.zeros(4, 5)}, good, metadata={"grids": json.dumps({"c" * 16: [1, 4, 4]})})
     save_file(tensors, bad, metadata={"grids": grids})
-    bank = VisionBank(tmp_path, memory=1 << 20, disk=1 << 20)
+    bank = FeatureCache(tmp_path, memory=1 << 20, disk=1 << 20)
     assert len(bank) == 1
     assert (good.exists(), bad.exists()) == (True, False)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from lever_lm.config.schema import LvlmConfig, PromptConfig
 from lever_lm.data.embeddings import ClipEncoder
-from lever_lm.lvlm.qwen2_5_vl import LocalLvlm
+from lever_lm.lvlm.local import LocalLvlm
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.paths import asset_path
 
