@@ -9,12 +9,12 @@ from random import Random
 
 import numpy as np
 import torch
-from safetensors.torch import save
-
 from fuzzing.harness import Parser, Target
 from fuzzing.mutations import TOKENS, noise, spoil_bytes, spoil_json
 from fuzzing.texts import to_file
 from fuzzing.torchfiles import Payload
+from safetensors.torch import save
+
 from lever_lm.data.embeddings import read_embeddings
 
 # ---------------------------------------------------------------------- arrays and safetensors
