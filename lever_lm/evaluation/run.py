@@ -269,7 +269,7 @@ def _learned(pipeline: Pipeline, chosen: dict[str, Chosen]) -> dict:
 def report(
     pipeline: Pipeline, others: Sequence[Path] = (), output: Path | None = None, figures: Path | None = None
 ) -> dict:
-    """The page of the run and of others laid over it, each from its last evaluation; its charts in `figures`."""
+    """Write the page of the run and of others laid over it, each from its last evaluation; its charts in `figures`."""
     if figures is not None:
         check_plots(figures)
     main = Evaluated(pipeline.run, last_evaluation(pipeline.inference))

@@ -110,7 +110,7 @@ def _curve_chart(phase: str, curve: Curve) -> tuple[str, str]:
 
 
 def _is_stale(run: RunFolder, metrics: dict) -> bool:
-    """Whether the policy that was evaluated is another than its checkpoint holds now: the run was made again since."""
+    """Return whether the policy that was evaluated is another than its checkpoint holds now, as after training anew."""
     path = run.path / Path(metrics["checkpoint"]).name
     digests = {digest for digest in metrics["policies"].values() if isinstance(digest, str)}
     if not (digests and metrics["checkpoint"] and path.is_file()):
@@ -166,7 +166,7 @@ def _cell(value) -> str:
 
 
 def _text(path: Path) -> str:
-    """The text of a run's config.yaml; nothing where it cannot be shown."""
+    """Return the text of a run's config.yaml; nothing where it cannot be shown."""
     try:
         return read_bytes(path, CONFIG_LIMIT).decode("utf-8", "replace")
     except (OSError, ValueError):
@@ -177,7 +177,7 @@ def _text(path: Path) -> str:
 
 
 def _compared(ours: tuple[Evaluated, str], theirs: tuple[Evaluated, str]) -> dict:
-    """How another run differs, both with their names: config, environment, and the paired tests."""
+    """Return how another run differs, both with their names: config, environment, and the paired tests."""
     (main, _), (other, name) = ours, theirs
     settings = [_settings(one.run) for one in (main, other)]
     left_out = dict.fromkeys(_NOT_COMPARED)
@@ -191,7 +191,7 @@ def _compared(ours: tuple[Evaluated, str], theirs: tuple[Evaluated, str]) -> dic
 
 
 def _settings(run: RunFolder) -> dict:
-    """The config of a run; {} where it has none, or none that can be read."""
+    """Return the config of a run; {} where it has none, or none that can be read."""
     try:
         return run.settings()
     except LeverError:
@@ -203,12 +203,12 @@ def _differing(ours: dict, theirs: dict) -> list[tuple[str, str, str]]:
 
 
 def _plain(value) -> str:
-    """A value of a config, as it would be typed."""
+    """Return a value of a config, as it would be typed."""
     return value[:_LONGEST] if isinstance(value, str) and value else shown(value, _LONGEST)
 
 
 def _tests(ours: tuple[Evaluated, str], theirs: tuple[Evaluated, str]) -> list[str]:
-    """What each learned method that both have does on the queries that both answered, with the same references."""
+    """Return what each learned method of both does on the queries that both answered, with the same references."""
     runs, names = zip(ours, theirs, strict=True)
     done = [{(row["method"], row["shots"]) for row in run.metrics["results"] if row["shots"]} for run in runs]
     said = []
