@@ -18,13 +18,13 @@ def picture(**how) -> bytes:
     return file.getvalue()
 
 
-def png(width: int, height: int, rows: bytes, *before: tuple[bytes, bytes]) -> bytes:
-    """A grey PNG of any size and rows, with chunks before its pixels."""
+def png(width: int, height: int, rows: bytes, *before: tuple[bytes, bytes], depth: int = 8, colour: int = 0) -> bytes:
+    """A PNG, grey by default, of any size and rows, with chunks before its pixels."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
     middle = b"".join(chunk(*pair) for pair in before)
     return b"\x89PNG\r\n\x1a\n" + head + middle + chunk(b"IDAT", zlib.compress(rows, 9)) + chunk(b"IEND", b"")
 

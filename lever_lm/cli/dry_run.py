@@ -1,4 +1,4 @@
-"""What a command would do, without doing it: stages, what is there, LVLM calls, time and disk. Writes nothing."""
+"""The plan of a command: its stages, which of them are done, LVLM calls, time and disk. Nothing is written."""
 
 import contextlib
 import math
@@ -28,7 +28,7 @@ from lever_lm.utils.file_hashes import DIGESTS
 from lever_lm.utils.hub import model_folder, parameter_count
 from lever_lm.utils.progress import duration, untracked
 
-# Multiply-adds a second that are reached in practice, for a first guess before anything was measured.
+# Multiply-adds a second that are reached in practice: a first guess before a speed was measured.
 _REACHED = {"cuda": 1e14, "cpu": 5e10}
 _TEXT_TOKENS = 30  # of a question with its answer
 _ENCODER_TOKENS = 257  # of an image, for CLIP ViT-L/14
@@ -90,14 +90,14 @@ def show_plan(
 
 
 def _places(pipeline) -> dict[str, Path]:
-    """Where the stages of a pipeline leave what they make."""
+    """Return the path of what each stage of a pipeline makes."""
     layout = pipeline.layout
     made = {"features": layout.features, "rollouts": layout.rollouts}
     return {**made, "run": pipeline.run.path, "inference": pipeline.inference}
 
 
 def show_places(pipeline) -> None:
-    """Say where the stages of a pipeline leave what they make, and whether it is there."""
+    """Say the path of what each stage of a pipeline makes, and whether it is there."""
     for name, path in _places(pipeline).items():
         pipeline.screen.say(f"{name}: {path} ({'there' if path.exists() else 'to be made'})")
 
@@ -142,7 +142,7 @@ def _queries_of(config: Config, rl_data: Path) -> list[int]:
 
 
 class _Planner:
-    """What is known of data, features and model before any of them is made."""
+    """The plan of each stage, from the data, features and model that are here already."""
 
     def __init__(self, config: Config, layout: Layout):
         self.config, self.layout, self.disk = config, layout, disk_needed(config)

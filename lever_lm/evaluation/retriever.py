@@ -236,7 +236,7 @@ class Retriever:
 
     @cached_property
     def _urls(self):
-        from lever_lm.lvlm.data_urls import DataUrls
+        from lever_lm.lvlm.images import DataUrls
 
         import_transformers()  # qwen_vl_utils needs torchvision
         return DataUrls(self.config.lvlm)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from lever_lm.config.schema import LvlmConfig, PromptConfig
 from lever_lm.data import Image, open_image
-from lever_lm.lvlm.image_size import TOKEN_EDGE, image_tokens
+from lever_lm.lvlm.images import TOKEN_EDGE, image_tokens
 from lever_lm.lvlm.openai_client import ServerError
 from lever_lm.lvlm.openai_servers import Served
 from lever_lm.lvlm.processor import load_processor

@@ -2,12 +2,11 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from lever_lm.config.schema import LvlmConfig, PromptConfig, keys_of
-from lever_lm.data import Image
 from lever_lm.lvlm.decoding import NotFinite, Prefilled, beam_search, greedy
 from lever_lm.lvlm.processor import load_processor
 from lever_lm.lvlm.prompt import Prompt, wording
@@ -21,28 +20,19 @@ from lever_lm.utils.transformers_compat import first_line, import_transformers, 
 _CHARS_PER_TOKEN = 3  # of English, a few less than there are: good enough to sort and to budget by
 
 
-class Images(Protocol):
-    """The vision side of a family."""
-
-    def see(self, images: Sequence[Image]) -> None:
-        """Encode what is new among images."""
-
-    def see_together(self, images: Sequence[Image]) -> None:
-        """Encode what is new, each process of a job its share. A call of the whole job."""
-
-    def tokens(self, image: Image) -> int:
-        """Return the number of tokens of an image that has been seen."""
-
-
 class Family(Protocol):
-    """A loaded model and what is its family's own; one prompt's numbers do not depend on the rest of its batch."""
+    """A loaded model and what is its family's own; one prompt's numbers do not depend on the rest of its batch.
+
+    `vision` encodes images that are new (`see`, and `see_together` where a job shares them) and counts the `tokens` of
+    an image that it has seen.
+    """
 
     model: torch.nn.Module
-    tokenizer: object
+    tokenizer: Any
+    vision: Any
     device: torch.device
     dtype: torch.dtype
     pad: int
-    vision: Images
 
     def prefill(self, prompts: Sequence[Prompt]) -> Prefilled:
         """Run prompts, whose images have been seen, through the language model."""
@@ -66,7 +56,7 @@ class LocalLvlm:
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt]) -> list[str]:
         """See `Backend`. Raises LeverError for a prompt too long for the model's context or the device's memory."""
-        return self._in_batches(prompts, None, self._write)
+        return self._in_batches(prompts, [None] * len(prompts), self._write)
 
     @torch.inference_mode()
     def answer_log_prob(self, prompts: Sequence[Prompt], answers: Sequence[str], *, end: bool = False) -> list[float]:
@@ -86,7 +76,7 @@ class LocalLvlm:
 
         return self._in_batches(prompts, targets, score)
 
-    def _write(self, batch: list[Prompt], _: None) -> list[str]:
+    def _write(self, batch: list[Prompt], _: list[None]) -> list[str]:
         prefilled = self.family.prefill(batch)
         common = (self.config.max_new_tokens, self.eos, self.family.pad)
         try:
@@ -111,7 +101,8 @@ class LocalLvlm:
         done is cut as before.
         """
         self.family.vision.see_together([image for prompt in prompts for image in prompt.images])
-        lengths = self._lengths(prompts, None if answers is None else self._tokens(answers))
+        targets = [None] * len(prompts) if answers is None else self._tokens(answers)
+        lengths = list(map(self._length, prompts, targets))
         order, cut = _longest_first(lengths), []
         while order:
             size = self._fitting(lengths[order[0]], self.config.batch_tokens)
@@ -119,17 +110,17 @@ class LocalLvlm:
             order = order[size:]
         return cut
 
-    def _in_batches(self, prompts: Sequence[Prompt], targets: list[list[int]] | None, ask: Callable) -> list:
+    def _in_batches(self, prompts: Sequence[Prompt], targets: list[list[int] | None], ask: Callable) -> list:
         """Return ask(prompts, targets) of all, in the order of the prompts. A batch that does not fit into memory is
         halved, and the batches after it are cut as small."""
         self.family.vision.see([image for prompt in prompts for image in prompt.images])
-        lengths = self._lengths(prompts, targets)
+        lengths = list(map(self._length, prompts, targets))
         order, results = _longest_first(lengths), [None] * len(prompts)
         while order:
             longest = lengths[order[0]]
             batch = order[: self._fitting(longest, self._budget)]
             try:
-                done = ask([prompts[i] for i in batch], targets and [targets[i] for i in batch])
+                done = ask([prompts[i] for i in batch], [targets[i] for i in batch])
             except torch.OutOfMemoryError as error:
                 if len(batch) == 1:
                     prompt = prompts[batch[0]]
@@ -149,18 +140,13 @@ class LocalLvlm:
         """Return how many prompts of a length go into one batch."""
         return max(1, min(self.config.batch_size, budget // length))
 
-    def _lengths(self, prompts: Sequence[Prompt], targets: list[list[int]] | None) -> list[int]:
-        """Return about how many tokens each prompt has; and exactly its target and the end of the turn, if any."""
-        lengths = list(map(self._length, prompts))
-        if targets is None:
-            return lengths
-        return [length + len(target) + 1 for length, target in zip(lengths, targets, strict=True)]
-
-    def _length(self, prompt: Prompt) -> int:
-        """Return about how many tokens a prompt has: those of images counted, those of texts guessed."""
+    def _length(self, prompt: Prompt, target: list[int] | None) -> int:
+        """Return about how many tokens a prompt has: those of images, of its target and the end of the turn counted,
+        those of texts guessed."""
         examples, around = (*prompt.icds, prompt.query), len(self.prompt.template)
         text = len(self.prompt.system) + sum(around + len(e.question) + len(e.answer) for e in examples)
-        return sum(map(self.family.vision.tokens, prompt.images)) + text // _CHARS_PER_TOKEN
+        length = sum(map(self.family.vision.tokens, prompt.images)) + text // _CHARS_PER_TOKEN
+        return length if target is None else length + len(target) + 1
 
     def _broken(self, prompt: Prompt, what: str) -> LeverError:
         """Return the error for a prompt to which the model gives numbers that are not finite."""

@@ -15,7 +15,7 @@ from dataclasses import replace
 from lever_lm.config.schema import LvlmConfig, PromptConfig
 from lever_lm.data import Image
 from lever_lm.lvlm.context_length import Room
-from lever_lm.lvlm.data_urls import DataUrls
+from lever_lm.lvlm.images import DataUrls
 from lever_lm.lvlm.openai_client import SEE_LOG, ServerError, served_name
 from lever_lm.lvlm.openai_servers import Servers, check_server
 from lever_lm.lvlm.prompt import Prompt, holder, to_messages, wording

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -129,31 +130,22 @@ class Servers:
         Failures that may pass are repeated `lvlm.retries` times, and for `lvlm.wait` seconds where nothing serves:
         after a wait that doubles from a second, or as long as the server asks for.
         """
-        from tenacity import AsyncRetrying, retry_if_exception, wait_exponential_jitter
-
-        doubling = wait_exponential_jitter(initial=1, max=MAX_WAIT / 2, jitter=1)
-
-        def wait(state) -> float:
-            error = state.outcome.exception()
-            if error.wait is not None:
-                return min(error.wait, MAX_WAIT)
-            return min(doubling(state), LOOK) if error.kind == "down" and self.config.wait else doubling(state)
-
-        def stop(state) -> bool:
-            down = state.outcome.exception().kind == "down"
-            return state.attempt_number > self.config.retries and not (
-                down and state.seconds_since_start < self.config.wait
-            )
-
-        passing = retry_if_exception(lambda error: isinstance(error, ServerError) and error.may_pass)
-        tries = AsyncRetrying(retry=passing, stop=stop, wait=wait, sleep=_pause, reraise=True)
-        try:
-            return await tries(self._try, body)
-        except ServerError as error:
-            number = tries.statistics["attempt_number"]
-            if number == 1 or not error.may_pass:
-                raise
-            raise ServerError(f"{error.found}, {number} times", error.mend) from error
+        started, number = time.monotonic(), 0
+        while True:
+            number += 1
+            try:
+                return await self._try(body)
+            except ServerError as error:
+                waited_for = error.kind == "down" and time.monotonic() - started < self.config.wait
+                if not error.may_pass or (number > self.config.retries and not waited_for):
+                    times = f", {number} times" if error.may_pass and number > 1 else ""
+                    raise ServerError(f"{error.found}{times}", error.mend) from error
+                pause = min(2 ** (number - 1) + random.random(), MAX_WAIT / 2)
+                if error.wait is not None:
+                    pause = min(error.wait, MAX_WAIT)
+                elif error.kind == "down" and self.config.wait:
+                    pause = min(pause, LOOK)
+            await _pause(pause)
 
     async def _try(self, body: bytes) -> dict:
         """Send one request to the server with the least to do."""

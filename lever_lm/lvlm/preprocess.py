@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lever_lm.config.schema import LvlmConfig
 from lever_lm.data import Image, open_image
-from lever_lm.lvlm.image_size import fitted
+from lever_lm.lvlm.images import fitted
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.transformers_compat import first_line
 

@@ -20,7 +20,7 @@ from lever_lm.utils.errors import LeverError, UsageError
 
 @dataclass(frozen=True)
 class Source:
-    """What a policy is trained on: a rollout file, features (N, D) of queries and ICDs, and their fingerprint.
+    """The data of a training: a rollout file, features (N, D) of queries and ICDs, and their fingerprint.
 
     made_for: what a checkpoint says of the features; made_of: fingerprints of what rollouts and features were made of;
     files: those of the user's own.

@@ -104,38 +104,25 @@ def test_an_unexpected_failure_shows_its_traceback_only_with_debug(trained, leve
         (["train", "--seed", "x"], ["--seed"]),
         (["train", "--seed", "-1"], ["seed"]),
         (["train", "--limit", "1"], ["--limit"]),
-        (["train", "--limit", "0"], ["--limit"]),
         (["train", "surplus"], ["surplus"]),
-        (["train", "--grpo-epochs"], ["--grpo-epochs"]),
         (["train", "--grpo-epochs", "-1"], ["--grpo-epochs"]),
         (["train", "--rce-epochs", "0", "--grpo-epochs", "0"], ["--rce-epochs", "--grpo-epochs"]),
         (["train", "--set", "grpo.kl_bta=0.1"], ["grpo.kl_bta", "'grpo.kl_beta'"]),
-        (["train", "--set", "gppo.lr=0.1"], ["gppo", "grpo"]),
         (["train", "--set", "grpo.lr"], ["--set", "key=value"]),
         (["train", "--set", "grpo.lr=fast"], ["grpo.lr", "'fast'"]),
-        (["train", "--set", "grpo.epochs=2.5"], ["grpo.epochs", "2.5"]),
-        (["train", "--set", "grpo=5"], ["grpo"]),
-        (["train", "--set", "grpo.advantage=best"], ["grpo.advantage", "zscore"]),
         (["train", "--set", "reward.mode=hard_only_v9"], ["hard_only_v9", "hard_only", "reward.mode"]),
         (["train", "--set", "policy.state_update=gruu"], ["gruu", "gate"]),
-        (["train", "--set", "policy.num_heads=3"], ["num_heads"]),
         (["train", "--set", "sampler.name=mix"], ["'mix'", "mix_sampler"]),
-        (["train", "--set", "rollout.temperatures=[1.0, 0]"], ["rollout.temperatures"]),
         (["train", "--set", "rollout.pool_size=1"], ["rollout.pool_size", "rollout.shots"]),
         (["train", "--dataset", "digit"], ["'digit'", "'digits'"]),
-        (["train", "--lvlm", "qwen2.5_vl_3"], ["qwen2.5_vl_3", "qwen2.5_vl_3B"]),
-        (["train", "--sampler", "rand_sampl"], ["rand_sampl", "'rand_sampler'"]),
-        (["train", "--recipe", "clasic"], ["clasic", "'classic'"]),
         (["train", "--features", "query_img_icd"], ["query_img_icd", "--features"]),
         (["train", "--run-name", "a/b"], ["--run-name", "a/b"]),
-        (["train", "--run-name", ".."], ["--run-name"]),
         (["best-ckpt", "--run-name", ".lock"], ["--run-name", "'.lock'"]),
         (["train", "--config", "missing.yaml"], ["missing.yaml", "--config"]),
         (["train", "--quiet", "--verbose"], ["--quiet", "--verbose"]),
         (["best-ckpt", "--strategy", "val_los"], ["val_los", "val_loss"]),
         (["infer", "--shots", "0"], ["--shots"]),
         (["infer", "--shots", "x"], ["--shots", "'x'"]),
-        (["demo", "--shots", "0"], ["--shots"]),
         (["convert", "--to", "v4"], ["--to", "v4"]),
     ],
     ids=" ".join,
@@ -151,28 +138,12 @@ def test_an_unknown_device_is_refused_before_anything_is_written(lever, tmp_path
     assert files_in(tmp_path) == {}
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ("grpo: {epochz: 3}", ["grpo.epochz", "'grpo.epochs'"]),
-        ("grpoo: {epochs: 3}", ["grpoo"]),
-        ("[1, 2]", ["mapping"]),
-        ("grpo: {epochs: [", ["is not a YAML file"]),
-        ("grpo: 3", ["grpo"]),
-        ("lvlm: {path: !!python/object/apply:os.system ['true']}", ["is not a YAML file"]),
-    ],
-)
-def test_a_wrong_config_file_is_refused(lever, tmp_path, content, words):
-    (tmp_path / "mine.yaml").write_text(content)
+def test_a_wrong_config_file_is_refused(lever, tmp_path):
+    (tmp_path / "mine.yaml").write_text("grpo: {epochz: 3}")
     before = files_in(tmp_path)
-    assert_refused(lever("train", "--config", "mine.yaml", "--json"), 2, *words)
-    assert files_in(tmp_path) == before
-
-
-def test_a_config_file_that_is_binary_or_a_folder_is_refused(lever, tmp_path):
-    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x01")
-    assert_refused(lever("train", "--config", "binary.yaml", "--json"), 2, "binary.yaml")
+    assert_refused(lever("train", "--config", "mine.yaml", "--json"), 2, "grpo.epochz", "'grpo.epochs'")
     assert_refused(lever("train", "--config", ".", "--json"), 2, "--config")
+    assert files_in(tmp_path) == before
 
 
 # ---------------------------------------------------------------------- nothing there
@@ -231,16 +202,13 @@ class Harm:
 def bad_checkpoint(kind: str, whole: bytes) -> bytes:
     return {
         "text": b"these are my notes about checkpoints\n",
-        "empty": b"",
         "truncated": whole[: len(whole) // 2],
-        "header only": whole[:30],
         "pickle with code": pickle.dumps({"model_state_dict": Harm()}),
-        "old pickle with code": pickle.dumps(Harm(), protocol=0),
         "plain pickle": pickle.dumps({"epoch": 3}),
     }[kind]
 
 
-BAD = ("text", "empty", "truncated", "header only", "pickle with code", "old pickle with code", "plain pickle")
+BAD = ("text", "truncated", "pickle with code", "plain pickle")
 
 
 @pytest.mark.parametrize("kind", BAD)
@@ -253,18 +221,7 @@ def test_a_checkpoint_that_is_not_one_is_refused_before_any_work(trained_once, l
     assert list(files_in(tmp_path)) == ["grpo_epoch1.pt"]
 
 
-def test_a_torch_file_that_holds_no_policy_is_refused(lever, tmp_path):
-    import torch
-
-    for name, content in (("list.pt", [1, 2]), ("tensor.pt", torch.zeros(3)), ("dict.pt", {"epoch": 3})):
-        torch.save(content, tmp_path / name)
-        before = files_in(tmp_path)
-        assert_refused(lever("convert", name, "--json"), 1, name)
-        assert_refused(lever("infer", "--ckpt", name, "--shots", "1", "--limit", "4", "--json"), 1, name)
-        assert files_in(tmp_path) == before
-
-
-@pytest.mark.parametrize("kind", ["text", "truncated", "pickle with code", "plain pickle"])
+@pytest.mark.parametrize("kind", BAD)
 def test_a_broken_resume_state_is_refused_and_nothing_is_touched(trained, lever, kind):
     state = trained / RUN / "state.pt"
     state.write_bytes(bad_checkpoint(kind, state.read_bytes()))
@@ -339,8 +296,8 @@ def test_quiet_leaves_errors_alone(trained, lever):
 
 def test_quiet_leaves_results_alone(trained, lever):
     """What was asked for is printed: table and tests, epochs, paths, plan, list."""
-    spoken = lever("infer", "--shots", "1", "--limit", "8", "--baselines").out
-    quiet = lever("infer", "--shots", "1", "--limit", "8", "--baselines", "--quiet").out
+    spoken = lever("infer", "--shots", "1", "--limit", "4", "--baselines").out
+    quiet = lever("infer", "--shots", "1", "--limit", "4", "--baselines", "--quiet").out
     assert quiet == spoken[spoken.index("Official VQA accuracy") :]
     assert "(paired)" in quiet
     assert [line.split()[0] for line in lever("best-ckpt", "--show-all", "--quiet").out.splitlines()[3:7]] == [*"1234"]
@@ -400,22 +357,6 @@ def test_a_variable_in_effect_is_printed_and_a_flag_wins_over_it(lever, monkeypa
     done = lever("train", "--dry-run", "--json")
     assert "from the environment: GRPO_EPOCHS=7" in done.err
     assert done.json["config"]["grpo"]["epochs"] == 7
-
-
-@pytest.mark.parametrize(("name", "value"), [("GRPO_EPOCHS", "many"), ("KL_BETA", "nan"), ("USE_RANK_ADVANTAGE", "2")])
-def test_a_variable_that_makes_no_sense_is_named(lever, tmp_path, monkeypatch, name, value):
-    monkeypatch.setenv(name, value)
-    done = lever("train", "--json")
-    assert_refused(done, 2)
-    assert name in done.err or "grpo.kl_beta" in done.err
-    assert files_in(tmp_path) == {}
-
-
-def test_paths_of_okvqa_reach_okvqa_and_leave_the_digits_alone(lever, tmp_path, monkeypatch):
-    monkeypatch.setenv("OKVQA_PATH", str(tmp_path / "mine"))
-    done = lever("train", "--dataset", "okvqa_local", "--dry-run", "--json")
-    assert done.json["config"]["data"]["okvqa_path"] == str(tmp_path / "mine")
-    assert lever("train", "--dry-run", "--json").json["config"]["data"]["okvqa_path"] == "asset:digits"
 
 
 def test_the_checkpoint_of_the_environment_is_taken_and_named(trained, lever, monkeypatch):
@@ -580,48 +521,21 @@ def test_a_converted_file_stands_beside_its_source_or_where_it_is_told(trained, 
         assert all(first[name].equal(tensor) for name, tensor in other.items())
 
 
-def spoilt(content: dict, how: str) -> dict:
-    """The content of a checkpoint of either format with its weights spoilt."""
-    name = "model_state_dict" if "model_state_dict" in content else "state_dict"
-    state = dict(content[name])
-    key = next(key for key in state if key.endswith("cand_proj.weight"))
-    if how == "NaN":
-        state[key] = state[key].clone()
-        state[key][0, 0] = float("nan")
-    elif how == "infinite":
-        state[key] = state[key] / 0.0
-    elif how == "a tensor missing":
-        del state[key]
-    elif how == "a tensor of another shape":
-        state[key] = state[key][:1]
-    elif how == "a tensor too many":
-        state[f"{key}.more"] = state[key]
-    else:
-        state = {"encoder.weight": state[key]}
-    return {**content, name: state}
-
-
-SPOILT = ["NaN", "infinite", "a tensor missing", "a tensor of another shape", "a tensor too many", "of another model"]
-
-
-@pytest.mark.parametrize("how", SPOILT)
 @pytest.mark.parametrize("to", ["v2", "v3"])
-def test_convert_refuses_weights_that_no_policy_has(trained, lever, tmp_path, to, how):
-    """Of a v3 file of ours, of a v2 file of Lever-Plus."""
+def test_convert_refuses_weights_that_no_policy_has(trained, lever, to):
     import torch
 
-    source = RUN / "grpo_epoch1.pt"
+    source, states = RUN / "grpo_epoch1.pt", {"v2": "model_state_dict", "v3": "state_dict"}
     if to == "v3":
         assert lever("convert", source, "--output", "sound.ckpt").status == 0
         source = Path("sound.ckpt")
-    content = spoilt(torch.load(source, weights_only=True), how)
-    if to == "v3":
-        content = {key: value for key, value in content.items() if key not in ("config", "format", "lever_lm_config")}
-    torch.save(content, "spoilt.pt")
-    before = files_in(Path())
-    done = lever("convert", "spoilt.pt", "--to", to, "--output", "made.ckpt", "--json")
-    assert_refused(done, 1, "spoilt.pt", *{"NaN": ["NaN"], "infinite": ["infinite"]}.get(how, ["PointerSelector"]))
-    assert files_in(Path()) == before
+    content = torch.load(source, weights_only=True)
+    key = next(key for key in content[states[to]] if key.endswith("cand_proj.weight"))
+    for name, wrong in (("NaN", torch.full_like(content[states[to]][key], float("nan"))), ("PointerSelector", None)):
+        state = {k: wrong if k == key else v for k, v in content[states[to]].items() if k != key or wrong is not None}
+        torch.save({**content, states[to]: state}, "spoilt.pt")
+        assert_refused(lever("convert", "spoilt.pt", "--to", to, "--output", "made", "--json"), 1, "spoilt.pt", name)
+        assert not Path("made").exists()
 
 
 def test_convert_refuses_a_file_that_is_of_the_format_already(trained, lever):

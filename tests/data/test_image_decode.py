@@ -142,3 +142,39 @@ def test_an_image_that_is_a_pipe_a_device_or_a_folder_does_not_hang(tmp_path):
     for name in ("pipe", "zero", "folder"):
         with pytest.raises(LeverError, match=rf"{name}\.jpg: (it is no regular file|Is a directory)"):
             open_image(str(tmp_path / f"{name}.jpg"))
+
+
+def test_a_rotated_photograph_opens_upright(tmp_path):
+    picture = Image.new("RGB", (40, 20), "black")
+    picture.paste((255, 255, 255), (0, 0, 20, 20))  # the left half is white
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90° clockwise: left comes up
+    picture.save(tmp_path / "x.jpg", exif=exif, quality=95)
+    upright = open_image(str(tmp_path / "x.jpg"))
+    assert upright.size == (20, 40)
+    assert min(upright.getpixel((10, 5))) > 240
+    assert max(upright.getpixel((10, 35))) < 15
+
+
+@pytest.mark.parametrize(
+    ("depth", "colour", "row", "transparent", "other"),
+    [
+        (16, 0, struct.pack(">2H", 7, 40000), struct.pack(">H", 7), 156),
+        (16, 2, struct.pack(">6H", 7, 7, 700, *[40000] * 3), struct.pack(">3H", 7, 7, 700), 156),
+        (8, 0, bytes([9, 156]), struct.pack(">H", 9), 156),
+        (8, 2, bytes([9, 9, 9, 156, 156, 156]), struct.pack(">3H", 9, 9, 9), 156),
+        (4, 0, bytes([0x3A]), struct.pack(">H", 3), 170),
+        (2, 0, bytes([0b01100000]), struct.pack(">H", 1), 170),
+        (1, 0, bytes([0b01000000]), struct.pack(">H", 0), 255),
+    ],
+    ids=["16-bit grey", "16-bit colour", "8-bit grey", "8-bit colour", "4-bit grey", "2-bit grey", "1-bit"],
+)
+def test_the_transparent_colour_of_a_png_is_white_at_every_depth(tmp_path, depth, colour, row, transparent, other):
+    (tmp_path / "x.png").write_bytes(png(2, 1, b"\0" + row, (b"tRNS", transparent), depth=depth, colour=colour))
+    picture = open_image(str(tmp_path / "x.png"))
+    assert [picture.getpixel((x, 0)) for x in (0, 1)] == [(255,) * 3, (other,) * 3]
+
+
+def test_a_missing_image_is_refused_with_the_variable(tmp_path):
+    with pytest.raises(LeverError, match=r"image not found: .*none\.jpg .*COCO_PATH"):
+        open_image(str(tmp_path / "none.jpg"))

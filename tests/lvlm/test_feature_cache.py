@@ -339,7 +339,7 @@ def cramped(tokens: int = 10**9, images: int = 10**9) -> LocalLvlm:
         return tower(pixels, grids)
 
     def prefill(prompts):
-        lvlm.tried.append(len(prompts) * max(map(lvlm._length, prompts)))
+        lvlm.tried.append(len(prompts) * max(lvlm._length(prompt, None) for prompt in prompts))
         if lvlm.tried[-1] > tokens:
             raise torch.OutOfMemoryError("no room for prompts")
         return inner(prompts)

@@ -112,7 +112,7 @@ def test_a_log_prob_that_is_not_finite_names_the_question(monkeypatch, prompts):
 
 def test_image_features_that_are_not_finite_name_the_image_and_stay_off_the_disk(monkeypatch, tmp_path, prompts):
     from lever_lm.config.schema import LvlmConfig
-    from lever_lm.lvlm import load_local
+    from lever_lm.lvlm.backend import load_local
 
     config = LvlmConfig(path="asset:tiny-qwen2.5-vl", dtype="float32")
     ours = load_local(config, PromptConfig(), "cpu", folder=tmp_path / "bank")

@@ -23,12 +23,12 @@ from helpers import CHECKOUT, SMALL, answers_in, clean_environment, track
 from loopback import Loopback, Reply, TinyChat, models, said
 
 from lever_lm.config.schema import LvlmConfig, PromptConfig
-from lever_lm.lvlm import build_prompt, data_urls, load_lvlm
+from lever_lm.lvlm import build_prompt, load_lvlm
+from lever_lm.lvlm import images as images_module
 from lever_lm.lvlm import openai_client as client
 from lever_lm.lvlm import openai_servers as servers_module
 from lever_lm.lvlm.backend import load_local
-from lever_lm.lvlm.data_urls import DataUrls
-from lever_lm.lvlm.image_size import fitted
+from lever_lm.lvlm.images import DataUrls, fitted
 from lever_lm.lvlm.local import LocalLvlm, local_fingerprint
 from lever_lm.lvlm.openai_server import ServerLvlm, log_prob_at_end, server_fingerprint
 from lever_lm.lvlm.openai_servers import check_server
@@ -239,12 +239,12 @@ def test_the_size_that_a_server_is_started_with_changes_no_image_of_ours(size):
 
 
 def test_each_image_is_encoded_once_and_no_more_are_kept_than_fit(serve, prompts, monkeypatch):
-    encoded, opened = [], data_urls.open_image
-    monkeypatch.setattr(data_urls, "open_image", lambda image: encoded.append(image) or opened(image))
+    encoded, opened = [], images_module.open_image
+    monkeypatch.setattr(images_module, "open_image", lambda image: encoded.append(image) or opened(image))
     lvlm = make(serve(lambda request: said("three")).url)
     lvlm.generate([*prompts, *prompts])
     assert sorted(encoded) == sorted({image for prompt in prompts for image in prompt.images})
-    monkeypatch.setattr(data_urls, "_MEMORY", 2 * 4 * LvlmConfig.max_pixels)
+    monkeypatch.setattr(images_module, "_URL_MEMORY", 2 * 4 * LvlmConfig.max_pixels)
     urls, (first, second, third) = DataUrls(LvlmConfig()), encoded[:3]
     encoded.clear()
     for image in (first, second, third, third, first):

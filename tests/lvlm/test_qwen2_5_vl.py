@@ -18,7 +18,7 @@ from lever_lm.data import open_image
 from lever_lm.lvlm import build_prompt
 from lever_lm.lvlm.backend import load_local
 from lever_lm.lvlm.decoding import beam_search, float32_logits, repeatable_attention
-from lever_lm.lvlm.image_size import check_pixel_budget, fitted
+from lever_lm.lvlm.images import check_pixel_budget, fitted
 from lever_lm.lvlm.local import LocalLvlm, local_fingerprint
 from lever_lm.utils.errors import LeverError, UsageError
 from lever_lm.utils.paths import asset_path

@@ -391,25 +391,6 @@ def test_gradient_of_log_prob_and_entropy_is_right(variant):
     assert [name for name, gradient in zip(names, gradients, strict=True) if gradient.abs().max() < 1e-9] == []
 
 
-@paired_variants
-def test_a_policy_without_preferences_gives_every_option_the_same_probability(variant):
-    policy = make(variant)
-    query, candidates = inputs(2, 5)
-    with torch.no_grad():
-        policy.cand_proj.weight.zero_()
-        if variant["stop"]:
-            policy.stop_embedding.zero_()
-        one = policy.evaluate(query, candidates, torch.tensor([[[3], [0]]] * 2))
-        more = policy.evaluate(query, candidates, torch.tensor([[[3, 0, 1], [2, 4, -1]]] * 2))
-    fifth = torch.full((2, 2), math.log(5), dtype=torch.float64)
-    torch.testing.assert_close(one, (-fifth, fifth), **EXACT)
-    # Without stop 5, 4 and 3 candidates are left; with it 5, then 4 and the stop, then 3 and the stop.
-    left = [(5, 5, 4), (5, 5, 4)] if variant["stop"] else [(5, 4, 3), (5, 4)]
-    totals = torch.tensor([[math.log(math.prod(options)) for options in left]] * 2, dtype=torch.float64)
-    steps = torch.tensor([len(options) for options in left])
-    torch.testing.assert_close(more, (-totals, totals / steps), **EXACT)
-
-
 # ---------------------------------------------------------------------- padding and batches
 
 
@@ -449,31 +430,6 @@ def test_padding_the_group_changes_nothing(variant):
         torch.testing.assert_close(after[:, [0, 3]], before, **EXACT)
         assert (after[:, 1:3] == 0).all()
     torch.testing.assert_close(ours[2], plain[2], **EXACT)
-
-
-@without_stop
-def test_without_stop_more_columns_of_padding_change_nothing(variant):
-    policy = make(variant)
-    query, candidates = inputs(1, 4)
-    mixed = torch.tensor([[[1, 3, 0], [2, 0, -1], [3, -1, -1]]])
-    ours = policy.evaluate(query, candidates, mixed)
-    for i, sequence in enumerate(([1, 3, 0], [2, 0], [3])):
-        alone = policy.evaluate(query, candidates, torch.tensor([[sequence]]))
-        torch.testing.assert_close([x[0, i] for x in ours], [x[0, 0] for x in alone], **EXACT)
-
-
-@with_stop
-def test_with_stop_the_first_column_of_padding_is_the_stop_and_the_others_change_nothing(variant):
-    policy = make(variant)
-    query, candidates = inputs(1, 4)
-    with torch.no_grad():
-        full, stopped, later = (
-            policy.log_prob(query, candidates, torch.tensor([[[1, 3, *padding]]]))[0, 0]
-            for padding in ([], [-1], [-1, -1, -1])
-        )
-        last = written_out(policy, query[0], candidates[0], [1, 3])[2]
-    assert float(stopped - full) == pytest.approx(log_softmax(last)[4], abs=1e-9)
-    assert torch.equal(later, stopped)
 
 
 @without_stop

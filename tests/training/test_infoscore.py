@@ -19,7 +19,6 @@ from lever_lm.lvlm.answer_cache import AnswerCache
 from lever_lm.lvlm.backend import load_local
 from lever_lm.lvlm.local import local_fingerprint
 from lever_lm.tasks.vqa_metrics import vqa_accuracy
-from lever_lm.training import grpo as training
 from lever_lm.training.rollouts.file_format import load_groups
 from lever_lm.training.rollouts.infoscore import add_infoscore, infoscore_calls, search
 from lever_lm.training.rollouts.propose import propose_groups
@@ -330,69 +329,15 @@ def test_a_rollout_file_with_infoscores_is_planned_made_and_loaded(lever, digits
     assert answers_in(digits_folder) == before
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [["shots=1", "infoscore=3"], ["shots=1", "infoscore=2", "gt_prob=true"], ["shots=3", "infoscore=2"]],
-    ids=" ".join,
-)
-def test_no_more_is_asked_than_was_planned(lever, digits_folder, settings):
-    flags = [part for setting in settings for part in ("--set", f"rollout.{setting}")]
-    command = ["--limit", "3", *SMALL[2:], *NO_OTHERS, "--set", "rollout.infoscore_candidates=4", *flags]
-    plan = planned_calls(lever, *command)
-    assert lever("rollout", *command).status == 0
-    assert 0 < answers_in(digits_folder) <= plan["lvlm_calls"]
-
-
-def test_rce_learns_from_what_infoscore_found_alone_and_goes_on_after_a_kill(lever, digits_folder, monkeypatch):
+def test_rce_learns_from_what_infoscore_found_alone(lever, digits_folder):
     command = ["train", *SMALL, *NO_OTHERS, *SEARCH, "--set", "reward.mode=infoscore", "--json"]
-    command += ["--rce-epochs", "2", "--grpo-epochs", "0"]
-    whole = lever(*command, "--run-name", "whole")
-    assert whole.status == 0, whole.err
-    assert whole.json["recommended"]["phase"] == "rce"
-    judge, judged = training.validate, []
-
-    def die_in_the_second_epoch(*args):
-        judged.append(args)
-        if len(judged) == 2:
-            raise KeyboardInterrupt
-        return judge(*args)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(training, "validate", die_in_the_second_epoch)
-        assert lever(*command).status == 130
-    again = lever(*command)
-    assert again.status == 0, again.err
-    assert "going on after rce epoch 1" in again.err
+    done = lever(*command, "--rce-epochs", "2", "--grpo-epochs", "0")
+    assert done.status == 0, done.err
+    assert done.json["recommended"]["phase"] == "rce"
     assert [len(group) for group in entries_in(digits_folder).values()] == [1] * 8
-    rows = [
-        [json.loads(line) for line in (digits_folder / run / "metrics.jsonl").read_text().splitlines()]
-        for run in (RUN, RUN.with_name("whole"))
-    ]
-    losses = [[(row["phase"], row["epoch"], row["train_loss"], row["val_loss"]) for row in run] for run in rows]
-    assert losses[0] == losses[1]
-    assert [row["epoch"] for row in rows[0]] == [1, 2]
+    first, second = map(json.loads, (digits_folder / RUN / "metrics.jsonl").read_text().splitlines())
     # One sequence a query is plain imitation: its own cross-entropy falls.
-    assert rows[0][1]["train_loss"] < rows[0][0]["train_loss"]
-
-
-def test_too_few_candidates_are_refused_before_any_is_asked_about(lever, digits_folder):
-    few = ["--set", "rollout.infoscore=1", "--set", "rollout.infoscore_candidates=1"]
-    done = lever("rollout", *SMALL, *few)
-    assert done.status == 2
-    assert "rollout.infoscore_candidates 1 are too few for rollout.shots 2" in done.err
-    assert not (digits_folder / ROLLOUTS).exists()
-    assert not list(digits_folder.rglob("answers_*"))
-
-
-def test_both_orders_are_in_the_file_only_where_asked(lever, digits_folder):
-    both = ["--limit", "2", "--set", "rollout.pool_size=3", "--set", "rollout.random=30"]
-    for distinct, expected in (("false", 3), ("true", 6)):
-        flag = ["--set", f"rollout.distinct_orders={distinct}"]
-        assert lever("rollout", *both, *flag).status == 0
-        for trajectories in entries_in(digits_folder).values():
-            pairs = [tuple(t["pointer"]) for t in trajectories]
-            assert len(pairs) == len(set(pairs)) == expected
-            assert len(set(map(frozenset, pairs))) == 3
+    assert second["train_loss"] < first["train_loss"]
 
 
 def test_under_infoscore_only_rollouts_that_have_one_are_learnt_from(tmp_path):

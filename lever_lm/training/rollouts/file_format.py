@@ -49,7 +49,7 @@ class Group:
 
 @dataclass(frozen=True)
 class RolloutFile:
-    """What was read of a rollout file: its groups; the ids of all its queries, dropped ones included; and counts of its
+    """A rollout file as it was read: its groups; the ids of all its queries, dropped ones included; and counts of its
     rollouts: `older` (of the older layout), `judged` (known to be right or wrong), `right`, `unevaluated` (failed or
     fell back), `dropped` (without a score), `scored`, and `zeroed` (scored, with a missing vqa_gt_prob as 0)."""
 
@@ -59,7 +59,7 @@ class RolloutFile:
     counts: Counter
 
     def summary(self) -> str:
-        """One line for the screen."""
+        """Return one line for the screen."""
         rollouts, older = sum(len(group.sequences) for group in self.groups), self.counts["older"]
         layout = f"{older} of them by row, the older layout" if older else "by place in the pool"
         sizes = sorted({len(group.pool) for group in self.groups}) or [0]
@@ -90,7 +90,7 @@ def load_groups(
     require_positive: bool = False,
     missing: str = "lineage",
 ) -> list[Group]:
-    """Groups of a rollout file, in the file's order of queries and rollouts.
+    """Read the groups of a rollout file, in the file's order of queries and rollouts.
 
     Rollouts are dropped where the evaluation failed or, with skip_fallback, fell back, and under `infoscore` where
     they have none; queries with none left, and with require_positive those without a correct rollout, are dropped.
@@ -136,24 +136,24 @@ def read_groups(path: str | Path, config: RewardConfig) -> RolloutFile:
 
 
 def split_ids(query_ids: list[int]) -> tuple[set[int], set[int]]:
-    """Training and validation queries: the first 80 % by sorted id, and the rest. Taken before anything is dropped."""
+    """Split queries into training and validation: the first 80 % by sorted id, and the rest, before any is dropped."""
     ordered = sorted(query_ids)
     cut = int(0.8 * len(ordered))
     return set(ordered[:cut]), set(ordered[cut:])
 
 
 def query_ids(content: dict, most: int = 0) -> list[int]:
-    """The query ids of a rollout file's content, sorted; the first `most` of them, all for 0."""
+    """Return the query ids of a rollout file's content, sorted; the first `most` of them, all for 0."""
     return sorted(int(key) for key in content if is_query(key))[: most or None]
 
 
 def is_query(key: str) -> bool:
-    """Whether a top-level key of a rollout file is a query id."""
+    """Return whether a top-level key of a rollout file is a query id."""
     return key.isascii() and key.isdigit() and len(key) < _LONGEST_ID
 
 
 def read_rollouts(path: str | Path) -> dict:
-    """The JSON object of a rollout file. Raises LeverError when it is missing or not one."""
+    """Read the JSON object of a rollout file. Raises LeverError when it is missing or not one."""
     try:
         content = read_json(path, None, nan=True)  # where a score is not finite, its trajectory is named
     except OSError as error:
@@ -209,7 +209,7 @@ def _is_scored(trajectory: dict, config: RewardConfig, counts: Counter, where: s
 
 
 def trajectory_reward(trajectory: dict, config: RewardConfig, where: str) -> float:
-    """The reward of a trajectory of the rollout file, or of as much of one. Raises LeverError naming `where` when one
+    """Return the reward of a trajectory, or of its scores alone. Raises LeverError naming `where` when one
     of its scores is no finite number."""
     weights = {name: getattr(config, name) for name in ("hard_weight", "soft_weight", "rel_weight")}
     try:
@@ -219,7 +219,7 @@ def trajectory_reward(trajectory: dict, config: RewardConfig, where: str) -> flo
 
 
 def _scores(trajectory: dict, where: str) -> dict[str, float | None]:
-    """The scores of a trajectory by their names in rewards.py. Raises LeverError where one is no finite number."""
+    """Return the scores of a trajectory by their names in rewards.py. Raises LeverError for one that is not finite."""
     scores = {name: trajectory.get(key) for name, key in _FIELDS.items()}
     for name, score in scores.items():
         number = isinstance(score, (int, float)) and -_LARGEST <= score <= _LARGEST  # false for NaN
