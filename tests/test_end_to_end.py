@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from helpers import INFERENCE, ROLLOUTS, RUN, clean_environment, files_in, run_here, small_digits
 from remains import content
 
