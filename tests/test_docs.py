@@ -420,6 +420,7 @@ def test_each_example_is_short_and_ends_in_a_command():
         "a dataset",
         "a sampler",
         "an LVLM backend",
+        "a selector",
         "a policy variant",
     ]
     for section in sections:
@@ -439,6 +440,7 @@ def test_the_examples_of_contributing_work(extended):
         ("lever rollout --dataset fruit", "rollouts: 4 groups"),
         ("lever rollout --sampler varied_sampler --limit 8", "rollouts: 8 groups"),
         ("lever rollout --limit 2 --set lvlm.path=model", r"rollouts: 2 groups, \d\d rollouts, mean accuracy"),
+        ("lever infer --run-name short", r"varied.*\d\.\d\d"),
         (
             "lever train --limit 8 --rce-epochs 1 --grpo-epochs 1 --run-name mean",
             "v2 cannot express .*state_update=mean",
