@@ -18,7 +18,7 @@ from lever_lm.evaluation.report.curves import Evaluated
 from lever_lm.evaluation.report.figures import check_plots, write_plots
 from lever_lm.evaluation.report.page import write_report
 from lever_lm.evaluation.results import evaluations, last_evaluation, rows_of_another_setting, write_results
-from lever_lm.selectors import BASELINES, SELECTORS
+from lever_lm.selectors import ANY_POLICY, BASELINES, FROM_FILE, SELECTORS
 from lever_lm.selectors.learned import choose, explain
 from lever_lm.selectors.pointer.checkpoint import policy_digest
 from lever_lm.selectors.pointer.model import PointerSelector
@@ -52,7 +52,7 @@ def infer(pipeline: Pipeline, shots: Sequence[int], *, ckpt: str | None = None, 
     pipeline.check(*ALL)
     pipeline.screen.say(f"checkpoint: {path} ({why})")
     policy = load_for(path, pipeline.config, pipeline.screen.say)
-    method = next((phase for phase in ("rce", "grpo") if path.stem.startswith(phase)), "policy")
+    method = next((phase for phase in ("rce", "grpo") if path.stem.startswith(phase)), ANY_POLICY)
     evaluation = _evaluation(pipeline)
     chosen = _choices_of(policy, evaluation, max(shots), method, path)
     if policy.stop:
@@ -75,7 +75,7 @@ def infer_icds(pipeline: Pipeline, path: Path, shots: Sequence[int], *, baseline
         evaluation = _evaluation(pipeline)
     folder, changed = _destination(pipeline, pipeline.data, None, path)
     facts = {"icds": str(path), "changed": changed}
-    return _infer(pipeline, evaluation, Chosen("icds", picks, file_digest(path)), shots, baselines, folder, facts)
+    return _infer(pipeline, evaluation, Chosen(FROM_FILE, picks, file_digest(path)), shots, baselines, folder, facts)
 
 
 def _check_shots(pipeline: Pipeline, shots: Sequence[int]) -> None:

@@ -9,8 +9,8 @@ from lever_lm.data.embeddings import Features, compute_features
 from lever_lm.data.pools import check_sampler
 from lever_lm.lvlm import CachedLvlm, check_pixel_budget, load_lvlm
 from lever_lm.tasks import check_task
-from lever_lm.training.rollouts.file_format import check_reward_mode
 from lever_lm.training.rollouts.propose import new_policy
+from lever_lm.training.rollouts.scores import check_reward_mode
 from lever_lm.training.run_dir import Layout
 from lever_lm.utils.device import check_device_name
 from lever_lm.utils.distributed import Shards

@@ -117,8 +117,12 @@ def config_file(folder: Path) -> Target:
     others = [{"seed": 1, "data": {"okvqa_path": "/data", "file_prefix": "v2_"}}, {"prompt": {"style": "dialogue"}}]
     seeds = [yaml.safe_dump(part, sort_keys=False).encode() for part in (settings, *others)]
     path = folder / "config.yaml"
-    parse = to_file(path, lambda: resolve({"dataset": "digits"}, path, [], {}))
-    return Target(seeds, lines_spoiler(_YAML), parse, _YAML_KNOWN)
+
+    def read() -> None:
+        config, *_ = resolve({"dataset": "digits"}, path, [], {})
+        assert "/" not in config.data.name, "a name that leads into another folder"
+
+    return Target(seeds, lines_spoiler(_YAML), to_file(path, read), _YAML_KNOWN)
 
 
 @reader("set")

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from lever_lm.config.schema import RewardConfig
 from lever_lm.training.rollouts.file_format import (
     Group,
-    check_reward_mode,
     is_query,
     load_groups,
     read_groups,
     read_rollouts,
     split_ids,
 )
+from lever_lm.training.rollouts.scores import check_reward_mode
 from lever_lm.utils.errors import LeverError, UsageError
 
 EDGE_CASES = json.loads((DATA / "small_edge_cases.json").read_text(encoding="utf-8"))

@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from hostile import Executed
+from lvlm_helpers import local_lvlm
 from safetensors.torch import load_file
 
-from lever_lm.config.schema import LvlmConfig, PromptConfig
 from lever_lm.data.embeddings import ClipEncoder
-from lever_lm.lvlm.local import LocalLvlm
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.paths import asset_path
 
@@ -59,6 +58,6 @@ def test_code_that_comes_with_a_model_is_not_imported(tmp_path, asset):
         if asset == "tiny-clip":
             encode(folder)
         else:
-            LocalLvlm(LvlmConfig(path=str(folder), dtype="float32"), PromptConfig(), "cpu")
+            local_lvlm(path=folder)
     assert not trap.exists()
     assert "own" not in sys.modules

@@ -13,7 +13,7 @@ import numpy as np
 
 from lever_lm.data import Example, Image, VqaData, open_image
 from lever_lm.evaluation.results import Sample, read_samples, samples_file
-from lever_lm.selectors import CONTRASTS, LEARNED, ZERO_SHOT
+from lever_lm.selectors import CONTRASTS, LEARNED, RANDOM, ZERO_SHOT
 from lever_lm.tasks import TASKS
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.terminal import shown
@@ -43,7 +43,7 @@ def read_shown(inference: Path, results: Sequence[dict]) -> Shown | None:
     learned = [row for row in results if row["method"] in LEARNED]
     if not learned:
         return None
-    beside = {row["shots"] for row in results if row["method"] == CONTRASTS[0]}
+    beside = {row["shots"] for row in results if row["method"] == RANDOM}
     chosen = min(learned, key=lambda row: (LEARNED.index(row["method"]), row["shots"] not in beside, -row["shots"]))
     samples = {}
     for method in dict.fromkeys(row["method"] for row in results if row["shots"] in (chosen["shots"], 0)):
@@ -55,7 +55,7 @@ def read_shown(inference: Path, results: Sequence[dict]) -> Shown | None:
 def pick_queries(found: Shown) -> tuple[dict[str, list[int]], dict[str, int]]:
     """Return question ids of each kind, and how many there are: `sample`, drawn from all; of the others some `win`s and
     `loss`es, spread over the file."""
-    ours, random = found.ours, found.samples.get(CONTRASTS[0], {})
+    ours, random = found.ours, found.samples.get(RANDOM, {})
     gap = {i: ours[i].accuracy - random[i].accuracy for i in ours if i in random}
     kinds = {"win": [i for i in gap if gap[i] > 0], "loss": [i for i in gap if gap[i] < 0]}
     ids, drawn = list(ours), np.random.default_rng(0).permutation(len(ours))[:EACH]

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from lever_lm.evaluation.results import is_finite
-from lever_lm.selectors import CONTRASTS, named
+from lever_lm.selectors import CONTRASTS, FROM_FILE, RANDOM, named
 from lever_lm.training.metrics import STRATEGIES, metrics_on
 from lever_lm.training.select_checkpoint import best_row
 
@@ -28,7 +28,7 @@ def count_shots(shots: int) -> str:
 def in_one_sentence(results: Sequence[dict], tests: Sequence[dict], method: str, shots: int, lvlm: str) -> str:
     """Return the result of a run: the accuracy of its method, beside random demonstrations and similarity."""
     ours = next(row for row in results if (row["method"], row["shots"]) == (method, shots))
-    chosen = "from a file" if method == "icds" else f"chosen by {named(method)}"
+    chosen = "from a file" if method == FROM_FILE else f"chosen by {named(method)}"
     said = (
         f"With {count_shots(shots)} {chosen}, {lvlm} reaches a VQA accuracy of {percent(ours['accuracy'])} on "
         f"{ours['n']:,} queries"
@@ -40,7 +40,7 @@ def in_one_sentence(results: Sequence[dict], tests: Sequence[dict], method: str,
 
 def _gap(test: dict) -> str:
     """Return `+50.4 points [+45.4, +55.8] against random demonstrations`, or that they cannot be told apart."""
-    other = "random demonstrations" if test["against"] == "random" else named(test["against"])
+    other = "random demonstrations" if test["against"] == RANDOM else named(test["against"])
     if test["p"] >= _ALPHA:
         return f"not to be told apart from {other}"
     return f"{points(test['difference'])} points [{points(test['low'])}, {points(test['high'])}] against {other}"
@@ -67,7 +67,7 @@ def of_choices(rows: Sequence[dict], method: str) -> str:
     found = {row["method"]: row for row in rows}
     if method not in found:
         return ""
-    ours, name = found[method], "the file" if method == "icds" else named(method)
+    ours, name = found[method], "the file" if method == FROM_FILE else named(method)
     said = f"The answer of the first demonstration that {name} shows matches a reference of "
     said += f"{percent(ours['first'])} of the queries"
     beside = [f"{percent(found[m]['first'])} for {named(m)}" for m in reversed(CONTRASTS) if m in found]
