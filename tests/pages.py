@@ -12,7 +12,16 @@ PAGES = ["README.md", "README.zh-CN.md", "CONTRIBUTING.md", "CHANGELOG.md", "res
 PAGES += sorted(f"docs/{path.name}" for path in (CHECKOUT / "docs").glob("*.md"))
 LANGUAGES = {"bash", "python", "yaml", "json", "text", "message"}
 # What an inline command begins with. Of `lever` alone, or of a file's name, nothing is to be run.
-STARTS = ("lever ", "bash scripts/", "python scripts/", "python -m ", "torchrun ", "pip install ", "hf download ")
+STARTS = (
+    "lever ",
+    "bash scripts/",
+    "python scripts/",
+    "python tests/",
+    "python -m ",
+    "torchrun ",
+    "pip install ",
+    "hf download ",
+)
 STARTS += ("export ", "docker run ", "vllm serve ", "git ", "ruff ", "ps ", "ls ", "cp ", "source ", "tensorboard ")
 _FENCE = re.compile(r"^(```+)(\w*)\n(.*?)^\1$", re.MULTILINE | re.DOTALL)
 _INLINE = re.compile(r"`([^`\n]+)`")

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import SCRIPTS, clean_environment
+from helpers import CHECKOUT, clean_environment
 from lab import Fault, events
 from remains import asked_again, broken, differences, doubled, left_overs
 
@@ -63,7 +63,7 @@ def test_a_signal_from_outside_ends_in_one_line_and_the_command_goes_on_later(be
 
 @pytest.mark.slow
 def test_a_hundred_kills_lose_nothing(tmp_path):
-    command = [sys.executable, SCRIPTS / "soak.py", "--kills", "100", "--results", tmp_path / "soak.md"]
+    command = [sys.executable, CHECKOUT / "tests/soak.py", "--kills", "100", "--results", tmp_path / "soak.md"]
     done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 lost" in done.stdout

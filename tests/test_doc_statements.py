@@ -86,8 +86,8 @@ def test_every_test_and_every_command_of_an_entry_is_there(page):
         for name, _, test in (reference.partition("::") for reference in entry.get("test", [])):
             assert test in names_in(name), f"{name} has no {test}: {entry}"
         for command in entry.get("measured", []):
-            assert all((CHECKOUT / word).is_file() for word in command.split() if word.startswith("scripts/")), entry
-            assert "scripts/" in command or command.startswith("lever "), entry
+            assert all((CHECKOUT / word).is_file() for word in re.findall(r"(?:scripts|tests)/\S+", command)), entry
+            assert re.match(r"(python|bash) (scripts|tests)/|lever |torchrun ", command), entry
 
 
 def test_the_chinese_readme_has_the_numbers_commands_and_options_of_the_english_one():

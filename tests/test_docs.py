@@ -154,7 +154,7 @@ def usage(path: Path) -> str:
 def script_exists(words: list[str]) -> None:
     """A script of ours is there, its shell is sound, or its --help names the options. build_commands.py has none: what
     it makes is compared below."""
-    path = CHECKOUT / next(word for word in words if word.startswith("scripts/"))
+    path = CHECKOUT / next(word for word in words if word.startswith(("scripts/", "tests/")))
     if path.suffix == ".sh":
         subprocess.run(["bash", "-n", str(path)], check=True)
     elif path.name != "build_commands.py":
@@ -229,6 +229,7 @@ OTHERS = {
     "python scripts/find_best_checkpoint.py": of_the_users_document,
     "python scripts/convert_v3_to_v2_format.py": of_the_users_document,
     "python scripts/": script_exists,
+    "python tests/": script_exists,
     "python -m pytest": paths_exist,
     "pip install": installs,
     "hf download": of_the_hub,

@@ -1,10 +1,9 @@
-"""What is read of anybody's making, by property: what was written reads back, what is shown steers nothing, and what is
-spoilt is refused with a message. The fuzz script itself must see what goes wrong."""
+"""Readers of untrusted files, by property: what was written reads back, what is shown steers nothing, and what is
+spoilt is refused with a message. The fuzz harness itself must see what goes wrong."""
 
 import json
 import os
 import pickle
-import subprocess
 import sys
 import time
 import warnings
@@ -13,7 +12,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import SCRIPTS, clean_environment
+from fuzz import run as fuzz_command
+from fuzz.harness import CANARY, LONGEST_MESSAGE, STEERS, Limits, Reader, Target, run
+from fuzz.mutations import spoil_json
+from fuzz.readers import READERS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -30,10 +32,6 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 PLAIN = st.none() | st.booleans() | NUMBERS | TEXTS
 TREES = st.recursive(PLAIN, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXTS, inner, max_size=4))
 ANY_TEXT = st.text(st.characters(), max_size=200)  # half characters among it
-STEERS = {*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A)} - {
-    0x09,
-    0x0A,
-}
 
 
 # ---------------------------------------------------------------------- showing
@@ -152,107 +150,92 @@ def test_scores_of_a_server_are_a_finite_number_or_none(places, answer):
     assert score is None or score - score == 0
 
 
-# ---------------------------------------------------------------------- the fuzz script
+# ---------------------------------------------------------------------- the fuzz harness
+
+forks = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+QUICK = [
+    "run-config",
+    "rollouts",
+    "icds",
+    "metrics",
+    "best",
+    "results",
+    "index",
+    "official",
+    "environment-file",
+    "bank",
+]
 
 
-def fuzz(*arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(SCRIPTS / "fuzz.py"), *map(str, arguments)]
-    return subprocess.run(command, env=clean_environment(), capture_output=True, text=True)
+@forks
+@pytest.mark.parametrize("name", QUICK)
+def test_a_reader_does_not_fail_on_its_first_spoilt_inputs(name):
+    tally = run(READERS[name], range(60), 0, Limits())
+    assert tally.failures == []
+    assert tally.counts["refused"] > 10 or name in ("environment-file", "bank")  # these two read what they can
 
 
 @pytest.mark.slow
-def test_no_parser_fails_on_the_first_spoilt_inputs():
-    done = fuzz("--cases", 10)
-    assert done.returncode == 0, done.stdout + done.stderr
+@forks
+@pytest.mark.parametrize("cases", [10, 10_000])
+def test_no_reader_fails_on_spoilt_inputs(cases, capsys):
+    assert fuzz_command.main(["--cases", str(cases)]) == 0, capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_no_parser_fails_on_ten_thousand_spoilt_inputs():
-    done = fuzz("--cases", 10_000)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def eats_memory(content):
-    return b"x" * (600 << 20)
-
-
-def claims_memory(content):
+def claims_memory():
     try:
         return bytearray(1 << 45)
     except MemoryError as error:
         raise LeverError("it is damaged") from error
 
 
-def spins(content):
+def spins():
     while True:
-        len(content)
-
-
-def calls(content):
-    os.system(f"touch {CANARY}")
-
-
-def unpickles(content):
-    pickle.loads(pickle.dumps(os.getcwd))
-
-
-def warns(content):
-    warnings.warn("something is amiss", stacklevel=1)
-
-
-def writes(content):
-    with open("../not-mine", "a"):
         pass
 
 
 def refuses(words):
-    def parse(content):
-        raise LeverError(words)
-
-    return parse
+    raise LeverError(words)
 
 
-CANARY = "fuzz-canary"
-BROKEN = {
-    "tracebacks": [lambda content: {}["key"], lambda content: sys.exit(3)],
-    "printed": [warns, lambda content: print("hello"), lambda content: os.write(2, b"hello")],
-    "messages": [refuses("two\nlines"), refuses("x" * 3000), refuses("")],
-    "written": [writes, lambda content: os.mkdir("../not-mine")],
-    "executed": [calls, unpickles],
-    "over memory": [eats_memory, claims_memory],
-    "over time": [spins, lambda content: time.sleep(1000)],
-    "crashes": [lambda content: os.abort(), lambda content: os._exit(1)],
+DEEDS = {
+    "tracebacks": [lambda: {}["key"], lambda: sys.exit(3)],
+    "printed": [lambda: warnings.warn("amiss", stacklevel=1), lambda: print("hello"), lambda: os.write(2, b"hello")],
+    "messages": [lambda: refuses("two\nlines"), lambda: refuses("x" * 3000), lambda: refuses("")],
+    "written": [lambda: open("../not-mine", "a").close(), lambda: os.mkdir("../not-mine-either")],
+    "executed": [lambda: os.system(f"touch {CANARY}"), lambda: pickle.loads(pickle.dumps(os.getcwd))],
+    "over memory": [lambda: b"x" * (600 << 20), claims_memory],
+    "crashes": [os.abort, lambda: os._exit(1)],
+    "refused": [lambda: refuses("no")],
 }
 
 
-@pytest.mark.parametrize(("kind", "parse"), [(kind, parse) for kind, each in BROKEN.items() for parse in each])
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_broken_parser_is_seen_for_what_it_is(script, tmp_path, kind, parse):
-    harness = script("fuzzing.harness")
-
-    def breaks_at_last(content):
-        return parse(content) if content == b"bad" else None
-
-    target = harness.Target([b"seed"], lambda rng, content: content, breaks_at_last, [b"bad", b"good"])
-    tally = harness.run(
-        harness.Parser("x", lambda folder: target),
-        range(4),
-        0,
-        harness.Limits(0.3 if kind == "over time" else 1.0),
-        tmp_path,
+@forks
+@pytest.mark.parametrize(
+    ("deeds", "seconds"), [(DEEDS, 3.0), ({"over time": [spins, lambda: time.sleep(1000)]}, 0.3)], ids=["deeds", "time"]
+)
+def test_a_broken_reader_is_seen_for_what_it_is(tmp_path, deeds, seconds):
+    does = {f"{kind} {n}".encode(): deed for kind, each in deeds.items() for n, deed in enumerate(each)}
+    target = Target(
+        [b"seed"], lambda rng, content: content, lambda content: does.get(content, bool)() and None, list(does)
     )
-    assert tally.cases == 4
-    assert {outcome: n for outcome, n in tally.counts.items() if outcome != "accepted"} == {kind: 1}
-    assert tally.counts["accepted"] == 3
-    assert [(failure["case"], failure["kind"]) for failure in tally.failures] == [(1, kind)]
+    cases = range(2 * len(does))
+    tally = run(Reader("x", lambda folder: target), cases, 0, Limits(seconds), tmp_path)
+    assert tally.cases == len(cases)
+    assert [failed.outcome for failed in tally.failures] == [
+        kind for kind, each in deeds.items() for _ in each if kind != "refused"
+    ]
+    assert [failed.case for failed in tally.failures] == list(range(1, 2 * len(tally.failures), 2))
+    assert tally.counts["accepted"] == len(cases) - len(does)
+    kept = {path.read_bytes() for path in tmp_path.iterdir()}
+    assert kept == {content for content in does if not content.startswith((b"crashes", b"refused", b"over time 1"))}
 
 
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_parser_that_refuses_its_own_seed_ends_the_run(script):
-    harness = script("fuzzing.harness")
-    target = harness.Target([b"seed"], lambda rng, content: content, refuses("no"))
+@forks
+def test_a_reader_that_refuses_its_own_seed_ends_the_run():
+    target = Target([b"seed"], lambda rng, content: content, lambda content: refuses("no"))
     with pytest.raises(RuntimeError, match="seed 0 is refused: no"):
-        harness.run(harness.Parser("x", lambda folder: target), range(4), 0, harness.Limits())
+        run(Reader("x", lambda folder: target), range(4), 0, Limits())
 
 
 def in_a_file(read):
@@ -276,22 +259,17 @@ CARELESS = {
 }
 
 
+@forks
 @pytest.mark.parametrize("name", CARELESS)
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_the_payloads_run_where_a_parser_lets_them(script, name):
-    harness, parser = script("fuzzing.harness"), script("fuzz").PARSERS[name]
-
+def test_the_payloads_run_where_a_reader_lets_them(name):
     def begin(folder):
-        return parser.begin(folder)._replace(parse=in_a_file(CARELESS[name]))
+        return READERS[name].begin(folder)._replace(parse=in_a_file(CARELESS[name]))
 
-    tally = harness.run(harness.Parser(name, begin, loads=True), range(24), 0, harness.Limits(1.0))
-    assert tally.counts["executed"]
+    assert run(Reader(name, begin, loads=True), range(10), 0, Limits(1.0)).counts["executed"]
 
 
-def test_a_case_is_made_again_by_its_number(script):
-    target = script("fuzzing.harness").Target(
-        [b'{"a": [1, 2]}'], script("fuzzing.mutations").spoil_json, len, [b"known"]
-    )
+def test_a_case_is_made_again_by_its_number():
+    target = Target([b'{"a": [1, 2]}'], spoil_json, len, [b"known"])
     first = [target.case("x", 0, number) for number in range(200)]
     assert first == [target.case("x", 0, number) for number in range(200)]
     assert first[:2] == [b'{"a": [1, 2]}', b"known"]
@@ -299,18 +277,22 @@ def test_a_case_is_made_again_by_its_number(script):
     assert first[10:] != [target.case("x", 1, number) for number in range(10, 200)]
 
 
-def test_the_script_ends_with_a_table_and_the_status_of_its_worst(tmp_path):
-    done = fuzz("--cases", 20, "--parsers", "best,icds", "--results", tmp_path / "table.md")
-    assert done.returncode == 0, done.stdout + done.stderr
-    lines = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
-    assert [line.split("|")[1].strip() for line in lines[:5]] == ["parser", "---", "best", "icds", "all"]
-    assert lines[4].split("|")[2].strip() == "40"
-    assert fuzz("--parsers", "nothing").returncode == 2
+@forks
+def test_the_fuzz_command_ends_with_a_table_and_the_status_of_its_worst(tmp_path, monkeypatch):
+    words = ["--cases", "20", "--readers", "best,broken", "--results", str(tmp_path / "table.md")]
+    for parse, status in ((len, 0), (lambda content: {}["key"], 1)):
+        target = Target([b"seed"], lambda rng, content: content, parse)
+        monkeypatch.setitem(READERS, "broken", Reader("broken", lambda folder, target=target: target))
+        assert fuzz_command.main(words) == status
+        lines = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
+        assert [line.split("|")[1].strip() for line in lines[:5]] == ["reader", "---", "best", "broken", "all"]
+        assert lines[4].split("|")[2].strip() == "40"
+    with pytest.raises(SystemExit, match="2"):
+        fuzz_command.main(["--readers", "nothing"])
 
 
-def test_the_bounds_of_the_fuzzer(script):
-    harness, pictures = script("fuzzing.harness"), script("fuzzing.pictures")
-    assert harness.Parser("text", None).memory == 256 << 20
-    assert [parser.memory for parser in pictures.PARSERS] == [768 << 20]
-    assert harness.Limits._field_defaults["case"] == 5.0
-    assert harness._LONGEST == 2000
+def test_the_bounds_of_the_fuzzer():
+    assert {reader.memory >> 20 for name, reader in READERS.items() if name != "images"} == {256}
+    assert READERS["images"].memory >> 20 == 768
+    assert Limits().case == 5.0
+    assert LONGEST_MESSAGE == 2000

@@ -1,4 +1,4 @@
-"""Trials of the long commands: broken off, run again, compared with an unbroken run. For tests and scripts/soak.py."""
+"""Trials of the long commands: broken off, run again, compared with an unbroken run. For tests and soak.py."""
 
 import shutil
 import time

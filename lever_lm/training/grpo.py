@@ -109,13 +109,13 @@ def train_grpo(
 
 
 def _trained(policy: PointerSelector, config: GrpoConfig) -> list[Tensor]:
-    """The parameters that are learnt."""
+    """Return the parameters that are learnt."""
     frozen = _BACKBONE if config.freeze_backbone else ()
     return [parameter for name, parameter in policy.named_parameters() if name.split(".")[0] not in frozen]
 
 
 def _state(saved: dict | None, start: PointerSelector, config: GrpoConfig) -> GrpoState:
-    """The state that the last epoch left; without one, old and reference policy are `start`."""
+    """Return the state that the last epoch left; without one, old and reference policy are `start`."""
     if saved is not None:
         return GrpoState(**saved)
     weights = snapshot(start)
@@ -123,8 +123,8 @@ def _state(saved: dict | None, start: PointerSelector, config: GrpoConfig) -> Gr
 
 
 def _learner(policy: PointerSelector, train: GroupTensors, config: GrpoConfig) -> tuple[PointerSelector, dict]:
-    """The policy, and no features of its own; with grpo.freeze_backbone the part of it that learns, and the features
-    that this part takes, projected once."""
+    """Return the policy and {}; with grpo.freeze_backbone the part of the policy that learns, and the features that
+    this part takes, projected once."""
     if not config.freeze_backbone:
         return policy, {}
     learner, seen = projected(policy, train)
@@ -132,7 +132,7 @@ def _learner(policy: PointerSelector, train: GroupTensors, config: GrpoConfig) -
 
 
 def _loss(config: GrpoConfig) -> Callable[..., LossAndStats]:
-    """The loss of LOSSES that grpo.loss names, with the options that stay as they are."""
+    """Return the loss that grpo.loss names, with those of its options that never change."""
     clip = {"clip_epsilon": config.clip_epsilon, "clip_epsilon_high": config.clip_epsilon_high or None}
     return partial(LOSSES[config.loss], kl_estimate=config.kl, **clip)
 
@@ -141,7 +141,7 @@ def _loss(config: GrpoConfig) -> Callable[..., LossAndStats]:
 
 
 def best_rollouts(rewards: Tensor, mask: Tensor, k: int | None) -> Tensor:
-    """The mask of each group's k best rollouts, earlier ones first among equals; all of them for None. (B, G)."""
+    """Return the mask (B, G) of the k best rollouts of each group, the earlier first among equals; all for None."""
     if k is None:
         return mask
     order = rewards.masked_fill(~mask, -torch.inf).argsort(dim=-1, descending=True, stable=True)
@@ -150,8 +150,8 @@ def best_rollouts(rewards: Tensor, mask: Tensor, k: int | None) -> Tensor:
 
 
 def _advantages(data: GroupTensors, config: GrpoConfig, epoch: int) -> tuple[GroupTensors, Tensor]:
-    """The groups with the rollouts that count in this epoch, and the advantage of each rollout (n, G). Raises NotFinite
-    for rewards so large that their spread overflows: their advantages would be 0, and nothing learnt."""
+    """Return the groups with the rollouts that count in this epoch, and the advantage of each rollout (n, G). Raises
+    NotFinite for rewards so large that their spread overflows: the advantages would be 0, and nothing learnt."""
     k = config.top_k[min(epoch, len(config.top_k)) - 1] if config.top_k else None
     data = replace(data, mask=best_rollouts(data.rewards, data.mask, k))
     advantages = group_advantage(
@@ -202,7 +202,7 @@ def _tell_schedule(config: GrpoConfig, steps_per_epoch: int, journal: Journal) -
 
 
 def _out_of_patience(config: GrpoConfig, journal: Journal) -> bool:
-    """Whether val_reward has not risen for grpo.patience epochs, which is then said."""
+    """Return True, and say so, when val_reward has not risen for grpo.patience epochs."""
     out = bool(config.patience) and epochs_since_best(journal.rows) >= config.patience
     if out:
         journal.say(f"stopped early: val_reward has not risen for {config.patience} epochs (grpo.patience)")

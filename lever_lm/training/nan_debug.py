@@ -24,8 +24,8 @@ _PASSES = 4  # that are kept: one step asks three policies
 
 @contextmanager
 def detecting(policy: nn.Module, say: Callable[[str], None]) -> Iterator[None]:
-    """While it lasts, a NotFinite also names the first module whose output was not finite, the decoding step, and the
-    query whose gradient broke, or is the largest."""
+    """Within this context, a NotFinite also names the decoding step, the first module whose output was not finite, and
+    the query whose gradient broke or is the largest."""
     say("--detect-anomaly: every module's output and every gradient is looked at, training is slower")
     outputs: list[str] = []
     gradients: dict[str, Tensor] = {}
@@ -44,8 +44,8 @@ def detecting(policy: nn.Module, say: Callable[[str], None]) -> Iterator[None]:
 
 
 def _look_at(name: str, outputs: list[str], gradients: dict[str, Tensor]) -> Callable[..., None]:
-    """A forward hook that notes an output that is not finite, and the largest entry in each row of its gradient. A
-    closure: a copy of the policy reports to the same lists."""
+    """Return a forward hook that notes an output that is not finite, and the largest entry in each row of its gradient.
+    As a closure it reports to the same lists from a copy of the policy."""
 
     def hook(module: nn.Module, given: tuple, output: Tensor) -> None:
         if not isinstance(output, Tensor):
@@ -62,7 +62,7 @@ def _look_at(name: str, outputs: list[str], gradients: dict[str, Tensor]) -> Cal
 
 @contextmanager
 def _decoding_kept(passes: deque) -> Iterator[None]:
-    """While it lasts, keep the log-probs of the last passes with the logits of their decoding steps."""
+    """Within this context, keep the log-probs of the last passes with the logits of their decoding steps."""
     score = PointerSelector.score
 
     def kept(self, steps, *args, **options):
@@ -78,7 +78,7 @@ def _decoding_kept(passes: deque) -> Iterator[None]:
 
 
 def _first_step(error: NotFinite, passes) -> Iterator[str]:
-    """The first decoding step of the failed pass with logits that are not finite, and the rollouts that have them."""
+    """Tell the first decoding step of the failed pass whose logits are not finite, and for which rollouts."""
     steps = next((steps for log_probs, steps in passes if log_probs is error.log_probs), [])
     for number, logits in enumerate(steps, 1):
         bad = ~torch.isfinite(logits).all(-1) & error.groups.mask
@@ -88,8 +88,8 @@ def _first_step(error: NotFinite, passes) -> Iterator[str]:
 
 
 def _worst_gradient(error: NotFinite, gradients: dict[str, Tensor]) -> Iterator[str]:
-    """The query whose gradient is not finite in the first module of the backward pass that has one; where all are, the
-    query with the largest."""
+    """Tell the query whose gradient is not finite, at the first such module of the backward pass; where all gradients
+    are finite, the query with the largest."""
     known = error.log_probs is not None and error.log_probs.grad is not None
     rows = {name: each for name, each in gradients.items() if known and len(each) == len(error.log_probs)}
     if not rows:
@@ -108,8 +108,8 @@ def _broken(values: Tensor) -> bool:
 
 
 def backward(loss: Tensor, clear: Callable[[], None]) -> str:
-    """The backward pass; clear() drops all gradients. Returns the operation whose gradient is NaN, which is looked for
-    under `detecting` alone, and else nothing."""
+    """Run the backward pass; clear() drops all gradients. Returns the operation whose gradient is NaN, which is looked
+    for under `detecting` alone, and "" otherwise."""
     if not torch.is_anomaly_enabled():
         loss.backward()
         return ""

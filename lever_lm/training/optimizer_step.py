@@ -1,4 +1,4 @@
-"""One step of the optimizer, and how the steps of an epoch are summed up: what RCE and GRPO share."""
+"""One step of the optimizer, and the summary of an epoch's steps: what RCE and GRPO share."""
 
 import math
 import time
@@ -14,7 +14,7 @@ from lever_lm.training.nan_debug import backward
 def optimizer_step(
     optimizer: torch.optim.Optimizer, loss: Tensor, max_grad_norm: float, at: At, batch: Batch, log_probs: Tensor
 ) -> float:
-    """Backward pass and one step of the optimizer; returns the gradient's norm before clipping.
+    """Run the backward pass and one step of the optimizer; returns the norm of the gradient before clipping.
 
     log_probs (B, G): those of the batch that the loss is made of. Raises NotFinite, with weights and optimizer as they
     were, when loss or gradient is not finite.
@@ -38,11 +38,11 @@ def optimizer_step(
 
 
 def means(history: list[dict[str, float]]) -> dict[str, float]:
-    """The mean over steps of each of their statistics."""
+    """Return the mean over steps of each statistic."""
     return {name: sum(step[name] for step in history) / len(history) for name in history[0]}
 
 
 def timing(began: float, steps: int) -> dict[str, float]:
-    """Seconds of the epoch and of one step, validation included."""
+    """Return the seconds of the epoch and of one step, validation included."""
     elapsed = time.perf_counter() - began
     return {"epoch_time": round(elapsed, 4), "step_time": round(elapsed / max(steps, 1), 6)}

@@ -15,7 +15,7 @@ from lever_lm.training.finite_checks import At, check
 
 
 def snapshot(policy: PointerSelector) -> dict[str, Tensor]:
-    """A copy of the weights that training does not reach."""
+    """Return a copy of the weights that training does not change."""
     return {name: tensor.detach().cpu().clone() for name, tensor in policy.state_dict().items()}
 
 
@@ -39,7 +39,7 @@ class FrozenPolicy:
         )
 
     def log_probs(self, index: Tensor, noise: Noise) -> Tensor:
-        """The log-probs of the groups at these places, (B, G); noise: the learning policy's."""
+        """Return the log-probs (B, G) of the groups at these places; noise: the learning policy's."""
         return self._log_probs(self.data.batch(index), noise) if self.known is None else self.known[index]
 
     def _checked(self, batch: Batch, at: At) -> Tensor:

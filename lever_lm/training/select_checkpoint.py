@@ -1,4 +1,4 @@
-"""Which epoch is best, by the metrics of a run, its checkpoints, or a training log of ours or of Lever-Plus."""
+"""The choice of the best epoch by the metrics of a run, its checkpoints, or a training log (ours or Lever-Plus's)."""
 
 import contextlib
 import math

@@ -1,4 +1,4 @@
-"""What an epoch is judged by: the validation groups, the state of the training groups, and when to raise the alarm.
+"""What an epoch is judged by: metrics of the validation groups, statistics of the training groups, and warnings.
 
 n groups, G rollouts per group. Metrics are plain floats; their names are those of metrics.jsonl.
 """
@@ -19,9 +19,9 @@ from lever_lm.training.rewards import group_mean_std, tied_groups
 
 @torch.no_grad()
 def validate(policy: PointerSelector, data: GroupTensors, temperature: float, at: At) -> dict[str, float]:
-    """Judged on the validation groups, dropout off: val_loss, the RCE loss; val_reward, the mean over groups of
-    Σ_i softmax(log π)_i · r_i over the logged rollouts; val_top_reward, the reward of the one the policy ranks first;
-    entropy of the first pick, in nats. Raises LeverError naming query and rollout where one is not finite."""
+    """Return the metrics of the validation groups, dropout off: val_loss, the RCE loss; val_reward, the mean over
+    groups of Σ_i softmax(log π)_i · r_i over the logged rollouts; val_top_reward, the reward of the rollout that the
+    policy ranks first; entropy of the first pick, in nats. Raises NotFinite where a metric is not finite."""
     policy.eval()
     if data.pools.numel() > 2 * len(data.icds):
         policy, data = projected(policy, data)
@@ -45,8 +45,8 @@ def validate(policy: PointerSelector, data: GroupTensors, temperature: float, at
 
 
 def group_statistics(rewards: Tensor, mask: Tensor, advantages: Tensor) -> dict[str, float]:
-    """What the groups have to teach, all (n, G): adv_std, the mean over all groups of the standard deviation of
-    advantages within a group (tied groups count 0); adv_max likewise; mean and spread of rewards; share of groups
+    """Return statistics of the groups, from tensors (n, G): adv_std, the mean over all groups of the standard deviation
+    of advantages within a group (tied groups count 0); adv_max likewise; mean and spread of rewards; share of groups
     whose rewards are all equal, and how many groups were skipped, for that or because they have one rollout."""
     _, spread = group_mean_std(advantages, mask)
     _, reward_spread = group_mean_std(rewards, mask)
@@ -62,12 +62,13 @@ def group_statistics(rewards: Tensor, mask: Tensor, advantages: Tensor) -> dict[
 
 
 def group_report(row: dict, groups: int) -> str:
-    """One line on what an epoch of GRPO had to learn from, for the screen."""
+    """Return the line that follows an epoch of GRPO on the screen: what it had to learn from."""
     return f"       groups skipped {row['groups_skipped']} of {groups}, {brief(row)}"
 
 
 def alarms(row: dict, config: GrpoConfig) -> dict[str, dict[str, str]]:
-    """Why an epoch of GRPO taught little or nothing, and the option to change: {"warnings": {kind: text}}, or {}."""
+    """Return why an epoch of GRPO taught little or nothing and the option to change, {"warnings": {kind: text}}, or
+    {}."""
     tied, idle, share = row["frac_reward_zero_std"], row.get("zero_grad_frac", 0.0), row.get("kl_share", 0.0)
     outside = row.get("clip_frac", 0.0)
     found = {}

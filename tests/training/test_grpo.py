@@ -147,6 +147,7 @@ def after_rce(tmp_path_factory):
         {"advantage_scale": "none"},
         {"advantage": "rank"},
         {"entropy_beta": 0.5},
+        {"loss": "reinforce"},
     ],
     ids=lambda changes: "-".join(map(str, itertools.chain(*changes.items()))) or "default",
 )

@@ -17,8 +17,8 @@ from lever_lm.training.losses import (
     kl_share,
     rce_loss,
     rce_temperature,
+    reinforce_loss,
     scheduled_lr,
-    zero_grad_frac,
 )
 from lever_lm.training.rewards import group_advantage
 
@@ -178,6 +178,23 @@ def test_an_unknown_estimate_is_refused_with_the_known_ones():
         grpo_loss(torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1, 2), kl_estimate="k4")
 
 
+# ---------------------------------------------------------------------- REINFORCE
+
+
+def test_reinforce_is_the_advantage_times_the_log_prob_with_neither_ratio_nor_clip():
+    log_probs = torch.tensor([[-1.0, -2.0], [-3.0, -9.0]], requires_grad=True)
+    old, advantages = torch.full((2, 2), -20.0), torch.tensor([[1.0, -1.0], [0.5, 9.0]])
+    mask = torch.tensor([[True, True], [True, False]])
+    loss, stats = reinforce_loss(log_probs, old, advantages, mask, kl_beta=0.5, ref_log_probs=log_probs.detach() + LN2)
+    loss.backward()
+    # Policy: −((−1 + 2) / 2 + 0.5 · −3) / 2 = 0.5. KL: d = log 2 everywhere, k3 = 2 − 1 − log 2, slope −(2 − 1).
+    assert value(stats["ppo_loss"]) == pytest.approx(0.5)
+    assert value(stats["kl"]) == pytest.approx(1 - LN2)
+    assert value(loss) == pytest.approx(0.5 + 0.5 * (1 - LN2))
+    assert log_probs.grad.tolist() == [[-0.25 - 0.125, 0.25 - 0.125], [-0.25 - 0.25, 0.0]]
+    assert value(stats["zero_grad_frac"]) == 0.0
+
+
 # ---------------------------------------------------------------------- every loss of the table
 
 
@@ -238,9 +255,9 @@ def test_the_rollouts_without_gradient_by_hand():
     advantages = torch.tensor([[0.0, 1.0, -1.0, -1.0], [1.0, 2.0, 0.0, 0.0]])
     terms = (ratios.log(), torch.zeros(2, 4), advantages, torch.tensor([[True] * 4, [True, True, False, False]]))
     # Idle: advantage 0; clipped up with A > 0; clipped down with A < 0. Not: up with A < 0, and all of group 2.
-    assert value(zero_grad_frac(*terms)) == pytest.approx((3 / 4 + 0) / 2)
-    assert value(zero_grad_frac(*terms, clip_epsilon_high=0.5)) == pytest.approx((2 / 4 + 0) / 2)
-    assert value(zero_grad_frac(*terms, weights=torch.tensor([3.0, 1.0]))) == pytest.approx(3 * 0.75 / 4)
+    options = [{}, {"clip_epsilon_high": 0.5}, {"weights": torch.tensor([3.0, 1.0])}]
+    found = [value(clip_loss(*terms, **how)[1]["zero_grad_frac"]) for how in options]
+    assert found == pytest.approx([(3 / 4 + 0) / 2, (2 / 4 + 0) / 2, 3 * 0.75 / 4])
 
 
 @pytest.mark.parametrize("high", [None, 0.05, 0.6])

@@ -30,7 +30,7 @@ def crowded(count=40):
 def two_groups():
     """Two groups of other sizes, and the features."""
     groups, features, _ = world()
-    short = dataclasses.replace(groups[1], sequences=groups[1].sequences[:3], rewards=groups[1].rewards[:3])
+    short = dataclasses.replace(groups[1], sequences=groups[1].sequences[:3], rewards=[2.0, 1.0, 0.5])
     return [groups[0], short], features
 
 

@@ -71,8 +71,8 @@ def _save(figure, stem: Path) -> list[Path]:
 
 
 def _accuracy(series: Sequence[Series]):
-    """Accuracy in percent by the number of demonstrations: a line with whiskers for each method, side by side where
-    they meet; what is without demonstrations is one grey line."""
+    """Return accuracy in percent by the number of demonstrations: a line with whiskers for each method, side by side
+    where they meet; zero-shot is one grey line."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -106,8 +106,8 @@ def _accuracy(series: Sequence[Series]):
 
 
 def _training(curves: Sequence[Curve]):
-    """One panel a metric, over epochs; a ring around the epoch that the metric's own strategy chooses, and for a single
-    run a line through all panels where val_reward does."""
+    """Return one panel a metric, over epochs; a ring around the epoch that the metric's own strategy chooses, and for a
+    single run a line through all panels where val_reward does."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -141,7 +141,7 @@ def _training(curves: Sequence[Curve]):
 
 
 def _look(number: int) -> dict:
-    """Colour, marker and dashes of the n-th line."""
+    """Return colour, marker and dashes of the n-th line."""
     return {
         "color": _OKABE_ITO[number % len(_OKABE_ITO)],
         "marker": _MARKERS[number % len(_MARKERS)],
@@ -150,7 +150,7 @@ def _look(number: int) -> dict:
 
 
 def _label(name: str) -> str:
-    """A name from a file as a label; matplotlib would leave out one that begins with an underscore."""
+    """Return a name from a file as a label; matplotlib would leave out one that begins with an underscore."""
     text = one_line(name)
     text = text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
     return f" {text}" if text.startswith("_") else text

@@ -1,4 +1,4 @@
-"""What the policy sees: a query looks over its pool, and query and candidates become vectors of one space.
+"""The encoder of the policy: a query attends to its pool, and query and candidates become vectors of one space.
 
 B queries, K candidates in the pool, D embedding, H hidden. x = W_in q, e = W_in c; per layer
 x ← LayerNorm(MHA(x; e, e) + x); then W_q x and W_c e, with dropout. What is linear is multiplied out in the cheaper

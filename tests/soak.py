@@ -1,7 +1,7 @@
 """Kills commands at random moments, or at every file event, runs them again, and counts what became of them.
 
-    python scripts/soak.py [--kills 200] [--seed 0] [--commands rollout,train,infer,demo,online] [--results FILE.md]
-    python scripts/soak.py --exhaustive train [--part 3/10] [--results FILE.md]
+    python tests/soak.py [--kills 200] [--seed 0] [--commands rollout,train,infer,demo,online] [--results FILE.md]
+    python tests/soak.py --exhaustive train [--part 3/10] [--results FILE.md]
 
 Each trial kills one command up to three times (SIGKILL, SIGTERM, SIGINT, before or after a file event, in the middle
 of a write, or from outside at any time), lets it finish and compares all it wrote with an unbroken run. The table is
@@ -17,8 +17,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 from lab import Fault, Lab
 from trials import PROBLEMS, Bench, commands, make_data
