@@ -32,8 +32,8 @@ from lever_lm.evaluation.export import export
 from lever_lm.lvlm import CachedLvlm, build_prompt
 from lever_lm.lvlm.answer_cache import AnswerCache
 from lever_lm.lvlm.feature_cache import FeatureCache
-from lever_lm.lvlm.openai_client import check_server
 from lever_lm.lvlm.openai_server import ServerLvlm
+from lever_lm.lvlm.openai_servers import check_server
 from lever_lm.selectors.pointer.checkpoint import load_policy, own_config, save_torch, to_v2, to_v3, v3_content
 from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.training.find_checkpoint import locate
