@@ -466,7 +466,7 @@ def server(folder: Path) -> Target:
         if content[:1] == b"\1":
             check_server(config)
         elif content[:1] == b"\2":
-            lvlm.answer([prompt])
+            lvlm.generate([prompt])
         else:
             lvlm.answer_log_prob([prompt], ["cat"])
 
