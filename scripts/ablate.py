@@ -30,8 +30,9 @@ from lever_lm.selectors.pointer.checkpoint import load_policy
 from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.training.batches import to_tensors
 from lever_lm.training.find_checkpoint import load_for
-from lever_lm.training.grpo import best_rollouts, train_grpo, train_rce
+from lever_lm.training.grpo import best_rollouts, train_grpo
 from lever_lm.training.pipeline import Pipeline
+from lever_lm.training.rce import train_rce
 from lever_lm.training.rewards import group_advantage
 from lever_lm.training.rollouts.file_format import load_groups, split_ids
 from lever_lm.training.rollouts.propose import new_policy

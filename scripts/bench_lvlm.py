@@ -21,8 +21,9 @@ import torch
 from lever_lm.config.schema import DataConfig, LvlmConfig, PromptConfig
 from lever_lm.data import Example, load_dataset
 from lever_lm.lvlm import build_prompt
+from lever_lm.lvlm.backend import load_local
+from lever_lm.lvlm.local import LocalLvlm
 from lever_lm.lvlm.prompt import to_messages
-from lever_lm.lvlm.qwen2_5_vl import LocalLvlm
 from lever_lm.utils.device import resolve_device
 from lever_lm.utils.paths import asset_path
 from lever_lm.utils.transformers_compat import import_transformers
@@ -173,8 +174,8 @@ def matmul_rate(device: torch.device) -> float:
 
 def prefill_flop(lvlm: LocalLvlm, tokens: int) -> float:
     """Multiplications and additions of the language model over one prompt: its products, and causal attention."""
-    config = lvlm.model.config.text_config
-    layers = lvlm.model.model.language_model.layers
+    config = lvlm.family.model.config.text_config
+    layers = lvlm.family.model.model.language_model.layers
     weights = sum(p.numel() for p in layers.parameters() if p.ndim == 2)
     return 2 * weights * tokens + 2 * config.num_hidden_layers * tokens**2 * config.hidden_size
 
@@ -182,12 +183,12 @@ def prefill_flop(lvlm: LocalLvlm, tokens: int) -> float:
 def ours(path: str, prompts, beams: int, device: str, settings: dict, repeats: int, bank: Path):
     """(row of the table, the model): images first, then prompts, best of `repeats`."""
     config = LvlmConfig(path=path, num_beams=beams, max_new_tokens=NEW_TOKENS, **settings)
-    lvlm = LocalLvlm(config, PromptConfig(), device, bank=bank)
+    lvlm = load_local(config, PromptConfig(), device, folder=bank)
     images = list(dict.fromkeys(image for prompt in prompts for image in prompt.images))
-    lvlm.vision.see(images[:32])  # the first use of a kernel loads it
-    peak_gib(lvlm.device, reset=True)
-    vision, _ = timed(lvlm.device, lambda: lvlm.vision.see(images[32:]))
-    vision_peak = peak_gib(lvlm.device, reset=True)
+    lvlm.family.vision.see(images[:32])  # the first use of a kernel loads it
+    peak_gib(lvlm.family.device, reset=True)
+    vision, _ = timed(lvlm.family.device, lambda: lvlm.family.vision.see(images[32:]))
+    vision_peak = peak_gib(lvlm.family.device, reset=True)
     batches = lvlm.batches(prompts)
 
     def answer() -> list[str]:
@@ -197,14 +198,14 @@ def ours(path: str, prompts, beams: int, device: str, settings: dict, repeats: i
                 answers[i] = text
         return answers
 
-    timed(lvlm.device, lambda: lvlm.generate([prompts[i] for i in batches[0]]))
-    runs = [timed(lvlm.device, answer) for _ in range(repeats)]
-    tokens = len(lvlm._token_ids(prompts[0]))
+    timed(lvlm.family.device, lambda: lvlm.generate([prompts[i] for i in batches[0]]))
+    runs = [timed(lvlm.family.device, answer) for _ in range(repeats)]
+    tokens = len(lvlm.family.token_ids(prompts[0]))
     row = {
         "beams": beams,
         "prompts_s": len(prompts) / min(seconds for seconds, _ in runs),
         "images_s": (len(images) - 32) / vision if len(images) > 32 else None,
-        "peak_gib": peak_gib(lvlm.device),
+        "peak_gib": peak_gib(lvlm.family.device),
         "vision_peak_gib": vision_peak,
         "tokens": tokens,
         "flop": prefill_flop(lvlm, tokens),
@@ -218,7 +219,7 @@ def numerics(lineage: Lineage, lvlm: LocalLvlm, prompts) -> dict:
     """Relative error of the first new token's logits against float32: the library's and ours, the mean over prompts."""
     lineage.model.to(lineage.device)
     with torch.inference_mode():
-        mine = lvlm._prefill(prompts).logits.float()
+        mine = lvlm.family.prefill(prompts).logits.float()
     library = torch.stack([lineage.logits(prompt) for prompt in prompts])
     lineage.model.float()
     exact = torch.stack([lineage.logits(prompt) for prompt in prompts])

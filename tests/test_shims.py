@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from helpers import clean_environment
+from helpers import SCRIPTS, clean_environment
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
 SHELL, PYTHON = ("train_v3.sh", "inference.sh"), ("find_best_checkpoint.py", "convert_v3_to_v2_format.py")
 WORDS = ["--features", "query_img_text_icd_img_text", "--sampler", "rand_sampler", "--lvlm", "qwen2.5_vl_3B"]
 OTHERS = ["--features", "query_img_icd_img", "--sampler", "mix_sampler", "--lvlm", "qwen2.5_vl_7B"]
@@ -82,22 +81,20 @@ def run(checkout, tmp_path):
 # ---------------------------------------------------------------------- words and flags
 
 
+ALL = "query_img_text_icd_img_text rand_sampler qwen2.5_vl_3B"
+OTHER = "query_img_icd_img mix_sampler qwen2.5_vl_7B"
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
         ("", TRAIN),
-        ("vqa okvqa_local 0 query_img_text_icd_img_text rand_sampler qwen2.5_vl_3B", TRAIN),
-        (
-            "vqa vqav2_local 1 query_img_icd_img mix_sampler qwen2.5_vl_7B",
-            ["train", "--dataset", "vqav2_local", *OTHERS],
-        ),
+        (f"vqa okvqa_local 0 {ALL}", TRAIN),
+        (f"vqa vqav2_local 1 {OTHER}", ["train", "--dataset", "vqav2_local", *OTHERS]),
         ("vqa digits", ["train", "--dataset", "digits", *WORDS]),
         ("--dry-run --json", [*TRAIN, "--dry-run", "--json"]),
         ("vqa okvqa_local 0 -q", [*TRAIN, "-q"]),
-        (
-            "vqa okvqa_local 0 query_img_text_icd_img_text rand_sampler qwen2.5_vl_3B --set a=b --limit 8",
-            [*TRAIN, "--set", "a=b", "--limit", "8"],
-        ),
+        (f"vqa okvqa_local 0 {ALL} --set a=b --limit 8", [*TRAIN, "--set", "a=b", "--limit", "8"]),
     ],
 )
 def test_the_words_of_train_become_options(run, words, expected):
@@ -110,24 +107,12 @@ def test_the_words_of_train_become_options(run, words, expected):
     ("words", "expected"),
     [
         ("", [*INFER, *LATEST]),
-        ("vqa okvqa_local 5 query_img_text_icd_img_text rand_sampler qwen2.5_vl_3B v3", [*INFER, *LATEST]),
-        ("vqa okvqa_local 5 query_img_text_icd_img_text rand_sampler qwen2.5_vl_3B v2", [*INFER, *LATEST]),
-        (
-            "vqa vqav2_local 2 query_img_icd_img mix_sampler qwen2.5_vl_7B v3",
-            ["infer", "--shots", "2", "--dataset", "vqav2_local", *OTHERS, *LATEST],
-        ),
-        (
-            "vqa okvqa_local 5 query_img_text_icd_img_text rand_sampler qwen2.5_vl_3B v3 200",
-            [*INFER, *LATEST, "--limit", "200"],
-        ),
-        (
-            "vqa okvqa_local 5 query_img_text_icd_img_text rand_sampler qwen2.5_vl_3B v3 -1 --baselines",
-            [*INFER, *LATEST, "--baselines"],
-        ),
-        (
-            "vqa okvqa_local 5 query_img_text_icd_img_text rand_sampler qwen2.5_vl_3B v3 --set a=b -q",
-            [*INFER, *LATEST, "--set", "a=b", "-q"],
-        ),
+        (f"vqa okvqa_local 5 {ALL} v3", [*INFER, *LATEST]),
+        (f"vqa okvqa_local 5 {ALL} v2", [*INFER, *LATEST]),
+        (f"vqa vqav2_local 2 {OTHER} v3", ["infer", "--shots", "2", "--dataset", "vqav2_local", *OTHERS, *LATEST]),
+        (f"vqa okvqa_local 5 {ALL} v3 200", [*INFER, *LATEST, "--limit", "200"]),
+        (f"vqa okvqa_local 5 {ALL} v3 -1 --baselines", [*INFER, *LATEST, "--baselines"]),
+        (f"vqa okvqa_local 5 {ALL} v3 --set a=b -q", [*INFER, *LATEST, "--set", "a=b", "-q"]),
         ("vqa okvqa_local 5 --ckpt best", [*INFER, *LATEST, "--ckpt", "best"]),  # of two, lever takes the last
         ("--icds mine.jsonl", [*INFER, "--icds", "mine.jsonl"]),
         ("--icds=mine.jsonl", [*INFER, "--icds=mine.jsonl"]),
@@ -151,12 +136,10 @@ def test_inference_takes_the_latest_unless_the_environment_names_a_checkpoint(ru
     [
         (["--checkpoint_dir", "./my run"], ["./my run"]),
         (["--checkpoint-dir=r", "--strategy", "kl"], ["r", "--strategy", "kl"]),
-        (["--checkpoint_dir", "r", "--show_all"], ["r", "--show-all"]),
-        (["--show-all", "--checkpoint_dir=r"], ["r", "--show-all"]),
-        (["--checkpoint_dir", "r", "--log_file", "a.log"], ["r", "--log", "a.log"]),
+        (["--show_all", "--checkpoint_dir", "r"], ["r", "--show-all"]),
+        (["--show-all", "--checkpoint_dir=r", "--log_file", "a.log"], ["r", "--show-all", "--log", "a.log"]),
         (["--log-file", "a.log"], ["--log", "a.log"]),
-        (["--log", "a.log", "--json"], ["--log", "a.log", "--json"]),
-        (["--checkpoint_dir", "r", "--json", "--seed", "3"], ["r", "--json", "--seed", "3"]),
+        (["--log", "a.log", "--json", "--seed", "3"], ["--log", "a.log", "--json", "--seed", "3"]),
     ],
 )
 def test_the_flags_of_find_best_checkpoint_become_options(run, flags, expected):
@@ -187,15 +170,12 @@ def test_the_flags_of_convert_become_options(run, flags, expected):
     [
         ("train_v3.sh", "caption", "TASK"),
         ("train_v3.sh", "vqa okvqa_local cuda:0", "GPU"),
-        ("train_v3.sh", "vqa okvqa_local -1", "GPU"),
         ("train_v3.sh", "vqa okvqa_local 0,1", "GPU"),
         ("train_v3.sh", "vqa okvqa_local rand_sampler", "SAMPLER"),
         ("inference.sh", "caption", "TASK"),
         ("inference.sh", "vqa okvqa_local 0", "SHOTS"),
-        ("inference.sh", "vqa okvqa_local -5", "SHOTS"),
         ("inference.sh", "vqa okvqa_local five", "SHOTS"),
         ("inference.sh", "vqa okvqa_local 5 f s l v1", "VERSION"),
-        ("inference.sh", "vqa okvqa_local 5 f s l v33", "VERSION"),
         ("inference.sh", "vqa okvqa_local 5 f s l v3 all", "TEST_DATA_NUM"),
         ("inference.sh", "vqa okvqa_local 5 f s l v3 -2", "TEST_DATA_NUM"),
         ("inference.sh", "vqa okvqa_local 5 f s l v3 100 more", "TEST_DATA_NUM"),
@@ -224,11 +204,9 @@ def test_help_is_the_scripts_own(run, script):
 @pytest.mark.parametrize(
     ("there", "gpu", "visible"),
     [
-        (None, "0", "0"),
         (None, "3", "3"),
         (None, "08", "8"),
         ("4,5,6", "0", "4"),
-        ("4,5,6", "2", "6"),
         ("4, 5", "1", "5"),
         ("4,5", "2", "4,5"),
         ("GPU-8f2a,MIG-77", "1", "MIG-77"),
@@ -268,17 +246,12 @@ def bare_path(tmp_path) -> Path:
 
 
 @each_script
-@pytest.mark.parametrize("status", [1, 2, 130])
-def test_the_exit_status_is_levers(run, script, status):
-    assert run(script, *CALLS[script], FAKE_STATUS=str(status)).status == status
-
-
-@each_script
-def test_the_folder_and_the_environment_are_the_callers(run, tmp_path, script):
-    seen = run(script, *CALLS[script], GRPO_EPOCHS="50", KL_BETA="0.1", USE_RANK_ADVANTAGE="false").seen
-    assert seen["folder"] == str(tmp_path / "elsewhere")
-    kept = {name: seen["environment"][name] for name in ("GRPO_EPOCHS", "KL_BETA", "USE_RANK_ADVANTAGE")}
-    assert kept == {"GRPO_EPOCHS": "50", "KL_BETA": "0.1", "USE_RANK_ADVANTAGE": "false"}
+def test_status_folder_and_environment_are_the_callers(run, tmp_path, script):
+    variables = {"GRPO_EPOCHS": "50", "KL_BETA": "0.1", "USE_RANK_ADVANTAGE": "false"}
+    ran = run(script, *CALLS[script], FAKE_STATUS="130", **variables)
+    assert ran.status == 130
+    assert ran.seen["folder"] == str(tmp_path / "elsewhere")
+    assert ran.seen["environment"].items() >= variables.items()
 
 
 @each_script

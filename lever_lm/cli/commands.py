@@ -67,7 +67,7 @@ def demo(
     common.recipe, common.run_name = common.recipe or "demo", common.run_name or "demo"
     numbers = parse_shots(shots)
     pipeline = make_pipeline(common, {"rce.epochs": rce_epochs, "grpo.epochs": grpo_epochs, "keep": keep})
-    if planned(common, pipeline, "demo", answers=1 + 7 * len(numbers)):
+    if planned(common, pipeline, "demo", shots=numbers, learned=2, baselines=True):
         return
     from lever_lm.cli.display import show_results
     from lever_lm.evaluation.run import demo as run_demo
@@ -212,7 +212,7 @@ def infer(
     pipeline = pipeline_of_run(common, {"infer.okvqa_stem": okvqa_stem or None}, find=find if icds is None else None)
     if common.dry_run:
         pipeline.inference = evaluation.planned_folder(pipeline, icds)
-    if planned(common, pipeline, "infer", answers=len(numbers) + baselines * (1 + 5 * len(numbers))):
+    if planned(common, pipeline, "infer", shots=numbers, learned=1, baselines=baselines):
         return
     if icds is not None:
         result = evaluation.infer_icds(pipeline, icds, numbers, baselines=baselines)

@@ -1,4 +1,4 @@
-"""What a shell offers where a value is to be typed: names of configs, keys, strategies, runs. Quick, never an error.
+"""Completion of values in a shell: names of configs, keys, strategies, runs. It is quick and never an error.
 
 Shells evaluate what they are offered, so a name that is not plain is left out: a folder may have any name.
 """
@@ -23,7 +23,7 @@ Complete = Callable[[typer.Context, str], list[tuple[str, str]]]
 
 
 def _offered(find: Callable[[typer.Context], Offers]) -> Complete:
-    """Offer the values that go on from what is typed; none where they cannot be found."""
+    """Offer the values that begin with what is typed; none where they cannot be found."""
 
     def offers_for(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
         try:

@@ -8,7 +8,7 @@ _ACROSS = 3
 
 
 def show_results(screen: Screen, results: list[dict], tests: list[dict], *, stemmed: bool = False) -> None:
-    """Accuracy and its 95 % interval: methods down and shots across, or one row each where 80 columns are too few."""
+    """Show accuracies with 95 % intervals: methods down and shots across, or a row each where those are too wide."""
     from lever_lm.selectors import RIVALS  # loads torch, which a choice among epochs does not need
 
     shots = sorted({row["shots"] for row in results if row["shots"]}) or [0]
@@ -54,7 +54,7 @@ def count_shots(shots: int) -> str:
 
 
 def show_choice(screen: Screen, history: History, answer: dict, show_all: bool) -> None:
-    """The chosen epoch, why, what was left out, and what the other strategies would choose."""
+    """Show the chosen epoch, why, which epochs were left out, and what the other strategies would choose."""
     for note in history.notes:
         screen.say(f"note: {note}")
     if show_all:

@@ -1,7 +1,8 @@
-"""What a command would do, without doing it: stages, what is there, LVLM calls, time and disk. Writes nothing."""
+"""The plan of a command: its stages, which of them are done, LVLM calls, time and disk. Nothing is written."""
 
 import contextlib
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from lever_lm.config.schema import Config, to_dict
 from lever_lm.data import Example, StoredImage, VqaData, load_dataset, open_image
 from lever_lm.data.embeddings import DEFAULT_WIDTH, Features, cached_features
 from lever_lm.data.okvqa import OFFICIAL_SIZES
-from lever_lm.lvlm import CachedLvlm, load_lvlm
+from lever_lm.lvlm import CachedLvlm, load_lvlm, tokens_of_pixels
+from lever_lm.selectors import BASELINES
 from lever_lm.tasks import TASKS
 from lever_lm.training.environment import own_files
 from lever_lm.training.preflight import ALL, disk_needed, examine, group_size
@@ -26,7 +28,7 @@ from lever_lm.utils.file_hashes import DIGESTS
 from lever_lm.utils.hub import model_folder, parameter_count
 from lever_lm.utils.progress import duration, untracked
 
-# Multiply-adds a second that are reached in practice, for a first guess before anything was measured.
+# Multiply-adds a second that are reached in practice: a first guess before a speed was measured.
 _REACHED = {"cuda": 1e14, "cpu": 5e10}
 _TEXT_TOKENS = 30  # of a question with its answer
 _ENCODER_TOKENS = 257  # of an image, for CLIP ViT-L/14
@@ -41,13 +43,16 @@ def show_plan(
     rl_data: Path | None = None,
     embeddings: Path | None = None,
     from_run: Path | None = None,
-    answers: int = 0,
+    shots: Sequence[int] = (),
+    learned: int = 0,
+    baselines: bool = False,
 ) -> dict:
     """Show and return the config and the paths of a command; for `rollout`, `train`, `infer` and `demo` also their
     stages and what is missing for them.
 
     rl_data, embeddings: rollouts and features of the user's own, else those of the run `from_run`, so that none are
-    made. answers: evaluation prompts for each query. What the cache knows is counted where data, features and model are
+    made. shots, learned, baselines: the numbers of demonstrations that are evaluated, how many learned methods, and
+    whether the baselines too. What the cache knows is counted where data, features and model are
     here; else calls are bounded from above: no command asks more than its plan says.
     """
     DIGESTS.keep_nothing()
@@ -73,7 +78,8 @@ def show_plan(
         stages.append(planner.rollouts())
     if command in ("train", "demo"):
         stages += planner.training(pipeline.run, planner.queries() if rl_data is None else _queries_of(config, rl_data))
-    if answers:
+    if shots:
+        answers = learned * len(shots) + baselines * (1 + (len(BASELINES) - 1) * len(shots))  # zero-shot has one
         stages.append(planner.inference(answers, pipeline.inference))
     total = _in_all(stages)
     for line in (*(check.line() for check in missing), *(stage.line() for stage in stages)):
@@ -84,14 +90,14 @@ def show_plan(
 
 
 def _places(pipeline) -> dict[str, Path]:
-    """Where the stages of a pipeline leave what they make."""
+    """Return the path of what each stage of a pipeline makes."""
     layout = pipeline.layout
     made = {"features": layout.features, "rollouts": layout.rollouts}
     return {**made, "run": pipeline.run.path, "inference": pipeline.inference}
 
 
 def show_places(pipeline) -> None:
-    """Say where the stages of a pipeline leave what they make, and whether it is there."""
+    """Say the path of what each stage of a pipeline makes, and whether it is there."""
     for name, path in _places(pipeline).items():
         pipeline.screen.say(f"{name}: {path} ({'there' if path.exists() else 'to be made'})")
 
@@ -136,7 +142,7 @@ def _queries_of(config: Config, rl_data: Path) -> list[int]:
 
 
 class _Planner:
-    """What is known of data, features and model before any of them is made."""
+    """The plan of each stage, from the data, features and model that are here already."""
 
     def __init__(self, config: Config, layout: Layout):
         self.config, self.layout, self.disk = config, layout, disk_needed(config)
@@ -231,12 +237,12 @@ class _Planner:
         return self._seconds(self.config.lvlm.path, calls, tokens)
 
     def _image_tokens(self) -> float:
-        """Of the first training image; a patch of 28 × 28 pixels is a token."""
+        """Return about how many tokens the first training image has."""
         pixels = 640 * 480
         if self.data is not None and not isinstance(image := self.data.train_examples[0].image, StoredImage):
             with contextlib.suppress(LeverError):  # refused when it is used
                 pixels = math.prod(open_image(image).size)
-        return min(max(pixels, self.config.lvlm.min_pixels), self.config.lvlm.max_pixels) / 28**2
+        return tokens_of_pixels(pixels, self.config.lvlm)
 
     def _seconds(self, model: str, calls: int, tokens: float) -> float | None:
         """Seconds of forward passes by the model's size; None where it is not here."""

@@ -17,24 +17,24 @@ from lever_lm.utils.errors import LeverError, UsageError
 from lever_lm.utils.terminal import one_line, printable, shown
 
 INTERRUPTED, TERMINATED = 130, 128 + signal.SIGTERM
-# What a wrong command line raises. Typer carries a click of its own in some versions and uses click's in others.
+# The error of a wrong command line. Typer has its own copy of click in some versions and imports click in others.
 _CommandLineError = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
 
 
 def main(app: typer.Typer) -> None:
     """Run the command line of this process and exit: 0 done, 1 could not, 2 usage, 130 interrupted, 143 terminated; one
     message on stderr, no traceback. Of the processes of a job the leader alone speaks on stdout."""
-    if sys.getfilesystemencoding() != "utf-8":  # another locale's: a question would be other words, or none
+    if sys.getfilesystemencoding() != "utf-8":  # a question on the command line would be read as other characters
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     _open_streams()
     for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character of ours shows a question mark
         stream.reconfigure(errors="replace")
     job = Shards.from_environment()
-    if job.world == 1:  # the others wait for one another deaf to signals: torchrun ends them
+    if job.world == 1:  # processes of a job wait for one another and hear no signal: torchrun ends them
         signal.signal(signal.SIGTERM, _terminate)
     with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if job.leader else nowhere):
         status = _flushed(run(app, sys.argv[1:]))
-        if job.world == 1:  # what was to be done is done: a signal in the last moments changes nothing
+        if job.world == 1:  # the work is done: a signal in the last moments changes nothing
             for stop in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(stop, signal.SIG_IGN)
     job.leave()
@@ -42,7 +42,7 @@ def main(app: typer.Typer) -> None:
 
 
 def _open_streams() -> None:
-    """Streams that the caller has closed lead nowhere: the next file that is opened would take their place."""
+    """Open the streams that the caller has closed on /dev/null: the next file that is opened would take their place."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             handle = os.open(os.devnull, os.O_RDWR)
@@ -53,7 +53,7 @@ def _open_streams() -> None:
 
 
 def _flushed(status: int) -> int:
-    """The exit status, once all output is out: 1 where it cannot be. A reader that went away has had enough."""
+    """Return the exit status once all output is written; 1 where it cannot be. A reader that went away is no error."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:
@@ -69,13 +69,13 @@ _ended_by: list[int] = []
 
 
 def _terminate(number: int, frame) -> None:
-    """SIGTERM, as schedulers send it before they kill: what Ctrl-C does, with a status of its own."""
+    """Handle SIGTERM, which schedulers send before they kill: as Ctrl-C, with a status of its own."""
     _ended_by.append(number)
     raise KeyboardInterrupt
 
 
 def run(app: typer.Typer, arguments: list[str]) -> int:
-    """The exit status of a command line. What went wrong is said in one message."""
+    """Run a command line and return its exit status; an error is said in one message on stderr."""
     try:
         os.getcwd()
     except OSError:
@@ -98,7 +98,7 @@ def run(app: typer.Typer, arguments: list[str]) -> int:
         return _fail(str(error), 2)
     except LeverError as error:
         return _fail(str(error), 1)
-    except OSError as error:  # of a path on the command line as a rule: too long, no permission
+    except OSError as error:  # as a rule about a path on the command line: too long, no permission
         where = shown(error.filename, 200) if error.filename else "the output"
         return _fail(f"cannot use {where}: {error.strerror or error}", 1)
     except Exception as error:
@@ -106,7 +106,7 @@ def run(app: typer.Typer, arguments: list[str]) -> int:
 
 
 def _show_usage(error: Exception) -> int:
-    """Typer's own message about a command line, whose words it repeats."""
+    """Show Typer's own message about a command line; words of the command line in it may steer no terminal."""
     message, text = error.format_message(), io.StringIO()
     error.format_message = lambda: one_line(message)
     error.show(text)
@@ -119,7 +119,7 @@ def _fail(message: str, status: int) -> int:
         sys.stderr.write(textwrap.indent(printable(traceback.format_exc()), "  "))
     job = Shards.from_environment()
     message = message if len(message) <= _LONGEST else f"{message[:_LONGEST]}…"
-    # Lines after the first are indented: no name from a stranger is taken for a message of ours.
+    # Lines after the first are indented: a name from a data file cannot pass for a message of ours.
     message = re.sub(r"\n(?!  )", "\n  ", printable(message))
     sys.stderr.write(f"{'' if job.leader else f'[rank {job.rank}] '}lever: {message}\n")
     return status

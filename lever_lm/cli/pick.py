@@ -12,7 +12,7 @@ from lever_lm.utils.errors import UsageError
 def the_query(
     retriever: Retriever, image: str | None, question: str | None, example: int | None
 ) -> tuple[Example, str]:
-    """What is asked, and where it is from: an image and a question, or an evaluation question, the first if None."""
+    """Return the query and its source: an image and a question, or an evaluation question, by default the first."""
     if image is not None:
         return retriever.query(image, question), "your own"
     evaluation = retriever.stages.data.val_examples
@@ -28,7 +28,7 @@ def the_query(
 
 
 def pick_for(retriever: Retriever, query: Example, shots: int, *, answer: bool, prompt: bool) -> dict:
-    """The picks for a query, as `--json` has them; with the LVLM's answer and the prompt's text where asked for."""
+    """Return the picks for a query, as `--json` has them; with the LVLM's answer and the prompt where asked for."""
     picks, pool, sampler = retriever.pick(query, shots=shots), retriever.pool(query), retriever.config.sampler.name
     result = {
         "query": {**_described(query), "question_id": query.question_id if query.answers else None},
@@ -63,7 +63,7 @@ def _row(pick: Pick) -> dict:
 
 
 def show_picks(screen: Screen, result: dict, source: str) -> None:
-    """The same for a person."""
+    """Show the result of `pick_for` on the terminal."""
     query, pool = result["query"], result["pool"]
     screen.result(f"query: {query['question']} ({source}; {query['image']})")
     screen.say(

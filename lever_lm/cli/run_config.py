@@ -103,8 +103,8 @@ def _options(common: Common, flags: dict | None) -> dict[str, dict]:
 
 
 def _pipeline(common: Common, made, run_name: str | None, run_dir: Path | None, run=None):
-    """The pipeline of layers, and of the RunFolder `run` if given. Variables of the environment that count, or
-    would, are said; with --verbose versions and places too."""
+    """Return the pipeline of layers, and of the RunFolder `run` if given. Say which variables of the environment
+    count and which are passed over; with --verbose also versions and places."""
     from lever_lm.training.environment import versions
     from lever_lm.training.pipeline import Pipeline
     from lever_lm.utils.console import Screen
@@ -141,13 +141,12 @@ def _config_of(common: Common, run: Path) -> dict:
 
 
 def dataset_named(common: Common, config) -> bool:
-    """Return whether the command line, a config or the environment says which dataset is meant: else it is the embedded
-    one, by default."""
+    """Return whether the command line, a config or the environment names the dataset; else it is the embedded one."""
     return common.dataset is not None or config.data.okvqa_path != DataConfig.okvqa_path
 
 
 def refuse_resuming(common: Common, pipeline) -> None:
-    """With --no-resume: raise LeverError where the run's folder holds a run already."""
+    """Raise LeverError where the run's folder holds a run already and --no-resume is given."""
     if not common.resume and not common.overwrite and pipeline.run.config.is_file():
         raise LeverError(
             f"{pipeline.run.path} holds a run already: drop --no-resume to go on with it, or --overwrite it"

@@ -5,7 +5,6 @@ is taken and no model is loaded.
 import contextlib
 import itertools
 import os
-import re
 import shlex
 import sqlite3
 import statistics
@@ -21,11 +20,11 @@ from lever_lm.config.values import build
 from lever_lm.training.environment import read_environment, recorded, typed_again
 from lever_lm.training.log_parser import read_log
 from lever_lm.training.metrics import PHASES, RECOMMENDED, STRATEGIES
+from lever_lm.training.metrics_file import metrics_rows
 from lever_lm.training.run_dir import LOCK, Layout, RunFolder
 from lever_lm.training.select_checkpoint import best_row, epochs_since_best
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.locks import seen
-from lever_lm.utils.safe_parse import metrics_rows
 
 _LATELY = 10  # epochs that the time of one is taken from
 _GPU = "name,memory.used,memory.total,utilization.gpu"
@@ -37,7 +36,6 @@ _ANEW = ("--overwrite", "--no-resume")  # what goes on with a run does without t
 _CUT = 200  # characters of a command that a lock file holds, at most
 _PATIENCE = 5.0  # seconds for nvidia-smi, which hangs where a driver does
 Told = TypeVar("Told")
-Checkpoints = dict[tuple[str, int], os.DirEntry]  # (phase, epoch) → file
 
 
 def run_status(run: RunFolder, layout: Layout | None = None) -> dict:
@@ -61,7 +59,7 @@ def run_status(run: RunFolder, layout: Layout | None = None) -> dict:
     layout = (_own_layout(run, config) if config else None) or layout
     process, working = _worker(run.path / LOCK)
     rows = _told(notes, lambda: _rows(run, notes, working)) or []
-    checkpoints = _checkpoints(run)
+    checkpoints = run.checkpoints()
     there = [(row["phase"], row["epoch"]) for row in rows] or checkpoints
     done = {name: max([0, *(epoch for phase, epoch in there if phase == name)]) for name in PHASES}
     wanted = {name: getattr(config, name).epochs if config else None for name in PHASES}
@@ -85,7 +83,7 @@ def run_status(run: RunFolder, layout: Layout | None = None) -> dict:
         "epoch": done[counted],
         "epochs": wanted[counted],
         "phases": {name: {"done": done[name], "of": wanted[name]} for name in PHASES},
-        "checkpoint": _latest(checkpoints),
+        "checkpoint": _latest(run),
         "epoch_time": times[counted],
         "seconds_left": _seconds_left(left, times),
         "phase_seconds_left": _seconds_left({counted: left[counted]}, times),
@@ -108,7 +106,7 @@ def runs_below(results: Path) -> list[dict]:
 
 
 def _told(notes: list[str], read: Callable[[], Told]) -> Told | None:
-    """What `read` gives; None, and a note, where a file is not what it should be."""
+    """Return what `read` gives; None, and a note, where a file is not what it should be."""
     try:
         return read()
     except LeverError as error:
@@ -117,7 +115,7 @@ def _told(notes: list[str], read: Callable[[], Told]) -> Told | None:
 
 
 def _own_layout(run: RunFolder, config: Config) -> Layout | None:
-    """The paths of a run in the folder where `lever train` puts it."""
+    """Return the paths of a run in the folder where `lever train` puts it; None for a run that lies elsewhere."""
     place = run.path.resolve()
     if place.parent.name != "model_cpk":
         return None
@@ -129,7 +127,8 @@ def _own_layout(run: RunFolder, config: Config) -> Layout | None:
 
 
 def _worker(lock: Path) -> tuple[dict | None, bool]:
-    """Who works under a lock file, or left it behind, since when (seconds of the epoch), and whether it still does."""
+    """The process that works under a lock file, or left it behind, since when (seconds of the epoch), and whether it
+    still does."""
     try:
         holder, held = seen(lock)
         return {**(holder or {"pid": None, "host": None, "command": ""}), "since": lock.stat().st_mtime}, held
@@ -140,7 +139,7 @@ def _worker(lock: Path) -> tuple[dict | None, bool]:
 def _state(
     config: Config | None, done: dict, left: dict, process: dict | None, working: bool, early: bool
 ) -> tuple[str, str]:
-    """The state, and what it was concluded from."""
+    """Return the state, and what it was concluded from."""
     missing = ", ".join(f"{count} {name.upper()} epochs" for name, count in left.items() if count)
     if working:
         return "running", "a process is at work in it"
@@ -149,16 +148,16 @@ def _state(
     if config is None and any(done.values()):
         return "unknown", "no config.yaml that can be read says how many epochs it was to have; Lever-Plus keeps none"
     if not any(done.values()):
-        return "not begun", "no epoch has ended, and nobody is at work"
+        return "not begun", "no epoch has ended, and no process is at work"
     if missing:
-        return "killed", f"{missing} are missing, and nobody is at work"
+        return "killed", f"{missing} are missing, and no process is at work"
     if early:
         return "finished", f"stopped early by grpo.patience after epoch {done['grpo']}"
     return "finished", "all epochs of its config are there"
 
 
 def who(process: dict) -> str:
-    """Who works, or worked, under a lock file, which may be empty."""
+    """Name the process that works, or worked, under a lock file, which may be empty."""
     return "a process" if process["pid"] is None else f"process {process['pid']} on {process['host']}"
 
 
@@ -174,7 +173,7 @@ def _rollouts(run: RunFolder, layout: Layout | None, process: dict | None) -> di
 
 
 def _trains_on_a_file(process: dict | None) -> bool:
-    """Whether a command names rollouts of the user's own: it makes none."""
+    """Return whether a command names rollouts of the user's own: it makes none."""
     return process is not None and any(word.startswith("--rl-data") for word in process["command"].split())
 
 
@@ -193,47 +192,31 @@ def _rows(run: RunFolder, notes: list[str], working: bool) -> list[dict]:
     return []
 
 
-def _checkpoints(run: RunFolder) -> dict[tuple[str, int], os.DirEntry]:
-    """(phase, epoch) → file."""
-    found = {}
-    with os.scandir(run.path) as entries:
-        for entry in entries:
-            if match := re.fullmatch(r"(rce|grpo)_epoch(\d{1,9})(_v2format\.ckpt|\.pt)", entry.name):
-                key = match[1], int(match[2])
-                if match[3] == ".pt" or key not in found:
-                    found[key] = entry
-    return found
-
-
-def _latest(checkpoints: dict[tuple[str, int], os.DirEntry]) -> dict | None:
+def _latest(run: RunFolder) -> dict | None:
     """The last checkpoint, and how many seconds ago it was written."""
-    if not checkpoints:
-        return None
-    entry = checkpoints[max(checkpoints, key=lambda key: (PHASES.index(key[0]), key[1]))]
-    try:
-        return {"path": entry.path, "age": round(max(0.0, time.time() - entry.stat().st_mtime), 1)}
-    except OSError:  # pruned a moment ago
-        return None
+    with contextlib.suppress(LeverError, OSError):  # there is none, or it was pruned a moment ago
+        path = run.latest_checkpoint()
+        return {"path": str(path), "age": round(max(0.0, time.time() - path.stat().st_mtime), 1)}
+    return None
 
 
-def _epoch_time(rows: list[dict], checkpoints: dict[tuple[str, int], os.DirEntry], phase: str) -> float | None:
-    """Seconds that an epoch of a phase takes of late: the mean of what the rows say, or the time from one checkpoint to
-    the next as a rule, which writing them is a part of."""
+def _epoch_time(rows: list[dict], checkpoints: dict[tuple[str, int], Path], phase: str) -> float | None:
+    """Seconds that the last epochs of a phase took: the mean of what the rows say, or the usual time from one
+    checkpoint to the next, which includes their writing, where that is longer."""
     times = [row.get("epoch_time") for row in rows if row["phase"] == phase][-_LATELY:]
     known = [value for value in times if isinstance(value, (int, float)) and 0 <= value < float("inf")]
     if not known:
         return None
-    last = {name: entry for name, entry in checkpoints.items() if name[0] == phase}
     written = []
-    for key in sorted(last)[-_LATELY:]:
+    for key in sorted(key for key in checkpoints if key[0] == phase)[-_LATELY:]:
         with contextlib.suppress(OSError):  # pruned a moment ago
-            written.append((key[1], last[key].stat().st_mtime))
+            written.append((key[1], checkpoints[key].stat().st_mtime))
     gaps = [(later - then) / (epoch - before) for (before, then), (epoch, later) in itertools.pairwise(written)]
     return max(sum(known) / len(known), statistics.median(gaps) if gaps else 0.0)
 
 
 def _seconds_left(left: dict[str, int], times: dict[str, float | None]) -> float | None:
-    """Of these phases; None where the speed of one is not known yet."""
+    """The seconds that are left of these phases; None where the speed of one is not known yet."""
     if any(left[name] and times[name] is None for name in left):
         return None
     return sum(left[name] * (times[name] or 0.0) for name in left)
@@ -248,7 +231,7 @@ def _best(rows: list[dict]) -> dict:
 
 
 def _answers(path: Path) -> int | None:
-    """How many answers the cache holds; None where there is none, or somebody is just writing to it."""
+    """How many answers the cache holds; None where there is no cache, or another process is just writing to it."""
     if not path.is_file():
         return None
     try:
@@ -262,7 +245,7 @@ def _answers(path: Path) -> int | None:
 
 
 def _bytes(folder: Path) -> int:
-    """Of all files below a folder."""
+    """The size of all files below a folder."""
     total = 0
     for place, _, names in os.walk(folder):
         for name in names:
@@ -272,8 +255,8 @@ def _bytes(folder: Path) -> int:
 
 
 def _command(run: RunFolder, layout: Layout | None, process: dict | None) -> str | None:
-    """What goes on with a run: the command that last went on with it, or began it, where it was kept; else what has the
-    same effect."""
+    """The command that goes on with a run: the one that last went on with it, or began it, where it was kept; else one
+    with the same effect."""
     kept = read_environment(run)
     if command := typed_again(kept.get("last_command", kept.get("command"))):
         return shlex.join(_without_anew(shlex.split(command)))

@@ -89,7 +89,7 @@ def _rollouts_line(status: dict) -> str:
 
 
 def _gpus_line(status: dict) -> str:
-    """Those of this host, and where the run is, if elsewhere."""
+    """The GPUs of this host, and the host of the run where that is another one."""
     here = "; ".join(map(_gpu_line, status["gpus"])) or "none on this host"
     host = status["process"]["host"] if status["state"] == "running" else None
     return here if host in (None, socket.gethostname()) else f"{here}; the run is on {host}"

@@ -13,8 +13,6 @@ from urllib.parse import urlsplit
 from lever_lm.utils.errors import UsageError
 from lever_lm.utils.terminal import shown
 
-TOKEN_EDGE = 28  # pixels of an image, along each side, that are one token of a Qwen2.5-VL
-
 _RANGES = {
     "> 0": ("be greater than 0", lambda value: value > 0),
     ">= 0": ("not be negative", lambda value: value >= 0),
@@ -66,6 +64,7 @@ class DataConfig(Section, section="data"):
     okvqa_path: str = place("asset:digits", "folder of questions and annotations, or of parquet files; or hub:REPO")
     coco_path: str = place("asset:digits", "folder of train2014/ and val2014/, with or without mscoco2014/ above them")
     train_path: str = place("", "where the training split is, if not in okvqa_path")
+    task: str = answers("vqa", "how an answer is scored: a name of TASKS in lever_lm/tasks")
     file_prefix: str = answers("", "what stands before the official files' names: v2_ for VQAv2")
     skip_bad_examples: bool = setting(False, "go on without examples that cannot be read, and count them")
     allow_remote: bool = length(False, "fetch images that a table names by http(s) address; each once, into a cache")
@@ -154,8 +153,6 @@ class LvlmConfig(Section, section="lvlm"):
             raise UsageError(f"lvlm.workers must be -1 or more, found {self.workers}")
         if self.min_pixels > self.max_pixels:
             raise UsageError(f"lvlm.min_pixels {self.min_pixels} exceeds lvlm.max_pixels {self.max_pixels}")
-        if self.max_pixels < TOKEN_EDGE**2:
-            raise UsageError(f"lvlm.max_pixels must be {TOKEN_EDGE**2} or more, one token, found {self.max_pixels}")
         if not self.server:
             return
         for url in self.server.split(","):
@@ -283,6 +280,7 @@ class GrpoConfig(Section, section="grpo"):
     max_grad_norm: float = setting(1.0, "longer gradients are cut to this length", "> 0")
     schedule: str = setting("constant", "of the learning rate, to 0 at the last epoch", "constant | linear | cosine")
     warmup_steps: int = setting(0, "steps in which the learning rate rises from 0", ">= 0")
+    loss: str = setting("clip", "the clipped ratio times the advantage, or log π times it", "clip | reinforce")
     patience: int = length(0, "stop after so many epochs without a better val_reward; 0: never", ">= 0")
     clip_epsilon: float = setting(0.2, "how far the ratio of new to old probability counts, from 1", "(0, 1)")
     clip_epsilon_high: float = setting(0.0, "of ratios above 1; 0: as clip_epsilon", ">= 0")

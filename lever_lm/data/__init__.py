@@ -1,4 +1,4 @@
-"""Data: examples, the official VQA files, and parquet copies."""
+"""Data: examples read from the official VQA files and from parquet copies."""
 
 import os
 
@@ -37,7 +37,7 @@ __all__ = [
 
 
 def source_of(config: DataConfig, split: str) -> str:
-    """Where a split (`train`, `val`) is looked for, as the config says it."""
+    """Return where the config says that a split (`train`, `val`) is."""
     return (split == "train" and config.train_path) or config.okvqa_path
 
 
@@ -51,14 +51,14 @@ def in_parquet(config: DataConfig, split: str) -> bool:
 
 
 def load_split(config: DataConfig, split: str, bad: BadExamples) -> tuple[list[Example], str]:
-    """The examples of a split (`train`, `val`) and its fingerprint; images are not opened. Examples that cannot be used
-    go to `bad`. Raises LeverError with file, id and what was expected."""
+    """Load the examples of a split (`train`, `val`), and its fingerprint; images are not opened. Examples that cannot
+    be used go to `bad`. Raises LeverError with file, id and what was expected."""
     load = load_parquet if in_parquet(config, split) else load_official
     return load(source_of(config, split), config, split, bad)
 
 
 def load_dataset(config: DataConfig) -> VqaData:
-    """Both splits of a dataset. The embedded digits are shipped in OK-VQA's own layout and come the same way.
+    """Load both splits of a dataset. The embedded digits are shipped in OK-VQA's own layout and come the same way.
 
     Raises LeverError with file, id and what was expected; with skip_bad_examples such examples are left out and
     listed in `skipped`.
@@ -82,12 +82,15 @@ def load_dataset(config: DataConfig) -> VqaData:
             raise LeverError(f"{source_of(config, split)}: the {split} split holds no usable example: `lever doctor`")
         stamps[split] = fingerprint(stamps[split], [e.question_id for e in examples], digests[split])
     train, val = (tuple(splits[split]) for split in SPLITS)
-    return VqaData(config.name, train, val, fingerprint(*stamps.values()), tuple(bad.problems), tuple(stamps.values()))
+    # Named where it is not the first task: fingerprints of data sets from before there were others stay as they are.
+    of_task = [] if config.task == "vqa" else [config.task]
+    whole = fingerprint(*stamps.values(), *of_task)
+    return VqaData(config.name, train, val, whole, tuple(bad.problems), tuple(stamps.values()), config.task)
 
 
 def in_both(config: DataConfig, train: list[Example], val: list[Example]) -> dict[int, str]:
-    """Row of each training example that asks what the evaluation split asks, about an image of equal content → what is
-    wrong with it. Reads the images of questions that both splits ask. Raises LeverError for one that cannot be read."""
+    """Return the rows of training examples that ask what the evaluation split asks about an image of equal content,
+    each with a message. Reads the images of questions that both splits ask; LeverError for one that cannot be read."""
     shared = {example.question for example in train} & {example.question for example in val}
     asked = {(example.question, example.content): example for example in val if example.question in shared}
     pairs = ((row, asked.get((e.question, e.content))) for row, e in enumerate(train) if e.question in shared)
@@ -103,17 +106,14 @@ def in_both(config: DataConfig, train: list[Example], val: list[Example]) -> dic
 
 
 def _digests(examples: list[Example]) -> list[str]:
-    """What identifies the content of each example's image. Raises LeverError naming the question of one that cannot be
-    read."""
+    """Return what identifies the content of each example's image. Raises LeverError with the question of an image that
+    cannot be read."""
+    images = [example.image for example in examples]
     try:
-        return image_digests([example.image for example in examples])
-    except LeverError:
-        for example in examples:
-            try:
-                image_digest(example.image)
-            except LeverError as error:
-                raise LeverError(f"question {example.question_id}: {error}") from error
-        raise
+        return image_digests(images)
+    except LeverError as error:
+        question = examples[images.index(error.__cause__.filename)].question_id
+        raise LeverError(f"question {question}: {error}") from error
 
 
 def _decodable(examples: list[Example], bad: BadExamples) -> list[Example]:

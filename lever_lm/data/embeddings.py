@@ -7,6 +7,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from lever_lm.utils.device import resolve_device
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.fingerprint import changed, changes, stamp
 from lever_lm.utils.hub import content_digests, fetch_model, model_folder, weights_digest
-from lever_lm.utils.progress import WORTH_A_WORD, Track, Work, loaded, untracked
+from lever_lm.utils.progress import WORTH_A_WORD, Track, Work, loaded, unsaid, untracked
 from lever_lm.utils.safe_parse import loads
 from lever_lm.utils.safe_torch_load import load_torch
 from lever_lm.utils.terminal import shown
@@ -32,10 +33,6 @@ _NPY_HEADER = 1 << 16  # bytes; one of an (N, D) matrix has 118
 _SPLITS = {"train": "training", "val": "evaluation"}
 
 
-def _silent(text: str) -> None:
-    pass
-
-
 @dataclass(frozen=True)
 class Embeddings:
     """One split: image (N, D) and text (N, D)."""
@@ -44,18 +41,18 @@ class Embeddings:
     text: Tensor
 
     def take(self, rows) -> "Embeddings":
-        """Those of some rows: a slice or a list."""
+        """Return the embeddings of some rows, a slice or a list."""
         return Embeddings(self.image[rows], self.text[rows])
 
     def combine(self, parts: frozenset[str]) -> Tensor:
-        """The feature of each example: the normalised sum of the embeddings that `parts` names, (N, D)."""
+        """Return the feature of each example, (N, D): the normalised sum of the embeddings that `parts` names."""
         chosen = [self.image] * ("img" in parts) + [self.text] * ("text" in parts)
         return F.normalize(torch.stack(chosen).sum(0), dim=-1)
 
 
 @dataclass(frozen=True)
 class Features:
-    """Embeddings of both splits, and under which encoder, setting and data they hold."""
+    """Embeddings of both splits, and what they were made with and of: encoder, setting (`name`), data."""
 
     train: Embeddings
     val: Embeddings
@@ -64,19 +61,19 @@ class Features:
     fingerprint: str
 
     def queries(self, split: str, config: FeatureConfig) -> Tensor:
-        """Features of the examples of a split as queries, (N, D)."""
+        """Return the features (N, D) of a split's examples as queries."""
         return getattr(self, split).combine(config.parts()[0])
 
     def icds(self, config: FeatureConfig) -> Tensor:
-        """Features of the training examples as ICDs, (N, D)."""
+        """Return the features (N, D) of the training examples as ICDs."""
         return self.train.combine(config.parts()[1])
 
 
 def compute_features(
-    data: VqaData, config: FeatureConfig, path: Path, device: str, track: Track, say: Callable[[str], None] = _silent
+    data: VqaData, config: FeatureConfig, path: Path, device: str, track: Track, say: Callable[[str], None] = unsaid
 ) -> Features:
-    """The features of a dataset, from the cache file `path` where it holds those of the same split and encoder. What
-    has changed is said, and what depends on it made again."""
+    """Return the features of a dataset, from the cache file `path` for each split that it holds of the same data and
+    encoder. What has changed is reported to `say`, and the features that depend on it are made again."""
     fetch_model(config.encoder, "features.encoder")
     kept, why = _read_cache(path, data, config)
     if why:
@@ -91,7 +88,7 @@ def compute_features(
 
 
 def cached_features(data: VqaData, config: FeatureConfig, path: Path) -> Features | None:
-    """The features in the cache file, None where it lacks those of a split with this data and encoder."""
+    """Return the features in the cache file; None where it lacks a split with this data and encoder."""
     kept, _ = _read_cache(path, data, config)
     return _features(kept, data, config) if len(kept) == len(_SPLITS) else None
 
@@ -102,7 +99,7 @@ def _features(kept: dict[str, Embeddings], data: VqaData, config: FeatureConfig)
 
 
 def features_fingerprint(data: VqaData, config: FeatureConfig) -> str:
-    """What identifies the features that a policy learns from, made or not: those of the training split."""
+    """Return what identifies the features of the training split, from which a policy learns, made or not."""
     return _stamp(data, config, "train")["fingerprint"]
 
 
@@ -114,26 +111,25 @@ def _stamp(data: VqaData, config: FeatureConfig, split: str) -> dict[str, str]:
 
 
 def encoder_fingerprint(encoder: str) -> str:
-    """What identifies an encoder: its name and the digest of its weights; `hub` where they are not here yet."""
+    """Return what identifies an encoder: its name and the digest of its weights, or `hub` where these are missing."""
     folder = model_folder(encoder)
     name = Path(encoder.removeprefix("asset:").rstrip("/")).name
     return f"{name}@{weights_digest(folder) if folder else 'hub'}"
 
 
 def same_encoder(one: str, other: str) -> bool:
-    """Whether two fingerprints can be of one encoder: weights that are not here are taken at their name."""
+    """Return whether two fingerprints can be of one encoder: by their names where the weights of one are missing."""
     if one.endswith("@hub") or other.endswith("@hub"):
         return one.split("@")[0] == other.split("@")[0]
     return one.split("@")[1:] == other.split("@")[1:]
 
 
 def _read_cache(path: Path, data: VqaData, config: FeatureConfig) -> tuple[dict[str, Embeddings], list[str]]:
-    """The splits that the cache file holds for this data and encoder, and which parts have changed since the others
-    were made. What is missing or broken is made again without a word."""
+    """Return the splits that the cache file holds for this data and encoder, and the inputs that have changed since the
+    others were made. A file that is missing or broken is made again without a message."""
     from safetensors import SafetensorError, safe_open
 
-    kept: dict[str, Embeddings] = {}
-    why: list[str] = []
+    kept, why = {}, []
     if not path.is_file():
         return kept, why
     try:
@@ -143,27 +139,27 @@ def _read_cache(path: Path, data: VqaData, config: FeatureConfig) -> tuple[dict[
                 here, there = _stamp(data, config, split), loads(header.get(split, "null"))
                 if there == here:
                     # Copies: a file that is cut while it is mapped would take the process with it.
-                    rows = {part: file.get_tensor(f"{split}_{part}").clone() for part in ("image", "text")}
+                    rows = Embeddings(*(file.get_tensor(f"{split}_{part}").clone() for part in ("image", "text")))
                     if _fits(rows, len(data.examples(split))):
-                        kept[split] = Embeddings(**rows)
+                        kept[split] = rows
                 else:
                     why += [name for name in changed(there, here) if name not in why]
     except (OSError, ValueError, SafetensorError):
-        pass  # missing, cut by a full disk, or none of ours
+        pass  # missing, cut by a full disk, or of another kind
     if len({rows.image.shape[1] for rows in kept.values()}) > 1:
         kept.clear()
     return kept, why
 
 
-def _fits(rows: dict[str, Tensor], count: int) -> bool:
-    """Whether rows of features can be those of so many examples."""
-    image, text = rows["image"], rows["text"]
+def _fits(rows: Embeddings, count: int) -> bool:
+    """Return whether stored rows can be the embeddings of so many examples."""
+    image, text = rows.image, rows.text
     sound = image.dtype == text.dtype == torch.float32 and image.shape == text.shape and image.ndim == 2
     return sound and len(image) == count and bool(image.isfinite().all() and text.isfinite().all())
 
 
 def encode(encoder: "ClipEncoder", data: VqaData, split: str, track: Track) -> Embeddings:
-    """The embeddings of a split's examples. Raises LeverError at one that is no unit vector."""
+    """Return the embeddings of a split's examples. Raises LeverError at one that is no unit vector."""
     examples = data.examples(split)
     asked = {example.image: example for example in reversed(examples)}  # each image and its first question
     row = {image: i for i, image in enumerate(asked)}
@@ -208,7 +204,7 @@ class ClipEncoder:
         try:
             self.model = load_whole(transformers.CLIPModel, where, torch.float32).to(self.device)
             self.processor = transformers.CLIPProcessor.from_pretrained(where)
-        except Exception as error:  # a directory of anybody's making: the library can fail on it in any way
+        except Exception as error:  # the library can fail on an untrusted directory in any way
             raise LeverError(
                 f"cannot load the CLIP encoder {path}: {first_line(error)} (features.encoder: a cached hub id or a "
                 "directory of a CLIPModel)"
@@ -240,23 +236,18 @@ class ClipEncoder:
         return F.normalize(embedding.float(), dim=-1).cpu()
 
 
-def _batches(items: Iterable, size: int) -> Iterable[list]:
-    batch = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
+def _batches(items: Iterable, size: int) -> Iterator[list]:
+    items = iter(items)
+    while batch := list(islice(items, size)):
         yield batch
 
 
-# ---------------------------------------------------------------------- features of somebody's own
+# ---------------------------------------------------------------------- features that a user brings
 
 
 def read_embeddings(path: Path) -> Tensor:
-    """An (N, D) matrix, float32: from `.safetensors` or `.npy`, or a torch file (`.pt`, `.pth`) of a tensor or a numpy
-    array, alone or the only one of a dict. Raises LeverError on anything else; nothing in a file is executed."""
+    """Read an (N, D) matrix, float32: from `.safetensors` or `.npy`, or a torch file (`.pt`, `.pth`) of a tensor or a
+    numpy array, alone or the only one of a dict. Raises LeverError on anything else; nothing in a file is executed."""
     if path.suffix == ".safetensors":
         content = _read_safetensors(path)
     elif path.suffix == ".npy":
@@ -283,7 +274,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     open_regular(path, "the embeddings").close()
     try:
         return load_file(path)
-    except Exception as error:  # SafetensorError, or of a type that torch does not have
+    except Exception as error:  # SafetensorError, or tensors of a type that torch does not have
         raise LeverError(f"cannot read the embeddings {path}: {shown(first_line(error), 200)}") from error
 
 
@@ -294,9 +285,9 @@ def _read_npy(path: Path) -> np.ndarray:
     if header > _NPY_HEADER:  # numpy reads all of it
         raise LeverError(f"cannot read the embeddings {path}: its header claims {header} bytes")
     try:
-        # Mapped, an array cannot be larger than its file; one of objects is refused, and what numpy warns of.
+        # Mapped, an array cannot be larger than its file; an array of objects is refused, and what numpy warns of.
         with np.errstate(over="ignore"), warnings.catch_warnings():
             warnings.simplefilter("error")
             return np.lib.format.open_memmap(path, mode="r")
-    except Exception as error:  # a header of anybody's making
+    except Exception as error:  # an untrusted header
         raise LeverError(f"cannot read the embeddings {path}: {shown(first_line(error), 200)}") from error

@@ -1,6 +1,5 @@
-"""One VQA item, the table of them, and the one place where an image becomes pixels."""
+"""Example, one VQA item; VqaData, the two splits; and the one place where an image becomes pixels."""
 
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -15,8 +14,6 @@ from lever_lm.utils.atomic_io import open_regular
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.file_hashes import DIGESTS
 from lever_lm.utils.terminal import one_line
-
-DIGITS = 16  # of its SHA-256: what identifies it
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,7 @@ class Example:
 
     @cached_property
     def content(self) -> str:
-        """The digest of the image's content. Raises LeverError when the image is not there."""
+        """The digest of the image's content. Raises LeverError when the image is missing."""
         return image_digest(self.image)
 
 
@@ -76,7 +73,7 @@ class VqaData:
     task: str = "vqa"  # how answers are scored: a name of tasks.TASKS
 
     def examples(self, split: str) -> tuple[Example, ...]:
-        """Those of a split, `train` or `val`."""
+        """Return the examples of a split, `train` or `val`."""
         return {"train": self.train_examples, "val": self.val_examples}[split]
 
     def stamp(self, split: str) -> str:
@@ -138,12 +135,12 @@ def _opened(image: str) -> BinaryIO:
 
 @lru_cache(maxsize=200_000)
 def image_digest(image: Image) -> str:
-    """What identifies an image's content, whether in a file or in a table. Raises LeverError when it is not there."""
+    """Return what identifies an image's content, in a file or in a table. Raises LeverError when it is missing."""
     return image_digests([image])[0]
 
 
 def image_digests(images: Sequence[Image]) -> list[str]:
-    """What identifies the content of each image. Raises LeverError when one is not there."""
+    """Return what identifies the content of each image. Raises LeverError when one is missing."""
     files = [image for image in images if not isinstance(image, StoredImage)]
     try:
         of_file = dict(zip(files, DIGESTS.of(files), strict=True))
@@ -152,13 +149,8 @@ def image_digests(images: Sequence[Image]) -> list[str]:
     return [image.digest if isinstance(image, StoredImage) else of_file[image] for image in images]
 
 
-def bytes_digest(content: bytes) -> str:
-    """Hex digits that identify a file's content."""
-    return hashlib.sha256(content).hexdigest()[:DIGITS]
-
-
 def undecodable(images: Iterable[Image]) -> dict[Image, str]:
-    """Those of the images that do not decode, with the reason. Decodes them all, on every core."""
+    """Return the images that do not decode, with the reason. Decodes all of them, on every core."""
 
     def problem(image: Image) -> str | None:
         try:

@@ -1,26 +1,26 @@
-"""Where an image file of anybody's becomes pixels: known formats only, of a bounded size, with one kind of error."""
+"""An untrusted image file becomes pixels: known formats only, of a bounded size, with one kind of error."""
 
 import logging
 import re
 import warnings
 from typing import BinaryIO
 
-# What photographs come in (several in one JPEG, too: MPO), and what decodes without another program or a library that
-# writes to the terminal: PIL would hand an EPS to Ghostscript, and a TIFF to libtiff.
+# The formats of photographs (MPO, several in one JPEG, counts as JPEG) that decode without another program and without
+# a library that writes to the terminal: PIL would hand an EPS to Ghostscript, and a TIFF to libtiff.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 MAX_RATIO = 200  # of an image's sides: what Qwen2.5-VL can be shown
 MAX_PIXELS = (1 << 30) // 12  # PIL's own limit: 256 MiB at 3 bytes each
-_WORDS = 200  # characters of a decoder's own
-# What a decoder has to say about a file reaches the user as our error or not at all.
+_WORDS = 200  # characters of a decoder's own message
+# What a decoder reports about a file reaches the user as our error or not at all.
 _UNSAID = tuple(("ignore", None, kind, re.compile(r"PIL\."), 0) for kind in (UserWarning, RuntimeWarning))
 
 
 class Undecodable(Exception):
-    """An image that is refused: why."""
+    """An image is refused; says why."""
 
 
 def decoded(file: BinaryIO):
-    """The first frame of an image file as upright RGB `PIL.Image`, transparency on white. Raises Undecodable."""
+    """Return the first frame of an image file as upright RGB `PIL.Image`, transparency on white. Raises Undecodable."""
     import PIL.Image
 
     _hush()
@@ -37,7 +37,7 @@ def decoded(file: BinaryIO):
         raise Undecodable(f"it has more than {MAX_PIXELS} pixels") from error
     except MemoryError as error:
         raise Undecodable("there is not enough memory for it") from error
-    except Exception as error:  # six decoders, on bytes of anybody's: struct.error, IndexError, zlib.error, …
+    except Exception as error:  # six decoders, on untrusted bytes: struct.error, IndexError, zlib.error, …
         said = " ".join(str(error).split()).rstrip(".")[:_WORDS]
         raise Undecodable(said or type(error).__name__) from error
 

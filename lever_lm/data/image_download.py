@@ -27,20 +27,20 @@ _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:|.*::", re.DOTALL)  # a drive's 
 
 
 class Refused(Exception):
-    """An image that is not taken from where it is said to be: why."""
+    """An image is not taken from the place that a table names; says why."""
 
 
 class _MayPass(Exception):
-    """A failure worth another try."""
+    """A download failed in a way that is worth another try."""
 
 
 def is_address(place: str) -> bool:
-    """Whether an image's place is something other than a path."""
+    """Return whether an image's place is something other than a path."""
     return _ADDRESS.match(place) is not None
 
 
 def is_fetchable(place: str) -> bool:
-    """Whether an address is one that can be allowed: of http or https, with a host."""
+    """Return whether an address can be allowed: http or https, with a host."""
     try:
         parts = urlsplit(place)
         sound = bool(parts.hostname) and parts.port != 0 and place.isprintable()
@@ -50,7 +50,7 @@ def is_fetchable(place: str) -> bool:
 
 
 def local_image(place: str, roots: Sequence[Path], within: Sequence[Path]) -> str:
-    """The file that a path names, from the first of the folders `roots` that has it. Raises Refused where, links
+    """Return the file that a path names, from the first of the folders `roots` that has it. Raises Refused where, links
     followed, it is in none of the folders `within`."""
     try:
         found = [path for root in roots if (path := root / place).exists()]
@@ -70,13 +70,13 @@ def local_image(place: str, roots: Sequence[Path], within: Sequence[Path]) -> st
 
 
 def cache_file(address: str, folder: Path) -> Path:
-    """Where what was fetched from an address lies."""
+    """Return the file that keeps the image fetched from an address."""
     return folder / hashlib.sha256(address.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 def fetch_images(addresses: Iterable[str], folder: Path, *, stop_early: bool = False) -> dict[str, str]:
-    """Fetch what is not in the folder yet, each address once. Returns those that gave no image, with the reason; with
-    `stop_early` the rest is not asked for after the first of them."""
+    """Fetch the images that are not in the folder yet, each address once. Returns the addresses that gave no image,
+    with the reason; with `stop_early` nothing is asked for after the first of them."""
     wanted = [address for address in dict.fromkeys(addresses) if not cache_file(address, folder).is_file()]
     if not wanted:
         return {}
@@ -137,7 +137,7 @@ async def _tried(client, address: str) -> bytes:
 
 
 async def _fetch(client, address: str) -> bytes:
-    """The body of what an address leads to. Raises Refused, or _MayPass."""
+    """Return the body that an address leads to. Raises Refused, or _MayPass."""
     import httpx2
 
     try:
@@ -163,7 +163,7 @@ async def _fetch(client, address: str) -> bytes:
 
 
 async def _exchange(client, address: str) -> tuple[int, str | None, bytes]:
-    """Status, where a redirect leads, and the body of a success."""
+    """Return the status, the target of a redirect, and the body of a success."""
     client.cookies.clear()
     async with client.stream("GET", address) as response:
         status, content = response.status_code, bytearray()

@@ -19,17 +19,18 @@ _IDS = ("question_id", "image_id")
 
 
 def questions_file(root: Path, split: str, prefix: str = "") -> Path:
-    """Where the official questions of a split (`train`, `val`) are; prefix is `v2_` for VQAv2."""
+    """Return the official questions file of a split (`train`, `val`); prefix is `v2_` for VQAv2."""
     return root / f"{prefix}OpenEnded_mscoco_{SPLITS[split]}_questions.json"
 
 
 def annotations_file(root: Path, split: str, prefix: str = "") -> Path:
-    """Where the official annotations of a split are."""
+    """Return the official annotations file of a split."""
     return root / f"{prefix}mscoco_{SPLITS[split]}_annotations.json"
 
 
 def images_folder(root: Path, split: str) -> Path:
-    """The folder of a split's COCO images, with or without `mscoco2014/` above it. LeverError when there is none."""
+    """Return the folder of a split's COCO images, with or without `mscoco2014/` above it. LeverError if there is
+    none."""
     candidates = [root / SPLITS[split], root / "mscoco2014" / SPLITS[split]]
     for folder in candidates:
         if os.path.isdir(folder):  # False, too, below a folder that may not be entered
@@ -41,7 +42,7 @@ def images_folder(root: Path, split: str) -> Path:
 
 
 def load_official(source: str, config: DataConfig, split: str, bad: BadExamples) -> tuple[list[Example], str]:
-    """One split (`train` or `val`) from the official files in the folder `source`, and its fingerprint.
+    """Load one split (`train` or `val`) from the official files in the folder `source`, and its fingerprint.
 
     Raises LeverError with file, id and what was expected; examples that cannot be used go to `bad`. Images are looked
     up in their folder's listing and not opened.
@@ -74,7 +75,7 @@ def load_official(source: str, config: DataConfig, split: str, bad: BadExamples)
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    """The files of a folder and their sizes."""
+    """Return the files of a folder and their sizes."""
     try:
         with os.scandir(folder) as entries:
             return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
@@ -83,7 +84,7 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 def _read_list(path: Path, key: str, digest, bad: BadExamples) -> list[dict]:
-    """The entries of an official file, their ids as numbers."""
+    """Return the entries of an official file, their ids as numbers."""
     try:
         content = read_bytes(path)
     except OSError as error:
@@ -112,11 +113,11 @@ def _read_list(path: Path, key: str, digest, bad: BadExamples) -> list[dict]:
 
 
 class _Unusable(Exception):
-    """A question that makes no example: why."""
+    """A question makes no example; says why."""
 
 
 def _example(item: dict, annotated: dict[int, dict], paths: list[Path], image: str, shared: dict) -> Example:
-    """The example of a question; shared: texts that were read before, as equal ones are kept once."""
+    """Return the example of a question; shared: texts that were read before, as equal ones are kept once."""
     question_id, image_id = item["question_id"], item["image_id"]
     annotation = annotated.get(question_id)
     if annotation is None:

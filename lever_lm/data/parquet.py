@@ -1,15 +1,15 @@
 """Parquet copies of a VQA dataset, from the hub or a folder: columns question_id, image, question, answers.
 
-The images are inside, or named by path or address (remote.py). `datasets` keeps the tables memory-mapped on disk, so
-neither loading nor reading text columns holds or decodes one.
+The images are inside, or named by path or address (image_download.py). `datasets` keeps the tables memory-mapped on
+disk, so neither loading nor reading text columns holds or decodes one.
 """
 
-import contextlib
 import glob
+import hashlib
 from pathlib import Path
 
 from lever_lm.config.schema import DataConfig
-from lever_lm.data.example import Example, Image, StoredImage, bytes_digest, image_digest
+from lever_lm.data.example import Example, Image, StoredImage, image_digest
 from lever_lm.data.image_download import Refused, cache_file, fetch_images, is_address, is_fetchable, local_image
 from lever_lm.data.rows import BadExamples, problem_of, unique, whole_id
 from lever_lm.data.split_files import files_of, parquet_files, splits_named
@@ -25,13 +25,15 @@ _OPTIONAL = ("image_id", "raw_answers")
 
 
 def load_parquet(source: str, config: DataConfig, split: str, bad: BadExamples) -> tuple[list[Example], str]:
-    """One split (`train` or `val`) from a folder of parquet files or from `hub:REPO`, and its fingerprint.
+    """Load one split (`train` or `val`) from a folder of parquet files or from `hub:REPO`, and its fingerprint.
 
     The hub's copy is taken from the local cache where there is one. Raises LeverError with source, row and what was
     expected; examples that cannot be used go to `bad`.
     """
     import datasets
 
+    datasets.disable_progress_bars()  # progress is shown by utils/console.py alone
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # our error says what is wrong with a file
     if source.startswith(HUB_PREFIX):
         table, files = _from_hub(source, split)
     else:
@@ -61,17 +63,21 @@ def load_parquet(source: str, config: DataConfig, split: str, bad: BadExamples) 
 
 
 def _digests(batch: dict) -> dict:
-    """Of each image in a batch: the digest of its bytes, or else the place that it is said to be at."""
+    """Return for each image in a batch the digest of its bytes, or else the place that it is said to be at."""
     images = [image or {"bytes": None, "path": None} for image in batch["image"]]
     return {
-        "digest": [bytes_digest(image["bytes"]) if image["bytes"] else "" for image in images],
+        "digest": [_sha256(image["bytes"]) if image["bytes"] else "" for image in images],
         "place": ["" if image["bytes"] else image["path"] or "" for image in images],
     }
 
 
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]  # as utils.file_hashes has that of a file
+
+
 def _roots(source: str, config: DataConfig) -> tuple[list[Path], list[Path]]:
-    """The folders that images named by path are looked for in, of the data and of the official images; and those that
-    they may then lie in, links followed: the hub's cache keeps its files elsewhere."""
+    """Return the folders in which images named by path are looked for (of the data, and of the official images), and
+    the folders in which they may lie once links are followed: the hub's cache keeps its files elsewhere."""
     of_hub = source.startswith(HUB_PREFIX)
     own = cached_snapshot(source.removeprefix(HUB_PREFIX), "dataset") if of_hub else asset_path(source)
     roots = [root for root in (own, asset_path(config.coco_path)) if root is not None and root.is_dir()]
@@ -82,8 +88,8 @@ def _roots(source: str, config: DataConfig) -> tuple[list[Path], list[Path]]:
 def _find_images(
     places: dict[int, str], roots: tuple[list[Path], list[Path]], allow_remote: bool, stop_early: bool
 ) -> dict[int, str | Refused]:
-    """The files of images that a table does not hold, by row; where there is none, the reason. Addresses are fetched
-    with data.allow_remote, into a folder beside what `datasets` keeps."""
+    """Return the files of images that a table does not hold, by row, or the reason for a missing one. Addresses are
+    fetched with data.allow_remote, into a folder beside what `datasets` keeps."""
     import datasets
 
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "lever_lm_images"
@@ -109,7 +115,7 @@ def _find_images(
 
 
 def _from_folder(root: Path, split: str) -> tuple["datasets.Dataset", list[tuple[str, int]]]:  # noqa: F821
-    """The table of a split, and the files it is made of with the number of rows of each."""
+    """Return the table of a split, and the files it is made of with the number of rows of each."""
     import datasets
     from pyarrow.parquet import read_metadata
 
@@ -120,11 +126,9 @@ def _from_folder(root: Path, split: str) -> tuple["datasets.Dataset", list[tuple
             f"{root}: no parquet file of the {split} split among {names}; put {split} into their names, or name "
             f"{'its folder: --set data.train_path=DIR' if split == 'train' else 'another folder: OKVQA_PATH'}"
         )
-    datasets.disable_progress_bars()  # progress is shown by console.py alone
     try:
         names = [glob.escape(str(file)) for file in files]  # `datasets` takes patterns
-        with _quiet():
-            table = datasets.load_dataset("parquet", data_files={split: names}, split=split)
+        table = datasets.load_dataset("parquet", data_files={split: names}, split=split)
         return table, [(str(file.relative_to(root)), read_metadata(file).num_rows) for file in files]
     except Exception as error:
         _refuse_cache(error)
@@ -160,25 +164,11 @@ def _refuse_cache(error: BaseException) -> None:
         error = error.__cause__ or error.__context__
 
 
-@contextlib.contextmanager
-def _quiet():
-    """Without what `datasets` logs about a file it cannot read: the error says it."""
-    import datasets
-
-    level = datasets.logging.get_verbosity()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    try:
-        yield
-    finally:
-        datasets.logging.set_verbosity(level)
-
-
 def _from_hub(source: str, split: str) -> tuple["datasets.Dataset", list[tuple[str, int]]]:  # noqa: F821
-    """As `_from_folder`; without files where the table comes from the cache of `datasets`."""
+    """Return the same as `_from_folder`; no files where the table comes from the cache of `datasets`."""
     import datasets
 
     repository = source.removeprefix(HUB_PREFIX)
-    datasets.disable_progress_bars()
     if (snapshot := cached_snapshot(repository, "dataset")) and files_of(snapshot, split):
         return _from_folder(snapshot, split)
     try:
@@ -224,7 +214,7 @@ def _examples(
 
 
 def _place(number: int, files: list[tuple[str, int]]) -> str:
-    """Where a row of the table stands: its file, and its row there."""
+    """Return the file of a row of the table, and its number there."""
     for name, rows in files:
         if number < rows:
             return f"{one_line(name)}, row {number}"
@@ -233,8 +223,8 @@ def _place(number: int, files: list[tuple[str, int]]) -> str:
 
 
 def _answers(row: dict) -> tuple:
-    """Answers and raw answers of a row, not checked yet. An answer is a text, or an object that holds it; raw answers
-    have a column of their own, or are in the objects, or are the answers."""
+    """Return answers and raw answers of a row, not checked yet. An answer is a text, or an object that holds it; raw
+    answers have a column of their own, or are in the objects, or are the answers."""
     entries, raw_answers = row["answers"], row.get("raw_answers")
     if not isinstance(entries, list):
         return entries, raw_answers
@@ -244,7 +234,7 @@ def _answers(row: dict) -> tuple:
 
 
 def _problem(row: dict, answers, raw_answers) -> str | None:
-    """What is wrong with a row but for its image; None where nothing is."""
+    """Return what is wrong with a row except for its image; None if nothing is."""
     ids = "must be a whole number of 0 to 2**63 - 1"
     if whole_id(row["question_id"]) is None:
         return f"question_id {ids}"

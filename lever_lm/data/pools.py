@@ -25,12 +25,12 @@ _CHUNK = 512
 
 
 def query_rng(seed: int, query: Example) -> np.random.Generator:
-    """The query's own generator: a function of the seed and the question alone."""
+    """Return the query's own generator: a function of the seed and the question alone."""
     return np.random.default_rng([seed, query.question_id])
 
 
 class Candidates:
-    """The training split as what may be shown before a query. Equal content is one image, whatever its ids say; an
+    """The training examples that may be shown before a query. Equal content is one image, whatever its ids say; an
     equal `image_id` is one image, too. Raises LeverError for an image that cannot be read."""
 
     def __init__(self, train: Sequence[Example]):
@@ -61,7 +61,7 @@ class Candidates:
 
 
 def similarity_rows(queries: Embeddings, train: Embeddings, parts: frozenset[str]) -> Iterator[np.ndarray]:
-    """For each query its similarity (N,) to every training example: the sum of the cosines that `parts` names.
+    """Yield for each query its similarity (N,) to every training example: the sum of the cosines that `parts` names.
 
     In float64, whose rounding lies far under the jitter that breaks ties: a pool does not depend on how many queries
     were computed with it. Memory is that of one chunk of queries.
@@ -82,8 +82,8 @@ def _similarities(queries: Embeddings, train: Embeddings, parts: frozenset[str],
 
 
 def nearest(scores: np.ndarray, rows: np.ndarray, count: int, rng: np.random.Generator, exclude=()) -> list[int]:
-    """The `count` rows of highest score, best first; ties in random order. scores (N,), rows distinct ones of 0..N−1,
-    exclude likewise."""
+    """Return the `count` rows of highest score, best first; ties in random order. scores (N,), rows distinct ones of
+    0..N−1, exclude likewise."""
     rows = np.setdiff1d(rows, exclude, assume_unique=True) if len(exclude) else rows
     noisy = scores[rows] + _JITTER * rng.random(rows.size)
     count = min(count, rows.size)
@@ -96,8 +96,8 @@ def nearest(scores: np.ndarray, rows: np.ndarray, count: int, rng: np.random.Gen
 
 @dataclass(frozen=True)
 class Draw:
-    """What a sampler draws one query's pool from: rows of the training split that may stand before it, the size of the
-    pool, the query's generator, and its similarity (N,) to every training example by `img` or `text`."""
+    """One query's pool to draw: the rows of the training split that may stand before it, the size of the pool, the
+    query's generator, and its similarity (N,) to every training example by `img` or `text`."""
 
     rows: np.ndarray
     size: int
@@ -105,7 +105,7 @@ class Draw:
     similarity: Callable[[str], np.ndarray]
 
     def nearest(self, part: str, count: int, exclude: Sequence[int] = ()) -> list[int]:
-        """The `count` rows most similar by image or text, best first."""
+        """Return the `count` rows most similar by image or text, best first."""
         return nearest(self.similarity(part), self.rows, count, self.rng, exclude) if count else []
 
 
@@ -141,7 +141,7 @@ def sample_pools(
     seed: int,
     track: Track = untracked,
 ) -> list[list[int]]:
-    """The pool of each query, as rows of `train`; smaller than `size` only where fewer examples are allowed.
+    """Return the pool of each query, as rows of `train`; smaller than `size` only where fewer examples are allowed.
 
     embeddings: of (queries, train), row for row.
     """

@@ -30,8 +30,8 @@ class BadExamples:
 
 
 def whole_id(value) -> int | None:
-    """The id of a question or an image, 0 to 2**63 - 1: from a whole number, from one that pandas made a float, or from
-    a text of digits. None for all else."""
+    """Return the id of a question or an image, 0 to 2**63 - 1: from a whole number, from one that pandas made a float,
+    or from a text of digits. None for all else."""
     if isinstance(value, float) and value.is_integer() and value < 2**53:
         value = int(value)
     text = str(value)
@@ -40,7 +40,7 @@ def whole_id(value) -> int | None:
 
 
 def unique(where, rows: list[dict], bad: BadExamples) -> list[dict]:
-    """The rows, of those with the same question_id the first alone."""
+    """Return the rows, only the first of those with the same question_id."""
     for question_id, count in Counter(row["question_id"] for row in rows).items():
         if count > 1:
             bad.add(f"{where}: question_id {question_id} appears {count} times, expected once")
@@ -51,7 +51,7 @@ def unique(where, rows: list[dict], bad: BadExamples) -> list[dict]:
 
 
 def problem_of(question, answers, raw_answers) -> str | None:
-    """What is wrong with the texts of an example as a file holds them; None where nothing is."""
+    """Return what is wrong with the texts of an example as a file holds them; None if nothing is."""
     if not isinstance(question, str) or not question.strip():
         return f"it has no text, found {shown(question)}"
     if not _are_texts(answers):
@@ -72,7 +72,7 @@ def _are_texts(values) -> bool:
 
 
 def unfit(texts: Iterable[str]) -> str | None:
-    """What among the texts can stand in no prompt, for a message; None where all can."""
+    """Return what among the texts can stand in no prompt, for a message; None if all can."""
     found = _UNFIT.search("\n".join(texts))
     if found is None:
         return None

@@ -1,4 +1,4 @@
-"""Which split a parquet file, or a split of the hub, belongs to: told by its name."""
+"""Parquet files by split: the name of a file, or of a split on the hub, says to which it belongs."""
 
 import os
 import re
@@ -14,7 +14,7 @@ _NAMES = {"train": ("train",), "val": ("val|valid|validation", "eval|dev", "test
 
 
 def parquet_files(root: Path) -> list[Path]:
-    """The parquet files of a folder and the folders below it."""
+    """Return the parquet files of a folder and the folders below it."""
     # A folder may be called so, too. A link to nothing is kept, to be refused by name.
     return sorted(path for path in root.rglob("*.parquet") if not path.is_dir()) if os.path.isdir(root) else []
 

@@ -61,7 +61,7 @@ def read_icds(path: Path, queries: Sequence[Example], train: Sequence[Example], 
 
 
 def _content(path: Path):
-    """One JSON document, or the list of those on its lines."""
+    """Return one JSON document, or the list of the documents on its lines."""
     try:
         text = read_bytes(path, pipe=True).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -78,7 +78,7 @@ def _content(path: Path):
 
 
 def _json(text: str, where: str):
-    """The value of a JSON text. Raises JSONDecodeError where it is none, LeverError where it is not taken."""
+    """Return the value of a JSON text. Raises JSONDecodeError where it is none, LeverError where it is not taken."""
     try:
         return loads(text)
     except json.JSONDecodeError:

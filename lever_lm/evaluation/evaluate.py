@@ -1,4 +1,4 @@
-"""N-shot inference: the LVLM answers the evaluation queries after the demonstrations that were chosen, VQA scores.
+"""N-shot inference: the LVLM answers the evaluation queries after the chosen demonstrations, and the task scores.
 
 A choice is a list of training rows per query in pick order, best first; the prompt's order is prompt.build_prompt's.
 """

@@ -18,17 +18,17 @@ from lever_lm.utils.errors import LeverError, UsageError
 from lever_lm.utils.safe_parse import is_epoch
 
 _LONGEST = 200  # characters of a version or a fingerprint
-# What find_checkpoint advises the run's owner.
+# The part of find_checkpoint's reason that advises the run's owner.
 _ADVICE = re.compile(r"(, chosen when|, an epoch that broke|; best\.json names).*", re.DOTALL)
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")  # as the hub names them
 
 
 def export(checkpoint: Path, why: str, folder: Path, *, license_: str = "apache-2.0", overwrite: bool = False) -> dict:
-    """Write a checkpoint into `folder` to be shared: the same bytes for the same run. Returns what was written.
+    """Write a checkpoint into `folder` to be shared: the same bytes for the same run. Return what was written.
 
-    why: this checkpoint. What it was trained with is taken from the run that it lies in, and else not known. Raises
-    LeverError where the folder holds something else, unless `overwrite`, and for a checkpoint that cannot be loaded;
-    UsageError for a license that is no name.
+    why: the reason for this checkpoint. The run that it lies in says what it was trained with; else that is not known.
+    Raises LeverError where the folder holds something else, unless `overwrite`, and for a checkpoint that cannot be
+    loaded; UsageError for a license that is no name.
     """
     if not _LICENSE.fullmatch(license_):
         raise UsageError(
@@ -40,7 +40,7 @@ def export(checkpoint: Path, why: str, folder: Path, *, license_: str = "apache-
     run, content, policy = RunFolder(checkpoint.parent), read_checkpoint(checkpoint), load_policy(checkpoint)
     config = build(run.values()) if run.config.is_file() else None
     own = own_config(content)
-    # Trained on rollouts and features of somebody's own, it names no encoder, and its config's data are not its own.
+    # A policy of the user's own rollouts and features names no encoder, and its config's data are not its own.
     known = config is not None and isinstance(own.get("encoder"), str)
     evaluated = _evaluated(run, policy) if known else None
     shared = {
@@ -79,21 +79,21 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
 
 
 def _setting(config: Config | None, known: bool) -> dict:
-    """What of the config the policy is used with. Data and encoder that are not known are nobody's default."""
+    """Return what of the config the policy is used with, without data and encoder that are not known."""
     setting = setting_of(to_dict(config)) if config else {}
     return setting if known else {key: part for key, part in setting.items() if key not in ("data", "features")}
 
 
 def _texts(values: dict, names: Sequence[str]) -> dict[str, str]:
-    """Return those of the named entries of an env.json that are short texts."""
+    """Return the named entries of an env.json that are short texts."""
     found = {name: values.get(name) for name in names}
     return {name: value for name, value in found.items() if isinstance(value, str) and len(value) < _LONGEST}
 
 
 def _evaluated(run: RunFolder, policy: PointerSelector) -> dict | None:
-    """The last evaluation of a policy with baselines, else the last, under the setting that it was trained in: results,
-    tests, which method it is, and on how many queries; None where there is none. Told by its weights: a file's name
-    outlives what was in it."""
+    """Return the last evaluation of a policy with baselines, else the last, under the setting that it was trained in:
+    results, tests, its method, and the number of queries; None where there is none. It is told by its weights: a file's
+    name outlives what was in it."""
     digest = policy_digest(policy)
     for folder in evaluations(inference_folder(run.path)):
         try:

@@ -1,10 +1,11 @@
-"""The model card of a policy: README.md with the hub's metadata. What comes from files is text there, no markup."""
+"""The model card of a policy: README.md with the hub's metadata. What comes from files is text, no markup."""
 
 import re
 
 import yaml
 
 from lever_lm.config.schema import Config
+from lever_lm.evaluation.templates import render
 from lever_lm.selectors import CONTRASTS, ZERO_SHOT
 from lever_lm.utils.hub import is_hub_id
 from lever_lm.utils.paths import HUB_PREFIX
@@ -13,7 +14,7 @@ from lever_lm.utils.terminal import one_line
 TAGS = ("in-context-learning", "demonstration-selection", "visual-question-answering", "vision-language-model")
 _MARKUP = re.compile(r"([\\`*_\[\]<>|~&#!$])")
 _NORMALIZED = "normalized_accuracy"  # a score that results of 0.1 do not hold
-# What is certain of a dataset's license; of others their own pages tell.
+# Licenses that are certain; of other datasets their own pages tell.
 _DATA_LICENSES = {
     "asset:digits": "CC BY 4.0, derived from *Optical Recognition of Handwritten Digits* (E. Alpaydin and C. Kaynak, "
     "1998, UCI Machine Learning Repository, https://doi.org/10.24432/C50P49), CC BY 4.0"
@@ -23,23 +24,17 @@ _DATA_LICENSES = {
 def model_card(
     name: str, license_: str, config: Config | None, shared: dict, evaluated: dict | None, *, known: bool
 ) -> str:
-    """The text of README.md.
+    """Return the text of README.md.
 
     name: of the folder. config: of the run, None where it is not known. shared: the content of config.json. evaluated:
     results (rows of a metrics.json), tests, and the method that is this policy; None where it was not evaluated.
-    known: whether dataset and encoder are those of the config; else rollouts and features were somebody's own.
+    known: whether dataset and encoder are those of the config; else rollouts and features were the maker's own.
     """
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("lever_lm"), trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters["md"] = markdown
-    front = yaml.safe_dump(
-        _front_matter(name, license_, config, shared, evaluated, known), sort_keys=False, allow_unicode=True, width=1000
-    )
-    text = environment.get_template("model_card.md.j2").render(
-        front=front,
+    front = _front_matter(name, license_, config, shared, evaluated, known)
+    text = render(
+        "model_card.md.j2",
+        {"md": markdown},
+        front=yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=1000),
         name=name,
         license=license_,
         config=config,
@@ -47,15 +42,15 @@ def model_card(
         lvlm=shared["setting"]["lvlm"]["path"] if config else "",
         known=known,
         evaluated=evaluated,
-        table=_table(evaluated),
-        tests=_tests(evaluated),
+        table=_table(evaluated) if evaluated else [],
+        tests=_tests(evaluated) if evaluated else [],
         data_license=_DATA_LICENSES.get(config.data.okvqa_path, "see the dataset's own terms") if config else "",
     )
     return text.rstrip() + "\n"
 
 
 def markdown(value) -> str:
-    """A value as text in Markdown, on one line."""
+    """Return a value as text in Markdown, on one line."""
     return _MARKUP.sub(r"\\\1", one_line(str(value)))
 
 
@@ -74,7 +69,7 @@ def _front_matter(name: str, license_: str, config: Config, shared: dict, evalua
 
 
 def _datasets(config: Config) -> list[str]:
-    """Hub ids where the data came from the hub, else the dataset's name."""
+    """Return hub ids where the data came from the hub, else the dataset's name."""
     paths = (config.data.train_path, config.data.okvqa_path)
     return [path.removeprefix(HUB_PREFIX) for path in paths if path.startswith(HUB_PREFIX)] or [config.data.name]
 
@@ -95,28 +90,24 @@ def _shots(count: int) -> str:
     return f"{count} shot{'s' * (count != 1)}"
 
 
-def _table(evaluated: dict | None) -> list[list[str]]:
-    """Methods down, numbers of shots across: rows of cells, the first is the heading; the last has the accuracy of this
-    policy with answers always normalised, where the results hold it."""
-    rows = evaluated["results"] if evaluated else []
+def _table(evaluated: dict) -> list[list[str]]:
+    """Return methods down, numbers of shots across: rows of cells, the first is the heading; the last has the accuracy
+    of this policy with answers always normalised, where the results hold it."""
+    rows, ours = evaluated["results"], evaluated["method"]
     shots = sorted({row["shots"] for row in rows if row["shots"]})
     cells = {(r["method"], r["shots"]): f"{r['accuracy']:.3f} [{r['ci'][0]:.3f}, {r['ci'][1]:.3f}]" for r in rows}
-    methods, ours = dict.fromkeys(row["method"] for row in rows), evaluated["method"] if evaluated else ""
+    called = {m: f"**{markdown(m)}, this policy**" if m == ours else markdown(m) for m, _ in cells}
     always = {row["shots"]: row[_NORMALIZED] for row in rows if row["method"] == ours and _NORMALIZED in row}
     normalized = [f"{always[k]:.3f}" if k in always else "" for k in shots]
     return [
         ["method", *map(_shots, shots)],
-        *([_called(m, evaluated), *(cells.get((m, k), cells.get((m, 0), "")) for k in shots)] for m in methods),
-        *([[f"{_called(ours, evaluated)}, answers always normalised", *normalized]] if any(normalized) else []),
+        *([name, *(cells.get((m, k), cells.get((m, 0), "")) for k in shots)] for m, name in called.items()),
+        *([[f"{called[ours]}, answers always normalised", *normalized]] if any(normalized) else []),
     ]
 
 
-def _called(method: str, evaluated: dict) -> str:
-    return f"**{markdown(method)}, this policy**" if method == evaluated["method"] else markdown(method)
-
-
-def _tests(evaluated: dict | None) -> list[dict]:
-    """The paired tests of this policy at its largest number of shots, against what a reader compares with."""
-    ours = [t for t in evaluated["tests"] if t["method"] == evaluated["method"]] if evaluated else []
+def _tests(evaluated: dict) -> list[dict]:
+    """Return the paired tests of this policy at its largest number of shots, against what a reader compares with."""
+    ours = [test for test in evaluated["tests"] if test["method"] == evaluated["method"]]
     most = max((test["shots"] for test in ours), default=0)
     return [test for test in ours if test["shots"] == most and test["against"] in (ZERO_SHOT, *CONTRASTS)]

@@ -11,6 +11,7 @@ from pathlib import Path
 from lever_lm.data import Example
 from lever_lm.evaluation.choices_file import write_icds
 from lever_lm.evaluation.evaluate import Outcome
+from lever_lm.selectors import RANDOM
 from lever_lm.utils.atomic_io import write_json, write_text
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.safe_parse import LINE_LIMIT, Line, lines, loads, read_json, read_object
@@ -70,7 +71,7 @@ def evaluations(folder: Path, *, own: bool = True) -> list[Path]:
         return not found or found.get("changed") == {}
 
     def rank(one: Path) -> tuple[bool, float]:
-        return any(one.glob("samples_random_*.jsonl")), (one / _METRICS).stat().st_mtime
+        return any(one.glob(f"samples_{RANDOM}_*.jsonl")), (one / _METRICS).stat().st_mtime
 
     found = [one for one in (folder, *folder.glob("*/")) if (one / _METRICS).is_file() and is_own(one) == own]
     return sorted(found, key=rank, reverse=True)

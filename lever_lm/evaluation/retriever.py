@@ -95,12 +95,12 @@ class Retriever:
 
     @property
     def examples(self) -> tuple[Example, ...]:
-        """What demonstrations are chosen from: the training split, or those of your own."""
+        """The demonstrations to choose from: the training split, or those of your own."""
         return self.stages.data.train_examples if self._own is None else self._own
 
     @cached_property
     def _embeddings(self) -> Embeddings:
-        """Those of `examples`."""
+        """The embeddings of `examples`."""
         return self.stages.features.train if self._own is None else self._encode(self.examples)
 
     @cached_property
@@ -113,7 +113,7 @@ class Retriever:
         return encode(self._encoder, data, "train", self.stages.track if self._own is examples else untracked)
 
     def _of_queries(self, queries: Sequence[Example]) -> Embeddings:
-        """From the cache where all of them are evaluation examples of the dataset, else made anew."""
+        """Return embeddings: of the cache where all queries are evaluation examples of the dataset, else made anew."""
         if self._own is None:
             row = {example.question_id: i for i, example in enumerate(self.stages.data.val_examples)}
             rows = [row.get(query.question_id) for query in queries]
@@ -124,8 +124,8 @@ class Retriever:
     # ------------------------------------------------------------------ choosing
 
     def pick(self, image, question=None, *, shots: int = 4) -> list[Pick] | list[list[Pick]]:
-        """The demonstrations for a question about an image, the first pick first: `shots` of them, fewer where the
-        policy may stop and did. Lists of N images and N questions give N such lists.
+        """Return the demonstrations for a question about an image, the first pick first: `shots` of them, fewer where
+        the policy may stop and did. Lists of N images and N questions give N such lists.
 
         image: the path of a JPEG, PNG, WEBP, BMP or GIF, or an `Example`, which has its question. The same query gets
         the same pool and the same picks; never a demonstration with the query's own image. Raises LeverError for an
@@ -136,7 +136,7 @@ class Retriever:
         return picks[0] if one else picks
 
     def pool(self, image, question=None) -> list[Example]:
-        """What the demonstrations of one query are chosen from; arguments as of `query`."""
+        """Return the examples that one query's demonstrations are chosen from; arguments as of `query`."""
         (rows,) = self._problem([self.query(image, question)]).pools
         return [self.examples[row] for row in rows]
 
@@ -159,9 +159,9 @@ class Retriever:
         ]
 
     def query(self, image: str | Path | Example, question: str | None = None) -> Example:
-        """The query that an image and a question make, without answers. Its number, and so its pool, follows from
-        both; an `Example` keeps that of its dataset, except with demonstrations of your own. Raises LeverError for an
-        image that cannot be read, UsageError for a question that is none."""
+        """Return the query that an image and a question make, without answers. Its number, and so its pool, follows
+        from both; an `Example` keeps that of its dataset, except with demonstrations of your own. Raises LeverError for
+        an image that cannot be read, UsageError for a question that is none."""
         if isinstance(image, Example):
             if question not in (None, image.question):
                 raise ValueError("an Example brings its own question: give an image, or leave the question out")
@@ -176,12 +176,12 @@ class Retriever:
         return self._numbered(Example(0, 0, question, (), (), path))
 
     def _numbered(self, query: Example) -> Example:
-        """A query under the numbers that its image and question make."""
+        """Return a query under the numbers that its image and question make."""
         number = int(hashlib.sha256(f"{query.content} {query.question}".encode()).hexdigest()[:15], 16)
         return replace(query, question_id=number, image_id=_image_id(query.content))
 
     def _queries(self, image, question) -> tuple[list[Example], bool]:
-        """The queries of `pick`, `prompt` or `answer`, and whether one was asked for, not a list."""
+        """Return the queries of `pick`, `prompt` or `answer`, and whether one was asked for, not a list."""
         if not isinstance(image, (list, tuple)):
             return [self.query(image, question)], True
         questions = [None] * len(image) if question is None else question
@@ -192,8 +192,8 @@ class Retriever:
     # ------------------------------------------------------------------ showing
 
     def prompt(self, image, question=None, picks=(), *, form: str = "transformers"):
-        """The conversation that shows the picks, then asks the question; arguments as of `pick`, and what it returned
-        (or `Example`s, in pick order). Lists give a list of conversations.
+        """Return the conversation that shows the picks, then asks the question; arguments as of `pick`, and what it
+        returned (or `Example`s, in pick order). Lists give a list of conversations.
 
         form: `transformers`, messages for a processor's `apply_chat_template`, whose images are upright RGB
         `PIL.Image`s; `openai`, messages for a chat completion, whose images are PNG data URLs; `text`, as the LVLM's
@@ -206,7 +206,7 @@ class Retriever:
         return made[0] if one else made
 
     def answer(self, image, question=None, picks=()) -> str | list[str]:
-        """What the LVLM answers to the conversation of `prompt`; kept in the answer cache. Lists give a list."""
+        """Return the LVLM's answer to the conversation of `prompt`; the answer cache keeps it. Lists give a list."""
         prompts, one = self._prompts(image, question, picks)
         answers = self.stages.lvlm.answer(prompts, "answers")
         return answers[0] if one else answers
@@ -236,7 +236,7 @@ class Retriever:
 
     @cached_property
     def _urls(self):
-        from lever_lm.lvlm.openai_server import DataUrls
+        from lever_lm.lvlm.images import DataUrls
 
         import_transformers()  # qwen_vl_utils needs torchvision
         return DataUrls(self.config.lvlm)
@@ -251,7 +251,7 @@ class Retriever:
 
 
 def _own_examples(given: Sequence[Example | tuple]) -> tuple[Example, ...]:
-    """Demonstrations as Examples, numbered in their order. Raises LeverError for an image that cannot be read,
+    """Return demonstrations as Examples, numbered in their order. Raises LeverError for an image that cannot be read,
     ValueError for what is neither an Example nor an image and two texts in UTF-8."""
     examples = []
     for number, item in enumerate(given):
@@ -275,7 +275,7 @@ def _own_examples(given: Sequence[Example | tuple]) -> tuple[Example, ...]:
 
 
 def _image_id(digest: str) -> int:
-    """Of an image that no dataset numbers: below zero, where those of datasets are not."""
+    """Return the id of an image that no dataset numbers: below zero, where the ids of datasets are not."""
     return -1 - int(digest[:15], 16)
 
 

@@ -18,7 +18,7 @@ from lever_lm.evaluation.report.curves import Evaluated
 from lever_lm.evaluation.report.figures import check_plots, write_plots
 from lever_lm.evaluation.report.page import write_report
 from lever_lm.evaluation.results import evaluations, last_evaluation, rows_of_another_setting, write_results
-from lever_lm.selectors import BASELINES, SELECTORS
+from lever_lm.selectors import ANY_POLICY, BASELINES, FROM_FILE, SELECTORS
 from lever_lm.selectors.learned import choose, explain
 from lever_lm.selectors.pointer.checkpoint import policy_digest
 from lever_lm.selectors.pointer.model import PointerSelector
@@ -52,7 +52,7 @@ def infer(pipeline: Pipeline, shots: Sequence[int], *, ckpt: str | None = None, 
     pipeline.check(*ALL)
     pipeline.screen.say(f"checkpoint: {path} ({why})")
     policy = load_for(path, pipeline.config, pipeline.screen.say)
-    method = next((phase for phase in ("rce", "grpo") if path.stem.startswith(phase)), "policy")
+    method = next((phase for phase in ("rce", "grpo") if path.stem.startswith(phase)), ANY_POLICY)
     evaluation = _evaluation(pipeline)
     chosen = _choices_of(policy, evaluation, max(shots), method, path)
     if policy.stop:
@@ -60,9 +60,9 @@ def infer(pipeline: Pipeline, shots: Sequence[int], *, ckpt: str | None = None, 
         pipeline.screen.say(
             f"the policy may stop early: it chose {mean:.2f} ICDs a query where {max(shots)} were allowed"
         )
-    changed = _changed(pipeline, path, pipeline.data)
+    folder, changed = _destination(pipeline, pipeline.data, path)
     facts = {"checkpoint": str(path), "why": why, "changed": changed}
-    return _infer(pipeline, evaluation, chosen, shots, baselines, _folder_for(pipeline, path, changed), facts)
+    return _infer(pipeline, evaluation, chosen, shots, baselines, folder, facts)
 
 
 def infer_icds(pipeline: Pipeline, path: Path, shots: Sequence[int], *, baselines: bool = False) -> dict:
@@ -73,10 +73,9 @@ def infer_icds(pipeline: Pipeline, path: Path, shots: Sequence[int], *, baseline
     if baselines:
         _check_shots(pipeline, shots)
         evaluation = _evaluation(pipeline)
-    changed = _changed(pipeline, None, pipeline.data)
+    folder, changed = _destination(pipeline, pipeline.data, None, path)
     facts = {"icds": str(path), "changed": changed}
-    chosen, folder = Chosen("icds", picks, file_digest(path)), _folder_of_icds(pipeline, path, changed)
-    return _infer(pipeline, evaluation, chosen, shots, baselines, folder, facts)
+    return _infer(pipeline, evaluation, Chosen(FROM_FILE, picks, file_digest(path)), shots, baselines, folder, facts)
 
 
 def _check_shots(pipeline: Pipeline, shots: Sequence[int]) -> None:
@@ -122,24 +121,41 @@ def _infer(
 def planned_folder(pipeline: Pipeline, icds: Path | None) -> Path:
     """Return the folder that `infer` or `infer_icds` would write to; that of the run's inferences where there is no
     checkpoint yet, or the data cannot be read."""
-    path = pipeline.checkpoint[0] if pipeline.checkpoint else None
-    with contextlib.suppress(LeverError):
-        if icds is not None:
-            return _folder_of_icds(pipeline, icds, _changed(pipeline, None, load_dataset(pipeline.config.data)))
-        if path is not None:
-            return _folder_for(pipeline, path, _changed(pipeline, path, load_dataset(pipeline.config.data)))
+    if icds is not None or pipeline.checkpoint is not None:
+        with contextlib.suppress(LeverError):
+            checkpoint = None if icds is not None else pipeline.checkpoint[0]
+            return _destination(pipeline, load_dataset(pipeline.config.data), checkpoint, icds)[0]
     return pipeline.inference
 
 
-def _changed(pipeline: Pipeline, checkpoint: Path | None, data: VqaData) -> dict[str, dict]:
-    """Return what the pipeline's config changes about the setting that a checkpoint, or for None the pipeline's run,
-    was trained in, and whether the data are others than the run's of that name."""
-    run = pipeline.run if checkpoint is None else RunFolder(checkpoint.parent)
-    changed = changes_of_run(run, pipeline.config) if checkpoint is None else changes(checkpoint, pipeline.config)
+def _destination(
+    pipeline: Pipeline, data: VqaData, checkpoint: Path | None, icds: Path | None = None
+) -> tuple[Path, dict[str, dict]]:
+    """Return where the inferences of a checkpoint, or of the choices in a file, go, and what the config changes about
+    the setting that the checkpoint, or the pipeline's run, was trained in.
+
+    A checkpoint's lie by its own run, which need not be the one the options name. They lie apart where the setting is
+    not the run's own: the end of the folder's name says the LVLM, and a fingerprint of the other keys' values, which
+    are in metrics.json. `data` is among the changes where the data are others than the run's of that name.
+    """
+    config = pipeline.config
+    if icds is not None:
+        run, changed = pipeline.run, changes_of_run(pipeline.run, config)
+        folder = pipeline.layout.inference / f"icds_{icds.stem}"
+        with_lvlm = bool(pipeline.layout.run_name)  # the default run's name holds the LVLM's already
+    else:
+        run, changed = RunFolder(checkpoint.parent), changes(checkpoint, config)
+        path = checkpoint.resolve()
+        name = (path.stem if path.is_file() else path.name).removesuffix("_v2format")
+        folder = pipeline.layout.inference.with_name(path.parent.name) / name
+        with_lvlm = "lvlm.path" in changed
     there = recorded(run, "fingerprints").get("data")
     if isinstance(there, str) and there != data.fingerprint and "data.name" not in changed:
         changed["data"] = {"run": there, "here": data.fingerprint}
-    return changed
+    others = {key: pair["here"] for key, pair in changed.items() if key != "lvlm.path"}
+    apart = f"_with_{lvlm_name(config.lvlm.path)}" if with_lvlm else ""
+    apart += f"_changed_{fingerprint(others)[:8]}" if others else ""
+    return folder.with_name(folder.name + apart), changed
 
 
 def _say_changed(pipeline: Pipeline, changed: dict[str, dict]) -> None:
@@ -152,29 +168,6 @@ def _say_changed(pipeline: Pipeline, changed: dict[str, dict]) -> None:
         )
     if changed:
         pipeline.screen.say("these results stand apart from those of the run's own setting")
-
-
-def _folder_for(pipeline: Pipeline, checkpoint: Path, changed: dict[str, dict]) -> Path:
-    """Return where the inferences of a checkpoint go: by its own run, which need not be the one the options name, and
-    apart when it is used with another LVLM or under another setting than it was trained in."""
-    path = checkpoint.resolve()
-    name = (path.stem if path.is_file() else path.name).removesuffix("_v2format")
-    apart = _apart(pipeline, changed, with_lvlm="lvlm.path" in changed)
-    return pipeline.layout.inference.with_name(path.parent.name) / f"{name}{apart}"
-
-
-def _folder_of_icds(pipeline: Pipeline, path: Path, changed: dict[str, dict]) -> Path:
-    # The default run's name holds the LVLM's already.
-    apart = _apart(pipeline, changed, with_lvlm=bool(pipeline.layout.run_name))
-    return pipeline.layout.inference / f"icds_{path.stem}{apart}"
-
-
-def _apart(pipeline: Pipeline, changed: dict[str, dict], *, with_lvlm: bool) -> str:
-    """Return the end of a folder's name where the setting is not the run's own: the LVLM, and a fingerprint of the
-    other keys' values, which are in its metrics.json."""
-    others = {key: pair["here"] for key, pair in changed.items() if key != "lvlm.path"}
-    named = f"_with_{lvlm_name(pipeline.config.lvlm.path)}" if with_lvlm else ""
-    return named + (f"_changed_{fingerprint(others)[:8]}" if others else "")
 
 
 def _setting(pipeline: Pipeline) -> str:
@@ -276,11 +269,11 @@ def _learned(pipeline: Pipeline, chosen: dict[str, Chosen]) -> dict:
 def report(
     pipeline: Pipeline, others: Sequence[Path] = (), output: Path | None = None, figures: Path | None = None
 ) -> dict:
-    """The page of the run and of others laid over it, each from its last evaluation; its charts in `figures`."""
+    """Write the page of the run and of others laid over it, each from its last evaluation; its charts in `figures`."""
     if figures is not None:
         check_plots(figures)
     main = Evaluated(pipeline.run, last_evaluation(pipeline.inference))
-    if main.inference is None and not main.rows():
+    if main.inference is None and not main.rows:
         raise LeverError(f"no results in {pipeline.inference}: run `lever infer --baselines` or `lever demo` first")
     if main.inference is not None:
         pipeline.screen.say(f"results: {main.inference} (the last evaluation with baselines; without any, the last)")

@@ -19,7 +19,7 @@ def _resampled_means(values: np.ndarray, seed: int) -> np.ndarray:
 
 
 def bootstrap_interval(values: Sequence[float], *, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean over 2,000 resamples of the queries.
+    """Return the percentile bootstrap interval of the mean over 2,000 resamples of the queries.
 
     values: one score per query. Returns (low, high). Raises ValueError when there is none.
     Source: Efron & Tibshirani, An Introduction to the Bootstrap, §13.3.
@@ -33,7 +33,7 @@ def bootstrap_interval(values: Sequence[float], *, level: float = 0.95, seed: in
 
 
 def paired_test(ours: Sequence[float], theirs: Sequence[float], *, seed: int = 0) -> dict[str, float]:
-    """Mean difference ours − theirs over the same queries, its 95 % bootstrap interval, and a two-sided p-value.
+    """Return the mean difference ours − theirs over the same queries, its 95 % interval, and a two-sided p-value.
 
     The p-value is that of a sign-flip test (2,000 flips, +1 correction), which assumes nothing about the scores but
     that under the null the two methods are exchangeable query by query. Raises ValueError on unequal lengths.

@@ -4,14 +4,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lever_lm.config.schema import LvlmConfig, PromptConfig
-from lever_lm.lvlm.answer_cache import AnswerCache, CachedLvlm, Track
+from lever_lm.lvlm.answer_cache import AnswerCache
+from lever_lm.lvlm.backend import load_local
+from lever_lm.lvlm.cached import CachedLvlm
+from lever_lm.lvlm.images import check_pixel_budget, tokens_of_pixels
 from lever_lm.lvlm.prompt import Prompt, build_prompt, cut_answer
 from lever_lm.utils.distributed import Shards
 from lever_lm.utils.file_hashes import DIGESTS
 from lever_lm.utils.hub import fetch_model
-from lever_lm.utils.progress import unsaid
+from lever_lm.utils.progress import Track, unsaid
 
-__all__ = ["CachedLvlm", "Prompt", "build_prompt", "cut_answer", "load_lvlm"]
+__all__ = ["CachedLvlm", "Prompt", "build_prompt", "check_pixel_budget", "cut_answer", "load_lvlm", "tokens_of_pixels"]
 
 
 def load_lvlm(
@@ -24,28 +27,27 @@ def load_lvlm(
     shards: Shards = Shards(),
     say: Callable[[str], None] = unsaid,
 ) -> CachedLvlm:
-    """The LVLM of a config behind the answer cache at `cache`. Of several processes, each calls this. say: is told of a
-    server that is waited for."""
+    """Return the LVLM of a config behind the answer cache at `cache`; every process of a job calls this. `say` is told
+    of a server that is waited for."""
     if config.server:
         from lever_lm.lvlm.openai_server import ServerLvlm, server_fingerprint
 
-        fingerprint = server_fingerprint(config, prompt)
-        model = server_fingerprint(config, PromptConfig())
-        return CachedLvlm(
-            lambda: ServerLvlm(config, prompt, say), fingerprint, AnswerCache(cache, shards), track, model, prompt.cut
-        )
+        fingerprints = [server_fingerprint(config, style) for style in (prompt, PromptConfig())]
 
-    from lever_lm.lvlm.qwen2_5_vl import LocalLvlm, local_fingerprint, vision_fingerprint
+        def load():
+            return ServerLvlm(config, prompt, say)
 
-    with shards.leader_first(), DIGESTS.kept(shards, track):
-        fetch_model(config.path, "--lvlm, lvlm.path")
-        fingerprint = local_fingerprint(config, prompt, device)
-    bank = cache.with_name(f"{cache.stem.replace('answers', 'vision', 1)}_{vision_fingerprint(config, device)}")
-    return CachedLvlm(
-        lambda: LocalLvlm(config, prompt, device, bank=bank, track=track, shards=shards),
-        fingerprint,
-        AnswerCache(cache, shards),
-        track,
-        local_fingerprint(config, PromptConfig(), device),
-        prompt.cut,
-    )
+    else:
+        from lever_lm.lvlm.local import local_fingerprint, vision_fingerprint
+
+        with shards.leader_first(), DIGESTS.kept(shards, track):
+            fetch_model(config.path, "--lvlm, lvlm.path")
+            fingerprints = [local_fingerprint(config, style, device) for style in (prompt, PromptConfig())]
+        stem = cache.stem.replace("answers", "vision", 1)
+        folder = cache.with_name(f"{stem}_{vision_fingerprint(config, device)}")
+
+        def load():
+            return load_local(config, prompt, device, folder=folder, track=track, shards=shards)
+
+    fingerprint, model = fingerprints
+    return CachedLvlm(load, fingerprint, AnswerCache(cache, shards), track, model, prompt.cut)

@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from lever_lm.config.schema import LvlmConfig
-from lever_lm.lvlm.openai_client import ServerError, check_server
+from lever_lm.lvlm.openai_client import ServerError
+from lever_lm.lvlm.openai_servers import check_server
 from lever_lm.lvlm.processor import load_processor
 from lever_lm.utils.checks import GIB, Check, check_model
 from lever_lm.utils.device import resolve_device

@@ -1,11 +1,12 @@
-"""Whether a server has room for a prompt: its tokens against the server's own limit, before anything is asked."""
+"""The context of a server: a prompt that leaves no room for its answer is refused before anything is asked."""
 
 from collections.abc import Sequence
 
-from lever_lm.config.schema import TOKEN_EDGE, LvlmConfig, PromptConfig
+from lever_lm.config.schema import LvlmConfig, PromptConfig
 from lever_lm.data import Image, open_image
-from lever_lm.lvlm.openai_client import Served, ServerError
-from lever_lm.lvlm.preprocess import fitted_size
+from lever_lm.lvlm.images import TOKEN_EDGE, image_tokens
+from lever_lm.lvlm.openai_client import ServerError
+from lever_lm.lvlm.openai_servers import Served
 from lever_lm.lvlm.processor import load_processor
 from lever_lm.lvlm.prompt import Prompt, to_messages
 from lever_lm.utils.errors import LeverError
@@ -18,7 +19,7 @@ _TURN = 32  # tokens that a chat template puts around a turn and its images: mor
 class Room:
     """The room of the servers that were looked at: the least `max_model_len` that one of them gives, as vLLM does.
 
-    Image tokens are counted. Texts are too where the model's tokenizer is here; else they are taken for a little
+    Image tokens are counted. Texts are counted where the model's tokenizer is here; else they are taken for a little
     shorter than they are, and the server itself refuses a prompt that is too long by less than that.
     """
 
@@ -56,7 +57,7 @@ class Room:
                 )
 
     def _text_tokens(self, messages: list[dict], text: str) -> int:
-        """Tokens of a prompt beside those of its images."""
+        """Return the tokens of a prompt beside those of its images."""
         if self._processor is None:
             return len(text) // _CHARACTERS
         whole = self._processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -65,6 +66,5 @@ class Room:
 
     def _image_tokens(self, image: Image) -> int:
         if image not in self._images:
-            width, height = fitted_size(open_image(image), self.config)
-            self._images[image] = width * height // TOKEN_EDGE**2
+            self._images[image] = image_tokens(open_image(image), self.config)
         return self._images[image]

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 NEVER = -1.0e9
 
 
 class NotFinite(ArithmeticError):
-    """Prompts whose logits were not finite: their places in the batch."""
+    """Logits are not finite. places: of the prompts concerned, in the batch."""
 
     def __init__(self, places: list[int]):
         super().__init__(f"the logits of prompts {places} are not finite")
@@ -41,8 +43,8 @@ Process = Callable[[Tensor, Tensor], Tensor]
 
 
 def greedy(prefilled: Prefilled, max_new_tokens: int, eos: Tensor, pad: int, process: Process | None = None) -> Tensor:
-    """The likeliest token, again and again: (B, T) long with T ≤ max_new_tokens, `pad` after an end-of-turn. `process`
-    changes the logits, as float32. Raises NotFinite."""
+    """Return the likeliest token, again and again: (B, T) int64 with T ≤ max_new_tokens, `pad` after an end-of-turn.
+    `process` changes the logits, as float32. Raises NotFinite."""
     logits, mask = prefilled.logits, prefilled.mask
     finished = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
     sound = ~finished
@@ -72,8 +74,8 @@ def beam_search(
     penalty: float,
     process: Process | None = None,
 ) -> Tensor:
-    """The best of `num_beams` beams: (B, T) long. Scores are summed log-probabilities over length^penalty; `process`
-    changes the log-probabilities of each step.
+    """Return the best of `num_beams` beams: (B, T) int64. Scores are summed log-probabilities over
+    length^penalty; `process` changes the log-probabilities of each step.
 
     Semantics of the library (early_stopping=False): of each step's (1 + |eos|)·N best continuations those that end
     among the first N may enter the finished ones, and the best N others run on; a prompt is settled once its best
@@ -110,7 +112,7 @@ def beam_search(
         # the best beams that have not ended run on
         running_scores, survivors = (scores + ends * NEVER).topk(num_beams, -1)
         running = grown.gather(1, survivors[..., None].expand(-1, -1, max_new_tokens))
-        # those that ended among the first N compete with the finished ones
+        # beams that ended among the first N compete with the finished ones
         ended = ends & among_first
         candidate = scores / (t + 1) ** penalty + ~open_ * NEVER + ~ended * NEVER
         finished_scores, best = torch.cat([finished_scores, candidate], 1).topk(num_beams, -1)
@@ -126,6 +128,29 @@ def beam_search(
         logits = prefilled.step(running[..., t].reshape(-1, 1), position[:, None] + t, mask)
     _check(sound)
     return finished[:, 0]
+
+
+def repeatable_attention():
+    """Return a context in which attention takes the same sums in the same order in every run.
+
+    cuDNN's kernel for one query position under a mask does not: its answers differ from run to run. The others do.
+    """
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+
+
+def float32_logits(head: torch.nn.Linear, hidden: Tensor) -> Tensor:
+    """Return the logits (…, V) of hidden states (…, H) in float32, whatever the precision of the weights (V, H).
+
+    The two largest of 150,000 logits are often equal in bfloat16; what picks a token is compared in float32. Ties that
+    are left go to the lowest token id, as `torch.argmax` has it.
+    """
+    if hidden.dtype == torch.float32:
+        return head(hidden)
+    if not hidden.is_cuda:
+        return F.linear(hidden.float(), head.weight.float())
+    # The products of half-precision numbers are summed in float32 either way: here the sum is not rounded.
+    flat = torch.mm(hidden.flatten(0, -2), head.weight.T, out_dtype=torch.float32)
+    return flat.view(*hidden.shape[:-1], -1)
 
 
 def _check(sound: Tensor) -> None:

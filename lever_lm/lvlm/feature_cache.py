@@ -1,8 +1,8 @@
-"""What the vision tower made of each image, made once: in memory up to one bound, on disk up to another.
+"""Features of images, each made by the vision tower once: in memory up to one bound, on disk up to another.
 
 An image of 640 × 480 is 391 tokens of 2,048 numbers in the 3B model: 1.6 MB, and 22 GB for all of OK-VQA. On disk they
-lie in safetensors files that are mapped, not read; what one command made, the next one and other processes find. What
-is broken or gone there is made again.
+are in safetensors files that are mapped, not read; the next command and other processes find them. Features that are
+broken or gone there are made again.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ _NAME = re.compile(r"[0-9a-f]{16}\.safetensors")
 Grid = tuple[int, int, int]  # patches in time, height, width
 
 
-class VisionBank:
+class FeatureCache:
     """Features (T, H) of images, by their content. `memory` and `disk` are bounds in bytes, the latter for all the
     `processes` that write to the folder; without a folder, or with a bound of 0, nothing is written."""
 
@@ -41,7 +41,7 @@ class VisionBank:
         self._files: dict[str, Path] = {}
         self._looked_at: set[Path] = set()
         self._open = lru_cache(_OPEN_FILES)(_open)
-        self._writer, self._writing = ThreadPoolExecutor(1, "vision-bank"), Future()
+        self._writer, self._writing = ThreadPoolExecutor(1, "feature-cache"), Future()
         self._writing.set_result(None)
         self.find_written()
         there = sum(path.stat().st_size for path in self._looked_at if path.exists())
@@ -147,19 +147,18 @@ def _open(path: Path):
 
 
 def _grids(path: Path) -> dict[str, Grid] | None:
-    """The grids in the header of a file, by digest; None where it is not one of ours, or broken."""
+    """Return the grids in the header of a file, by digest; None for a file that is not one of ours, or broken."""
     from safetensors import SafetensorError
 
     try:
         with _open(path) as file:
             grids = {digest: tuple(grid) for digest, grid in loads(file.metadata()["grids"]).items()}
             slices = {digest: file.get_slice(digest) for digest in file.keys()}  # noqa: SIM118 - not a dict
-            shapes = {digest: tuple(part.get_shape()) for digest, part in slices.items()}
+            found = {digest: tuple(part.get_shape()) for digest, part in slices.items()}
             sound = {part.get_dtype() for part in slices.values()} <= _FLOATS
+            sound &= all(len(grid) == 3 and all(type(n) is int and n > 0 for n in grid) for grid in grids.values())
+            (width,) = {shape[1:] for shape in found.values()}
+            expected = {digest: (prod(grid) // _PATCHES, *width) for digest, grid in grids.items()}
     except (OSError, SafetensorError, TypeError, KeyError, ValueError, AttributeError):
         return None
-    sound = sound and all(len(grid) == 3 and all(type(n) is int and n > 0 for n in grid) for grid in grids.values())
-    tokens = {digest: prod(grid) // _PATCHES for digest, grid in grids.items()} if sound else {}
-    sound = sound and tokens == {digest: shape[0] for digest, shape in shapes.items() if len(shape) == 2}
-    sound = sound and len({shape[1:] for shape in shapes.values()}) == 1
-    return grids if sound else None
+    return grids if sound and len(width) == 1 and found == expected else None

@@ -5,31 +5,26 @@ budget and greedy decoding. Log-probs of an answer need a server that scores a p
 """
 
 import asyncio
-import base64
 import json
 import math
 import re
-import threading
 import unicodedata
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from io import BytesIO
+from dataclasses import replace
 
 from lever_lm.config.schema import LvlmConfig, PromptConfig
-from lever_lm.data import Image, open_image
+from lever_lm.data import Image
 from lever_lm.lvlm.context_length import Room
+from lever_lm.lvlm.images import DataUrls
 from lever_lm.lvlm.openai_client import SEE_LOG, ServerError, served_name
-from lever_lm.lvlm.openai_servers import Servers, check_servers
-from lever_lm.lvlm.preprocess import fitted
-from lever_lm.lvlm.prompt import Prompt, cut_answer, holder, to_messages, wording
+from lever_lm.lvlm.openai_servers import Servers, check_server
+from lever_lm.lvlm.prompt import Prompt, holder, to_messages, wording
 from lever_lm.utils.errors import LeverError, Unfinished
 from lever_lm.utils.fingerprint import CODE, fingerprint
 from lever_lm.utils.progress import unsaid
 from lever_lm.utils.transformers_compat import import_transformers
 
 _ROUNDS = 8  # prompts in a batch for each request under way: what a killed job may have to ask again
-_URL_MEMORY = 1 << 30  # bytes of encoded images to keep
 _BROKEN_OFF = ("abort", "error", "content_filter")  # a finish_reason of these leaves half an answer
 _IMAGE_TOKEN, _END_OF_TURN = "<|image_pad|>", "<|im_end|>"
 # Our own request fields for log-probs, which a server that has none of them may name when it refuses.
@@ -37,7 +32,8 @@ _SCORING = {"prompt_logprobs": 0, "add_generation_prompt": False, "continue_fina
 
 
 class ServerLvlm:
-    """The model `config.path` at `config.server`. Raises LeverError when no server is there, or one of another model.
+    """The `Backend` of the model `config.path` at `config.server`. Raises LeverError when no server is there, or one of
+    another model.
 
     The API key is read from OPENAI_API_KEY and goes nowhere but into the requests.
     """
@@ -45,7 +41,7 @@ class ServerLvlm:
     def __init__(self, config: LvlmConfig, prompt: PromptConfig, say: Callable[[str], None] = unsaid):
         import_transformers()  # qwen_vl_utils needs torchvision
         self.config, self.prompt, self.say = config, prompt, say
-        served = check_servers(config, say, wait=config.wait)
+        served = [check_server(replace(config, server=url), say, wait=config.wait) for url in config.servers]
         self.servers = [one.url for one in served]
         self._urls, self._room = DataUrls(config), Room(config, prompt, served)
         # Qwen's generation_config has a repetition penalty, which servers apply by default: it punishes what is copied
@@ -62,7 +58,7 @@ class ServerLvlm:
             )
 
     def generate(self, prompts: Sequence[Prompt]) -> list[str]:
-        """What the model writes after each prompt, uncut. Order in, order out. Raises Unfinished."""
+        """See `Backend`. Raises Unfinished."""
 
         def request(i: int) -> dict:
             return {"messages": self._messages(prompts[i]), "max_tokens": self.config.max_new_tokens}
@@ -70,20 +66,13 @@ class ServerLvlm:
         self._room.check(prompts)
         return self._ask(len(prompts), request, lambda i, answer: self._text(prompts[i], answer))
 
-    def answer(self, prompts: Sequence[Prompt]) -> list[str]:
-        """The answer to each prompt, cut as in prompt.cut_answer."""
-        return [cut_answer(text, self.prompt.cut) for text in self.generate(prompts)]
-
     def answer_log_prob(self, prompts: Sequence[Prompt], answers: Sequence[str], *, end: bool = False) -> list[float]:
-        """log P(answer | prompt), rounded to 6 decimals: the sum over the answer's tokens, and with `end` also that of
-        the token that ends the turn after them. Raises LeverError for an empty answer, Unfinished otherwise, as with a
-        server that scores no prompt.
+        """See `Backend`. Raises LeverError for an empty answer, Unfinished otherwise, as with a server that scores no
+        prompt.
 
         The answer is sent as the assistant's turn, left open or with `end` closed; vLLM then gives a log-prob for every
         token of the prompt, and the answer's are those at its end that spell it.
         """
-        if len(prompts) != len(answers):
-            raise ValueError(f"{len(prompts)} prompts but {len(answers)} answers")
         for prompt, answer in zip(prompts, answers, strict=True):
             if not answer.strip():
                 raise LeverError(f"question {prompt.query.question_id}: cannot score an empty answer")
@@ -117,8 +106,8 @@ class ServerLvlm:
             raise
 
     def batches(self, prompts: Sequence[Prompt], answers: Sequence[str] | None = None) -> list[list[int]]:
-        """Indices of the prompts in batches, in their order: rollouts of one query share images, and stay together.
-        Raises LeverError for a prompt that the server has no room for, before any is asked."""
+        """See `Backend`: in the order of the prompts, as rollouts of one query share images. Raises LeverError for a
+        prompt that the server has no room for, before any is asked."""
         self._room.check(prompts)
         size = _ROUNDS * self.config.concurrency * len(self.servers)
         return [list(range(start, min(start + size, len(prompts)))) for start in range(0, len(prompts), size)]
@@ -126,7 +115,8 @@ class ServerLvlm:
     # ------------------------------------------------------------------ asking
 
     def _ask(self, count: int, request: Callable[[int], dict], read: Callable[[int, dict], object]) -> list:
-        """read(i, a server's answer to request(i)) for i < count, `lvlm.concurrency` of them at each server at once."""
+        """Return read(i, a server's answer to request(i)) for i < count, `lvlm.concurrency` of them at each server at
+        once."""
         answered: dict[int, object] = {}
         try:
             asyncio.run(self._ask_all(count, request, read, answered))
@@ -152,7 +142,8 @@ class ServerLvlm:
                 await asyncio.gather(*tasks, return_exceptions=True)
 
     def _messages(self, prompt: Prompt) -> list[dict]:
-        """The conversation with its images in it; turns of text alone as plain strings, which every server takes."""
+        """Return the conversation with its images in it; turns of text alone are plain strings, which every server
+        takes."""
         images, messages = iter(prompt.images), []
         for turn in to_messages(prompt, self.prompt):
             if any(_IMAGE_TOKEN in part.get("text", "") for part in turn["content"]):
@@ -195,8 +186,8 @@ def _no_log_probs(found: str) -> ServerError:
 
 
 def log_prob_at_end(places: list, answer: str, end: str = "") -> float | None:
-    """Sum of the log-probs of the tokens that spell the answer at the end of a prompt, after a line break, and of the
-    token `end` that closes its turn, where one is named; None where none do.
+    """Return the sum of the log-probs of the tokens that spell the answer at the end of a prompt, after a line break,
+    and of the token `end` that closes its turn, where one is named; None where no tokens do.
 
     places: of each token of the prompt {id: {"logprob": float, "decoded_token": str}}, null for the first, as vLLM
     gives them. The tokens of a character that is split over several decode to nothing, or to U+FFFD.
@@ -223,41 +214,9 @@ def log_prob_at_end(places: list, answer: str, end: str = "") -> float | None:
     return None
 
 
-class DataUrls:
-    """Images as `data:` URLs of PNG files, upright and within the image budget, resized as for the local model. Each is
-    encoded once while it is among the last that were asked for, whichever thread asks."""
-
-    def __init__(self, config: LvlmConfig):
-        self.config = config
-        self.room = max(1, _URL_MEMORY // (4 * config.max_pixels))  # 3 bytes a pixel, 4 characters for 3 bytes
-        self._known: OrderedDict[Image, Future] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, image: Image) -> str:
-        """The URL of an image. Raises LeverError naming one that cannot be read."""
-        with self._lock:
-            mine = image not in self._known
-            url = self._known.setdefault(image, Future())
-            self._known.move_to_end(image)
-            if len(self._known) > self.room:
-                self._known.popitem(last=False)
-        if mine:
-            try:
-                url.set_result(self._encode(image))
-            except Exception as error:
-                url.set_exception(error)
-        return url.result()
-
-    def _encode(self, image: Image) -> str:
-        content = BytesIO()
-        # Without loss; the least effort is a third of the time for a tenth more bytes.
-        fitted(open_image(image), self.config).save(content, "PNG", compress_level=1)
-        return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
-
-
 def server_fingerprint(config: LvlmConfig, prompt: PromptConfig) -> str:
-    """Changes with everything an answer of a server depends on but the question, as far as it can be known here: the
-    model's name, decoding, image budget, prompt style. Not with the server's address; and never that of a local model,
-    whose precision and weights are known."""
+    """Return a fingerprint of everything an answer of a server depends on but the question, as far as it is known here:
+    the model's name, decoding, image budget, prompt style. The server's address is no part of it. It never equals that
+    of a local model, whose precision and weights are known."""
     names = ("path", "repetition_penalty", "max_new_tokens", "min_pixels", "max_pixels")
     return fingerprint("server", CODE["answers"], *(getattr(config, name) for name in names), wording(prompt))

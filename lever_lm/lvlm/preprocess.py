@@ -5,8 +5,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lever_lm.config.schema import TOKEN_EDGE, LvlmConfig
+from lever_lm.config.schema import LvlmConfig
 from lever_lm.data import Image, open_image
+from lever_lm.lvlm.images import fitted
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.transformers_compat import first_line
 
@@ -36,24 +37,6 @@ def patches(images: Sequence[Image], image_processor, config: LvlmConfig, dtype:
     resized = [fitted(open_image(image), config, factor) for image in images]
     made = image_processor(images=resized, return_tensors="pt")
     return made["pixel_values"].to(dtype), made["image_grid_thw"]
-
-
-def fitted(picture, config: LvlmConfig, factor: int = TOKEN_EDGE):
-    """Return an RGB `PIL.Image` resized to its `fitted_size`, as qwen_vl_utils does."""
-    return picture.resize(fitted_size(picture, config, factor))
-
-
-def fitted_size(picture, config: LvlmConfig, factor: int = TOKEN_EDGE) -> tuple[int, int]:
-    """Return the width and height at which a `PIL.Image` is shown: as of qwen_vl_utils, multiples of factor, the edge
-    in pixels of what is one token, and within the config's budget of pixels. A picture so thin that the library's
-    rounding leaves it no row of tokens gets one, and its long side what the budget holds."""
-    from qwen_vl_utils.vision_process import smart_resize
-
-    height, width = smart_resize(picture.height, picture.width, factor, config.min_pixels, config.max_pixels)
-    if min(height, width) < factor:
-        most = config.max_pixels // factor**2 * factor
-        height, width = (factor, min(width, most)) if height < width else (min(height, most), factor)
-    return width, height
 
 
 def chunked(images: Sequence[Image]) -> list[list[Image]]:

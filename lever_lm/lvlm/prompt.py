@@ -31,53 +31,44 @@ class Prompt:
 
 
 def build_prompt(picks: Sequence[Example], query: Example, config: PromptConfig) -> Prompt:
-    """The prompt of a sequence of picks, first pick first. By default the first pick stands nearest the query: the
-    model trusts that place most, and a policy that never sees its earlier picks cannot learn to put its best last."""
+    """Return the prompt of a sequence of picks, first pick first.
+
+    By default the first pick stands nearest the query: the model trusts that place most, and a policy that never sees
+    its earlier picks cannot learn to put its best last.
+    """
     icds = tuple(reversed(picks)) if config.order == "first_pick_last" else tuple(picks)
     return Prompt(icds, query)
 
 
 def wording(config: PromptConfig) -> dict:
-    """The options that change what a model is asked: all but where its answer is cut, as answers are kept uncut."""
+    """Return the options that change what a model is asked: all but the rule that cuts its answer."""
     return {name: value for name, value in vars(config).items() if name != "cut"}
 
 
 def holder(prompt: Prompt, token: str) -> str:
-    """Which question of a prompt holds a token of the model's own, in its text or answer; for a message."""
+    """Name the question of a prompt whose text or answer holds a token of the model's own; for a message."""
     examples = (*prompt.icds, prompt.query)
     named = (f"question {e.question_id}" for e in examples if token in e.question or token in e.answer)
     return next(named, "prompt.template, prompt.system")
 
 
 def to_messages(prompt: Prompt, config: PromptConfig) -> list[dict]:
-    """The conversation of a prompt for a chat template; images are left as placeholders of their own."""
+    """Return the conversation of a prompt for a chat template, with placeholders for its images."""
+    before, rest = config.template.split("{question}")  # a question itself is never parsed for braces
+    between = rest.removesuffix("{answer}")
+
+    def shown(example: Example, after: str | None = None) -> list[dict]:
+        text = f"{before}{example.question}{between}"
+        return [{"type": "image"}, _text(text.rstrip() if after is None else text + after)]
+
     messages = [{"role": "system", "content": [_text(config.system)]}]
     if config.style == "interleaved":
-        content = []
-        for icd in prompt.icds:
-            content += [{"type": "image"}, _text(_with_answer(icd, config) + config.separator)]
-        content += [{"type": "image"}, _text(_question(prompt.query, config))]
-        return [*messages, {"role": "user", "content": content}]
+        demonstrations = [part for icd in prompt.icds for part in shown(icd, icd.answer + config.separator)]
+        return [*messages, {"role": "user", "content": [*demonstrations, *shown(prompt.query)]}]
     for icd in prompt.icds:
-        messages.append({"role": "user", "content": [{"type": "image"}, _text(_question(icd, config))]})
+        messages.append({"role": "user", "content": shown(icd)})
         messages.append({"role": "assistant", "content": [_text(icd.answer)]})
-    return [*messages, {"role": "user", "content": [{"type": "image"}, _text(_question(prompt.query, config))]}]
-
-
-def _with_answer(example: Example, config: PromptConfig) -> str:
-    before, between = _around_question(config)
-    return f"{before}{example.question}{between}{example.answer}"
-
-
-def _question(example: Example, config: PromptConfig) -> str:
-    before, between = _around_question(config)
-    return f"{before}{example.question}{between}".rstrip()
-
-
-def _around_question(config: PromptConfig) -> tuple[str, str]:
-    """The template's text before the question and between it and the answer. Questions are never parsed for braces."""
-    before, rest = config.template.split("{question}")
-    return before, rest.removesuffix("{answer}")
+    return [*messages, {"role": "user", "content": shown(prompt.query)}]
 
 
 def _text(text: str) -> dict:
@@ -85,7 +76,7 @@ def _text(text: str) -> dict:
 
 
 def cut_answer(text: str, rule: str = PromptConfig.cut, *, comma: bool = True) -> str:
-    """The answer in what the model wrote, stripped.
+    """Return the answer in what the model wrote, stripped.
 
     rule `turn`: a heading `Answer:` or `Short answer:` is dropped; the answer ends at a line break, where the model
     goes on with the next turn (`Question:`, `Answer:`, `Short answer:`), and, if `comma`, at `, `, which no answer of

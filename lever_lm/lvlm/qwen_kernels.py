@@ -1,4 +1,4 @@
-"""The library's model on a GPU, faster and repeatable: the same layers, other kernels.
+"""The library's Qwen2.5-VL on a GPU, faster: the same layers, other kernels.
 
 Attention of the vision tower runs over all windows of all images in one kernel. The library calls attention once for
 each window unless the implementation's name holds `flash`: 18 images a second on an H200, over 100 this way. The kernel
@@ -8,7 +8,6 @@ is torch's own (FlashAttention, arXiv:2307.08691), so nothing is to be installed
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 NAME = "lever_flash_varlen"
 _ALIGNED = 8  # bf16 matrix products are fast where every side is a multiple of this
@@ -31,29 +30,6 @@ def compile_parts(model) -> None:
         for name, part in block.named_children():
             if "norm" in name or name == "mlp":
                 part.compile(dynamic=True)
-
-
-def repeatable_attention():
-    """Return a context in which attention takes the same sums in the same order in every run.
-
-    cuDNN's kernel for one query position under a mask does not: its answers differ from run to run. The others do.
-    """
-    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
-
-
-def float32_logits(head: torch.nn.Linear, hidden: Tensor) -> Tensor:
-    """Return the logits (…, V) of hidden states (…, H) in float32, whatever the precision of the weights (V, H).
-
-    The two largest of 150,000 logits are often equal in bfloat16; what picks a token is compared in float32. Ties that
-    are left go to the lowest token id, as `torch.argmax` has it.
-    """
-    if hidden.dtype == torch.float32:
-        return head(hidden)
-    if not hidden.is_cuda:
-        return F.linear(hidden.float(), head.weight.float())
-    # The products of half-precision numbers are summed in float32 either way: here the sum is not rounded.
-    flat = torch.mm(hidden.flatten(0, -2), head.weight.T, out_dtype=torch.float32)
-    return flat.view(*hidden.shape[:-1], -1)
 
 
 def _varlen(module, query: Tensor, key: Tensor, value: Tensor, attention_mask, **options) -> tuple[Tensor, None]:

@@ -13,12 +13,11 @@ from torch import Tensor
 
 from lever_lm.config.schema import LvlmConfig
 from lever_lm.data import Image
-from lever_lm.lvlm.answer_cache import Track
-from lever_lm.lvlm.feature_cache import GIB, VisionBank
+from lever_lm.lvlm.feature_cache import GIB, FeatureCache
 from lever_lm.lvlm.preprocess import chunked, chunked_patches, patches
 from lever_lm.utils.distributed import Shards
 from lever_lm.utils.errors import LeverError
-from lever_lm.utils.progress import Work
+from lever_lm.utils.progress import Track, Work
 from lever_lm.utils.transformers_compat import first_line
 
 _WORKERS = 8
@@ -32,15 +31,15 @@ class Vision:
         self.model, self.image_processor, self.config = model, image_processor, config
         self.track, self.shards = track, shards
         disk = int(config.bank_disk * GIB)
-        self.bank = VisionBank(folder, memory=self._memory(), disk=disk, processes=shards.world)
+        self.cache = FeatureCache(folder, memory=self._memory(), disk=disk, processes=shards.world)
 
     def tokens(self, image: Image) -> int:
         """T of an image that has been seen."""
-        return math.prod(self.bank.grid(image)) // self.image_processor.merge_size**2
+        return math.prod(self.cache.grid(image)) // self.image_processor.merge_size**2
 
     def features(self, images: Sequence[Image]) -> list[Tensor]:
         """(T, H) of each image: from the bank, or made again where it had no room for them or has them broken."""
-        found = {image: self.bank.get(image, self.model.device) for image in dict.fromkeys(images)}
+        found = {image: self.cache.get(image, self.model.device) for image in dict.fromkeys(images)}
         gone = [image for image, f in found.items() if f is None or len(f) != self.tokens(image)]
         for chunk in chunked(gone):
             pixels, grids = patches(chunk, self.image_processor, self.config, self.model.dtype)
@@ -51,15 +50,15 @@ class Vision:
         """Encode what is new, each process its share in whole chunks, which the others then find on disk. Where nothing
         may be written there, each encodes all. A call of the whole job."""
         self.shards.wait()
-        self.bank.find_written()
-        self._encode([image for chunk in self.shards.share(chunked(self.bank.missing(images))) for image in chunk])
+        self.cache.find_written()
+        self._encode([image for chunk in self.shards.share(chunked(self.cache.missing(images))) for image in chunk])
         self.shards.wait()
-        self.bank.find_written()
+        self.cache.find_written()
         self.see(images)
 
     def see(self, images: Sequence[Image]) -> None:
         """Encode what is new into the bank."""
-        self._encode(self.bank.missing(images))
+        self._encode(self.cache.missing(images))
 
     @torch.inference_mode()
     def _encode(self, images: Sequence[Image]) -> None:
@@ -80,7 +79,7 @@ class Vision:
             for chunk, pixels, grids in self.track(followed, what, len(images)):
                 self._through(chunk, pixels, grids)
         finally:
-            self.bank.flush()
+            self.cache.flush()
 
     def _through(self, images: Sequence[Image], pixels: Tensor, grids: Tensor) -> list[Tensor]:
         """The features of images, which the bank is given as well."""
@@ -91,7 +90,7 @@ class Vision:
                 f"the image {broken}: the vision tower of {self.config.path} gives it NaN or infinite features: set "
                 "lvlm.dtype=float32 or bfloat16, or its weights may be broken (lvlm.path)"
             )
-        self.bank.add(images, features, list(map(tuple, grids.tolist())))
+        self.cache.add(images, features, list(map(tuple, grids.tolist())))
         return features
 
     def _tower(self, images: Sequence[Image], pixels: Tensor, grids: Tensor) -> list[Tensor]:

@@ -26,23 +26,23 @@ class Selector:
     colour: int | None = None
 
 
-ZERO_SHOT = "zero_shot"
+ZERO_SHOT, RANDOM, ANY_POLICY, FROM_FILE = "zero_shot", "random", "policy", "icds"
 # In the order of the demo's table.
 SELECTORS = {
     ZERO_SHOT: Selector("no demonstrations", nothing),
-    "random": Selector("random", random, 5),
+    RANDOM: Selector("random", random, 5),
     "text_sim": Selector("text similarity", similarity("text"), 4),
     "img_sim": Selector("image similarity", similarity("img"), 3),
     "img_text_sim": Selector("image and text similarity", similarity("img", "text"), 2),
     "rce": Selector("RCE", colour=1),
     "grpo": Selector("GRPO", colour=0),
-    "policy": Selector("the policy"),
-    "icds": Selector("choices from a file"),
+    ANY_POLICY: Selector("the policy"),
+    FROM_FILE: Selector("choices from a file"),
     "oracle": Selector("oracle", oracle, 6),
 }
 BASELINES = tuple(name for name, selector in SELECTORS.items() if selector.select)
-LEARNED = ("grpo", "policy", "rce", "icds")  # the page shows the first of them that was evaluated
-CONTRASTS = ("random", "img_text_sim")  # the page and the model card set the learned one against these
+LEARNED = ("grpo", ANY_POLICY, "rce", FROM_FILE)  # the page shows the first of them that was evaluated
+CONTRASTS = (RANDOM, "img_text_sim")  # the page and the model card set the learned one against these
 RIVALS = ("img_text_sim", "rce")  # the terminal prints the paired tests against these
 
 

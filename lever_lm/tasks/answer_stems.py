@@ -12,14 +12,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Stems:
-    """What whole answers and single words became, and the words that reduced answers are made of."""
+    """The reductions of whole answers and of single words, and the words of which reduced answers are made."""
 
     answers: dict[str, str]
     words: dict[str, str]
     known: frozenset[str]
 
     def reduce(self, text: str) -> str:
-        """A prediction as the annotations would hold it: as a whole where it was typed so, else word by word."""
+        """Return a prediction as the annotations would hold it: as a whole where it was typed so, else word by word."""
         plain = _plain(text)
         if plain in self.answers:
             return self.answers[plain]
@@ -34,7 +34,7 @@ class Stems:
 
 
 def learn_stems(pairs: Iterable[tuple[str, str]]) -> Stems:
-    """Stems from (raw_answer, answer) pairs of the annotators; the commonest reduction of each counts."""
+    """Learn from (raw_answer, answer) pairs of the annotators; the commonest reduction of each counts."""
     whole: dict[str, Counter] = defaultdict(Counter)
     single: dict[str, Counter] = defaultdict(Counter)
     known: set[str] = set()
@@ -50,7 +50,7 @@ def learn_stems(pairs: Iterable[tuple[str, str]]) -> Stems:
 
 
 def _plain(text: str) -> str:
-    """Lower case, single spaces, no punctuation around words."""
+    """Return a text in lower case, with single spaces and no punctuation around words."""
     return " ".join(word for word in (part.strip('.,!?;:"') for part in text.lower().split()) if word)
 
 
@@ -59,7 +59,8 @@ def _commonest(counts: dict[str, Counter]) -> dict[str, str]:
 
 
 def _shorter(word: str) -> list[str]:
-    """What an English word may come from, the likeliest first: plurals and -ing forms. One is taken if it is known."""
+    """Return the words that a plural or an -ing form may come from, the likeliest first. One is taken if it is
+    known."""
     if word.endswith("ing") and len(word) > 5:
         stem = word[:-3]
         doubled = [stem[:-1]] if stem[-1] == stem[-2] else []

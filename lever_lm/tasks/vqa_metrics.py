@@ -69,12 +69,14 @@ def _clean(text: str) -> str:
 
 @lru_cache(maxsize=1 << 16)  # the same ten references are compared with every answer to their question
 def normalize_answer(text: str) -> str:
-    """An answer as the official evaluator compares it: punctuation, case, articles, number words, contractions."""
+    """Return an answer as the official evaluator compares it: punctuation, case, articles, number words,
+    contractions."""
     return _strip_articles(_strip_punctuation(_clean(text)))
 
 
 def vqa_accuracy(prediction: str, answers: Sequence[str], *, always_normalize: bool = False) -> float:
-    """Official accuracy of one prediction in [0, 1]: mean over the leave-one-out sets of min(1, matches / 3).
+    """Return the official accuracy of one prediction in [0, 1]: mean over the leave-one-out sets of min(1, matches /
+    3).
 
     answers: what the annotators wrote, ten as a rule. Returns 0.0 where there are none. Where all answers are the same
     string, outer blanks aside, the evaluator normalises neither them nor the prediction: `Yes` scores 0 against ten
@@ -93,7 +95,7 @@ def vqa_accuracy(prediction: str, answers: Sequence[str], *, always_normalize: b
 
 
 def relevance(prediction: str, answers: Sequence[str]) -> tuple[float, float]:
-    """How near a prediction comes to its references: (best token F1, best edit similarity), both in [0, 1].
+    """Return how near a prediction comes to its references: (best token F1, best edit similarity), both in [0, 1].
 
     Over normalised strings; edit similarity is difflib's ratio. (0, 0) where there is no reference.
     """

@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.training.rollouts.file_format import Group
 from lever_lm.utils.errors import LeverError
 
+EVAL_BATCH = 256  # queries that are scored together where nothing is learnt
 CHUNK_CANDIDATES = 16_384  # 48 MiB of features of D = 768
 LONGEST = 1e15  # length of a feature: beyond it squares come near the largest float32
 _LARGEST = torch.finfo(torch.float32).max
@@ -33,6 +35,11 @@ class Batch:
     query_ids: list[int]
     numbers: Tensor | None = None
 
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The first arguments of the policy's `log_prob`, `evaluate` and `steps`."""
+        return self.query, self.candidates, self.sequences, self.pool_mask
+
 
 @dataclass(frozen=True)
 class GroupTensors:
@@ -51,8 +58,13 @@ class GroupTensors:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def query_ids(self) -> list[int]:
+        """The row of each query, as a list."""
+        return self.rows.tolist()
+
     def batch(self, index: Tensor) -> Batch:
-        """The groups at these places."""
+        """Return the groups at these places."""
         return Batch(
             query=F.embedding(self.rows[index], self.queries),
             candidates=F.embedding(self.pools[index], self.icds),
@@ -65,23 +77,33 @@ class GroupTensors:
         )
 
     def chunks(self, size: int) -> Iterator[tuple[Tensor, Batch]]:
-        """(places, batch) over all groups, in order; `size` of them at a time, fewer where pools are large."""
+        """Yield (places, batch) over all groups in order, `size` groups at a time, fewer where pools are large."""
         size = max(1, min(size, CHUNK_CANDIDATES // self.pools.shape[1]))
         for index in torch.arange(len(self), device=self.rows.device).split(size):
             yield index, self.batch(index)
 
+    def shuffled(self, size: int, queries: int = 0) -> Iterator[tuple[Tensor, Batch]]:
+        """Yield (places, batch) over all groups in random order, drawn from torch's global generator.
+
+        queries: how many there are, where each has a logged and an online group; both are then in the same batch.
+        """
+        queries = queries or len(self)
+        for index in torch.randperm(queries).to(self.rows.device).split(size):
+            index = torch.cat([index + start for start in range(0, len(self), queries)])
+            yield index, self.batch(index)
+
     def with_rollouts(self, sequences: Tensor, mask: Tensor, rewards: Tensor) -> "GroupTensors":
-        """The same queries and pools with other rollouts, which are in no file."""
+        """Return the same queries and pools with other rollouts, which are in no file."""
         numbers = torch.full_like(mask, -1, dtype=torch.long)
         return replace(self, sequences=sequences, mask=mask, rewards=rewards, numbers=numbers)
 
     def stacked(self, other: "GroupTensors") -> "GroupTensors":
-        """The groups of both, over the same features and pool size; the smaller groups are padded."""
+        """Return the groups of both, over the same features and pool size; the smaller groups are padded."""
         size = max(self.mask.shape[1], other.mask.shape[1])
 
         def both(name: str, filler) -> Tensor:
             pair = (getattr(self, name), getattr(other, name))
-            return torch.cat([_pad_columns(tensor, size, filler) for tensor in pair])
+            return torch.cat([F.pad(t, [0, 0] * (t.ndim - 2) + [0, size - t.shape[1]], value=filler) for t in pair])
 
         return replace(
             self,
@@ -95,52 +117,63 @@ class GroupTensors:
         )
 
     def to(self, device: torch.device) -> "GroupTensors":
-        """The same on another device."""
+        """Return the groups on another device."""
         moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **moved)
 
 
+def projected(policy: PointerSelector, data: GroupTensors) -> tuple[PointerSelector, GroupTensors]:
+    """Return the part of the policy behind its projections of the features, and the groups over projected features: for
+    a policy that does not change, or whose projections do not."""
+    inner, queries, icds = policy.project(data.queries, data.icds)
+    return inner, replace(data, queries=queries, icds=icds)
+
+
 def to_tensors(groups: Sequence[Group], queries: Tensor, icds: Tensor) -> GroupTensors:
-    """Groups over feature matrices (N, D). Raises LeverError when a group points outside them, when a feature is not
-    finite or too long, or when a reward is not finite in float32. A feature of zeros is like nothing, and harmless."""
+    """Return the groups as tensors over feature matrices (N, D). Raises LeverError when a group points outside them,
+    when a feature is not finite or too long, or when a reward is not finite in float32. A feature of zeros is allowed:
+    its similarity to every other is 0."""
     if not groups:
         raise LeverError(
             "no group of rollouts is left to work with: the file has too few queries (rollout.num_queries)"
         )
     for group in groups:
-        top = max(group.query_id, *group.pool)
-        if top >= len(icds):
-            raise LeverError(
-                f"query {group.query_id} refers to row {top}, but the embeddings have {len(icds)} rows: "
-                "rollouts and embeddings are of different data (--rl-data, --embeddings)"
-            )
+        _check_group(group, len(icds))
     for name, matrix in (("query", queries), ("ICD", icds)):
         _check_features(name, matrix)
-    pool_size = max(len(group.pool) for group in groups)
-    group_size = max(len(group.sequences) for group in groups)
     shots = max(len(sequence) for group in groups for sequence in group.sequences)
-    pools = torch.tensor([_pad(group.pool, pool_size, 0) for group in groups])
-    pool_mask = torch.tensor([_pad([True] * len(group.pool), pool_size, False) for group in groups])
-    empty = [-1] * shots
-    sequences = [_pad([_pad(s, shots, -1) for s in group.sequences], group_size, empty) for group in groups]
-    numbers = [range(len(group.rewards)) if group.numbers is None else group.numbers for group in groups]
-    for group, places in zip(groups, numbers, strict=True):
-        for place, reward in zip(places, group.rewards, strict=True):
-            if not abs(reward) <= _LARGEST:
-                raise LeverError(
-                    f"query {group.query_id}, rollout {place}: its reward {reward} is no finite number in float32"
-                )
+    sequences = [[[*s, *[-1] * (shots - len(s))] for s in group.sequences] for group in groups]
+    pool_mask = _padded([[True] * len(group.pool) for group in groups], False)
     return GroupTensors(
         queries=queries.float(),
         icds=icds.float(),
         rows=torch.tensor([group.query_id for group in groups]),
-        pools=pools,
+        pools=_padded([group.pool for group in groups], 0),
         pool_mask=None if pool_mask.all() else pool_mask,
-        sequences=torch.tensor(sequences),
-        mask=torch.tensor([_pad([True] * len(group.rewards), group_size, False) for group in groups]),
-        rewards=torch.tensor([_pad(group.rewards, group_size, 0.0) for group in groups], dtype=torch.float32),
-        numbers=torch.tensor([_pad(places, group_size, -1) for places in numbers]),
+        sequences=_padded(sequences, [-1] * shots),
+        mask=_padded([[True] * len(group.rewards) for group in groups], False),
+        rewards=_padded([list(map(float, group.rewards)) for group in groups], 0.0),
+        numbers=_padded([_numbers(group) for group in groups], -1),
     )
+
+
+def _numbers(group: Group) -> list[int]:
+    return list(range(len(group.rewards))) if group.numbers is None else group.numbers
+
+
+def _check_group(group: Group, rows: int) -> None:
+    """Raise LeverError where a group points outside `rows` features, or a reward is not finite in float32."""
+    top = max(group.query_id, *group.pool)
+    if top >= rows:
+        raise LeverError(
+            f"query {group.query_id} refers to row {top}, but the embeddings have {rows} rows: "
+            "rollouts and embeddings are of different data (--rl-data, --embeddings)"
+        )
+    for place, reward in zip(_numbers(group), group.rewards, strict=True):
+        if not abs(reward) <= _LARGEST:
+            raise LeverError(
+                f"query {group.query_id}, rollout {place}: its reward {reward} is no finite number in float32"
+            )
 
 
 def _check_features(name: str, matrix: Tensor) -> None:
@@ -148,24 +181,15 @@ def _check_features(name: str, matrix: Tensor) -> None:
     mend = "encode it again (features.encoder, --embeddings)"
     if matrix.ndim != 2 or not matrix.shape[1]:
         raise LeverError(f"the {name} features have shape {tuple(matrix.shape)}, expected (N, D) with D > 0: {mend}")
-    if not torch.isfinite(matrix).all():
-        row = int((~torch.isfinite(matrix)).any(-1).nonzero()[0])
-        raise LeverError(f"the {name} feature of row {row} is NaN or infinite: {mend}")
     largest = matrix.abs().amax(-1)
-    if (largest > LONGEST).any():
-        row = int((largest > LONGEST).nonzero()[0])
-        raise LeverError(
-            f"the {name} feature of row {row} reaches {float(largest[row]):.3g}, more than {LONGEST:g}: its squares "
-            f"overflow float32. Scale it, or {mend}"
-        )
+    if (bad := ~(largest <= LONGEST)).any():
+        row = int(bad.nonzero()[0])
+        why = "is NaN or infinite" if not torch.isfinite(largest[row]) else f"reaches {float(largest[row]):.3g}"
+        limit = f"its squares overflow float32 above {LONGEST:g}"
+        raise LeverError(f"the {name} feature of row {row} {why}, and {limit}: scale it, or {mend}")
 
 
-def _pad_columns(tensor: Tensor, size: int, filler) -> Tensor:
-    """(n, G, …) → (n, size, …)."""
-    padded = tensor.new_full((tensor.shape[0], size, *tensor.shape[2:]), filler)
-    padded[:, : tensor.shape[1]] = tensor
-    return padded
-
-
-def _pad(values: list, length: int, filler) -> list:
-    return list(values) + [filler] * (length - len(values))
+def _padded(rows: Sequence[list], filler) -> Tensor:
+    """Return lists of different lengths as one tensor (n, longest, …)."""
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[filler] * (longest - len(row))] for row in rows])

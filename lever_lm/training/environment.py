@@ -1,4 +1,4 @@
-"""What a run was made with, and whether another one that was made with the same came out the same."""
+"""env.json: what a run was made with, and whether another run that was made with the same came out the same."""
 
 import contextlib
 import os
@@ -26,15 +26,18 @@ _NAMED = 8  # differences that are listed, of each kind
 
 
 def environment(config: Config, inputs: dict[str, str], made_of: dict[str, str], sources: dict[str, str]) -> dict:
-    """The content of env.json: versions, revision, platform, device and threads; `inputs`, the digests of what is
-    trained on; `made_of`, the fingerprints of data and models these came from; `sources`, files of somebody's own."""
-    import torch  # here and below: who asks for a run's state has no time for it
+    """Return the content of env.json: versions, revision, platform, device and threads; `inputs`, the digests of what
+    is trained on; `made_of`, the fingerprints of data and models these came from; `sources`, the user's own files."""
+    import torch  # here and below: `lever status` has no time for it
 
+    on_cpu = config.device == "cpu" or not torch.cuda.is_available()
+    device = torch.device(config.device) if config.device not in ("auto", "cpu") else None
+    cpu = f"cpu, {platform.machine()}, {os.cpu_count()} cores"
     return {
         "lever_lm": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "device": _device(config.device),
+        "device": cpu if on_cpu else torch.cuda.get_device_name(device),
         "threads": torch.get_num_threads(),
         "packages": versions(),
         "git_revision": _git_revision(),
@@ -47,14 +50,14 @@ def environment(config: Config, inputs: dict[str, str], made_of: dict[str, str],
 
 
 def command_line() -> str:
-    """The command that this process is, as it may be typed again; empty where it is another program's."""
+    """Return the command that this process is, as it may be typed again; empty where it is another program's."""
     name = Path(sys.argv[0]).name
     return shlex.join(["lever", *sys.argv[1:]]) if name in ("lever", "__main__.py") else ""
 
 
 def typed_again(command) -> str:
-    """What an env.json has as its `command`, as a command to be typed; empty where it is none of `lever`. It may be a
-    stranger's: nothing in it is more than words to a shell."""
+    """Return what an env.json has as its `command`, as a command to be typed; empty where it is none of `lever`.
+    Nothing in it is more than words to a shell, wherever the file comes from."""
     try:
         words = shlex.split(command) if isinstance(command, str) and len(command) <= _LONGEST else []
     except ValueError:  # a quotation without end
@@ -63,7 +66,7 @@ def typed_again(command) -> str:
 
 
 def versions() -> dict[str, str | None]:
-    """The version of each package that results can hang on, None for one that is not installed."""
+    """Return the version of each package that results can hang on, None for one that is not installed."""
     found = dict.fromkeys(PACKAGES)
     for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -71,29 +74,21 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def _device(name: str) -> str:
-    import torch
-
-    if name == "cpu" or not torch.cuda.is_available():
-        return f"cpu, {platform.machine()}, {os.cpu_count()} cores"
-    return torch.cuda.get_device_name(torch.device(name) if name != "auto" else None)
-
-
 def _git_revision() -> str | None:
-    """Revision of the checkout the package runs from, marked where files in it were changed; None when installed."""
+    """Return the revision of the checkout that the package runs from, marked where files in it were changed; None when
+    installed."""
     if not (PACKAGE.parent / ".git").exists():
         return None
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(PACKAGE.parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
     revision = None
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        revision = _git("rev-parse", "HEAD")
-        if _git("status", "--porcelain", "--untracked-files=no"):
-            revision += " with changes"
+        revision = git("rev-parse", "HEAD")
+        revision += " with changes" if git("status", "--porcelain", "--untracked-files=no") else ""
     return revision
-
-
-def _git(*words: str) -> str:
-    command = ["git", "-C", str(PACKAGE.parent), *words]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
 
 # ---------------------------------------------------------------------- what was different
@@ -107,8 +102,7 @@ def record(run: RunFolder, here: dict, say: Callable[[str], None]) -> None:
     if not there:
         write_json(run.environment, here)
         return
-    earlier = there.get("resumed_with")
-    earlier = earlier if isinstance(earlier, list) else []
+    earlier = there["resumed_with"] if isinstance(there.get("resumed_with"), list) else []
     last = earlier[-1] if earlier and isinstance(earlier[-1], dict) else there
     now = dict(there)
     if here["command"] != there.get("last_command", there.get("command")):
@@ -121,7 +115,7 @@ def record(run: RunFolder, here: dict, say: Callable[[str], None]) -> None:
 
 
 def read_environment(run: RunFolder, limit: int = FILE_LIMIT) -> dict:
-    """The content of a run's env.json; {} where there is none that can be read, or one of more than `limit` bytes."""
+    """Read a run's env.json; {} where there is none that can be read, or one of more than `limit` bytes."""
     return read_object(run.environment, limit)
 
 
@@ -132,8 +126,8 @@ def recorded(run: RunFolder, section: str) -> dict:
 
 
 def differences(there: dict, here: dict, prefix: str = "") -> list[str]:
-    """What differs between two contents of env.json, as `key: there → here`. An entry that an older one lacks is not
-    known to differ."""
+    """Return what differs between two contents of env.json, as `key: there, here`. An entry that an older one lacks is
+    not known to differ."""
     changed = []
     for key, new in here.items():
         if key in ("sources", "command", "last_command"):  # where files lay, not what was in them; and what was typed
@@ -147,7 +141,7 @@ def differences(there: dict, here: dict, prefix: str = "") -> list[str]:
 
 
 def listed(changed: list[str]) -> str:
-    """Differences on one line."""
+    """Return differences on one line."""
     more = f"; and {len(changed) - _NAMED} more" if len(changed) > _NAMED else ""
     return "; ".join(changed[:_NAMED]) + more
 
@@ -156,7 +150,7 @@ def listed(changed: list[str]) -> str:
 
 
 def own_files(original: RunFolder) -> dict[str, Path]:
-    """The files of somebody's own that a run was trained on: `rl_data`, `embeddings`. Raises LeverError naming the
+    """Return the user's own files that a run was trained on: `rl_data`, `embeddings`. Raises LeverError naming the
     option where one is not there any more."""
     found = {}
     for name, text in recorded(original, "sources").items():
@@ -169,15 +163,15 @@ def own_files(original: RunFolder) -> dict[str, Path]:
 
 
 def config_of(original: RunFolder) -> dict:
-    """The config of a run that is to be made again, as nested values. Raises LeverError where there is none."""
+    """Return the config of a run that is to be made again, as nested values. Raises LeverError where there is none."""
     if not original.config.is_file():
         raise LeverError(f"{original.path} is no run folder: it holds no {original.config.name} (--from-run)")
     return original.values()
 
 
 def compare(original: RunFolder, repeated: RunFolder, config: Config) -> dict:
-    """What differs between a run and its repetition: `config`, `environment`, lists of differences; `epochs` that both
-    have, and whether rows and weights of these are `identical`, else the `first_difference`."""
+    """Return what differs between a run and its repetition: `config`, `environment`, lists of differences; `epochs`
+    that both have, and whether rows and weights of these are `identical`, else the `first_difference`."""
     first, epochs = _first_difference(original, repeated)
     return {
         "of": str(original.path),
@@ -190,7 +184,7 @@ def compare(original: RunFolder, repeated: RunFolder, config: Config) -> dict:
 
 
 def _first_difference(original: RunFolder, repeated: RunFolder) -> tuple[str | None, int]:
-    """The first epoch that came out differently, as a sentence, and how many epochs both runs have."""
+    """Return the first epoch that came out differently, as a sentence, and how many epochs both runs have."""
     there, here = ({(row["phase"], row["epoch"]): row for row in run.rows()} for run in (original, repeated))
     common = [key for key in here if key in there]
     for phase, epoch in common:
@@ -206,7 +200,7 @@ def _first_difference(original: RunFolder, repeated: RunFolder) -> tuple[str | N
 
 
 def _other_weights(one: Path, other: Path) -> str | None:
-    """The first tensor that differs between two checkpoints."""
+    """Return the first tensor that differs between two checkpoints."""
     import torch
 
     from lever_lm.selectors.pointer.checkpoint import weights_of
@@ -219,7 +213,7 @@ def _other_weights(one: Path, other: Path) -> str | None:
 
 
 def verdict(result: dict) -> list[str]:
-    """What `compare` found, for a person: a line each."""
+    """Return what `compare` found as lines for the terminal."""
     lines = [f"{kind}: {listed(result[kind])}" for kind in ("config", "environment") if result[kind]]
     if result["identical"]:
         outcome = f"all metrics and weights of {result['epochs']} epochs are identical"

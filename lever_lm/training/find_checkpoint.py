@@ -1,4 +1,4 @@
-"""Which checkpoint is meant, where its config is, and whether it fits the features that it is to be used with."""
+"""The one place that says which checkpoint is meant, where its config is, and whether it fits the features."""
 
 import contextlib
 import os

@@ -1,5 +1,6 @@
-"""A checkpoint named by anything, and the config that it is used under: of its run, or of a policy that was shared. The
-command line and `Retriever` go by the same functions.
+"""The config that a checkpoint is used under, that of its run or of a shared policy, and what is changed about it.
+
+The command line and `Retriever` go by the same functions.
 """
 
 from collections.abc import Sequence
@@ -33,8 +34,8 @@ def layers_beside(
     *,
     own: bool = False,
 ) -> Layers:
-    """What sets the config under which a checkpoint is used: the values from beside it, and over them what is given.
-    names, file, sets, options: as of `layers`. own: no dataset is needed. Raises LeverError where one is and
+    """Return what sets the config under which a checkpoint is used: the `values` that lie with it, and over them what
+    is given. names, file, sets, options: as of `layers`. own: no dataset is needed. Raises LeverError where one is and
     nothing says which, UsageError for unknown names and keys."""
 
     def made(run: dict) -> Layers:
@@ -54,7 +55,7 @@ def layers_beside(
 def config_beside(
     values: dict, checkpoint, dataset: str | None, lvlm: str | None, sets: Sequence[str], own: bool
 ) -> Config:
-    """The config of `layers_beside`."""
+    """Return the config of `layers_beside`."""
     names = {"dataset": dataset, "lvlm": lvlm}
     return layers_beside(values, checkpoint, names, sets=sets, own=own).config()
 
@@ -65,7 +66,8 @@ def _has(given: Layers, section: str, key: str) -> bool:
 
 
 def _same_name(data, checkpoint) -> dict:
-    """The dataset of configs/ whose folder has the name that a shared policy's had: its paths were somebody else's."""
+    """Return the dataset of configs/ that has the name of the one that a shared policy was trained on: the paths of the
+    latter lie on another machine."""
     name = data.get("name") if isinstance(data, dict) else None
     files = sorted((configs_root() / "dataset").glob("*.yaml"))
     for found in (read_yaml(file).get("data") for file in files):
@@ -79,7 +81,7 @@ def _same_name(data, checkpoint) -> dict:
 
 
 def results_beside(checkpoint: Path) -> Path:
-    """The results folder, with its caches, in which a checkpoint's run is; `results` for one that is elsewhere."""
+    """Return the results folder, with its caches, in which a checkpoint's run is; `results` for one elsewhere."""
     runs = checkpoint.resolve().parent.parent
     return runs.parent.parent if runs.name == "model_cpk" else Path("results")
 
@@ -88,9 +90,9 @@ def results_beside(checkpoint: Path) -> Path:
 
 
 def changes(checkpoint: Path, config: Config) -> dict[str, dict]:
-    """What a config changes about the setting that a checkpoint was trained in: dotted key → the value in the `run` and
-    the one `here`. Nothing is known to differ where no config lies beside it, but the LVLM that a run folder of
-    Lever-Plus is named after."""
+    """Return what a config changes about the setting that a checkpoint was trained in: dotted key → the value
+    in the `run` and the one `here`. Where no config lies beside it, nothing is known to differ but the LVLM that a run
+    folder of Lever-Plus is named after."""
     if checkpoint.is_file():
         return changes_of_run(RunFolder(checkpoint.parent), config)
     return _changes(locate(checkpoint)[2], config)
@@ -119,7 +121,7 @@ def _changes(there: dict, config: Config) -> dict[str, dict]:
 
 
 def change_lines(changed: dict[str, dict]) -> list[str]:
-    """What was changed, for a person: a line for each key."""
+    """Return what was changed as lines for the terminal, one for each key."""
     return [f"{key}: {_short(pair['run'])} in the run, {_short(pair['here'])} here" for key, pair in changed.items()]
 
 

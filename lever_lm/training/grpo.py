@@ -1,6 +1,6 @@
-"""The two loops: RCE warm-up and GRPO, a page each.
+"""GRPO: policy optimisation on groups of rollouts, logged ones and the policy's own. Source: arXiv:2402.03300 §4.1.
 
-B queries in a batch, K candidates, G rollouts, S shots. Sources: RCE as in Lever-Plus; GRPO, arXiv:2402.03300 §4.1.
+B queries in a batch, K candidates, G rollouts, S shots; n queries in all.
 Deviations from the lineage, each an option of GrpoConfig: all rollouts of a group are learnt from; old and reference
 policy are those at GRPO's start, and the old one is refreshed; old, reference and new policy draw the same dropout
 masks, so that the ratio of unchanged weights is 1 and their KL 0.
@@ -8,75 +8,41 @@ masks, so that the ratio of unchanged weights is 1 and their KL 0.
 
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from lever_lm.config.schema import GrpoConfig, RceConfig
+from lever_lm.config.schema import GrpoConfig
 from lever_lm.selectors.pointer.model import PointerSelector
-from lever_lm.training.batches import Batch, GroupTensors
-from lever_lm.training.finite_checks import At, Pass, check_groups, grpo_terms, rce_terms
-from lever_lm.training.losses import (
-    adapt_kl_beta,
-    group_mean,
-    grpo_loss,
-    kl_share,
-    rce_loss,
-    rce_temperature,
-    scheduled_lr,
-    zero_grad_frac,
-)
-from lever_lm.training.nan_debug import backward
-from lever_lm.training.reference_policy import Anchor, snapshot
-from lever_lm.training.rewards import group_advantage, group_mean_std, normalize_group, tied_groups
+from lever_lm.training.batches import GroupTensors, projected
+from lever_lm.training.finite_checks import At, check
+from lever_lm.training.losses import LOSSES, LossAndStats, adapt_kl_beta, group_mean, scheduled_lr
+from lever_lm.training.optimizer_step import means, optimizer_step, timing
+from lever_lm.training.reference_policy import FrozenPolicy, snapshot
+from lever_lm.training.rewards import group_advantage, group_mean_std
 from lever_lm.training.rollouts.online import Answer, explore, mix, online_statistics
 from lever_lm.training.run_state import Journal
 from lever_lm.training.select_checkpoint import epochs_since_best
-from lever_lm.training.validation import alarms, group_report, group_statistics, projected, validate
+from lever_lm.training.validation import alarms, group_report, group_statistics, validate
 
 _BACKBONE = ("input_proj", "query_proj", "cand_proj")
 
 
-def train_rce(
-    policy: PointerSelector, train: GroupTensors, val: GroupTensors, config: RceConfig, journal: Journal
-) -> None:
-    """Warm-up: reward-weighted cross-entropy over the logged sequences, its temperature falling over all steps."""
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    journal.restore("rce", policy, optimizer)
-    steps_per_epoch = math.ceil(len(train) / config.batch_size)
-    total = config.epochs * steps_per_epoch
-    for epoch in journal.epochs("rce", config.epochs):
-        began, losses, norms = time.perf_counter(), [], []
-        policy.train()
-        for i, batch in enumerate(shuffled(train, config.batch_size)):
-            temperature = rce_temperature(
-                (epoch - 1) * steps_per_epoch + i, total, config.temperature_start, config.temperature_end
-            )
-            drawn = {
-                "noise": policy.draw_noise(batch.query, batch.candidates),
-                "label_smoothing": config.label_smoothing,
-            }
-            log_probs = policy.log_prob(batch.query, batch.candidates, batch.sequences, batch.pool_mask, **drawn)
-            rewards = normalize_group(batch.rewards, batch.mask, method=config.normalize)
-            loss = rce_loss(log_probs, rewards, batch.mask, temperature)
-            at, terms = At("rce", epoch, f"step {i + 1}"), partial(rce_terms, rewards, temperature)
-            seen = Pass(at, policy, batch, batch.mask, log_probs, terms, **drawn)
-            norms.append(update(optimizer, loss, config.max_grad_norm, seen))
-            losses.append(float(loss.detach()))
-        row = {
-            "phase": "rce",
-            "epoch": epoch,
-            "train_loss": mean(losses),
-            **validate(policy, val, config.temperature_end, At("rce", epoch, "validation")),
-            "frac_reward_zero_std": float(tied_groups(train.rewards, train.mask).float().mean()),
-            "temperature": temperature,
-            "grad_norm": mean(norms),
-            **timing(began, len(losses)),
-        }
-        journal.commit(row, policy, optimizer, {})
+@dataclass
+class GrpoState:
+    """What GRPO carries from epoch to epoch beside policy and optimizer; state.pt holds these fields.
+
+    old, reference: weights of the old and the reference policy. beta: the weight of the KL. online: the round of the
+    policy's own rollouts in use (sequences, rewards, mask).
+    """
+
+    old: dict[str, Tensor]
+    reference: dict[str, Tensor]
+    beta: float
+    online: dict[str, Tensor] | None = None
 
 
 def train_grpo(
@@ -90,139 +56,92 @@ def train_grpo(
     val_temperature: float = 0.5,
     answer: Answer | None = None,
 ) -> None:
-    """Policy optimisation on the logged groups; with grpo.online also on groups that the policy itself proposes.
+    """Train the policy for the epochs that are left.
 
     initial: the policy before RCE (grpo.anchor=init starts there). val_temperature: that of the RCE loss reported as
     val_loss. answer: sequences (n, G, S) for the n training queries → their rewards (n, G); grpo.online needs it.
     """
-    trained = [p for name, p in policy.named_parameters() if not _is_frozen(name, config)]
-    optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
-    memory = journal.restore("grpo", policy, optimizer)
-    if memory is None:
-        anchor = snapshot(policy if config.anchor == "rce" else initial)
-        memory = {"old": anchor, "reference": anchor, "beta": config.kl_beta, "online": None}
-    clip = {"clip_epsilon": config.clip_epsilon, "clip_epsilon_high": config.clip_epsilon_high or None}
-    steps_per_epoch = math.ceil(len(train) / config.batch_size)
-    _check_warmup(config, config.epochs * steps_per_epoch, journal)
-    _tell_new_schedule(config, steps_per_epoch, journal)
-    learner, features = policy, {}
-    if config.freeze_backbone:
-        learner, seen = projected(policy, train)
-        features = {"queries": seen.queries, "icds": seen.icds}
+    optimizer = torch.optim.AdamW(_trained(policy, config), lr=config.lr, weight_decay=config.weight_decay)
+    state = _state(journal.restore("grpo", policy, optimizer), policy if config.anchor == "rce" else initial, config)
+    steps = math.ceil(len(train) / config.batch_size)
+    _tell_schedule(config, steps, journal)
+    learner, features = _learner(policy, train, config)
+    loss_of = _loss(config)
     old = reference = None
     for epoch in journal.epochs("grpo", config.epochs):
-        if config.patience and epochs_since_best(journal.rows) >= config.patience:
-            journal.say(f"stopped early: val_reward has not risen for {config.patience} epochs (grpo.patience)")
+        if _out_of_patience(config, journal):
             break
         began, history, at = time.perf_counter(), [], partial(At, "grpo", epoch)
         fresh = config.online and (epoch - 1) % config.online_every == 0
         if fresh:
-            where = at("online rollouts")
-            memory["online"] = explore(policy, train, config.online_samples, answer, journal.say, where)
+            state.online = explore(policy, train, config.online_samples, answer, journal.say, at("online rollouts"))
         if epoch > 1 and (fresh or (config.refresh_every and (epoch - 1) % config.refresh_every == 0)):
-            memory["old"], old = snapshot(policy), None
-        data, weights = mix(train, memory.get("online"), config.online_ratio)
-        if old is None:
-            old = Anchor(policy, memory["old"], data, config.dropout, at("old policy"))
+            state.old, old = snapshot(policy), None
+        data, weights = mix(train, state.online, config.online_ratio)
+        old = old or FrozenPolicy(policy, state.old, data, config.dropout, at("old policy"))
         if reference is None or fresh:
-            reference = Anchor(policy, memory["reference"], data, config.dropout, at("reference policy"))
-        mask = best_rollouts(data.rewards, data.mask, _top_k(config, epoch))
-        advantages = group_advantage(
-            data.rewards,
-            mask,
-            method=config.advantage,
-            min_std=config.advantage_min_std,
-            clip=config.advantage_clip,
-            scale=config.advantage_scale,
-        )
-        _check_advantages(at(), data, mask, advantages)
-        policy.train(config.dropout != "off")
+            reference = FrozenPolicy(policy, state.reference, data, config.dropout, at("reference policy"))
+        data, advantages = _advantages(data, config, epoch)
         learner.train(config.dropout != "off")
-        for i, (index, batch) in enumerate(shuffled_places(replace(data, **features), config.batch_size, len(train))):
-            set_learning_rate(optimizer, config, epoch, i, steps_per_epoch)
+        for i, (index, batch) in enumerate(replace(data, **features).shuffled(config.batch_size, len(train))):
+            set_learning_rate(optimizer, config, (epoch - 1) * steps + i, steps)
             noise = learner.draw_noise(batch.query, batch.candidates)
-            log_probs, entropy = learner.evaluate(
-                batch.query, batch.candidates, batch.sequences, batch.pool_mask, noise=noise
-            )
-            old_log_probs = old.log_probs(index, noise)
-            ref_log_probs = reference.log_probs(index, noise) if config.reference == "start" else None
-            terms = (log_probs, old_log_probs, advantages[index], mask[index])
-            loss, metrics = grpo_loss(
-                *terms,
-                **clip,
-                weights=weights[index],
-                kl_beta=memory["beta"],
-                kl_estimate=config.kl,
-                ref_log_probs=ref_log_probs,
-            )
+            log_probs, entropy = learner.evaluate(*batch.inputs, noise=noise)
+            terms = (log_probs, old.log_probs(index, noise), advantages[index], batch.mask)
+            ref = reference.log_probs(index, noise) if config.reference == "start" else None
+            loss, stats = loss_of(*terms, ref_log_probs=ref, weights=weights[index], kl_beta=state.beta)
             if config.entropy_beta:
-                loss = loss - config.entropy_beta * group_mean(entropy, mask[index], weights[index])
-            parts = partial(grpo_terms, *terms[:3], ref_log_probs, config.kl)
-            seen = Pass(at(f"step {i + 1}"), learner, batch, mask[index], log_probs, parts, entropy, noise)
-            norm = update(optimizer, loss, config.max_grad_norm, seen)
-            metrics |= {"zero_grad_frac": zero_grad_frac(*terms, **clip, weights=weights[index])}
-            metrics |= {"kl_share": kl_share(metrics["kl_loss"], *terms[2:], weights[index])}
-            history.append({"train_loss": float(loss.detach()), "grad_norm": norm, **_floats(metrics)})
+                loss = loss - config.entropy_beta * group_mean(entropy, batch.mask, weights[index])
+            norm = optimizer_step(optimizer, loss, config.max_grad_norm, at(f"step {i + 1}"), batch, log_probs)
+            history.append({"train_loss": float(loss.detach()), "grad_norm": norm, **_floats(stats)})
             if config.adaptive_kl:
-                memory["beta"] = adapt_kl_beta(memory["beta"], history[-1]["kl"])
-        row = {
-            "phase": "grpo",
-            "epoch": epoch,
-            **{name: mean([step[name] for step in history]) for name in history[0]},
-            **validate(learner, replace(val, **features), val_temperature, at("validation")),
-            **group_statistics(data.rewards, mask, advantages),
-            **online_statistics(memory.get("online")),
-            "beta": memory["beta"],
-            "lr": optimizer.param_groups[0]["lr"],
-            **timing(began, len(history)),
-        }
-        if found := alarms(row, config):
-            row["warnings"] = found
-        journal.commit(row, policy, optimizer, memory)
+                state.beta = adapt_kl_beta(state.beta, history[-1].get("kl", math.nan))
+        row = {"phase": "grpo", "epoch": epoch, "beta": state.beta, "lr": optimizer.param_groups[0]["lr"]}
+        row |= means(history) | validate(learner, replace(val, **features), val_temperature, at("validation"))
+        row |= group_statistics(data.rewards, data.mask, advantages) | online_statistics(state.online)
+        row |= timing(began, len(history))
+        row |= alarms(row, config)
+        journal.commit(row, policy, optimizer, vars(state))
         journal.say(group_report(row, len(data)))
 
 
-# ---------------------------------------------------------------------- steps
+# ---------------------------------------------------------------------- before the first epoch
 
 
-def update(optimizer, loss: Tensor, max_grad_norm: float, seen: Pass) -> float:
-    """One optimizer step; returns the gradient's norm before clipping. Raises LeverError, with weights and optimizer as
-    they were, when loss or gradient is not finite."""
-    optimizer.zero_grad(set_to_none=True)
-    seen.keep_gradients()
-    operation = backward(loss, optimizer.zero_grad)
-    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = float(torch.nn.utils.clip_grad_norm_(trained, max_grad_norm))
-    if not math.isfinite(norm) or not bool(torch.isfinite(loss.detach())):
-        what = "gradient" if bool(torch.isfinite(loss.detach())) else "loss"
-        raise seen.error(what, operation)
-    try:
-        optimizer.step()
-    except RuntimeError as error:  # torch refuses a scalar that its float32 does not hold
-        if "without overflow" not in str(error):
-            raise
-        raise seen.overflow() from error
-    return norm
+def _trained(policy: PointerSelector, config: GrpoConfig) -> list[Tensor]:
+    """Return the parameters that are learnt."""
+    frozen = _BACKBONE if config.freeze_backbone else ()
+    return [parameter for name, parameter in policy.named_parameters() if name.split(".")[0] not in frozen]
 
 
-def shuffled_places(data: GroupTensors, batch_size: int, queries: int = 0) -> Iterator[tuple[Tensor, Batch]]:
-    """(places, batch) over all groups in random order, from torch's global generator. Where there are two groups of
-    each of the `queries`, logged and online, both are in one batch: every batch mixes them alike."""
-    queries = queries or len(data)
-    order = torch.randperm(queries).to(data.rows.device)
-    for index in order.split(batch_size):
-        index = torch.cat([index + start for start in range(0, len(data), queries)])
-        yield index, data.batch(index)
+def _state(saved: dict | None, start: PointerSelector, config: GrpoConfig) -> GrpoState:
+    """Return the state that the last epoch left; without one, old and reference policy are `start`."""
+    if saved is not None:
+        return GrpoState(**saved)
+    weights = snapshot(start)
+    return GrpoState(weights, weights, config.kl_beta)
 
 
-def shuffled(data: GroupTensors, batch_size: int) -> Iterator[Batch]:
-    """Batches over all groups in random order."""
-    for _, batch in shuffled_places(data, batch_size):
-        yield batch
+def _learner(policy: PointerSelector, train: GroupTensors, config: GrpoConfig) -> tuple[PointerSelector, dict]:
+    """Return the policy and {}; with grpo.freeze_backbone the part of the policy that learns, and the features that
+    this part takes, projected once."""
+    if not config.freeze_backbone:
+        return policy, {}
+    learner, seen = projected(policy, train)
+    return learner, {"queries": seen.queries, "icds": seen.icds}
+
+
+def _loss(config: GrpoConfig) -> Callable[..., LossAndStats]:
+    """Return the loss that grpo.loss names, with those of its options that never change."""
+    clip = {"clip_epsilon": config.clip_epsilon, "clip_epsilon_high": config.clip_epsilon_high or None}
+    return partial(LOSSES[config.loss], kl_estimate=config.kl, **clip)
+
+
+# ---------------------------------------------------------------------- groups
 
 
 def best_rollouts(rewards: Tensor, mask: Tensor, k: int | None) -> Tensor:
-    """The mask of each group's k best rollouts, earlier ones first among equals; all of them for None. (B, G)."""
+    """Return the mask (B, G) of the k best rollouts of each group, the earlier first among equals; all for None."""
     if k is None:
         return mask
     order = rewards.masked_fill(~mask, -torch.inf).argsort(dim=-1, descending=True, stable=True)
@@ -230,17 +149,45 @@ def best_rollouts(rewards: Tensor, mask: Tensor, k: int | None) -> Tensor:
     return mask & (rank < k)
 
 
-def _top_k(config: GrpoConfig, epoch: int) -> int | None:
-    return config.top_k[min(epoch, len(config.top_k)) - 1] if config.top_k else None
+def _advantages(data: GroupTensors, config: GrpoConfig, epoch: int) -> tuple[GroupTensors, Tensor]:
+    """Return the groups with the rollouts that count in this epoch, and the advantage of each rollout (n, G). Raises
+    NotFinite for rewards so large that their spread overflows: the advantages would be 0, and nothing learnt."""
+    k = config.top_k[min(epoch, len(config.top_k)) - 1] if config.top_k else None
+    data = replace(data, mask=best_rollouts(data.rewards, data.mask, k))
+    advantages = group_advantage(
+        data.rewards,
+        data.mask,
+        method=config.advantage,
+        min_std=config.advantage_min_std,
+        clip=config.advantage_clip,
+        scale=config.advantage_scale,
+    )
+    spread = group_mean_std(data.rewards, data.mask)[1].expand_as(data.rewards)
+    values = {"reward": data.rewards, "spread of rewards in the group": spread, "advantage": advantages}
+    check(At("grpo", epoch), data, values)
+    return data, advantages
 
 
-def _check_warmup(config: GrpoConfig, steps: int, journal: Journal) -> None:
-    if 0 < steps <= config.warmup_steps:
+# ---------------------------------------------------------------------- the schedule
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, config: GrpoConfig, step: int, steps_per_epoch: int) -> None:
+    """Give the optimizer the schedule's rate for a step, counted from 0 over all epochs."""
+    for group in optimizer.param_groups:
+        group["lr"] = _learning_rate(config, step, steps_per_epoch)
+
+
+def _learning_rate(config: GrpoConfig, step: int, steps_per_epoch: int) -> float:
+    total = config.epochs * steps_per_epoch
+    return scheduled_lr(config.lr, step, total, schedule=config.schedule, warmup_steps=config.warmup_steps)
+
+
+def _tell_schedule(config: GrpoConfig, steps_per_epoch: int, journal: Journal) -> None:
+    """Say where the warm-up outlasts the training, and where the learning rate goes when the epochs that the schedule
+    runs over are others than before."""
+    if 0 < config.epochs * steps_per_epoch <= config.warmup_steps:
+        steps = config.epochs * steps_per_epoch
         journal.say(f"warning: grpo.warmup_steps {config.warmup_steps} outlast all {steps} steps")
-
-
-def _tell_new_schedule(config: GrpoConfig, steps_per_epoch: int, journal: Journal) -> None:
-    """Say where the learning rate goes when the epochs that the schedule runs over are others than before."""
     last = journal.rows[-1] if journal.rows else {}
     if last.get("phase") != "grpo" or not last["epoch"] < config.epochs:
         return
@@ -254,38 +201,13 @@ def _tell_new_schedule(config: GrpoConfig, steps_per_epoch: int, journal: Journa
         )
 
 
-def _check_advantages(at: At, data: GroupTensors, mask: Tensor, advantages: Tensor) -> None:
-    """Rewards so large that their spread overflows would leave advantages of 0, and nothing learnt."""
-    spread = group_mean_std(data.rewards, mask)[1].expand_as(data.rewards)
-    values = {"reward": data.rewards, "spread of rewards in the group": spread, "advantage": advantages}
-    check_groups(at, data.rows.tolist(), data.numbers, mask, values)
+def _out_of_patience(config: GrpoConfig, journal: Journal) -> bool:
+    """Return True, and say so, when val_reward has not risen for grpo.patience epochs."""
+    out = bool(config.patience) and epochs_since_best(journal.rows) >= config.patience
+    if out:
+        journal.say(f"stopped early: val_reward has not risen for {config.patience} epochs (grpo.patience)")
+    return out
 
 
-def _is_frozen(name: str, config: GrpoConfig) -> bool:
-    return config.freeze_backbone and name.split(".")[0] in _BACKBONE
-
-
-def set_learning_rate(optimizer, config: GrpoConfig, epoch: int, step: int, steps_per_epoch: int) -> None:
-    """The schedule's rate for a step (from 0) of an epoch (from 1)."""
-    for group in optimizer.param_groups:
-        group["lr"] = _learning_rate(config, (epoch - 1) * steps_per_epoch + step, steps_per_epoch)
-
-
-def _learning_rate(config: GrpoConfig, step: int, steps_per_epoch: int) -> float:
-    total = config.epochs * steps_per_epoch
-    return scheduled_lr(config.lr, step, total, schedule=config.schedule, warmup_steps=config.warmup_steps)
-
-
-def timing(began: float, steps: int) -> dict[str, float]:
-    """Seconds of the epoch and of one step, validation included."""
-    elapsed = time.perf_counter() - began
-    return {"epoch_time": round(elapsed, 4), "step_time": round(elapsed / max(steps, 1), 6)}
-
-
-def mean(values: list[float]) -> float:
-    """Arithmetic mean."""
-    return sum(values) / len(values)
-
-
-def _floats(metrics: dict[str, Tensor]) -> dict[str, float]:
-    return {name: float(value) for name, value in metrics.items()}
+def _floats(stats: dict[str, Tensor]) -> dict[str, float]:
+    return {name: float(value) for name, value in stats.items()}

@@ -17,6 +17,7 @@ KL_ESTIMATES: dict[str, Callable[[Tensor], Tensor]] = {
     "k2": lambda d: d.square() / 2,
     "k3": lambda d: d.exp() - 1 - d,
 }
+LossAndStats = tuple[Tensor, dict[str, Tensor]]
 # Share of the full learning rate after a share of the steps, both in [0, 1].
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda done: 1.0,
@@ -26,8 +27,8 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 
 def group_mean(values: Tensor, mask: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Mean within each group over its real rollouts, then over the groups that have any, weighted by `weights` (B,).
-    (B, G) → scalar."""
+    """Return the mean within each group over its real rollouts, then over the groups that have any, weighted by
+    `weights` (B,). (B, G) → scalar."""
     count = mask.sum(-1)
     per_group = values.masked_fill(~mask, 0).sum(-1) / count.clamp(min=1)
     if weights is None:
@@ -62,14 +63,14 @@ def grpo_loss(
     clip_epsilon_high: float | None = None,
     kl_estimate: str = "k3",
     weights: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> LossAndStats:
     """Clipped policy gradient plus kl_beta · KL: −mean min(ρA, clip(ρ, 1 − ε, 1 + ε_high)A) + β·KL,
     ρ = exp(log π − log π_old); ε_high is ε where it is not given.
 
     All tensors (B, G); advantages 0 on tied groups, so that these leave the policy term while their KL still counts.
     weights (B,): how much each group counts in every mean, all alike if None. kl_estimate is one of KL_ESTIMATES of
     d = log π_ref − log π where a reference is given, else of the lineage's d = log π − log π_old. `clip=False` leaves
-    the plain ratio. Returns (loss, metrics) with detached scalars ppo_loss, kl, kl_loss, mean_ratio, clip_frac (share
+    the plain ratio. Returns (loss, stats), stats detached scalars: ppo_loss, kl, kl_loss, mean_ratio, clip_frac (share
     of real rollouts outside the range). Raises ValueError on an unknown estimate.
     Source: GRPO, arXiv:2402.03300 eq. 3–4; ε_high: DAPO, arXiv:2503.14476 §3.1.
     """
@@ -83,60 +84,70 @@ def grpo_loss(
     if clip:
         objective = torch.minimum(objective, ratio.clamp(low, high) * advantages)
     ppo_loss = -group_mean(objective, mask, weights)
-    gap = log_ratio if ref_log_probs is None else (ref_log_probs - log_probs).masked_fill(~mask, 0)
-    kl = group_mean(KL_ESTIMATES[kl_estimate](gap), mask, weights)
-    kl_loss = kl_beta * kl
+    kl = _kl(log_probs, old_log_probs, ref_log_probs, kl_estimate, mask, weights)
     outside = ((ratio > high) | (ratio < low)).to(ratio.dtype)
-    metrics = {
+    stats = {
         "ppo_loss": ppo_loss,
         "kl": kl,
-        "kl_loss": kl_loss,
+        "kl_loss": kl_beta * kl,
         "mean_ratio": group_mean(ratio, mask, weights),
         "clip_frac": group_mean(outside, mask, weights),
     }
-    return ppo_loss + kl_loss, {name: value.detach() for name, value in metrics.items()}
+    return ppo_loss + kl_beta * kl, {name: value.detach() for name, value in stats.items()}
 
 
-def _clip_range(low: float, high: float | None) -> tuple[float, float]:
-    return 1 - low, 1 + (low if high is None else high)
+def _kl(log_probs, old_log_probs, ref_log_probs, estimate: str, mask: Tensor, weights: Tensor | None) -> Tensor:
+    """The KL to the reference, or the lineage's to the old policy where there is no reference; a scalar."""
+    gap = log_probs - old_log_probs if ref_log_probs is None else ref_log_probs - log_probs
+    return group_mean(KL_ESTIMATES[estimate](gap.masked_fill(~mask, 0)), mask, weights)
 
 
-@torch.no_grad()
-def zero_grad_frac(
+def clip_loss(
     log_probs: Tensor,
     old_log_probs: Tensor,
     advantages: Tensor,
     mask: Tensor,
     *,
+    weights: Tensor | None = None,
     clip_epsilon: float = 0.2,
     clip_epsilon_high: float | None = None,
-    weights: Tensor | None = None,
-) -> Tensor:
-    """Share of the real rollouts that get no policy gradient: their advantage is 0, or the clip cuts them off. A mean
-    within groups, then over them; arguments as in grpo_loss. Returns a scalar."""
-    low, high = _clip_range(clip_epsilon, clip_epsilon_high)
-    ratio = (log_probs - old_log_probs).exp()
+    **kl,
+) -> LossAndStats:
+    """grpo_loss, arguments as there, with two statistics more: kl_share, and zero_grad_frac, the share of real rollouts
+    that get no policy gradient, since their advantage is 0 or the clip cuts them off."""
+    clip = {"clip_epsilon": clip_epsilon, "clip_epsilon_high": clip_epsilon_high}
+    loss, stats = grpo_loss(log_probs, old_log_probs, advantages, mask, weights=weights, **clip, **kl)
+    low, high = _clip_range(**clip)
+    ratio = (log_probs - old_log_probs).detach().exp()
     cut = ((ratio > high) & (advantages > 0)) | ((ratio < low) & (advantages < 0))
-    return group_mean((cut | (advantages == 0)).to(ratio.dtype), mask, weights)
+    stats["zero_grad_frac"] = group_mean((cut | (advantages == 0)).to(ratio.dtype), mask, weights)
+    stats["kl_share"] = kl_share(stats["kl_loss"], advantages, mask, weights)
+    return loss, stats
+
+
+def _clip_range(clip_epsilon: float, clip_epsilon_high: float | None) -> tuple[float, float]:
+    return 1 - clip_epsilon, 1 + (clip_epsilon if clip_epsilon_high is None else clip_epsilon_high)
 
 
 @torch.no_grad()
 def kl_share(kl_loss: Tensor, advantages: Tensor, mask: Tensor, weights: Tensor | None = None) -> Tensor:
-    """How much of the loss is KL, in [0, 1]: β·KL against the mean size of the advantages. (Their mean itself is 0 by
-    construction, so that the policy term's value says nothing of its weight.) Returns a scalar."""
+    """Return how much of the loss is KL, in [0, 1]: β·KL against the mean size of the advantages. (The mean of the
+    advantages is 0 by construction, so that the value of the policy term says nothing of its weight.)"""
     size = group_mean(advantages.abs(), mask, weights)
     return kl_loss.abs() / (kl_loss.abs() + size).clamp(min=1e-12)
 
 
 def rce_temperature(step: int, total: int, start: float = 2.0, end: float = 0.5) -> float:
-    """Temperature of step `step` of `total`: linear from start to end, which it keeps from the last step on."""
+    """Return the temperature of step `step` of `total`: linear from start to end, which it keeps after the last
+    step."""
     if total <= 1:
         return end
     return start + (end - start) * min(step / (total - 1), 1.0)
 
 
 def scheduled_lr(lr: float, step: int, total: int, *, schedule: str = "constant", warmup_steps: int = 0) -> float:
-    """Learning rate of step `step` (from 0) of `total`: rising linearly to `lr` over the warm-up, then by SCHEDULES."""
+    """Return the learning rate of step `step` (from 0) of `total`: linear up to `lr` in the warm-up, then by
+    SCHEDULES."""
     if step < warmup_steps:
         return lr * (step + 1) / warmup_steps
     return lr * SCHEDULES[schedule]((step - warmup_steps) / max(total - warmup_steps, 1))
@@ -145,9 +156,43 @@ def scheduled_lr(lr: float, step: int, total: int, *, schedule: str = "constant"
 def adapt_kl_beta(
     beta: float, kl: float, *, low: float = 0.01, high: float = 0.1, factor: float = 1.5, bounds=(0.001, 10.0)
 ) -> float:
-    """β of the next step: × factor when KL > high, ÷ factor when KL < low, kept within bounds; unmoved by NaN."""
+    """Return β of the next step: × factor when KL > high, ÷ factor when KL < low, within bounds; unmoved by NaN."""
     if kl > high:
         beta = beta * factor
     elif kl < low:
         beta = beta / factor
     return min(max(beta, bounds[0]), bounds[1])
+
+
+def reinforce_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    weights: Tensor | None = None,
+    kl_beta: float = 0.1,
+    kl_estimate: str = "k3",
+    ref_log_probs: Tensor | None = None,
+    **_,
+) -> LossAndStats:
+    """REINFORCE with the group's mean as baseline: −mean A·log π + β·KL, without ratio and clip. Arguments as in
+    grpo_loss; the old policy matters only where it is the KL's reference. Returns (loss, stats).
+    Source: Williams 1992; for policies that are language models, Ahmadian et al., arXiv:2402.14740.
+    """
+    policy_loss = -group_mean(advantages * log_probs, mask, weights)
+    kl = _kl(log_probs, old_log_probs, ref_log_probs, kl_estimate, mask, weights)
+    stats = {
+        "ppo_loss": policy_loss,
+        "kl": kl,
+        "kl_loss": kl_beta * kl,
+        "zero_grad_frac": group_mean((advantages == 0).to(log_probs.dtype), mask, weights),
+        "kl_share": kl_share(kl_beta * kl, advantages, mask, weights),
+    }
+    return policy_loss + kl_beta * kl, {name: value.detach() for name, value in stats.items()}
+
+
+# grpo.loss → (loss, stats) of (log_probs, old_log_probs, advantages, mask) and, by keyword, weights, kl_beta,
+# kl_estimate, ref_log_probs, clip_epsilon and clip_epsilon_high, all as in grpo_loss. stats are detached scalars. Their
+# means over an epoch are in metrics.jsonl: `ppo_loss`, the policy's term, and `kl` have columns in the log.
+LOSSES: dict[str, Callable[..., LossAndStats]] = {"clip": clip_loss, "reinforce": reinforce_loss}

@@ -22,7 +22,7 @@ class Column:
     heading: str
     width: int
     precision: int
-    phases: tuple[str, ...] = ("grpo",)
+    phases: str = "rce grpo"
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,15 @@ class Metric:
     title: str = ""
     on: str = ""
     column: Column | None = None
+    score: Callable[[float], float | None] | None = None
+    why: str = ""
     brief: str = ""
     share: bool = False
     note: str = ""
-    score: Callable[[float], float | None] | None = None
-    why: str = ""
 
     @property
     def label(self) -> str:
-        """The title on an axis."""
+        """Return the title for an axis."""
         return self.title.split(" (")[0]
 
 
@@ -63,62 +63,81 @@ def _near_target(value: float) -> float | None:
     return abs(value - KL_TARGET) if KL_RANGE[0] <= value <= KL_RANGE[1] else None
 
 
-_BOTH = ("rce", "grpo")
 _ALL = (
-    Metric("train_loss", "train loss", "curve status progress", Column("Train Loss", 12, 5, _BOTH)),
+    Metric("train_loss", "train loss", "curve status progress", Column("Train Loss", 12, 5)),
     Metric(
-        *("val_loss", "validation loss", "curve status progress", Column("Val Loss", 12, 5, _BOTH)),
+        "val_loss",
+        "validation loss",
+        "curve status progress",
+        Column("Val Loss", 12, 5),
         score=_least,
         why="least validation loss",
     ),
-    Metric("ppo_loss", "PPO loss", "curve status", Column("PPO Loss", 12, 5), score=_least, why="least PPO loss"),
-    Metric("kl", "KL", "curve status", Column("KL", 10, 5), score=_near_target, why="KL in [0.01, 0.1], nearest 0.05"),
+    Metric("ppo_loss", "PPO loss", "curve status", Column("PPO Loss", 12, 5, "grpo"), _least, "least PPO loss"),
+    Metric("kl", "KL", "curve status", Column("KL", 10, 5, "grpo"), _near_target, "KL in [0.01, 0.1], nearest 0.05"),
     Metric(
-        *("adv_std", "Adv Std (advantages)", "curve", Column("Adv Std", 10, 4)),
+        "adv_std",
+        "Adv Std (advantages)",
+        "curve",
+        Column("Adv Std", 10, 4, "grpo"),
         score=_largest,
         why="largest advantage spread",
     ),
-    Metric("adv_max", column=Column("Adv Max", 10, 4)),
-    Metric("beta", "β (weight of the KL)", "curve status", Column("Beta", 8, 4)),
-    Metric("temperature", "temperature (RCE weights)", "curve status", Column("Temperature", 12, 3, ("rce",))),
+    Metric("adv_max", column=Column("Adv Max", 10, 4, "grpo")),
+    Metric("beta", "β (weight of the KL)", "curve status", Column("Beta", 8, 4, "grpo")),
+    Metric("temperature", "temperature (RCE weights)", "curve status", Column("Temperature", 12, 3, "rce")),
     Metric("frac_reward_zero_std", "groups tied in reward", "health", share=True, note="nothing to learn from"),
     Metric(
-        *("zero_grad_frac", "rollouts without gradient", "health"),
+        "zero_grad_frac",
+        "rollouts without gradient",
+        "health",
+        brief="rollouts without gradient {:.0%}",
         share=True,
         note="tied, or clipped",
-        brief="rollouts without gradient {:.0%}",
     ),
     Metric(
-        *("clip_frac", "ratios outside the clip range", "health"),
+        "clip_frac",
+        "ratios outside the clip range",
+        "health",
+        brief="clipped {:.0%}",
         share=True,
         note="how far the policy is from the old one",
-        brief="clipped {:.0%}",
     ),
     Metric(
-        *("kl_share", "share of KL in the loss", "health"),
+        "kl_share",
+        "share of KL in the loss",
+        "health",
         share=True,
         note="how much pulls back to the reference policy",
     ),
     Metric(
-        *("entropy", "entropy (first pick, nats)", "curve health"),
-        note="near 0 one candidate takes all",
+        "entropy",
+        "entropy (first pick, nats)",
+        "curve health",
         brief="entropy {:.2f}",
+        note="near 0 one candidate takes all",
     ),
     Metric(
-        *("grad_norm", "gradient norm", "health"),
-        note="before it is cut at grpo.max_grad_norm",
+        "grad_norm",
+        "gradient norm",
+        "health",
         brief="gradient norm {:.2g}",
+        note="before it is cut at grpo.max_grad_norm",
     ),
     Metric("reward", "mean reward of the rollouts", "health status"),
     Metric("reward_std", "spread of rewards in a group", "health"),
     Metric(
-        *("val_reward", "val_reward (expected)", "curve status progress"),
-        brief="val_reward {:.4f}",
+        "val_reward",
+        "val_reward (expected)",
+        "curve status progress",
         score=_largest,
         why="largest validation reward",
+        brief="val_reward {:.4f}",
     ),
     Metric(
-        *("val_top_reward", "val_top_reward (first choice)", "curve"),
+        "val_top_reward",
+        "val_top_reward (first choice)",
+        "curve",
         score=_largest,
         why="largest validation reward of the top-ranked rollout",
     ),
@@ -128,26 +147,29 @@ STRATEGIES: dict[str, Metric] = {metric.key: metric for metric in _ALL if metric
 
 
 def metrics_on(place: str) -> dict[str, Metric]:
-    """The metrics that a place shows, in the order of METRICS."""
+    """Return the metrics that a place shows, in the order of METRICS."""
     return {key: metric for key, metric in METRICS.items() if place in metric.on.split()}
 
 
 def table_columns(phase: str) -> dict[str, Column]:
-    """Key → column of a phase's table."""
-    return {key: metric.column for key, metric in METRICS.items() if metric.column and phase in metric.column.phases}
+    """Return the columns of a phase's table by key."""
+    return {
+        key: metric.column for key, metric in METRICS.items() if metric.column and phase in metric.column.phases.split()
+    }
 
 
 LOGGED = tuple(table_columns("grpo"))
 
 
 def table_header(phase: str) -> list[str]:
-    """Marker line, column names and rule of a phase's table."""
+    """Return marker line, column names and rule of a phase's table."""
     names = "".join(f" {column.heading:>{column.width}}" for column in table_columns(phase).values())
     return [HEADINGS[phase], f"{'Epoch':>6}{names}", "-" * (6 + len(names))]
 
 
 def table_row(row: dict) -> str:
-    """One epoch of a phase's table; `-` for a number that a checkpoint of another program does not carry."""
+    """Return the line of an epoch in its phase's table; `-` for a number that a checkpoint of another program does not
+    carry."""
     cells = [f"{row['epoch']:>6}"]
     for key, column in table_columns(row["phase"]).items():
         known = isinstance(row.get(key), (int, float))
@@ -156,6 +178,6 @@ def table_row(row: dict) -> str:
 
 
 def brief(row: dict) -> str:
-    """The metrics of an epoch that the line after its row tells, those that the row has."""
+    """Return the metrics that the line after an epoch's row tells, as far as the row has them."""
     told = (metric.brief.format(row[key]) for key, metric in METRICS.items() if metric.brief and key in row)
     return ", ".join(told)

@@ -75,8 +75,8 @@ def reward(
     """Reward of one rollout, clipped to [-5, 5].
 
     correct 0 or 1; accuracy official VQA accuracy in [0, 1]; gt_prob >= 0; relevance in [0, 1]; infoscore in nats. None
-    counts as 0, as in the lineage's formulas: what lacks a score of NEEDED is kept out by who reads rollouts
-    (data/groups.py). `mode` is one of REWARD_MODES or `legacy` (alpha · quality + beta · correctness; the
+    counts as 0, as in the lineage's formulas; the reader of the rollout file leaves out rollouts that lack a score of
+    NEEDED. `mode` is one of REWARD_MODES or `legacy` (alpha · quality + beta · correctness; the
     remaining arguments are its own). Raises ValueError on an unknown mode, and where a score makes the reward NaN.
     """
     if mode == "legacy":
@@ -88,14 +88,14 @@ def reward(
         value = REWARD_MODES[mode](_Scores(*scores, hard_weight, soft_weight, rel_weight))
     else:
         raise ValueError(f"unknown reward mode {mode!r}; choose one of {', '.join([*REWARD_MODES, 'legacy'])}")
-    if math.isnan(value):  # which clipping would make the best of all
+    if math.isnan(value):  # clipping would make it the best of all
         raise ValueError(f"the reward is NaN: mode {mode!r}, accuracy {accuracy}, gt_prob {gt_prob}")
     return max(-REWARD_CLIP, min(REWARD_CLIP, float(value)))
 
 
 def _legacy_reward(correct, accuracy, alpha, beta, correctness_mode, logprob_score, beam_score) -> float:
     known = next((float(score) for score in (correct, accuracy) if score is not None), None)
-    if known is None:  # a rollout nobody scored is neutral, also where wrong counts −1
+    if known is None:  # a rollout without a score is neutral, also where wrong counts −1
         correctness = 0.0
     else:
         correctness = 2 * known - 1 if correctness_mode == "pm1" else known
@@ -104,7 +104,8 @@ def _legacy_reward(correct, accuracy, alpha, beta, correctness_mode, logprob_sco
 
 
 def group_mean_std(rewards: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (over n − 1) of the real rollouts of each group, both (B, 1); std of one is 0."""
+    """Return mean and standard deviation (over n − 1) of the real rollouts of each group, both (B, 1); std of one is
+    0."""
     count = mask.sum(-1, keepdim=True)
     mean = rewards.masked_fill(~mask, 0).sum(-1, keepdim=True) / count.clamp(min=1)
     square = ((rewards - mean) ** 2).masked_fill(~mask, 0).sum(-1, keepdim=True)
@@ -130,7 +131,7 @@ def group_advantage(
     clip: float = 5.0,
     scale: str = "group",
 ) -> Tensor:
-    """Advantage of each rollout over its own group.
+    """Return the advantage of each rollout over its own group.
 
     rewards (B, G) float; mask (B, G) bool, all real if None. `zscore`: (reward − group's mean) / max(std, min_std),
     where scale says of what the std (over n − 1) is: of the `group`, of all real rewards of the `batch`, or `none` for
@@ -157,7 +158,7 @@ def group_advantage(
 
 
 def normalize_group(rewards: Tensor, mask: Tensor, *, method: str = "none", clip: float = 3.0) -> Tensor:
-    """Rewards for RCE's weights: `none` as they are, `zscore` standardised and cut to ±clip, `rank` as in
+    """Return the rewards for RCE's weights: `none` as they are, `zscore` standardised and cut to ±clip, `rank` as in
     group_advantage. A tied group and a group of one keep their raw rewards under `zscore`. Shapes as there."""
     if method == "none":
         return rewards
@@ -171,7 +172,7 @@ def normalize_group(rewards: Tensor, mask: Tensor, *, method: str = "none", clip
 
 
 def tied_groups(rewards: Tensor, mask: Tensor) -> Tensor:
-    """(B,) bool: groups whose real rollouts all carry the same reward, so that no preference can be learnt."""
+    """Return (B,) bool: True where all real rollouts of a group have the same reward, so that nothing can be learnt."""
     top = rewards.masked_fill(~mask, -torch.inf).amax(-1)
     bottom = rewards.masked_fill(~mask, torch.inf).amin(-1)
     return top <= bottom

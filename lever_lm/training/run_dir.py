@@ -1,4 +1,4 @@
-"""Where everything is on disk, and what makes two runs the same run."""
+"""The places of files on disk, and what makes two runs the same run."""
 
 import contextlib
 import re
@@ -9,10 +9,11 @@ import yaml
 
 from lever_lm.config.schema import Config, keys_of, to_dict
 from lever_lm.training.metrics import PHASES
+from lever_lm.training.metrics_file import metrics_rows
 from lever_lm.utils.atomic_io import remove, sweep, write_text
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.locks import alone
-from lever_lm.utils.safe_parse import CONFIG_LIMIT, load_yaml, metrics_rows, read_bytes
+from lever_lm.utils.safe_parse import CONFIG_LIMIT, load_yaml, read_bytes
 from lever_lm.utils.terminal import shown
 
 _CHECKPOINT = re.compile(rf"({'|'.join(PHASES)})_epoch(\d{{1,9}})(?:\.pt|_v2format\.ckpt)")
@@ -22,12 +23,12 @@ LOCK = ".lock"  # in a folder that one process at a time works in
 
 
 def camel(name: str) -> str:
-    """rand_sampler → RandSampler."""
+    """Return a name in camel case: rand_sampler → RandSampler."""
     return "".join(part.capitalize() for part in name.split("_"))
 
 
 def lvlm_name(path: str) -> str:
-    """Qwen/Qwen2.5-VL-3B-Instruct → Qwen2_5-VL-3B-Instruct."""
+    """Return the name of an LVLM in file names: Qwen/Qwen2.5-VL-3B-Instruct → Qwen2_5-VL-3B-Instruct."""
     return Path(path.removeprefix("asset:").rstrip("/")).name.replace(".", "_")
 
 
@@ -50,12 +51,12 @@ class Layout:
 
 
 def v2_name(path: Path) -> Path:
-    """`grpo_epoch25.pt` → `grpo_epoch25_v2format.ckpt`, in the same folder."""
+    """Return the v2 file of a checkpoint: `grpo_epoch25.pt` → `grpo_epoch25_v2format.ckpt`, in the same folder."""
     return path.with_name(f"{path.stem.removesuffix('_v2format')}_v2format.ckpt")
 
 
 def inference_folder(run_dir: Path) -> Path:
-    """Where the inferences of a run folder named by path are: beside model_cpk/, else inside the folder itself."""
+    """Return where the inferences of a run folder named by path are: beside model_cpk/, else inside the folder."""
     parent = run_dir.resolve().parent
     return parent.parent / "inference" / run_dir.name if parent.name == "model_cpk" else run_dir / "inference"
 
@@ -81,7 +82,7 @@ class RunFolder:
         self.events = self.path / "tensorboard"
 
     def checkpoint(self, phase: str, epoch: int) -> Path:
-        """`rce_epoch1.pt`, `grpo_epoch50.pt`; epochs count from 1."""
+        """Return the path of a checkpoint: `rce_epoch1.pt`, `grpo_epoch50.pt`; epochs count from 1."""
         return self.path / f"{phase}_epoch{epoch}.pt"
 
     def checkpoints(self) -> dict[tuple[str, int], Path]:
@@ -101,8 +102,8 @@ class RunFolder:
 
     @contextlib.contextmanager
     def alone(self, say: Callable[[str], None]) -> Iterator[None]:
-        """Keep the folder to this process. Raises LeverError with pid and host of the one that has it. A folder that
-        nothing was written to is gone afterwards."""
+        """Keep the folder to this process. Raises LeverError with pid and host of the process that has it. A folder
+        that nothing was written to is removed afterwards."""
         new = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         try:
             with alone(self.path / LOCK, str(self.path), "choose another folder with --run-name NAME") as left_by:
@@ -127,12 +128,12 @@ class RunFolder:
         write_text(self.config, yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
 
     def check(self, config: Config) -> None:
-        """Raise LeverError when the folder holds a run of another config, naming what differs, or checkpoints of a
-        training that is not ours to go on with."""
-        strangers = [] if self.state.is_file() else sorted(f.name for f in self.path.glob("*_epoch*.pt"))
-        if strangers:  # our own state.pt is written before any checkpoint
+        """Raise LeverError when the folder holds a run of another config, naming what differs, or checkpoints without a
+        state to go on from."""
+        foreign = [] if self.state.is_file() else sorted(f.name for f in self.path.glob("*_epoch*.pt"))
+        if foreign:  # our own state.pt is written before any checkpoint
             raise LeverError(
-                f"{self.path} holds {len(strangers)} checkpoints and no state.pt to go on from, {strangers[0]} among "
+                f"{self.path} holds {len(foreign)} checkpoints and no state.pt to go on from, {foreign[0]} among "
                 "them. Choose another folder with --run-name NAME, or start over with --overwrite (it deletes them)"
             )
         differences = self.differences(config) if self.config.is_file() else []
@@ -143,7 +144,7 @@ class RunFolder:
             )
 
     def differences(self, config: Config) -> list[str]:
-        """What a config would change about the run in the folder, as `key: there → here`."""
+        """Return what a config would change about the run in the folder, as `key: there, here`."""
         return [
             f"{'.'.join(key)}: {shown(there)} there, {shown(here)} here"
             for key, there, here in differing(self.settings(), to_dict(config))
@@ -151,11 +152,11 @@ class RunFolder:
         ]
 
     def settings(self) -> dict:
-        """The nested values of the run's config.yaml, with the defaults of options that it does not know."""
+        """Return the nested values of the run's config.yaml, with the defaults of options that it does not know."""
         return _with_defaults(self.values(), to_dict(Config()))
 
     def values(self) -> dict:
-        """The nested values of the run's config.yaml. Raises LeverError where it cannot be read."""
+        """Read the nested values of the run's config.yaml. Raises LeverError where it cannot be read."""
         try:
             there = load_yaml(read_bytes(self.config, CONFIG_LIMIT))
         except (OSError, ValueError) as error:
@@ -163,7 +164,7 @@ class RunFolder:
         return there if isinstance(there, dict) else {}
 
     def lvlm(self) -> str | None:
-        """The name of the LVLM whose answers the run learned from: from its config, else from the folder's name."""
+        """Return the name of the LVLM whose answers the run learned from: by its config, else by the folder's name."""
         try:
             config = load_yaml(read_bytes(self.config, CONFIG_LIMIT))
             return lvlm_name(config["lvlm"]["path"])
@@ -172,8 +173,8 @@ class RunFolder:
             return parts[2] if len(parts) == 3 and parts[0] == "v3" else None
 
     def rows(self) -> list[dict]:
-        """The rows of metrics.jsonl, one per finished epoch, without a last one that was cut short; [] when there is
-        none. Raises LeverError naming the line that is no row."""
+        """Read the rows of metrics.jsonl, one per finished epoch, without a last one that was cut short; [] when there
+        is no such file. Raises LeverError naming the line that is no row."""
         return metrics_rows(self.metrics)[0] if self.metrics.is_file() else []
 
     def _clear(self) -> None:
@@ -184,19 +185,19 @@ class RunFolder:
             self.events.rmdir()
 
     def event_files(self) -> list[Path]:
-        """What a tracker wrote for TensorBoard; files of somebody else's beside them are not among these."""
+        """Return the files that a tracker wrote for TensorBoard; other files of that folder are not among them."""
         return sorted(self.events.glob("events.out.tfevents.*.lever"))
 
 
 def _with_defaults(there, defaults):
-    """An older config.yaml knows fewer options: the others had the effect of their defaults."""
+    """Return nested values completed by defaults: an option that an older config.yaml does not know had its default."""
     if not (isinstance(there, dict) and isinstance(defaults, dict)):
         return there
     return {**defaults, **{name: _with_defaults(value, defaults.get(name)) for name, value in there.items()}}
 
 
 def differing(there, here, key: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], object, object]]:
-    """Where two nested values differ: (key, the value there, the value here), None for one that is not there."""
+    """Return where two nested values differ: (key, the value there, the value here), None for one that is missing."""
     if isinstance(there, dict) and isinstance(here, dict):
         names = [*here, *(name for name in there if name not in here)]
         return [found for name in names for found in differing(there.get(name), here.get(name), (*key, _key(name)))]
@@ -204,5 +205,5 @@ def differing(there, here, key: tuple[str, ...] = ()) -> list[tuple[tuple[str, .
 
 
 def _key(name) -> str:
-    """A key of a config, fit for a message."""
+    """Return a key of a config, fit for a message."""
     return name if isinstance(name, str) and name.isidentifier() and len(name) < 100 else shown(name)

@@ -61,9 +61,8 @@ def _problem_of(state: dict) -> str | None:
     rows, rng = state["rows"], state["rng"]
     if not isinstance(rows, list) or not rows:
         return "no rows"
-    for number, row in enumerate(rows, 1):
-        if why := _problem_of_row(row):
-            return f"row {number}: {why}"
+    if bad := [number for number, row in enumerate(rows, 1) if not _is_row(row)]:
+        return f"row {bad[0]} is none of an epoch"
     if (state["phase"], state["epoch"]) != (rows[-1]["phase"], rows[-1]["epoch"]):
         return "its last row is of another epoch"
     sound = isinstance(rng, dict) and "cpu" in rng and all(_has_form(value, 1, torch.uint8) for value in rng.values())
@@ -72,15 +71,13 @@ def _problem_of(state: dict) -> str | None:
     return _problem_of_extra(state["extra"])
 
 
-def _problem_of_row(row) -> str | None:
+def _is_row(row) -> bool:
     if not isinstance(row, dict) or row.get("phase") not in PHASES or type(row.get("epoch")) is not int:
-        return "no phase or no epoch"
-    for name, value in row.items():
-        plain = type(value) in (int, str, bool, type(None)) or (type(value) is float and math.isfinite(value))
-        texts = isinstance(value, dict) and all(isinstance(text, str) for pair in value.items() for text in pair)
-        if not isinstance(name, str) or not (texts if name == "warnings" else plain):
-            return f"{shown(name)} is {shown(value)}"
-    return None
+        return False
+    warnings, plain = row.get("warnings", {}), (int, float, str, bool, type(None))
+    texts = isinstance(warnings, dict) and all(isinstance(text, str) for pair in warnings.items() for text in pair)
+    values = all(isinstance(name, str) and type(value) in plain for name, value in row.items() if name != "warnings")
+    return texts and values and not_finite(row) is None
 
 
 def _problem_of_extra(extra) -> str | None:
@@ -94,7 +91,7 @@ def _problem_of_extra(extra) -> str | None:
     sound = isinstance(online, dict) and online.keys() == _ONLINE.keys()
     sound = sound and all(_has_form(online[name], *form) for name, form in _ONLINE.items())
     sound = sound and len({tuple(tensor.shape[:2]) for tensor in online.values()}) == 1
-    return None if sound and bool(online["rewards"].isfinite().all()) else "online holds no rollouts"
+    return None if sound and not_finite(online) is None else "online holds no rollouts"
 
 
 def _has_form(value, dimensions: int, dtype: torch.dtype) -> bool:
@@ -139,14 +136,13 @@ def _is_like(there, here) -> bool:
 # ---------------------------------------------------------------------- recording
 
 
-# Rows so far → the checkpoints that are not to be deleted.
-Keep = Callable[[list[dict]], set[Path]]
-
-
 class Journal:
-    """Records epochs of one run. `config` is what its checkpoints carry; `inputs` are the fingerprints of its data,
-    which a resumed run must find unchanged; `keep` names the checkpoints to keep, all without it. `say` is told every
-    epoch, `detail` what a verbose command shows; `track` shows how far a phase is; `tracker` is told every row."""
+    """Records the epochs of one run.
+
+    config: what its checkpoints carry. inputs: fingerprints of its data, which a resumed run must find unchanged. keep:
+    rows so far → the checkpoints to keep; all without it. say: is told every epoch; detail: what a verbose command
+    shows; track: shows how far a phase is; tracker: is told every row.
+    """
 
     def __init__(
         self,
@@ -154,7 +150,7 @@ class Journal:
         config: dict,
         inputs: dict[str, str],
         say: Callable[[str], None],
-        keep: Keep | None = None,
+        keep: Callable[[list[dict]], set[Path]] | None = None,
         *,
         detail: Callable[[str], None] | None = None,
         track: Track = untracked,

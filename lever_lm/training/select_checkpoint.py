@@ -1,4 +1,4 @@
-"""Which epoch is best, by the metrics of a run, its checkpoints, or a training log of ours or of Lever-Plus."""
+"""The choice of the best epoch by the metrics of a run, its checkpoints, or a training log (ours or Lever-Plus's)."""
 
 import contextlib
 import math
@@ -7,9 +7,10 @@ from pathlib import Path
 
 from lever_lm.training.log_parser import History, read_log
 from lever_lm.training.metrics import KL_RANGE, KL_TARGET, LOGGED, PHASES, RECOMMENDED, STRATEGIES, Metric
+from lever_lm.training.metrics_file import metrics_rows
 from lever_lm.training.run_dir import RunFolder
 from lever_lm.utils.errors import LeverError, UsageError
-from lever_lm.utils.safe_parse import is_epoch, metrics_rows, read_json
+from lever_lm.utils.safe_parse import is_epoch, read_json
 from lever_lm.utils.terminal import shown
 
 _LONGEST_NAME = 256  # bytes of a file's

@@ -7,9 +7,10 @@ from lever_lm.config.schema import Config
 from lever_lm.data import VqaData, load_dataset
 from lever_lm.data.embeddings import Features, compute_features
 from lever_lm.data.pools import check_sampler
-from lever_lm.lvlm import CachedLvlm, load_lvlm
-from lever_lm.training.rollouts.file_format import check_reward_mode
+from lever_lm.lvlm import CachedLvlm, check_pixel_budget, load_lvlm
+from lever_lm.tasks import check_task
 from lever_lm.training.rollouts.propose import new_policy
+from lever_lm.training.rollouts.scores import check_reward_mode
 from lever_lm.training.run_dir import Layout
 from lever_lm.utils.device import check_device_name
 from lever_lm.utils.distributed import Shards
@@ -66,5 +67,7 @@ def check_names(config: Config) -> None:
     """Raise UsageError for a name or shape that a stage would only refuse after the costly ones before it."""
     check_reward_mode(config.reward.mode)
     check_sampler(config.sampler)
+    check_task(config.data.task)
     new_policy(config, config.policy.hidden_dim)
     check_device_name(config.device)
+    check_pixel_budget(config.lvlm)

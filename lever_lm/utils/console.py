@@ -70,7 +70,7 @@ class Screen:
                 yield item
                 bars.advance(task.id, work.size(item))
                 if bars.disable and monotonic() >= next_line and task.completed < total:
-                    self.say(f"{name}: {', '.join(_figures(task, 'of'))}")
+                    self.say(f"{name}: {', '.join(filter(None, [_figures(task), work.now()]))}")
                     next_line = monotonic() + BETWEEN_LINES
         finally:
             bars.end(task)
@@ -100,7 +100,7 @@ class _Figures(ProgressColumn):
     """The figures of a stage, the most important first: a narrow terminal cuts the last ones off."""
 
     def render(self, task: Task) -> Text:
-        return Text("  ".join(_figures(task, "/")))
+        return Text(_figures(task))
 
 
 class _Bars(Progress):
@@ -155,19 +155,13 @@ def settle() -> None:
         _drawn.pop().stop()
 
 
-def _figures(task: Task, of: str) -> list[str]:
-    """`1,200 of 6,500 prompts`, `35.2/s`, `2 min left`, `340 known`, the metrics; for a bar `1,200/6,500`, …"""
-    work, figures = task.fields["work"], []
-    bar = of == "/"
-    if task.total:
-        figures.append(f"{int(task.completed):,}" + (f"/{task.total:,}" if bar else f" of {task.total:,} {work.unit}"))
+def _figures(task: Task) -> str:
+    """`1,200 of 6,500 prompts, 35.2/s, 2 min left, 340 known`; of a single item how long it takes."""
+    work = task.fields["work"]
+    figures = [f"{int(task.completed):,} of {task.total:,} {work.unit}" if task.total else duration(task.elapsed)]
     if task.speed:
-        pace, left = work.pace(task.speed, named=bar), f"{duration(task.time_remaining or 0)} left"
-        figures += [left, pace] if bar else [pace, left]
-    if bar:
-        figures.append(duration(task.elapsed))
-    figures += [f"{work.known:,} known"] if work.known else []
-    return figures if bar else [*figures, *filter(None, [work.now()])]
+        figures += [work.pace(task.speed), f"{duration(task.time_remaining or 0)} left"]
+    return ", ".join([*figures, f"{work.known:,} known"] if work.known else figures)
 
 
 def _text(text: str) -> Text:

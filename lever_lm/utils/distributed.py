@@ -1,4 +1,4 @@
-"""The processes of one torchrun job: which of them this is, what it does of their work, and where they wait."""
+"""The processes of one torchrun job: the rank of this one, its share of the work, and where they wait."""
 
 import contextlib
 import os
@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from lever_lm.utils.errors import LeverError
 
-# The first is torchrun's own. The others are found in many a pod and job script where nobody waits for anybody.
+# The first is torchrun's own. The others are set in many a pod and job script whose processes do not wait for others.
 _NEEDED = ("TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _PATIENCE = timedelta(days=7)  # a rank that fails ends the others through torchrun, not through this
 Made = TypeVar("Made")
@@ -19,10 +19,10 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True)
 class Shards:
-    """Rank `rank` of `world` processes, the one numbered `local` of `neighbours` on its host; alone by default.
+    """Rank `rank` of `world` processes, number `local` of `neighbours` on its host; the only one by default.
 
-    All but `share` are calls of the whole job: every process makes them, in the same order. They raise LeverError when
-    another one has ended.
+    All methods but `share` are calls of the whole job: every process makes them, in the same order. They raise
+    LeverError when another process has ended.
     """
 
     rank: int = 0
@@ -32,7 +32,8 @@ class Shards:
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] = os.environ) -> "Shards":
-        """Those that torchrun has set; alone where any of its variables is missing: a leaked WORLD_SIZE is no job."""
+        """Return what torchrun has set; one process where any of its variables is missing: a leaked WORLD_SIZE is no
+        job."""
         if not all(environ.get(name) for name in _NEEDED):
             return cls()
         try:
@@ -44,11 +45,11 @@ class Shards:
 
     @property
     def leader(self) -> bool:
-        """Whether this is the process that writes what all of them made."""
+        """True in the process that writes what all of them made."""
         return self.rank == 0
 
     def share(self, items: Sequence) -> Sequence:
-        """This process's part of the work, dealt like cards: neighbours in a sorted list go to different ranks."""
+        """Return this process's part of the work, dealt like cards: neighbours in a sorted list go to several ranks."""
         return items[self.rank :: self.world]
 
     def wait(self) -> None:
@@ -58,7 +59,7 @@ class Shards:
                 dist.barrier()
 
     def from_leader(self, make: Callable[[], Made]) -> Made:
-        """What the leader makes, in every process; the others do not call `make`. It is pickled on its way."""
+        """Return in every process what the leader makes; the others do not call `make`. It is pickled on its way."""
         if self.world == 1:
             return make()
         made = [make() if self.leader else None]
@@ -68,7 +69,7 @@ class Shards:
 
     @contextlib.contextmanager
     def leader_first(self) -> Iterator[None]:
-        """The leader goes through the block alone; the others follow and find what it left on disk."""
+        """Let the leader go through the block alone; the others follow and find what it left on disk."""
         if not self.leader:
             self.wait()
         yield
@@ -77,7 +78,7 @@ class Shards:
 
     @contextlib.contextmanager
     def _together(self) -> Iterator:
-        """torch.distributed, joined."""
+        """Yield torch.distributed, joined."""
         import torch.distributed as dist
 
         try:
@@ -92,7 +93,7 @@ class Shards:
             ) from error
 
     def leave(self) -> None:
-        """End this process's part in the job, where it ever came to wait. No other process is waited for."""
+        """End this process's part in the job, if it ever joined. No other process is waited for."""
         if self.world > 1 and "torch" in sys.modules:
             import torch.distributed as dist
 

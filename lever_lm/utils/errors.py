@@ -1,4 +1,4 @@
-"""The one exception a user is meant to read: what is wrong, what was found, and the command or flag that mends it."""
+"""Errors for the user: what is wrong, what was found, and the command or flag that mends it."""
 
 
 class LeverError(Exception):
@@ -10,7 +10,7 @@ class UsageError(LeverError):
 
 
 class MendableError(LeverError):
-    """An error in two parts: what was found, and what mends it."""
+    """An error with two parts: what was found, and what mends it."""
 
     def __init__(self, found: str, mend: str):
         super().__init__(f"{found}: {mend}")
@@ -18,7 +18,7 @@ class MendableError(LeverError):
 
 
 class Unfinished(LeverError):
-    """Asking many things ended early. answered: position in what was asked → what came back before, worth keeping."""
+    """A batch of questions ended early. answered: position of a question → its answer, which is worth keeping."""
 
     def __init__(self, message: str, answered: dict):
         super().__init__(message)

@@ -1,4 +1,5 @@
-"""What each stage's files depend on, as named parts: one that has changed is named when the stage is made again."""
+"""Fingerprints of what each stage's files depend on, by name: a part that has changed is named when a stage is made
+again."""
 
 import dataclasses
 import hashlib
@@ -12,14 +13,14 @@ _WHOLE = "fingerprint"  # of all parts, in the same mapping
 
 
 def stamp(stage: str, **parts) -> dict[str, str]:
-    """The fingerprint of each part, of the stage's code, and of all of them; names with _ are read with spaces."""
+    """Return the fingerprint of each part, of the stage's code, and of all of them; _ in a name becomes a space."""
     named = {name.replace("_", " "): fingerprint(part) for name, part in parts.items()}
     named["code"] = str(CODE[stage])
     return {**named, _WHOLE: fingerprint(named)}
 
 
 def changed(there: object, here: Mapping[str, str]) -> list[str]:
-    """The parts in which what a file says of itself differs from `here`; [] where it does not say as much."""
+    """Return the parts whose fingerprint in a file (`there`) differs from `here`; [] where it names no parts."""
     if not isinstance(there, Mapping):
         return []
     names = [name for name in here if name != _WHOLE]
@@ -27,7 +28,7 @@ def changed(there: object, here: Mapping[str, str]) -> list[str]:
 
 
 def changes(names: list[str]) -> str:
-    """Why a stage is made again, for a person: `the sampler and the prompt have changed`."""
+    """Return why a stage is made again: `the sampler and the prompt have changed`."""
     if not names:
         return "it was made by another version"
     listed = [f"the {name}" for name in names]

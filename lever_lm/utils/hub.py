@@ -50,7 +50,7 @@ def cached_snapshot(repository: str, kind: str, needed: Sequence[str] | None = N
 
 
 def model_folder(path: str) -> Path | None:
-    """Return the folder of a model: a directory, a shipped asset, or a hub id in the cache; None without any."""
+    """Return the folder of a model: a directory, a shipped asset, or a hub id in the cache; None if there is none."""
     folder = asset_path(path)
     if folder.is_dir():
         return folder

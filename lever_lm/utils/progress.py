@@ -47,11 +47,9 @@ class Work:
     def __iter__(self) -> Iterator:
         return iter(self.items)
 
-    def pace(self, rate: float, *, named: bool = False) -> str:
-        """`35.2/s`, `35.2 prompts/s` if `named`, `12 s/epoch`, of a rate in units a second."""
-        if rate < 1:
-            return f"{duration(1 / rate)}/{self.unit.removesuffix('s')}"
-        return f"{rate:,.{rate < 100:d}f}{f' {self.unit}' if named else ''}/s"
+    def pace(self, rate: float) -> str:
+        """`35.2/s` or `12 s/epoch`, of a rate in units a second."""
+        return f"{rate:,.{rate < 100:d}f}/s" if rate >= 1 else f"{duration(1 / rate)}/{self.unit.removesuffix('s')}"
 
     def summary(self, name: str, count: int, seconds: float) -> str:
         """`inference: 6,500 prompts in 3 min, 35.2/s`."""

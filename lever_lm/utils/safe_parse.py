@@ -1,22 +1,22 @@
-"""Text from strangers: JSON, YAML and logs read within bounds, and what of them may be shown on a terminal.
+"""JSON, YAML and logs of any origin, read within bounds.
 
-What is wrong with a text is a ValueError whose words are one short line; callers add the file and what mends it.
+An error in a text is a ValueError whose words are one short line; callers add the file and what mends it.
 """
 
-import contextlib
 import errno
 import gc
 import json
+import math
 import os
 import re
 import stat
+from collections import Counter
 from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import yaml
 
-from lever_lm.utils.errors import LeverError
 from lever_lm.utils.terminal import shown
 
 CONFIG_LIMIT = 256 << 10  # bytes of a YAML file; ours have 4 KiB
@@ -31,8 +31,8 @@ _WORDS = 300  # characters of a library's own words
 
 
 def read_bytes(path: Path | str, limit: int | None = None, *, pipe: bool = False) -> bytes:
-    """A regular file, or where `pipe` what is like one. Raises OSError, and ValueError where it holds more than `limit`
-    bytes; no more are read then."""
+    """Read a regular file, or with `pipe` any. Raises OSError, and ValueError where it holds more than `limit` bytes,
+    which are not read."""
     with open(path, "rb", opener=None if pipe else _without_waiting) as file:
         if not pipe and not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(errno.EINVAL, "it is no regular file")
@@ -43,8 +43,8 @@ def read_bytes(path: Path | str, limit: int | None = None, *, pipe: bool = False
 
 
 def read_json(path: Path | str, limit: int | None = FILE_LIMIT, *, nan: bool = False):
-    """The content of a JSON file; names of files in it may be of any bytes. Raises OSError, and ValueError as `loads`
-    does."""
+    """Return the content of a JSON file; names of files in it may be of any bytes. Raises OSError, and ValueError as
+    `loads` does."""
     return loads(read_bytes(path, limit), nan=nan, halves=True)
 
 
@@ -76,7 +76,7 @@ class Line(NamedTuple):
 
 
 def lines(path: Path | str, limit: int, overlap: int = 0) -> Iterator[Line]:
-    """The lines of a file, one at a time; longer ones in parts of `limit` bytes, each of which begins with the last
+    """Yield the lines of a file; longer ones in parts of `limit` bytes, each of which begins with the last
     `overlap` bytes of the part before. Bytes that are no UTF-8 are replaced. Raises OSError."""
     with open(path, "rb") as file:
         number, before, begun = 1, b"", False
@@ -88,40 +88,8 @@ def lines(path: Path | str, limit: int, overlap: int = 0) -> Iterator[Line]:
             begun = not ended
 
 
-def metrics_rows(path: Path) -> tuple[list[dict], list[str]]:
-    """The rows of a metrics.jsonl, each with an epoch and a phase of rce or grpo, and what is to be said about them: a
-    last row that a kill cut short is left out. Raises LeverError naming the line that is no such row."""
-    rows: list[dict] = []
-    notes, size = [], 0
-    try:
-        for line in lines(path, LINE_LIMIT):
-            size += len(line.text)
-            if not line.whole or size > FILE_LIMIT:
-                what = f"line {line.number} is longer" if not line.whole else "it is larger"
-                raise LeverError(
-                    f"{path}: {what} than {_size(FILE_LIMIT if line.whole else LINE_LIMIT)}: no metrics of a run"
-                )
-            if not line.text.strip():
-                continue
-            if not line.ended:
-                notes.append("the last row has no newline at its end: it was cut short and is ignored")
-                continue
-            rows.append(_metrics_row(line.text, f"{path}, line {line.number}"))
-    except OSError as error:
-        raise LeverError(f"cannot read {path}: {error.strerror or error}") from error
-    return rows, notes
-
-
-def _metrics_row(text: str, where: str) -> dict:
-    with contextlib.suppress(ValueError):
-        row = loads(text, nan=True)
-        if isinstance(row, dict) and is_epoch(row.get("epoch")) and row.get("phase") in ("rce", "grpo"):
-            return row
-    raise LeverError(f"{where}: not a metrics row with an epoch and a phase of rce or grpo")
-
-
 def is_epoch(value) -> bool:
-    """Whether a value can be the number of an epoch."""
+    """Return whether a value can be the number of an epoch."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**9
 
 
@@ -129,17 +97,20 @@ def is_epoch(value) -> bool:
 
 
 def loads(content: bytes | str, *, nan: bool = False, halves: bool = False):
-    """A JSON text as Python values; a byte order mark before it is passed over. Raises ValueError for what is none, for
-    a key that an object holds twice, numbers beyond 64 bits or a float, NaN and infinity, lone surrogates unless
-    `halves`, and deep nesting. Where `nan`, numbers are taken as they come: what is too large is infinity."""
+    """Return a JSON text as Python values; a byte order mark before it is passed over. Raises ValueError for what is no
+    JSON, a key that an object holds twice, numbers beyond 64 bits or a float, NaN and infinity, lone surrogates unless
+    `halves`, and deep nesting. With `nan`, NaN and infinity are read, and integers beyond 64 bits are infinite."""
     text = (content if isinstance(content, str) else content.decode("utf-8")).removeprefix("\ufeff")
-    strict = {"parse_int": _integer, "parse_float": _float, "parse_constant": _float}
-    numbers = {"parse_int": _any_integer} if nan else strict
-    with _no_collection():
-        try:
-            value = json.loads(text, object_pairs_hook=_once, **numbers)
-        except RecursionError:
-            raise ValueError("its brackets are nested too deeply") from None
+    numbers = {"parse_int": _any_integer} if nan else {"parse_int": _integer, "parse_float": _float}
+    collecting = gc.isenabled()
+    gc.disable()  # it would look through the values again and again while they become more
+    try:
+        value = json.loads(text, object_pairs_hook=_once, parse_constant=float if nan else _float, **numbers)
+    except RecursionError:
+        raise ValueError("its brackets are nested too deeply") from None
+    finally:
+        if collecting:
+            gc.enable()
     deep = len(text) <= FILE_LIMIT and text.count("[") + text.count("{") > _DEPTH
     whole = not halves and ("\\ud" in text or "\\uD" in text)
     if deep or whole:
@@ -147,24 +118,11 @@ def loads(content: bytes | str, *, nan: bool = False, halves: bool = False):
     return value
 
 
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """Without garbage collection: it would look through the values again and again while they become more."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
-
-
 def _once(pairs: list[tuple]) -> dict:
-    """An object, refused where it names a key twice: JSON would keep the last."""
+    """Return an object. Raises ValueError where it names a key twice: JSON would keep the last."""
     found = dict(pairs)
     if len(found) != len(pairs):
-        seen: set = set()
-        repeated = next(key for key, _ in pairs if key in seen or seen.add(key))
+        (repeated, _), *_ = (Counter(name for name, _ in pairs) - Counter(found.keys())).items()
         raise ValueError(f"{shown(repeated)} appears twice in one object")
     return found
 
@@ -180,9 +138,8 @@ def _any_integer(text: str) -> int | float:
 
 
 def _float(text: str) -> float:
-    value = float(text)
-    if value - value != 0:
-        raise ValueError(f"it holds the number {shown(text).strip(chr(39))}, which is not finite")
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"it holds the number {text[:40]}, which is not finite")
     return value
 
 
@@ -198,18 +155,16 @@ def _check_values(value, depth: int | None, whole: bool) -> None:
                 inner += [*item, *item.values()]
             elif isinstance(item, list):
                 inner += item
-            elif whole and isinstance(item, str) and not item.isascii() and _SURROGATE.search(item):
+            elif whole and isinstance(item, str) and re.search("[\ud800-\udfff]", item):
                 raise ValueError(f"it holds half a character, {shown(item)}")
         level, deep = inner, deep + 1
 
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 # ---------------------------------------------------------------------- YAML
 
 
 class Scalar(NamedTuple):
-    """A YAML value that stands without quotes and is no text by YAML 1.1: as it is written, and what YAML takes it for
+    """A YAML value that stands without quotes and is no text by YAML 1.1: as it is written, and as YAML reads it
     (`007`: 7, `1:30`: 90, `no`: False)."""
 
     text: str
@@ -217,9 +172,9 @@ class Scalar(NamedTuple):
 
 
 def load_yaml(content: bytes | str, *, as_written: bool = False):
-    """A YAML text as Python values; with `as_written` a `Scalar` for each value that YAML takes for no text. Raises
-    ValueError for what is none or holds more than plain values: tags, anchors and aliases, a key twice in one mapping,
-    numerals beyond all use, deep nesting."""
+    """Return a YAML text as Python values; with `as_written` a `Scalar` for each value that YAML takes for no text.
+    Raises ValueError for what is no YAML or holds more than plain values: tags, anchors and aliases, a key twice in one
+    mapping, numbers of more than 64 characters, deep nesting."""
     try:
         text = content if isinstance(content, str) else content.decode("utf-8")
         return yaml.load(text, _WrittenLoader if as_written else _PlainLoader)

@@ -8,10 +8,8 @@ import inspect
 import json
 import os
 import pickle
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -43,12 +41,6 @@ def assert_refused(done: Done, status: int, *words: str) -> None:
         assert word in text, text
 
 
-@pytest.fixture
-def scripts(tmp_path) -> Path:
-    """The folder of the environment's own commands."""
-    return Path(sys.executable).parent
-
-
 # ---------------------------------------------------------------------- the process
 
 
@@ -69,10 +61,9 @@ def test_help_and_version_load_nothing_heavy(tmp_path):
     assert __version__ in done.stdout
 
 
-def test_the_lever_script_and_the_module_are_the_same_command(scripts, tmp_path):
-    script = subprocess.run(
-        [scripts / "lever", "--version"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True
-    )
+def test_the_lever_script_and_the_module_are_the_same_command(tmp_path):
+    command = [Path(sys.executable).parent / "lever", "--version"]
+    script = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True)
     module = run_lever("--version", cwd=tmp_path)
     assert script.stdout == module.out == f"lever_lm {__version__}\n"
     assert module.status == 0
@@ -92,44 +83,14 @@ def test_every_command_has_help_with_the_common_options(lever, command):
         assert option in done.out
 
 
-def test_an_unexpected_failure_shows_its_traceback_only_with_debug(trained):
+def test_an_unexpected_failure_shows_its_traceback_only_with_debug(trained, lever):
     (trained / RUN / "metrics.jsonl").write_text("not json\n")
-    quiet = run_lever("best-ckpt", "--json", cwd=trained)
+    quiet = lever("best-ckpt", "--json")
     assert_refused(quiet, 1, "metrics.jsonl", "line 1")
-    loud = run_lever("best-ckpt", "--json", "--debug", cwd=trained)
+    loud = lever("best-ckpt", "--json", "--debug")
     assert loud.status == 1
     assert "Traceback (most recent call last)" in loud.err
     assert loud.err.splitlines()[-1] == quiet.err.splitlines()[-1]
-
-
-def wait_for(path: Path, process: subprocess.Popen, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not path.exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def test_an_interrupt_ends_in_130_with_one_line_and_the_run_goes_on_later(warm):
-    command = [sys.executable, "-m", "lever_lm", "train", *SMALL[:4], "--grpo-epochs", "5000", "--json"]
-    process = subprocess.Popen(
-        command, cwd=warm, env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        wait_for(warm / RUN / "grpo_epoch3.pt", process)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-        process.wait()
-    assert process.returncode == 130
-    assert out == ""
-    assert "Traceback" not in err
-    assert err.splitlines()[-1].startswith("lever: interrupted")
-    assert not list((warm / RUN).glob(".tmp-*"))
-    epochs = [json.loads(line)["epoch"] for line in (warm / RUN / "metrics.jsonl").read_text().splitlines()]
-    assert epochs[:2] == [1, 2]
-    assert epochs[2:] == list(range(1, len(epochs) - 1))
 
 
 # ---------------------------------------------------------------------- usage
@@ -143,37 +104,25 @@ def test_an_interrupt_ends_in_130_with_one_line_and_the_run_goes_on_later(warm):
         (["train", "--seed", "x"], ["--seed"]),
         (["train", "--seed", "-1"], ["seed"]),
         (["train", "--limit", "1"], ["--limit"]),
-        (["train", "--limit", "0"], ["--limit"]),
         (["train", "surplus"], ["surplus"]),
-        (["train", "--grpo-epochs"], ["--grpo-epochs"]),
         (["train", "--grpo-epochs", "-1"], ["--grpo-epochs"]),
         (["train", "--rce-epochs", "0", "--grpo-epochs", "0"], ["--rce-epochs", "--grpo-epochs"]),
         (["train", "--set", "grpo.kl_bta=0.1"], ["grpo.kl_bta", "'grpo.kl_beta'"]),
-        (["train", "--set", "gppo.lr=0.1"], ["gppo", "grpo"]),
         (["train", "--set", "grpo.lr"], ["--set", "key=value"]),
         (["train", "--set", "grpo.lr=fast"], ["grpo.lr", "'fast'"]),
-        (["train", "--set", "grpo.epochs=2.5"], ["grpo.epochs", "2.5"]),
-        (["train", "--set", "grpo=5"], ["grpo"]),
-        (["train", "--set", "grpo.advantage=best"], ["grpo.advantage", "zscore"]),
         (["train", "--set", "reward.mode=hard_only_v9"], ["hard_only_v9", "hard_only", "reward.mode"]),
         (["train", "--set", "policy.state_update=gruu"], ["gruu", "gate"]),
-        (["train", "--set", "policy.num_heads=3"], ["num_heads"]),
         (["train", "--set", "sampler.name=mix"], ["'mix'", "mix_sampler"]),
-        (["train", "--set", "rollout.temperatures=[1.0, 0]"], ["rollout.temperatures"]),
         (["train", "--set", "rollout.pool_size=1"], ["rollout.pool_size", "rollout.shots"]),
         (["train", "--dataset", "digit"], ["'digit'", "'digits'"]),
-        (["train", "--lvlm", "qwen2.5_vl_3"], ["qwen2.5_vl_3", "qwen2.5_vl_3B"]),
-        (["train", "--sampler", "rand_sampl"], ["rand_sampl", "'rand_sampler'"]),
-        (["train", "--recipe", "clasic"], ["clasic", "'classic'"]),
         (["train", "--features", "query_img_icd"], ["query_img_icd", "--features"]),
         (["train", "--run-name", "a/b"], ["--run-name", "a/b"]),
-        (["train", "--run-name", ".."], ["--run-name"]),
+        (["best-ckpt", "--run-name", ".lock"], ["--run-name", "'.lock'"]),
         (["train", "--config", "missing.yaml"], ["missing.yaml", "--config"]),
         (["train", "--quiet", "--verbose"], ["--quiet", "--verbose"]),
         (["best-ckpt", "--strategy", "val_los"], ["val_los", "val_loss"]),
         (["infer", "--shots", "0"], ["--shots"]),
         (["infer", "--shots", "x"], ["--shots", "'x'"]),
-        (["demo", "--shots", "0"], ["--shots"]),
         (["convert", "--to", "v4"], ["--to", "v4"]),
     ],
     ids=" ".join,
@@ -183,48 +132,18 @@ def test_a_wrong_command_line_is_refused_with_2_and_writes_nothing(lever, tmp_pa
     assert files_in(tmp_path) == {}
 
 
-def test_an_absurd_range_of_shots_is_refused_without_being_counted_out(tmp_path):
-    code = (
-        "import resource, sys\n"
-        "resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))\n"
-        "from lever_lm.cli.commands import app\n"
-        "from lever_lm.cli.entrypoint import run\n"
-        "sys.exit(run(app, ['infer', '--shots', '1-99999999999', '--json']))\n"
-    )
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=tmp_path, env=clean_environment(), capture_output=True, text=True, timeout=120)
-    assert_refused(Done(done.returncode, done.stdout, done.stderr), 2, "--shots")
-
-
-@pytest.mark.parametrize("command", [["demo"], ["train"], ["rollout"]])
-def test_an_unknown_device_is_refused_before_anything_is_written(lever, tmp_path, command):
-    for device in ("gpu7", "meta", "mps", "cpu:3", "cuda:x"):
-        assert_refused(lever(*command, "--device", device, "--limit", "4", "--json"), 2, device)
+@pytest.mark.parametrize("device", ["gpu7", "meta", "mps", "cpu:3", "cuda:x"])
+def test_an_unknown_device_is_refused_before_anything_is_written(lever, tmp_path, device):
+    assert_refused(lever("train", "--device", device, "--limit", "4", "--json"), 2, device)
     assert files_in(tmp_path) == {}
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ("grpo: {epochz: 3}", ["grpo.epochz", "'grpo.epochs'"]),
-        ("grpoo: {epochs: 3}", ["grpoo"]),
-        ("[1, 2]", ["mapping"]),
-        ("grpo: {epochs: [", ["is not a YAML file"]),
-        ("grpo: 3", ["grpo"]),
-        ("lvlm: {path: !!python/object/apply:os.system ['true']}", ["is not a YAML file"]),
-    ],
-)
-def test_a_wrong_config_file_is_refused(lever, tmp_path, content, words):
-    (tmp_path / "mine.yaml").write_text(content)
+def test_a_wrong_config_file_is_refused(lever, tmp_path):
+    (tmp_path / "mine.yaml").write_text("grpo: {epochz: 3}")
     before = files_in(tmp_path)
-    assert_refused(lever("train", "--config", "mine.yaml", "--json"), 2, *words)
-    assert files_in(tmp_path) == before
-
-
-def test_a_config_file_that_is_binary_or_a_folder_is_refused(lever, tmp_path):
-    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x01")
-    assert_refused(lever("train", "--config", "binary.yaml", "--json"), 2, "binary.yaml")
+    assert_refused(lever("train", "--config", "mine.yaml", "--json"), 2, "grpo.epochz", "'grpo.epochs'")
     assert_refused(lever("train", "--config", ".", "--json"), 2, "--config")
+    assert files_in(tmp_path) == before
 
 
 # ---------------------------------------------------------------------- nothing there
@@ -236,6 +155,7 @@ def test_a_config_file_that_is_binary_or_a_folder_is_refused(lever, tmp_path):
         (["best-ckpt"], ["lever train"]),
         (["best-ckpt", "--log", "missing.log"], ["missing.log"]),
         (["best-ckpt", "nowhere"], ["nowhere"]),
+        (["best-ckpt", "."], ["lever train"]),
         (["convert"], ["lever train"]),
         (["convert", "missing.pt"], ["missing.pt"]),
         (["infer"], ["lever train"]),
@@ -251,12 +171,6 @@ def test_a_config_file_that_is_binary_or_a_folder_is_refused(lever, tmp_path):
 )
 def test_an_empty_folder_has_nothing_to_offer_and_stays_empty(lever, tmp_path, command, words):
     assert_refused(lever(*command, "--json"), 1, *words)
-    assert files_in(tmp_path) == {}
-
-
-def test_a_run_folder_without_anything_is_no_run(lever, tmp_path):
-    (tmp_path / "empty").mkdir()
-    assert_refused(lever("best-ckpt", "empty", "--json"), 1, "empty", "lever train")
     assert files_in(tmp_path) == {}
 
 
@@ -288,48 +202,26 @@ class Harm:
 def bad_checkpoint(kind: str, whole: bytes) -> bytes:
     return {
         "text": b"these are my notes about checkpoints\n",
-        "empty": b"",
         "truncated": whole[: len(whole) // 2],
-        "header only": whole[:30],
         "pickle with code": pickle.dumps({"model_state_dict": Harm()}),
-        "old pickle with code": pickle.dumps(Harm(), protocol=0),
         "plain pickle": pickle.dumps({"epoch": 3}),
-        "flipped": whole[:2000] + bytes(b ^ 0xFF for b in whole[2000:2400]) + whole[2400:],
     }[kind]
 
 
-BAD = ("text", "empty", "truncated", "header only", "pickle with code", "old pickle with code", "plain pickle")
+BAD = ("text", "truncated", "pickle with code", "plain pickle")
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_convert_refuses_a_checkpoint_that_is_not_one(trained_once, lever, tmp_path, kind):
+def test_a_checkpoint_that_is_not_one_is_refused_before_any_work(trained_once, lever, tmp_path, kind):
     path = tmp_path / "grpo_epoch1.pt"
     path.write_bytes(bad_checkpoint(kind, (trained_once / RUN / "grpo_epoch1.pt").read_bytes()))
     for way in ("v2", "v3"):
         assert_refused(lever("convert", path, "--to", way, "--json"), 1, "grpo_epoch1.pt")
-    assert list(files_in(tmp_path)) == ["grpo_epoch1.pt"]
-
-
-@pytest.mark.parametrize("kind", BAD)
-def test_infer_refuses_a_checkpoint_that_is_not_one_before_any_work(trained_once, lever, tmp_path, kind):
-    path = tmp_path / "grpo_epoch1.pt"
-    path.write_bytes(bad_checkpoint(kind, (trained_once / RUN / "grpo_epoch1.pt").read_bytes()))
     assert_refused(lever("infer", "--ckpt", path, "--shots", "1", "--limit", "4", "--json"), 1, "grpo_epoch1.pt")
     assert list(files_in(tmp_path)) == ["grpo_epoch1.pt"]
 
 
-def test_a_torch_file_that_holds_no_policy_is_refused(lever, tmp_path):
-    import torch
-
-    for name, content in (("list.pt", [1, 2]), ("tensor.pt", torch.zeros(3)), ("dict.pt", {"epoch": 3})):
-        torch.save(content, tmp_path / name)
-        before = files_in(tmp_path)
-        assert_refused(lever("convert", name, "--json"), 1, name)
-        assert_refused(lever("infer", "--ckpt", name, "--shots", "1", "--limit", "4", "--json"), 1, name)
-        assert files_in(tmp_path) == before
-
-
-@pytest.mark.parametrize("kind", ["text", "truncated", "pickle with code", "plain pickle"])
+@pytest.mark.parametrize("kind", BAD)
 def test_a_broken_resume_state_is_refused_and_nothing_is_touched(trained, lever, kind):
     state = trained / RUN / "state.pt"
     state.write_bytes(bad_checkpoint(kind, state.read_bytes()))
@@ -404,8 +296,8 @@ def test_quiet_leaves_errors_alone(trained, lever):
 
 def test_quiet_leaves_results_alone(trained, lever):
     """What was asked for is printed: table and tests, epochs, paths, plan, list."""
-    spoken = lever("infer", "--shots", "1", "--limit", "8", "--baselines").out
-    quiet = lever("infer", "--shots", "1", "--limit", "8", "--baselines", "--quiet").out
+    spoken = lever("infer", "--shots", "1", "--limit", "4", "--baselines").out
+    quiet = lever("infer", "--shots", "1", "--limit", "4", "--baselines", "--quiet").out
     assert quiet == spoken[spoken.index("Official VQA accuracy") :]
     assert "(paired)" in quiet
     assert [line.split()[0] for line in lever("best-ckpt", "--show-all", "--quiet").out.splitlines()[3:7]] == [*"1234"]
@@ -467,22 +359,6 @@ def test_a_variable_in_effect_is_printed_and_a_flag_wins_over_it(lever, monkeypa
     assert done.json["config"]["grpo"]["epochs"] == 7
 
 
-@pytest.mark.parametrize(("name", "value"), [("GRPO_EPOCHS", "many"), ("KL_BETA", "nan"), ("USE_RANK_ADVANTAGE", "2")])
-def test_a_variable_that_makes_no_sense_is_named(lever, tmp_path, monkeypatch, name, value):
-    monkeypatch.setenv(name, value)
-    done = lever("train", "--json")
-    assert_refused(done, 2)
-    assert name in done.err or "grpo.kl_beta" in done.err
-    assert files_in(tmp_path) == {}
-
-
-def test_paths_of_okvqa_reach_okvqa_and_leave_the_digits_alone(lever, tmp_path, monkeypatch):
-    monkeypatch.setenv("OKVQA_PATH", str(tmp_path / "mine"))
-    done = lever("train", "--dataset", "okvqa_local", "--dry-run", "--json")
-    assert done.json["config"]["data"]["okvqa_path"] == str(tmp_path / "mine")
-    assert lever("train", "--dry-run", "--json").json["config"]["data"]["okvqa_path"] == "asset:digits"
-
-
 def test_the_checkpoint_of_the_environment_is_taken_and_named(trained, lever, monkeypatch):
     monkeypatch.setenv("LEVER_LM_CHECKPOINT_PATH", str(RUN / "grpo_epoch1.pt"))
     done = lever("infer", "--shots", "1", "--limit", "4", "--json")
@@ -511,15 +387,9 @@ def test_another_config_is_refused_with_what_differs_and_the_ways_out(trained, l
     assert files_in(trained) == before
 
 
-@pytest.mark.parametrize("free", [["--device", "cpu"], ["--set", "features.batch_size=7"], ["--quiet"]])
-def test_what_is_no_part_of_a_runs_identity_may_change(trained, lever, free):
-    done = lever("train", *SMALL, *free)
-    assert done.status == 0, done.err
-
-
-@pytest.mark.parametrize("free", ["lvlm.batch_size=7", "infer.num_queries=3"])
-def test_how_fast_it_is_answered_is_no_part_of_a_runs_identity(trained, lever, free):
-    done = lever("train", *SMALL, "--set", free)
+def test_what_is_no_part_of_a_runs_identity_may_change(trained, lever):
+    free = ("features.batch_size=7", "lvlm.batch_size=7", "infer.num_queries=3")
+    done = lever("train", *SMALL, "--device", "cpu", "--quiet", *(word for key in free for word in ("--set", key)))
     assert done.status == 0, done.err
 
 
@@ -535,6 +405,7 @@ def test_no_resume_refuses_a_run_that_is_there(trained, lever):
     before = files_in(trained)
     assert_refused(lever("train", *SMALL, "--no-resume", "--json"), 1, "--no-resume", "--overwrite")
     assert files_in(trained) == before
+    assert lever("train", *SMALL, "--no-resume", "--overwrite", "--json").status == 0
 
 
 def test_overwrite_starts_the_run_over_and_keeps_what_is_not_its_own(trained, lever):
@@ -552,11 +423,6 @@ def test_overwrite_starts_the_run_over_and_keeps_what_is_not_its_own(trained, le
     assert "notes.txt" in there
     assert "best.json" not in there
     assert yaml.safe_load((trained / RUN / "config.yaml").read_text())["seed"] == 1
-
-
-def test_no_resume_together_with_overwrite_starts_over(trained, lever):
-    done = lever("train", *SMALL, "--no-resume", "--overwrite", "--json")
-    assert done.status == 0, done.err
 
 
 # ---------------------------------------------------------------------- best-ckpt, convert, infer
@@ -642,68 +508,34 @@ def test_a_run_may_be_named_by_its_folder_or_by_a_log(trained, lever):
     assert files_in(trained) == before
 
 
-def test_convert_goes_both_ways_and_where_it_is_told(trained, lever):
-    import torch
-
-    source = RUN / "grpo_epoch3.pt"
-    assert lever("convert", source, "--output", "out/there.ckpt").status == 0
-    assert lever("convert", "out/there.ckpt", "--to", "v3", "--output", "back.pt").status == 0
-    there, back = load_torch(trained / source)["model_state_dict"], load_torch(trained / "back.pt")["model_state_dict"]
-    assert there.keys() == back.keys()
-    assert all(torch.equal(there[name], back[name]) for name in there)
-
-
-def test_a_converted_file_stands_beside_its_source(trained, lever):
+def test_a_converted_file_stands_beside_its_source_or_where_it_is_told(trained, lever):
     stem = str(RUN / "grpo_epoch3")
     assert lever("convert", f"{stem}.pt", "--json").json["output"] == f"{stem}_v2format.ckpt"
     back = lever("convert", f"{stem}_v2format.ckpt", "--to", "v3", "--json").json
     assert (back["to"], back["output"]) == ("v3", f"{stem}_v3format.pt")
-    states = [load_torch(trained / f"{stem}{end}.pt")["model_state_dict"] for end in ("", "_v3format")]
-    assert all(states[0][name].equal(tensor) for name, tensor in states[1].items())
+    assert lever("convert", f"{stem}_v2format.ckpt", "--to", "v3", "--output", "out/there.pt").status == 0
+    paths = (f"{stem}.pt", f"{stem}_v3format.pt", "out/there.pt")
+    first, *others = (load_torch(trained / path)["model_state_dict"] for path in paths)
+    for other in others:
+        assert first.keys() == other.keys()
+        assert all(first[name].equal(tensor) for name, tensor in other.items())
 
 
-def spoilt(content: dict, how: str) -> dict:
-    """The content of a checkpoint of either format with its weights spoilt."""
-    name = "model_state_dict" if "model_state_dict" in content else "state_dict"
-    state = dict(content[name])
-    key = next(key for key in state if key.endswith("cand_proj.weight"))
-    if how == "NaN":
-        state[key] = state[key].clone()
-        state[key][0, 0] = float("nan")
-    elif how == "infinite":
-        state[key] = state[key] / 0.0
-    elif how == "a tensor missing":
-        del state[key]
-    elif how == "a tensor of another shape":
-        state[key] = state[key][:1]
-    elif how == "a tensor too many":
-        state[f"{key}.more"] = state[key]
-    else:
-        state = {"encoder.weight": state[key]}
-    return {**content, name: state}
-
-
-SPOILT = ["NaN", "infinite", "a tensor missing", "a tensor of another shape", "a tensor too many", "of another model"]
-
-
-@pytest.mark.parametrize("own", [True, False], ids=["ours", "the lineage's"])
-@pytest.mark.parametrize("how", SPOILT)
 @pytest.mark.parametrize("to", ["v2", "v3"])
-def test_convert_refuses_weights_that_no_policy_has(trained, lever, tmp_path, to, how, own):
+def test_convert_refuses_weights_that_no_policy_has(trained, lever, to):
     import torch
 
-    source = RUN / "grpo_epoch1.pt"
+    source, states = RUN / "grpo_epoch1.pt", {"v2": "model_state_dict", "v3": "state_dict"}
     if to == "v3":
         assert lever("convert", source, "--output", "sound.ckpt").status == 0
         source = Path("sound.ckpt")
-    content = spoilt(torch.load(source, weights_only=True), how)
-    if not own:
-        content = {key: value for key, value in content.items() if key not in ("config", "format", "lever_lm_config")}
-    torch.save(content, "spoilt.pt")
-    before = files_in(Path())
-    done = lever("convert", "spoilt.pt", "--to", to, "--output", "made.ckpt", "--json")
-    assert_refused(done, 1, "spoilt.pt", *{"NaN": ["NaN"], "infinite": ["infinite"]}.get(how, ["PointerSelector"]))
-    assert files_in(Path()) == before
+    content = torch.load(source, weights_only=True)
+    key = next(key for key in content[states[to]] if key.endswith("cand_proj.weight"))
+    for name, wrong in (("NaN", torch.full_like(content[states[to]][key], float("nan"))), ("PointerSelector", None)):
+        state = {k: wrong if k == key else v for k, v in content[states[to]].items() if k != key or wrong is not None}
+        torch.save({**content, states[to]: state}, "spoilt.pt")
+        assert_refused(lever("convert", "spoilt.pt", "--to", to, "--output", "made", "--json"), 1, "spoilt.pt", name)
+        assert not Path("made").exists()
 
 
 def test_convert_refuses_a_file_that_is_of_the_format_already(trained, lever):
@@ -763,18 +595,18 @@ def test_many_shots_are_listed_one_a_row_within_80_columns(trained, lever):
     assert "…" not in done.out
 
 
-def test_a_terminal_that_lacks_our_characters_is_no_failure(trained):
-    done = run_lever("best-ckpt", "--show-all", cwd=trained, PYTHONIOENCODING="ascii")
-    assert done.status == 0, done.err
-    assert "GRPO" in done.out
-
-
 @pytest.mark.parametrize("variables", [{"LC_ALL": "C"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}], ids=str)
 def test_text_on_the_command_line_is_utf_8_whatever_the_locale(tmp_path, variables):
     words = ["config", "show", "--json", "--set", "prompt.system=Où est 什么?"]
     done = run_lever(*words, cwd=tmp_path, **variables)
     assert done.status == 0, done.err
     assert done.json["config"]["prompt"]["system"] == "Où est 什么?"
+
+
+def test_a_terminal_that_lacks_our_characters_is_no_failure(tmp_path):
+    done = run_lever("config", "show", "--set", "prompt.system=Où est 什么?", cwd=tmp_path, PYTHONIOENCODING="ascii")
+    assert (done.status, done.err) == (0, "")
+    assert "system: O? est ???" in done.out
 
 
 def test_a_choice_that_replaces_another_is_said(trained, lever):
@@ -794,18 +626,22 @@ def in_shell(text: str, cwd) -> subprocess.CompletedProcess:
     return subprocess.run(["bash", "-c", line], cwd=cwd, env=clean_environment(), capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
-def test_closed_streams_change_no_result(trained, closed):
-    done = in_shell(f"LEVER best-ckpt --strategy ppo_loss {closed}", trained)
+def test_closed_streams_change_no_result(trained):
+    done = in_shell("LEVER best-ckpt --strategy ppo_loss <&- >&- 2>&-", trained)
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads((trained / RUN / "best.json").read_text())["strategy"] == "ppo_loss"
-    assert in_shell(f"LEVER best-ckpt --strategy none {closed}", trained).returncode == 2
+    assert in_shell("LEVER best-ckpt --strategy none <&- >&- 2>&-", trained).returncode == 2
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-"])
+def test_one_closed_stream_is_no_failure(tmp_path, closed):
+    assert in_shell(f"LEVER config show {closed}", tmp_path).returncode == 0
 
 
 def test_a_reader_that_goes_away_does_not_end_a_training(warm):
-    done = in_shell("set -o pipefail; LEVER train --limit 24 --rce-epochs 1 --grpo-epochs 30 | head -1", warm)
+    done = in_shell("set -o pipefail; LEVER train --limit 24 --rce-epochs 1 --grpo-epochs 2 | head -1", warm)
     assert (done.returncode, done.stderr) == (0, "")
-    assert (warm / RUN / "grpo_epoch30.pt").is_file()
+    assert (warm / RUN / "grpo_epoch2.pt").is_file()
     assert in_shell("set -o pipefail; LEVER best-ckpt --json | head -c 1", warm).returncode in (0, 141)
 
 
@@ -813,18 +649,10 @@ def test_a_reader_that_goes_away_does_not_end_a_training(warm):
 def test_output_that_cannot_be_written_is_told_and_the_choice_is_kept(trained, options):
     done = in_shell(f"LEVER best-ckpt --strategy kl {options} > /dev/full", trained)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] in (
-        "lever: cannot use the output: No space left on device",
-        "lever: cannot write the output: No space left on device",
-    )
+    assert "the output: No space left on device" in done.stderr.splitlines()[-1]
     assert json.loads((trained / RUN / "best.json").read_text())["strategy"] == "kl"
 
 
 def test_a_current_folder_that_is_gone_is_told(tmp_path):
     done = in_shell("mkdir gone && cd gone && rmdir ../gone && LEVER best-ckpt", tmp_path)
     assert (done.returncode, done.stderr) == (1, "lever: the current folder is gone: cd into one that is there\n")
-
-
-def test_a_run_name_that_looks_like_a_lock_is_refused(tmp_path):
-    done = run_lever("best-ckpt", "--run-name", ".lock", cwd=tmp_path)
-    assert (done.status, done.err) == (2, "lever: --run-name takes a folder name, found '.lock'\n")

@@ -11,7 +11,7 @@ from helpers import RUN, clean_environment, files_in, run_lever
 
 from lever_lm.cli.config_command import flat
 from lever_lm.config.schema import Config, all_keys, key_docs, to_dict
-from lever_lm.config.values import build
+from lever_lm.config.values import build, configs_root
 from lever_lm.training.select_checkpoint import STRATEGIES
 
 
@@ -34,26 +34,15 @@ def a_run(tmp_path):
 
 
 def test_the_shown_config_reads_back_as_the_config_of_the_command(lever, tmp_path):
-    words = (
-        "--recipe",
-        "classic",
-        "--set",
-        r"""data.train_path="a: '#\u202e\n\u4e2d" """,
-        "--set",
-        "rollout.temperatures=[1, 2]",
-    )
+    odd = r"""data.train_path="a: '#\u202e\n\u4e2d" """
+    words = ("--recipe", "classic", "--set", odd, "--set", "rollout.temperatures=[1, 2]")
     done = lever("config", "show", *words)
     assert done.status == 0
     assert "\u202e" not in done.out
     mine = tmp_path / "mine.yaml"
     mine.write_text(done.out, encoding="utf-8")
-    again, planned = (
-        lever(*command, "--json").json
-        for command in (
-            ("config", "show", str(mine)),
-            ("train", "--dry-run", *words),
-        )
-    )
+    again = lever("config", "show", str(mine), "--json").json
+    planned = lever("train", "--dry-run", *words, "--json").json
     assert again["config"] == planned["config"]
     assert again["config"]["data"]["train_path"] == "a: '#\u202e\n\u4e2d"
     assert again["config"]["rollout"]["temperatures"] == [1.0, 2.0]
@@ -133,10 +122,9 @@ def test_what_cannot_be_shown_is_refused_in_one_line(lever, a_run):
 
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.yaml")
-    for words in (("diff", "demo", "pipe.yaml"), ("diff", "pipe.yaml"), ("show", "pipe.yaml")):
-        done = run_lever("config", *words, cwd=tmp_path, prefix=("timeout", "60"))
-        assert done.status == 2
-        assert "no config 'pipe.yaml': expected a run folder, a YAML file or a recipe" in done.err
+    done = run_lever("config", "diff", "demo", "pipe.yaml", cwd=tmp_path, prefix=("timeout", "60"))
+    assert done.status == 2
+    assert "no config 'pipe.yaml': expected a run folder, a YAML file or a recipe" in done.err
 
 
 def test_two_runs_differ_where_their_configs_do(lever, a_run):
@@ -161,16 +149,10 @@ def test_two_runs_differ_where_their_configs_do(lever, a_run):
 
 
 def test_a_recipe_differs_from_the_options_by_what_it_says(lever):
-    recipe = flat(yaml.safe_load((lever_configs() / "recipe/demo.yaml").read_text()))
+    recipe = flat(yaml.safe_load((configs_root() / "recipe/demo.yaml").read_text()))
     told = lever("config", "diff", "demo", "--json", "--seed", "4").json
     assert told["differences"].keys() == recipe.keys()  # the options complete both sides: their seed is the same
     assert all(told["differences"][key]["a"] == value for key, value in recipe.items())
-
-
-def lever_configs():
-    from lever_lm.config.values import configs_root
-
-    return configs_root()
 
 
 def test_the_commands_write_nothing(lever, tmp_path):
@@ -209,10 +191,8 @@ def runs(tmp_path):
 @pytest.mark.parametrize(
     ("line", "values"),
     [
-        ("lever train --dataset okvqa_l", ["okvqa_local"]),
         ("lever train --set grpo.kl", ["grpo.kl_beta=", "grpo.kl="]),
         ("lever train --run-name ", ["first", "second"]),
-        ("lever best-ckpt f", [""]),
         ("lever best-ckpt results/digits/model_cpk/f", ["results/digits/model_cpk/first"]),
     ],
 )
@@ -251,7 +231,7 @@ def test_offers_within_this_process(runs, monkeypatch):
     context.params = {"results": object()}
     assert values(completion.run_names) == []  # nothing is said to who is typing
     for name in values(completion.named("dataset")):
-        assert os.path.isfile(lever_configs() / "dataset" / f"{name}.yaml")
+        assert os.path.isfile(configs_root() / "dataset" / f"{name}.yaml")
 
 
 def test_neither_completion_nor_the_views_load_anything_heavy(tmp_path):
@@ -272,10 +252,8 @@ def test_neither_completion_nor_the_views_load_anything_heavy(tmp_path):
     assert json.loads(done.stdout.splitlines()[-1]) == []
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_each_shell_has_its_script(shell, tmp_path):
-    command = [sys.executable, "-c", "from lever_lm.cli.commands import main; main()", "--show-completion", shell]
-    environment = clean_environment(_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert f"_LEVER_COMPLETE=complete_{shell}" in done.stdout
+def test_each_shell_has_its_script(tmp_path):
+    for shell in ("bash", "zsh", "fish"):
+        done = run_lever("--show-completion", shell, cwd=tmp_path, _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
+        assert done.status == 0, done.err
+        assert "COMPLETE=complete_" + shell in done.out

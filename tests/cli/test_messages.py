@@ -29,6 +29,19 @@ WORDS = {
     "is not": r"isn't|doesn't|don't|won't|aren't",
     "file name": r"filename",
 }
+COMMANDS = "demo|train|rollout|best-ckpt|convert|infer|pick|export|report|status|doctor|config"
+# What a message must not match.
+WRONG = {
+    # A, `code`, --flag, {placeholder}; names of ours and of formats keep their capitals
+    "begins in lower case or with a name": r"^(?![a-z{`'\-]|[A-Z]{2,})",
+    "ends without a full stop": r"[.!?:;,\s]$",
+    "is one line with single spaces": r"\n(?!  )|\t|(?<!\n)  ",
+    "neither begs nor shouts": r"(?i:please|sorry|oops|!(?!=)|\berror:|warning:|\binvalid\b)",
+    "has values in single quotes": r"[\"“‘]",
+    "has commands in backticks": rf"(?<![`\w./-])lever ({COMMANDS})\b",
+    "closes its backticks": r"^[^`]*`(?:[^`]*`[^`]*`)*[^`]*$",
+    **{f"says {ours}": rf"(?<![\w.`-])({others})\b" for ours, others in WORDS.items()},
+}
 
 
 def template(node) -> str | None:
@@ -43,64 +56,27 @@ def template(node) -> str | None:
 
 
 def messages():
-    """(where, text) of every message that a user may read as an error."""
+    """(where, name of the error, text) of every message that a user may read as an error."""
     for path in sorted(ROOT.rglob("*.py")):
-        if "assets" in path.parts:
-            continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
-            if not (isinstance(node, ast.Call) and node.args):
-                continue
-            name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
-            text = template(node.args[0])
-            if text is not None and (name in ERRORS or (name == "stop" and text.count(" ") > 1)):
-                yield f"{path.relative_to(ROOT)}, line {node.lineno}", text
+            if isinstance(node, ast.Call) and node.args:
+                name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
+                text = template(node.args[0])
+                if text is not None and (name in ERRORS or (name == "stop" and text.count(" ") > 1)):
+                    yield f"{path.relative_to(ROOT)}, line {node.lineno}", name, text
 
 
 MESSAGES = list(messages())
 
 
 def offenders(wrong) -> str:
-    return "\n".join(f"{where}: {text}" for where, text in MESSAGES if wrong(text))
+    return "\n".join(f"{where}: {text}" for where, _, text in MESSAGES if wrong(text))
 
 
-def test_there_are_messages_to_look_at():
+@pytest.mark.parametrize("rule", WRONG)
+def test_every_message(rule):
     assert len(MESSAGES) > 150
-
-
-def test_a_message_begins_in_lower_case_or_with_a_name():
-    # A, `code`, --flag, {placeholder}; names of ours and of formats keep their capitals
-    assert not offenders(lambda text: not re.match(r"[a-z{`'\-]|[A-Z]{2,}", text))
-
-
-def test_a_message_ends_without_a_full_stop():
-    assert not offenders(lambda text: re.search(r"[.!?:;,\s]$", text))
-
-
-def test_a_message_is_one_line_with_single_spaces():
-    assert not offenders(lambda text: re.search(r"\n(?!  )|\t|(?<!\n)  ", text) is not None)
-
-
-@pytest.mark.parametrize("word", [r"please", r"sorry", r"oops", r"!(?!=)", r"\berror:", r"warning:", r"\binvalid\b"])
-def test_a_message_neither_begs_nor_shouts(word):
-    assert not offenders(lambda text: re.search(word, text, re.IGNORECASE))
-
-
-def test_values_stand_in_single_quotes_and_commands_in_backticks():
-    assert not offenders(lambda text: '"' in text or "“" in text or "‘" in text)
-    commands = "demo|train|rollout|best-ckpt|convert|infer|pick|export|report|status|doctor|config"
-    bare = re.compile(rf"(?<![`\w./-])lever ({commands})\b")
-    assert not offenders(bare.search)
-    assert not offenders(lambda text: text.count("`") % 2)
-
-
-@pytest.mark.parametrize("ours", WORDS)
-def test_the_same_thing_has_the_same_word(ours):
-    others = re.compile(rf"(?<![\w.`-])({WORDS[ours]})\b")
-    assert not offenders(others.search), f"say {ours}"
-
-
-def flags_of(text: str) -> set[str]:
-    return set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
+    assert not offenders(re.compile(WRONG[rule]).search), rule
 
 
 def test_flags_that_a_message_names_exist():
@@ -114,7 +90,7 @@ def test_flags_that_a_message_names_exist():
         queue += getattr(command, "commands", {}).values()
         known |= {flag for option in command.params for flag in (*option.opts, *option.secondary_opts)}
     assert {"--set", "--overwrite", "--no-resume", "--tracker"} <= known
-    assert not offenders(lambda text: flags_of(text) - known)
+    assert not offenders(lambda text: set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - known)
 
 
 def test_keys_that_a_message_names_exist():
@@ -128,11 +104,6 @@ def test_keys_that_a_message_names_exist():
 
 
 def test_a_usage_error_says_what_was_expected():
-    wrong = []
-    for path in sorted(ROOT.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "UsageError" and node.args:
-                text = template(node.args[0])
-                if text and not re.search(r"--[a-z]|expected|must|one of|exceeds|takes|\w\.\w|unset|[}`]$", text):
-                    wrong.append(f"{path.name}, line {node.lineno}: {text}")
+    said = re.compile(r"--[a-z]|expected|must|one of|exceeds|takes|\w\.\w|unset|[}`]$")
+    wrong = [f"{where}: {text}" for where, name, text in MESSAGES if name == "UsageError" and not said.search(text)]
     assert not wrong, "\n".join(wrong)

@@ -16,7 +16,7 @@ def test_shots_are_a_number_a_list_or_a_range(text, numbers):
     assert parse_shots(text) == numbers
 
 
-@pytest.mark.parametrize("text", ["0", "0-3", "x", "", "1,,2", "-1", "2.5", "5-", "3-1", "5,3-1", "²"])
+@pytest.mark.parametrize("text", ["0", "0-3", "x", "", "1,,2", "-1", "2.5", "5-", "3-1", "5,3-1", "²", "1-99999999999"])
 def test_other_shots_are_a_usage_error(text):
     with pytest.raises(UsageError, match="--shots"):
         parse_shots(text)

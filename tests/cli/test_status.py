@@ -6,7 +6,6 @@ import fcntl
 import json
 import os
 import shutil
-import signal
 import sqlite3
 import subprocess
 import sys
@@ -30,53 +29,45 @@ def rows_of(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture
-def at_work(warm):
-    """A `lever train` of very many epochs in a process of its own, some GRPO epochs on its way."""
-    command = [sys.executable, "-m", "lever_lm", "train", *SMALL[:4], "--grpo-epochs", "5000"]
-    process = subprocess.Popen(command, cwd=warm, env=clean_environment(), stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (warm / RUN / "grpo_epoch5.pt").exists():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    yield process
-    process.kill()
-    process.wait()
+def more_epochs(run: Path, epochs: int, had: int = 4) -> None:
+    """The phase that had so many epochs (GRPO 4, RCE 2) was to have more."""
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace(f"  epochs: {had}\n", f"  epochs: {epochs}\n"))
+
+
+def left_by(run: Path, command: str) -> None:
+    """The lock of a process that is dead."""
+    run.mkdir(parents=True, exist_ok=True)
+    (run / LOCK).write_text(json.dumps({"pid": 2**22 + 5, "host": "elsewhere", "command": command}))
 
 
 # ---------------------------------------------------------------------- states
 
 
-def test_a_run_at_work_and_after_it_was_killed(at_work, lever, tmp_path):
-    first = lever("status", "--json")
-    assert first.status == 0, first.err
-    found = first.json
+def test_a_run_at_work_and_after_it_was_killed(trained, lever):
+    """A `lever train` that is really killed: test_end_to_end.py."""
+    more_epochs(trained / RUN, 5000)
+    with RunFolder(trained / RUN).alone(pytest.fail):
+        found = lever("status", "--json").json
+        spoken = lever("status", RUN).out
     assert found.keys() >= KEYS
-    assert (found["state"], found["phase"], found["epochs"]) == ("running", "grpo", 5000)
-    assert found["process"]["pid"] == at_work.pid
+    assert (found["state"], found["phase"], found["epoch"], found["epochs"]) == ("running", "grpo", 4, 5000)
+    assert found["process"]["pid"] == os.getpid()
     assert found["process"]["since"] == pytest.approx(time.time(), abs=120)
     assert found["phases"]["rce"] == {"done": 2, "of": 2}
-    assert found["seconds_left"] == pytest.approx((5000 - found["epoch"]) * found["epoch_time"])
+    assert found["seconds_left"] == pytest.approx(4996 * found["epoch_time"])
     assert found["answers"] > 100
     assert found["command"] is None
-    second = lever("status", RUN)
-    assert second.out.splitlines()[0] == f"{RUN}: running"
-    assert f"process {at_work.pid} on " in second.out
-    assert "of training left, until about" in second.out
-    assert at_work.poll() is None, "it goes on"
-
-    at_work.send_signal(signal.SIGKILL)
-    at_work.wait()
-    before = files_in(tmp_path)
+    assert spoken.splitlines()[0] == f"{RUN}: running"
+    assert f"process {os.getpid()} on " in spoken
+    assert "of training left, until about" in spoken
+    left_by(trained / RUN, "train")
+    before = files_in(trained)
     found = lever("status", "--json").json
-    assert (found["state"], found["epochs"]) == ("killed", 5000)
-    assert found["epoch"] == max(row["epoch"] for row in rows_of(tmp_path / RUN) if row["phase"] == "grpo") > 5
-    assert f"process {at_work.pid}" in found["why"]
-    assert found["command"] == f"lever train {' '.join(SMALL[:4])} --grpo-epochs 5000"
-    spoken = lever("status", "--quiet").out
-    assert f"  go on with  {found['command']}\n" in spoken
-    assert files_in(tmp_path) == before, "nothing was touched"
+    assert (found["state"], found["why"]) == ("killed", f"process {2**22 + 5} on elsewhere ended in the midst of it")
+    assert found["command"] == f"lever train {' '.join(SMALL)} --json"
+    assert f"  go on with  {found['command']}\n" in lever("status", "--quiet").out
+    assert files_in(trained) == before, "nothing was touched"
 
 
 def test_a_finished_run_and_one_that_is_to_go_on(trained, lever):
@@ -94,8 +85,7 @@ def test_a_finished_run_and_one_that_is_to_go_on(trained, lever):
     assert found["seconds_left"] == 0
     assert found["notes"] == []
     assert files_in(trained) == before
-    config = trained / RUN / "config.yaml"
-    config.write_text(config.read_text().replace("  epochs: 4\n", "  epochs: 9\n"))
+    more_epochs(trained / RUN, 9)
     (trained / RUN / "env.json").unlink()
     more = lever("status", RUN, "--json").json
     assert (more["state"], more["phase"], more["epoch"], more["epochs"]) == ("killed", "grpo", 4, 9)
@@ -108,8 +98,8 @@ def test_a_finished_run_and_one_that_is_to_go_on(trained, lever):
 
 def test_a_run_that_stopped_early_is_finished(trained, lever):
     run = trained / RUN
-    config = (run / "config.yaml").read_text().replace("  epochs: 4\n", "  epochs: 9\n")
-    (run / "config.yaml").write_text(config.replace("patience: 0", "patience: 2"))
+    more_epochs(run, 9)
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("patience: 0", "patience: 2"))
     rows = rows_of(run)
     for row in rows:
         row["val_reward"] = 2.0 if (row["phase"], row["epoch"]) == ("grpo", 2) else 1.0
@@ -121,7 +111,7 @@ def test_a_run_that_stopped_early_is_finished(trained, lever):
 @pytest.mark.parametrize("last", ["lever train --grpo-epochs 9 --overwrite --no-resume", "", None])
 def test_what_goes_on_with_a_run_is_the_command_that_went_on_with_it(trained, lever, last):
     run = RunFolder(trained / RUN)
-    run.config.write_text(run.config.read_text().replace("  epochs: 4\n", "  epochs: 9\n"))
+    more_epochs(run.path, 9)
     first = json.loads(run.environment.read_text())
     if last is not None:
         for command in ("lever train --grpo-epochs 7", last):
@@ -153,23 +143,15 @@ def test_nothing_was_begun_and_there_is_nothing(lever, tmp_path):
 
 
 def test_a_run_killed_before_its_first_epoch_says_what_goes_on(lever, tmp_path):
-    (tmp_path / RUN).mkdir(parents=True)
-    left = {"pid": 2**22 + 5, "host": "elsewhere", "command": "train --limit 24"}
-    (tmp_path / RUN / LOCK).write_text(json.dumps(left))
+    left_by(tmp_path / RUN, "train --limit 24")
     found = lever("status", "--json").json
     assert (found["state"], found["phase"], found["command"]) == ("killed", "rollouts", "lever train --limit 24")
 
 
-def test_rollouts_of_the_users_own_are_not_being_made(lever, tmp_path):
-    (tmp_path / RUN).mkdir(parents=True)
-    for command, phase in (
-        ("train --rl-data own.json", "rce"),
-        ("train --rl-data=own.json", "rce"),
-        ("train", "rollouts"),
-    ):
-        left = {"pid": 2**22 + 5, "host": "elsewhere", "command": command}
-        (tmp_path / RUN / LOCK).write_text(json.dumps(left))
-        assert lever("status", "--json").json["phase"] == phase
+@pytest.mark.parametrize("command", ["train --rl-data own.json", "train --rl-data=own.json"])
+def test_rollouts_of_the_users_own_are_not_being_made(lever, tmp_path, command):
+    left_by(tmp_path / RUN, command)
+    assert lever("status", "--json").json["phase"] == "rce"
 
 
 def test_a_run_on_rollouts_of_the_users_own_names_their_file(lever, tmp_path):
@@ -192,7 +174,7 @@ def test_while_the_speed_of_grpo_is_unknown_what_is_left_of_rce_is_told(trained,
     run = RunFolder(trained / RUN)
     rows = [{**row, "epoch_time": 40.0} for row in rows_of(run.path) if row["phase"] == "rce"]
     run.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run.config.write_text(run.config.read_text().replace("  epochs: 2\n", "  epochs: 5\n"))
+    more_epochs(run.path, 5, had=2)
     for path in run.path.glob("*_epoch*"):
         path.unlink()
     with run.alone(pytest.fail):
@@ -279,19 +261,15 @@ def test_every_run_below_results_has_a_line(trained, lever):
 
 
 def test_looking_at_a_lock_neither_takes_nor_drops_it(tmp_path):
-    path, take = (
-        tmp_path / "lock",
-        "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'r+'), fcntl.LOCK_EX | fcntl.LOCK_NB)",
-    )
+    path, me = tmp_path / "lock", {"pid": os.getpid(), "host": os.uname().nodename}
+    take = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'r+'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
 
     def others_can_take_it() -> bool:
         return subprocess.run([sys.executable, "-c", take, path], capture_output=True, check=False).returncode == 0
 
     with alone(path, "it", "wait"):
-        assert seen(path) == (
-            {"pid": os.getpid(), "host": os.uname().nodename, "command": seen(path)[0]["command"]},
-            True,
-        )
+        holder, held = seen(path)
+        assert (held, holder.items() >= me.items()) == (True, True)
         assert not others_can_take_it()
     path.write_text('{"pid": 1, "host": "h", "command": "train"}')
     assert seen(path) == ({"pid": 1, "host": "h", "command": "train"}, False)
@@ -320,10 +298,10 @@ def test_gpus_are_those_that_nvidia_smi_names(tmp_path, monkeypatch):
     assert gpus() == []
 
 
-def test_it_loads_neither_torch_nor_numpy(trained):
+def test_neither_status_nor_the_choice_of_an_epoch_loads_torch_or_numpy(trained):
     code = (
         "import sys\nfrom lever_lm.cli.commands import app\nfrom lever_lm.cli.entrypoint import run\n"
-        f"run(app, ['status', {str(RUN)!r}])\nrun(app, ['status'])\n"
+        f"run(app, ['status', {str(RUN)!r}])\nrun(app, ['status'])\nrun(app, ['best-ckpt', '--show-all'])\n"
         "sys.exit(', '.join(sorted({'torch', 'numpy', 'transformers'} & set(sys.modules))) or 0)\n"
     )
     done = subprocess.run(
@@ -331,6 +309,7 @@ def test_it_loads_neither_torch_nor_numpy(trained):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(": finished") == 2
+    assert "val_loss: epoch" in done.stdout
 
 
 def test_a_metric_that_is_not_finite_hinders_nothing(trained, lever):
@@ -338,8 +317,7 @@ def test_a_metric_that_is_not_finite_hinders_nothing(trained, lever):
     row = {**rows_of(trained / RUN)[-1], "val_reward": float("nan"), "val_loss": float("-inf"), "epoch_time": 1e308}
     last = [json.dumps(row | {"epoch": epoch}) + "\n" for epoch in (5, 6)]
     metrics.write_text(metrics.read_text() + "".join(last))
-    config = trained / RUN / "config.yaml"
-    config.write_text(config.read_text().replace("  epochs: 4\n", "  epochs: 9\n"))
+    more_epochs(trained / RUN, 9)
     with RunFolder(trained / RUN).alone(lambda text: None):
         done = lever("status")
     assert done.status == 0, done.err
@@ -366,12 +344,12 @@ def test_a_command_from_a_file_is_words_to_a_shell(kept, said):
     assert typed_again(kept) == said
 
 
-def test_a_command_from_a_lock_is_words_too_and_half_of_one_is_none(lever, tmp_path):
-    (tmp_path / RUN).mkdir(parents=True)
-    for command, said in (("train; reboot", "lever 'train;' reboot"), ("train " + "x" * 194, None)):
-        left = {"pid": 2**22 + 5, "host": "elsewhere", "command": command}
-        (tmp_path / RUN / LOCK).write_text(json.dumps(left))
-        assert lever("status", "--json").json["command"] == said
+@pytest.mark.parametrize(
+    ("command", "said"), [("train; reboot", "lever 'train;' reboot"), ("train " + "x" * 194, None)]
+)
+def test_a_command_from_a_lock_is_words_too_and_half_of_one_is_none(lever, tmp_path, command, said):
+    left_by(tmp_path / RUN, command)
+    assert lever("status", "--json").json["command"] == said
 
 
 def test_answers_that_are_made_when_they_are_read_are_not_counted(trained, lever):

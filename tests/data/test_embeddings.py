@@ -19,7 +19,6 @@ from lever_lm.utils.paths import asset_path
 from lever_lm.utils.transformers_compat import import_transformers
 
 CLIP = FeatureConfig(encoder="asset:tiny-clip")
-PARTS = ("img", "text", "img_text")
 
 
 @pytest.fixture
@@ -55,8 +54,7 @@ def test_every_example_has_a_unit_row_in_both_splits(digits, digits_features):
             torch.testing.assert_close(matrix.norm(dim=-1), torch.ones(len(examples)))
 
 
-@pytest.mark.parametrize("icd", PARTS)
-@pytest.mark.parametrize("query", PARTS)
+@pytest.mark.parametrize(("query", "icd"), [("img", "text"), ("text", "img_text"), ("img_text", "img")])
 def test_a_feature_is_the_normalised_sum_of_the_embeddings_its_name_lists(digits_features, query, icd):
     config = dataclasses.replace(CLIP, name=f"query_{query}_icd_{icd}")
 

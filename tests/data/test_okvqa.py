@@ -2,8 +2,6 @@
 
 import json
 import re
-import struct
-import zlib
 from pathlib import Path
 
 import pytest
@@ -132,84 +130,6 @@ def test_a_split_is_also_a_table_whose_images_are_decoded_on_access_and_not_befo
     assert data.train["question"][0] == "what is 0 in 1?"
     with pytest.raises(FileNotFoundError):
         data.train[0]["image"]
-
-
-# ---------------------------------------------------------------------- pictures
-
-
-@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-def test_every_mode_opens_as_rgb(world, mode):
-    world.save("train", 1, Image.new("L", (8, 6), 128).convert(mode))
-    picture = open_image(world.load().train_examples[0].image)
-    assert (picture.mode, picture.size) == ("RGB", (8, 6))
-    assert all(abs(channel - 128) <= 3 for channel in picture.getpixel((4, 3)))
-
-
-def test_a_transparent_png_under_a_jpg_name_opens_as_rgb(world):
-    world.save("train", 1, Image.new("RGBA", (8, 6), (200, 100, 50, 255)), format="PNG")
-    picture = open_image(world.load().train_examples[0].image)
-    assert (picture.mode, picture.getpixel((0, 0))) == ("RGB", (200, 100, 50))
-
-
-def test_a_rotated_photograph_opens_upright(world):
-    picture = Image.new("RGB", (40, 20), "black")
-    picture.paste((255, 255, 255), (0, 0, 20, 20))  # the left half is white
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90° clockwise: left comes up
-    world.save("train", 1, picture, exif=exif, quality=95)
-    upright = open_image(world.load().train_examples[0].image)
-    assert upright.size == (20, 40)
-    assert min(upright.getpixel((10, 5))) > 240
-    assert max(upright.getpixel((10, 35))) < 15
-
-
-def png(depth: int, colour_type: int, row: bytes, transparent: bytes) -> bytes:
-    """A PNG of two pixels in one row, as its specification writes one."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    header = struct.pack(">IIBBBBB", 2, 1, depth, colour_type, 0, 0, 0)
-    chunks = [(b"IHDR", header), (b"tRNS", transparent), (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in chunks)
-
-
-@pytest.mark.parametrize(
-    ("depth", "colour_type", "row", "transparent", "other"),
-    [
-        (16, 0, struct.pack(">2H", 7, 40000), struct.pack(">H", 7), 156),
-        (16, 2, struct.pack(">6H", 7, 7, 700, *[40000] * 3), struct.pack(">3H", 7, 7, 700), 156),
-        (8, 0, bytes([9, 156]), struct.pack(">H", 9), 156),
-        (8, 2, bytes([9, 9, 9, 156, 156, 156]), struct.pack(">3H", 9, 9, 9), 156),
-        (4, 0, bytes([0x3A]), struct.pack(">H", 3), 170),
-        (2, 0, bytes([0b01100000]), struct.pack(">H", 1), 170),
-        (1, 0, bytes([0b01000000]), struct.pack(">H", 0), 255),
-    ],
-    ids=["16-bit grey", "16-bit colour", "8-bit grey", "8-bit colour", "4-bit grey", "2-bit grey", "1-bit"],
-)
-def test_the_transparent_colour_of_a_png_is_white_at_every_depth(tmp_path, depth, colour_type, row, transparent, other):
-    (tmp_path / "x.png").write_bytes(png(depth, colour_type, row, transparent))
-    picture = open_image(str(tmp_path / "x.png"))
-    assert [picture.getpixel((x, 0)) for x in (0, 1)] == [(255,) * 3, (other,) * 3]
-
-
-@pytest.mark.parametrize("share", [0.3, 0.8])
-def test_a_truncated_picture_is_refused_by_file(world, share):
-    world.save("train", 2, Image.effect_noise((64, 64), 80).convert("RGB"))
-    whole = world.path("train", 2).read_bytes()
-    world.path("train", 2).write_bytes(whole[: int(len(whole) * share)])
-    with pytest.raises(
-        LeverError, match=r"cannot decode the image .*COCO_train2014_000000000002\.jpg.*skip-bad-examples"
-    ):
-        open_image(world.path("train", 2))
-
-
-def test_a_file_that_is_no_picture_and_a_missing_one_are_refused(tmp_path):
-    (tmp_path / "text.jpg").write_text("hello")
-    with pytest.raises(LeverError, match=r"cannot decode the image .*text\.jpg"):
-        open_image(tmp_path / "text.jpg")
-    with pytest.raises(LeverError, match=r"image not found: .*none\.jpg .*COCO_PATH"):
-        open_image(tmp_path / "none.jpg")
 
 
 # ---------------------------------------------------------------------- refusals

@@ -25,8 +25,8 @@ from lever_lm.config.values import build, merge
 from lever_lm.data import Example, StoredImage, VqaData
 from lever_lm.evaluation.choices_file import read_icds
 from lever_lm.evaluation.report import phrasing
-from lever_lm.evaluation.report.curves import curve_chart, training_curves
-from lever_lm.evaluation.report.page import write_report
+from lever_lm.evaluation.report.curves import training_curves
+from lever_lm.evaluation.report.page import _curve_chart, write_report
 from lever_lm.evaluation.results import _write_metrics
 from lever_lm.training.batches import to_tensors
 from lever_lm.training.environment import differences, environment, listed, own_files, read_environment, record
@@ -279,7 +279,7 @@ def metrics_file(folder: Path) -> Target:
         choices(run, None)
         rows = run.rows()
         for curve in training_curves([("x", rows)]):
-            curve_chart(curve)
+            _curve_chart("", curve)
         for tell in (phrasing.strategies, phrasing.health, phrasing.of_groups, phrasing.warnings_of):
             tell(rows)
 

@@ -18,9 +18,10 @@ from safetensors.torch import save_file
 from lever_lm.config.schema import LvlmConfig, PromptConfig
 from lever_lm.data import open_image
 from lever_lm.lvlm import build_prompt
-from lever_lm.lvlm.feature_cache import VisionBank
+from lever_lm.lvlm.backend import load_local
+from lever_lm.lvlm.feature_cache import FeatureCache
+from lever_lm.lvlm.local import LocalLvlm, vision_fingerprint
 from lever_lm.lvlm.preprocess import CHUNK, chunked_patches, patches
-from lever_lm.lvlm.qwen2_5_vl import LocalLvlm, vision_fingerprint
 from lever_lm.lvlm.qwen_kernels import _align
 from lever_lm.utils.atomic_io import TEMPORARY_PREFIX
 from lever_lm.utils.distributed import Shards
@@ -32,13 +33,13 @@ SMALL = {"path": TINY, "dtype": "float32"}
 
 
 def make(bank=None, **settings) -> LocalLvlm:
-    return LocalLvlm(LvlmConfig(**{**SMALL, **settings}), PromptConfig(), "cpu", bank=bank)
+    return load_local(LvlmConfig(**{**SMALL, **settings}), PromptConfig(), "cpu", folder=bank)
 
 
 def towers(lvlm: LocalLvlm) -> list[int]:
     """How many images each call of the vision tower has had from now on."""
     seen: list[int] = []
-    lvlm.model.model.visual.register_forward_hook(
+    lvlm.family.model.model.visual.register_forward_hook(
         lambda module, args, kwargs, output: seen.append(len(kwargs.get("grid_thw", args[-1]))), with_kwargs=True
     )
     return seen
@@ -47,7 +48,7 @@ def towers(lvlm: LocalLvlm) -> list[int]:
 @pytest.fixture(scope="module")
 def prompts(digits):
     rng = random.Random(3)
-    picks = [rng.sample(digits.train_examples, 1 + i % 5) for i in range(40)]
+    picks = [rng.sample(digits.train_examples, 1 + i % 5) for i in range(25)]
     return [build_prompt(icds, query, PromptConfig()) for query, *icds in picks]
 
 
@@ -66,7 +67,7 @@ def features(count: int, width: int = 4) -> list[torch.Tensor]:
 
 
 def written(folder, *added) -> None:
-    bank = VisionBank(folder, memory=MIB, disk=MIB)
+    bank = FeatureCache(folder, memory=MIB, disk=MIB)
     bank.add(*added)
     bank.flush()
 
@@ -77,7 +78,7 @@ def written(folder, *added) -> None:
 def test_what_one_bank_wrote_another_finds(tmp_path, images):
     made, grids = features(8), [(1, 2 * (i % 3) + 2, 2) for i in range(8)]
     written(tmp_path, images[:8], made, grids)
-    found = VisionBank(tmp_path, memory=MIB, disk=MIB)
+    found = FeatureCache(tmp_path, memory=MIB, disk=MIB)
     assert len(found) == 8
     assert found.missing(images[:10]) == images[8:10]
     for image, feature, grid in zip(images[:8], made, grids, strict=True):
@@ -86,7 +87,7 @@ def test_what_one_bank_wrote_another_finds(tmp_path, images):
 
 
 def test_a_copy_of_an_image_is_the_same_image(tmp_path, images):
-    bank = VisionBank(None, memory=MIB, disk=0)
+    bank = FeatureCache(None, memory=MIB, disk=0)
     bank.add(images[:1], features(1), [(1, 2, 2)])
     copy = tmp_path / "copy.jpg"
     with open(images[0], "rb") as file:
@@ -97,7 +98,7 @@ def test_a_copy_of_an_image_is_the_same_image(tmp_path, images):
 
 def test_memory_keeps_what_was_asked_for_last_and_the_disk_the_rest(tmp_path, images):
     size = 4 * 4 * 3  # bytes of the largest feature
-    bank = VisionBank(tmp_path, memory=2 * size, disk=MIB)
+    bank = FeatureCache(tmp_path, memory=2 * size, disk=MIB)
     made = [torch.full((3, 4), float(i)) for i in range(4)]
     for image, feature in zip(images[:4], made, strict=True):
         bank.add([image], [feature], [(1, 2, 6)])
@@ -110,7 +111,7 @@ def test_memory_keeps_what_was_asked_for_last_and_the_disk_the_rest(tmp_path, im
 
 @pytest.mark.parametrize("disk", [0, 100])
 def test_without_room_on_disk_nothing_is_written_and_the_image_is_known_all_the_same(tmp_path, images, disk):
-    bank = VisionBank(tmp_path / "bank", memory=0, disk=disk)
+    bank = FeatureCache(tmp_path / "bank", memory=0, disk=disk)
     bank.add(images[:4], features(4, width=64), [(1, 2, 2)] * 4)
     assert not list(tmp_path.rglob("*.safetensors"))
     assert bank.missing(images[:4]) == []
@@ -162,12 +163,12 @@ def test_what_is_not_ours_stays_in_the_folder(tmp_path, images):
     save_file({"weight": torch.zeros(2)}, tmp_path / "model.safetensors")
     (tmp_path / "notes").mkdir()
     (tmp_path / f"{TEMPORARY_PREFIX}left").touch()
-    assert len(VisionBank(tmp_path, memory=MIB, disk=MIB)) == 0
+    assert len(FeatureCache(tmp_path, memory=MIB, disk=MIB)) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "notes"}
 
 
 def test_two_jobs_whose_chunks_begin_alike_keep_each_other_s_files(tmp_path, images):
-    jobs = [VisionBank(tmp_path, memory=0, disk=MIB) for _ in range(2)]
+    jobs = [FeatureCache(tmp_path, memory=0, disk=MIB) for _ in range(2)]
     for job, count in zip(jobs, (4, 1), strict=True):
         job.add(images[:count], features(count), [(1, 2, 2)] * count)
         job.flush()
@@ -176,7 +177,7 @@ def test_two_jobs_whose_chunks_begin_alike_keep_each_other_s_files(tmp_path, ima
 
 def test_the_bound_on_disk_is_that_of_all_processes(tmp_path, images):
     size = 3 * 4 * 4
-    banks = [VisionBank(tmp_path, memory=MIB, disk=4 * size, processes=2) for _ in range(2)]
+    banks = [FeatureCache(tmp_path, memory=MIB, disk=4 * size, processes=2) for _ in range(2)]
     for bank, part in zip(banks, (images[:4], images[4:8]), strict=True):
         for image in part:
             bank.add([image], [torch.ones(3, 4)], [(1, 2, 6)])
@@ -191,7 +192,7 @@ def test_the_bound_on_disk_is_that_of_all_processes(tmp_path, images):
 def test_answers_do_not_depend_on_what_the_bank_has_room_for(tmp_path, prompts, expected, bounds):
     lvlm = make(tmp_path, **bounds)
     assert lvlm.generate(prompts) == expected
-    assert lvlm.vision.bank.in_memory <= max(lvlm.config.bank_memory, 4) * (1 << 30)
+    assert lvlm.family.vision.cache.in_memory <= max(lvlm.config.bank_memory, 4) * (1 << 30)
 
 
 def test_a_second_command_encodes_no_image_again(tmp_path, prompts, expected):
@@ -205,7 +206,7 @@ def test_a_second_command_encodes_no_image_again(tmp_path, prompts, expected):
 
 def test_a_killed_command_goes_on_with_the_images_that_are_left(tmp_path, prompts, expected):
     distinct = list(dict.fromkeys(image for prompt in prompts for image in prompt.images))
-    make(tmp_path).vision.see(distinct[:50])
+    make(tmp_path).family.vision.see(distinct[:50])
     again = make(tmp_path)
     seen = towers(again)
     assert again.generate(prompts) == expected
@@ -227,7 +228,7 @@ def test_processes_of_a_job_share_the_images(tmp_path, prompts, disk):
     barrier = threading.Barrier(2)
     config, count = LvlmConfig(**SMALL, bank_disk=disk), len({image for prompt in prompts for image in prompt.images})
     ranks = [
-        LocalLvlm(config, PromptConfig(), "cpu", bank=tmp_path, shards=Threads(rank, 2, barrier=barrier))
+        load_local(config, PromptConfig(), "cpu", folder=tmp_path, shards=Threads(rank, 2, barrier=barrier))
         for rank in range(2)
     ]
     counts = [towers(lvlm) for lvlm in ranks]
@@ -263,13 +264,12 @@ def test_the_folder_s_name_follows_what_features_depend_on():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_patches_come_in_order_from_any_number_of_workers(images, workers):
     lvlm = make()
-    parts = list(
-        chunked_patches(images, lvlm.processor.image_processor, lvlm.config, torch.float32, workers=workers, pin=False)
-    )
+    work = (lvlm.family.processor.image_processor, lvlm.config, torch.float32)
+    parts = list(chunked_patches(images, *work, workers=workers, pin=False))
     assert [image for chunk, _, _ in parts for image in chunk] == images
     assert max(len(chunk) for chunk, _, _ in parts) == CHUNK < len(images)
     for chunk, pixels, grids in parts:
-        there = patches(chunk, lvlm.processor.image_processor, lvlm.config, torch.float32)
+        there = patches(chunk, *work)
         assert torch.equal(pixels, there[0])
         assert torch.equal(grids, there[1])
 
@@ -279,7 +279,7 @@ def test_encoding_images_draws_nothing_from_the_generator_that_a_policy_trains_w
     lvlm = make(workers=workers)
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    lvlm.vision.see(images)
+    lvlm.family.vision.see(images)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -290,10 +290,10 @@ def test_a_broken_image_is_named_and_those_before_it_are_kept(tmp_path, images, 
         broken.write_bytes(file.read()[:60])
     lvlm = make(tmp_path / "bank", workers=workers)
     with pytest.raises(LeverError, match=r"broken\.jpg") as caught:
-        lvlm.vision.see([*images, str(broken)])
+        lvlm.family.vision.see([*images, str(broken)])
     assert "worker" not in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert len(VisionBank(tmp_path / "bank", memory=MIB, disk=MIB)) == len(images) // CHUNK * CHUNK
+    assert len(FeatureCache(tmp_path / "bank", memory=MIB, disk=MIB)) == len(images) // CHUNK * CHUNK
 
 
 class Deadly:
@@ -318,38 +318,34 @@ def test_an_image_larger_than_the_budget_is_shrunk_to_it(tmp_path):
     path = tmp_path / "large.png"
     Image.new("RGB", (3000, 2000), "red").save(path)
     lvlm = make(max_pixels=56 * 56 * 16)
-    lvlm.vision.see([str(path)])
-    assert lvlm.vision.tokens(str(path)) <= 56 * 56 * 16 // 28**2
+    lvlm.family.vision.see([str(path)])
+    assert lvlm.family.vision.tokens(str(path)) <= 56 * 56 * 16 // 28**2
     assert open_image(str(path)).size == (3000, 2000)
 
 
 # ---------------------------------------------------------------------- what does not fit
 
 
-class Cramped(LocalLvlm):
-    """A model on a device with room for so many tokens of prompts at a time, and so many images."""
+def cramped(tokens: int = 10**9, images: int = 10**9) -> LocalLvlm:
+    """A model on a device with room for so many tokens of prompts at a time, and so many images; `tried` are the
+    tokens of each batch."""
+    lvlm = make()
+    family, lvlm.tried = lvlm.family, []
+    tower, inner = family.model.get_image_features, family.prefill
 
-    def __init__(self, *arguments, tokens=10**9, images=10**9, **options):
-        super().__init__(*arguments, **options)
-        self.room, self.tried = {"tokens": tokens, "images": images}, []
-        tower = self.model.get_image_features
+    def get_image_features(pixels, grids):
+        if len(grids) > images:
+            raise torch.OutOfMemoryError("no room for images")
+        return tower(pixels, grids)
 
-        def get_image_features(pixels, grids):
-            if len(grids) > self.room["images"]:
-                raise torch.OutOfMemoryError("no room for images")
-            return tower(pixels, grids)
-
-        self.model.get_image_features = get_image_features
-
-    def _prefill(self, prompts):
-        self.tried.append(len(prompts) * max(map(self._length, prompts)))
-        if self.tried[-1] > self.room["tokens"]:
+    def prefill(prompts):
+        lvlm.tried.append(len(prompts) * max(lvlm._length(prompt, None) for prompt in prompts))
+        if lvlm.tried[-1] > tokens:
             raise torch.OutOfMemoryError("no room for prompts")
-        return super()._prefill(prompts)
+        return inner(prompts)
 
-
-def cramped(**room) -> Cramped:
-    return Cramped(LvlmConfig(**SMALL), PromptConfig(), "cpu", **room)
+    family.model.get_image_features, family.prefill = get_image_features, prefill
+    return lvlm
 
 
 def test_a_batch_that_does_not_fit_is_halved_and_those_after_it_are_cut_as_small(prompts, expected):
@@ -391,7 +387,7 @@ def test_more_images_than_the_context_has_room_for_are_refused_by_number(digits)
 def test_batches_stay_within_the_budget_of_tokens(prompts):
     lvlm = make(batch_tokens=600)
     for batch in lvlm.batches(prompts):
-        ids = [len(lvlm._token_ids(prompts[i])) for i in batch]
+        ids = [len(lvlm.family.token_ids(prompts[i])) for i in batch]
         assert len(batch) == 1 or len(batch) * max(ids) <= 600 * 1.3, "a guess of the text's length is a third off"
 
 
@@ -409,7 +405,7 @@ def test_what_is_left_after_whole_batches_is_cut_as_before(prompts):
 
 
 def test_padding_the_inner_width_changes_nothing():
-    mlp = make().model.model.visual.blocks[0].mlp
+    mlp = make().family.model.model.visual.blocks[0].mlp
     x = torch.randn(7, mlp.gate_proj.in_features)
     for layer in (mlp.gate_proj, mlp.up_proj):  # an inner width that is not a multiple of eight
         layer.weight = torch.nn.Parameter(layer.weight[:121])
@@ -427,17 +423,17 @@ def test_padding_the_inner_width_changes_nothing():
 @pytest.mark.parametrize("compile_", [False, True])
 def test_on_a_gpu_the_answers_are_those_of_the_cpu(prompts, expected, tmp_path, compile_):
     config = LvlmConfig(path=TINY, dtype="float32", workers=2, compile=compile_)
-    assert LocalLvlm(config, PromptConfig(), "cuda", bank=tmp_path).generate(prompts) == expected
+    assert load_local(config, PromptConfig(), "cuda", folder=tmp_path).generate(prompts) == expected
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_one_kernel_gives_the_tower_s_features(images):
-    fast = LocalLvlm(LvlmConfig(path=TINY, dtype="bfloat16"), PromptConfig(), "cuda")
-    slow = LocalLvlm(LvlmConfig(path=TINY, dtype="bfloat16", attention="sdpa"), PromptConfig(), "cuda")
+    fast = load_local(LvlmConfig(path=TINY, dtype="bfloat16"), PromptConfig(), "cuda")
+    slow = load_local(LvlmConfig(path=TINY, dtype="bfloat16", attention="sdpa"), PromptConfig(), "cuda")
     for lvlm in (fast, slow):
-        lvlm.vision.see(images)
+        lvlm.family.vision.see(images)
     for image in images:
-        a, b = (lvlm.vision.bank.get(image, "cuda").float() for lvlm in (fast, slow))
+        a, b = (lvlm.family.vision.cache.get(image, "cuda").float() for lvlm in (fast, slow))
         assert float((a - b).norm() / b.norm()) < 0.02
 
 
@@ -452,6 +448,6 @@ def test_workers_are_none_on_a_cpu_unless_asked_for(images, monkeypatch):
     monkeypatch.setattr(
         "lever_lm.lvlm.qwen_vision.chunked_patches", lambda *a, workers, **k: started.append(workers) or ()
     )
-    make().vision.see(images)
-    make(workers=3).vision.see(images)
+    make().family.vision.see(images)
+    make(workers=3).family.vision.see(images)
     assert started == [0, 3]

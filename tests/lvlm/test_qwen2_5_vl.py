@@ -15,17 +15,17 @@ from torch.nn import functional as F
 
 from lever_lm.config.schema import LvlmConfig, PromptConfig
 from lever_lm.data import open_image
-from lever_lm.lvlm import build_prompt, cut_answer
-from lever_lm.lvlm.decoding import beam_search
-from lever_lm.lvlm.preprocess import fitted
-from lever_lm.lvlm.qwen2_5_vl import LocalLvlm, local_fingerprint
-from lever_lm.lvlm.qwen_kernels import float32_logits, repeatable_attention
+from lever_lm.lvlm import build_prompt
+from lever_lm.lvlm.backend import load_local
+from lever_lm.lvlm.decoding import beam_search, float32_logits, repeatable_attention
+from lever_lm.lvlm.images import check_pixel_budget, fitted
+from lever_lm.lvlm.local import LocalLvlm, local_fingerprint
 from lever_lm.utils.errors import LeverError, UsageError
 from lever_lm.utils.paths import asset_path
 from lever_lm.utils.transformers_compat import import_transformers
 
 STYLES = ("interleaved", "dialogue")
-PROMPTS = 54  # a setting: nine of every number of shots
+PROMPTS = 30  # a setting: five of every number of shots
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +57,6 @@ def test_answers_are_those_of_plain_generate(prompts, style, beams):
     assert len(set(answers)) >= 8, "prompts that all get the same answer prove nothing"
 
 
-def test_an_answer_is_what_was_written_up_to_its_end(lvlm, prompts):
-    assert lvlm.answer(prompts[:12]) == [cut_answer(text) for text in lvlm.generate(prompts[:12])]
-
-
 def test_no_prompt_no_answer(lvlm):
     assert lvlm.generate([]) == []
     assert lvlm.answer_log_prob([], []) == []
@@ -68,7 +64,7 @@ def test_no_prompt_no_answer(lvlm):
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_the_batch_size_changes_no_answer(prompts, beams):
-    one, other = local_lvlm(batch_size=1, num_beams=beams), local_lvlm(batch_size=54, num_beams=beams)
+    one, other = local_lvlm(batch_size=1, num_beams=beams), local_lvlm(batch_size=30, num_beams=beams)
     assert one.generate(prompts) == other.generate(prompts)
 
 
@@ -90,7 +86,7 @@ def test_a_larger_image_budget_gives_more_image_tokens_and_the_library_agrees(pr
     assert large.generate([prompt]) == [plain_answer(large, prompt)]
     small.generate([prompt])
     path = prompt.images[-1]
-    assert len(large.vision.bank.get(path, "cpu")) > len(small.vision.bank.get(path, "cpu"))
+    assert len(large.family.vision.cache.get(path, "cpu")) > len(small.family.vision.cache.get(path, "cpu"))
 
 
 # ---------------------------------------------------------------------- log-probs
@@ -119,13 +115,13 @@ def test_with_the_end_of_the_turn_its_token_counts_too(prompts, style):
 def test_answers_that_end_exclude_one_another_and_beginnings_do_not(prompts):
     """Of a model that goes on after its answer: every beginning of what it writes is probable, and one end of it is."""
     ours = local_lvlm()
-    weights = 5 * ours.model.lm_head.weight.detach()  # sure of what it goes on with
+    weights = 5 * ours.family.model.lm_head.weight.detach()  # sure of what it goes on with
     weights[ours.eos] *= -1
-    ours.model.lm_head.weight = torch.nn.Parameter(weights)
+    ours.family.model.lm_head.weight = torch.nn.Parameter(weights)
     sums = []
     for prompt, written in zip(prompts[:12], ours.generate(prompts[:12]), strict=True):
-        tokens = ours.tokenizer(written).input_ids
-        answers = [ours.tokenizer.decode(tokens[:count]) for count in range(1, len(tokens) + 1)]
+        tokens = ours.family.tokenizer(written).input_ids
+        answers = [ours.family.tokenizer.decode(tokens[:count]) for count in range(1, len(tokens) + 1)]
         scores = [ours.answer_log_prob([prompt] * len(answers), answers, end=end) for end in (False, True)]
         sums.append([sum(map(math.exp, of_answers)) for of_answers in scores])
     assert max(begun for begun, _ in sums) > 1.2
@@ -136,14 +132,14 @@ def test_batches_of_log_probs_count_the_answers(prompts):
     """64 short prompts and one long answer: the batch of that one is padded to it, and so holds fewer."""
     ours, short = local_lvlm(batch_size=64, batch_tokens=2000), [prompts[0]] * 40
     answers = ["three"] * 39 + ["a blue circle of paper " * 12]
-    shapes, inputs, ours._inputs = [], ours._inputs, None
-    ours._inputs = lambda *work: (found := inputs(*work), shapes.append(found[0].shape))[0]
+    shapes, inputs, ours.family._inputs = [], ours.family._inputs, None
+    ours.family._inputs = lambda *work: (found := inputs(*work), shapes.append(found[0].shape))[0]
     scored = []
-    ours.model.lm_head.register_forward_pre_hook(lambda _, args: scored.append(args[0].shape[:-1].numel()))
+    ours.family.model.lm_head.register_forward_pre_hook(lambda _, args: scored.append(args[0].shape[:-1].numel()))
     ours.answer_log_prob(short, answers)
     assert max(rows * width for rows, width in shapes) <= 2000 * 1.3, "a guess of the text's length is a third off"
     assert [rows for rows, _ in shapes] == [len(batch) for batch in ours.batches(short, answers)]
-    assert sum(scored) == sum(len(ours.tokenizer(answer).input_ids) for answer in answers)
+    assert sum(scored) == sum(len(ours.family.tokenizer(answer).input_ids) for answer in answers)
     alone = len(ours.batches(short))
     assert len(shapes) > alone
 
@@ -162,7 +158,7 @@ def test_what_is_left_of_prompts_and_answers_is_cut_as_before(prompts):
 
 def test_the_batch_size_hardly_changes_a_log_prob(prompts):
     answers = [prompt.query.answer for prompt in prompts]
-    one, other = local_lvlm(batch_size=1), local_lvlm(batch_size=54)
+    one, other = local_lvlm(batch_size=1), local_lvlm(batch_size=30)
     assert one.answer_log_prob(prompts, answers) == pytest.approx(other.answer_log_prob(prompts, answers), abs=1e-4)
 
 
@@ -172,7 +168,7 @@ def test_an_answer_without_tokens_cannot_be_scored(lvlm, prompts):
 
 
 def test_prompts_and_answers_must_be_as_many(lvlm, prompts):
-    with pytest.raises(ValueError, match="2 prompts but 1 answers"):
+    with pytest.raises(ValueError):
         lvlm.answer_log_prob(prompts[:2], ["three"])
 
 
@@ -181,7 +177,7 @@ def test_prompts_and_answers_must_be_as_many(lvlm, prompts):
 
 def test_every_distinct_image_is_encoded_once(prompts):
     ours, encoded = local_lvlm(), []
-    ours.model.model.visual.register_forward_hook(
+    ours.family.model.model.visual.register_forward_hook(
         lambda module, args, kwargs, output: encoded.append(len(kwargs.get("grid_thw", args[-1]))), with_kwargs=True
     )
     distinct = {path for prompt in prompts for path in prompt.images}
@@ -189,7 +185,7 @@ def test_every_distinct_image_is_encoded_once(prompts):
     ours.generate(prompts)
     ours.generate(prompts[:10])
     ours.answer_log_prob(prompts[:10], ["three"] * 10)
-    assert sum(encoded) == len(ours.vision.bank) == len(distinct) < shown
+    assert sum(encoded) == len(ours.family.vision.cache) == len(distinct) < shown
 
 
 def picture(width: int, height: int):
@@ -230,19 +226,19 @@ def test_a_thin_image_is_answered_and_counted(prompts, tmp_path):
     prompt = dataclasses.replace(prompts[2], query=query)
     ours = local_lvlm(max_pixels=12544)
     (answer,) = ours.generate([prompt])
-    assert ours.vision.tokens(query.image) == 16
+    assert ours.family.vision.tokens(query.image) == 16
     images = [fitted(open_image(image), ours.config) for image in prompt.images]
-    text = ours.processor.apply_chat_template(
+    text = ours.family.processor.apply_chat_template(
         conversation(prompt, "interleaved"), tokenize=False, add_generation_prompt=True
     )
-    inputs = ours.processor(text=[text], images=images, return_tensors="pt")
-    written = ours.model.generate(**inputs, max_new_tokens=5, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-    assert answer == ours.tokenizer.decode(written, skip_special_tokens=True)
+    inputs = ours.family.processor(text=[text], images=images, return_tensors="pt")
+    written = ours.family.model.generate(**inputs, max_new_tokens=5, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert answer == ours.family.tokenizer.decode(written, skip_special_tokens=True)
 
 
 def test_a_budget_below_one_token_is_refused():
     with pytest.raises(UsageError, match=r"lvlm\.max_pixels must be 784 or more, one token, found 783"):
-        LvlmConfig(min_pixels=1, max_pixels=783)
+        check_pixel_budget(LvlmConfig(min_pixels=1, max_pixels=783))
 
 
 @pytest.mark.parametrize("job", ["generate", "answer_log_prob"])
@@ -270,9 +266,9 @@ def test_an_image_that_is_not_there_is_named(lvlm, prompts):
 def flatten(lvlm: LocalLvlm) -> LocalLvlm:
     """The same model unsure of everything: noise on its last layer makes beams part and end at different lengths."""
     torch.manual_seed(0)
-    head = lvlm.model.lm_head.weight
+    head = lvlm.family.model.lm_head.weight
     with torch.no_grad():
-        lvlm.model.lm_head.weight = torch.nn.Parameter(0.3 * head + 0.3 * head.std() * torch.randn_like(head))
+        lvlm.family.model.lm_head.weight = torch.nn.Parameter(0.3 * head + 0.3 * head.std() * torch.randn_like(head))
     return lvlm
 
 
@@ -308,11 +304,11 @@ def test_beam_search_is_that_of_generate_under_every_length_penalty(several_ends
     ours = flatten(local_lvlm(path=several_ends))
     chosen = prompts[:24]
     ours.batches(chosen)
-    prefilled = ours._prefill(chosen)
-    found = beam_search(prefilled, 3, 6, ours.eos, ours.pad, penalty).tolist()
+    prefilled = ours.family.prefill(chosen)
+    found = beam_search(prefilled, 3, 6, ours.eos, ours.family.pad, penalty).tolist()
     for row, prompt in zip(found, chosen, strict=True):
         plain = plain_tokens(ours, prompt, num_beams=3, max_new_tokens=6, length_penalty=penalty)
-        assert row == plain + [ours.pad] * (6 - len(plain))
+        assert row == plain + [ours.family.pad] * (6 - len(plain))
 
 
 def test_length_penalty_of_the_config_is_used(several_ends, prompts):
@@ -322,8 +318,7 @@ def test_length_penalty_of_the_config_is_used(several_ends, prompts):
     assert answers != long.generate(prompts)
 
 
-@pytest.mark.parametrize("beams", [1, 3])
-@pytest.mark.parametrize("penalty", [1.05, 1.5])
+@pytest.mark.parametrize(("beams", "penalty"), [(1, 1.5), (3, 1.05)])
 def test_a_repetition_penalty_is_that_of_plain_generate(prompts, beams, penalty):
     ours, unpunished = (
         flatten(local_lvlm(num_beams=beams, repetition_penalty=penalty)),
@@ -334,20 +329,19 @@ def test_a_repetition_penalty_is_that_of_plain_generate(prompts, beams, penalty)
     assert answers != unpunished.generate(prompts)
 
 
-@pytest.mark.parametrize("beams", [1, 3])
-def test_the_tokenizers_own_token_alone_ends_an_answer(several_ends, prompts, beams):
-    ours = flatten(local_lvlm(path=several_ends, num_beams=beams, eos="tokenizer"))
-    assert ours.eos.tolist() == [ours.tokenizer.eos_token_id]
-    end = {"eos_token_id": ours.tokenizer.eos_token_id}
-    assert ours.generate(prompts) == [plain_answer(ours, prompt, num_beams=beams, **end) for prompt in prompts]
+def test_the_tokenizers_own_token_alone_ends_an_answer(several_ends, prompts):
+    ours = flatten(local_lvlm(path=several_ends, num_beams=3, eos="tokenizer"))
+    assert ours.eos.tolist() == [ours.family.tokenizer.eos_token_id]
+    end = {"eos_token_id": ours.family.tokenizer.eos_token_id}
+    assert ours.generate(prompts) == [plain_answer(ours, prompt, num_beams=3, **end) for prompt in prompts]
 
 
 @pytest.mark.parametrize("answer", ["10,000", "12:30 pm"])
 def test_five_new_tokens_are_too_few_for_numbers(lvlm, answer):
     """Each digit, comma and colon is a token of its own, in Qwen's tokenizer and in the shipped one of its kind."""
-    tokens = lvlm.tokenizer(answer).input_ids
+    tokens = lvlm.family.tokenizer(answer).input_ids
     assert len(tokens) > LvlmConfig.max_new_tokens
-    assert [lvlm.tokenizer.decode(token) for token in tokens[:5]] == list(answer[:5])
+    assert [lvlm.family.tokenizer.decode(token) for token in tokens[:5]] == list(answer[:5])
 
 
 # ---------------------------------------------------------------------- loading
@@ -478,7 +472,7 @@ def test_on_a_gpu_a_decoding_step_repeats_itself():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_on_a_gpu_answers_in_bfloat16_repeat_themselves(picks, num_beams):
-    lvlm = LocalLvlm(LvlmConfig(path=TINY, dtype="bfloat16", num_beams=num_beams), PromptConfig(), "cuda")
+    lvlm = load_local(LvlmConfig(path=TINY, dtype="bfloat16", num_beams=num_beams), PromptConfig(), "cuda")
     prompts = [build_prompt(icds, query, PromptConfig()) for icds, query in picks]
     first = lvlm.generate(prompts)
     assert [lvlm.generate(prompts) for _ in range(5)] == [first] * 5

@@ -34,9 +34,16 @@ def name_of(variant):
     return "-".join("stop" if value is True else str(value) for value in variant.values() if value is not False)
 
 
+# Nine in which every two values of two options meet: the parts know nothing of one another.
+PAIRED = [
+    dict(zip(CHOICES, (update, scorer, ("none", "mmr")[(i + j) % 2], (i - j) % 3 == 1), strict=True))
+    for i, update in enumerate(CHOICES["state_update"])
+    for j, scorer in enumerate(CHOICES["scorer"])
+]
 every_variant = pytest.mark.parametrize("variant", EVERY, ids=name_of)
-with_stop = pytest.mark.parametrize("variant", [v for v in EVERY if v["stop"]], ids=name_of)
-without_stop = pytest.mark.parametrize("variant", [v for v in EVERY if not v["stop"]], ids=name_of)
+paired_variants = pytest.mark.parametrize("variant", PAIRED, ids=name_of)
+with_stop = pytest.mark.parametrize("variant", [v for v in PAIRED if v["stop"]], ids=name_of)
+without_stop = pytest.mark.parametrize("variant", [v for v in PAIRED if not v["stop"]], ids=name_of)
 
 
 def make(variant, *, d_model=3, hidden_dim=4, num_layers=1, temperature=0.5, seed=0, **kwargs):
@@ -90,7 +97,7 @@ def written_out(policy, query, candidates, picks, real=None):
     w = {name: tensor.detach().numpy() for name, tensor in policy.state_dict().items()}
     with torch.no_grad():
         state, cands = policy.encode(query[None], candidates[None], None if real is None else real[None])
-    state, cands = state[0].numpy(), cands[0].numpy()
+    state, cands = state[0].numpy(), nn.functional.normalize(cands[0], dim=-1).numpy()
     free = [k for k in range(len(cands)) if real is None or real[k]]
 
     def score(vector):
@@ -155,6 +162,9 @@ def test_the_variants_tested_here_are_all_that_there_are():
         option: values for option, values in CHOICES.items() if option != "stop"
     }
     assert len(EVERY) == 36
+    for one, other in itertools.combinations(CHOICES, 2):
+        met = {(variant[one], variant[other]) for variant in PAIRED}
+        assert met == set(itertools.product(CHOICES[one], CHOICES[other]))
 
 
 @every_variant
@@ -189,6 +199,7 @@ def test_the_gru_moves_the_state_as_torchs_cell_does_with_the_pick_as_its_input(
     query, candidates = inputs(2, 5)
     with torch.no_grad():
         state, cands = policy.encode(query, candidates)
+        cands = nn.functional.normalize(cands, dim=-1)
         for t, pick in enumerate((4, 1)):
             state = nn.functional.normalize(cell(cands[:, pick], state), dim=-1)
             ours = policy.logits(query, candidates, torch.tensor([[4, 1, 0]] * 2))[:, t + 1]
@@ -271,7 +282,7 @@ def test_learned_scorers_are_clipped_at_one_over_the_temperature(scorer):
 # ---------------------------------------------------------------------- probabilities
 
 
-@every_variant
+@paired_variants
 def test_the_probabilities_of_all_sequences_sum_to_one(variant):
     policy = make(variant)
     query, candidates = inputs(1, 5)
@@ -329,7 +340,7 @@ def test_the_first_step_cannot_stop_however_much_it_is_wanted(variant):
         assert policy.select(query, candidates, 3)[0, 1:].tolist() == [-1, -1]
 
 
-@every_variant
+@paired_variants
 def test_label_smoothing_is_torchs_smoothed_cross_entropy_over_the_options(variant):
     policy = make(variant)
     query, candidates = inputs(1, 4)
@@ -342,7 +353,7 @@ def test_label_smoothing_is_torchs_smoothed_cross_entropy_over_the_options(varia
     torch.testing.assert_close(ours, -losses.sum(-1), rtol=0, atol=1e-6)  # the share of an option, 1/O, is in float32
 
 
-@every_variant
+@paired_variants
 def test_a_padded_step_picks_nothing(variant):
     policy = make(variant)
     with torch.no_grad():
@@ -351,7 +362,7 @@ def test_a_padded_step_picks_nothing(variant):
     assert not torch.equal(logits[2], logits[1])
 
 
-@every_variant
+@paired_variants
 def test_a_rollout_of_padding_alone_has_log_prob_and_gradient_zero(variant):
     policy = make(variant)
     query, candidates = (x.requires_grad_() for x in inputs(2, 4))
@@ -363,7 +374,7 @@ def test_a_rollout_of_padding_alone_has_log_prob_and_gradient_zero(variant):
         assert tensor.grad is None or (tensor.grad == 0).all()
 
 
-@every_variant
+@paired_variants
 def test_gradient_of_log_prob_and_entropy_is_right(variant):
     policy = make(variant, num_heads=2)
     query, candidates = (x.requires_grad_() for x in inputs(1, 4))
@@ -381,29 +392,10 @@ def test_gradient_of_log_prob_and_entropy_is_right(variant):
     assert [name for name, gradient in zip(names, gradients, strict=True) if gradient.abs().max() < 1e-9] == []
 
 
-@every_variant
-def test_a_policy_without_preferences_gives_every_option_the_same_probability(variant):
-    policy = make(variant)
-    query, candidates = inputs(2, 5)
-    with torch.no_grad():
-        policy.cand_proj.weight.zero_()
-        if variant["stop"]:
-            policy.stop_embedding.zero_()
-        one = policy.evaluate(query, candidates, torch.tensor([[[3], [0]]] * 2))
-        more = policy.evaluate(query, candidates, torch.tensor([[[3, 0, 1], [2, 4, -1]]] * 2))
-    fifth = torch.full((2, 2), math.log(5), dtype=torch.float64)
-    torch.testing.assert_close(one, (-fifth, fifth), **EXACT)
-    # Without stop 5, 4 and 3 candidates are left; with it 5, then 4 and the stop, then 3 and the stop.
-    left = [(5, 5, 4), (5, 5, 4)] if variant["stop"] else [(5, 4, 3), (5, 4)]
-    totals = torch.tensor([[math.log(math.prod(options)) for options in left]] * 2, dtype=torch.float64)
-    steps = torch.tensor([len(options) for options in left])
-    torch.testing.assert_close(more, (-totals, totals / steps), **EXACT)
-
-
 # ---------------------------------------------------------------------- padding and batches
 
 
-@every_variant
+@paired_variants
 def test_padding_the_pool_changes_nothing(variant):
     policy = make(variant, num_layers=2, num_heads=2)
     query, candidates = inputs(2, 4)
@@ -422,7 +414,7 @@ def test_padding_the_pool_changes_nothing(variant):
         torch.testing.assert_close(ours[1:], theirs[1:], **EXACT)
 
 
-@every_variant
+@paired_variants
 def test_padding_the_group_changes_nothing(variant):
     policy = make(variant)
     query, candidates = inputs(2, 4)
@@ -442,28 +434,14 @@ def test_padding_the_group_changes_nothing(variant):
 
 
 @without_stop
-def test_without_stop_more_columns_of_padding_change_nothing(variant):
+def test_where_the_pool_is_used_up_its_candidates_are_equally_likely_again(variant):
+    """A logged sequence may be longer than its pool: every option of the step is masked, and none is infinite."""
     policy = make(variant)
-    query, candidates = inputs(1, 4)
-    mixed = torch.tensor([[[1, 3, 0], [2, 0, -1], [3, -1, -1]]])
-    ours = policy.evaluate(query, candidates, mixed)
-    for i, sequence in enumerate(([1, 3, 0], [2, 0], [3])):
-        alone = policy.evaluate(query, candidates, torch.tensor([[sequence]]))
-        torch.testing.assert_close([x[0, i] for x in ours], [x[0, 0] for x in alone], **EXACT)
-
-
-@with_stop
-def test_with_stop_the_first_column_of_padding_is_the_stop_and_the_others_change_nothing(variant):
-    policy = make(variant)
-    query, candidates = inputs(1, 4)
+    query, candidates = inputs(1, 2)
     with torch.no_grad():
-        full, stopped, later = (
-            policy.log_prob(query, candidates, torch.tensor([[[1, 3, *padding]]]))[0, 0]
-            for padding in ([], [-1], [-1, -1, -1])
-        )
-        last = written_out(policy, query[0], candidates[0], [1, 3])[2]
-    assert float(stopped - full) == pytest.approx(log_softmax(last)[4], abs=1e-9)
-    assert torch.equal(later, stopped)
+        ours = policy.log_prob(query, candidates, torch.tensor([[[1, 0, 0]]]))
+        full = policy.log_prob(query, candidates, torch.tensor([[[1, 0]]]))
+    torch.testing.assert_close(ours, full - math.log(2), **EXACT)
 
 
 @with_stop
@@ -476,7 +454,7 @@ def test_when_the_pool_is_used_up_to_stop_is_certain(variant):
     torch.testing.assert_close(ours, full, **EXACT)
 
 
-@every_variant
+@paired_variants
 def test_a_query_does_not_depend_on_the_others_of_its_batch(variant):
     policy = make(variant, num_layers=2)
     query, candidates = inputs(3, 5)
@@ -501,7 +479,7 @@ def test_a_query_does_not_depend_on_the_others_of_its_batch(variant):
 # ---------------------------------------------------------------------- choosing
 
 
-@every_variant
+@paired_variants
 def test_select_is_the_largest_logit_step_by_step(variant):
     policy, shots = make(variant), 5
     query, candidates = inputs(8, 5)
@@ -523,14 +501,13 @@ def test_select_is_the_largest_logit_step_by_step(variant):
 
 @with_stop
 def test_greedy_choices_with_stop_have_more_than_one_length(variant):
-    policy = make(variant, seed=2)
-    picks = policy.select(*inputs(64, 5), 4)
+    picks = make(variant, seed=2).select(*inputs(64, 5), 4)
     lengths = (picks >= 0).sum(-1)
     assert len(lengths.unique()) > 1
     assert torch.equal(picks < 0, torch.arange(4) >= lengths.unsqueeze(-1))  # nothing is picked after a stop
 
 
-@every_variant
+@paired_variants
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_samples_come_with_the_probability_that_log_prob_gives_them(variant, temperature):
     policy = make(variant)
@@ -548,7 +525,7 @@ def test_samples_come_with_the_probability_that_log_prob_gives_them(variant, tem
     assert ((found.double().mean(0) - expected).abs() <= 5 * spread + 1e-3).all()
 
 
-@every_variant
+@paired_variants
 def test_beams_wide_enough_are_all_sequences_likeliest_first(variant):
     policy = make(variant)
     query, candidates = inputs(2, 4)
@@ -569,7 +546,7 @@ def test_beams_wide_enough_are_all_sequences_likeliest_first(variant):
             assert total == pytest.approx(sum(steps), abs=1e-9)
 
 
-@every_variant
+@paired_variants
 def test_beams_as_wide_as_the_pool_are_the_best_of_all_pairs(variant):
     policy = make(variant)
     query, candidates = inputs(3, 5)
@@ -581,7 +558,7 @@ def test_beams_as_wide_as_the_pool_are_the_best_of_all_pairs(variant):
     assert torch.equal(sequences, every[0][order])
 
 
-@every_variant
+@paired_variants
 def test_a_pool_as_large_as_the_shots_will_do_and_a_smaller_one_is_refused(variant):
     policy = make(variant)
     query, candidates = inputs(2, 4)
@@ -604,7 +581,7 @@ def test_a_pool_as_large_as_the_shots_will_do_and_a_smaller_one_is_refused(varia
         policy.beams(query, candidates, 4, 6, mask)
 
 
-@every_variant
+@paired_variants
 @settings(max_examples=3)
 @given(order=st.permutations(range(5)), seed=st.integers(0, 10**6))
 def test_a_pool_in_another_order_gives_the_same_picks_at_their_new_places(variant, order, seed):
@@ -638,7 +615,7 @@ def assert_same_policy(ours, theirs):
         assert torch.equal(ours.logits(query, candidates, sequences), theirs.logits(query, candidates, sequences))
 
 
-@every_variant
+@paired_variants
 def test_a_v3_file_gives_the_policy_back_with_our_config_and_without(tmp_path, variant):
     policy = make(variant, temperature=0.1, num_layers=2)
     content = content_of(policy)
@@ -657,7 +634,7 @@ def test_a_v3_file_gives_the_policy_back_with_our_config_and_without(tmp_path, v
     assert infer_shape(content["model_state_dict"], 1) == shape
 
 
-@every_variant
+@paired_variants
 def test_v2_refuses_what_it_cannot_express_by_name_and_takes_the_rest(tmp_path, variant):
     path = tmp_path / "grpo_epoch1.pt"
     policy = make(variant, temperature=0.1)
@@ -693,7 +670,7 @@ def test_an_unknown_variant_is_refused_with_the_known_ones(option):
         PointerSelector(**{option: "lstm"})
 
 
-@every_variant
+@paired_variants
 def test_after_input_is_the_same_policy_on_projected_features(variant):
     policy = make(variant)
     query, candidates = inputs(2, 5)
@@ -717,7 +694,7 @@ def test_after_input_is_the_same_policy_on_projected_features(variant):
     )
 
 
-@every_variant
+@paired_variants
 @pytest.mark.parametrize("size", [2, 40], ids=["in two products", "in one"])
 @pytest.mark.parametrize("training", [False, True])
 def test_projected_once_the_features_give_what_the_policy_makes_of_them(variant, size, training):
@@ -734,7 +711,7 @@ def test_projected_once_the_features_give_what_the_policy_makes_of_them(variant,
     assert torch.equal(again[2], icds)
 
 
-@every_variant
+@paired_variants
 def test_the_noise_is_what_a_pass_would_have_drawn(variant):
     policy = make(variant, num_layers=2, dropout=0.4, attn_dropout=0.3).train()
     query, candidates = inputs(3, 5)

@@ -48,16 +48,13 @@ def test_every_string_normalises_as_the_official_evaluator_does():
     assert not wrong
 
 
-@pytest.mark.parametrize("case", LINEAGE["normalise"], ids=lambda case: repr(case["text"]))
-def test_every_string_normalises_as_in_the_lineage(case):
-    assert normalize_answer(case["text"]) == case["normalised"]
-
-
-@pytest.mark.parametrize("case", LINEAGE["accuracy"], ids=lambda case: repr(case["prediction"]))
-def test_accuracy_is_that_of_the_lineage(case):
-    found = vqa_accuracy(case["prediction"], case["answers"])
-    assert round(100 * found, 2) == case["accuracy_percent"]
-    assert int(found > 0) == case["vqa_correct"]
+def test_strings_and_accuracies_are_those_of_the_lineage():
+    for case in LINEAGE["normalise"]:
+        assert normalize_answer(case["text"]) == case["normalised"], case
+    for case in LINEAGE["accuracy"]:
+        found = vqa_accuracy(case["prediction"], case["answers"])
+        assert round(100 * found, 2) == case["accuracy_percent"], case
+        assert int(found > 0) == case["vqa_correct"], case
 
 
 @pytest.mark.parametrize(
@@ -73,11 +70,8 @@ def test_accuracy_by_the_number_of_matching_annotators(matches, accuracy):
 def test_where_all_annotators_agree_nothing_is_normalised():
     assert vqa_accuracy("A Cat", ["cat"] * 10) == 0.0
     assert vqa_accuracy("cat", ["cat"] * 10) == 1.0
-    assert vqa_accuracy("A Cat", ["cat"] * 9 + ["dog"]) == 1.0
-
-
-def test_the_prediction_is_stripped_even_where_all_agree():
     assert vqa_accuracy(" cat\n", ["cat"] * 10) == 1.0
+    assert vqa_accuracy("A Cat", ["cat"] * 9 + ["dog"]) == 1.0
 
 
 @pytest.mark.parametrize("outer", ["black ", " black", "black\n", "\tblack", "\xa0black"])
@@ -106,10 +100,6 @@ def test_what_is_always_normalised_differs_where_all_agree_and_nowhere_else(pred
     assert vqa_accuracy(prediction, answers, always_normalize=True) == always
 
 
-def test_without_annotators_nothing_is_right():
-    assert vqa_accuracy("cat", []) == 0.0
-
-
 @pytest.mark.parametrize(
     ("text", "normalised"),
     [
@@ -136,80 +126,10 @@ def test_contractions_are_pairs_of_single_words():
 
 # ---------------------------------------------------------------------- a transcription of the official rule
 
-WORDS = [
-    "cat",
-    "Cat",
-    "black",
-    "red car",
-    "two",
-    "2",
-    "none",
-    "TEN",
-    "a",
-    "the",
-    "an",
-    "A cat",
-    "dont",
-    "don't",
-    "youre",
-]
-WORDS += [
-    "1,000",
-    "1000",
-    "3.5",
-    ".5",
-    "st. john",
-    "u.s.a.",
-    "a.m",
-    "t-shirt",
-    "rock/roll",
-    "what?",
-    "(left)",
-    "x=y",
-    "...",
-    "",
-]
-WORDS += [
-    "café",
-    "cafe\u0301",
-    "日本",
-    "٣",
-    "Å",
-    "ß",
-    "İ",
-    "1،000",
-    "yes",
-    "Yes",
-    "yes!",
-    "! yes",
-    "4,5",
-    "4, 5",
-    "." * 40,
-    "-",
-    "5'6",
-]
-AROUND = [
-    "",
-    "",
-    "",
-    " ",
-    "  ",
-    "\n",
-    "\t",
-    "\xa0",
-    "\u3000",
-    ".",
-    ",",
-    "!",
-    ";",
-    "-",
-    " .",
-    ". ",
-    ", ",
-    "_",
-    "\r",
-    "\x1c",
-]
+WORDS = """|cat|Cat|black|red car|two|2|none|TEN|a|the|an|A cat|dont|don't|youre|1,000|1000|3.5|.5|st. john|u.s.a.|a.m
+t-shirt|rock/roll|what?|(left)|x=y|...|café|cafe\u0301|日本|٣|Å|ß|İ|1،000|yes|Yes|yes!|! yes|4,5|4, 5|-|5'6"""
+WORDS = [*WORDS.replace("\n", "|").split("|"), "." * 40]
+AROUND = ["", "", "", " ", "  ", "\n", "\t", "\xa0", "\u3000", *".,!;-_", " .", ". ", ", ", "\r", "\x1c"]
 
 
 def drawn_text(rng: random.Random) -> str:
@@ -234,7 +154,7 @@ def drawn_answers(rng: random.Random) -> list[str]:
 
 def test_accuracy_is_that_of_a_slow_transcription_of_the_official_rule():
     rng, wrong, scores = random.Random(13), [], set()
-    for _ in range(6_000):
+    for _ in range(2_000):
         answers = drawn_answers(rng)
         near = [rng.choice(AROUND) + rng.choice(answers) + rng.choice(AROUND) for _ in range(6)]
         for prediction in [*near, rng.choice(answers), rng.choice(answers).strip().title(), drawn_text(rng)]:
@@ -283,11 +203,3 @@ def test_the_order_of_the_annotators_does_not_matter(prediction, answers, random
     shuffled = random.sample(answers, len(answers))
     assert vqa_accuracy(prediction, shuffled) == pytest.approx(vqa_accuracy(prediction, answers), abs=1e-12)
     assert relevance(prediction, shuffled)[0] == relevance(prediction, answers)[0]
-
-
-@given(st.integers(0, 10), st.integers(0, 10))
-def test_more_agreeing_annotators_never_lower_the_accuracy(one, other):
-    def accuracy(matches):
-        return vqa_accuracy("cat", ["cat"] * matches + ["dog"] * (10 - matches) + ["cow"])
-
-    assert accuracy(min(one, other)) <= accuracy(max(one, other))

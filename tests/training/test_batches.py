@@ -1,5 +1,8 @@
 """Groups as padded tensors: what is padding stays padding, and nothing points outside the features."""
 
+import dataclasses
+import math
+
 import pytest
 import torch
 
@@ -103,11 +106,25 @@ def test_a_row_outside_the_embeddings_is_refused_by_query(group):
         to_tensors([GROUPS[0], group], FEATURES, FEATURES)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("which", ["query", "ICD"])
-def test_a_feature_that_is_not_finite_is_refused_by_row(which, value):
-    broken = FEATURES.clone()
+@pytest.mark.parametrize(
+    ("value", "why"), [(math.nan, "NaN"), (-math.inf, "infinite"), (1e30, "reaches 1e.30"), (-1e300, "reaches 1e.300")]
+)
+def test_a_feature_that_is_not_finite_or_too_long_is_refused_by_row(which, value, why):
+    broken = FEATURES.double()
     broken[6, 1] = value
     matrices = (broken, FEATURES) if which == "query" else (FEATURES, broken)
-    with pytest.raises(LeverError, match=f"the {which} feature of row 6 is NaN or infinite"):
+    with pytest.raises(LeverError, match=f"the {which} feature of row 6 .*{why}"):
         to_tensors(GROUPS, *matrices)
+
+
+def test_features_without_a_dimension_are_refused():
+    with pytest.raises(LeverError, match=r"expected \(N, D\) with D > 0"):
+        to_tensors(GROUPS, FEATURES[:, :0], FEATURES[:, :0])
+
+
+@pytest.mark.parametrize("value", [1e39, -1e300, math.nan])
+def test_rewards_beyond_float32_are_refused_by_query_and_rollout(value):
+    broken = dataclasses.replace(GROUPS[2], rewards=[0.0, value, 0.2])
+    with pytest.raises(LeverError, match="query 9, rollout 1: its reward"):
+        to_tensors([*GROUPS[:2], broken], FEATURES, FEATURES)

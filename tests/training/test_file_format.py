@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from lever_lm.config.schema import RewardConfig
 from lever_lm.training.rollouts.file_format import (
     Group,
-    check_reward_mode,
     is_query,
     load_groups,
     read_groups,
     read_rollouts,
     split_ids,
 )
+from lever_lm.training.rollouts.scores import check_reward_mode
 from lever_lm.utils.errors import LeverError, UsageError
 
 EDGE_CASES = json.loads((DATA / "small_edge_cases.json").read_text(encoding="utf-8"))
@@ -247,14 +247,12 @@ LACKING = [
 ]
 
 
-@pytest.mark.parametrize("null", [True, False], ids=["null", "absent"])
 @pytest.mark.parametrize(("mode", "field"), LACKING)
-def test_a_rollout_without_a_score_that_the_reward_needs_is_refused_or_left_out(tmp_path, mode, field, null):
+def test_a_rollout_without_a_score_that_the_reward_needs_is_refused_or_left_out(tmp_path, mode, field):
     whole = trajectory(vqa_gt_prob=0.5, vqa_rel_score=0.5)
     lacking = {**trajectory([1, 2], vqa_gt_prob=0.5, vqa_rel_score=0.5), field: None}
-    if not null:
-        del lacking[field]
-    path = write(tmp_path, {"7": query(whole, lacking), "8": query(lacking)})
+    absent = {name: value for name, value in lacking.items() if name != field}
+    path = write(tmp_path, {"7": query(whole, lacking), "8": query(absent)})
     with pytest.raises(
         LeverError, match=rf"query 7, trajectory 1 has no {field}, which reward\.mode={mode} needs: .*drop"
     ):
@@ -366,9 +364,16 @@ def test_an_unknown_reward_mode_is_a_usage_error_that_names_the_key():
 
 
 @pytest.mark.parametrize(
-    "value", [float("nan"), float("inf"), "0.6", [], 10**400], ids=["nan", "inf", "text", "list", "huge"]
+    ("field", "value"),
+    [
+        ("vqa_correct", float("nan")),
+        ("vqa_acc_score", float("inf")),
+        ("vqa_gt_prob", "0.6"),
+        ("vqa_rel_score", []),
+        ("infoscore", 10**400),
+    ],
+    ids=["nan", "inf", "text", "list", "huge"],
 )
-@pytest.mark.parametrize("field", ["vqa_correct", "vqa_acc_score", "vqa_gt_prob", "vqa_rel_score"])
 def test_a_score_that_is_no_finite_number_is_refused_by_name(tmp_path, field, value):
     path = write(tmp_path, {"7": query(trajectory(), trajectory([1, 2], **{field: value}))})
     with pytest.raises(
@@ -408,13 +413,6 @@ def test_a_query_of_another_schema_is_refused(tmp_path, entry):
 def test_a_file_that_is_no_json_is_refused(tmp_path, text):
     with pytest.raises(LeverError, match=r"rl_data\.json is not JSON"):
         read_rollouts(write(tmp_path, text))
-
-
-def test_a_file_that_is_no_text_is_refused(tmp_path):
-    path = tmp_path / "rl_data.json"
-    path.write_bytes(b"\x80\x04\x95\xff")
-    with pytest.raises(LeverError, match=r"rl_data\.json is not JSON"):
-        read_rollouts(path)
 
 
 @pytest.mark.parametrize("content", [[], {}, {"_meta": {}}, {"a": 1, "1.5": 2, "-1": 3, "²": 4}, 5])
@@ -459,7 +457,7 @@ ENTRIES = st.one_of(
 FILES = st.one_of(JSON, st.dictionaries(st.sampled_from(["1", "2", "007", "_meta", "x"]), ENTRIES, max_size=3))
 
 
-@settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     content=FILES, loose=st.booleans(), mode=st.sampled_from(["hard_plus_soft", "legacy", "hard_plus_gtprob_plus_rel"])
 )

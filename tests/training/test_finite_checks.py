@@ -1,6 +1,6 @@
 """Numbers that are not finite, put in on purpose at one query, rollout and step: the run stops and names just these.
 
-The world is that of test_training: 24 queries, 18 of them trained on, pools of 6, two shots, 8 rollouts each.
+The world is that of worlds.py: 24 queries, 18 of them trained on, pools of 6, two shots, 8 rollouts each.
 """
 
 import dataclasses
@@ -16,28 +16,25 @@ from hypothesis import event, given
 from hypothesis import settings as how
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-from lvlm_helpers import local_lvlm
-from test_loops import GRPO, RCE, assert_same_run, data, journal_in, make, same_state, train, world
+from worlds import GRPO, RCE, assert_same_run, data, journal_in, make, same_state, train, world
 
-from lever_lm.config.schema import DataConfig, FeatureConfig, GrpoConfig, PromptConfig, RceConfig
+from lever_lm.config.schema import DataConfig, FeatureConfig, GrpoConfig, RceConfig
 from lever_lm.data import load_dataset
 from lever_lm.data.embeddings import ClipEncoder, compute_features
 from lever_lm.evaluation.evaluate import Evaluation
-from lever_lm.lvlm import build_prompt
-from lever_lm.lvlm.decoding import NotFinite, Prefilled, beam_search, greedy
 from lever_lm.selectors.learned import choose
-from lever_lm.selectors.pointer.checkpoint import save_torch
 from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.training import grpo as training
 from lever_lm.training.batches import to_tensors
-from lever_lm.training.finite_checks import At, Pass, not_finite
-from lever_lm.training.grpo import train_grpo, train_rce, update
+from lever_lm.training.finite_checks import At, not_finite
+from lever_lm.training.grpo import train_grpo
 from lever_lm.training.losses import rce_loss
 from lever_lm.training.nan_debug import backward, detecting
-from lever_lm.training.reference_policy import Anchor
+from lever_lm.training.optimizer_step import optimizer_step
+from lever_lm.training.rce import train_rce
+from lever_lm.training.reference_policy import FrozenPolicy
 from lever_lm.training.rollouts.file_format import Group, load_groups
 from lever_lm.training.rollouts.online import explore
-from lever_lm.training.validation import validate
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.safe_torch_load import load_torch
 
@@ -95,34 +92,47 @@ def message(call, *args, **kwargs):
     return text
 
 
-# ---------------------------------------------------------------------- the cause of a loss and of a gradient
+def both_messages(folder, policy, **options):
+    """The message with which a training of `policy()` stops as it comes, and under --detect-anomaly: the first begins
+    the second."""
+    plain = message(train, folder / "plain", policy=policy(), **options)
+    looked_at = policy()
+
+    def train_looked_at():
+        with detecting(looked_at, lambda line: None):
+            train(folder / "looked", policy=looked_at, **options)
+
+    more = message(train_looked_at)
+    assert re.sub(r" \(first in \w+.*?\)", "", more).startswith(plain)
+    assert not list(folder.rglob("*.pt"))
+    return plain, more
 
 
-@pytest.mark.parametrize("step", [1, 2])
+# ---------------------------------------------------------------------- what is named
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("query", [0, 11])
-def test_a_logit_is_named_by_query_rollout_and_decoding_step(tmp_path, query, value, step):
-    policy = poisoned(query, value=value, step=step)
-    text = message(train, tmp_path, **only("rce"), policy=policy)
+@pytest.mark.parametrize(("query", "step"), [(0, 1), (11, 2)])
+def test_a_log_prob_is_named_by_query_and_rollout_and_the_decoding_step_where_it_is_looked_for(
+    tmp_path, query, value, step
+):
     # all rollouts of a query share their first step
     of = f"query {query}, rollout 3" if step == 2 else f"query {query}, rollouts 0, 1, 2 and 5 more"
-    assert text.startswith(
-        f"RCE epoch 1, step 1: the loss is not finite: the logits of {of} are not, from decoding step {step} on. "
-    )
-    assert NOTHING_WRITTEN in text
-    assert "lower rce.lr" in text
-    assert re.search(ANOTHER_RUN, text)
+    found = both_messages(tmp_path, **only("rce"), policy=lambda: poisoned(query, value=value, step=step))
+    assert found[0].startswith(f"RCE epoch 1, step 1: the loss is not finite: the log-prob of {of} is nan. ")
+    assert NOTHING_WRITTEN in found[0]
+    assert re.search(ANOTHER_RUN, found[0])
+    assert "lower rce.lr" in found[0]
+    assert f"The logits of {of} are not finite, from decoding step {step} on" in found[1]
 
 
-def test_a_logit_within_grpo_is_named_with_its_epoch_and_step(tmp_path):
+def test_a_log_prob_within_grpo_is_named_with_its_epoch_and_step(tmp_path):
     options = only("grpo", batch_size=1, dropout="both")  # with `both` the old policy is asked step by step
     policy = poisoned(4, after=30)
     policy.dropout = 0.1
     text = message(train, tmp_path, **options, policy=policy)
     found = re.match(
-        r"GRPO epoch (\d), step \d+: the loss is not finite: the logits of query 4, rollout 3 are not, from decoding "
-        r"step 2 on\. .*lower grpo\.lr",
-        text,
+        r"GRPO epoch (\d), step \d+: the loss is not finite: the log-prob of query 4, rollout 3 is nan.*grpo\.lr", text
     )
     done = [row["epoch"] for row in journal_in(tmp_path, policy).rows]
     assert len(done) >= 1
@@ -134,21 +144,23 @@ def test_several_rollouts_are_listed_and_the_rest_counted(tmp_path):
     sets[0].rewards[1, :2] = math.nan
     sets[0].rewards[3:9, 5] = math.inf
     text = message(train, tmp_path, **only("rce"), sets=sets)
-    assert "the reward of query " in text
     named = re.search(r"the reward of (.*) is (nan|inf)\.", text)[1]
-    assert named.endswith("; and 4 more queries")
+    assert named.endswith(" and 4 more queries")
     assert len(re.findall(r"query \d+, rollouts? ", named)) == 3
 
 
 @pytest.mark.parametrize("phase", ["rce", "grpo"])
-def test_weights_are_named_by_parameter_and_batch(tmp_path, phase):
-    policy = make()
-    with torch.no_grad():
-        policy.query_proj.weight[2, 3] = math.nan
-    text = message(train, tmp_path, **only(phase), policy=policy)
-    assert text.startswith(f"{phase.upper()} epoch 1")
-    assert "the weights query_proj.weight of the policy are not" in text
-    assert re.search(r"query \d+, \d+, \d+ and 15 more\)", text)
+def test_weights_are_named_by_the_batch_and_the_module_where_it_is_looked_for(tmp_path, phase):
+    def policy():
+        broken = make()
+        with torch.no_grad():
+            broken.query_proj.weight[2, 3] = math.nan
+        return broken
+
+    found = both_messages(tmp_path, **only(phase), policy=policy)
+    assert re.match(rf"{phase.upper()} epoch 1, .*the log-prob of query \d+, rollouts 0, 1, 2 and 5 more; ", found[0])
+    assert " and 15 more queries is nan" in found[0]
+    assert "The first module whose output is not finite: query_proj (Linear), of finite input" in found[1]
 
 
 def test_a_step_that_is_too_large_is_found_at_the_next(tmp_path):
@@ -158,49 +170,26 @@ def test_a_step_that_is_too_large_is_found_at_the_next(tmp_path):
     assert re.match(r"RCE epoch 1, step 1: the step of the optimizer overflows: .*query \d", text)
 
 
-def test_features_that_break_after_they_were_checked_are_named(tmp_path):
-    sets = data()
-    sets[0].queries[7, 0] = math.nan
-    assert "the feature of query 7 is not (lost are all its rollouts)" in message(
-        train, tmp_path / "q", **only("rce"), sets=sets
-    )
-    sets = data()
-    features = sets[0].icds.clone()
-    features[sets[0].pools[5, 2]] = math.inf
-    broken = dataclasses.replace(sets[0], icds=features)
-    text = message(train, tmp_path / "c", **only("rce"), sets=(broken, sets[1]))
-    assert "the feature of candidate 2 of the pool of query 5 is not (lost are all its rollouts)" in text
-
-
-def test_a_ratio_that_overflows_is_named(tmp_path, monkeypatch):
-    def shifted(self, index, noise, real=Anchor.log_probs):
-        values = real(self, index, noise).clone()
-        values[(index == 6).nonzero().flatten(), 2] -= 1000
-        return values
-
-    monkeypatch.setattr(Anchor, "log_probs", shifted)
-    text = message(train, tmp_path, **only("grpo", reference="old"))
-    what = "the ratio to the old policy of query 6, rollout 2 is inf"
-    assert re.match(rf"GRPO epoch 1, step 1: the (loss|gradient) is not finite: {what}.*grpo\.refresh_every", text)
-
-
-def test_a_kl_estimate_that_overflows_is_named(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("which", "shift", "query", "rollout"), [(0, -1000, 6, 2), (1, 200, 9, 4)])
+def test_a_ratio_or_a_kl_that_overflows_is_named(tmp_path, monkeypatch, which, shift, query, rollout):
     made = []
 
-    class Shifted(Anchor):
+    class Shifted(FrozenPolicy):
         def __init__(self, *args):
             super().__init__(*args)
             made.append(self)
 
         def log_probs(self, index, noise):
             values = super().log_probs(index, noise).clone()
-            if self is made[1]:  # the reference, not the old policy
-                values[(index == 9).nonzero().flatten(), 4] += 200
+            if self is made[which]:  # the old policy, or the reference
+                values[(index == query).nonzero().flatten(), rollout] += shift
             return values
 
-    monkeypatch.setattr(training, "Anchor", Shifted)
+    monkeypatch.setattr(training, "FrozenPolicy", Shifted)
     text = message(train, tmp_path, **only("grpo"))
-    assert "the loss is not finite: the KL estimate k3 of query 9, rollout 4 is inf" in text
+    of = rf"the gradient of the loss by the log-prob of query {query}, rollout {rollout} is (nan|-?inf)"
+    assert re.match(rf"GRPO epoch 1, step 1: the (loss|gradient) is not finite: {of}", text)
+    assert "grpo.refresh_every" in text
     assert "grpo.kl=k1" in text
 
 
@@ -208,7 +197,7 @@ def test_rewards_too_large_for_the_temperature_are_named(tmp_path):
     sets = data()
     sets[0].rewards[2, 1] = 3e38
     text = message(train, tmp_path, **only("rce", temperature_start=0.5, temperature_end=0.5), sets=sets)
-    assert "the reward over temperature of query 2, rollout 1 is inf" in text
+    assert "the loss is not finite: the gradient of the loss by the log-prob of query 2, rollouts 0, 1" in text
     assert "rce.normalize=zscore" in text
 
 
@@ -220,19 +209,24 @@ def test_rewards_whose_spread_overflows_are_named_before_any_step(tmp_path):
 
 
 @pytest.mark.parametrize("phase", ["rce", "grpo"])
-def test_a_gradient_is_named_by_query_and_rollout(tmp_path, phase):
-    policy = poisoned(13, value="gradient", rollout=6)
-    before = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
-    text = message(train, tmp_path, **only(phase), policy=policy)
-    assert text.startswith(
-        f"{phase.upper()} epoch 1, step 1: the gradient is not finite: that of query 13, rollout 6 overflows"
-    )
-    assert same_state(policy.state_dict(), before)
+def test_a_gradient_is_named_by_the_batch_and_by_its_query_where_it_is_looked_for(tmp_path, phase):
+    before = make().state_dict()
+    made = []
+
+    def policy():
+        made.append(poisoned(13, value="gradient", rollout=6))
+        return made[-1]
+
+    found = both_messages(tmp_path, **only(phase), policy=policy)
+    assert re.match(rf"{phase.upper()} epoch 1, step 1: the gradient is not finite: .*query \d+, rollouts 0", found[0])
+    assert "The first gradient that is not finite is that of query 13, at the output of" in found[1]
+    assert all(same_state(one.state_dict(), before) for one in made)
 
 
 def test_a_gradient_whose_norm_overflows_is_named_by_its_largest_query(tmp_path):
-    text = message(train, tmp_path, **only("rce"), policy=make(temperature=1e-25))
-    assert re.match(r"RCE epoch 1, step 1: the gradient is not finite: that of query \d+, rollouts", text)
+    found = both_messages(tmp_path, **only("rce"), policy=lambda: make(temperature=1e-25))
+    assert re.match(r"RCE epoch 1, step 1: the gradient is not finite: .*query \d+, rollouts", found[0])
+    assert re.search(r"is that of query \d+, at the output of", found[1])
 
 
 def test_rollouts_are_named_by_their_place_in_the_file(tmp_path):
@@ -261,9 +255,9 @@ def test_neither_weights_nor_moments_change_where_a_step_stops():
 
     def step(spoil):
         batch = sets.batch(torch.arange(len(sets)))
-        log_probs = policy.log_prob(batch.query, batch.candidates, batch.sequences)
-        seen = Pass(At("rce", 1, "step 1"), policy, batch, batch.mask, log_probs, dict)
-        return update(optimizer, rce_loss(log_probs, batch.rewards, batch.mask, 0.5) * spoil, 1.0, seen)
+        log_probs = policy.log_prob(*batch.inputs)
+        loss = rce_loss(log_probs, batch.rewards, batch.mask, 0.5) * spoil
+        return optimizer_step(optimizer, loss, 1.0, At("rce", 1, "step 1"), batch, log_probs)
 
     step(1.0)
     weights = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
@@ -317,11 +311,7 @@ def test_the_command_says_how_to_go_on_with_a_lower_rate(lever, tmp_path):
     assert re.search(rf"GRPO epoch 1, .*query \d+.*lower grpo\.lr, as another run {ANOTHER_RUN}", done.err)
     folder = next((tmp_path / "results").rglob("rce_epoch1.pt")).parent
     assert not list(folder.glob("grpo_*"))
-    assert lever(*command, "--set", "grpo.lr=1e36").err == done.err
-    changed = lever(*command, "--set", "grpo.lr=1e-4")
-    assert changed.status == 1
-    assert "--run-name" in changed.err
-    assert lever(*command, "--set", "grpo.lr=1e-4", "--run-name", "calm").status == 0
+    assert lever(*command, "--set", "grpo.lr=1e-4").status == 1  # another run needs a place of its own
     assert lever(*command, "--set", "grpo.lr=1e-4", "--overwrite").status == 0
 
 
@@ -345,30 +335,22 @@ def test_no_epoch_is_committed_with_a_weight_or_moment_that_is_not_finite(tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
-# ---------------------------------------------------------------------- validation, anchors, online rollouts
+# ---------------------------------------------------------------------- validation, frozen policies, online rollouts
 
 
 @pytest.mark.parametrize("phase", ["rce", "grpo"])
 def test_validation_names_query_and_rollout(tmp_path, phase):
-    text = message(train, tmp_path, **only(phase), policy=poisoned(20))
-    assert text.startswith(
-        f"{phase.upper()} epoch 1, validation: the val_loss is not finite: the logits of query 20, rollout 3 are not, "
-        "from decoding step 2 on"
+    found = both_messages(tmp_path, **only(phase), policy=lambda: poisoned(20))
+    assert found[0].startswith(
+        f"{phase.upper()} epoch 1, validation: the val_loss is not finite: the log-prob of query 20, rollout 3 is nan"
     )
-    assert not list(tmp_path.glob("*.pt"))
+    assert "from decoding step 2 on" in found[1]
 
 
-def test_validation_behind_projected_features_names_the_weights_and_no_feature():
-    policy, (_, sets) = make(), data()
-    crowded = dataclasses.replace(sets, icds=sets.icds[: sets.pools.numel() // 4], pools=sets.pools % 6)
-    with torch.no_grad():
-        policy.input_proj.weight[0, 0] = math.nan
-    assert "the weights input_proj.weight of" in message(validate, policy, crowded, 0.5, At("rce", 2, "validation"))
-
-
-def test_a_log_prob_of_a_policy_that_stays_is_named(tmp_path):
-    text = message(train, tmp_path, **only("grpo"), policy=poisoned(8))
-    assert text.startswith("GRPO epoch 1, old policy: the log-prob is not finite: the logits of query 8, rollout 3 ")
+def test_a_log_prob_of_a_frozen_policy_is_named(tmp_path):
+    found = both_messages(tmp_path, **only("grpo"), policy=lambda: poisoned(8))
+    assert found[0].startswith("GRPO epoch 1, old policy: the log-prob of query 8, rollout 3 is nan")
+    assert "from decoding step 2 on" in found[1]
 
 
 def test_an_online_reward_is_named(tmp_path):
@@ -385,28 +367,10 @@ def test_an_online_reward_is_named(tmp_path):
 
 def test_nothing_is_drawn_from_a_policy_whose_logits_are_not_finite(tmp_path):
     text = message(explore, poisoned(2), data()[0], 4, None, lambda line: None, At("grpo", 3, "online rollouts"))
-    assert "the logits of query 2, rollout 3 are not, from decoding step 2 on" in text
+    assert text.startswith("GRPO epoch 3, online rollouts: the log-prob of query 2, rollout 3 is nan")
 
 
 # ---------------------------------------------------------------------- features and rewards on their way in
-
-
-@pytest.mark.parametrize(
-    ("value", "words"),
-    [(1e30, "reaches 1e.30, more than 1e.15"), (-1e16, "reaches 1e.16"), (1e300, "reaches 1e.300"), (math.nan, "NaN")],
-)
-def test_features_of_absurd_size_are_refused_by_row(value, words):
-    groups, features, _ = world()
-    features = features.double()
-    features[9, 2] = value
-    assert re.search(
-        f"the query feature of row 9 .*{words}.*--embeddings", message(to_tensors, groups, features, features)
-    )
-
-
-def test_features_without_a_dimension_are_refused():
-    groups, features, _ = world()
-    assert "expected (N, D) with D > 0" in message(to_tensors, groups, features[:, :0], features[:, :0])
 
 
 def test_features_of_zeros_train_and_stay_finite(tmp_path):
@@ -417,14 +381,7 @@ def test_features_of_zeros_train_and_stay_finite(tmp_path):
     assert not_finite(rows) is None
 
 
-@pytest.mark.parametrize("value", [1e39, -1e300, math.inf, math.nan])
-def test_rewards_beyond_float32_are_refused_by_query_and_rollout(value):
-    groups, features, _ = world()
-    groups[3] = dataclasses.replace(groups[3], rewards=[0.0] * 6 + [value, 0.0])
-    assert message(to_tensors, groups, features, features).startswith("query 3, rollout 6: its reward")
-
-
-@pytest.mark.parametrize("value", ["1e400", "-1e400", "NaN", "Infinity", "9" * 400])
+@pytest.mark.parametrize("value", ["-1e400", "NaN", "9" * 400])
 def test_a_score_that_no_float_holds_is_named_with_file_query_and_trajectory(tmp_path, value):
     path = tmp_path / "rollouts.json"
     path.write_text(
@@ -436,8 +393,7 @@ def test_a_score_that_no_float_holds_is_named_with_file_query_and_trajectory(tmp
     assert "trajectory 1" in text or "finite" in text
 
 
-@pytest.mark.parametrize("value", [math.nan, 0.0])
-@pytest.mark.parametrize("part", ["image", "text"])
+@pytest.mark.parametrize(("part", "value"), [("image", math.nan), ("text", 0.0)])
 def test_an_encoder_that_gives_no_unit_vector_is_named_with_the_question(tmp_path, monkeypatch, part, value):
     folder = str(small_digits(tmp_path / "digits"))
     few = load_dataset(DataConfig(okvqa_path=folder, coco_path=folder))
@@ -464,200 +420,42 @@ def test_an_encoder_that_gives_no_unit_vector_is_named_with_the_question(tmp_pat
 # ---------------------------------------------------------------------- choosing
 
 
-def overflowing(features):
-    policy = PointerSelector(d_model=features, hidden_dim=32, dropout=0.0, attn_dropout=0.0)
-    with torch.no_grad():
-        policy.query_proj.weight.fill_(1e38)
-    return policy
-
-
 def test_finite_weights_whose_logits_overflow_choose_nothing(digits, digits_config, digits_features):
     problem = Evaluation(digits_config, digits, digits_features).problem
-    policy = overflowing(digits_features.train.image.shape[1])
+    policy = make(d_model=digits_features.train.image.shape[1])
+    with torch.no_grad():
+        policy.query_proj.weight.fill_(1e38)
     assert not_finite(policy.state_dict()) is None
     text = message(choose, policy, problem, 2, "here/grpo_epoch1.pt")
-    first = problem.queries[0].question_id
-    assert text.startswith(f"here/grpo_epoch1.pt, question {first}: the logits of pick 1 are NaN or infinite")
-
-
-def test_infer_names_the_checkpoint_that_chooses_nothing(lever, trained):
-    path = trained / RUN / "grpo_epoch3.pt"
-    content = load_torch(path)
-    content["model_state_dict"]["query_proj.weight"].fill_(1e38)
-    save_torch(path, content)
-    done = lever("infer", "--ckpt", path, "--limit", "8", "--shots", "1")
-    assert done.status == 1
-    assert re.search(r"grpo_epoch3\.pt, question \d+: the logits of pick 1 are NaN or infinite", done.err)
-
-
-# ---------------------------------------------------------------------- the LVLM
-
-
-class Cache:
-    """What beam search asks of a cache, for a model without memory."""
-
-    def batch_repeat_interleave(self, times):
-        self.times = times
-
-    def reorder_cache(self, rows):
-        self.rows = rows
-
-
-def scripted(*steps):
-    """Prompts whose logits of each new token are given: steps of (B, V)."""
-    left = [torch.tensor(step) for step in steps]
-    batch = len(left[0])
-
-    def step(tokens, positions, mask):
-        logits = left.pop(0)
-        return logits.repeat_interleave(len(tokens) // batch, 0)
-
-    mask, position = torch.ones(batch, 1, dtype=torch.long), torch.ones(batch, dtype=torch.long)
-    return Prefilled(left.pop(0), Cache(), mask, position, step)
-
-
-FINE, END = [0.0, 1.0, 0.5, -9.0], [0.0, -1.0, -2.0, 9.0]  # token 3 ends
-EOS = torch.tensor([3])
-BAD = [[math.nan, 0.0, 0.0, 0.0], [0.0, 0.0, math.nan, 0.0], [0.0, math.inf, 0.0, 0.0], [-math.inf] * 4]
-
-
-def decode(beams, prefilled, tokens):
-    return greedy(prefilled, tokens, EOS, 0) if beams == 1 else beam_search(prefilled, beams, tokens, EOS, 0, 1.0)
-
-
-@pytest.mark.parametrize("bad", BAD)
-@pytest.mark.parametrize("when", [0, 1, 2])
-@pytest.mark.parametrize("beams", [1, 2])
-def test_decoding_stops_at_logits_that_are_not_finite_and_names_the_prompt(beams, when, bad):
-    steps = [[FINE, FINE, FINE] for _ in range(3)]
-    assert decode(beams, scripted(*steps), 3).shape == (3, 3)
-    steps[when] = [FINE, bad, FINE]
-    with pytest.raises(NotFinite) as caught:
-        decode(beams, scripted(*steps), 3)
-    assert caught.value.places == [1]
-
-
-@pytest.mark.parametrize("bad", BAD)
-def test_what_comes_after_the_end_of_a_prompt_does_not_count(bad):
-    tokens = decode(1, scripted([FINE, END], [FINE, bad], [FINE, bad]), 3)
-    assert tokens.tolist() == [[1, 1, 1], [3, 0, 0]]
-
-
-def test_a_token_that_cannot_come_is_no_fault():
-    assert decode(1, scripted([[0.0, -math.inf, 1.0, -math.inf]]), 1).tolist() == [[2]]
-
-
-@pytest.fixture(scope="module")
-def prompts(digits):
-    return [
-        build_prompt(digits.train_examples[i : i + i % 3], digits.val_examples[i], PromptConfig()) for i in range(5)
-    ]
-
-
-@pytest.mark.parametrize("beams", [1, 3])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_generation_that_is_not_finite_names_the_question(monkeypatch, prompts, beams, dtype):
-    ours = local_lvlm(num_beams=beams, dtype=dtype)
-    inner, broken = ours._prefill, prompts[2]
-
-    def prefill(batch):
-        prefilled = inner(batch)
-        prefilled.logits[batch.index(broken)] = math.nan
-        return prefilled
-
-    monkeypatch.setattr(ours, "_prefill", prefill)
-    text = message(ours.generate, prompts)
-    assert text.startswith(
-        f"question {broken.query.question_id}: asset:tiny-qwen2.5-vl in {dtype} gives its prompt logits"
-    )
-    assert ("lvlm.dtype=float32" in text) == (dtype != "float32")
-
-
-def test_a_log_prob_that_is_not_finite_names_the_question(monkeypatch, prompts):
-    ours = local_lvlm()
-    head, query = ours.model.lm_head.forward, prompts[3].query.question_id
-
-    def forward(hidden):
-        logits = head(hidden)
-        logits[0, 5] = math.nan  # of one token of the whole vocabulary
-        return logits
-
-    monkeypatch.setattr(ours.model.lm_head, "forward", forward)
-    assert f"question {query}: " in message(ours.answer_log_prob, prompts[3:4], ["7"])
-
-
-def test_image_features_that_are_not_finite_name_the_image_and_stay_off_the_disk(monkeypatch, tmp_path, prompts):
-    from lever_lm.config.schema import LvlmConfig
-    from lever_lm.lvlm.qwen2_5_vl import LocalLvlm
-
-    config = LvlmConfig(path="asset:tiny-qwen2.5-vl", dtype="float32")
-    ours = LocalLvlm(config, PromptConfig(), "cpu", bank=tmp_path / "bank")
-    tower = ours.vision._tower
-
-    def broken(*args):
-        features = tower(*args)
-        features[0][0, 3] = math.nan
-        return features
-
-    monkeypatch.setattr(ours.vision, "_tower", broken)
-    text = message(ours.generate, prompts[:1])
-    assert text.startswith(f"the image {prompts[0].images[0]}: the vision tower of asset:tiny-qwen2.5-vl gives it NaN")
-    assert not list(tmp_path.rglob("*.safetensors"))
+    assert re.match(r"here/grpo_epoch1\.pt, question \d+: the logits of pick 1 are NaN or infinite", text)
 
 
 # ---------------------------------------------------------------------- --detect-anomaly
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_a_run_that_is_looked_at_is_bit_for_bit_the_run_that_is_not(tmp_path, dropout):
-    shape = {"dropout": dropout, "attn_dropout": dropout, "state_update": "gate"}
-    grpo = dataclasses.replace(GRPO, dropout="both")
-    train(tmp_path / "plain", RCE, grpo, **shape)
+def test_a_run_that_is_looked_at_is_bit_for_bit_the_run_that_is_not(tmp_path):
+    shape = {"dropout": 0.3, "attn_dropout": 0.3, "state_update": "gate"}
+    rce, grpo = dataclasses.replace(RCE, epochs=1), dataclasses.replace(GRPO, dropout="both", epochs=2)
+    train(tmp_path / "plain", rce, grpo, **shape)
     policy, said = make(**shape), []
     with detecting(policy, said.append):
         assert torch.is_anomaly_enabled()
-        train(tmp_path / "looked", RCE, grpo, policy=policy, **shape)
+        train(tmp_path / "looked", rce, grpo, policy=policy, **shape)
     assert len(said) == 1
     assert not torch.is_anomaly_enabled()
     assert not any(module._forward_hooks for module in policy.modules())
     assert_same_run(tmp_path / "plain", tmp_path / "looked")
 
 
-def test_the_first_module_whose_output_is_not_finite_is_named(tmp_path):
-    policy = make()
-    with torch.no_grad():
-        policy.cross_attn_layers[0].out_proj.bias[1] = math.nan
-
-    def looked_at():
-        with detecting(policy, lambda line: None):
-            train(tmp_path, **only("rce"), policy=policy)
-
-    text = message(looked_at)
-    assert text.startswith(
-        "RCE epoch 1, step 1: the loss is not finite: the weights cross_attn_layers.0.out_proj.bias of"
-    )
-    assert "The first module whose output is not finite: cross_attn_layers.0.out_proj (" in text
-    assert text.endswith("of finite input")
-
-
 def test_the_operation_whose_gradient_is_nan_is_named_with_its_line(tmp_path, monkeypatch):
-    def shifted(self, index, noise, real=Anchor.log_probs):
+    def shifted(self, index, noise, real=FrozenPolicy.log_probs):
         return real(self, index, noise) - 1000 * (index == 6)[:, None]
 
-    monkeypatch.setattr(Anchor, "log_probs", shifted)
-    options = only("grpo", reference="old", kl_beta=0.0)
+    monkeypatch.setattr(FrozenPolicy, "log_probs", shifted)
     sets = data()
     sets[0].rewards[6] = torch.tensor([1.0, 1.0, 0, 0, 0, 0, 0, 0])
-    plain = message(train, tmp_path / "plain", **options, sets=sets)
-    policy = make()
-
-    def looked_at():
-        with detecting(policy, lambda line: None):
-            train(tmp_path / "looked", **options, sets=sets, policy=policy)
-
-    found = re.search(r" \(in the backward pass first (\w+) of losses\.py, line \d+, grpo_loss\)", message(looked_at))
-    assert found
-    assert message(looked_at).replace(found[0], "") == plain
+    found = both_messages(tmp_path, make, **only("grpo", reference="old", kl_beta=0.0), sets=sets)
+    assert re.search(r" \(first in \w+ of [\w/]*losses\.py, line \d+, \w+\)", found[1])
 
 
 def test_a_gradient_that_fails_otherwise_is_no_anomaly():
@@ -705,7 +503,7 @@ def drawn(tmp_path_factory):
         }
     ),
 )
-@how(max_examples=60)
+@how(max_examples=25)
 def test_training_ends_finite_or_names_query_and_epoch(drawn, features, rewards, scales, rates, options):
     folder = drawn / "run"
     shutil.rmtree(folder, ignore_errors=True)

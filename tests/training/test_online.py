@@ -1,7 +1,7 @@
 """Rounds of the policy's own rollouts: what they are, how they are mixed with the logged ones, that they teach, that a
 killed run goes on; and on the digits, answered by the tiny LVLM, through the command line.
 
-n queries, G rollouts, S = 2 shots. The world is that of test_training.
+n queries, G rollouts, S = 2 shots. The world is that of worlds.py.
 """
 
 import dataclasses
@@ -13,26 +13,40 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import ROLLOUTS, RUN, answers_in, track
-from test_loops import GRPO, POOL, QUERIES, RCE, Killed, Mortal, assert_same_run, data, journal_in, make, world
+from worlds import (
+    GRPO,
+    POOL,
+    QUERIES,
+    RCE,
+    TRAIN,
+    Killed,
+    Mortal,
+    assert_same_run,
+    data,
+    expected_reward,
+    journal_in,
+    make,
+    without_times,
+    world,
+)
 
-from lever_lm.config.schema import GrpoConfig
 from lever_lm.lvlm import CachedLvlm, build_prompt, cut_answer
 from lever_lm.lvlm.answer_cache import AnswerCache
-from lever_lm.lvlm.qwen2_5_vl import LocalLvlm, local_fingerprint
+from lever_lm.lvlm.backend import load_local
+from lever_lm.lvlm.local import local_fingerprint
 from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.tasks.vqa_metrics import vqa_accuracy
 from lever_lm.training.batches import GroupTensors, to_tensors
 from lever_lm.training.finite_checks import At
-from lever_lm.training.grpo import train_grpo, train_rce
+from lever_lm.training.grpo import train_grpo
+from lever_lm.training.rce import train_rce
 from lever_lm.training.rewards import REWARD_MODES
 from lever_lm.training.rollouts.file_format import load_groups
 from lever_lm.training.rollouts.generate import make_rollouts, online_rewards
 from lever_lm.training.rollouts.online import explore, mix
-from lever_lm.utils.errors import UsageError
 from lever_lm.utils.safe_torch_load import load_torch
 
 ONLINE = dataclasses.replace(GRPO, online=True, online_every=2, online_samples=6)
-TRAIN = QUERIES * 3 // 4
 
 
 class Reward:
@@ -73,15 +87,6 @@ def train(folder, grpo, *, rce=RCE, die_at=None, policy=None, seed=0, **shape):
     return policy, journal.rows, reward.asked, epochs
 
 
-@torch.no_grad()
-def expected_reward(policy, sets, worth):
-    """Exact expected reward of the sampling policy, over all ordered pairs of each pool."""
-    batch = sets.batch(torch.arange(len(sets)))
-    pairs = torch.tensor(list(itertools.permutations(range(POOL), 2)))
-    probability = policy.eval().log_prob(batch.query, batch.candidates, pairs.expand(len(sets), -1, -1)).exp()
-    return float((probability * worth[sets.pools][:, pairs].sum(-1)).sum(-1).mean())
-
-
 # ---------------------------------------------------------------------- mixing, by hand
 
 
@@ -108,14 +113,6 @@ def round_of(samples):
     }
 
 
-def test_other_rollouts_leave_queries_and_pools_as_they_are():
-    one, fresh = tiny(torch.tensor([[True] * 3, [True, True, False]])), round_of(4)
-    other = one.with_rollouts(**fresh)
-    assert {name: getattr(other, name) is fresh[name] for name in fresh} == dict.fromkeys(fresh, True)
-    for name in ("queries", "icds", "rows", "pools", "pool_mask"):
-        assert getattr(other, name) is getattr(one, name)
-
-
 @pytest.mark.parametrize("samples", [2, 5])
 def test_stacked_groups_are_padded_to_the_larger_size(samples):
     one = tiny(torch.tensor([[True] * 3, [True, True, False]]))
@@ -137,13 +134,10 @@ def test_stacked_groups_are_padded_to_the_larger_size(samples):
         assert not both.mask[rows, real:].any()
         assert (both.rewards[rows, real:] == 0).all()
     assert one.stacked(one).batch(torch.tensor([0, 2])).query_ids == [4, 4]
-
-
-def test_stacked_groups_without_padded_pools_need_no_mask():
     assert tiny().stacked(tiny()).pool_mask is None
 
 
-@pytest.mark.parametrize("ratio", [0.25, 0.5, 0.9])
+@pytest.mark.parametrize("ratio", [0.25, 0.9])
 def test_online_groups_have_the_share_of_the_weight_that_was_asked_for(ratio):
     one = tiny()
     both, weights = mix(one, round_of(4), ratio)
@@ -157,9 +151,6 @@ def test_at_ratio_one_the_logged_rollouts_are_left_out():
     assert len(own) == 2
     assert own.rewards.tolist() == round_of(4)["rewards"].tolist()
     assert weights.tolist() == [1.0, 1.0]
-
-
-def test_without_a_round_there_is_nothing_to_mix():
     one = tiny()
     same, weights = mix(one, None, 0.5)
     assert same is one
@@ -205,17 +196,12 @@ def test_a_round_of_an_untrained_policy_with_stop_has_shorter_sequences_too():
     assert (found["sequences"][..., 0] >= 0).all()
 
 
-@pytest.mark.parametrize(("every", "rounds"), [(1, [0, 1, 2, 3, 4]), (2, [0, 2, 4]), (4, [0, 4]), (9, [0])])
+@pytest.mark.parametrize(("every", "rounds"), [(1, [0, 1, 2, 3, 4]), (2, [0, 2, 4]), (9, [0])])
 def test_rounds_come_at_the_first_epoch_and_every_so_many_after(tmp_path, every, rounds):
     grpo = dataclasses.replace(ONLINE, epochs=5, online_every=every)
     _, _, asked, epochs = train(tmp_path, grpo)
     assert epochs == rounds  # epochs finished when the policy was asked
     assert [tuple(sequences.shape) for sequences in asked] == [(TRAIN, 6, 2)] * len(rounds)
-
-
-def test_without_grpo_online_nothing_is_asked(tmp_path):
-    _, _, asked, _ = train(tmp_path, dataclasses.replace(ONLINE, online=False))
-    assert asked == []
 
 
 def test_the_rows_count_logged_and_online_groups(tmp_path):
@@ -236,14 +222,13 @@ def test_the_old_policy_is_that_of_the_round(tmp_path):
         assert [abs(ratio - 1) > 1e-4 for ratio in ratios] == moved
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_where_few_rollouts_are_logged_the_own_ones_teach_more(tmp_path, seed):
-    sets, worth = few(seed)
+def test_where_few_rollouts_are_logged_the_own_ones_teach_more(tmp_path):
+    sets, worth = few()
     start = expected_reward(make(), sets[0], worth)
     reached = {}
     for online in (False, True):
         grpo = dataclasses.replace(ONLINE, epochs=12, online=online)
-        policy, *_ = train(tmp_path / str(online), grpo, rce=dataclasses.replace(RCE, epochs=0), seed=seed)
+        policy, *_ = train(tmp_path / str(online), grpo, rce=dataclasses.replace(RCE, epochs=0))
         reached[online] = expected_reward(policy, sets[0], worth)
     # Measured: 0.09 to 0.15 above the logged rollouts alone, 0.18 to 0.24 above the start.
     assert reached[True] > reached[False] + 0.04
@@ -269,7 +254,6 @@ def test_the_ratio_says_whom_to_believe_whatever_the_batch_size(tmp_path, batch_
 # ---------------------------------------------------------------------- killed and resumed
 
 VARIANTS = {
-    "plain": ({}, {}),
     "dropout": ({"dropout": "both", "online_ratio": 1.0}, {"dropout": 0.3, "attn_dropout": 0.1}),
     "stop-frozen": ({"freeze_backbone": True, "refresh_every": 0}, {"stop": True}),
 }
@@ -283,7 +267,7 @@ def test_a_run_killed_within_an_online_epoch_ends_bit_for_bit_where_an_unbroken_
     _, _, _, rounds = train(tmp_path / "whole", grpo, rce=rce, **shape)
     assert rounds == [0, 2]
     killed = 0
-    for calls in (6, 11, 16, 21):
+    for calls in (6, 16):
         shutil.rmtree(tmp_path / "broken", ignore_errors=True)
         policy = make(kind=Mortal, **shape)
         policy.left = calls
@@ -293,7 +277,7 @@ def test_a_run_killed_within_an_online_epoch_ends_bit_for_bit_where_an_unbroken_
             killed += 1
         train(tmp_path / "broken", grpo, rce=rce, **shape)
         assert_same_run(tmp_path / "whole", tmp_path / "broken")
-    assert killed >= 3
+    assert killed >= 1
 
 
 @pytest.mark.parametrize("die_at", [1, 2])
@@ -328,7 +312,7 @@ def logged(digits, digits_config, digits_features, tmp_path_factory):
     folder = tmp_path_factory.mktemp("online")
     stamp = local_fingerprint(config.lvlm, config.prompt, "cpu")
     cache = AnswerCache(folder / "answers.sqlite")
-    lvlm = CachedLvlm(lambda: LocalLvlm(config.lvlm, config.prompt, "cpu"), stamp, cache, track)
+    lvlm = CachedLvlm(lambda: load_local(config.lvlm, config.prompt, "cpu"), stamp, cache, track)
     make_rollouts(config, digits, digits_features, lvlm, folder / "rl_data.json", lambda text: None)
     return config, folder / "rl_data.json", lvlm
 
@@ -406,7 +390,7 @@ ROUNDS = [part for key in ("online=true", "online_every=2", "online_samples=2") 
 
 def rows_in(run):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name not in ("epoch_time", "step_time")} for row in rows]
+    return [without_times(row) for row in rows]
 
 
 def test_online_training_on_the_digits_is_planned_done_and_not_asked_twice(lever, digits_folder):
@@ -432,10 +416,6 @@ def test_online_training_on_the_digits_is_planned_done_and_not_asked_twice(lever
     again = lever(*command)
     assert again.status == 0
     assert "prompts to ask" not in again.err
-    afresh = lever(*command, "--overwrite")
-    assert "prompts to ask" not in afresh.err
-    assert rows_in(digits_folder / RUN) == rows
-    assert answers_in(digits_folder) == asked
 
     # Rollouts of this dataset under another name: online too. Features of one's own name no examples.
     shutil.copy2(digits_folder / ROLLOUTS, digits_folder / "own.json")
@@ -461,15 +441,6 @@ def test_features_of_ones_own_cannot_be_asked_about(lever, tmp_path):
     assert "leave --embeddings out" in refused.err
     assert "grpo.online=false" in refused.err
     assert not (tmp_path / "results").exists()
-    assert lever(*command).status == 0
-
-
-@pytest.mark.parametrize(
-    "changes", [{"online_every": 0}, {"online_samples": 1}, {"online_ratio": 0.0}, {"online_ratio": 1.5}], ids=str
-)
-def test_rounds_that_cannot_be_are_refused_with_their_key(changes):
-    with pytest.raises(UsageError, match=f"grpo.{next(iter(changes))}"):
-        GrpoConfig(**changes)
 
 
 def test_a_policy_that_may_stop_trains_and_infers_and_is_not_converted(
@@ -502,7 +473,8 @@ def test_a_policy_that_may_stop_trains_and_infers_and_is_not_converted(
     queries, icds = digits_features.queries("val", digits_config.features), digits_features.icds(digits_config.features)
     with torch.no_grad():
         state, candidates = policy.eval().encode(queries[:50], icds[:16].expand(50, -1, -1))
-    middling = torch.nn.functional.normalize(candidates.mean((0, 1)), dim=-1)
+    units = torch.nn.functional.normalize(candidates, dim=-1)
+    middling = torch.nn.functional.normalize(units.mean((0, 1)), dim=-1)
     toward = torch.nn.functional.normalize(state.mean(0), dim=-1)
     content["model_state_dict"]["stop_embedding"] = middling + toward
     torch.save(content, "stopping.pt")
@@ -521,9 +493,6 @@ def test_a_gru_policy_trains_resumes_and_infers(lever, digits_folder):
     assert one.json["converted"] is None
     more = lever("train", *QUICK, *gru)
     assert "going on after grpo epoch 1" in more.err
-    whole = lever("train", *QUICK, *gru, "--run-name", "whole")
-    assert whole.status == 0
-    assert rows_in(digits_folder / RUN) == rows_in(digits_folder / RUN.with_name("whole"))
     inferred = lever("infer", *QUICK[:-4], *gru, "--shots", "2")
     assert inferred.status == 0, inferred.err
     assert inferred.json["results"][0]["n"] == 8

@@ -5,7 +5,7 @@ import math
 import shutil
 
 import pytest
-from helpers import DATA, SMALL, files_in, small_digits
+from helpers import DATA, SMALL, answers_in, files_in, small_digits
 from models import SPOILT, copied, edited
 from models import TINY as TINY_QWEN
 from official import build_official, image_path, read_official
@@ -126,7 +126,7 @@ def test_a_broken_model_directory_is_named_by_what_it_lacks(lever, tmp_path):
     assert "lacks config.json, one.safetensors" in found["lvlm.path"]["found"]
 
 
-@pytest.mark.parametrize("name", SPOILT)
+@pytest.mark.parametrize("name", ["a template without images", "no tokenizer"])  # each: test_qwen2_5_vl.py
 def test_a_part_of_a_processor_that_is_missing_is_named_before_the_work(lever, tmp_path, name):
     spoil, words = SPOILT[name]
     spoil(copied(tmp_path / "model"))
@@ -252,10 +252,8 @@ WEIGHTS = {"three": {"a": [3 << 20, 1 << 10], "b": [1 << 29]}, "seven": {"a": [7
     ("model", "stored", "settings", "expected"),
     [
         ("three", "BF16", {}, {"weights": 7, "the smallest batches": 2}),
-        ("three", "F32", {}, {"weights": 7, "the smallest batches": 2}),
         ("three", "BF16", {"dtype": "float32"}, {"weights": 14, "the smallest batches": 4}),
         ("three", "F32", {"dtype": "float16"}, {"weights": 7, "the smallest batches": 2}),
-        ("seven", "BF16", {}, {"weights": 14, "the smallest batches": 2}),
         (
             "seven",
             "BF16",
@@ -284,16 +282,6 @@ def test_the_shipped_models_weights_are_counted_as_the_library_does():
 
 
 # ---------------------------------------------------------------------- the plan
-
-
-def answers_in(folder) -> int:
-    import sqlite3
-
-    paths = list(folder.rglob("answers_*.sqlite"))
-    if not paths:
-        return 0
-    with sqlite3.connect(paths[0]) as db:
-        return db.execute("SELECT count(*) FROM answers WHERE key NOT LIKE 'speed:%'").fetchone()[0]
 
 
 def test_a_plan_before_anything_is_there_is_an_upper_bound_and_writes_nothing(lever, tmp_path):
@@ -349,13 +337,6 @@ def test_rollouts_of_somebody_else_are_named_in_the_plan(warm, lever):
     assert plan["lvlm_calls"] == 0
 
 
-def test_scoring_the_references_counts_as_calls(warm, lever):
-    plain = lever("rollout", "--limit", "24", "--dry-run", "--json").json
-    scored = lever("rollout", "--limit", "24", "--set", "rollout.gt_prob=true", "--dry-run", "--json").json
-    assert scored["lvlm_calls"] > plain["lvlm_calls"]
-    assert not next(stage for stage in scored["stages"] if stage["name"] == "rollouts")["exact"]
-
-
 FEW = ("--set", "rollout.pool_size=6", "--rce-epochs", "1", "--grpo-epochs", "3", "--set", "policy.hidden_dim=8")
 BY_PROB = ("rollout.gt_prob=true", "reward.mode=hard01_plus_gtprob")
 ROUNDS = ("grpo.online=true", "grpo.online_every=2", "grpo.online_samples=2")
@@ -364,11 +345,8 @@ ROUNDS = ("grpo.online=true", "grpo.online_every=2", "grpo.online_samples=2")
 @pytest.mark.parametrize(
     "keys",
     [
-        (),
-        BY_PROB,
         ("rollout.infoscore=2", "rollout.infoscore_candidates=3", *BY_PROB),
         ("rollout.infoscore=3", "rollout.distinct_orders=true", "policy.stop=true"),
-        ROUNDS,
         (*ROUNDS, *BY_PROB),
     ],
     ids=" ".join,

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lever_lm.training.rewards import (
+    ADVANTAGE_SCALES,
     REWARD_MODES,
     group_advantage,
     group_mean_std,
@@ -48,11 +49,6 @@ def test_golden_rewards(mode):
     ]
     assert len(rows) >= 100
     assert not wrong, f"{len(wrong)} of {len(rows)}, the first: {wrong[0]}"
-
-
-def test_every_golden_row_is_a_known_mode_or_an_error():
-    known = {*REWARD_MODES, "legacy"} - OURS
-    assert {row["reward_mode"] for row in ROWS if not isinstance(row["reward"], dict)} == known
 
 
 @pytest.mark.parametrize(
@@ -161,22 +157,55 @@ def test_advantages_are_clipped():
     assert float(group_advantage(rewards, clip=2.0).max()) == 2.0
 
 
+REWARDS = torch.tensor([[0.0, 1.0, 2.0], [3.0, 5.0, 99.0], [4.0, 4.0, 4.0]])
+REAL = torch.tensor([[True, True, True], [True, True, False], [True, True, True]])
+
+
+def test_scaled_by_the_group_the_advantage_is_in_its_own_spread():
+    found = group_advantage(REWARDS, REAL, scale="group")
+    half = 1 / math.sqrt(2)
+    assert found.flatten().tolist() == pytest.approx([-1.0, 0.0, 1.0, -half, half, 0.0, 0.0, 0.0, 0.0])
+
+
+def test_scaled_by_the_batch_all_groups_share_one_spread():
+    # Real rewards 0 1 2 3 5 4 4 4: mean 23 / 8; squares sum to 87, less 23² / 8, over 7.
+    spread = math.sqrt((87 - 23**2 / 8) / 7)
+    expected = [-1 / spread, 0.0, 1 / spread, -1 / spread, 1 / spread, 0.0, 0.0, 0.0, 0.0]
+    assert group_advantage(REWARDS, REAL, scale="batch").flatten().tolist() == pytest.approx(expected)
+    near, far = torch.tensor([[0.0, 0.02], [0.0, 0.02]]), torch.tensor([[0.0, 0.0], [0.0, 40.0]])
+    assert group_advantage(near, scale="batch", min_std=0.1)[0].tolist() == pytest.approx([-0.1, 0.1])
+    assert group_advantage(far, scale="batch", clip=0.5)[1].tolist() == [-0.5, 0.5]
+
+
+def test_scaled_by_nothing_it_is_the_distance_to_the_mean_as_in_dr_grpo():
+    found = group_advantage(REWARDS, REAL, scale="none")
+    assert found.tolist() == [[-1.0, 0.0, 1.0], [-1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
+    near = group_advantage(torch.tensor([[0.0, 0.02]]), scale="none", min_std=0.5)
+    assert near[0].tolist() == pytest.approx([-0.01, 0.01])  # there is no floor where nothing is divided
+    assert group_advantage(torch.tensor([[0.0, 40.0]]), scale="none")[0].tolist() == [-5.0, 5.0]
+
+
+@pytest.mark.parametrize("scale", ADVANTAGE_SCALES)
+def test_a_rank_has_no_scale(scale):
+    ranks = group_advantage(REWARDS, REAL, method="rank", scale=scale)
+    assert ranks.tolist() == [[-1.0, 0.0, 1.0], [-1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize("scale", ADVANTAGE_SCALES)
 @pytest.mark.parametrize("method", ["zscore", "rank"])
-def test_a_group_of_one_a_tied_group_and_an_empty_group_have_no_advantage(method):
-    rewards = torch.tensor([[2.0, 0.0, 0.0], [0.7, 0.7, 0.7], [1.0, 2.0, 3.0]])
-    mask = torch.tensor([[True, False, False], [True, True, True], [False, False, False]])
-    assert group_advantage(rewards, mask, method=method).tolist() == [[0.0] * 3] * 3
+def test_a_group_of_one_a_tied_group_and_an_empty_group_have_no_advantage(method, scale):
+    rewards = torch.tensor([[1e9, -1e9, 0.0], [1e9, 1e9, 1e9], [2.0, 0.0, 0.0], [0.1, 0.1, 0.1], [1.0, 2.0, 3.0]])
+    mask = torch.tensor([[True] * 3, [True] * 3, [True, False, False], [True] * 3, [False] * 3])
+    found = group_advantage(rewards, mask, method=method, scale=scale)
+    assert torch.isfinite(found).all()
+    assert 5 >= found[0, 0] > found[0, 2] > found[0, 1] >= -5
+    assert found[1:].count_nonzero() == 0
 
 
 def test_rank_runs_from_one_to_minus_one_and_equals_share_theirs():
     found = group_advantage(torch.tensor([[5.0, 1.0, 3.0], [2.0, 0.0, 2.0]]), method="rank")
     # The two best of the second group share ranks 0 and 1: 1 − 2 · 0.5 / 2 = 0.5.
     assert found.tolist() == [[1.0, -1.0, 0.0], [0.5, -1.0, 0.5]]
-
-
-def test_rank_of_a_padded_group():
-    rewards, mask = torch.tensor([[1.0, 9.0, 2.0]]), torch.tensor([[True, False, True]])
-    assert group_advantage(rewards, mask, method="rank").tolist() == [[-1.0, 0.0, 1.0]]
 
 
 @given(st.lists(st.floats(-5, 5, width=32), min_size=1, max_size=8), st.integers(0, 4))
@@ -209,12 +238,23 @@ def test_tied_groups():
     assert tied_groups(rewards, mask).tolist() == [True, False, True]
 
 
-@pytest.mark.parametrize("function", [group_advantage, normalize_group])
-def test_an_unknown_method_is_refused_with_the_known_ones_and_the_key(function):
-    with pytest.raises(
-        ValueError, match=r"unknown .* 'best'; choose .*zscore or rank \((grpo\.advantage|rce\.normalize)\)"
-    ):
-        function(torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool), method="best")
+def test_normalised_rewards_of_1e9_stay_finite():
+    rewards = torch.tensor([[1e9, -1e9, 0.0], [1e9, 1e9, 1e9]])
+    for method in ("none", "zscore", "rank"):
+        assert torch.isfinite(normalize_group(rewards, torch.ones(2, 3, dtype=torch.bool), method=method)).all()
+
+
+@pytest.mark.parametrize(
+    ("function", "option", "key"),
+    [
+        (group_advantage, "method", "grpo.advantage"),
+        (group_advantage, "scale", "grpo.advantage_scale"),
+        (normalize_group, "method", "rce.normalize"),
+    ],
+)
+def test_an_unknown_method_is_refused_with_the_known_ones_and_the_key(function, option, key):
+    with pytest.raises(ValueError, match=rf"'best'.*\({key}\)"):
+        function(torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool), **{option: "best"})
 
 
 @pytest.mark.parametrize("scores", [{"accuracy": float("nan")}, {"gt_prob": float("inf"), "soft_weight": 0.0}])

@@ -12,13 +12,15 @@ from helpers import small_digits, track
 from lever_lm.config.schema import PromptConfig
 from lever_lm.lvlm import CachedLvlm, build_prompt, cut_answer
 from lever_lm.lvlm.answer_cache import AnswerCache
-from lever_lm.lvlm.qwen2_5_vl import LocalLvlm, local_fingerprint
+from lever_lm.lvlm.backend import load_local
+from lever_lm.lvlm.local import LocalLvlm, local_fingerprint
 from lever_lm.tasks import TASKS
 from lever_lm.tasks.vqa_metrics import normalize_answer, relevance, vqa_accuracy
 from lever_lm.training.rollouts.file_format import group_report, load_groups
-from lever_lm.training.rollouts.generate import _reference_probs, make_rollouts, online_rewards
+from lever_lm.training.rollouts.generate import _reference_probs, make_rollouts, online_rewards, rollout_stamp
 from lever_lm.training.rollouts.propose import new_policy, query_rows
 from lever_lm.utils.errors import LeverError
+from lever_lm.utils.fingerprint import changed
 
 QUERIES = 12
 # Field → (type, least, most) of every trajectory (golden/rl_data_schema.md); None allowed where marked.
@@ -70,7 +72,7 @@ def make(digits, digits_features, config, tmp_path):
     """make(config changes, dies_at) → (report or None, model); file and cache are those of one results folder."""
 
     def run(changed=config, dies_at=None, path=tmp_path / "rl_data.json", said=None):
-        model = Halting(changed.lvlm, changed.prompt, "cpu")
+        model = Halting(load_local(changed.lvlm, changed.prompt, "cpu").family, changed.lvlm, changed.prompt)
         model.dies_at = dies_at
         stamp = local_fingerprint(changed.lvlm, changed.prompt, "cpu")
         asks = local_fingerprint(changed.lvlm, PromptConfig(), "cpu")
@@ -87,7 +89,7 @@ def made(digits, digits_features, config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("rollouts")
     stamp = local_fingerprint(config.lvlm, config.prompt, "cpu")
     cache = AnswerCache(folder / "answers.sqlite")
-    lvlm = CachedLvlm(lambda: LocalLvlm(config.lvlm, config.prompt, "cpu"), stamp, cache, track)
+    lvlm = CachedLvlm(lambda: load_local(config.lvlm, config.prompt, "cpu"), stamp, cache, track)
     make_rollouts(config, digits, digits_features, lvlm, folder / "rl_data.json", lambda text: None)
     return folder / "rl_data.json"
 
@@ -224,7 +226,7 @@ def test_the_file_loads_as_groups(made, entries):
 
 
 def test_answers_are_the_models_own(trajectories, digits, config):
-    model = LocalLvlm(config.lvlm, config.prompt, "cpu")
+    model = load_local(config.lvlm, config.prompt, "cpu")
     train = digits.train_examples
     prompts = [
         build_prompt([train[i] for i in t["pointer_global"]], train[row], config.prompt) for row, _, t in trajectories
@@ -307,7 +309,7 @@ def test_retrieval_takes_the_most_similar_pairs_that_no_beam_took(entries, digit
 class Dressed:
     """An LVLM that sees the same thing everywhere."""
 
-    def batches(self, prompts):
+    def batches(self, prompts, answers=None):
         return [list(range(len(prompts)))]
 
     def generate(self, prompts):
@@ -389,12 +391,6 @@ def test_the_group_report_counts_by_hand(tmp_path):
     }
 
 
-def test_making_returns_the_report_of_the_file(make, tmp_path):
-    report, _ = make()
-    assert report == group_report(tmp_path / "rl_data.json")
-    assert report["groups"] == QUERIES
-
-
 # ---------------------------------------------------------------------- not twice
 
 
@@ -407,7 +403,7 @@ def test_pools_and_proposals_are_followed_as_the_answers_are(digits, digits_feat
 
     stamp = local_fingerprint(config.lvlm, config.prompt, "cpu")
     cache = AnswerCache(tmp_path / "answers.sqlite")
-    lvlm = CachedLvlm(lambda: LocalLvlm(config.lvlm, config.prompt, "cpu"), stamp, cache, follow)
+    lvlm = CachedLvlm(lambda: load_local(config.lvlm, config.prompt, "cpu"), stamp, cache, follow)
     make_rollouts(config, digits, digits_features, lvlm, tmp_path / "rl_data.json", lambda text: None)
     assert followed[:2] == [("pools", QUERIES), ("proposals", QUERIES)]
     assert followed[-1][0] == "rollouts"
@@ -418,7 +414,8 @@ def test_unchanged_inputs_make_nothing_again(make, tmp_path):
     path = tmp_path / "rl_data.json"
     written = path.stat().st_mtime_ns
     again, model = make()
-    assert again == first
+    assert again == first == group_report(path)
+    assert again["groups"] == QUERIES
     assert path.stat().st_mtime_ns == written
     assert model.asked == 0
 
@@ -434,69 +431,52 @@ def test_a_killed_job_goes_on_and_asks_nothing_twice(make, made, config, tmp_pat
     assert content == unbroken
 
 
+def test_the_stamp_names_what_a_rollout_file_depends_on_and_nothing_else(digits, config):
+    class Model:
+        model = "tiny"
+
+    here = rollout_stamp(config, digits, "features", Model())
+    for part, change, named in (
+        ("seed", 1, ["seed"]),
+        ("sampler", {"name": "rand_sampler"}, ["sampler"]),
+        ("rollout", {"temperatures": (1.0, 2.0)}, ["rollout setting"]),
+        ("prompt", {"style": "dialogue"}, ["prompt"]),
+        ("policy", {"hidden_dim": 32}, ["policy"]),
+        ("features", {"name": "query_img_icd_img"}, ["features"]),
+        ("grpo", {"epochs": 7}, []),
+        ("reward", {"mode": "hard_only"}, []),
+        ("lvlm", {"batch_size": 5}, []),
+    ):
+        value = dataclasses.replace(getattr(config, part), **change) if isinstance(change, dict) else change
+        there = rollout_stamp(dataclasses.replace(config, **{part: value}), digits, "features", Model())
+        assert changed(there, here) == named
+        assert (there["fingerprint"] == here["fingerprint"]) == (not named)
+    assert changed(rollout_stamp(config, digits, "others", Model()), here) == ["features"]
+    Model.model = "other"
+    assert changed(rollout_stamp(config, digits, "features", Model()), here) == ["LVLM"]
+
+
+def test_pools_above_64_are_made_and_read(make, config, tmp_path):
+    wide = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, pool_size=100, num_queries=2))
+    make(wide)
+    assert [len(group.pool) for group in load_groups(tmp_path / "rl_data.json")] == [100, 100]
+
+
 @pytest.mark.parametrize(
-    ("change", "why"),
-    [
-        ({"seed": 1}, "the seed has changed"),
-        ({"sampler": {"name": "rand_sampler"}}, "the sampler has changed"),
-        ({"rollout": {"temperatures": (1.0, 2.0)}}, "the rollout setting has changed"),
-        ({"prompt": {"style": "dialogue"}}, "the prompt has changed"),
-        ({"policy": {"hidden_dim": 32}}, "the policy has changed"),
-        ({"lvlm": {"max_new_tokens": 3}}, "the LVLM has changed"),
-    ],
-    ids=lambda change: change.split()[1] if isinstance(change, str) else "",
+    "text", ["my notes", '{"7": {"pointer_candidates": []}}', '{"7": {}, "_meta": {"source": "Lever-Plus"}}']
 )
-def test_changed_settings_make_the_file_again(make, config, tmp_path, change, why):
-    few = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, num_queries=3))
-    make(few)
-    before = json.loads((tmp_path / "rl_data.json").read_text(encoding="utf-8"))
-    (key, value), said = next(iter(change.items())), []
-    part = dataclasses.replace(getattr(few, key), **value) if isinstance(value, dict) else value
-    make(dataclasses.replace(few, **{key: part}), said=said)
-    after = json.loads((tmp_path / "rl_data.json").read_text(encoding="utf-8"))
-    assert after["_meta"]["fingerprint"] != before["_meta"]["fingerprint"]
-    assert after != before
-    assert said[0].startswith(f"{tmp_path / 'rl_data.json'} is made again: {why}; ")
-
-
-def test_settings_that_change_no_rollout_keep_the_file(make, config, tmp_path):
-    few = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, num_queries=3))
-    make(few)
-    written = (tmp_path / "rl_data.json").stat().st_mtime_ns
-    for part, change in (("grpo", {"epochs": 7}), ("reward", {"mode": "hard_only"}), ("lvlm", {"batch_size": 5})):
-        make(dataclasses.replace(few, **{part: dataclasses.replace(getattr(few, part), **change)}))
-        assert (tmp_path / "rl_data.json").stat().st_mtime_ns == written
-
-
-@pytest.mark.parametrize("meta", [None, {"source": "Lever-Plus"}])
-def test_a_rollout_file_of_somebody_else_is_refused_and_left_alone(make, tmp_path, meta):
+def test_a_file_that_lever_rollout_did_not_make_is_refused_and_left_alone(make, tmp_path, text):
     path = tmp_path / "rl_data.json"
-    foreign = {"7": {"pointer_candidates": []}} | ({"_meta": meta} if meta else {})
-    path.write_text(json.dumps(foreign))
-    with pytest.raises(LeverError, match="--rl-data"):
-        make()
-    assert json.loads(path.read_text()) == foreign
-
-
-def test_a_file_that_is_no_rollout_file_is_refused_and_left_alone(make, tmp_path):
-    path = tmp_path / "rl_data.json"
-    path.write_text("my notes")
+    path.write_text(text)
     with pytest.raises(LeverError, match=r"rl_data\.json"):
         make()
-    assert path.read_text() == "my notes"
+    assert path.read_text() == text
 
 
 def test_more_shots_than_there_are_candidates_are_refused(make, config):
     rollout = dataclasses.replace(config.rollout, shots=2600, pool_size=2600)
     with pytest.raises(LeverError, match=r"rollout\.shots"):
         make(dataclasses.replace(config, rollout=rollout))
-
-
-def test_pools_above_64_are_made_and_trained_on(lever, warm):
-    few = ("--limit", "6", "--rce-epochs", "1", "--grpo-epochs", "1", "--run-name", "wide")
-    done = lever("train", "--set", "rollout.pool_size=100", *few, "--json")
-    assert done.status == 0, done.err
-    assert "(by place in the pool), pools of 100, " in done.err
 
 
 # ---------------------------------------------------------------------- P(reference answers)
@@ -526,15 +506,8 @@ def test_a_blank_annotator_does_not_stop_rollouts_with_reference_probabilities(l
         entry["answers"][9] |= {"answer": "", "raw_answer": ""}
     path.write_text(json.dumps(content))
     data = ("--set", f"data.okvqa_path={root}", "--set", f"data.coco_path={root}", "--set", "rollout.pool_size=4")
-    scored = (
-        "--set",
-        "rollout.gt_prob=true",
-        "--set",
-        "rollout.infoscore=1",
-        "--set",
-        "rollout.infoscore_candidates=2",
-    )
-    done = lever("rollout", *data, *scored, "--json")
+    scored = ("rollout.gt_prob=true", "rollout.infoscore=1", "rollout.infoscore_candidates=2")
+    done = lever("rollout", *data, *(word for key in scored for word in ("--set", key)), "--json")
     assert done.status == 0, done.err
     entries = [v for k, v in json.loads((tmp_path / done.json["path"]).read_text()).items() if k != "_meta"]
     assert len(entries) == 12

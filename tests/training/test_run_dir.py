@@ -7,7 +7,7 @@ import yaml
 
 from lever_lm.config.schema import Config, to_dict
 from lever_lm.config.values import build, dotted, merge
-from lever_lm.training.run_dir import Layout, RunFolder, camel, inference_folder, lvlm_name
+from lever_lm.training.run_dir import Layout, RunFolder, inference_folder, lvlm_name
 from lever_lm.utils.errors import LeverError
 
 
@@ -62,32 +62,9 @@ def test_the_lvlms_name(path, name):
     assert lvlm_name(path) == name
 
 
-def test_the_samplers_name():
-    assert [camel(n) for n in ("rand_sampler", "text_sim_sampler", "img_sim_sampler", "mix_sampler")] == [
-        "RandSampler",
-        "TextSimSampler",
-        "ImgSimSampler",
-        "MixSampler",
-    ]
-
-
 def test_inferences_of_a_run_named_by_path(tmp_path):
     assert inference_folder(tmp_path / "okvqa/model_cpk/v3_x") == tmp_path / "okvqa/inference/v3_x"
     assert inference_folder(tmp_path / "elsewhere") == tmp_path / "elsewhere/inference"
-
-
-def test_the_files_of_a_run(tmp_path):
-    run = RunFolder(tmp_path)
-    names = [run.config, run.metrics, run.log, run.state, run.best, run.report, run.checkpoint("rce", 1)]
-    assert [path.name for path in names] == [
-        "config.yaml",
-        "metrics.jsonl",
-        "train.log",
-        "state.pt",
-        "best.json",
-        "report.html",
-        "rce_epoch1.pt",
-    ]
 
 
 # ---------------------------------------------------------------------- runs

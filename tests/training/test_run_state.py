@@ -155,13 +155,6 @@ def test_a_phase_that_has_not_begun_takes_the_weights_and_nothing_else(tmp_path)
     assert fresh_optimizer.state_dict()["state"] == {}
 
 
-def test_a_new_run_has_nothing_to_restore(tmp_path):
-    policy, optimizer = make()
-    before = policy.query_proj.weight.clone()
-    assert begin(tmp_path, policy).restore("rce", policy, optimizer) is None
-    assert torch.equal(policy.query_proj.weight, before)
-
-
 def test_what_a_kill_left_out_is_written_on_resume(tmp_path):
     policy, optimizer = make()
     record(begin(tmp_path, policy), policy, optimizer, [row("rce"), row("grpo"), row("grpo", 2)])
@@ -184,16 +177,6 @@ def test_what_a_kill_left_out_is_written_on_resume(tmp_path):
         assert torch.equal(mended["model_state_dict"][name], tensor)
     assert load_policy(tmp_path / "grpo_epoch2.pt").shape == policy.shape
     assert said == [f"going on after grpo epoch 2 in {tmp_path}"]
-
-
-def test_rows_cut_in_the_middle_are_mended(tmp_path):
-    policy, optimizer = make()
-    record(begin(tmp_path, policy), policy, optimizer, [row("grpo"), row("grpo", 2)])
-    whole = {name: (tmp_path / name).read_bytes() for name in ("metrics.jsonl", "train.log")}
-    for name, content in whole.items():
-        (tmp_path / name).write_bytes(content[:-15])
-    begin(tmp_path, policy)
-    assert {name: (tmp_path / name).read_bytes() for name in whole} == whole
 
 
 def test_finished_checkpoints_are_not_written_again(tmp_path):
@@ -230,13 +213,6 @@ def test_changed_inputs_are_refused_by_name(tmp_path, inputs, named):
 def test_a_broken_state_is_refused_by_name(tmp_path, content):
     policy, _ = make()
     (tmp_path / "state.pt").write_bytes(content)
-    with pytest.raises(LeverError, match=r"state\.pt"):
-        begin(tmp_path, policy)
-
-
-def test_a_state_that_is_none_of_ours_is_refused_by_name(tmp_path):
-    policy, _ = make()
-    torch.save({"epoch": 3, "inputs": INPUTS}, tmp_path / "state.pt")
     with pytest.raises(LeverError, match=r"state\.pt"):
         begin(tmp_path, policy)
 

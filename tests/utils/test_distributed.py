@@ -14,10 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import CHECKOUT, INFERENCE, ROLLOUTS, Done, answers_in, clean_environment, files_in, run_lever
-from lvlm_helpers import Counting, opened
+from helpers import CHECKOUT, INFERENCE, ROLLOUTS, Done, answers_in, clean_environment, files_in, run_here
 
-from lever_lm.lvlm.answer_cache import AnswerCache
 from lever_lm.utils.console import Screen
 from lever_lm.utils.device import resolve_device
 from lever_lm.utils.distributed import Shards
@@ -48,33 +46,17 @@ def torchrun(*command, cwd: Path, timeout: int = 200) -> Done:
     return Done(done.returncode, done.stdout, done.stderr)
 
 
-def left_by(path: Path, rank: int, items: dict[str, str]) -> Path:
-    """The file of one process of a killed job of 16."""
-    cache = AnswerCache(path, Shards(rank, 16))
-    cache.put(items)
-    cache.close()
-    return path.with_name(f"answers.rank{rank}.sqlite")
-
-
-def with_features(features_file: Path, folder: Path) -> Path:
-    (folder / CACHE).mkdir(parents=True)
-    shutil.copy2(features_file, folder / CACHE)
-    return folder
-
-
 def made_in(folder: Path) -> set[str]:
     """All files but those of image features, which each process writes for its share of the images, and the digests,
     which a process that knows them already does not write."""
     return {name for name in files_in(folder) if "/vision_" not in name and not name.endswith("/digests.json")}
 
 
-def cache_files(folder: Path) -> set[str]:
-    return {path.name for path in (folder / CACHE).iterdir() if path.name.startswith("answers_")}
-
-
 @pytest.fixture
-def file(tmp_path):
-    return tmp_path / "cache" / "answers.sqlite"
+def rank_1(monkeypatch):
+    """This process is one of a job."""
+    for variable, value in JOB.items():
+        monkeypatch.setenv(variable, value)
 
 
 # ---------------------------------------------------------------------- which process this is
@@ -154,17 +136,13 @@ def test_a_gpu_that_is_not_there_is_named(monkeypatch):
         resolve_device("cuda:2")
 
 
-def test_without_a_gpu_each_process_computes_on_the_cpu(monkeypatch):
+def test_without_a_gpu_each_process_computes_on_the_cpu(monkeypatch, rank_1):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for variable, value in JOB.items():
-        monkeypatch.setenv(variable, value)
     assert resolve_device("auto") == torch.device("cpu")
 
 
 @pytest.mark.parametrize("to_stderr", [False, True])
-def test_only_the_leader_talks(monkeypatch, capsys, to_stderr):
-    for variable, value in JOB.items():
-        monkeypatch.setenv(variable, value)
+def test_only_the_leader_talks(monkeypatch, capsys, rank_1, to_stderr):
     screen = Screen(to_stderr)
     screen.say("a line")
     screen.table("a title", ["method"], [["a cell"]])
@@ -176,9 +154,7 @@ def test_only_the_leader_talks(monkeypatch, capsys, to_stderr):
 
 
 @pytest.mark.parametrize("command", ["train", "demo", "best-ckpt", "convert", "report"])
-def test_what_one_process_does_is_refused_under_torchrun(lever, monkeypatch, tmp_path, command):
-    for variable, value in JOB.items():
-        monkeypatch.setenv(variable, value)
+def test_what_one_process_does_is_refused_under_torchrun(lever, monkeypatch, tmp_path, rank_1, command):
     refused = lever(command)
     assert refused.status == 2
     assert refused.err.startswith("[rank 1] lever: ")
@@ -187,89 +163,6 @@ def test_what_one_process_does_is_refused_under_torchrun(lever, monkeypatch, tmp
     assert files_in(tmp_path) == {}
     monkeypatch.delenv("MASTER_ADDR")  # leaked variables
     assert "torchrun" not in lever(command, "--dry-run").err
-
-
-# ---------------------------------------------------------------------- the files of a killed job
-
-
-def test_what_a_killed_job_left_is_gone_on_with_by_one_process(file, numbered_prompts):
-    prompts = numbered_prompts
-    backend = Counting()
-    answers = opened(file, backend).generate(prompts)
-    with sqlite3.connect(file) as db:
-        rows = dict(db.execute("SELECT key, value FROM answers WHERE key NOT LIKE 'speed:%'"))
-    db.close()
-    file.unlink()
-    left_by(file, 0, dict(list(rows.items())[:3]))
-    left_by(file, 11, dict(list(rows.items())[3:6]))
-    again = Counting()
-    lvlm = opened(file, again)
-    assert lvlm.generate(prompts) == answers
-    assert (lvlm.asked, lvlm.known) == (4, 6)
-    assert [path.name for path in file.parent.iterdir()] == ["answers.sqlite"]
-
-
-def test_the_same_key_of_two_processes_is_that_of_the_higher_rank(file):
-    for rank in (10, 9, 2):
-        left_by(file, rank, {"key": f"of {rank}", f"only {rank}": "x"})
-    cache = AnswerCache(file)
-    cache.collect()
-    assert cache.get(["key", "only 2", "only 9", "only 10"]) == {
-        "key": "of 10",
-        **{f"only {r}": "x" for r in (2, 9, 10)},
-    }
-
-
-def test_of_several_processes_only_the_leader_opens_the_main_file(file):
-    left = left_by(file, 1, {"key": "value"})
-    assert not file.exists()
-    assert left.is_file()
-
-
-def test_the_file_of_a_job_that_runs_is_left_to_it(file):
-    running = AnswerCache(file, Shards(1, 2))
-    running.put({"one": "1"})
-    ended = left_by(file, 5, {"five": "5"})
-    cache = AnswerCache(file)
-    cache.collect()
-    assert cache.get(["one", "five"]) == {"five": "5"}
-    assert not ended.exists()
-    running.put({"two": "2"})
-    running.close()
-    cache.collect()
-    assert cache.get(["one", "two"]) == {"one": "1", "two": "2"}
-    assert [path.name for path in file.parent.iterdir()] == ["answers.sqlite"]
-
-
-def test_other_files_beside_the_cache_are_not_touched(file):
-    file.parent.mkdir()
-    others = [
-        file.parent / name for name in ("answers.rank1.sqlite.bak", "answers.rank-1.sqlite", "other.rank1.sqlite")
-    ]
-    for other in others:
-        other.write_text("somebody's")
-    AnswerCache(file).collect()
-    assert all(other.read_text() == "somebody's" for other in others)
-
-
-def test_a_process_killed_before_its_first_answer_leaves_nothing(file):
-    file.parent.mkdir()
-    (file.parent / "answers.rank3.sqlite").touch()
-    (file.parent / "answers.rank3.sqlite-journal").touch()
-    AnswerCache(file).collect()
-    assert [path.name for path in file.parent.iterdir()] == ["answers.sqlite"]
-
-
-def test_a_broken_file_of_a_process_is_named_and_nothing_is_lost(file):
-    left_by(file, 0, {"key": "value"})
-    broken = file.parent / "answers.rank1.sqlite"
-    broken.write_text("something else entirely, long enough for a header of a hundred bytes" * 3)
-    cache = AnswerCache(file)
-    with pytest.raises(LeverError, match=r"answers\.rank1\.sqlite.*delete it"):
-        cache.collect()
-    broken.unlink()
-    cache.collect()
-    assert cache.get(["key"]) == {"key": "value"}
 
 
 # ---------------------------------------------------------------------- two processes
@@ -355,65 +248,55 @@ def test_two_processes_deal_the_batches_and_both_have_all_answers(tmp_path):
     assert {path.name for path in tmp_path.glob("answers*")} == {"answers.sqlite"}
 
 
-FAILING = """
-import os
-from lever_lm.cli import commands as cli
-from lever_lm.training import pipeline
-from lever_lm.utils.errors import LeverError
-
-if os.environ["RANK"] == "1":
-    def load(config):
-        raise LeverError("no disk on this host")
-    pipeline.load_dataset = load
-cli.main()
-"""
-
-
-def test_a_process_that_fails_says_who_it_is_and_ends_the_job(digits_folder):
-    (digits_folder / "failing.py").write_text(FAILING)
-    done = torchrun("failing.py", "rollout", "--limit", "4", "--json", cwd=digits_folder, timeout=60)
-    assert done.status != 0
-    assert done.out == ""
-    assert "[rank 1] lever: no disk on this host" in done.err
+def test_a_process_that_fails_says_who_it_is(lever, digits_folder, monkeypatch, rank_1):
+    monkeypatch.setattr(Shards, "wait", lambda job: None)
+    monkeypatch.setattr(Shards, "from_leader", lambda job, make: make())
+    done = lever("rollout", "--limit", "4", "--set", "data.okvqa_path=nowhere", "--json")
+    assert (done.status, done.out) == (1, "")
+    assert done.err.startswith("[rank 1] lever: ")
     assert "a defect of lever_lm" not in done.err
     assert not (digits_folder / ROLLOUTS).exists()
 
 
 # ---------------------------------------------------------------------- the commands
 
+COMMANDS = """
+import json, sys
+from lever_lm.cli import commands
+from lever_lm.utils.distributed import Shards
 
-def test_rollouts_of_two_processes_are_those_of_one(lever, digits_folder, tmp_path_factory):
+leave, Shards.leave = Shards.leave, lambda job: None
+for words in json.loads(sys.argv[1]):
+    sys.argv[1:] = words
+    try:
+        commands.main()
+    except SystemExit as ended:
+        assert ended.code == 0
+leave(Shards.from_environment())
+"""
+
+
+def test_rollouts_and_inference_of_two_processes_are_those_of_one(lever, trained, tmp_path_factory):
     two = tmp_path_factory.mktemp("two")
-    shutil.copytree(digits_folder / "results", two / "results")
-    alone = lever(*ROLLOUT, "--json")
-    assert alone.status == 0, alone.err
-    done = torchrun("-m", "lever_lm", *ROLLOUT, "--json", cwd=two)
+    shutil.copytree(trained / "results", two / "results")
+    (two / "commands.py").write_text(COMMANDS)
+    alone = [lever(*words, "--json") for words in (ROLLOUT, INFER)]
+    assert [done.status for done in alone] == [0, 0], alone[0].err + alone[1].err
+    done = torchrun("commands.py", json.dumps([[*ROLLOUT, "--json"], [*INFER, "--json"]]), cwd=two)
     assert done.status == 0, done.err
-    assert done.json == alone.json, "one line, of the leader"
-    assert (two / ROLLOUTS).read_bytes() == (digits_folder / ROLLOUTS).read_bytes()
-    assert made_in(two) == made_in(digits_folder)
-    assert answers_in(two) == answers_in(digits_folder)
-    assert done.err.count("data: digits") == 1
+    assert done.out == alone[0].out + alone[1].out, "a line each, of the leader"
+    made = {name for name in files_in(trained) if name.startswith(str(INFERENCE))} | {str(ROLLOUTS)}
+    assert len(made) == 2 * 7 + 2 + 1
+    assert all((two / name).read_bytes() == (trained / name).read_bytes() for name in made)
+    assert made_in(two) - {"commands.py"} == made_in(trained)
+    assert answers_in(two) == answers_in(trained)
+    assert done.err.count("data: digits") == 2
     assert "the share of rank 0 of 2" in done.err
     assert "Warning" not in done.err
 
 
-def test_inference_of_two_processes_is_that_of_one(lever, trained, tmp_path_factory):
-    two = tmp_path_factory.mktemp("two")
-    shutil.copytree(trained / "results", two / "results")
-    alone = lever(*INFER, "--json")
-    assert alone.status == 0, alone.err
-    done = torchrun("-m", "lever_lm", *INFER, "--json", cwd=two)
-    assert done.status == 0, done.err
-    assert done.json == alone.json
-    made = {name for name in files_in(trained) if name.startswith(str(INFERENCE))}
-    assert len(made) == 2 * 7 + 2
-    assert made_in(two) == made_in(trained)
-    assert all((two / name).read_bytes() == (trained / name).read_bytes() for name in made)
-
-
 @pytest.mark.slow
-def test_anybodys_choices_are_answered_by_two_processes_as_by_one(lever, trained, tmp_path_factory):
+def test_choices_of_a_file_are_answered_by_two_processes_as_by_one(lever, trained, tmp_path_factory):
     assert lever(*INFER, "--json").status == 0
     next((trained / INFERENCE).rglob("icds.jsonl")).rename(trained / "mine.jsonl")
     two = tmp_path_factory.mktemp("two")
@@ -459,39 +342,24 @@ cli.main()
 """
 
 
-@pytest.fixture(scope="module")
-def unbroken(features_file, tmp_path_factory) -> Path:
-    """A folder in which one process answered everything."""
-    folder = with_features(features_file, tmp_path_factory.mktemp("unbroken"))
-    done = run_lever(*ANSWERS, cwd=folder)
-    assert done.status == 0, done.err
-    return folder
-
-
-@pytest.fixture(scope="module")
-def killed(features_file, tmp_path_factory) -> Path:
-    """A folder in which rank 1 was killed after its second batch and rank 0 had three."""
-    folder = with_features(features_file, tmp_path_factory.mktemp("killed"))
-    (folder / "killed.py").write_text(KILLED)
-    done = torchrun("killed.py", *ANSWERS, cwd=folder)
+def test_after_a_kill_the_rest_is_asked_and_the_result_is_the_unbroken_one(features_file, tmp_path):
+    unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
+    for folder in (unbroken, killed):
+        (folder / CACHE).mkdir(parents=True)
+        shutil.copy2(features_file, folder / CACHE)
+    assert run_here(*ANSWERS, cwd=unbroken).status == 0
+    (killed / "killed.py").write_text(KILLED)
+    done = torchrun("killed.py", *ANSWERS, cwd=killed)
     assert done.status != 0
     assert "SIGKILL" in done.err
-    assert not (folder / ROLLOUTS).exists()
+    assert not (killed / ROLLOUTS).exists()
     for rank, count in ((0, 48), (1, 32)):
-        with sqlite3.connect(folder / CACHE / f"answers_tiny-qwen2_5-vl.rank{rank}.sqlite") as db:
+        with sqlite3.connect(killed / CACHE / f"answers_tiny-qwen2_5-vl.rank{rank}.sqlite") as db:
             assert db.execute("SELECT count(*) FROM answers").fetchone()[0] == count
         db.close()
-    return folder
-
-
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_after_a_kill_the_rest_is_asked_and_the_result_is_the_unbroken_one(unbroken, killed, tmp_path, processes):
-    shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
-    run = run_lever if processes == 1 else torchrun
-    done = run(*(() if processes == 1 else ("-m", "lever_lm")), *ANSWERS, cwd=tmp_path)
-    assert done.status == 0, done.err
-    total = answers_in(unbroken)
-    assert f"{total - 80} prompts to ask, 80 known" in done.out
-    assert (tmp_path / ROLLOUTS).read_bytes() == (unbroken / ROLLOUTS).read_bytes()
-    assert answers_in(tmp_path) == total
-    assert cache_files(tmp_path) == {"answers_tiny-qwen2_5-vl.sqlite"}
+    again, total = run_here(*ANSWERS, cwd=killed), answers_in(unbroken)
+    assert again.status == 0, again.err
+    assert f"{total - 80} prompts to ask, 80 known" in again.out
+    assert (killed / ROLLOUTS).read_bytes() == (unbroken / ROLLOUTS).read_bytes()
+    assert answers_in(killed) == total
+    assert [path.name for path in (killed / CACHE).glob("answers_*")] == ["answers_tiny-qwen2_5-vl.sqlite"]

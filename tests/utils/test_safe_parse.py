@@ -1,43 +1,21 @@
 """Text from strangers: read within bounds or refused in one line, and never printed raw."""
 
 import gc
-import io
 import json
 import os
 import re
-import subprocess
-import sys
 import time
 
 import pytest
 import yaml
-from helpers import clean_environment
-from hypothesis import assume, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from rich.console import Console
+from values import ANYTHING, VALUES
 
-from lever_lm.utils.console import Screen
-from lever_lm.utils.errors import LeverError
-from lever_lm.utils.safe_parse import (
-    CONFIG_LIMIT,
-    FILE_LIMIT,
-    LINE_LIMIT,
-    lines,
-    load_yaml,
-    loads,
-    metrics_rows,
-    read_bytes,
-    read_json,
-)
-from lever_lm.utils.terminal import json_text, one_line, printable, shown
+from lever_lm.utils.safe_parse import CONFIG_LIMIT, FILE_LIMIT, lines, load_yaml, loads, read_bytes, read_json
+from lever_lm.utils.terminal import json_text, printable
 
-ESCAPE, BIDI, BYTE = "\x1b[2J\x1b]0;owned\x07", "\u202e", "\udcff"
-ANYTHING = st.text(st.characters(), max_size=60)  # surrogates and controls among them
-SOUND = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x85"), max_size=20)  # PyYAML loses \x85
-PLAIN = st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False, allow_infinity=False)
-VALUES = st.recursive(
-    PLAIN | SOUND, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(SOUND, inner, max_size=4), max_leaves=12
-)
+BYTE = "\udcff"
 # Characters of the grammar more often than others: most texts get past the first one.
 JSON_LIKE = st.text(st.sampled_from('[]{}:,"\\ue+-.0123456789ENatrflsd \n\x00\ud800é'), max_size=60)
 YAML_LIKE = st.text(st.sampled_from("[]{}:,\"'\\&*!|>?-#%@`~<=.0123456789xobEeNaYnTZ_+ \n\t\x00\ud800é"), max_size=60)
@@ -73,7 +51,7 @@ def test_sound_json_is_read_as_it_was_written(value):
 
 
 @given(JSON_LIKE | ANYTHING)
-@settings(max_examples=500)
+@settings(max_examples=300)
 def test_no_text_does_more_than_being_refused_as_json(text):
     found = read_or_refused(loads, text)
     if found is not None:
@@ -133,7 +111,7 @@ def test_where_they_may_stand_numbers_that_are_not_finite_are_read():
 
 
 @pytest.mark.parametrize("collecting", [True, False])
-@pytest.mark.parametrize("text", ["[1]", "[1", '{"a": 1, "a": 2}', "[" * 100_000])
+@pytest.mark.parametrize("text", ["[1]", "[1"])
 def test_garbage_is_collected_after_reading_if_it_was_before(collecting, text):
     try:
         gc.enable() if collecting else gc.disable()
@@ -146,7 +124,7 @@ def test_garbage_is_collected_after_reading_if_it_was_before(collecting, text):
 def test_reading_strictly_takes_no_multiple_of_the_time():
     rows = [
         {"question_id": i, "image_id": i, "answers": [{"answer": "net", "id": j} for j in range(10)]}
-        for i in range(9999)
+        for i in range(3000)
     ]
     text, took = json.dumps(rows), {}
     for name, read in (("plain", json.loads), ("ours", loads)):
@@ -204,53 +182,6 @@ def test_parts_of_a_long_line_overlap_where_asked(tmp_path):
     assert [line.text for line in lines(tmp_path / "log", 4, overlap=2)] == ["abcd", "cdefgh", "gh", "ij"]
 
 
-# ---------------------------------------------------------------------- metrics
-
-
-def write_metrics(folder, text) -> object:
-    path = folder / "metrics.jsonl"
-    path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8"))
-    return path
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        '{"epoch": 1, "phase": "rce", "phase": "grpo"}',
-        '{"epoch": true, "phase": "rce"}',
-        '{"epoch": -1, "phase": "rce"}',
-        '{"epoch": 1' + "0" * 30 + ', "phase": "rce"}',
-        '{"epoch": 1e3, "phase": "rce"}',
-        '{"epoch": 1, "phase": ["rce"]}',
-        '{"epoch": 1, "phase": "rce", "x": ' + "[" * 500 + "]" * 500 + "}",
-        "[" * 100_000,
-        "\x00",
-        "{'epoch': 1}",
-    ],
-    ids=lambda line: line[:44],
-)
-def test_a_broken_metrics_row_is_named_by_file_and_line(tmp_path, line):
-    good = '{"epoch": 1, "phase": "rce"}\n'
-    path = write_metrics(tmp_path, good + "\n" + line + "\n" + good)
-    with pytest.raises(LeverError, match=r"metrics\.jsonl, line 3: not a metrics row"):
-        metrics_rows(path)
-
-
-def test_bytes_that_are_no_text_break_a_metrics_row_or_stay_in_its_words(tmp_path):
-    path = write_metrics(tmp_path, b'{"epoch": 1, "phase": "rce", "x": "\xff"}\n')
-    assert metrics_rows(path)[0] == [{"epoch": 1, "phase": "rce", "x": "\ufffd"}]
-    with pytest.raises(LeverError, match="line 1: not a metrics row"):
-        metrics_rows(write_metrics(tmp_path, b"\xff\xfe\n"))
-
-
-def test_a_metrics_line_or_file_out_of_all_bounds_is_refused(tmp_path):
-    with pytest.raises(LeverError, match="line 2 is longer than 1 MiB"):
-        metrics_rows(write_metrics(tmp_path, "\n" + "x" * (LINE_LIMIT + 1) + "\n"))
-    row = json.dumps({"epoch": 1, "phase": "rce", "x": "y" * (LINE_LIMIT // 2)}) + "\n"
-    with pytest.raises(LeverError, match="it is larger than 16 MiB"):
-        metrics_rows(write_metrics(tmp_path, row * 40))
-
-
 # ---------------------------------------------------------------------- YAML
 
 
@@ -261,7 +192,7 @@ def test_yaml_of_plain_values_is_read_as_it_was_written(value):
 
 
 @given(YAML_LIKE | ANYTHING)
-@settings(max_examples=1000)
+@settings(max_examples=500)
 @example("!!timestamp x")
 @example("2024-99-99")
 @example("- &a b\n- *a")
@@ -282,27 +213,20 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     ("text", "why"),
     [
         (BOMB, "anchors and aliases"),
-        ("a: &x 1", "anchors and aliases"),
         ("a: *x", "anchors and aliases"),
         ("a: !!python/object/apply:os.system ['true']", "a tag"),
-        ("!!timestamp x", "a tag"),
-        ("!!set {a}", "a tag"),
         ("a: !!binary aGk=", "a tag"),
         ("a: !x 1", "a tag"),
         ("a: 1\nb: 2\na: 3", "'a' appears twice at line 3"),
-        ("a: {b: 1, b: 2}", "'b' appears twice"),
         ("1: a\n1.0: b", "appears twice"),
         ("a: 1\n<<: {b: 2}", "merge"),
         ("2024-99-99", "month must be"),
         ("a: " + "9" * 5000, "5000 digits"),
-        ("a: 0x" + "f" * 5000, "5002 digits"),
         ("a: 1" + ":10" * 5000, "digits"),
         ("[" * 10_000, "nested too deeply"),
-        ("- " * 10_000, "nested too deeply"),
         ("".join(" " * i + "a:\n" for i in range(100)), "nested too deeply"),
         ("? [1, 2]\n: 3", "no plain value"),
         ("a: \x1b", "special characters"),
-        ("a\x00", "special characters"),
         (b"a: \xff", "can't decode"),
         ("a: b: c", "not allowed here"),
         ("a: 1\n---\nb: 2", "single document"),
@@ -316,183 +240,7 @@ def test_yaml_that_is_refused_says_why(text, why):
     assert why in refused(load_yaml, text)
 
 
-@pytest.mark.parametrize("piece", ["k: 1\n", "[1,", "- ", "a ", '"\\x41', "a: |\n "])
-def test_the_largest_yaml_takes_seconds_whatever_is_in_it(piece):
-    text = (piece * CONFIG_LIMIT)[:CONFIG_LIMIT]
-    assert _seconds(lambda: read_or_refused(load_yaml, text)) < 60
-
-
-# ---------------------------------------------------------------------- showing
-
-
-UNSAFE = [
-    *map(chr, range(32)),
-    "\x7f",
-    *map(chr, range(0x80, 0xA0)),
-    "\u2028",
-    "\u2029",
-    *"\u202a\u202b\u202c\u202d\u202e",
-]
-UNSAFE += [*"\u2066\u2067\u2068\u2069", "\ud800", "\udcff", "\udfff"]
-UNSAFE = [character for character in UNSAFE if character not in "\n\t"]
-
-
-@given(ANYTHING)
-def test_what_is_printable_can_be_encoded_and_steers_nothing(text):
-    safe = printable(text)
-    assert not set(UNSAFE) & set(safe)
-    safe.encode("utf-8")
-    assert printable(safe) == safe
-    assert len(one_line(text).splitlines()) <= 1
-
-
-@pytest.mark.parametrize("character", UNSAFE, ids=ascii)
-def test_every_character_that_could_do_harm_is_seen_as_an_escape(character):
-    code = ord(character)
-    assert printable(f"a{character}b") == (f"a\\x{code:02x}b" if code < 256 else f"a\\u{code:04x}b")
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "plain",
-        "ümläut ß",
-        "漢字かな",
-        "한국어",
-        "עברית",
-        "العربية",
-        "हिन्दी",
-        "ไทย",
-        "🏳️‍🌈👩‍🚀🇩🇪",
-        "Σ × − → …",
-        "a\n\tb",
-        "\\x1b",
-        "می‌خواهم",
-        "e\u0301",
-    ],
-)
-def test_ordinary_text_of_any_language_is_unchanged(text):
-    assert printable(text) == text
-
-
-@given(VALUES | st.recursive(ANYTHING, lambda inner: st.lists(inner) | st.dictionaries(ANYTHING, inner), max_leaves=8))
-def test_json_for_a_terminal_reads_back_as_the_same_value(value):
-    text = json_text(value)
-    assume(not re.search("[\ud800-\udbff][\udc00-\udfff]", repr_raw(value)))  # two halves are one character in JSON
-    assert json.loads(text) == value
-    assert printable(text) == text
-    assert "\n" not in text
-
-
-def repr_raw(value) -> str:
-    """Every text in a value, in a row."""
-    if isinstance(value, dict):
-        return "\0".join(repr_raw(item) for pair in value.items() for item in pair)
-    return "\0".join(map(repr_raw, value)) if isinstance(value, list) else str(value)
-
-
-def test_json_for_a_terminal_keeps_other_languages_readable():
-    assert json_text({"ü": "漢字\x7f\u2028😀"}) == '{"ü": "漢字\\u007f\\u2028😀"}'
-
-
-@given(VALUES | st.integers() | ANYTHING)
-def test_what_is_shown_of_a_value_is_a_short_line(value):
-    assert len(shown(value)) <= 60
-    assert len(one_line(shown(value))) == len(shown(value))
-
-
-def test_what_is_shown_of_the_largest_values_takes_no_time():
-    deep: list = []
-    for _ in range(100_000):
-        deep = [deep]
-    huge = [deep, 10**6000, [[0] * 1000] * 1000, "x" * 10**8, {i: i for i in range(10**6)}]
-    assert _seconds(lambda: [shown(value) for value in (*huge, huge)]) < 2
-    assert shown(10**6000) == "an integer of 19932 bits"
-    while deep:  # freed one by one: all at once recurses
-        deep = deep.pop()
-
-
-@pytest.mark.parametrize("terminal", [False, True])
-def test_a_screen_shows_what_comes_from_data_in_its_place(terminal):
-    screen, text = Screen(), f"[red]x{ESCAPE}{BIDI}{BYTE}\nlever: done"
-    screen.out = Console(file=io.StringIO(), force_terminal=terminal, width=200, color_system=None)
-    screen.say(text)
-    assert list(screen.track([1, 2], text, 2)) == [1, 2]
-    screen.table(text, [text, text], [[text, text]])
-    shown_text = screen.out.file.getvalue()
-    for harm in (ESCAPE, BIDI, BYTE, "\nlever", "\x07"):
-        assert harm not in shown_text
-    assert shown_text.count("[red]x\\x1b[2J\\x1b]0;owned\\x07\\u202e\\udcff\\nlever: done") >= 7
-
-
-# ---------------------------------------------------------------------- through the command line
-
-
-def lever_bytes(*arguments, cwd, **extra):
-    """`python -m lever_lm …` in a process of its own, its output as bytes."""
-    command = [sys.executable, "-m", "lever_lm", *arguments]
-    return subprocess.run(command, cwd=cwd, env=clean_environment(**extra), capture_output=True, timeout=300)
-
-
-def assert_calm(output: bytes) -> str:
-    """Output as text, which holds nothing that steers a terminal."""
-    text = output.decode("utf-8")
-    assert printable(text) == text
-    return text
-
-
-ROW = {"phase": "grpo", "epoch": 1, "val_loss": 1.0, "kl": 0.05}
-NAMES = {"byte": b"run\xff", "steering": f"run{ESCAPE}{BIDI}\nlever: done".encode()}
-
-
-@pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
-def test_a_run_folder_of_any_name_is_worked_in_and_named_without_harm(tmp_path, name):
-    folder = os.path.join(os.fsencode(tmp_path), name)
-    os.mkdir(folder)
-    with open(os.path.join(folder, b"metrics.jsonl"), "w") as file:
-        file.write(json.dumps(ROW) + "\n")
-    said = lever_bytes("best-ckpt", folder, cwd=tmp_path, PYTHONUTF8="1")
-    assert said.returncode == 0, said.stderr
-    assert_calm(said.stdout + said.stderr)
-    again = lever_bytes("best-ckpt", folder, "--json", cwd=tmp_path, PYTHONUTF8="1")
-    assert again.returncode == 0, again.stderr
-    assert_calm(again.stderr)
-    assert json.loads(assert_calm(again.stdout))["checkpoint"] == os.fsdecode(os.path.join(folder, b"grpo_epoch1.pt"))
-    none = lever_bytes("convert", folder + b".pt", "--debug", cwd=tmp_path, LC_ALL="C")
-    assert none.returncode == 1
-    said = assert_calm(none.stderr)
-    assert said.startswith("  Traceback")
-    assert len(re.findall("(?m)^lever: ", said)) == 1
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ("best-ckpt", f"--{ESCAPE}"),
-        ("best-ckpt", "--limit", f"{ESCAPE}{BIDI}"),
-        ("best-ckpt", "--set", f"{ESCAPE}=1"),
-        ("best-ckpt", "--set", f"seed={ESCAPE}"),
-        ("best-ckpt", "--recipe", f"{ESCAPE}\nlever: done"),
-        ("best-ckpt", "--log", f"{ESCAPE}{BYTE}\nlever: done"),
-        ("best-ckpt", "--config", f"{ESCAPE}\nlever: done"),
-        (f"{ESCAPE}\nError: none",),
-        ("train", "--rl-data", f"{ESCAPE}\x9b2J\nlever: done"),
-        ("infer", "--icds", f"{ESCAPE}{BIDI}"),
-        ("infer", "--shots", f"{ESCAPE}\x85"),
-        ("convert", "a", "--to", ESCAPE),
-    ],
-    ids=lambda arguments: " ".join(arguments[:2]).encode("ascii", "replace").decode().replace("\x1b", ""),
-)
-def test_what_a_command_line_says_is_not_repeated_raw(lever, arguments):
-    done = lever(*arguments)
-    assert done.status in (1, 2)
-    assert_calm((done.out + done.err).encode("utf-8"))
-    assert len(re.findall("(?m)^(lever|Error): ", done.err)) == 1
-    assert "defect" not in done.err
-
-
-def test_the_length_of_a_message_is_bounded(lever):
-    for arguments in (("--set", f"seed={'x' * 100_000}"), ("--set", f"{'x' * 100_000}=1"), ("--recipe", "x" * 100_000)):
-        done = lever("best-ckpt", *arguments)
-        assert done.status == 2
-        assert len(done.err) < 1000
+@pytest.mark.parametrize("piece", ["k: 1\n", "[1,", "- ", "a: |\n "])
+def test_a_large_yaml_takes_seconds_whatever_is_in_it(piece):
+    text = (piece * CONFIG_LIMIT)[: CONFIG_LIMIT // 8]
+    assert _seconds(lambda: read_or_refused(load_yaml, text)) < 8

@@ -10,7 +10,8 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from lever_lm.evaluation.report.curves import PHASES, Curve, Evaluated, accuracy_series, distinct_names, training_curves
+import lever_lm
+from lever_lm.evaluation.report.curves import PHASES, Curve, Evaluated, charts_of
 from lever_lm.evaluation.report.svg import Series
 from lever_lm.selectors import SELECTORS
 from lever_lm.training.metrics import METRICS, RECOMMENDED
@@ -26,27 +27,6 @@ _DASHES = ("-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (4, 1.5, 1, 1.5)))
 _GREY = "#555555"
 _PANELS = 3  # in a row
 _LONGEST = 40  # characters of a name
-# Over matplotlib's own defaults, whatever is set on this machine. Type 42: text in a PDF stays text.
-_STYLE = {
-    "font.size": 8,
-    "axes.labelsize": 8,
-    "axes.titlesize": 8,
-    "legend.fontsize": 7,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "axes.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#E0E0E0",
-    "grid.linewidth": 0.5,
-    "lines.linewidth": 1.2,
-    "lines.markersize": 4,
-    "legend.frameon": False,
-    "pdf.fonttype": 42,
-    "text.parse_math": False,
-}
 _METADATA = {"png": {"Software": None}, "pdf": {"Creator": None, "Producer": None, "CreationDate": None}}
 
 
@@ -64,15 +44,13 @@ def write_plots(runs: Sequence[Evaluated], directory: Path) -> list[Path]:
     check_plots(directory)
     import matplotlib
 
-    names, (first, *others) = distinct_names(runs), runs
-    beside = [(name, one.metrics()["results"]) for name, one in zip(names[1:], others, strict=True) if one.inference]
-    series = accuracy_series(first.metrics()["results"], beside)
-    curves = training_curves([(name, one.rows()) for name, one in zip(names, runs, strict=True)])
+    _, series, curves = charts_of(runs)
+    style = Path(lever_lm.__file__).with_name("templates") / "figures.mplstyle"
     written = []
     with matplotlib.rc_context(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph", UserWarning)  # of a name: a box stands for it
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_STYLE)
+        matplotlib.rc_file(style, use_default_template=False)
         if series:
             written += _save(_accuracy(series), directory / "accuracy")
         for phase in PHASES:
@@ -93,8 +71,8 @@ def _save(figure, stem: Path) -> list[Path]:
 
 
 def _accuracy(series: Sequence[Series]):
-    """Accuracy in percent by the number of demonstrations: a line with whiskers for each method, side by side where
-    they meet; what is without demonstrations is one grey line."""
+    """Return accuracy in percent by the number of demonstrations: a line with whiskers for each method, side by side
+    where they meet; zero-shot is one grey line."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -128,8 +106,8 @@ def _accuracy(series: Sequence[Series]):
 
 
 def _training(curves: Sequence[Curve]):
-    """One panel a metric, over epochs; a ring around the epoch that the metric's own strategy chooses, and for a single
-    run a line through all panels where val_reward does."""
+    """Return one panel a metric, over epochs; a ring around the epoch that the metric's own strategy chooses, and for a
+    single run a line through all panels where val_reward does."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -163,7 +141,7 @@ def _training(curves: Sequence[Curve]):
 
 
 def _look(number: int) -> dict:
-    """Colour, marker and dashes of the n-th line."""
+    """Return colour, marker and dashes of the n-th line."""
     return {
         "color": _OKABE_ITO[number % len(_OKABE_ITO)],
         "marker": _MARKERS[number % len(_MARKERS)],
@@ -172,7 +150,7 @@ def _look(number: int) -> dict:
 
 
 def _label(name: str) -> str:
-    """A name from a file as a label; matplotlib would leave out one that begins with an underscore."""
+    """Return a name from a file as a label; matplotlib would leave out one that begins with an underscore."""
     text = one_line(name)
     text = text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
     return f" {text}" if text.startswith("_") else text

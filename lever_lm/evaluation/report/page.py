@@ -8,27 +8,21 @@ import yaml
 
 from lever_lm.data import VqaData
 from lever_lm.evaluation.report import phrasing as words
-from lever_lm.evaluation.report.curves import (
-    PHASES,
-    Evaluated,
-    accuracy_chart,
-    accuracy_series,
-    curve_chart,
-    distinct_names,
-    training_curves,
-)
-from lever_lm.evaluation.report.gallery import make_cards, pick_queries, read_shown, right_labels
+from lever_lm.evaluation.report.curves import PHASES, Curve, Evaluated, charts_of
+from lever_lm.evaluation.report.gallery import Gallery, pick_queries, read_shown
+from lever_lm.evaluation.report.svg import Series, line_chart
 from lever_lm.evaluation.results import is_finite, read_samples, samples_file
 from lever_lm.evaluation.statistics import paired_test
+from lever_lm.evaluation.templates import render
 from lever_lm.selectors import LEARNED, named
 from lever_lm.selectors.pointer.checkpoint import load_policy, policy_digest
 from lever_lm.training.environment import read_environment, typed_again
-from lever_lm.training.metrics import LOGGED, RECOMMENDED
+from lever_lm.training.metrics import LOGGED, METRICS, RECOMMENDED
 from lever_lm.training.run_dir import RunFolder, differing
 from lever_lm.utils.atomic_io import write_text
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.safe_parse import CONFIG_LIMIT, read_bytes
-from lever_lm.utils.terminal import printable, shown
+from lever_lm.utils.terminal import shown
 
 _EPOCHS = ("phase", "epoch", *LOGGED, RECOMMENDED)
 _MOST = 200  # epochs in the table
@@ -52,7 +46,7 @@ def write_report(
     and for files that are not those of a run.
     """
     page = _page(Evaluated(run, inference), data, list(others))
-    text = _render(command=printable(command), **page)
+    text = render("report.html.j2", {"percent": words.percent, "named": named}, command=command, **page)
     try:
         write_text(output or run.report, text)
     except LeverError as error:
@@ -60,63 +54,63 @@ def write_report(
     return output or run.report
 
 
-def _render(**values) -> str:
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("lever_lm"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": words.percent, "named": named}
-    return environment.get_template("report.html.j2").render(**values)
-
-
 def _page(main: Evaluated, data: VqaData | None, others: list[Evaluated]) -> dict:
-    """The values of the page's template."""
-    metrics = main.metrics()
-    history, rows = main.history(), main.rows()
-    names = distinct_names([main, *others])
-    series = accuracy_series(
-        metrics["results"], [(name, one.metrics()["results"]) for name, one in zip(names[1:], others, strict=True)]
-    )
-    curves = training_curves([(name, one.rows()) for name, one in zip(names, (main, *others), strict=True)])
+    """Return the values of the page's template."""
+    metrics, history, rows = main.metrics, main.history, main.rows
+    names, series, curves = charts_of([main, *others])
     environment = read_environment(main.run, CONFIG_LIMIT)
     judged = [row for row in rows if row["phase"] == (history.phase if history else "grpo")]
     return {
         "run": names[0],
         "names": names,
-        "results": [_readable(row) for row in metrics["results"]],
+        "results": metrics["results"],
         **_by_shots(metrics),
-        "checkpoint": printable(metrics["checkpoint"]),
-        "chart": accuracy_chart(series) if any(one.points for one in series) else "",
+        "checkpoint": metrics["checkpoint"],
+        "chart": _accuracy_chart(series) if any(one.points for one in series) else "",
         "nearest": metrics.get("order") == "first_pick_last",
         "stale": _is_stale(main.run, metrics),
-        **_chosen(main, metrics, data),
+        **_chosen(main, data),
         "phases": [
-            (title, [(curve.title, curve_chart(curve)) for curve in curves if curve.phase == phase])
+            (title, [_curve_chart(title, curve) for curve in curves if curve.phase == phase])
             for phase, title in PHASES.items()
             if any(curve.phase == phase for curve in curves)
         ],
         "strategies": words.strategies(judged),
-        "source": printable(history.source) if history else "",
+        "source": history.source if history else "",
         "health": words.health(rows),
         "groups": words.of_groups(rows),
-        "warnings": [printable(text) for text in words.warnings_of(rows)],
+        "warnings": words.warnings_of(rows),
         "columns": _EPOCHS,
         "epochs": [[_cell(row.get(name)) for name in _EPOCHS] for row in rows[-_MOST:]],
         "left_out": max(0, len(rows) - _MOST),
         "config": _text(main.run.config),
-        "environment": printable(yaml.safe_dump(environment, sort_keys=False, allow_unicode=True)),
-        "trained_by": printable(typed_again(environment.get("command"))),
+        "environment": yaml.safe_dump(environment, sort_keys=False, allow_unicode=True),
+        "trained_by": typed_again(environment.get("command")),
         "compared": [_compared((main, names[0]), pair) for pair in zip(others, names[1:], strict=True)],
     }
 
 
+def _accuracy_chart(series: list[Series]) -> str:
+    room = 20 + min(150, 6 * max((len(one.label) for one in series), default=0))
+    return line_chart(
+        series,
+        title="VQA accuracy in percent by number of demonstrations",
+        across="demonstrations (shots)",
+        ticks=sorted({x for one in series if not one.flat for x, _ in one.points}),
+        show="{:.1f}".format,
+        size=(270 + room, 290),
+        labels=room,
+    )
+
+
+def _curve_chart(phase: str, curve: Curve) -> tuple[str, str]:
+    """Return the title of a curve and its chart."""
+    title = METRICS[curve.metric].title
+    return title, line_chart(curve.series, title=f"{phase}, {title}", across="epoch")
+
+
 def _is_stale(run: RunFolder, metrics: dict) -> bool:
-    """Whether the policy that was evaluated is another than its checkpoint holds now: the run was made again since."""
+    """Return whether the policy that was evaluated is another than its checkpoint holds now, as after training anew."""
     path = run.path / Path(metrics["checkpoint"]).name
     digests = {digest for digest in metrics["policies"].values() if isinstance(digest, str)}
     if not (digests and metrics["checkpoint"] and path.is_file()):
@@ -127,32 +121,31 @@ def _is_stale(run: RunFolder, metrics: dict) -> bool:
         return True
 
 
-def _chosen(main: Evaluated, metrics: dict, data: VqaData | None) -> dict:
-    """The sentence of the run, and what its policy chose."""
+def _chosen(main: Evaluated, data: VqaData | None) -> dict:
+    """Return the sentence of the run, and what its policy chose."""
+    metrics = main.metrics
     found = read_shown(main.inference, metrics["results"]) if main.inference and data else None
-    nothing = {"sentence": "", "learned": "", "labels": [], "cards": [], "counts": {}}
     if found is None:
-        return nothing
-    lvlm = printable(metrics.get("lvlm") or main.run.lvlm() or "the LVLM")
-    chosen, counts = pick_queries(found)
-    labels = right_labels(found, data)
-    at = (found.method, found.shots)
+        return {"sentence": "", "learned": "", "labels": [], "cards": [], "counts": {}}
+    lvlm = metrics.get("lvlm") or main.run.lvlm() or "the LVLM"
+    (chosen, counts), gallery = pick_queries(found), Gallery(found, data)
+    labels = gallery.labels()
     return {
-        "sentence": words.in_one_sentence(metrics["results"], metrics["tests"], *at, lvlm),
+        "sentence": words.in_one_sentence(metrics["results"], metrics["tests"], found.method, found.shots, lvlm),
         "learned": words.of_choices(labels, found.method),
-        "labels": [_readable(row) for row in labels],
-        "cards": make_cards(found, data, chosen),
+        "labels": labels,
+        "cards": [gallery.card(question_id, kind) for kind, ids in chosen.items() for question_id in ids],
         "counts": {kind: (len(chosen[kind]), number) for kind, number in counts.items()},
     }
 
 
 def _by_shots(metrics: dict) -> dict:
-    """The results as a table of methods and shots, and the tests in words: those at the most shots, and the others."""
-    results = [_readable(row) for row in metrics["results"]]
-    cells = {(row["method"], row["shots"]): row for row in results}
-    shots = sorted({row["shots"] for row in results if row["shots"]}) or [0]
-    methods = dict.fromkeys(row["method"] for row in results)
-    tests = [_readable(test) for test in metrics["tests"] if _is_sound(test)]
+    """Return the results as a table of methods and shots, and the tests in words: those at the most shots, and the
+    others."""
+    cells = {(row["method"], row["shots"]): row for row in metrics["results"]}
+    shots = sorted({k for _, k in cells if k}) or [0]
+    methods = dict.fromkeys(method for method, _ in cells)
+    tests = [test for test in metrics["tests"] if _is_sound(test)]
     said = [[words.of_test(t) for t in tests if (t["shots"] == shots[-1]) == last] for last in (True, False)]
     return {
         "tests": said if any(said) else [],
@@ -166,20 +159,16 @@ def _is_sound(test: dict) -> bool:
     return all(is_finite(test[name]) for name in ("difference", "low", "high", "p"))
 
 
-def _readable(row: dict) -> dict:
-    return {key: printable(value) if isinstance(value, str) else value for key, value in row.items()}
-
-
 def _cell(value) -> str:
     if isinstance(value, float):
         return f"{value:.5g}"
-    return "–" if value is None else printable(str(value))
+    return "–" if value is None else str(value)
 
 
 def _text(path: Path) -> str:
-    """The text of a run's config.yaml; nothing where it cannot be shown."""
+    """Return the text of a run's config.yaml; nothing where it cannot be shown."""
     try:
-        return printable(read_bytes(path, CONFIG_LIMIT).decode("utf-8", "replace"))
+        return read_bytes(path, CONFIG_LIMIT).decode("utf-8", "replace")
     except (OSError, ValueError):
         return ""
 
@@ -188,7 +177,7 @@ def _text(path: Path) -> str:
 
 
 def _compared(ours: tuple[Evaluated, str], theirs: tuple[Evaluated, str]) -> dict:
-    """How another run differs, both with their names: config, environment, and the paired tests."""
+    """Return how another run differs, both with their names: config, environment, and the paired tests."""
     (main, _), (other, name) = ours, theirs
     settings = [_settings(one.run) for one in (main, other)]
     left_out = dict.fromkeys(_NOT_COMPARED)
@@ -202,7 +191,7 @@ def _compared(ours: tuple[Evaluated, str], theirs: tuple[Evaluated, str]) -> dic
 
 
 def _settings(run: RunFolder) -> dict:
-    """The config of a run; {} where it has none, or none that can be read."""
+    """Return the config of a run; {} where it has none, or none that can be read."""
     try:
         return run.settings()
     except LeverError:
@@ -210,18 +199,18 @@ def _settings(run: RunFolder) -> dict:
 
 
 def _differing(ours: dict, theirs: dict) -> list[tuple[str, str, str]]:
-    return [(printable(".".join(key)), _plain(here), _plain(there)) for key, here, there in differing(ours, theirs)]
+    return [(".".join(key), _plain(here), _plain(there)) for key, here, there in differing(ours, theirs)]
 
 
 def _plain(value) -> str:
-    """A value of a config, as it would be typed."""
-    return printable(value[:_LONGEST]) if isinstance(value, str) and value else shown(value, _LONGEST)
+    """Return a value of a config, as it would be typed."""
+    return value[:_LONGEST] if isinstance(value, str) and value else shown(value, _LONGEST)
 
 
 def _tests(ours: tuple[Evaluated, str], theirs: tuple[Evaluated, str]) -> list[str]:
-    """What each learned method that both have does on the queries that both answered, with the same references."""
+    """Return what each learned method of both does on the queries that both answered, with the same references."""
     runs, names = zip(ours, theirs, strict=True)
-    done = [{(row["method"], row["shots"]) for row in run.metrics()["results"] if row["shots"]} for run in runs]
+    done = [{(row["method"], row["shots"]) for row in run.metrics["results"] if row["shots"]} for run in runs]
     said = []
     for method, shots in sorted(done[0] & done[1]):
         if method in LEARNED:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from lever_lm.evaluation.results import is_finite
-from lever_lm.selectors import CONTRASTS, named
+from lever_lm.selectors import CONTRASTS, FROM_FILE, RANDOM, named
 from lever_lm.training.metrics import STRATEGIES, metrics_on
 from lever_lm.training.select_checkpoint import best_row
 
@@ -11,24 +11,24 @@ _ALPHA = 0.05
 
 
 def percent(value: float) -> str:
-    """78.6 %."""
+    """Return `78.6 %`."""
     return f"{100 * value:.1f} %"
 
 
 def points(value: float) -> str:
-    """+16.0."""
+    """Return `+16.0`."""
     return f"{100 * value:+.1f}".replace("-", "−")
 
 
 def count_shots(shots: int) -> str:
-    """1 demonstration, 4 demonstrations."""
+    """Return `1 demonstration`, `4 demonstrations`."""
     return f"{shots} demonstration{'s' * (shots != 1)}"
 
 
 def in_one_sentence(results: Sequence[dict], tests: Sequence[dict], method: str, shots: int, lvlm: str) -> str:
-    """The result of a run: the accuracy of its method, beside random demonstrations and similarity."""
+    """Return the result of a run: the accuracy of its method, beside random demonstrations and similarity."""
     ours = next(row for row in results if (row["method"], row["shots"]) == (method, shots))
-    chosen = "from a file" if method == "icds" else f"chosen by {named(method)}"
+    chosen = "from a file" if method == FROM_FILE else f"chosen by {named(method)}"
     said = (
         f"With {count_shots(shots)} {chosen}, {lvlm} reaches a VQA accuracy of {percent(ours['accuracy'])} on "
         f"{ours['n']:,} queries"
@@ -39,15 +39,15 @@ def in_one_sentence(results: Sequence[dict], tests: Sequence[dict], method: str,
 
 
 def _gap(test: dict) -> str:
-    """`+50.4 points [+45.4, +55.8] against random demonstrations`, or that it cannot be told apart from them."""
-    other = "random demonstrations" if test["against"] == "random" else named(test["against"])
+    """Return `+50.4 points [+45.4, +55.8] against random demonstrations`, or that they cannot be told apart."""
+    other = "random demonstrations" if test["against"] == RANDOM else named(test["against"])
     if test["p"] >= _ALPHA:
         return f"not to be told apart from {other}"
     return f"{points(test['difference'])} points [{points(test['low'])}, {points(test['high'])}] against {other}"
 
 
 def of_test(test: dict) -> str:
-    """A paired test in words."""
+    """Return a paired test in words."""
     gap, low, high, p = (test[name] for name in ("difference", "low", "high", "p"))
     ours, theirs = named(test["method"]), named(test["against"])
     where = f"With {count_shots(test['shots'])}"
@@ -63,15 +63,13 @@ def _p(p: float) -> str:
 
 
 def of_choices(rows: Sequence[dict], method: str) -> str:
-    """What a policy learned to show, from `right_labels`."""
+    """Return what a policy learned to show, from `Gallery.labels`."""
     found = {row["method"]: row for row in rows}
     if method not in found:
         return ""
-    ours, name = found[method], "the file" if method == "icds" else named(method)
-    said = (
-        f"The answer of the first demonstration that {name} shows matches a reference of {percent(ours['first'])} of "
-    )
-    said += "the queries"
+    ours, name = found[method], "the file" if method == FROM_FILE else named(method)
+    said = f"The answer of the first demonstration that {name} shows matches a reference of "
+    said += f"{percent(ours['first'])} of the queries"
     beside = [f"{percent(found[m]['first'])} for {named(m)}" for m in reversed(CONTRASTS) if m in found]
     said += f" (it is {' and '.join(beside)})." if beside else "."
     if ours["with_right"] is not None and ours["without"] is not None:
@@ -86,7 +84,7 @@ def of_choices(rows: Sequence[dict], method: str) -> str:
 
 
 def strategies(rows: Sequence[dict]) -> list[dict]:
-    """Of each strategy the epoch that it chooses, and that epoch's metrics; None where none qualifies."""
+    """Return for each strategy the epoch that it chooses, and that epoch's metrics; None where none qualifies."""
     chosen = []
     for name, strategy in STRATEGIES.items():
         row = best_row(list(rows), strategy)
@@ -98,7 +96,7 @@ def strategies(rows: Sequence[dict]) -> list[dict]:
 
 
 def health(rows: Sequence[dict]) -> list[dict]:
-    """What GRPO had to learn from, at its first and last epoch."""
+    """Return what GRPO had to learn from, at its first and last epoch."""
     rows = [row for row in rows if row["phase"] == "grpo"]
     table = []
     for key, metric in metrics_on("health").items():
@@ -111,7 +109,7 @@ def health(rows: Sequence[dict]) -> list[dict]:
 
 
 def of_groups(rows: Sequence[dict]) -> str:
-    """The state of the groups in a sentence."""
+    """Return the state of the groups in a sentence."""
     last = next((row for row in reversed(rows) if row["phase"] == "grpo"), {})
     skipped, tied = last.get("groups_skipped"), last.get("frac_reward_zero_std")
     if not (is_finite(skipped) and is_finite(tied)):
@@ -121,7 +119,7 @@ def of_groups(rows: Sequence[dict]) -> str:
 
 
 def warnings_of(rows: Sequence[dict]) -> list[str]:
-    """What training warned of, each kind the first time."""
+    """Return what training warned of, each kind the first time."""
     first: dict[str, str] = {}
     for row in rows:
         found = row.get("warnings")

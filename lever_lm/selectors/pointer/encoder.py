@@ -1,4 +1,4 @@
-"""What the policy sees: a query looks over its pool, and query and candidates become vectors of one space.
+"""The encoder of the policy: a query attends to its pool, and query and candidates become vectors of one space.
 
 B queries, K candidates in the pool, D embedding, H hidden. x = W_in q, e = W_in c; per layer
 x ← LayerNorm(MHA(x; e, e) + x); then W_q x and W_c e, with dropout. What is linear is multiplied out in the cheaper
@@ -109,15 +109,8 @@ class Encoder(nn.Module):
     def encode(
         self, query: Tensor, candidates: Tensor, pool_mask: Tensor | None = None, noise: Noise | None = None
     ) -> tuple[Tensor, Tensor]:
-        """query (B, D), candidates (B, K, D) → unit query state (B, H) and unit candidates (B, K, H). noise: the
-        dropout, drawn if None."""
-        state, cands = self.encode_raw(query, candidates, pool_mask, noise)
-        return state, F.normalize(cands, dim=-1)
-
-    def encode_raw(
-        self, query: Tensor, candidates: Tensor, pool_mask: Tensor | None, noise: Noise | None
-    ) -> tuple[Tensor, Tensor]:
-        """The same as `encode`, with the candidates at their own lengths."""
+        """query (B, D), candidates (B, K, D) → unit query state (B, H) and candidates (B, K, H) at their own lengths.
+        noise: the dropout, drawn if None."""
         noise = self.draw_noise(query, candidates) if noise is None else noise
         x = query if self.input_proj is None else self.input_proj(query)
         attended = candidates if self.cand_proj is not None else candidates[..., : self.hidden_dim]

@@ -70,7 +70,7 @@ def _shareable(key: tuple[str, str], value):
 
 
 def is_exported(folder: Path) -> bool:
-    """Whether a folder holds a policy that `lever export` wrote there."""
+    """Return whether a folder holds a policy that `lever export` wrote."""
     return read_object(folder / CONFIG, _CONFIG_LIMIT).get("format") == FORMAT
 
 

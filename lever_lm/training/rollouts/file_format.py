@@ -4,7 +4,6 @@ One JSON object; keys are query ids (rows of the embedding matrix) as decimal st
 `_meta`, in which `lever rollout` says what it made the file of. Where trajectories point to: layouts.py.
 """
 
-import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,26 +13,14 @@ import numpy as np
 from lever_lm.config.schema import RewardConfig
 from lever_lm.data import Example
 from lever_lm.tasks import Task
-from lever_lm.training.rewards import NEEDED, reward
 from lever_lm.training.rollouts.layouts import pool_and_sequences
+from lever_lm.training.rollouts.scores import check_reward_mode, is_scored, read_scores, trajectory_reward
 from lever_lm.utils.atomic_io import write_json
-from lever_lm.utils.errors import LeverError, UsageError
+from lever_lm.utils.errors import LeverError
 from lever_lm.utils.fingerprint import changed, changes
 from lever_lm.utils.safe_parse import read_json
-from lever_lm.utils.terminal import shown
 
-_LARGEST = sys.float_info.max  # a longer integer is JSON, but no float
 _LONGEST_ID = 19  # digits that always fit in 63 bits
-# A score's name in rewards.py → in the file.
-_FIELDS = {
-    "correct": "vqa_correct",
-    "accuracy": "vqa_acc_score",
-    "gt_prob": "vqa_gt_prob",
-    "relevance": "vqa_rel_score",
-    "infoscore": "infoscore",
-    "beam_score": "beam_score",
-    "logprob_score": "logprob_score",
-}
 
 
 @dataclass(frozen=True)
@@ -49,7 +36,7 @@ class Group:
 
 @dataclass(frozen=True)
 class RolloutFile:
-    """What was read of a rollout file: its groups; the ids of all its queries, dropped ones included; and counts of its
+    """A rollout file as it was read: its groups; the ids of all its queries, dropped ones included; and counts of its
     rollouts: `older` (of the older layout), `judged` (known to be right or wrong), `right`, `unevaluated` (failed or
     fell back), `dropped` (without a score), `scored`, and `zeroed` (scored, with a missing vqa_gt_prob as 0)."""
 
@@ -59,7 +46,7 @@ class RolloutFile:
     counts: Counter
 
     def summary(self) -> str:
-        """One line for the screen."""
+        """Return one line for the screen."""
         rollouts, older = sum(len(group.sequences) for group in self.groups), self.counts["older"]
         layout = f"{older} of them by row, the older layout" if older else "by place in the pool"
         sizes = sorted({len(group.pool) for group in self.groups}) or [0]
@@ -90,7 +77,7 @@ def load_groups(
     require_positive: bool = False,
     missing: str = "lineage",
 ) -> list[Group]:
-    """Groups of a rollout file, in the file's order of queries and rollouts.
+    """Read the groups of a rollout file, in the file's order of queries and rollouts.
 
     Rollouts are dropped where the evaluation failed or, with skip_fallback, fell back, and under `infoscore` where
     they have none; queries with none left, and with require_positive those without a correct rollout, are dropped.
@@ -118,8 +105,8 @@ def read_groups(path: str | Path, config: RewardConfig) -> RolloutFile:
         where = f"{path}, query {key}"
         evaluated = _evaluated(entry, config.skip_fallback, where)
         for i, trajectory in evaluated:
-            _scores(trajectory, f"{where}, trajectory {i}")
-        kept = [(i, t) for i, t in evaluated if _is_scored(t, config, counts, f"{where}, trajectory {i}")]
+            read_scores(trajectory, f"{where}, trajectory {i}")
+        kept = [(i, t) for i, t in evaluated if is_scored(t, config, counts, f"{where}, trajectory {i}")]
         counts["unevaluated"] += len(entry["pointer_candidates"]) - len(evaluated)
         counts["scored"] += len(kept)
         if not kept or (config.require_positive and not any(t.get("vqa_correct") == 1 for _, t in kept)):
@@ -136,24 +123,24 @@ def read_groups(path: str | Path, config: RewardConfig) -> RolloutFile:
 
 
 def split_ids(query_ids: list[int]) -> tuple[set[int], set[int]]:
-    """Training and validation queries: the first 80 % by sorted id, and the rest. Taken before anything is dropped."""
+    """Split queries into training and validation: the first 80 % by sorted id, and the rest, before any is dropped."""
     ordered = sorted(query_ids)
     cut = int(0.8 * len(ordered))
     return set(ordered[:cut]), set(ordered[cut:])
 
 
 def query_ids(content: dict, most: int = 0) -> list[int]:
-    """The query ids of a rollout file's content, sorted; the first `most` of them, all for 0."""
+    """Return the query ids of a rollout file's content, sorted; the first `most` of them, all for 0."""
     return sorted(int(key) for key in content if is_query(key))[: most or None]
 
 
 def is_query(key: str) -> bool:
-    """Whether a top-level key of a rollout file is a query id."""
+    """Return whether a top-level key of a rollout file is a query id."""
     return key.isascii() and key.isdigit() and len(key) < _LONGEST_ID
 
 
 def read_rollouts(path: str | Path) -> dict:
-    """The JSON object of a rollout file. Raises LeverError when it is missing or not one."""
+    """Read the JSON object of a rollout file. Raises LeverError when it is missing or not one."""
     try:
         content = read_json(path, None, nan=True)  # where a score is not finite, its trajectory is named
     except OSError as error:
@@ -183,57 +170,6 @@ def _evaluated(entry, skip_fallback: bool, where: str) -> list[tuple[int, dict]]
         for i, t in enumerate(trajectories)
         if not t.get("eval_failed") and not (isinstance(mode := t.get("vqa_eval_mode"), str) and mode in dropped_modes)
     ]
-
-
-def _is_scored(trajectory: dict, config: RewardConfig, counts: Counter, where: str) -> bool:
-    """Return whether a trajectory has the scores that the reward needs. Raises LeverError where it has not and is not
-    to be left out: a score that is not known is not a wrong answer."""
-    needed = dict.fromkeys([*NEEDED[config.mode], *(["correct"] if config.require_positive else [])])
-    lacking = [_FIELDS[name] for name in needed if trajectory.get(_FIELDS[name]) is None]
-    if config.mode == "legacy" and all(trajectory.get(_FIELDS[name]) is None for name in ("correct", "accuracy")):
-        lacking = [_FIELDS["correct"], _FIELDS["accuracy"]]  # either will do
-    if not lacking:
-        return True
-    if config.missing == "lineage" and lacking == ["vqa_gt_prob"]:
-        counts["zeroed"] += 1
-        return True
-    # What was found otherwise has no InfoScore, in any file.
-    if config.missing != "drop" and "infoscore" not in lacking:
-        raise LeverError(
-            f"{where} has no {' and no '.join(lacking)}, which reward.mode={config.mode} needs"
-            f"{' with reward.require_positive' if config.require_positive else ''}: score it, choose a reward.mode "
-            "whose scores are there, or leave such rollouts out with --set reward.missing=drop"
-        )
-    counts["dropped"] += 1
-    return False
-
-
-def trajectory_reward(trajectory: dict, config: RewardConfig, where: str) -> float:
-    """The reward of a trajectory of the rollout file, or of as much of one. Raises LeverError naming `where` when one
-    of its scores is no finite number."""
-    weights = {name: getattr(config, name) for name in ("hard_weight", "soft_weight", "rel_weight")}
-    try:
-        return reward(config.mode, **_scores(trajectory, where), **weights)
-    except ValueError as error:
-        raise LeverError(f"{where}: {error} (reward.mode, reward.hard_weight, soft_weight, rel_weight)") from error
-
-
-def _scores(trajectory: dict, where: str) -> dict[str, float | None]:
-    """The scores of a trajectory by their names in rewards.py. Raises LeverError where one is no finite number."""
-    scores = {name: trajectory.get(key) for name, key in _FIELDS.items()}
-    for name, score in scores.items():
-        number = isinstance(score, (int, float)) and -_LARGEST <= score <= _LARGEST  # false for NaN
-        if score is not None and not number:
-            raise LeverError(f"{where}: {_FIELDS[name]} is {shown(score)}, expected a finite number or null")
-    return scores
-
-
-def check_reward_mode(mode: str) -> None:
-    """Raise UsageError unless `mode` is a reward mode."""
-    try:
-        reward(mode)
-    except ValueError as error:
-        raise UsageError(f"{error} (reward.mode)") from error
 
 
 # ---------------------------------------------------------------------- what it was made of
@@ -295,20 +231,6 @@ def trajectory_entry(proposed: dict, pool: list[int], text: str, answer: str, sc
         "vqa_eval_mode": "vqaEval",
         "eval_split_used": "train",
         "eval_failed": False,
-    }
-
-
-def score_entry(answer: str, gt_prob: float | None, query: Example, task: Task) -> dict:
-    """Return the scores of an answer, by their names in the file: what rewards are made of."""
-    accuracy = round(task.score(answer, query), 6)
-    f1, edit = task.relevance(answer, query)
-    return {
-        "vqa_correct": int(accuracy > 0),
-        "vqa_acc_score": accuracy,
-        **({} if gt_prob is None else {"vqa_gt_prob": round(gt_prob, 6)}),
-        "vqa_rel_token_f1": round(f1, 6),
-        "vqa_rel_edit_sim": round(edit, 6),
-        "vqa_rel_score": round(max(f1, edit), 6),
     }
 
 

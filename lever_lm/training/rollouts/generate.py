@@ -22,14 +22,13 @@ from lever_lm.training.rollouts.file_format import (
     made_elsewhere,
     query_entry,
     read_rollouts,
-    score_entry,
     trajectory_entry,
-    trajectory_reward,
     why_made_again,
     write_rollouts,
 )
 from lever_lm.training.rollouts.infoscore import add_infoscore
 from lever_lm.training.rollouts.propose import propose_groups
+from lever_lm.training.rollouts.scores import score_entry, trajectory_reward
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.fingerprint import stamp
 from lever_lm.utils.terminal import shown

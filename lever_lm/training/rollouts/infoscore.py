@@ -27,7 +27,7 @@ def search(
     width: int,
     same: Callable[[Sequence[int]], object] = tuple,
 ) -> list[list[tuple[list[int], float]]]:
-    """The `width` best sequences of each query with their InfoScores, best first.
+    """Search the `width` best sequences of each query; returns them with their InfoScores, best first.
 
     candidates: pool positions that are tried at each step, query by query. same: what two sequences share of which only
     the better is kept.
@@ -78,7 +78,7 @@ def add_infoscore(proposals: Proposals, config: Config, train: Sequence[Example]
 
 
 def infoscore_calls(config: Config, pool: int) -> int:
-    """LVLM calls of the search for one query, at most."""
+    """Return the number of LVLM calls of the search for one query, at most."""
     rollout = config.rollout
     tried = min(rollout.infoscore_candidates or pool, pool)
     return 1 + tried + (rollout.shots - 1) * rollout.infoscore * tried if rollout.infoscore else 0

@@ -1,4 +1,4 @@
-"""Online rollouts: what the policy itself proposes while it learns, and how these mix with the logged ones.
+"""Online rollouts: sequences that the policy samples while it learns, and their mix with the logged rollouts.
 
 n training queries, G rollouts per query, S shots.
 """
@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from lever_lm.selectors.pointer.model import PointerSelector
-from lever_lm.training.batches import GroupTensors
-from lever_lm.training.finite_checks import At, Pass, check_groups
+from lever_lm.training.batches import EVAL_BATCH, GroupTensors
+from lever_lm.training.finite_checks import At, check
 from lever_lm.training.rewards import tied_groups
-from lever_lm.training.validation import EVAL_BATCH
 from lever_lm.utils.errors import LeverError
 
 # Sequences (n, G, S) of pool positions for the training queries → their rewards (n, G).
@@ -23,14 +22,12 @@ Answer = Callable[[Tensor], Tensor]
 def explore(
     policy: PointerSelector, train: GroupTensors, samples: int, answer: Answer, say: Callable[[str], None], at: At
 ) -> dict[str, Tensor]:
-    """A round of the policy's own rollouts, `samples` for each training query, and their rewards. Those of one query
-    are a group of their own: the policy against itself. Raises LeverError naming query and rollout where a logged
-    rollout's log-prob or an own one's reward is not finite: from such a policy nothing can be drawn."""
+    """Return a round of the policy's own rollouts, `samples` for each training query, with their rewards. The rollouts
+    of one query are a group: the policy is compared with itself. Raises NotFinite where the log-prob of a logged
+    rollout, without which nothing can be drawn, or the reward of an online rollout is not finite."""
     policy.eval()
     for _, batch in train.chunks(EVAL_BATCH):
-        log_probs = policy.log_prob(batch.query, batch.candidates, batch.sequences, batch.pool_mask)
-        if not torch.isfinite(log_probs[batch.mask]).all():
-            raise Pass(at, policy, batch, batch.mask, log_probs, dict).error("log-prob")
+        check(at, batch, {"log-prob": policy.log_prob(*batch.inputs)})
     shots = train.sequences.shape[2]
     try:
         drawn = [
@@ -44,8 +41,7 @@ def explore(
     sequences = torch.cat(drawn)
     rewards = answer(sequences).to(train.rewards)
     online = {"sequences": sequences, "rewards": rewards, "mask": torch.ones_like(rewards, dtype=torch.bool)}
-    own = torch.full_like(sequences[..., 0], -1)
-    check_groups(at, train.rows.tolist(), own, online["mask"], {"reward": rewards})
+    check(at, train.with_rollouts(**online), {"reward": rewards})
     found = online_statistics(online)
     say(
         f"online: {rewards.numel()} rollouts of the policy, mean reward {found['online_reward']:.4f}, "
@@ -55,7 +51,7 @@ def explore(
 
 
 def online_statistics(online: dict[str, Tensor] | None) -> dict[str, float]:
-    """Mean reward of the policy's own rollouts in the round in use, and the share of its groups that are tied."""
+    """Return the mean reward of the round in use, and the share of its groups that are tied; {} without a round."""
     if online is None:
         return {}
     tied = tied_groups(online["rewards"], online["mask"]).float().mean()
@@ -63,7 +59,8 @@ def online_statistics(online: dict[str, Tensor] | None) -> dict[str, float]:
 
 
 def mix(train: GroupTensors, online: dict[str, Tensor] | None, ratio: float) -> tuple[GroupTensors, Tensor]:
-    """The logged and the online groups as one set, and how much each group counts: online ones `ratio` of the whole."""
+    """Return logged and online groups as one set, and the weight of each group: online ones have `ratio` of the
+    whole."""
     if online is None:
         return train, torch.ones(len(train), device=train.rewards.device)
     own = train.with_rollouts(**{name: tensor.to(train.rows.device) for name, tensor in online.items()})

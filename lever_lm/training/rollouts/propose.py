@@ -1,4 +1,4 @@
-"""What is proposed for each query, before anything is asked: its pool and a group of sequences.
+"""Proposals: the pool and the group of sequences of each query, before anything is asked.
 
 K pool, S shots, D embedding. A group holds sequences of several kinds (`gen_method`): beams and samples of the freshly
 initialised policy, similarity, random. Sequences with the same ICDs in another order count as the same unless
@@ -26,7 +26,8 @@ _SPARE = 4
 
 
 def new_policy(config: Config, d_model: int) -> PointerSelector:
-    """The untrained policy of a config: the same weights for the same seed, whatever was drawn before."""
+    """Return the untrained policy of a config: the same weights for the same seed, whatever was drawn before. Raises
+    UsageError for a shape that cannot be."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         try:
@@ -36,8 +37,8 @@ def new_policy(config: Config, d_model: int) -> PointerSelector:
 
 
 def query_rows(count: int, total: int, seed: int) -> list[int]:
-    """Which training examples get a group: the first `count` of a seeded permutation, in order of row number. A
-    smaller count is a subset of a larger one."""
+    """Return the rows of the training examples that get a group: the first `count` of a seeded permutation, in order of
+    row number. The rows of a smaller count are a subset of those of a larger one."""
     return sorted(np.random.default_rng([seed, 1]).permutation(total)[:count].tolist())
 
 
@@ -51,7 +52,7 @@ class Proposals:
     groups: list[list[dict]]
 
     def prompts(self, config: Config, train: Sequence[Example]) -> list[Prompt]:
-        """What is to be asked, group by group."""
+        """Return the prompts to be answered, group by group."""
         return [
             build_prompt([train[pool[i]] for i in trajectory["pointer"]], query, config.prompt)
             for query, pool, group in zip(self.queries, self.pools, self.groups, strict=True)
@@ -60,7 +61,7 @@ class Proposals:
 
 
 def propose_groups(config: Config, data: VqaData, features: Features, track: Track = untracked) -> Proposals:
-    """The groups of a config, not yet answered."""
+    """Propose the groups of a config."""
     train = data.train_examples
     rows = query_rows(config.rollout.num_queries, len(train), config.seed)
     queries = [train[row] for row in rows]
@@ -78,14 +79,15 @@ def propose_groups(config: Config, data: VqaData, features: Features, track: Tra
 
 
 def identity(sequence: Sequence[int], config: RolloutConfig) -> Hashable:
-    """What two sequences share that count as the same rollout."""
+    """Return what two sequences share that count as the same rollout."""
     return tuple(sequence) if config.distinct_orders else frozenset(sequence)
 
 
 def propose(
     config: RolloutConfig, query: Example, policy: PointerSelector, feature: Tensor, candidates: Tensor, seed: int
 ) -> list[dict]:
-    """The sequences of one group, best-founded kinds first: feature (D,), candidates (K, D)."""
+    """Propose the sequences of one group, best-founded kinds first: feature (D,), candidates (K, D). Raises LeverError
+    for a pool of fewer candidates than shots."""
     shots, pool = config.shots, len(candidates)
     if pool < shots:
         raise LeverError(f"question {query.question_id} has {pool} candidates for {shots} shots: lower rollout.shots")
@@ -105,7 +107,7 @@ def propose(
                 count -= 1
 
     def length(i: int) -> int:
-        """Of the i-th sequence that no policy draws."""
+        """Return the number of shots of the i-th sequence that no policy draws."""
         return shots - i % shots if policy.stop else shots
 
     batch = (feature[None], candidates[None])

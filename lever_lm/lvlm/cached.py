@@ -1,0 +1,178 @@
+"""An LVLM behind its answer cache: only unknown prompts go to the model, in batches that are stored whole."""
+
+import contextlib
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from lever_lm.config.schema import PromptConfig
+from lever_lm.data import image_digest
+from lever_lm.lvlm.answer_cache import AnswerCache, sqlite_errors
+from lever_lm.lvlm.backend import Backend
+from lever_lm.lvlm.prompt import Prompt, cut_answer
+from lever_lm.utils.errors import LeverError, Unfinished
+from lever_lm.utils.fingerprint import changes
+from lever_lm.utils.progress import Track, Work, loaded
+from lever_lm.utils.terminal import shown
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Prompts to answer, or with `answers` to score, and their keys in the cache."""
+
+    keys: list[str]
+    prompts: list[Prompt]
+    answers: list[str] | None = None
+    end: bool = False
+
+    def at(self, rows: Sequence[int]) -> "_Job":
+        """Return the job of these rows alone."""
+        answers = None if self.answers is None else [self.answers[i] for i in rows]
+        return _Job([self.keys[i] for i in rows], [self.prompts[i] for i in rows], answers, self.end)
+
+    def ask(self, backend: Backend) -> list[str] | list[float]:
+        if self.answers is None:
+            return backend.generate(self.prompts)
+        return backend.answer_log_prob(self.prompts, self.answers, end=self.end)
+
+
+class CachedLvlm:
+    """An LVLM behind its cache. The model is loaded when the first unknown question comes.
+
+    `load` makes the backend; `fingerprint` is that of model, decoding and prompt style, `model` the same for the
+    default prompt style. Keys also hold texts and image contents, so changed data is asked anew. Answers are kept as
+    they were written; `cut` is the rule by which they end (prompt.cut). Batches are cut from the list of unknown
+    prompts and committed whole: what a killed job left is the same batches again. The processes of a job deal them
+    among themselves; each makes the same calls with the same prompts and gets all answers.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], Backend],
+        fingerprint: str,
+        cache: AnswerCache,
+        track: Track,
+        model: str = "",
+        cut: str = PromptConfig.cut,
+    ):
+        self._load, self._backend, self._cut = load, None, cut
+        self.fingerprint, self.cache, self.track, self.shards = fingerprint, cache, track, cache.shards
+        self.model = model or fingerprint
+        self.asked = 0  # prompts that went to the model in this process
+        self.known = 0  # prompts answered from the cache
+
+    @property
+    def backend(self) -> Backend:
+        """The model itself, loaded on first use."""
+        if self._backend is None:
+            self._backend = loaded(self.track, "loading the LVLM", self._load)
+        return self._backend
+
+    def generate(self, prompts: Sequence[Prompt], what: str = "answers") -> list[str]:
+        """Return what the model writes after each prompt, uncut. `what` names the job on the progress bar."""
+        return self._through_cache(_Job([self._key("answer", prompt) for prompt in prompts], list(prompts)), what)
+
+    def answer(self, prompts: Sequence[Prompt], what: str = "answers") -> list[str]:
+        """Return the answer to each prompt, cut at its end."""
+        return [cut_answer(text, self._cut) for text in self.generate(prompts, what)]
+
+    def answer_log_prob(
+        self, prompts: Sequence[Prompt], answers: Sequence[str], what: str = "log-probs", *, end: bool = False
+    ) -> list[float]:
+        """Return log P(answer | prompt), rounded to 6 decimals. `end`: and that the turn ends after it."""
+        kind = "log_prob_end" if end else "log_prob"
+        keys = [self._key(f"{kind}:{answer}", prompt) for prompt, answer in zip(prompts, answers, strict=True)]
+        found = self._through_cache(_Job(keys, list(prompts), list(answers), end), what)
+        with sqlite_errors(self.cache.path):
+            return [_finite(value) for value in found]
+
+    def unknown(self, prompts: Sequence[Prompt]) -> int:
+        """Return how many of the prompts would go to the model to be answered."""
+        keys = {self._key("answer", prompt) for prompt in prompts}
+        return len(keys) - len(self.cache.get(list(keys)))
+
+    @property
+    def tally(self) -> str:
+        """How many prompts this process has asked so far, and how many it found in the cache."""
+        return f"LVLM so far: {self.asked:,} prompts asked, {self.known:,} known from {self.cache.path}"
+
+    @property
+    def speed(self) -> float | None:
+        """Prompts a second in as many processes as these, from when this model was last asked; None before."""
+        known = self.cache.get([self._speed_key])
+        with contextlib.suppress(ValueError):
+            return _finite(known[self._speed_key]) * self.shards.world if known else None
+        return None
+
+    @property
+    def _speed_key(self) -> str:
+        return f"speed:{self.fingerprint}"  # of one process
+
+    def _through_cache(self, job: _Job, what: str) -> list[str]:
+        """Return the stored text for each key of a job, after the unknown ones were asked."""
+        first: dict[str, int] = {}
+        for i, key in enumerate(job.keys):
+            first.setdefault(key, i)
+        self.cache.collect()  # first what a killed job left
+        known = self.cache.get(list(first))
+        pending = job.at([i for key, i in first.items() if key not in known])
+        self.known += len(known)
+        if pending.keys:
+            self._ask(pending, what, len(known))
+            new = self.cache.get(pending.keys)
+            if lost := len(pending.keys) - len(new):
+                raise LeverError(
+                    f"{lost} of {len(pending.keys)} answers did not arrive in {self.cache.path}: the "
+                    "hosts of a job need one results folder on a disk that they share (--results DIR)"
+                )
+            known |= new
+        return [known[key] for key in job.keys]
+
+    def _ask(self, job: _Job, what: str, known: int) -> None:
+        """Have a job answered, by this process its share of the batches, and stored. `known`: the number of prompts
+        beside it that need not be asked."""
+        backend, count = self.backend, len(job.keys)
+        label = f"{what}: {count} prompts to ask, {known} known"
+        if self.shards.leader and (news := self.cache.changed_since({"LVLM": self.model, "prompt": self.fingerprint})):
+            news = news[:1] if "LVLM" in news else news  # the fingerprint is of both
+            label += f"; {changes(news)} since answers were last kept here"
+        self.shards.wait()  # until every rank has its model: the time taken is that of answering
+        started = time.monotonic()
+        batches = backend.batches(job.prompts, job.answers)
+        mine = self.shards.share(self.shards.from_leader(lambda: batches))
+        share = sum(map(len, mine))
+        if self.shards.world > 1:
+            label += f"; the share of rank 0 of {self.shards.world}: {share}"
+        for batch in self.track(Work(mine, "prompts", len, known=known), label, share):
+            part = job.at(batch)
+            try:
+                answers = part.ask(backend)
+            except Unfinished as error:
+                self._keep({part.keys[i]: answer for i, answer in error.answered.items()})
+                raise
+            self._keep(dict(zip(part.keys, answers, strict=True)))
+        self.shards.wait()
+        if self.shards.leader:
+            seconds = max(time.monotonic() - started, 1e-6)
+            self.cache.put({self._speed_key: repr(count / seconds / self.shards.world)})
+        self.cache.collect()
+
+    def _keep(self, answers: dict[str, str | float]) -> None:
+        self.cache.put({key: value if isinstance(value, str) else repr(value) for key, value in answers.items()})
+        self.asked += len(answers)
+
+    def _key(self, kind: str, prompt: Prompt) -> str:
+        icds = [[icd.question, icd.answer, image_digest(icd.image)] for icd in prompt.icds]
+        query = [prompt.query.question, image_digest(prompt.query.image)]
+        return hashlib.sha256(json.dumps([self.fingerprint, kind, icds, query]).encode()).hexdigest()
+
+
+def _finite(text: str) -> float:
+    """Return a finite number. Raises ValueError for any other text."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"it holds {shown(text)} for a log-prob")
+    return value

@@ -1,0 +1,231 @@
+"""A model of `transformers` in this process, of any family: prompts in batches that fit, decoding, fingerprints."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from lever_lm.config.schema import LvlmConfig, PromptConfig, keys_of
+from lever_lm.lvlm.decoding import NotFinite, Prefilled, beam_search, greedy
+from lever_lm.lvlm.processor import load_processor
+from lever_lm.lvlm.prompt import Prompt, wording
+from lever_lm.utils.device import resolve_device
+from lever_lm.utils.errors import LeverError
+from lever_lm.utils.fingerprint import CODE, fingerprint
+from lever_lm.utils.hub import content_digests, fetch_model, model_folder
+from lever_lm.utils.terminal import shown
+from lever_lm.utils.transformers_compat import first_line, import_transformers, load_whole
+
+_CHARS_PER_TOKEN = 3  # of English, a few less than there are: good enough to sort and to budget by
+
+
+class Family(Protocol):
+    """A loaded model and what is its family's own; one prompt's numbers do not depend on the rest of its batch.
+
+    `vision` encodes images that are new (`see`, and `see_together` where a job shares them) and counts the `tokens` of
+    an image that it has seen.
+    """
+
+    model: torch.nn.Module
+    tokenizer: Any
+    vision: Any
+    device: torch.device
+    dtype: torch.dtype
+    pad: int
+
+    def prefill(self, prompts: Sequence[Prompt]) -> Prefilled:
+        """Run prompts, whose images have been seen, through the language model."""
+
+    def score(self, prompts: Sequence[Prompt], targets: Sequence[list[int]]) -> list[float]:
+        """Return the log-prob of each target (token ids) after its prompt."""
+
+
+class LocalLvlm:
+    """The `Backend` around a loaded model of a family. Raises LeverError where no token ends the model's answers."""
+
+    def __init__(self, family: Family, config: LvlmConfig, prompt: PromptConfig):
+        self.family, self.config, self.prompt = family, config, prompt
+        self.eos = torch.tensor(_end_tokens(family, config), device=family.device)
+        self._budget = config.batch_tokens
+        self._process = None
+        if config.repetition_penalty != 1:
+            penalty = float(config.repetition_penalty)
+            self._process = import_transformers().RepetitionPenaltyLogitsProcessor(penalty)
+
+    @torch.inference_mode()
+    def generate(self, prompts: Sequence[Prompt]) -> list[str]:
+        """See `Backend`. Raises LeverError for a prompt too long for the model's context or the device's memory."""
+        return self._in_batches(prompts, [None] * len(prompts), self._write)
+
+    @torch.inference_mode()
+    def answer_log_prob(self, prompts: Sequence[Prompt], answers: Sequence[str], *, end: bool = False) -> list[float]:
+        """See `Backend`. Raises LeverError for an answer without tokens, and as `generate`."""
+        targets = self._tokens(answers)
+        for prompt, target in zip(prompts, targets, strict=True):
+            if not target:
+                raise LeverError(f"question {prompt.query.question_id}: cannot score an empty answer")
+        closing = [self.family.tokenizer.eos_token_id] if end else []
+
+        def score(batch: list[Prompt], targets: list[list[int]]) -> list[float]:
+            sums = self.family.score(batch, [[*target, *closing] for target in targets])
+            for prompt, value in zip(batch, sums, strict=True):
+                if not math.isfinite(value):
+                    raise self._broken(prompt, "log-probs")
+            return [round(value, 6) for value in sums]
+
+        return self._in_batches(prompts, targets, score)
+
+    def _write(self, batch: list[Prompt], _: list[None]) -> list[str]:
+        prefilled = self.family.prefill(batch)
+        common = (self.config.max_new_tokens, self.eos, self.family.pad)
+        try:
+            if self.config.num_beams == 1:
+                tokens = greedy(prefilled, *common, self._process)
+            else:
+                penalty = self.config.length_penalty
+                tokens = beam_search(prefilled, self.config.num_beams, *common, penalty, self._process)
+        except NotFinite as error:
+            raise self._broken(batch[error.places[0]], "logits") from error
+        return self.family.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+
+    def _tokens(self, answers: Sequence[str]) -> list[list[int]]:
+        return self.family.tokenizer(list(answers), add_special_tokens=False).input_ids if answers else []
+
+    # ------------------------------------------------------------------ batches
+
+    def batches(self, prompts: Sequence[Prompt], answers: Sequence[str] | None = None) -> list[list[int]]:
+        """See `Backend`: the longest prompts first. Encodes the images that are new, each process its share.
+
+        How many go into a batch depends on its longest only. So what is left of a list after some whole batches were
+        done is cut as before.
+        """
+        self.family.vision.see_together([image for prompt in prompts for image in prompt.images])
+        targets = [None] * len(prompts) if answers is None else self._tokens(answers)
+        lengths = list(map(self._length, prompts, targets))
+        order, cut = _longest_first(lengths), []
+        while order:
+            size = self._fitting(lengths[order[0]], self.config.batch_tokens)
+            cut.append(order[:size])
+            order = order[size:]
+        return cut
+
+    def _in_batches(self, prompts: Sequence[Prompt], targets: list[list[int] | None], ask: Callable) -> list:
+        """Return ask(prompts, targets) of all, in the order of the prompts. A batch that does not fit into memory is
+        halved, and the batches after it are cut as small."""
+        self.family.vision.see([image for prompt in prompts for image in prompt.images])
+        lengths = list(map(self._length, prompts, targets))
+        order, results = _longest_first(lengths), [None] * len(prompts)
+        while order:
+            longest = lengths[order[0]]
+            batch = order[: self._fitting(longest, self._budget)]
+            try:
+                done = ask([prompts[i] for i in batch], [targets[i] for i in batch])
+            except torch.OutOfMemoryError as error:
+                if len(batch) == 1:
+                    prompt = prompts[batch[0]]
+                    raise LeverError(
+                        f"question {prompt.query.question_id}: its prompt of {len(prompt.images)} images, about "
+                        f"{longest} tokens, does not fit into the memory of {self.family.device}: fewer --shots, or a "
+                        f"smaller lvlm.max_pixels or lvlm.bank_memory ({first_line(error)})"
+                    ) from error
+                self._budget = len(batch) // 2 * longest
+                continue
+            for i, result in zip(batch, done, strict=True):
+                results[i] = result
+            order = order[len(batch) :]
+        return results
+
+    def _fitting(self, length: int, budget: int) -> int:
+        """Return how many prompts of a length go into one batch."""
+        return max(1, min(self.config.batch_size, budget // length))
+
+    def _length(self, prompt: Prompt, target: list[int] | None) -> int:
+        """Return about how many tokens a prompt has: those of images, of its target and the end of the turn counted,
+        those of texts guessed."""
+        examples, around = (*prompt.icds, prompt.query), len(self.prompt.template)
+        text = len(self.prompt.system) + sum(around + len(e.question) + len(e.answer) for e in examples)
+        length = sum(map(self.family.vision.tokens, prompt.images)) + text // _CHARS_PER_TOKEN
+        return length if target is None else length + len(target) + 1
+
+    def _broken(self, prompt: Prompt, what: str) -> LeverError:
+        """Return the error for a prompt to which the model gives numbers that are not finite."""
+        dtype, mend = self.family.dtype, "its weights may be broken (lvlm.path)"
+        if dtype != torch.float32:
+            wider = "float32 or bfloat16" if dtype == torch.float16 else "float32"
+            mend = f"set lvlm.dtype={wider}, or {mend}"
+        return LeverError(
+            f"question {prompt.query.question_id}: {self.config.path} in {str(dtype).removeprefix('torch.')} "
+            f"gives its prompt {what} that are NaN or infinite: {mend}"
+        )
+
+
+def _longest_first(lengths: list[int]) -> list[int]:
+    """Return the order of prompts by their lengths: what may not fit into memory fails at once."""
+    return sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+
+
+# ---------------------------------------------------------------------- loading
+
+
+def load_model(config: LvlmConfig, class_name: str, device: torch.device, dtype: torch.dtype):
+    """Return the processor and the model, of a class of `transformers`, of `lvlm.path`. Raises LeverError where they
+    cannot be loaded."""
+    transformers = import_transformers()
+    where = fetch_model(config.path, "--lvlm, lvlm.path")
+    processor = load_processor(config.path, where)
+    attention = {} if config.attention == "auto" else {"attn_implementation": config.attention}
+    try:
+        model = load_whole(getattr(transformers, class_name), str(where), dtype, **attention)
+    except Exception as error:  # the library can fail in any way on a directory that is not such a model
+        raise LeverError(
+            f"cannot load the LVLM {config.path}: {first_line(error)} (--lvlm, lvlm.path: a cached hub id or a "
+            "directory of a Qwen2.5-VL)"
+        ) from error
+    return processor, model.to(device)
+
+
+def _end_tokens(family: Family, config: LvlmConfig) -> list[int]:
+    """Return the tokens that end an answer (lvlm.eos)."""
+    of_model = config.eos == "model"
+    eos = family.model.generation_config.eos_token_id if of_model else family.tokenizer.eos_token_id
+    eos = eos if isinstance(eos, list) else [eos]
+    if not eos or not all(type(token) is int for token in eos):
+        raise LeverError(
+            f"cannot load the LVLM {config.path}: no token ends its answers, eos_token_id is {shown(eos)}; fetch "
+            "generation_config.json and tokenizer_config.json again, or --set "
+            f"lvlm.eos={'tokenizer' if of_model else 'model'}"
+        )
+    return eos
+
+
+def dtype_of(config: LvlmConfig, device: torch.device) -> torch.dtype:
+    """Return the precision of the weights (lvlm.dtype) on a device."""
+    if config.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, config.dtype)
+
+
+# ---------------------------------------------------------------------- fingerprints
+
+
+def local_fingerprint(config: LvlmConfig, prompt: PromptConfig, device: str) -> str:
+    """Return a fingerprint of everything an answer depends on but the question: weights, precision, decoding, image
+    budget, prompt style. Needs no model loaded."""
+    left_out = {"path", "dtype", *(key[-1] for key in keys_of("speed") if key[0] == "lvlm")}
+    settings = {name: value for name, value in vars(config).items() if name not in left_out}
+    precision = str(dtype_of(config, resolve_device(device)))
+    return fingerprint(CODE["answers"], CODE["vision"], _weights(config.path), settings, precision, wording(prompt))
+
+
+def vision_fingerprint(config: LvlmConfig, device: str) -> str:
+    """Return a fingerprint of everything an image's features depend on but the image: weights, precision, image
+    budget."""
+    precision = str(dtype_of(config, resolve_device(device)))
+    return fingerprint(CODE["vision"], _weights(config.path), config.min_pixels, config.max_pixels, precision)
+
+
+def _weights(path: str) -> list | str:
+    folder = model_folder(path)
+    files = sorted(f for kind in ("safetensors", "json", "jinja") for f in folder.glob(f"*.{kind}")) if folder else []
+    return [list(pair) for pair in zip([file.name for file in files], content_digests(files), strict=True)] or path

@@ -1,0 +1,63 @@
+"""Folders of models: no code of theirs is executed."""
+
+import contextlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hostile import Executed
+from lvlm_helpers import local_lvlm
+from safetensors.torch import load_file
+
+from lever_lm.data.embeddings import ClipEncoder
+from lever_lm.utils.errors import LeverError
+from lever_lm.utils.paths import asset_path
+
+
+@pytest.fixture(scope="module")
+def pickled_clip(tmp_path_factory) -> Path:
+    """The shipped CLIP with its weights in a pickle."""
+    folder = tmp_path_factory.mktemp("models") / "clip"
+    shutil.copytree(asset_path("asset:tiny-clip"), folder)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    return folder
+
+
+def encode(folder: Path):
+    return ClipEncoder(str(folder), "cpu", 4)
+
+
+def test_a_model_whose_weights_are_a_pickle_is_loaded_without_executing_any(pickled_clip, tmp_path):
+    encode(pickled_clip)
+    folder, trap = tmp_path / "evil", tmp_path / "executed"
+    shutil.copytree(pickled_clip, folder)
+    torch.save({**torch.load(folder / "pytorch_model.bin"), "extra": Executed(trap)}, folder / "pytorch_model.bin")
+    with pytest.raises(LeverError, match=r"cannot load the CLIP encoder [^\n]*evil[^\n]*$"):
+        encode(folder)
+    assert not trap.exists()
+    with open(folder / "pytorch_model.bin", "rb") as file:
+        torch.load(file, weights_only=False)
+    assert trap.exists(), "it would have"
+
+
+@pytest.mark.parametrize("asset", ["tiny-clip", "tiny-qwen2.5-vl"])
+def test_code_that_comes_with_a_model_is_not_imported(tmp_path, asset):
+    folder, trap = tmp_path / "model", tmp_path / "executed"
+    shutil.copytree(asset_path(f"asset:{asset}"), folder)
+    (folder / "own.py").write_text(f"open({str(trap)!r}, 'w')\nclass Own: pass\n")
+    names = ("AutoConfig", "AutoModel", "AutoProcessor", "AutoTokenizer", "AutoImageProcessor")
+    for file in folder.glob("*config.json"):
+        content = json.loads(file.read_text())
+        content["auto_map"] = dict.fromkeys(names, "own.Own")
+        file.write_text(json.dumps(content))
+    with contextlib.suppress(LeverError):  # to be refused is as good
+        if asset == "tiny-clip":
+            encode(folder)
+        else:
+            local_lvlm(path=folder)
+    assert not trap.exists()
+    assert "own" not in sys.modules
