@@ -30,7 +30,7 @@ MOMENTS = [
     pytest.param("train", "kill before", "sync", "train.log", -1, marks=slow),
     ("train", "int before", "sync", "grpo_epoch2.pt", 0),
     pytest.param("infer", "kill after", "rename", "predictions_random_2shot.json", 0, marks=slow),
-    ("demo", "kill after", "rename", "predictions_random_2shot.json", 0),
+    pytest.param("demo", "kill after", "rename", "predictions_random_2shot.json", 0, marks=slow),
     pytest.param("infer", "term after", "rename", "/metrics.json", 0, marks=slow),
     pytest.param("demo", "torn", "write", "_v2format.ckpt", 0, marks=slow),
     ("demo", "kill before", "rename", "report.html", 0),

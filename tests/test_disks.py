@@ -105,7 +105,7 @@ FULL = [
         "train", "/vision_", 0, "/cache/", marks=slow
     ),  # written behind the caller's back: the answer cache may be the first to fail
     ("train", "answers_tiny-qwen2_5-vl.sqlite-journal", 4, "answers_tiny-qwen2_5-vl.sqlite"),
-    ("train", "/state.pt", 2, "state.pt"),
+    pytest.param("train", "/state.pt", 2, "state.pt", marks=slow),
     pytest.param("train", "/grpo_epoch1.pt", 0, "grpo_epoch1.pt", marks=slow),
     pytest.param("train", "answers_tiny-qwen2_5-vl.sqlite", 0, "answers_tiny-qwen2_5-vl.sqlite", marks=slow),
     pytest.param("train", "features_", 0, "features_tiny-clip.safetensors", marks=slow),

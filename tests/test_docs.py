@@ -35,7 +35,7 @@ from lever_lm.config.values import build
 from lever_lm.utils.paths import asset_path
 
 DEMO = RUN.with_name("demo")
-HELD = ("--limit", "24", "--rce-epochs", "2", "--grpo-epochs", "15")  # what the demo is held to here
+HELD = ("--limit", "12", "--rce-epochs", "1", "--grpo-epochs", "15")  # what the demo is held to here
 # What stands for something of the reader's → what it is here. The first that fits, one after the other.
 STANDS_FOR = {
     r" \[(RUN_DIR|CKPT|目录)\]": "",
@@ -126,7 +126,8 @@ def words_of(command: str) -> list[str]:
         return words if "--dry-run" in words else [*words, "--dry-run"]
     if words[:1] == ["demo"]:
         return [*words, *HELD, "--shots", "4"]
-    held = {"infer": {"--limit": "4"}, "rollout": {"--limit": "24"}, "train": {"--limit": "24", "--rce-epochs": "2"}}
+    training = {"--limit": "24", "--rce-epochs": "2", "--grpo-epochs": "4"}  # as helpers.SMALL: what is there is kept
+    held = {"infer": {"--limit": "4"}, "rollout": {"--limit": "24"}, "train": training}
     missing = held.get(words[0], {})
     if "--config" in words or "--from-run" in words or "--rl-data" in words:
         missing = {}
