@@ -423,6 +423,7 @@ def test_each_example_is_short_and_ends_in_a_command():
         "a task",
         "an LVLM backend",
         "a selector",
+        "a loss or a reward",
         "a policy variant",
     ]
     for section in sections:
@@ -443,6 +444,7 @@ def test_the_examples_of_contributing_work(extended):
         ("lever rollout --sampler img_and_text_sampler --limit 8", "rollouts: 8 groups"),
         ("lever rollout --dataset digits_exact --limit 8 --run-name exact", "rollouts: 8 groups"),
         ("lever rollout --limit 2 --set lvlm.path=model", r"rollouts: 2 groups, \d\d rollouts, mean accuracy"),
+        ("lever train --limit 8 --rce-epochs 1 --grpo-epochs 1 --run-name cispo", "grpo_epoch1"),
         ("lever infer --run-name short", r"varied.*\d\.\d\d"),
         (
             "lever train --limit 8 --rce-epochs 1 --grpo-epochs 1 --run-name mean",
