@@ -15,7 +15,7 @@ from dataclasses import replace
 from lever_lm.config.schema import LvlmConfig, PromptConfig
 from lever_lm.lvlm.context_length import Room
 from lever_lm.lvlm.images import DataUrls
-from lever_lm.lvlm.openai_client import SEE_LOG, ServerError, served_name
+from lever_lm.lvlm.openai_client import SEE_LOG, TOO_LONG, ServerError, served_name
 from lever_lm.lvlm.openai_servers import Servers, check_server
 from lever_lm.lvlm.prompt import Prompt, holder, to_messages, wording
 from lever_lm.utils.errors import LeverError, Unfinished
@@ -166,7 +166,7 @@ class ServerLvlm:
             raise ServerError(
                 f"the server {self.config.server} cut its answer to {asked} after {written} of "
                 f"{self.config.max_new_tokens} tokens: the prompt leaves no room for more",
-                "start it with a larger --max-model-len, or take fewer --shots or a smaller lvlm.max_pixels",
+                TOO_LONG,
             )
         if ended in _BROKEN_OFF:
             raise ServerError(f"the server {self.config.server} broke off its answer to {asked}: {ended}", SEE_LOG)

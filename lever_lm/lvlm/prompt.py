@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from lever_lm.config.schema import PromptConfig
 from lever_lm.data import Example, Image
 
-# The model going on with the next turn, in whatever case: no answer holds one of these with its colon.
+# Where the model goes on with the next turn, in any case: no answer holds one of these words with its colon.
 _NEXT_TURN = r"(?:question|(?:short )?answer):"
 _END = {
     True: re.compile(rf"\n|, |{_NEXT_TURN}", re.IGNORECASE),  # an answer holds no comma and blank
@@ -26,7 +26,7 @@ class Prompt:
 
     @property
     def images(self) -> list[Image]:
-        """Images in the order of the prompt; the query's is the last."""
+        """Return the images in the order of the prompt; the query's is the last."""
         return [example.image for example in (*self.icds, self.query)]
 
 

@@ -4,8 +4,9 @@ import os
 import threading
 
 import pytest
+from config_helpers import resolve
 
-from lever_lm.config.load import ENVIRONMENT, environment_values, file_layer, layers, resolve
+from lever_lm.config.load import ENVIRONMENT, environment_values, file_layer, layers
 from lever_lm.config.schema import Config, FeatureConfig, all_keys, key_docs, to_dict
 from lever_lm.config.values import build, dotted, merge, parse_set, read_yaml
 from lever_lm.utils.errors import UsageError
@@ -407,7 +408,7 @@ def test_a_variable_that_is_passed_over_is_said(lever, monkeypatch, tmp_path):
         ({"rce.epochs": 0, "grpo.epochs": 0}, r"nothing to train.*--rce-epochs, --grpo-epochs"),
         ({"rollout.pool_size": 2, "rollout.shots": 3}, "rollout.pool_size 2 is smaller than rollout.shots 3"),
         ({"rollout.num_queries": 1}, r"rollout.num_queries \(--limit\) must be 2 or more"),
-        ({"rollout.temperatures": [1.0, 0]}, "rollout.temperatures must be positive"),
+        ({"rollout.temperatures": [1.0, 0]}, "rollout.temperatures must be greater than 0"),
         ({"lvlm.min_pixels": 100, "lvlm.max_pixels": 99}, "lvlm.min_pixels 100 exceeds lvlm.max_pixels 99"),
         ({"policy.dropout": 1.0}, r"policy.dropout must lie in \[0, 1\)"),
         ({"policy.hidden_dim": 0}, "policy.hidden_dim must be greater than 0"),

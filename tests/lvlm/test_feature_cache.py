@@ -48,7 +48,7 @@ def towers(lvlm: LocalLvlm) -> list[int]:
 @pytest.fixture(scope="module")
 def prompts(digits):
     rng = random.Random(3)
-    picks = [rng.sample(digits.train_examples, 1 + i % 5) for i in range(40)]
+    picks = [rng.sample(digits.train_examples, 1 + i % 5) for i in range(25)]
     return [build_prompt(icds, query, PromptConfig()) for query, *icds in picks]
 
 
