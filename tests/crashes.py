@@ -90,8 +90,7 @@ def _load_everything() -> None:
         "requests",
     ):
         importlib.import_module(name)
-    from config_helpers import resolve
-
+    from lever_lm.config.load import resolve
     from lever_lm.data.embeddings import ClipEncoder
     from lever_lm.lvlm.backend import load_local
 

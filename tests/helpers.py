@@ -135,7 +135,7 @@ def _own_environment(monkeypatch):
 @pytest.fixture(scope="session")
 def digits_config():
     """The config that a bare `lever` command gets."""
-    from config_helpers import resolve
+    from lever_lm.config.load import resolve
 
     return resolve({"dataset": "digits", "lvlm": "tiny_qwen2.5_vl"}, None, [], {})[0]
 

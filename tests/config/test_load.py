@@ -4,9 +4,8 @@ import os
 import threading
 
 import pytest
-from config_helpers import resolve
 
-from lever_lm.config.load import ENVIRONMENT, environment_values, file_layer, layers
+from lever_lm.config.load import ENVIRONMENT, environment_values, file_layer, layers, resolve
 from lever_lm.config.schema import Config, FeatureConfig, all_keys, key_docs, to_dict
 from lever_lm.config.values import build, dotted, merge, parse_set, read_yaml
 from lever_lm.utils.errors import UsageError

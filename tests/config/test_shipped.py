@@ -4,8 +4,8 @@ import inspect
 
 import pytest
 import yaml
-from config_helpers import resolve
 
+from lever_lm.config.load import resolve
 from lever_lm.config.schema import Config, to_dict
 from lever_lm.config.values import configs_root
 from lever_lm.losses import grpo_loss, rce_temperature

@@ -4,9 +4,9 @@ import json
 import shutil
 
 import pytest
-from config_helpers import resolve
 from helpers import INFERENCE, RUN, files_in, small_digits
 
+from lever_lm.config.load import resolve
 from lever_lm.data import load_dataset
 from lever_lm.evaluation.choices_file import read_icds
 from lever_lm.evaluation.evaluate import Evaluation
