@@ -138,10 +138,11 @@ def test_an_answer_that_is_typed_in_parts_is_scored_as_the_composed_one(serve, p
 
 
 def test_a_repetition_penalty_is_sent_and_gives_the_local_answers(tiny, prompts):
-    answers = make(tiny.url, repetition_penalty=20.0).generate(prompts)
+    few = prompts[:12]
+    answers = make(tiny.url, repetition_penalty=20.0).generate(few)
     assert tiny.asked[-1]["repetition_penalty"] == 20
-    assert answers == local(repetition_penalty=20.0).generate(prompts)
-    assert answers != make(tiny.url).generate(prompts)
+    assert answers == local(repetition_penalty=20.0).generate(few)
+    assert answers != local().generate(few)
 
 
 def test_a_server_that_may_not_take_a_repetition_penalty_is_refused(serve):

@@ -25,7 +25,7 @@ from lever_lm.utils.paths import asset_path
 from lever_lm.utils.transformers_compat import import_transformers
 
 STYLES = ("interleaved", "dialogue")
-PROMPTS = 30  # a setting: five of every number of shots
+PROMPTS = 24  # a setting: four of every number of shots
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_no_prompt_no_answer(lvlm):
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_the_batch_size_changes_no_answer(prompts, beams):
-    one, other = local_lvlm(batch_size=1, num_beams=beams), local_lvlm(batch_size=30, num_beams=beams)
+    one, other = local_lvlm(batch_size=1, num_beams=beams), local_lvlm(batch_size=24, num_beams=beams)
     assert one.generate(prompts) == other.generate(prompts)
 
 
@@ -148,7 +148,7 @@ def test_what_is_left_of_prompts_and_answers_is_cut_as_before(prompts):
 
 def test_the_batch_size_hardly_changes_a_log_prob(prompts):
     answers = [prompt.query.answer for prompt in prompts]
-    one, other = local_lvlm(batch_size=1), local_lvlm(batch_size=30)
+    one, other = local_lvlm(batch_size=1), local_lvlm(batch_size=24)
     assert one.answer_log_prob(prompts, answers) == pytest.approx(other.answer_log_prob(prompts, answers), abs=1e-4)
 
 
@@ -281,7 +281,7 @@ def test_several_end_tokens_end_an_answer(several_ends, prompts, beams):
 @torch.inference_mode()
 def test_beam_search_is_that_of_generate_under_every_length_penalty(several_ends, prompts, penalty):
     ours = flatten(local_lvlm(path=several_ends))
-    chosen = prompts[:24]
+    chosen = prompts[:12]
     ours.batches(chosen)
     prefilled = ours.family.prefill(chosen)
     found = beam_search(prefilled, 3, 6, ours.eos, ours.family.pad, penalty).tolist()
