@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 from lab import Fault, Lab
-from trials import PROBLEMS, Bench, commands, make_data
+from trials import PROBLEMS, Bench, benches, commands
 
 from lever_lm.utils.atomic_io import write_text
 
@@ -107,18 +107,12 @@ def random_trials(names: list[str], kills: int, seed: int, table: Table, bench) 
 
 def soak(arguments: argparse.Namespace, folder: Path) -> Table:
     """All trials, in a folder."""
-    table, made = Table(arguments.results), {}
-    data = make_data(folder / "data")
+    table = Table(arguments.results)
     names = [arguments.exhaustive] if arguments.exhaustive else arguments.commands.split(",")
-    if unknown := set(names) - commands(data).keys():
-        raise SystemExit(f"unknown command {', '.join(unknown)}: one of {', '.join(commands(data))}")
+    if unknown := set(names) - commands(folder).keys():
+        raise SystemExit(f"unknown command {', '.join(unknown)}: one of {', '.join(commands(folder))}")
     with Lab(folder) as lab:
-
-        def bench(name: str) -> Bench:
-            if name not in made:
-                made[name] = Bench(lab, name, data, folder / name)
-            return made[name]
-
+        bench = benches(lab, folder)
         if arguments.exhaustive:
             trials = ((names[0], faults) for faults in every_event(bench(names[0]), arguments.part))
         else:

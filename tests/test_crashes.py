@@ -17,18 +17,20 @@ slow = pytest.mark.slow
 # command, what is done when, at which event of which file, the how manieth of them
 MOMENTS = [
     pytest.param("rollout", "kill before", "write", "features_", 0, marks=slow),
-    ("rollout", "torn", "write", "/vision_", 0),
-    ("rollout", "kill before", "unlink", "answers_tiny-qwen2_5-vl.sqlite-journal", 3),  # within a commit
+    pytest.param("rollout", "torn", "write", "/vision_", 0, marks=slow),
+    pytest.param("rollout", "kill before", "unlink", "answers_tiny-qwen2_5-vl.sqlite-journal", 3, marks=slow),
     pytest.param("rollout", "kill after", "unlink", "answers_tiny-qwen2_5-vl.sqlite-journal", 3, marks=slow),
-    ("rollout", "torn", "write", "answers_tiny-qwen2_5-vl.sqlite", 5),
-    ("rollout", "kill before", "rename", "rl_data_", 0),
-    ("train", "term before", "open", "config.yaml", 0),
+    pytest.param("rollout", "torn", "write", "answers_tiny-qwen2_5-vl.sqlite", 5, marks=slow),
+    pytest.param("rollout", "kill before", "rename", "rl_data_", 0, marks=slow),
+    pytest.param("train", "term before", "open", "config.yaml", 0, marks=slow),
+    ("train", "kill before", "unlink", "answers_tiny-qwen2_5-vl.sqlite-journal", 3),  # within a commit
     ("train", "kill after", "rename", "state.pt", 2),  # the epoch's checkpoint is not there yet
     ("train", "torn", "write", "/grpo_epoch1.pt", 0),
     ("train", "torn", "write", "metrics.jsonl", -2),
     pytest.param("train", "kill before", "sync", "train.log", -1, marks=slow),
     ("train", "int before", "sync", "grpo_epoch2.pt", 0),
-    ("infer", "kill after", "rename", "predictions_random_2shot.json", 0),
+    pytest.param("infer", "kill after", "rename", "predictions_random_2shot.json", 0, marks=slow),
+    ("demo", "kill after", "rename", "predictions_random_2shot.json", 0),
     pytest.param("infer", "term after", "rename", "/metrics.json", 0, marks=slow),
     pytest.param("demo", "torn", "write", "_v2format.ckpt", 0, marks=slow),
     ("demo", "kill before", "rename", "report.html", 0),
@@ -53,7 +55,7 @@ def test_a_command_killed_again_and_again_ends_as_if_it_had_not_been(bench):
     assert trial.problems == {}
 
 
-@pytest.mark.parametrize("do", ["int", "term"])
+@pytest.mark.parametrize("do", [pytest.param("int", marks=slow), "term"])
 def test_a_signal_from_outside_ends_in_one_line_and_the_command_goes_on_later(bench, do):
     (at,) = [e.number for e in bench("train").events if e.kind == "rename" and "/grpo_epoch1.pt" in e.new]
     trial = bench("train").attempt([Fault(do, at, seconds=0.0)])
@@ -72,7 +74,7 @@ def test_a_hundred_kills_lose_nothing(tmp_path):
 # ---------------------------------------------------------------------- the order on disk
 
 
-@pytest.mark.parametrize("command", ["train", "infer", "demo"])
+@pytest.mark.parametrize("command", ["train", pytest.param("infer", marks=slow), "demo"])
 def test_every_file_is_synced_before_it_gets_its_name_and_its_folder_after(bench, command):
     found = bench(command).events
     renames = [event for event in found if event.kind == "rename"]

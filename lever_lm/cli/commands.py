@@ -203,10 +203,7 @@ def infer(
         pipeline.inference = evaluation.planned_folder(pipeline, icds)
     if planned(common, pipeline, "infer", shots=numbers, learned=1, baselines=baselines):
         return
-    if icds is not None:
-        result = evaluation.infer_icds(pipeline, icds, numbers, baselines=baselines)
-    else:
-        result = evaluation.infer(pipeline, numbers, ckpt=ckpt, baselines=baselines)
+    result = evaluation.infer(pipeline, numbers, ckpt=ckpt, icds=icds, baselines=baselines)
     show_results(pipeline.screen, result["results"], result["tests"], stemmed=result["okvqa_stem"])
     emit(common, result)
 

@@ -7,6 +7,7 @@ place of the defaults.
 
 import os
 from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,12 +67,9 @@ def environment_values(values: dict, environ, over: dict, names=tuple(ENVIRONMEN
         except ValueError as error:
             why = f"{str(error)[:LONGEST]}; unset it or mend it"
             raise UsageError(f"the environment variable {name} is {shown(text)}: {why}") from error
-        sets: dict = {}
-        for key in keys:
-            if not _holds(over, key):
-                sets = merge(sets, dotted(key, "" if key == "data.train_path" else value))
+        sets = [dotted(key, "" if key == "data.train_path" else value) for key in keys if not _holds(over, key)]
         if sets:
-            found[name] = sets
+            found[name] = reduce(merge, sets)
     return found
 
 
@@ -140,25 +138,22 @@ def layers(
     all others. Of a run, a named YAML changes what it names alone, and the environment changes where files are that are
     no longer where they were.
     """
-    below = [] if run is None else [run]
-    for kind, name in names.items():
-        if name is not None:
-            values = named_yaml(kind, name)
-            values = values if run is None else _of_kind(kind, values, run.values)
-            below.append(Layer(f"configs/{kind}/{name}.yaml", values))
-    below += [] if file is None else [file]
+    named = [(kind, name, named_yaml(kind, name)) for kind, name in names.items() if name is not None]
+    if run is not None:
+        named = [(kind, name, _of_kind(kind, values, run.values)) for kind, name, values in named]
+    named = [Layer(f"configs/{kind}/{name}.yaml", values) for kind, name, values in named]
+    below = [layer for layer in (run, *named, file) if layer]
     above = [] if base is None else [base]
     above += [Layer("--set", parse_set(item)) for item in sets]
     above += [Layer(option, values) for option, values in options.items()]
     known, over = combined(below), combined(above)
-    places = {} if run is None else _still_there(run.values, known)
+    places = _still_there(run.values, known) if run else {}
     if file is not None:
         data = _section(file.values, "data")
-        named = {key: data[key] for key in ("okvqa_path", "coco_path", "train_path") if key in data}
-        places = merge(places, {"data": named})
-    variables = tuple(ENVIRONMENT) if run is None else _PLACES
+        places |= {key: data[key] for key in ("okvqa_path", "coco_path", "train_path") if key in data}
+    variables = _PLACES if run else tuple(ENVIRONMENT)
     wanted = environment_values(known, os.environ, over, variables)
-    taken = environment_values(known, os.environ, merge(places, over), variables)
+    taken = environment_values(known, os.environ, merge({"data": places}, over), variables)
     named_by = "the run" if file is None else file.source
     passed_over = [
         f"{name}={os.environ[name]} (the folders are named by {named_by})"
@@ -174,7 +169,7 @@ def _still_there(run: dict, known: dict) -> dict:
     that is exported for other data leaves these alone. Where they were moved, the environment says where to."""
     there, here = _section(run, "data"), _section(known, "data")
     named = {key: there[key] for key in ("okvqa_path", "coco_path") if key in there and there[key] == here.get(key)}
-    return {"data": {k: p for k, p in named.items() if isinstance(p, str) and os.path.isdir(Path(p).expanduser())}}
+    return {key: path for key, path in named.items() if isinstance(path, str) and Path(path).expanduser().is_dir()}
 
 
 # Kind of a named YAML → the sections that it is about, and the key that says which one it names.
@@ -200,16 +195,4 @@ def _of_kind(kind: str, values: dict, run: dict) -> dict:
 
 def combined(found: list[Layer]) -> dict:
     """Return the nested values of layers, later ones over earlier ones."""
-    values: dict = {}
-    for layer in found:
-        values = merge(values, layer.values)
-    return values
-
-
-def resolve(
-    names: dict[str, str | None], config_file: Path | None, sets: list[str], flags: dict
-) -> tuple[Config, list[str]]:
-    """Return the Config of a command line, and the environment variables in effect as NAME=value; flags: the nested
-    values of all options."""
-    made = layers(names, file_layer(config_file), sets, {"options": flags})
-    return made.config(), made.in_effect
+    return reduce(merge, (layer.values for layer in found), {})

@@ -16,6 +16,9 @@ from lever_lm.utils.terminal import shown
 _RANGES = {
     "> 0": ("be greater than 0", lambda value: value > 0),
     ">= 0": ("not be negative", lambda value: value >= 0),
+    ">= -1": ("be -1 or more", lambda value: value >= -1),
+    ">= 1": ("be 1 or more", lambda value: value >= 1),
+    ">= 2": ("be 2 or more", lambda value: value >= 2),
     "[0, 1)": ("lie in [0, 1)", lambda value: 0 <= value < 1),
     "(0, 1)": ("lie in (0, 1)", lambda value: 0 < value < 1),
     "(0, 1]": ("lie in (0, 1]", lambda value: 0 < value <= 1),
@@ -25,7 +28,8 @@ _RANGES = {
 def setting(default, help: str, takes: str = "", *, role: str = "training"):
     """A key of the config.
 
-    help: what it means, for `lever config show --docs`. takes: one of _RANGES, or words with ` | ` between them.
+    help: what it means, for `lever config show --docs`. takes: one of _RANGES, also of each item of a tuple, or words
+    with ` | ` between them.
     role: `answers`, what the picks and answers of a trained policy depend on; `place`, where the files of these are;
     `machine`, what answers depend on by rounding alone; `speed`, what changes no result; `length`, what may change
     when a run goes on; `command`, what belongs to one command; `training`, the others.
@@ -50,7 +54,7 @@ class Section:
             key, value, takes = f"{self.section}.{one.name}", getattr(self, one.name), one.metadata["takes"]
             if takes in _RANGES:
                 words, holds = _RANGES[takes]
-                if not holds(value):
+                if not all(map(holds, value if isinstance(value, tuple) else [value])):
                     raise UsageError(f"{key} must {words}, found {value}")
             elif takes and value not in takes.split(" | "):
                 raise UsageError(f"{key} is {shown(value)}: expected one of {takes.replace(' |', ',')}")
@@ -130,7 +134,7 @@ class LvlmConfig(Section, section="lvlm"):
     batch_size: int = speed(64, "prompts in a batch, at most", "> 0")
     batch_tokens: int = speed(65536, "tokens in a batch, at most; padding and the answers that are scored count", "> 0")
     compile: bool = speed(False, "fuse small operations on a GPU: a tenth faster, after 15 seconds")
-    workers: int = speed(-1, "processes that decode images ahead of the model; -1: eight with a GPU, none without")
+    workers: int = speed(-1, "processes that decode images ahead of it; -1: eight with a GPU, none without", ">= -1")
     bank_memory: float = speed(0.0, "GiB of the device for image features; 0: a quarter of what is free", ">= 0")
     bank_disk: float = speed(64.0, "GiB in the cache folder for image features; 0: none is written", ">= 0")
     num_beams: int = answers(1, "beams of the search for an answer; 1: greedy", "> 0")
@@ -149,8 +153,6 @@ class LvlmConfig(Section, section="lvlm"):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.workers < -1:
-            raise UsageError(f"lvlm.workers must be -1 or more, found {self.workers}")
         if self.min_pixels > self.max_pixels:
             raise UsageError(f"lvlm.min_pixels {self.min_pixels} exceeds lvlm.max_pixels {self.max_pixels}")
         if not self.server:
@@ -198,7 +200,7 @@ class RolloutConfig(Section, section="rollout"):
     shots: int = setting(2, "demonstrations of a rollout", "> 0")
     beam: int = setting(2, "beams of the initial policy", ">= 0")
     sample: int = setting(3, "samples of the initial policy, at each temperature", ">= 0")
-    temperatures: tuple[float, ...] = setting((1.0, 1.3), "temperatures of the samples")
+    temperatures: tuple[float, ...] = setting((1.0, 1.3), "temperatures of the samples", "> 0")
     retrieval: int = setting(2, "rollouts by similarity to the query", ">= 0")
     random: int = setting(5, "rollouts that are drawn evenly", ">= 0")
     infoscore: int = setting(0, "rollouts by a beam search for the gain in the reference's log-prob; costly", ">= 0")
@@ -215,14 +217,10 @@ class RolloutConfig(Section, section="rollout"):
             raise UsageError(
                 f"rollout.infoscore_candidates {self.infoscore_candidates} are too few for rollout.shots {self.shots}"
             )
+        if self.num_queries < 2:
+            raise UsageError("rollout.num_queries (--limit) must be 2 or more: one to learn from, one to judge by")
         if self.pool_size < self.shots:
             raise UsageError(f"rollout.pool_size {self.pool_size} is smaller than rollout.shots {self.shots}")
-        if self.num_queries < 2:
-            raise UsageError(
-                "rollout.num_queries (--limit) must be 2 or more: one group to learn from, one to judge by"
-            )
-        if any(t <= 0 for t in self.temperatures):
-            raise UsageError(f"rollout.temperatures must be positive, found {list(self.temperatures)}")
 
 
 @dataclass(frozen=True)
@@ -280,7 +278,7 @@ class GrpoConfig(Section, section="grpo"):
     max_grad_norm: float = setting(1.0, "longer gradients are cut to this length", "> 0")
     schedule: str = setting("constant", "of the learning rate, to 0 at the last epoch", "constant | linear | cosine")
     warmup_steps: int = setting(0, "steps in which the learning rate rises from 0", ">= 0")
-    loss: str = setting("clip", "the clipped ratio times the advantage, or log π times it", "clip | reinforce")
+    loss: str = setting("clip", "clip: the clipped ratio times the advantage; reinforce: log π times it")
     patience: int = length(0, "stop after so many epochs without a better val_reward; 0: never", ">= 0")
     clip_epsilon: float = setting(0.2, "how far the ratio of new to old probability counts, from 1", "(0, 1)")
     clip_epsilon_high: float = setting(0.0, "of ratios above 1; 0: as clip_epsilon", ">= 0")
@@ -292,7 +290,7 @@ class GrpoConfig(Section, section="grpo"):
     advantage_scale: str = setting("group", "whose std a zscore divides by", "group | batch | none")
     advantage_min_std: float = setting(0.1, "a zscore divides by no less", ">= 0")
     advantage_clip: float = setting(5.0, "larger advantages, of either sign, are cut to this", "> 0")
-    top_k: tuple[int, ...] = setting((), "keep only the k best rollouts of a group, an entry an epoch, then the last")
+    top_k: tuple[int, ...] = setting((), "keep only the k best rollouts of a group, by epoch, then the last", ">= 1")
     refresh_every: int = setting(5, "epochs between refreshes of the old policy; 0 never", ">= 0")
     anchor: str = setting("rce", "old and reference policy at the start: that after RCE, or before it", "rce | init")
     reference: str = setting("start", "KL against the policy at GRPO's start, or against the `old` one", "start | old")
@@ -300,17 +298,13 @@ class GrpoConfig(Section, section="grpo"):
     freeze_backbone: bool = setting(False, "train the attention layers only: input_proj, query_proj, cand_proj stay")
     online: bool = setting(False, "also learn from new rollouts of the policy itself, answered by the LVLM")
     online_every: int = setting(5, "epochs between rounds of these; each replaces the round before", "> 0")
-    online_samples: int = setting(8, "rollouts of a query in a round")
+    online_samples: int = setting(8, "rollouts of a query in a round, which are compared", ">= 2")
     online_ratio: float = setting(0.5, "their share of the loss; 1: the logged rollouts are left out", "(0, 1]")
 
     def __post_init__(self):
         super().__post_init__()
         if self.kl == "k1" and self.adaptive_kl:
             raise UsageError("grpo.adaptive_kl follows a KL that is never negative: not with grpo.kl=k1, take k3")
-        if self.online_samples < 2:
-            raise UsageError(f"grpo.online_samples must be 2 or more to compare, found {self.online_samples}")
-        if any(k < 1 for k in self.top_k):
-            raise UsageError(f"grpo.top_k must hold numbers of 1 or more, found {list(self.top_k)}")
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ def named_yaml(kind: str, name: str) -> dict:
     """Read the YAML `configs/<kind>/<name>.yaml`. Raises UsageError with the nearest name when there is none."""
     known = sorted(file.stem for file in (configs_root() / kind).glob("*.yaml"))
     if name not in known:
-        nearest = _nearest(name, {name: name for name in known}, 0.5)
+        nearest = _nearest(name, dict(zip(known, known, strict=True)), 0.5)
         raise UsageError(f"unknown {kind} {shown(name)}{nearest}: one of {', '.join(known)} (--{kind})")
     return read_yaml(configs_root() / kind / f"{name}.yaml")
 
@@ -49,7 +49,7 @@ def read_yaml(path: Path) -> dict:
         raise UsageError(f"cannot read the config {path}: {error.strerror or error} (--config)") from error
     except ValueError as error:
         raise UsageError(f"{path} is not a YAML file that can be read: {error} (--config)") from error
-    if content is not None and not isinstance(content, dict):
+    if not isinstance(content, dict | None):
         raise UsageError(f"{path} must hold a mapping of config keys, found {type(content).__name__}")
     return content or {}
 
@@ -192,22 +192,20 @@ def _check_names(config: Config) -> None:
 
 
 def _refuse_key(key: str) -> NoReturn:
-    raise UsageError("unknown config key '" + shown(key).strip("'\"") + f"'{_suggestion(key)}")
+    """Raise UsageError for an unknown key, with what it may mean: one that is like it in whole or in its last part, or
+    a section."""
+    section, _, leaf = key.rpartition(".")
+    keys = {known: known for known in all_keys()}
+    leaves = {known.rpartition(".")[2]: known for known in keys}
+    sections = {name: name for name in (known.partition(".")[0] for known in keys)}
+    meant = _nearest(key, keys) or _nearest(leaf, leaves) or _nearest(key, sections)
+    if key in keys:  # its dots are in a file
+        meant = f": in YAML, `{section}:` and below it `{leaf}:`"
+    name = shown(key).strip("'\"")
+    raise UsageError(f"unknown config key '{name}'{meant or ': `lever config show --docs` lists all'}")
 
 
 def _nearest(name: str, known: dict[str, str], cutoff: float = 0.6) -> str:
     """Return ` (did you mean …?)` of a name that is like one of `known`, which says for each what is meant."""
     match = difflib.get_close_matches(name[:LONGEST], known, n=1, cutoff=cutoff)
     return f" (did you mean {known[match[0]]!r}?)" if match else ""
-
-
-def _suggestion(key: str) -> str:
-    """Return what an unknown key may mean: one that is like it in whole or in its last part, or a section."""
-    section, _, leaf = key.rpartition(".")
-    if key in all_keys():  # its dots are in a file
-        return f": in YAML, `{section}:` and below it `{leaf}:`"
-    keys = {known: known for known in all_keys()}
-    leaves = {known.rpartition(".")[2]: known for known in keys}
-    sections = {name: name for name in (known.partition(".")[0] for known in keys)}
-    found = _nearest(key, keys) or _nearest(leaf, leaves) or _nearest(key, sections)
-    return found or ": `lever config show --docs` lists all"

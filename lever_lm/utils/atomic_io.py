@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import signal
-import stat
 import tempfile
 import threading
 import time
@@ -18,6 +17,7 @@ from typing import BinaryIO
 
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.locks import NO_LOCKS, TAKEN, lock
+from lever_lm.utils.safe_parse import open_file
 
 TEMPORARY_PREFIX = ".tmp-"
 _STOPS = (signal.SIGINT, signal.SIGTERM)
@@ -57,7 +57,9 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 def _replacing(path: Path) -> Iterator[BinaryIO]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _sweep_once(path.parent)
+        if (folder := os.path.realpath(path.parent)) not in _swept:
+            _swept.add(folder)
+            sweep(path.parent)
         handle, name = _temporary(path.parent)
     except OSError as error:
         raise LeverError(f"cannot write {path}: {error.strerror or error}") from error
@@ -81,7 +83,7 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
         _being_written.discard(name)
 
 
-_swept: set[str] = set()  # folders
+_swept: set[str] = set()  # folders, when this process first writes there: one may hold a hundred thousand files
 _sweeping = threading.Lock()  # and naming a file that is not to be swept
 _being_written: set[str] = set()  # temporary files of this process, which its own locks do not keep from it
 
@@ -92,50 +94,38 @@ def _temporary(folder: Path) -> tuple[int, str]:
         with _sweeping:
             handle, name = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=folder)
             _being_written.add(name)
-        taken = False
+        refused = None
         try:
             lock(handle)
         except OSError as error:
-            taken = error.errno in TAKEN  # by another process that sweeps, and is about to delete it
-            if not taken and error.errno not in NO_LOCKS:
-                os.close(handle)
-                _being_written.discard(name)
-                _discard(name)
-                raise
-        if not taken and os.fstat(handle).st_nlink:
+            refused = None if error.errno in NO_LOCKS else error
+        if refused is None and os.fstat(handle).st_nlink:
             return handle, name
         os.close(handle)
         _being_written.discard(name)
-
-
-def _sweep_once(folder: Path) -> None:
-    """Sweep a folder when this process first writes there: it may hold a hundred thousand files."""
-    if (name := os.path.realpath(folder)) not in _swept:
-        _swept.add(name)
-        sweep(folder)
+        if refused is not None and refused.errno not in TAKEN:  # else a process that sweeps is about to delete it
+            _discard(name)
+            raise refused
 
 
 def sweep(folder: Path) -> None:
     """Remove the temporary files of a folder whose writers are gone."""
-    try:
-        found = [entry.name for entry in os.scandir(folder) if entry.name.startswith(TEMPORARY_PREFIX)]
-    except OSError:
-        return
-    for name in found:
-        with _sweeping, contextlib.suppress(OSError):
-            # By its last part, which is never the same twice: a folder has many names.
-            if name not in map(os.path.basename, _being_written):
-                _remove_if_left(os.path.join(folder, name))
+    with contextlib.suppress(OSError):
+        for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
+            with _sweeping, contextlib.suppress(OSError):
+                # By its last part, which is never the same twice: a folder has many names.
+                if path.name not in map(os.path.basename, _being_written):
+                    _remove_if_left(path)
 
 
-def _remove_if_left(name: str) -> None:
-    handle = os.open(name, os.O_RDWR | os.O_CLOEXEC)
+def _remove_if_left(path: Path) -> None:
+    handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
         lock(handle)
-        os.unlink(name)
+        path.unlink()
     except OSError as error:
         if error.errno in NO_LOCKS and time.time() - os.fstat(handle).st_mtime > _STALE:
-            os.unlink(name)
+            path.unlink()
     finally:
         os.close(handle)
 
@@ -201,17 +191,12 @@ def append_bytes(path: Path, content: bytes) -> None:
 
 
 def open_regular(path: str | Path, what: str) -> BinaryIO:
-    """Open a file to read bytes from. Raises LeverError, from the OSError of `open`, where it is missing, a folder, a
-    pipe or a device, none of which may hang a command; `what` says what it was to be."""
+    """Open a file to read bytes from. Raises LeverError where it is missing, a folder, a pipe or a device; `what` says
+    what it was to be."""
     try:
-        # Opening a pipe waits for its writer otherwise.
-        file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+        return open_file(path)
     except (OSError, ValueError) as error:
         raise LeverError(f"cannot read {what} {path}: {getattr(error, 'strerror', None) or error}") from error
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise LeverError(f"cannot read {what} {path}: it is no regular file")
-    return file
 
 
 def file_digest(path: Path) -> str:

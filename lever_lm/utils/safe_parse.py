@@ -4,7 +4,6 @@ An error in a text is a ValueError whose words are one short line; callers add t
 """
 
 import errno
-import gc
 import json
 import math
 import os
@@ -13,7 +12,7 @@ import stat
 from collections import Counter
 from collections.abc import Hashable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import yaml
 
@@ -30,15 +29,22 @@ _WORDS = 300  # characters of a library's own words
 # ---------------------------------------------------------------------- reading files
 
 
+def open_file(path: Path | str) -> BinaryIO:
+    """Open a regular file to read bytes from. Raises OSError for all else: a pipe or a device may hang a command."""
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")  # NONBLOCK: no wait for a writer
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is no regular file")
+    return file
+
+
 def read_bytes(path: Path | str, limit: int | None = None, *, pipe: bool = False) -> bytes:
     """Read a regular file, or with `pipe` any. Raises OSError, and ValueError where it holds more than `limit` bytes,
     which are not read."""
-    with open(path, "rb", opener=None if pipe else _without_waiting) as file:
-        if not pipe and not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise OSError(errno.EINVAL, "it is no regular file")
+    with open(path, "rb") if pipe else open_file(path) as file:
         content = file.read() if limit is None else file.read(limit + 1)
     if limit is not None and len(content) > limit:
-        raise ValueError(f"it is larger than {_size(limit)}")
+        raise ValueError(f"it is larger than {f'{limit >> 20} MiB' if limit >> 20 else f'{limit >> 10} KiB'}")
     return content
 
 
@@ -55,14 +61,6 @@ def read_object(path: Path | str, limit: int | None = FILE_LIMIT) -> dict:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _without_waiting(path, flags) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)  # a pipe without a writer would be waited for
-
-
-def _size(limit: int) -> str:
-    return f"{limit >> 20} MiB" if limit >= 1 << 20 else f"{limit >> 10} KiB"
 
 
 class Line(NamedTuple):
@@ -102,15 +100,10 @@ def loads(content: bytes | str, *, nan: bool = False, halves: bool = False):
     `halves`, and deep nesting. With `nan`, NaN and infinity are read, and integers beyond 64 bits are infinite."""
     text = (content if isinstance(content, str) else content.decode("utf-8")).removeprefix("\ufeff")
     numbers = {"parse_int": _any_integer} if nan else {"parse_int": _integer, "parse_float": _float}
-    collecting = gc.isenabled()
-    gc.disable()  # it would look through the values again and again while they become more
     try:
         value = json.loads(text, object_pairs_hook=_once, parse_constant=float if nan else _float, **numbers)
     except RecursionError:
         raise ValueError("its brackets are nested too deeply") from None
-    finally:
-        if collecting:
-            gc.enable()
     deep = len(text) <= FILE_LIMIT and text.count("[") + text.count("{") > _DEPTH
     whole = not halves and ("\\ud" in text or "\\uD" in text)
     if deep or whole:

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from config_helpers import resolve
 from PIL import Image
 from safetensors.torch import save
 
@@ -23,7 +24,6 @@ from fuzz.formats import harmful_torch, saved, spoil_safetensors, spoil_torch
 from fuzz.harness import Target
 from fuzz.mutations import TOKENS, lines_spoiler, noise, spoil_bytes, spoil_json, table
 from fuzz.readers import DEEP, choices, dumped, examples, reader, to_file
-from lever_lm.config.load import resolve
 from lever_lm.config.schema import DataConfig, FeatureConfig, LvlmConfig, PromptConfig
 from lever_lm.data import VqaData, image_digest, load_dataset, open_image
 from lever_lm.data.embeddings import _stamp, cached_features, read_embeddings
@@ -31,9 +31,9 @@ from lever_lm.data.okvqa import SPLITS, annotations_file, questions_file
 from lever_lm.evaluation.export import export
 from lever_lm.lvlm import CachedLvlm, build_prompt
 from lever_lm.lvlm.answer_cache import AnswerCache
-from lever_lm.lvlm.feature_cache import VisionBank
-from lever_lm.lvlm.openai_client import check_server
+from lever_lm.lvlm.feature_cache import FeatureCache
 from lever_lm.lvlm.openai_server import ServerLvlm
+from lever_lm.lvlm.openai_servers import check_server
 from lever_lm.selectors.pointer.checkpoint import load_policy, own_config, save_torch, to_v2, to_v3, v3_content
 from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.training.find_checkpoint import locate
@@ -194,7 +194,7 @@ def bank(folder: Path) -> Target:
         Path(image).write_bytes(image.encode())
 
     def read() -> None:
-        found = VisionBank(path.parent, memory=1 << 20, disk=1 << 30)
+        found = FeatureCache(path.parent, memory=1 << 20, disk=1 << 30)
         found.missing(images)
         for image in images:
             if not found.missing([image]):
@@ -466,7 +466,7 @@ def server(folder: Path) -> Target:
         if content[:1] == b"\1":
             check_server(config)
         elif content[:1] == b"\2":
-            lvlm.answer([prompt])
+            lvlm.generate([prompt])
         else:
             lvlm.answer_log_prob([prompt], ["cat"])
 

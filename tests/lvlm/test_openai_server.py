@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import email.utils
 import json
+import os
 import random
 import re
 import signal
@@ -19,7 +20,7 @@ from types import SimpleNamespace
 
 import PIL.Image
 import pytest
-from helpers import CHECKOUT, SMALL, answers_in, clean_environment, track
+from helpers import CHECKOUT, answers_in, clean_environment, track
 from loopback import Loopback, Reply, TinyChat, models, said
 
 from lever_lm.config.schema import LvlmConfig, PromptConfig
@@ -38,6 +39,7 @@ from lever_lm.utils.transformers_compat import import_transformers
 
 TINY = "asset:tiny-qwen2.5-vl"
 NAME = "tiny"
+EPOCHS = ("--rce-epochs", "1", "--grpo-epochs", "1")
 KEY = "sk-this-is-a-secret-0123456789"
 
 
@@ -61,7 +63,7 @@ def waits(monkeypatch):
 @pytest.fixture(scope="module")
 def prompts(digits):
     rng = random.Random(11)
-    picks = [(rng.sample(digits.train_examples, i % 6), rng.choice(digits.val_examples)) for i in range(36)]
+    picks = [(rng.sample(digits.train_examples, i % 6), rng.choice(digits.val_examples)) for i in range(24)]
     return [build_prompt(icds, query, PromptConfig()) for icds, query in picks]
 
 
@@ -118,20 +120,13 @@ def test_answers_are_those_of_the_local_model(tiny, prompts, style):
 @pytest.mark.parametrize("style", ["interleaved", "dialogue"])
 def test_log_probs_are_those_of_the_local_model(tiny, prompts, style):
     # `end` and `im` also stand in the token that closes the turn; the last is split into bytes
-    texts = ("three", "twenty one", "end", "im", "a blue circle, of paper", "a", "né – ✓ 3")
-    answers = [texts[i % len(texts)] for i in range(len(prompts))]
-    scores = make(tiny.url, style).answer_log_prob(prompts, answers)
-    assert scores == pytest.approx(local(style).answer_log_prob(prompts, answers), abs=1e-4)
-    assert all(score < 0 and round(score, 6) == score for score in scores)
-
-
-@pytest.mark.parametrize("style", ["interleaved", "dialogue"])
-def test_log_probs_with_the_end_of_the_turn_are_those_of_the_local_model(tiny, prompts, style):
-    texts = ("three", "twenty one", "end", "1", "né – ✓ 3")
-    answers = [texts[i % len(texts)] for i in range(len(prompts))]
-    scores = make(tiny.url, style).answer_log_prob(prompts, answers, end=True)
-    assert scores == pytest.approx(local(style).answer_log_prob(prompts, answers, end=True), abs=1e-4)
-    assert tiny.asked[-1]["continue_final_message"] is False
+    texts = ("three", "twenty one", "end", "im", "a blue circle, of paper", "1", "né – ✓ 3")
+    answers, chosen = [text for text in texts for _ in range(2)], prompts[: 2 * len(texts)]
+    for end in (False, True):
+        scores = make(tiny.url, style).answer_log_prob(chosen, answers, end=end)
+        assert scores == pytest.approx(local(style).answer_log_prob(chosen, answers, end=end), abs=1e-4)
+        assert all(score < 0 and round(score, 6) == score for score in scores)
+        assert tiny.asked[-1]["continue_final_message"] is not end
 
 
 def test_an_answer_that_is_typed_in_parts_is_scored_as_the_composed_one(serve, prompts):
@@ -150,22 +145,10 @@ def test_a_repetition_penalty_is_sent_and_gives_the_local_answers(tiny, prompts)
 
 
 def test_a_server_that_may_not_take_a_repetition_penalty_is_refused(serve):
-    server = serve(lambda request: said("three"), listed=models(NAME, owner="somebody"))
+    server = serve(lambda request: said("three"), listed=models(NAME, owner="another"))
     with pytest.raises(LeverError, match=r"neither vLLM nor SGLang.*--set lvlm\.repetition_penalty=1"):
         make(server.url, repetition_penalty=1.05)
     assert not server.asked
-
-
-def test_another_image_budget_gives_the_local_answers_too(tiny, prompts):
-    budget = {"min_pixels": 56 * 56 * 4, "max_pixels": 56 * 56 * 16}
-    assert make(tiny.url, **budget).generate(prompts[:8]) == local(**budget).generate(prompts[:8])
-
-
-def test_nothing_to_ask_asks_nothing(tiny):
-    lvlm = make(tiny.url)
-    before = len(tiny.requests)
-    assert lvlm.generate([]) == lvlm.answer_log_prob([], []) == []
-    assert len(tiny.requests) == before
 
 
 # ---------------------------------------------------------------------- requests
@@ -185,8 +168,9 @@ def test_a_request_holds_the_conversation_and_asks_greedily(serve, prompts):
     assert user["content"][1]["text"].endswith(f"Short answer: {prompt.icds[0].answer}\n")
 
 
-def test_a_server_of_an_unknown_make_gets_standard_fields_only(serve, prompts):
-    server = serve(lambda request: said("three"), listed=models(NAME, owner="somebody"))
+@pytest.mark.parametrize("owner", ["another", ["vllm"], {}, None])
+def test_a_server_of_an_unknown_make_gets_standard_fields_only(serve, prompts, owner):
+    server = serve(lambda request: said("three"), listed=models(NAME, owner=owner))
     make(server.url).generate(prompts[:1])
     assert set(server.asked[0]) == {"model", "messages", "max_tokens", "temperature", "frequency_penalty"}
 
@@ -252,12 +236,6 @@ def test_each_image_is_encoded_once_and_no_more_are_kept_than_fit(serve, prompts
     assert encoded == [first, second, third, first]
 
 
-def test_an_image_that_is_not_there_is_named(tiny, prompts):
-    query = dataclasses.replace(prompts[0].query, image="nowhere/7.jpg")
-    with pytest.raises(LeverError, match=r"nowhere/7\.jpg"):
-        make(tiny.url).generate([dataclasses.replace(prompts[0], query=query)])
-
-
 def test_a_question_that_holds_an_image_placeholder_is_refused_by_name(tiny, prompts):
     prompt = next(prompt for prompt in prompts if prompt.icds)
     spoilt = dataclasses.replace(prompt.icds[0], question_id=424242, question="what is <|image_pad|> here?")
@@ -267,7 +245,7 @@ def test_a_question_that_holds_an_image_placeholder_is_refused_by_name(tiny, pro
 
 def test_batches_keep_the_order_and_are_a_few_rounds_of_requests(serve, prompts):
     lvlm = make(serve(lambda request: said("")).url, concurrency=2)
-    assert lvlm.batches(prompts) == [list(range(16)), list(range(16, 32)), list(range(32, 36))]
+    assert lvlm.batches(prompts) == [list(range(16)), list(range(16, 24))]
     assert lvlm.batches([]) == []
 
 
@@ -283,24 +261,13 @@ def test_as_many_requests_as_asked_for_are_under_way_and_never_more(serve, promp
         with lock:
             now[0] += 1
             under_way.append(now[0])
-        together.wait()  # nobody is answered before six are here
+        together.wait()  # no request is answered before six are here
         with lock:
             now[0] -= 1
         return said("three")
 
-    assert make(serve(answer).url, concurrency=6).generate(prompts) == ["three"] * 36
+    assert make(serve(answer).url, concurrency=6).generate(prompts) == ["three"] * 24
     assert max(under_way) == 6
-
-
-def test_answers_come_in_the_order_of_the_prompts(serve, prompts):
-    def answer(request):
-        question = request.body["messages"][-1]["content"][-1]["text"]
-        time.sleep(0.05 * (len(question) % 4))
-        return said(question)
-
-    lvlm = make(serve(answer).url, concurrency=9)
-    answers = lvlm.generate(prompts)
-    assert answers == [f"Question: {prompt.query.question} Short answer:" for prompt in prompts]
 
 
 # ---------------------------------------------------------------------- failures
@@ -360,20 +327,17 @@ def cut(text: str, tokens: object, reason: object = "length") -> Reply:
     return reply
 
 
-def test_an_answer_that_the_server_cut_short_is_an_error_that_names_the_question(serve, prompts):
-    server = serve(lambda request: cut("twen", 2))
-    question = prompts[0].query.question_id
-    with pytest.raises(
-        LeverError, match=rf"cut its answer to question {question} after 2 of 5 tokens.*--max-model-len"
-    ):
+@pytest.mark.parametrize(
+    ("reason", "words"),
+    [("length", "cut its answer"), ("abort", "abort"), ("error", "error"), ("content_filter", "content")],
+)
+def test_an_answer_that_the_server_cut_short_is_an_error_that_names_the_question(serve, prompts, reason, words):
+    server = serve(lambda request: cut("twen", 2, reason))
+    with pytest.raises(LeverError, match=words) as caught:
         make(server.url).generate(prompts[:1])
-    assert make(server.url, max_new_tokens=2).generate(prompts[:1]) == ["twen"]
-
-
-@pytest.mark.parametrize("reason", ["abort", "error", "content_filter"])
-def test_an_answer_that_was_broken_off_is_an_error_that_names_the_question(serve, prompts, reason):
-    with pytest.raises(LeverError, match=rf"answer to question {prompts[0].query.question_id}: {reason}"):
-        make(serve(lambda request: cut("twen", 2, reason)).url).generate(prompts[:1])
+    assert f"question {prompts[0].query.question_id}" in str(caught.value)
+    if reason == "length":
+        assert make(server.url, max_new_tokens=2).generate(prompts[:1]) == ["twen"]
 
 
 @pytest.mark.parametrize("reply", [cut("x", 5), cut("x", 2, "stop"), cut("x", None), cut("x", "2"), cut("x", 2, {})])
@@ -470,23 +434,16 @@ def test_a_server_is_asked_again_when_it_says(serve, prompts, waits, header, lea
 
 def test_the_key_is_sent_and_never_shown(serve, prompts, monkeypatch, caplog, capsys):
     monkeypatch.setenv(client.KEY_VARIABLE, f" {KEY}\n")
-    with caplog.at_level("DEBUG"):
-        server = serve(
-            lambda request: Reply(401, {"error": {"message": f"bad key {request.headers['Authorization']}"}})
-        )
-        with pytest.raises(LeverError, match=r"'bad key Bearer \*\*\*': set OPENAI_API_KEY to another key") as caught:
-            make(server.url).generate(prompts[:1])
+    server = serve(lambda request: Reply(401, {"error": {"message": f"bad key {request.headers['Authorization']}"}}))
+    with caplog.at_level("DEBUG"), pytest.raises(LeverError, match=r"'bad key Bearer \*\*\*'") as caught:
+        make(server.url).generate(prompts[:1])
     assert {request.headers["Authorization"] for request in server.requests} == {f"Bearer {KEY}"}
     assert KEY not in f"{caught.value!r} {caplog.text} {capsys.readouterr()}"
-    assert server_fingerprint(config_of(server.url), PromptConfig()) == server_fingerprint(
-        config_of(""), PromptConfig()
-    )
-
-
-def test_a_key_that_cannot_be_one_is_not_shown_either(serve, monkeypatch):
+    stamps = {server_fingerprint(config_of(url), PromptConfig()) for url in (server.url, "")}
     monkeypatch.setenv(client.KEY_VARIABLE, "sk-se\ncret")
+    assert {server_fingerprint(config_of(""), PromptConfig())} == stamps
     with pytest.raises(LeverError, match="OPENAI_API_KEY holds characters") as caught:
-        make("http://127.0.0.1:9/v1")
+        make(server.url)
     assert "cret" not in str(caught.value)
 
 
@@ -498,24 +455,28 @@ def test_a_dead_server_is_said_before_anything_is_asked():
         make("http://127.0.0.1:9/v1")
 
 
-@pytest.mark.parametrize("host", ["nowhere.invalid", "256.1.1.1", "☃.invalid", "a..b", "a" * 70 + ".com"])
+@pytest.mark.parametrize("host", ["nowhere.invalid", "☃.invalid", "a..b"])
 def test_a_host_that_is_nowhere_is_said(host):
     with pytest.raises(LeverError, match=rf"no server at http://{re.escape(host)}/v1 \(.+\): start it"):
         make(f"http://{host}/v1")
 
 
-def test_a_server_of_another_model_is_refused_with_both_names(serve):
-    server = serve(None, listed=models("Qwen/Qwen2.5-VL-7B-Instruct", "lora\x1b"))
-    with pytest.raises(
-        LeverError, match=r"serves Qwen/Qwen2.5-VL-7B-Instruct, lora , not tiny: --set lvlm.path=Qwen/Qwen2.5-VL-7B"
-    ):
+@pytest.mark.parametrize(
+    ("listed", "words"),
+    [
+        (
+            models("Qwen/Qwen2.5-VL-7B-Instruct", "lora\x1b"),
+            r"serves Qwen/Qwen2.5-VL-7B-Instruct, lora , not tiny: .*7B",
+        ),
+        (models(*(f"m{i}" for i in range(40))), "serves m0, m1, m2, m3, m4 and 35 others, not tiny"),
+        (Reply(401), "answered 401: set OPENAI_API_KEY to a key it accepts"),
+    ],
+)
+def test_a_server_of_another_model_is_refused_with_both_names(serve, listed, words):
+    server = serve(None, listed=listed)
+    with pytest.raises(LeverError, match=words):
         make(server.url)
     assert server.asked == []
-
-
-def test_of_many_models_a_few_are_named(serve):
-    with pytest.raises(LeverError, match="serves m0, m1, m2, m3, m4 and 35 others, not tiny"):
-        make(serve(None, listed=models(*(f"m{i}" for i in range(40)))).url)
 
 
 def test_no_proxy_stands_between_this_machine_and_itself(serve, prompts, monkeypatch):
@@ -526,11 +487,6 @@ def test_no_proxy_stands_between_this_machine_and_itself(serve, prompts, monkeyp
 
 def test_text_that_cannot_be_stored_is_mended(serve, prompts):
     assert make(serve(lambda request: said("thr\ud800ee")).url).generate(prompts[:1]) == ["thr?ee"]
-
-
-def test_a_server_that_wants_a_key_is_refused_at_once(serve):
-    with pytest.raises(LeverError, match="answered 401: set OPENAI_API_KEY to a key it accepts"):
-        make(serve(None, listed=Reply(401)).url)
 
 
 @pytest.mark.parametrize(
@@ -563,21 +519,6 @@ def test_a_url_below_which_nothing_is_listed_is_named_with_both(serve):
     url = f"{server.url.removesuffix('/v1')}/elsewhere"
     with pytest.raises(LeverError, match=rf"server {url} answered 404.*{url}/v1 has no list.*up to its /v1\?"):
         make(url)
-
-
-def checks_of(done, what: str) -> list[dict]:
-    return [check for check in done.json["checks"] if check["what"] == what]
-
-
-def test_a_mended_url_is_said_before_the_work(digits_folder, lever, tiny_by_path):
-    root = tiny_by_path.url.removesuffix("/v1")
-    done = lever("rollout", "--limit", "4", "--server", root)
-    assert done.status == 0, done.err
-    lines = (done.out + done.err).splitlines()
-    told = lines.index(f"server: {root}/v1 is asked, where {root} has no list of models")
-    assert told < next(i for i, line in enumerate(lines) if line.startswith("rollouts: "))
-    (check,) = checks_of(lever("doctor", "--server", root, "--json"), "lvlm.server")
-    assert check["found"].startswith(f"{root}/v1 serves ")
 
 
 def starting(serve, *replies: Reply) -> str:
@@ -623,15 +564,17 @@ def test_without_a_wait_a_server_that_is_starting_is_one_message(serve, waits):
     assert waits == []
 
 
-def test_a_command_waits_for_its_server_and_the_doctor_does_not(digits_folder, lever, tiny_by_path, waits, monkeypatch):
-    chat, closed = tiny_by_path, [2]
+def test_a_command_waits_for_its_server_and_the_doctor_does_not(digits_folder, lever, waits):
+    folder, closed = str(asset_path(TINY)), [2]
 
     def answer(request):
         closed[0] -= 1
-        return Reply(503, "") if closed[0] >= 0 else chat.answer(request)
+        if closed[0] >= 0:
+            return Reply(503, "")
+        return models(folder) if request.method == "GET" else said("three")
 
     with Loopback(answer).running() as server:
-        command = ("--limit", "4", "--server", server.url, "--set", "lvlm.wait=60")
+        command = ("--limit", "2", "--server", server.url, "--set", "lvlm.wait=60")
         assert lever("doctor", *command).status == 1
         done = lever("rollout", *command)
         assert done.status == 0, done.err
@@ -670,9 +613,8 @@ def token_counts(lvlm: LocalLvlm, prompts) -> list[int]:
     return [len(lvlm.family.token_ids(prompt)) for prompt in prompts]
 
 
-@pytest.mark.parametrize("style", ["interleaved", "dialogue"])
 @pytest.mark.parametrize(
-    "budget", [{}, {"min_pixels": 56 * 56 * 4, "max_pixels": 56 * 56 * 16}], ids=["small", "large"]
+    ("style", "budget"), [("interleaved", {"min_pixels": 56 * 56 * 4, "max_pixels": 56 * 56 * 16}), ("dialogue", {})]
 )
 def test_a_prompt_that_leaves_no_room_is_refused_before_any_is_asked(serve, prompts, style, budget):
     lengths = token_counts(local(style, **budget), prompts)
@@ -697,13 +639,6 @@ def test_without_the_tokenizer_no_prompt_that_fits_is_refused(serve, prompts):
         make(serve(lambda request: said("x"), roomy(30)).url).generate(prompts)
 
 
-@pytest.mark.parametrize("owner", [["vllm"], {}, 3, None])
-def test_an_owner_that_is_no_name_is_an_unknown_one(serve, prompts, owner):
-    server = serve(lambda request: said("x"), models(NAME, owner=owner))
-    make(server.url).generate(prompts[:1])
-    assert "repetition_penalty" not in server.asked[0]
-
-
 @pytest.mark.parametrize("most", [None, 0, -1, "4096", True, [3], {}, 1.5])
 def test_a_limit_that_is_none_refuses_nothing(serve, prompts, most):
     assert make(serve(lambda request: said("x"), roomy(most)).url).generate(prompts[:1]) == ["x"]
@@ -719,11 +654,11 @@ def test_prompts_are_shared_among_the_servers_and_come_in_order(serve, prompts):
 
     servers = [serve(question) for _ in range(3)]
     lvlm = make(",".join(server.url for server in servers), concurrency=2)
-    assert lvlm.batches(prompts) == [list(range(36))], "eight rounds of two requests at three servers"
+    assert lvlm.batches(prompts) == [list(range(24))], "eight rounds of two requests at three servers"
     assert lvlm.generate(prompts) == [f"Question: {prompt.query.question} Short answer:" for prompt in prompts]
     counts = [len(server.asked) for server in servers]
     assert sum(counts) == len(prompts)
-    assert min(counts) >= 6
+    assert min(counts) >= 4
 
 
 def test_what_a_dead_server_was_asked_goes_to_the_others(serve, prompts, waits):
@@ -753,18 +688,14 @@ def test_of_several_servers_each_must_be_there_and_serve_the_model(serve, prompt
     assert here.asked == []
 
 
-def test_when_all_servers_are_dead_one_message_says_so(serve, prompts, waits):
-    servers = [serve(lambda request: Reply(503, "")) for _ in range(2)]
-    with pytest.raises(LeverError, match=r"answered 503, 3 times"):
-        make(",".join(server.url for server in servers), retries=2).generate(prompts[:1])
-
-
-def test_the_doctor_looks_at_each_of_several_servers(lever, serve):
+def test_the_doctor_looks_at_each_of_several_servers_and_needs_no_weights(lever, serve):
     server = serve(None, listed=models("Qwen/Qwen2.5-VL-3B-Instruct"))
     urls = f"{server.url},http://127.0.0.1:9/v1"
     done = lever("doctor", "--lvlm", "qwen2.5_vl_3B_server", "--server", urls, "--json")
     assert done.status == 1
-    assert [check["status"] for check in checks_of(done, "lvlm.server")] == ["ok", "missing"]
+    checks = [(check["what"], check["status"]) for check in done.json["checks"] if check["what"].startswith("lvlm.")]
+    assert checks == [("lvlm.server", "ok"), ("lvlm.server", "missing")]
+    assert server.asked == []
 
 
 # ---------------------------------------------------------------------- log-probs
@@ -894,47 +825,22 @@ def test_all_that_was_answered_is_kept_and_a_rerun_asks_the_rest(serve, prompts,
         config = config_of(url, concurrency=1, retries=0)
         return load_lvlm(config, PromptConfig(), device="cpu", cache=tmp_path / "answers.sqlite", track=track)
 
-    first = serve(flaky(20))  # two batches of eight, and a part of the third
+    first = serve(flaky(12))  # a batch of eight, and a part of the second
     with pytest.raises(LeverError, match="answered 500"):
         opened(first.url).generate(prompts)
     second = serve(lambda request: said("later"))  # elsewhere, and the same model
     answers = opened(second.url).generate(prompts)
-    assert [answer for answer in answers if answer != "later"] == [f"answer {i + 1}" for i in range(20)]
-    assert len(second.asked) == 16
-
-
-def test_all_that_was_scored_is_kept_too(tiny, serve, prompts, waits, tmp_path):
-    def scores(url):
-        config = config_of(url, concurrency=1, retries=0)
-        lvlm = load_lvlm(config, PromptConfig(), device="cpu", cache=tmp_path / "answers.sqlite", track=track)
-        return lvlm.answer_log_prob(prompts[:9], ["twenty one"] * 9)
-
-    chat, good = TinyChat(str(asset_path(TINY)), NAME), iter(range(3))
-    with pytest.raises(LeverError, match="answered 500"):
-        scores(serve(lambda request: Reply(500) if next(good, None) is None else chat(request)).url)
-    asked = len(tiny.asked)
-    expected = make(tiny.url).answer_log_prob(prompts[:9], ["twenty one"] * 9)
-    assert scores(tiny.url) == expected
-    assert len(tiny.asked) - asked == 9 + 9 - 3
+    assert [answer for answer in answers if answer != "later"] == [f"answer {i + 1}" for i in range(12)]
+    assert len(second.asked) == 12
 
 
 # ---------------------------------------------------------------------- config and identity
 
 
-@pytest.mark.parametrize(
-    "url",
-    [
-        "127.0.0.1:8000",
-        "ftp://host/v1",
-        "http://",
-        "http:///v1",
-        "http://host:x/v1",
-        "http://h/v1?a=b",
-        "http://a b/v1",
-        "http://host/v1,",
-        "http://host/v1,host:8000",
-    ],
-)
+NO_URLS = ["127.0.0.1:8000", "ftp://host/v1", "http://", "http:///v1", "http://host:x/v1", "http://h/v1?a=b"]
+
+
+@pytest.mark.parametrize("url", [*NO_URLS, "http://a b/v1", "http://host/v1,", "http://host/v1,host:8000"])
 def test_a_server_must_be_a_url(url):
     with pytest.raises(UsageError, match=r"lvlm\.server must be the URL of a server.*--server http://127"):
         LvlmConfig(server=url)
@@ -951,12 +857,6 @@ def test_a_password_in_the_url_is_refused_unseen():
     assert "secret" not in str(caught.value)
 
 
-@pytest.mark.parametrize("bad", [{"concurrency": 0}, {"timeout": 0.0}, {"retries": -1}, {"wait": -1.0}])
-def test_the_limits_of_requests_are_checked(bad):
-    with pytest.raises(UsageError, match=rf"lvlm\.{next(iter(bad))}"):
-        LvlmConfig(**bad)
-
-
 def test_beams_are_refused_before_anything_is_asked(lever):
     done = lever("rollout", "--lvlm", "qwen2.5_vl_3B", "--server", "http://127.0.0.1:9/v1", "--dry-run")
     assert done.status == 2
@@ -966,23 +866,11 @@ def test_beams_are_refused_before_anything_is_asked(lever):
 def test_the_fingerprint_follows_what_is_asked_and_not_where():
     base, prompt = config_of("http://a/v1"), PromptConfig()
     stamp = server_fingerprint(base, prompt)
-    for same in (
-        {"server": "https://b/v1"},
-        {"concurrency": 3},
-        {"timeout": 1.0},
-        {"retries": 0},
-        {"wait": 9.0},
-        {"batch_size": 3},
-    ):
-        assert server_fingerprint(dataclasses.replace(base, **same), prompt) == stamp
-    for other in (
-        {"path": "x"},
-        {"repetition_penalty": 1.05},
-        {"max_new_tokens": 6},
-        {"max_pixels": 10**6},
-        {"min_pixels": 4000},
-    ):
-        assert server_fingerprint(dataclasses.replace(base, **other), prompt) != stamp
+    speed = {"server": "https://b/v1", "concurrency": 3, "timeout": 1.0, "retries": 0, "wait": 9.0, "batch_size": 3}
+    assert server_fingerprint(dataclasses.replace(base, **speed), prompt) == stamp
+    asked = {"path": "x", "repetition_penalty": 1.05, "max_new_tokens": 6, "max_pixels": 10**6, "min_pixels": 4000}
+    for name, value in asked.items():
+        assert server_fingerprint(dataclasses.replace(base, **{name: value}), prompt) != stamp
     assert server_fingerprint(base, PromptConfig(style="dialogue")) != stamp
     assert server_fingerprint(base, PromptConfig(cut="classic")) == stamp, "answers are kept uncut"
     here = LvlmConfig(path=TINY)
@@ -1017,13 +905,18 @@ def tiny_by_path():
 
 
 def test_rollouts_of_a_server_are_those_of_the_local_model_and_not_taken_for_them(digits_folder, lever, tiny_by_path):
-    command = ("rollout", "--limit", "4", "--set", "rollout.gt_prob=true")
+    command = ("rollout", "--limit", "2", "--set", "rollout.gt_prob=true")
     assert lever(*command).status == 0
     path = next((digits_folder / "results/digits/generated_data").glob("*.json"))
-    here = json.loads(path.read_text())
-    known = answers_in(digits_folder)
-    done = lever(*command, "--server", tiny_by_path.url)
+    here, known, root = json.loads(path.read_text()), answers_in(digits_folder), tiny_by_path.url.removesuffix("/v1")
+    asked = len(tiny_by_path.asked)
+    assert "LVLM calls, time unknown" in lever(*command, "--server", root, "--dry-run").out
+    assert len(tiny_by_path.asked) == asked, "a plan asks nothing"
+    done = lever(*command, "--server", root)
     assert done.status == 0, done.err
+    lines = (done.out + done.err).splitlines()
+    told = lines.index(f"server: {root}/v1 is asked, where {root} has no list of models")
+    assert told < next(i for i, line in enumerate(lines) if line.startswith("rollouts: ")), "it is said before the work"
     assert answers_in(digits_folder) == 2 * known, "a server's answers are not the local model's"
     there = json.loads(path.read_text())
     assert here.pop("_meta")["fingerprint"] != there.pop("_meta")["fingerprint"]
@@ -1056,7 +949,7 @@ def test_inference_through_a_server_is_that_of_the_local_model(trained, lever, t
 
 def test_the_key_is_in_nothing_that_is_written(digits_folder, lever, tiny_by_path, monkeypatch):
     monkeypatch.setenv(client.KEY_VARIABLE, KEY)
-    done = lever("train", *SMALL, "--limit", "4", "--server", tiny_by_path.url)
+    done = lever("train", "--limit", "4", *EPOCHS, "--server", tiny_by_path.url)
     assert done.status == 0, done.err
     assert tiny_by_path.requests[-1].headers["Authorization"] == f"Bearer {KEY}"
     assert KEY not in done.out + done.err
@@ -1074,16 +967,6 @@ def test_a_dead_server_stands_in_the_list_of_what_is_missing(lever, tmp_path, co
     assert not (tmp_path / "results").exists()
 
 
-def test_the_doctor_asks_the_server_and_needs_no_weights(lever, serve):
-    server = serve(None, listed=models("Qwen/Qwen2.5-VL-3B-Instruct"))
-    done = lever("doctor", "--lvlm", "qwen2.5_vl_3B_server", "--server", server.url, "--json")
-    assert done.status == 0, done.out
-    checks = {check["what"]: check["found"] for check in done.json["checks"]}
-    assert checks["lvlm.server"] == f"{server.url} serves Qwen/Qwen2.5-VL-3B-Instruct"
-    assert "lvlm.path" not in checks
-    assert server.asked == []
-
-
 @pytest.mark.parametrize(("owner", "warned"), [("vllm", False), ("sglang", True)])
 def test_the_doctor_warns_of_a_server_that_may_not_score_reference_answers(lever, serve, owner, warned):
     server = serve(None, listed=models(str(asset_path(TINY)), owner=owner))
@@ -1092,43 +975,28 @@ def test_the_doctor_warns_of_a_server_that_may_not_score_reference_answers(lever
     assert ("log-probs" in {check["what"] for check in done.json["checks"]}) is warned
 
 
-def test_a_plan_asks_no_question_and_knows_the_time_only_once_it_was_measured(digits_folder, lever, tiny_by_path):
-    command = ("rollout", "--limit", "4", "--server", tiny_by_path.url)
-    asked = len(tiny_by_path.asked)
-    before = lever(*command, "--dry-run").out
-    assert "LVLM calls, time unknown" in before
-    assert len(tiny_by_path.asked) == asked
-    assert lever(*command).status == 0
-    assert "rollouts: there" in lever(*command, "--dry-run").out
-
-
-def test_ctrl_c_ends_at_once_and_keeps_the_batches_that_were_done(digits_folder):
-    count, held = [0], threading.Event()
+def test_ctrl_c_ends_at_once_and_keeps_the_batches_that_were_done(digits_folder, lever):
+    """The signal comes as from a terminal, while the eleventh request is under way."""
+    count, held, folder = [0], threading.Event(), str(asset_path(TINY))
 
     def answer(request):
+        if request.method == "GET":
+            return models(folder)
         count[0] += 1
+        if count[0] == 11:
+            os.kill(os.getpid(), signal.SIGINT)
         if count[0] > 10:
             held.wait(60)
         return said("three")
 
-    folder = str(asset_path(TINY))
-    with Loopback(lambda request: models(folder) if request.method == "GET" else answer(request)).running() as server:
-        settings = ("--limit", "4", "--server", server.url, "--set", "lvlm.concurrency=1")
-        command = [sys.executable, "-m", "lever_lm", "rollout", *settings]
-        process = subprocess.Popen(
-            command, cwd=digits_folder, env=clean_environment(), stderr=subprocess.PIPE, text=True
-        )
-        deadline = time.monotonic() + 60
-        while count[0] < 11 and time.monotonic() < deadline:
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
+    with Loopback(answer).running() as server:
         started = time.monotonic()
-        _, err = process.communicate(timeout=30)
+        done = lever("rollout", "--limit", "4", "--server", server.url, "--set", "lvlm.concurrency=1")
         took = time.monotonic() - started
         held.set()
-    assert process.returncode == 130
-    assert "interrupted" in err
-    assert took < 15, "the request under way takes a minute"
+    assert done.status == 130
+    assert "interrupted" in done.err
+    assert took < 45, "the request under way takes a minute"
     assert answers_in(digits_folder) == 8
 
 
@@ -1167,6 +1035,7 @@ def real(tmp_path_factory):
         process.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", ["interleaved", "dialogue"])
 def test_a_real_server_gives_the_local_answers(real, prompts, style):
     chosen = [prompt for prompt in prompts if len(prompt.icds) in (0, 1, 4)][:9]
@@ -1175,11 +1044,13 @@ def test_a_real_server_gives_the_local_answers(real, prompts, style):
     assert len(set(answers)) >= 4
 
 
+@pytest.mark.slow
 def test_a_real_server_without_log_probs_says_so(real, prompts):
     with pytest.raises(LeverError, match="gives no log-probs"):
         make(real, path=TINY).answer_log_prob(prompts[:1], ["three"])
 
 
+@pytest.mark.slow
 def test_a_real_server_of_another_model_is_refused_with_both_names(real, prompts):
     with pytest.raises(LeverError, match=r"pinned to '.*tiny-qwen2\.5-vl'; requested 'some/other'"):
         make(real, path="some/other").generate(prompts[:1])

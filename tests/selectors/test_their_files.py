@@ -481,7 +481,7 @@ def backends(digits_config):
 def test_the_kind_of_attention_changes_no_answer(backends, digits, digits_config, attention):
     train, val = digits.train_examples, digits.val_examples
     prompts = [build_prompt(train[3 * i : 3 * i + i % 4], val[7 * i], digits_config.prompt) for i in range(16)]
-    assert backends[attention].model.config.text_config._attn_implementation == attention
+    assert backends[attention].family.model.config.text_config._attn_implementation == attention
     assert backends[attention].generate(prompts) == backends["auto"].generate(prompts)
     scores = [backends[name].answer_log_prob(prompts, ["two"] * 16) for name in (attention, "auto")]
     assert scores[0] == pytest.approx(scores[1], abs=1e-4)

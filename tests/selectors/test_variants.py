@@ -97,7 +97,7 @@ def written_out(policy, query, candidates, picks, real=None):
     w = {name: tensor.detach().numpy() for name, tensor in policy.state_dict().items()}
     with torch.no_grad():
         state, cands = policy.encode(query[None], candidates[None], None if real is None else real[None])
-    state, cands = state[0].numpy(), cands[0].numpy()
+    state, cands = state[0].numpy(), nn.functional.normalize(cands[0], dim=-1).numpy()
     free = [k for k in range(len(cands)) if real is None or real[k]]
 
     def score(vector):
@@ -199,6 +199,7 @@ def test_the_gru_moves_the_state_as_torchs_cell_does_with_the_pick_as_its_input(
     query, candidates = inputs(2, 5)
     with torch.no_grad():
         state, cands = policy.encode(query, candidates)
+        cands = nn.functional.normalize(cands, dim=-1)
         for t, pick in enumerate((4, 1)):
             state = nn.functional.normalize(cell(cands[:, pick], state), dim=-1)
             ours = policy.logits(query, candidates, torch.tensor([[4, 1, 0]] * 2))[:, t + 1]

@@ -473,7 +473,8 @@ def test_a_policy_that_may_stop_trains_and_infers_and_is_not_converted(
     queries, icds = digits_features.queries("val", digits_config.features), digits_features.icds(digits_config.features)
     with torch.no_grad():
         state, candidates = policy.eval().encode(queries[:50], icds[:16].expand(50, -1, -1))
-    middling = torch.nn.functional.normalize(candidates.mean((0, 1)), dim=-1)
+    units = torch.nn.functional.normalize(candidates, dim=-1)
+    middling = torch.nn.functional.normalize(units.mean((0, 1)), dim=-1)
     toward = torch.nn.functional.normalize(state.mean(0), dim=-1)
     content["model_state_dict"]["stop_embedding"] = middling + toward
     torch.save(content, "stopping.pt")

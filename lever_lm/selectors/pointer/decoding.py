@@ -38,7 +38,7 @@ class Decoding:
         cls, policy: nn.Module, query: Tensor, candidates: Tensor, pool_mask: Tensor | None, noise: Noise | None = None
     ) -> "Decoding":
         """The empty sequence of each query: query (B, D), candidates (B, K, D), pool_mask (B, K)."""
-        state, cands = policy.encode_raw(query, candidates, pool_mask, noise)
+        state, cands = policy.encode(query, candidates, pool_mask, noise)
         batch, pool = candidates.shape[:2]
         taken = torch.zeros(batch, pool, dtype=torch.bool, device=query.device) if pool_mask is None else ~pool_mask
         if policy.stop:

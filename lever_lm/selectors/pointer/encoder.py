@@ -109,15 +109,8 @@ class Encoder(nn.Module):
     def encode(
         self, query: Tensor, candidates: Tensor, pool_mask: Tensor | None = None, noise: Noise | None = None
     ) -> tuple[Tensor, Tensor]:
-        """query (B, D), candidates (B, K, D) → unit query state (B, H) and unit candidates (B, K, H). noise: the
-        dropout, drawn if None."""
-        state, cands = self.encode_raw(query, candidates, pool_mask, noise)
-        return state, F.normalize(cands, dim=-1)
-
-    def encode_raw(
-        self, query: Tensor, candidates: Tensor, pool_mask: Tensor | None, noise: Noise | None
-    ) -> tuple[Tensor, Tensor]:
-        """The same as `encode`, with the candidates at their own lengths."""
+        """query (B, D), candidates (B, K, D) → unit query state (B, H) and candidates (B, K, H) at their own lengths.
+        noise: the dropout, drawn if None."""
         noise = self.draw_noise(query, candidates) if noise is None else noise
         x = query if self.input_proj is None else self.input_proj(query)
         attended = candidates if self.cand_proj is not None else candidates[..., : self.hidden_dim]
