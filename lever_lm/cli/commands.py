@@ -33,17 +33,10 @@ app = Typer(
 
 RceEpochs = Annotated[int | None, Option(min=0, help="Epochs of RCE warm-up.")]
 GrpoEpochs = Annotated[int | None, Option(min=0, help="Epochs of GRPO; raising it continues a finished run.")]
-Keep = Annotated[
-    int | None, Option(min=1, help="Keep N checkpoints of each phase and the best of every strategy; else all.")
-]
-DetectAnomaly = Annotated[
-    bool, Option("--detect-anomaly", help="Name the module and operation of a NaN; slower, results as without.")
-]
+Keep = Annotated[int | None, Option(min=1, help="Keep N checkpoints of a phase and each strategy's best; else all.")]
+DetectAnomaly = Annotated[bool, Option("--detect-anomaly", help="Name the module and operation of a NaN; slower.")]
 Tracker = Annotated[
-    str | None,
-    Option(
-        help="tensorboard: also write the metrics for it, into the run's folder.", autocompletion=completion.trackers
-    ),
+    str | None, Option(help="tensorboard: also write its files into the run.", autocompletion=completion.trackers)
 ]
 RunDir = Annotated[
     Path | None,
@@ -97,10 +90,7 @@ def train(
     tracker: Tracker = None,
     from_run: Annotated[
         Path | None,
-        Option(
-            help="Repeat the run in this folder, in another one, and say what differs.",
-            autocompletion=completion.run_folders,
-        ),
+        Option(help="Repeat this run in another folder, say what differs.", autocompletion=completion.run_folders),
     ] = None,
 ) -> None:
     """Features, pools and rollouts where missing; then RCE and GRPO; then the recommended checkpoint is converted."""
@@ -334,9 +324,7 @@ def report(
     runs: Annotated[
         list[Path] | None,
         Argument(
-            metavar="RUN_DIR",
-            help="Run folder, by default the one the options name; with --compare, several.",
-            autocompletion=completion.run_folders,
+            metavar="RUN_DIR", help="One run folder, with --compare several.", autocompletion=completion.run_folders
         ),
     ] = None,
     compare: Annotated[bool, Option("--compare", help="Lay the further runs over the first.")] = False,

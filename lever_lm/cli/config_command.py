@@ -18,17 +18,14 @@ from lever_lm.utils.terminal import one_line, shown
 
 config_app = typer.Typer(help="Show the config that options give or a run has, or compare two.", no_args_is_help=True)
 
-Where = "a recipe, a YAML file, or a run folder"
+Where = "A recipe, a YAML file, or a run folder"
 
 
 @command(config_app, "show")
 def show(
     common: Common,
     what: Annotated[
-        str | None,
-        typer.Argument(
-            help=f"What to show: {Where}; by default what the options give.", autocompletion=completion.configs
-        ),
+        str | None, typer.Argument(help=f"{Where}; else what the options give.", autocompletion=completion.configs)
     ] = None,
     docs: Annotated[bool, typer.Option("--docs", help="With what each key means.")] = False,
 ) -> None:
@@ -41,12 +38,10 @@ def show(
 @command(config_app, "diff")
 def diff(
     common: Common,
-    one: Annotated[str, typer.Argument(metavar="A", help=f"One config: {Where}.", autocompletion=completion.configs)],
+    one: Annotated[str, typer.Argument(metavar="A", help=f"{Where}.", autocompletion=completion.configs)],
     other: Annotated[
         str | None,
-        typer.Argument(
-            metavar="B", help="The other; by default what the options give.", autocompletion=completion.configs
-        ),
+        typer.Argument(metavar="B", help=f"{Where}; else what the options give.", autocompletion=completion.configs),
     ] = None,
 ) -> None:
     """What differs between two configs, key by key. The options complete recipes and YAML files, not run folders."""

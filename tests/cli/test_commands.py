@@ -44,21 +44,28 @@ def assert_refused(done: Done, status: int, *words: str) -> None:
 # ---------------------------------------------------------------------- the process
 
 
-def test_help_and_version_load_nothing_heavy(tmp_path):
+def test_help_and_version_load_nothing_heavy(trained):
+    """Nor do status, the choice of an epoch, config and completion."""
     code = (
-        "import sys\n"
+        "import click, sys\n"
+        "from lever_lm.cli import completion\n"
         "from lever_lm.cli.commands import app\n"
         "from lever_lm.cli.entrypoint import run\n"
-        f"commands = [[], ['--help'], ['--version'], *([c, '--help'] for c in {COMMANDS!r}), ['nonsense']]\n"
-        "for command in commands:\n"
-        "    run(app, command)\n"
+        "for find in (completion.set_keys, completion.run_folders, completion.configs, completion.strategies):\n"
+        "    find(click.Context(click.Command('x')), '')\n"
+        f"helps = [[], ['--help'], ['--version'], *([c, '--help'] for c in {COMMANDS!r}), ['nonsense']]\n"
+        f"work = [['status', {str(RUN)!r}], ['status'], ['best-ckpt', '--show-all']]\n"
+        "views = [['show', '--docs'], ['diff', 'demo'], ['--help']]\n"
+        "for command in [*helps, *work, *(['config', *words] for words in views)]:\n"
+        "    assert run(app, command) == (2 if command in ([], ['nonsense']) else 0), command\n"
         "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'PIL', 'jinja2', 'torchvision'}\n"
         "sys.exit(', '.join(sorted(heavy & set(sys.modules))) or 0)\n"
     )
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=tmp_path, env=clean_environment(), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=trained, env=clean_environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert __version__ in done.stdout
+    assert done.stdout.count(": finished") == 2
 
 
 def test_the_lever_script_and_the_module_are_the_same_command(tmp_path):

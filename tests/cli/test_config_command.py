@@ -1,9 +1,6 @@
 """`lever config`, and what shells are offered: where each value comes from, what differs, what can go on."""
 
-import json
 import os
-import subprocess
-import sys
 
 import pytest
 import yaml
@@ -213,24 +210,6 @@ def test_offers_within_this_process(runs, monkeypatch):
     assert values(completion.run_names) == []  # nothing is said to who is typing
     for name in values(completion.named("dataset")):
         assert os.path.isfile(configs_root() / "dataset" / f"{name}.yaml")
-
-
-def test_neither_completion_nor_the_views_load_anything_heavy(tmp_path):
-    code = (
-        "import json, sys\n"
-        "from lever_lm.cli import completion\n"
-        "import click\n"
-        "context = click.Context(click.Command('x'))\n"
-        "for find in (completion.set_keys, completion.run_folders, completion.configs, completion.strategies):\n"
-        "    find(context, '')\n"
-        "from lever_lm.cli.commands import app\n"
-        "from lever_lm.cli.entrypoint import run\n"
-        "for words in (['show', '--docs'], ['diff', 'demo'], ['--help']):\n"
-        "    assert run(app, ['config', *words]) == 0\n"
-        "print(json.dumps(sorted({'torch', 'numpy', 'transformers', 'jinja2'} & set(sys.modules))))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout.splitlines()[-1]) == []
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
