@@ -55,7 +55,7 @@ def show_plan(
     whether the baselines too. What the cache knows is counted where data, features and model are
     here; else calls are bounded from above: no command asks more than its plan says.
     """
-    DIGESTS.keep_nothing()
+    DIGESTS.keep_in(None)
     config, layout, screen = pipeline.config, pipeline.layout, pipeline.screen
     for line in yaml.safe_dump(to_dict(config), sort_keys=False).splitlines():
         screen.say(line)
