@@ -42,13 +42,14 @@ class Done:
 
 
 def clean_environment(**extra: str) -> dict[str, str]:
-    """The environment without the variables that change a config; one thread, as in this process: on a busy machine
-    the threads of a tiny model wait for one another more than they work."""
+    """Return the environment without the variables that change a config; this checkout first on the path, whatever is
+    installed; one thread, as in this process: the threads of a tiny model wait for one another more than they work."""
     from lever_lm.config.load import ENVIRONMENT
 
     ours = (*ENVIRONMENT, "RL_DATA_PATH", "LEVER_LM_CHECKPOINT_PATH")
     inherited = {name: value for name, value in os.environ.items() if name not in ours}
-    return {**inherited, "OMP_NUM_THREADS": "1", **extra}
+    path = os.pathsep.join(filter(None, (str(CHECKOUT), os.environ.get("PYTHONPATH"))))
+    return {**inherited, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **extra}
 
 
 def run_lever(*arguments, cwd: Path, prefix: tuple[str, ...] = (), **extra: str) -> Done:

@@ -193,8 +193,7 @@ def test_a_read_only_disk_stops_with_one_message(lab, bench, disk):
     assert_goes_on(lab, bench, "train", folder)
 
 
-@slow
-@pytest.mark.parametrize("name", ["results", "results/digits"])
+@pytest.mark.parametrize("name", ["results", pytest.param("results/digits", marks=slow)])
 def test_a_folder_without_permission_stops_with_one_message(lab, bench, place, name):
     folder = place("train")
     (folder / name).mkdir(parents=True)
@@ -346,7 +345,6 @@ def test_a_clock_that_jumps_back_changes_nothing(lab, bench, place, clock):
         assert 0 < json.loads(line)["epoch_time"] < 60
 
 
-@slow
 def test_a_command_killed_and_run_again_in_an_earlier_year_ends_as_if_it_had_not_been(lab, bench, place):
     folder, fault = place("train"), bench("train").fault("kill", "rename", "/state.pt", 2)
     assert lab.run(bench("train").command, folder, fault).status == -9

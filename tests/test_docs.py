@@ -35,7 +35,7 @@ from lever_lm.config.values import build
 from lever_lm.utils.paths import asset_path
 
 DEMO = RUN.with_name("demo")
-HELD = ("--limit", "24", "--rce-epochs", "2", "--grpo-epochs", "15")  # what the demo is held to here
+HELD = ("--limit", "12", "--rce-epochs", "1", "--grpo-epochs", "15")  # what the demo is held to here
 # What stands for something of the reader's → what it is here. The first that fits, one after the other.
 STANDS_FOR = {
     r" \[(RUN_DIR|CKPT|目录)\]": "",
@@ -126,7 +126,8 @@ def words_of(command: str) -> list[str]:
         return words if "--dry-run" in words else [*words, "--dry-run"]
     if words[:1] == ["demo"]:
         return [*words, *HELD, "--shots", "4"]
-    held = {"infer": {"--limit": "4"}, "rollout": {"--limit": "24"}, "train": {"--limit": "24", "--rce-epochs": "2"}}
+    training = {"--limit": "24", "--rce-epochs": "2", "--grpo-epochs": "4"}  # as helpers.SMALL: what is there is kept
+    held = {"infer": {"--limit": "4"}, "rollout": {"--limit": "24"}, "train": training}
     missing = held.get(words[0], {})
     if "--config" in words or "--from-run" in words or "--rl-data" in words:
         missing = {}
@@ -420,8 +421,9 @@ def test_each_example_is_short_and_ends_in_a_command():
         "a dataset",
         "a sampler",
         "a task",
-        "an LVLM backend",
+        "an LVLM",
         "a selector",
+        "a loss or a reward",
         "a policy variant",
     ]
     for section in sections:
@@ -442,6 +444,7 @@ def test_the_examples_of_contributing_work(extended):
         ("lever rollout --sampler img_and_text_sampler --limit 8", "rollouts: 8 groups"),
         ("lever rollout --dataset digits_exact --limit 8 --run-name exact", "rollouts: 8 groups"),
         ("lever rollout --limit 2 --set lvlm.path=model", r"rollouts: 2 groups, \d\d rollouts, mean accuracy"),
+        ("lever train --limit 8 --rce-epochs 1 --grpo-epochs 1 --run-name cispo", "grpo_epoch1"),
         ("lever infer --run-name short", r"varied.*\d\.\d\d"),
         (
             "lever train --limit 8 --rce-epochs 1 --grpo-epochs 1 --run-name mean",

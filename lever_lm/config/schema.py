@@ -266,7 +266,7 @@ class GrpoConfig(Section, section="grpo"):
     max_grad_norm: float = setting(1.0, "longer gradients are cut to this length", "> 0")
     schedule: str = setting("constant", "of the learning rate, to 0 at the last epoch", "constant | linear | cosine")
     warmup_steps: int = setting(0, "steps in which the learning rate rises from 0", ">= 0")
-    loss: str = setting("clip", "the clipped ratio times the advantage, or log π times it", "clip | reinforce")
+    loss: str = setting("clip", "clip: the clipped ratio times the advantage; reinforce: log π times it")
     patience: int = length(0, "stop after so many epochs without a better val_reward; 0: never", ">= 0")
     clip_epsilon: float = setting(0.2, "how far the ratio of new to old probability counts, from 1", "(0, 1)")
     clip_epsilon_high: float = setting(0.0, "of ratios above 1; 0: as clip_epsilon", ">= 0")

@@ -96,7 +96,7 @@ class CachedLvlm:
 
     @property
     def tally(self) -> str:
-        """How many prompts this process has asked so far, and how many it found in the cache."""
+        """A line on how many prompts this process has asked so far, and how many it found in the cache."""
         return f"LVLM so far: {self.asked:,} prompts asked, {self.known:,} known from {self.cache.path}"
 
     @property

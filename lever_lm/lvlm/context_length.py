@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from lever_lm.config.schema import LvlmConfig, PromptConfig
 from lever_lm.data import Image, open_image
 from lever_lm.lvlm.images import TOKEN_EDGE, image_tokens
-from lever_lm.lvlm.openai_client import ServerError
+from lever_lm.lvlm.openai_client import TOO_LONG, ServerError
 from lever_lm.lvlm.openai_servers import Served
 from lever_lm.lvlm.processor import load_processor
 from lever_lm.lvlm.prompt import Prompt, to_messages
@@ -53,7 +53,7 @@ class Room:
                 raise ServerError(
                     f"question {prompt.query.question_id}: its prompt of {shown} images has {count} tokens, and the "
                     f"server {self.url} has room for {room} beside an answer of {self.config.max_new_tokens}",
-                    "fewer --shots, a smaller lvlm.max_pixels, or start it with a larger --max-model-len",
+                    TOO_LONG,
                 )
 
     def _text_tokens(self, messages: list[dict], text: str) -> int:

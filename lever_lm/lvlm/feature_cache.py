@@ -30,8 +30,8 @@ Grid = tuple[int, int, int]  # patches in time, height, width
 
 
 class FeatureCache:
-    """Features (T, H) of images, by their content. `memory` and `disk` are bounds in bytes, the latter for all the
-    `processes` that write to the folder; without a folder, or with a bound of 0, nothing is written."""
+    """Features (T, H) of images, by their content. `memory` and `disk` are bounds in bytes, `disk` for all the
+    `processes` that write to the folder. Without a folder, or with `disk` 0, nothing is written."""
 
     def __init__(self, folder: Path | None, *, memory: int, disk: int, processes: int = 1):
         self.folder, self._most_memory = folder if disk > 0 else None, memory
@@ -50,11 +50,11 @@ class FeatureCache:
             sweep(self.folder)
 
     def __len__(self) -> int:
-        """How many images have been seen."""
+        """Return how many images have been seen."""
         return len(self._grids)
 
     def find_written(self) -> None:
-        """Learn of files that are new in the folder: of an earlier command, or of another process. Broken ones go."""
+        """Learn of new files in the folder, of an earlier command or of another process. Broken files are deleted."""
         if self.folder is None or not self.folder.is_dir():
             return
         for path in sorted(self.folder.iterdir()):
@@ -69,16 +69,16 @@ class FeatureCache:
             self._grids |= grids
 
     def missing(self, images: Sequence[Image]) -> list[Image]:
-        """The distinct images that have never been seen."""
+        """Return the distinct images that have never been seen."""
         return [image for image in dict.fromkeys(images) if image_digest(image) not in self._grids]
 
     def grid(self, image: Image) -> Grid:
-        """The patches of an image that has been seen."""
+        """Return the patches of an image that has been seen."""
         return self._grids[image_digest(image)]
 
     def add(self, images: Sequence[Image], features: Sequence[Tensor], grids: Sequence[Grid]) -> None:
-        """Remember images, and write them to one file while the folder has room: behind the caller's back, one file at
-        a time. Raises LeverError where the file before this one could not be written."""
+        """Remember images, and write them to one file in the background while the folder has room, one file at a time.
+        Raises LeverError where the file before this one could not be written."""
         self.flush()
         digests = [image_digest(image) for image in images]
         self._grids |= dict(zip(digests, grids, strict=True))
@@ -103,7 +103,7 @@ class FeatureCache:
         self._files |= dict.fromkeys(tensors, path)
 
     def get(self, image: Image, device) -> Tensor | None:
-        """The features of an image on a device, None where neither memory nor disk has them, or has them broken."""
+        """Return the features of an image on a device; None where neither memory nor disk has them whole."""
         digest = image_digest(image)
         if digest in self._memory:
             self._memory.move_to_end(digest)
@@ -129,7 +129,7 @@ class FeatureCache:
         return feature
 
     def _keep(self, digest: str, feature: Tensor) -> None:
-        """Hold features in memory, in place of those that were not asked for the longest."""
+        """Hold features in memory, in place of the least recently used."""
         self.in_memory += _size(feature) - _size(self._memory.pop(digest, None))
         self._memory[digest] = feature
         while self.in_memory > self._most_memory:

@@ -17,6 +17,7 @@ FIRST_CONTACT = 10.0  # seconds to connect, and to list the models
 _WORDS = 300  # characters of a server's own words
 _SECRET = 8  # characters of a key that is one; `EMPTY` and the like are none
 SEE_LOG = "its own log may say why"
+TOO_LONG = "start it with a larger --max-model-len, or take fewer --shots or a smaller lvlm.max_pixels"
 IS_IT = "is --server (lvlm.server) the URL of an OpenAI-compatible server, up to its /v1?"
 _PATIENCE = "--set lvlm.wait=300 waits five minutes for one that is starting"
 
@@ -35,7 +36,7 @@ class ServerError(MendableError):
 
     @property
     def may_pass(self) -> bool:
-        """Whether another try is worth it."""
+        """Return True where another try may succeed."""
         return self.kind in ("down", "late", "busy")
 
 
@@ -154,7 +155,7 @@ def _mend(said: str) -> str:
     if "limit-mm-per-prompt" in said or ("image" in said and "at most" in said):
         return "start it with --limit-mm-per-prompt '{\"image\": N}', N one more than the most --shots"
     if "context length" in said or "max_model_len" in said or "maximum model length" in said:
-        return "start it with a larger --max-model-len, or take fewer --shots or a smaller lvlm.max_pixels"
+        return TOO_LONG
     return "check the model (lvlm.path) and how the server was started"
 
 

@@ -1,4 +1,4 @@
-"""From image files to the patches that the vision tower reads: decoded and resized ahead of it, on other cores."""
+"""From image files to the patches that a Qwen vision tower reads: decoded and resized ahead of it, on other cores."""
 
 from collections.abc import Iterator, Sequence
 
@@ -31,8 +31,8 @@ class _Chunks(torch.utils.data.Dataset):
 
 
 def patches(images: Sequence[Image], image_processor, config: LvlmConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Patches (ΣP, C) of all images one after another, and their grids (n, 3) in patches: time, height, width. Raises
-    LeverError naming an image that cannot be read or shown."""
+    """Return the patches (ΣP, C) of all images one after another, and their grids (n, 3) in patches: time, height,
+    width. Raises LeverError naming an image that cannot be read or shown."""
     factor = image_processor.patch_size * image_processor.merge_size
     resized = [fitted(open_image(image), config, factor) for image in images]
     made = image_processor(images=resized, return_tensors="pt")
@@ -40,15 +40,15 @@ def patches(images: Sequence[Image], image_processor, config: LvlmConfig, dtype:
 
 
 def chunked(images: Sequence[Image]) -> list[list[Image]]:
-    """The images in order, CHUNK at a time."""
+    """Return the images in order, CHUNK at a time."""
     return [list(images[start : start + CHUNK]) for start in range(0, len(images), CHUNK)]
 
 
 def chunked_patches(
     images: Sequence[Image], image_processor, config: LvlmConfig, dtype: torch.dtype, *, workers: int, pin: bool
 ) -> Iterator[tuple[list[Image], Tensor, Tensor]]:
-    """(images, patches, grids) of one chunk after another, in order. With workers, they are made in as many processes
-    while the caller uses those before."""
+    """Yield (images, patches, grids) of one chunk after another. With workers, chunks are made in as many processes
+    while the caller uses the chunks before."""
     import qwen_vl_utils  # noqa: F401 - once, and not in every worker
 
     chunks = chunked(images)

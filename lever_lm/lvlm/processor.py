@@ -22,7 +22,7 @@ def load_processor(path: str, folder: Path):
     transformers = import_transformers()
     try:
         processor = transformers.AutoProcessor.from_pretrained(str(folder))
-    except Exception as error:  # a directory of anybody's making: the library can fail on it in any way
+    except Exception as error:  # the library can fail in any way on a directory that is no such model
         raise _refused(path, first_line(error), (*_CLASS[:2], "tokenizer.json", "tokenizer_config.json")) from error
     if not hasattr(processor, "tokenizer") or not hasattr(getattr(processor, "image_processor", None), "merge_size"):
         named = next(filter(None, (read_object(folder / name).get("processor_class") for name in _CLASS)), None)

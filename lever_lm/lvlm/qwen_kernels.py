@@ -33,8 +33,8 @@ def compile_parts(model) -> None:
 
 
 def _varlen(module, query: Tensor, key: Tensor, value: Tensor, attention_mask, **options) -> tuple[Tensor, None]:
-    """The library's attention signature: (1, heads, T, size) of T patches → (1, T, heads, size). `cu_seq_lens_q` says
-    where each window ends."""
+    """Attention by the library's signature: (1, heads, T, size) of T patches → (1, T, heads, size). `cu_seq_lens_q`
+    holds the end of each window."""
     from torch.nn.attention.varlen import varlen_attn
 
     ends, longest = options["cu_seq_lens_q"].to(query.device, torch.int32), int(options["max_length_q"])

@@ -1,4 +1,4 @@
-"""Images through the vision tower, each of them once.
+"""Images through the vision tower of a Qwen2.5-VL, each of them once.
 
 T tokens of an image, H hidden size of the language model.
 """
@@ -24,8 +24,8 @@ _WORKERS = 8
 
 
 class Vision:
-    """The vision side of a Qwen2.5-VL, in front of the bank in `folder`. Its images are within the config's budget of
-    pixels. Raises LeverError naming an image that cannot be decoded or does not fit into memory."""
+    """The vision side of a Qwen2.5-VL, with its feature cache in `folder`. Images are shown within the config's budget
+    of pixels. Raises LeverError naming an image that cannot be decoded or does not fit into memory."""
 
     def __init__(self, model, image_processor, config: LvlmConfig, folder: Path | None, track: Track, shards: Shards):
         self.model, self.image_processor, self.config = model, image_processor, config
@@ -34,11 +34,11 @@ class Vision:
         self.cache = FeatureCache(folder, memory=self._memory(), disk=disk, processes=shards.world)
 
     def tokens(self, image: Image) -> int:
-        """T of an image that has been seen."""
+        """Return T of an image that has been seen."""
         return math.prod(self.cache.grid(image)) // self.image_processor.merge_size**2
 
     def features(self, images: Sequence[Image]) -> list[Tensor]:
-        """(T, H) of each image: from the bank, or made again where it had no room for them or has them broken."""
+        """Return (T, H) of each image: from the cache, or made again where the cache has no whole features of it."""
         found = {image: self.cache.get(image, self.model.device) for image in dict.fromkeys(images)}
         gone = [image for image, f in found.items() if f is None or len(f) != self.tokens(image)]
         for chunk in chunked(gone):
@@ -48,7 +48,7 @@ class Vision:
 
     def see_together(self, images: Sequence[Image]) -> None:
         """Encode what is new, each process its share in whole chunks, which the others then find on disk. Where nothing
-        may be written there, each encodes all. A call of the whole job."""
+        may be written there, each process encodes all. A call of the whole job."""
         self.shards.wait()
         self.cache.find_written()
         self._encode([image for chunk in self.shards.share(chunked(self.cache.missing(images))) for image in chunk])
@@ -57,7 +57,7 @@ class Vision:
         self.see(images)
 
     def see(self, images: Sequence[Image]) -> None:
-        """Encode what is new into the bank."""
+        """Encode what is new into the cache."""
         self._encode(self.cache.missing(images))
 
     @torch.inference_mode()
@@ -82,7 +82,7 @@ class Vision:
             self.cache.flush()
 
     def _through(self, images: Sequence[Image], pixels: Tensor, grids: Tensor) -> list[Tensor]:
-        """The features of images, which the bank is given as well."""
+        """Return the features of images, which the cache is given as well."""
         features = self._tower(images, pixels, grids)
         if not torch.stack([feature.isfinite().all() for feature in features]).all():
             broken = next(image for image, f in zip(images, features, strict=True) if not f.isfinite().all())
@@ -94,8 +94,8 @@ class Vision:
         return features
 
     def _tower(self, images: Sequence[Image], pixels: Tensor, grids: Tensor) -> list[Tensor]:
-        """The features of images from their patches (ΣP, C) and grids (n, 3), in halves where they do not fit into
-        memory."""
+        """Return the features of images from their patches (ΣP, C) and grids (n, 3), in halves where they do not fit
+        into memory."""
         try:
             output = self.model.get_image_features(pixels.to(self.model.device), grids.to(self.model.device))
         except torch.OutOfMemoryError as error:
@@ -117,10 +117,10 @@ class Vision:
                 f"the image {images[0]} and those after it: the vision tower gave {[len(f) for f in features]} tokens, "
                 f"the grids promise {expected}"
             )
-        return [feature.clone() for feature in features]  # not views of the whole chunk
+        return [feature.clone() for feature in features]  # views would keep the whole chunk
 
     def _memory(self) -> int:
-        """Bytes of the device that the bank may take: as set, or a quarter of what the model leaves free."""
+        """Return the bytes of the device that the cache may take: as set, or a quarter of what is free."""
         if self.config.bank_memory > 0:
             return int(self.config.bank_memory * GIB)
         if self.model.device.type == "cuda":

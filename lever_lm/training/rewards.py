@@ -27,31 +27,38 @@ class _Scores:
     rel_weight: float
 
 
+@dataclass(frozen=True)
+class RewardMode:
+    """A formula of a rollout's scores. needs: the names of the scores that it is made of."""
+
+    needs: tuple[str, ...]
+    value: Callable[[_Scores], float]
+
+
 # 0/1 correctness, graded VQA accuracy, probability of the references, similarity of wrong answers to them; the gain in
 # the reference's log-probability.
-REWARD_MODES: dict[str, Callable[[_Scores], float]] = {
-    "hard_plus_soft": lambda s: s.hard_weight * s.correct + s.soft_weight * s.accuracy,
-    "hard_plus_soft_v2": lambda s: 2 * s.hard_weight * s.correct + s.soft_weight * s.accuracy,
-    "separated": lambda s: 2 * s.hard_weight * (s.correct == 1) + s.soft_weight * s.accuracy,
-    "hard_only": lambda s: s.hard_weight * s.correct,
-    "soft_only": lambda s: s.soft_weight * s.accuracy,
-    "hard01_plus_gtprob": lambda s: s.hard_weight * s.correct + s.soft_weight * s.gt_prob,
-    "hard01_plus_gtprob_separated": lambda s: 2 * s.hard_weight * (s.correct == 1) + s.soft_weight * s.gt_prob,
-    "hard_plus_gtprob_plus_rel": lambda s: (
-        s.hard_weight * s.correct + s.soft_weight * s.gt_prob + s.rel_weight * (1 - s.correct) * s.relevance
+_HARD_SOFT, _HARD_GT = ("correct", "accuracy"), ("correct", "gt_prob")
+REWARD_MODES: dict[str, RewardMode] = {
+    "hard_plus_soft": RewardMode(_HARD_SOFT, lambda s: s.hard_weight * s.correct + s.soft_weight * s.accuracy),
+    "hard_plus_soft_v2": RewardMode(_HARD_SOFT, lambda s: 2 * s.hard_weight * s.correct + s.soft_weight * s.accuracy),
+    "separated": RewardMode(_HARD_SOFT, lambda s: 2 * s.hard_weight * (s.correct == 1) + s.soft_weight * s.accuracy),
+    "hard_only": RewardMode(("correct",), lambda s: s.hard_weight * s.correct),
+    "soft_only": RewardMode(("accuracy",), lambda s: s.soft_weight * s.accuracy),
+    "hard01_plus_gtprob": RewardMode(_HARD_GT, lambda s: s.hard_weight * s.correct + s.soft_weight * s.gt_prob),
+    "hard01_plus_gtprob_separated": RewardMode(
+        _HARD_GT, lambda s: 2 * s.hard_weight * (s.correct == 1) + s.soft_weight * s.gt_prob
     ),
-    "infoscore": lambda s: s.infoscore,
+    "hard_plus_gtprob_plus_rel": RewardMode(
+        (*_HARD_GT, "relevance"),
+        lambda s: s.hard_weight * s.correct + s.soft_weight * s.gt_prob + s.rel_weight * (1 - s.correct) * s.relevance,
+    ),
+    "infoscore": RewardMode(("infoscore",), lambda s: s.infoscore),
 }
-# The scores that each mode is made of; `legacy` makes do with `correct` or `accuracy`, whichever is there.
-NEEDED: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("hard_plus_soft", "hard_plus_soft_v2", "separated"), ("correct", "accuracy")),
-    "hard_only": ("correct",),
-    "soft_only": ("accuracy",),
-    **dict.fromkeys(("hard01_plus_gtprob", "hard01_plus_gtprob_separated"), ("correct", "gt_prob")),
-    "hard_plus_gtprob_plus_rel": ("correct", "gt_prob", "relevance"),
-    "infoscore": ("infoscore",),
-    "legacy": (),
-}
+
+
+def needed_scores(mode: str) -> tuple[str, ...]:
+    """Return the scores that a mode is made of; `legacy` makes do with `correct` or `accuracy`, whichever is there."""
+    return REWARD_MODES[mode].needs if mode in REWARD_MODES else ()
 
 
 def reward(
@@ -75,8 +82,8 @@ def reward(
     """Reward of one rollout, clipped to [-5, 5].
 
     correct 0 or 1; accuracy official VQA accuracy in [0, 1]; gt_prob >= 0; relevance in [0, 1]; infoscore in nats. None
-    counts as 0, as in the lineage's formulas; the reader of the rollout file leaves out rollouts that lack a score of
-    NEEDED. `mode` is one of REWARD_MODES or `legacy` (alpha · quality + beta · correctness; the
+    counts as 0, as in the lineage's formulas; the reader of the rollout file leaves out rollouts that lack a needed
+    score. `mode` is one of REWARD_MODES or `legacy` (alpha · quality + beta · correctness; the
     remaining arguments are its own). Raises ValueError on an unknown mode, and where a score makes the reward NaN.
     """
     if mode == "legacy":
@@ -85,7 +92,7 @@ def reward(
         )
     elif mode in REWARD_MODES:
         scores = (correct or 0.0, accuracy or 0.0, gt_prob or 0.0, relevance or 0.0, infoscore or 0.0)
-        value = REWARD_MODES[mode](_Scores(*scores, hard_weight, soft_weight, rel_weight))
+        value = REWARD_MODES[mode].value(_Scores(*scores, hard_weight, soft_weight, rel_weight))
     else:
         raise ValueError(f"unknown reward mode {mode!r}; choose one of {', '.join([*REWARD_MODES, 'legacy'])}")
     if math.isnan(value):  # clipping would make it the best of all

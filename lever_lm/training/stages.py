@@ -9,13 +9,16 @@ from lever_lm.data.embeddings import Features, compute_features
 from lever_lm.data.pools import check_sampler
 from lever_lm.lvlm import CachedLvlm, check_pixel_budget, load_lvlm
 from lever_lm.tasks import check_task
+from lever_lm.training.losses import LOSSES
 from lever_lm.training.rollouts.propose import new_policy
 from lever_lm.training.rollouts.scores import check_reward_mode
 from lever_lm.training.run_dir import Layout
 from lever_lm.utils.device import check_device_name
 from lever_lm.utils.distributed import Shards
+from lever_lm.utils.errors import UsageError
 from lever_lm.utils.file_hashes import DIGESTS
 from lever_lm.utils.progress import Track
+from lever_lm.utils.terminal import shown
 
 
 class Stages:
@@ -68,6 +71,8 @@ def check_names(config: Config) -> None:
     check_reward_mode(config.reward.mode)
     check_sampler(config.sampler)
     check_task(config.data.task)
+    if config.grpo.loss not in LOSSES:
+        raise UsageError(f"unknown loss {shown(config.grpo.loss)}: one of {', '.join(LOSSES)} (grpo.loss)")
     new_policy(config, config.policy.hidden_dim)
     check_device_name(config.device)
     check_pixel_budget(config.lvlm)

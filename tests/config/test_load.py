@@ -379,6 +379,7 @@ def test_a_variable_that_is_passed_over_is_said(lever, monkeypatch, tmp_path):
         ({"rollout.num_queries": 1}, r"rollout.num_queries \(--limit\) must be 2 or more"),
         ({"rollout.temperatures": [1.0, 0]}, "rollout.temperatures must be greater than 0"),
         ({"lvlm.min_pixels": 100, "lvlm.max_pixels": 99}, "lvlm.min_pixels 100 exceeds lvlm.max_pixels 99"),
+        ({"lvlm.workers": -3}, "lvlm.workers must be -1 or more, found -3"),
         ({"policy.dropout": 1.0}, r"policy.dropout must lie in \[0, 1\)"),
         ({"policy.hidden_dim": 0}, "policy.hidden_dim must be greater than 0"),
         ({"rce.epochs": -1}, "rce.epochs must not be negative"),

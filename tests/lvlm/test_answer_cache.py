@@ -79,15 +79,6 @@ def test_where_an_answer_is_cut_is_no_reason_to_ask_again(file, prompts):
     assert known.answer(named) == [""]
 
 
-def test_a_log_prob_with_the_end_of_the_turn_is_another_one(file, prompts):
-    lvlm = opened(file, Counting())
-    assert lvlm.answer_log_prob(prompts[:1], ["yes"]) == [-3.123456]
-    assert lvlm.answer_log_prob(prompts[:1], ["yes"], end=True) == [-4.123456]
-    later = opened(file)
-    assert later.answer_log_prob(prompts[:1], ["yes"], end=True) == [-4.123456]
-    assert later.answer_log_prob(prompts[:1], ["yes"]) == [-3.123456]
-
-
 def test_the_batches_of_log_probs_know_the_answers(file, prompts):
     class Knowing(Counting):
         def batches(self, prompts, answers=None):
@@ -178,8 +169,10 @@ def test_log_probs_are_kept_apart_from_answers_and_from_each_other(file, prompts
     assert lvlm.answer_log_prob(prompts[:2], ["yes", "never"]) == [-3.123456, -5.123456]
     assert lvlm.answer_log_prob(prompts[:1], ["never"]) == [-5.123456]
     assert backend.asked == ["q0", "q1", "q0", "q1", "q0"]
+    assert lvlm.answer_log_prob(prompts[:1], ["yes"], end=True) == [-4.123456]
     later = opened(file)
     assert later.answer_log_prob([prompts[0]] * 2, ["never", "yes"]) == [-5.123456, -3.123456]
+    assert later.answer_log_prob(prompts[:1], ["yes"], end=True) == [-4.123456]
     assert later.generate(prompts[:1]) == ["q0 a, and more"]
 
 

@@ -25,7 +25,7 @@ from lever_lm.lvlm.preprocess import CHUNK, chunked_patches, patches
 from lever_lm.lvlm.qwen_kernels import _align
 from lever_lm.utils.atomic_io import TEMPORARY_PREFIX
 from lever_lm.utils.distributed import Shards
-from lever_lm.utils.errors import LeverError, UsageError
+from lever_lm.utils.errors import LeverError
 
 TINY = "asset:tiny-qwen2.5-vl"
 MIB = 1 << 20
@@ -435,11 +435,6 @@ def test_on_a_gpu_one_kernel_gives_the_tower_s_features(images):
     for image in images:
         a, b = (lvlm.family.vision.cache.get(image, "cuda").float() for lvlm in (fast, slow))
         assert float((a - b).norm() / b.norm()) < 0.02
-
-
-def test_fewer_workers_than_by_default_cannot_be_asked_for():
-    with pytest.raises(UsageError, match=r"lvlm\.workers must be -1 or more, found -3"):
-        LvlmConfig(workers=-3)
 
 
 def test_workers_are_none_on_a_cpu_unless_asked_for(images, monkeypatch):

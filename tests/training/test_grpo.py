@@ -31,7 +31,7 @@ from worlds import (
     world,
 )
 
-from lever_lm.config.schema import GrpoConfig
+from lever_lm.config.schema import Config, GrpoConfig
 from lever_lm.training import grpo as training
 from lever_lm.training.batches import to_tensors
 from lever_lm.training.finite_checks import At
@@ -41,6 +41,7 @@ from lever_lm.training.reference_policy import FrozenPolicy, snapshot
 from lever_lm.training.rewards import group_advantage
 from lever_lm.training.rollouts.file_format import Group
 from lever_lm.training.select_checkpoint import epochs_since_best
+from lever_lm.training.stages import check_names
 from lever_lm.utils.errors import UsageError
 from lever_lm.utils.safe_torch_load import load_torch
 
@@ -450,12 +451,16 @@ def test_raising_the_grpo_epochs_continues_bit_for_bit_and_a_finished_run_is_lef
         ("schedule", "step"),
         ("kl", "k4"),
         ("advantage_scale", "pool"),
-        ("loss", "ppo"),
     ],
 )
 def test_a_value_that_cannot_be_meant_is_refused(option, value):
     with pytest.raises(UsageError, match=rf"grpo\.{option} .*{value}"):
         GrpoConfig(**{option: value})
+
+
+def test_a_loss_that_is_not_in_the_table_is_refused_with_those_that_are():
+    with pytest.raises(UsageError, match=r"'ppo': one of clip, reinforce .*grpo\.loss"):
+        check_names(Config(grpo=GrpoConfig(loss="ppo")))
 
 
 def test_an_adaptive_beta_is_refused_with_a_kl_that_can_be_negative():

@@ -6,7 +6,7 @@ from collections import Counter
 from lever_lm.config.schema import RewardConfig
 from lever_lm.data import Example
 from lever_lm.tasks import Task
-from lever_lm.training.rewards import NEEDED, reward
+from lever_lm.training.rewards import needed_scores, reward
 from lever_lm.utils.errors import LeverError, UsageError
 from lever_lm.utils.terminal import shown
 
@@ -40,7 +40,7 @@ def score_entry(answer: str, gt_prob: float | None, query: Example, task: Task) 
 def is_scored(trajectory: dict, config: RewardConfig, counts: Counter, where: str) -> bool:
     """Return whether a trajectory has the scores that the reward needs. Raises LeverError where it has not and is not
     to be left out: a score that is not known is not a wrong answer."""
-    needed = dict.fromkeys([*NEEDED[config.mode], *(["correct"] if config.require_positive else [])])
+    needed = dict.fromkeys([*needed_scores(config.mode), *(["correct"] if config.require_positive else [])])
     lacking = [_FIELDS[name] for name in needed if trajectory.get(_FIELDS[name]) is None]
     if config.mode == "legacy" and all(trajectory.get(_FIELDS[name]) is None for name in ("correct", "accuracy")):
         lacking = [_FIELDS["correct"], _FIELDS["accuracy"]]  # either will do
