@@ -106,16 +106,6 @@ def track(items, what: str, total: int):
     return items
 
 
-class Executed:
-    """Pickles to a call that would make a file."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
 # ---------------------------------------------------------------------- fixtures
 
 

@@ -55,7 +55,7 @@ def show_plan(
     and whether the baselines are evaluated too. LVLM calls are counted against the cache where data, features and model
     are here, else bounded from above.
     """
-    DIGESTS.keep_nothing()
+    DIGESTS.keep_in(None)
     config, layout, screen = pipeline.config, pipeline.layout, pipeline.screen
     for line in yaml.safe_dump(to_dict(config), sort_keys=False).splitlines():
         screen.say(line)
