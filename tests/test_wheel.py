@@ -67,7 +67,7 @@ def test_the_wheel_holds_nothing_else(unpacked):
 
 def test_the_metadata_names_the_command_and_the_license(unpacked):
     info = unpacked / f"lever_lm-{lever_lm.__version__}.dist-info"
-    assert "lever = lever_lm.cli.commands:main" in (info / "entry_points.txt").read_text()
+    assert "lever = lever_lm.cli:main" in (info / "entry_points.txt").read_text()
     metadata = (info / "METADATA").read_text()
     assert f"Version: {lever_lm.__version__}\n" in metadata
     assert "License-Expression: Apache-2.0" in metadata
