@@ -201,7 +201,7 @@ def combined(found: list[Layer]) -> dict:
 def resolve(
     names: dict[str, str | None], config_file: Path | None, sets: list[str], flags: dict
 ) -> tuple[Config, list[str]]:
-    """Return the Config of named YAMLs, a file, `--set` items and nested values, as on a command line, and the variables
-    of the environment in effect, as NAME=value. Raises UsageError as `build` does."""
+    """Return the Config of named YAMLs, a file, `--set` items and nested values, as on a command line, and the names
+    and values of the environment variables in effect. Raises UsageError as `build` does."""
     made = layers(names, file_layer(config_file), sets, {"options": flags})
     return made.config(), made.in_effect
