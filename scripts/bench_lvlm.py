@@ -135,12 +135,10 @@ class Lineage:
         """What the processor makes of a prompt."""
         from qwen_vl_utils import process_vision_info
 
-        messages, images = to_messages(prompt, PromptConfig()), iter(prompt.images)
-        for message in messages:
-            for part in message["content"]:
-                if part["type"] == "image":
-                    part["image"] = f"file://{next(images)}"
-                    part |= {"min_pixels": self.config.min_pixels, "max_pixels": self.config.max_pixels}
+        budget = {"min_pixels": self.config.min_pixels, "max_pixels": self.config.max_pixels}
+        messages = to_messages(
+            prompt, PromptConfig(), lambda image: {"type": "image", "image": f"file://{image}", **budget}
+        )
         text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         pictures, _ = process_vision_info(messages, image_patch_size=14)
         return self.processor(text=[text], images=pictures, return_tensors="pt").to(self.device)

@@ -6,6 +6,8 @@
 The server has imported everything and forks for each command, so that a kill costs no import: see lab.py.
 """
 
+import atexit
+import contextlib
 import ctypes
 import importlib
 import json
@@ -13,7 +15,9 @@ import os
 import resource
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import NoReturn
 
 
 def log_asked(path: Path) -> None:
@@ -71,7 +75,7 @@ def serve() -> None:
             continue
         process = os.fork()
         if not process:
-            return _become(job)  # and so to the end of the interpreter, as any command goes
+            _become(job)
         answers.write(f"{process}\n")
         answers.write(f"{os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])}\n")
 
@@ -86,8 +90,7 @@ def _load_everything() -> None:
         "requests",
     ):
         importlib.import_module(name)
-    from config_helpers import resolve
-
+    from lever_lm.config.load import resolve
     from lever_lm.data.embeddings import ClipEncoder
     from lever_lm.lvlm.backend import load_local
 
@@ -96,7 +99,7 @@ def _load_everything() -> None:
     load_local(config.lvlm, config.prompt, "cpu")
 
 
-def _become(job: dict) -> None:
+def _become(job: dict) -> NoReturn:
     for descriptor, path in ((0, os.devnull), (1, job["out"]), (2, job["err"])):
         opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(opened, descriptor)
@@ -108,7 +111,18 @@ def _become(job: dict) -> None:
     if job["unprivileged"]:
         _drop_capabilities()
     ctypes.CDLL(None).faults_arm()
-    run_command(job["arguments"], job["log"])
+    status = 0
+    try:
+        run_command(job["arguments"], job["log"])
+    except SystemExit as error:
+        status = error.code or 0
+    # The end of an interpreter without the second that it takes to give back what the server had loaded.
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    with contextlib.suppress(OSError):  # stderr may be a full disk
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(status)
 
 
 def _drop_capabilities() -> None:

@@ -106,16 +106,6 @@ def track(items, what: str, total: int):
     return items
 
 
-class Executed:
-    """Pickles to a call that would make a file."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
 # ---------------------------------------------------------------------- fixtures
 
 
@@ -135,7 +125,7 @@ def _own_environment(monkeypatch):
 @pytest.fixture(scope="session")
 def digits_config():
     """The config that a bare `lever` command gets."""
-    from config_helpers import resolve
+    from lever_lm.config.load import resolve
 
     return resolve({"dataset": "digits", "lvlm": "tiny_qwen2.5_vl"}, None, [], {})[0]
 

@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from config_helpers import resolve
 from helpers import small_digits
 
+from lever_lm.config.load import resolve
 from lever_lm.config.values import build
 from lever_lm.data import load_dataset
 from lever_lm.evaluation.evaluate import Evaluation, Outcome

@@ -105,7 +105,7 @@ FULL = [
         "train", "/vision_", 0, "/cache/", marks=slow
     ),  # written behind the caller's back: the answer cache may be the first to fail
     ("train", "answers_tiny-qwen2_5-vl.sqlite-journal", 4, "answers_tiny-qwen2_5-vl.sqlite"),
-    pytest.param("train", "/state.pt", 2, "state.pt", marks=slow),
+    ("train", "/state.pt", 2, "state.pt"),
     pytest.param("train", "/grpo_epoch1.pt", 0, "grpo_epoch1.pt", marks=slow),
     pytest.param("train", "answers_tiny-qwen2_5-vl.sqlite", 0, "answers_tiny-qwen2_5-vl.sqlite", marks=slow),
     pytest.param("train", "features_", 0, "features_tiny-clip.safetensors", marks=slow),
@@ -193,8 +193,7 @@ def test_a_read_only_disk_stops_with_one_message(lab, bench, disk):
     assert_goes_on(lab, bench, "train", folder)
 
 
-@slow
-@pytest.mark.parametrize("name", ["results", "results/digits"])
+@pytest.mark.parametrize("name", ["results", pytest.param("results/digits", marks=slow)])
 def test_a_folder_without_permission_stops_with_one_message(lab, bench, place, name):
     folder = place("train")
     (folder / name).mkdir(parents=True)
@@ -346,7 +345,6 @@ def test_a_clock_that_jumps_back_changes_nothing(lab, bench, place, clock):
         assert 0 < json.loads(line)["epoch_time"] < 60
 
 
-@slow
 def test_a_command_killed_and_run_again_in_an_earlier_year_ends_as_if_it_had_not_been(lab, bench, place):
     folder, fault = place("train"), bench("train").fault("kill", "rename", "/state.pt", 2)
     assert lab.run(bench("train").command, folder, fault).status == -9

@@ -421,7 +421,7 @@ def test_each_example_is_short_and_ends_in_a_command():
         "a dataset",
         "a sampler",
         "a task",
-        "an LVLM backend",
+        "an LVLM",
         "a selector",
         "a loss or a reward",
         "a policy variant",

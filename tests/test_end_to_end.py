@@ -22,7 +22,7 @@ from remains import content
 from lever_lm.utils.safe_torch_load import load_torch
 
 LIMIT = ("--limit", "24")
-EPOCHS = 12  # enough of them that a kill after the third comes before the end
+EPOCHS = 9  # enough of them that a kill after the third comes before the end
 TRAIN = ("train", *LIMIT, "--rce-epochs", "2", "--set", "grpo.refresh_every=2", "--grpo-epochs", str(EPOCHS))
 TIMES = ("epoch_time", "step_time")
 COLUMNS = "Epoch Train Loss Val Loss PPO Loss KL Adv Std Adv Max Beta"
@@ -52,9 +52,8 @@ def metrics_of(folder: Path) -> list[dict]:
 
 def assert_same_run(one: Path, other: Path) -> None:
     """Bit for bit the same checkpoints and metrics, times excepted."""
-    names = {path.name for path in (one / RUN).glob("*_epoch*.pt")}
-    assert names == {path.name for path in (other / RUN).glob("*_epoch*.pt")}
-    for name in (*names, "metrics.jsonl"):
+    assert checkpoints(one).keys() == checkpoints(other).keys()
+    for name in (*checkpoints(one), "metrics.jsonl"):
         assert content(one / RUN / name) == content(other / RUN / name), name
 
 
@@ -93,11 +92,9 @@ def copied(chain, tmp_path) -> Path:
 def test_the_commands_hand_on_from_one_to_the_next(chain):
     folder, answers = chain
     best = answers["best-ckpt"]
-    assert answers["train"]["run"] == str(RUN)
-    assert answers["train"]["recommended"]["strategy"] == "val_reward"
+    assert (answers["train"]["run"], answers["train"]["recommended"]["strategy"]) == (str(RUN), "val_reward")
     assert Path(folder, answers["train"]["converted"]).is_file()
-    assert best["checkpoint"] == str(RUN / f"grpo_epoch{best['epoch']}.pt")
-    assert answers["convert"]["input"] == best["checkpoint"]
+    assert best["checkpoint"] == answers["convert"]["input"] == str(RUN / f"grpo_epoch{best['epoch']}.pt")
     assert answers["convert"]["output"] == str(RUN / f"grpo_epoch{best['epoch']}_v2format.ckpt")
     assert answers["infer"]["checkpoint"] == best["checkpoint"]
     assert [(row["method"], row["shots"], row["n"]) for row in answers["infer"]["results"]] == [("grpo", 5, 24)]
@@ -117,12 +114,8 @@ def test_every_file_is_where_the_document_says(chain):
     assert len(vision) == 1
     assert cache - vision == {"features_tiny-clip.safetensors", "answers_tiny-qwen2_5-vl.sqlite", "digests.json"}
     inferred = folder / INFERENCE / f"grpo_epoch{answers['best-ckpt']['epoch']}"
-    assert {path.name for path in inferred.iterdir()} == {
-        "icds.jsonl",
-        "metrics.json",
-        "predictions_grpo_5shot.json",
-        "samples_grpo_5shot.jsonl",
-    }
+    written = {"icds.jsonl", "metrics.json", "predictions_grpo_5shot.json", "samples_grpo_5shot.jsonl"}
+    assert {path.name for path in inferred.iterdir()} == written
     assert temporary(folder) == []
     assert {path.name for path in folder.iterdir()} == {"results"}
 
@@ -133,8 +126,7 @@ def test_checkpoints_are_the_lineages_v3_files(chain):
     for row in rows:
         content = load_torch(folder / RUN / f"{row['phase']}_epoch{row['epoch']}.pt")
         assert {"epoch", "phase", "model_state_dict", "kl_beta", "metrics", "config", "format"} <= set(content)
-        assert content["epoch"] == row["epoch"] - 1
-        assert content["phase"] == row["phase"]
+        assert (content["epoch"], content["phase"]) == (row["epoch"] - 1, row["phase"])
         assert content["metrics"] == {name: value for name, value in row.items() if name not in ("phase", "epoch")}
 
 
@@ -164,10 +156,10 @@ def test_more_epochs_go_on_from_the_last_one(chain, copied, lever):
 
 
 def test_another_seed_gives_other_numbers(chain, digits_folder):
-    done_json(*TRAIN, "--grpo-epochs", "2", "--seed", "1", cwd=digits_folder)
+    done_json(*TRAIN, "--grpo-epochs", "1", "--seed", "1", cwd=digits_folder)
     ours, others = (json.loads((folder / ROLLOUTS).read_text()) for folder in (chain[0], digits_folder))
     assert set(ours) != set(others)
-    first, second = metrics_of(chain[0])[:4], metrics_of(digits_folder)
+    first, second = metrics_of(chain[0])[:3], metrics_of(digits_folder)
     assert [(row["phase"], row["epoch"]) for row in first] == [(row["phase"], row["epoch"]) for row in second]
     assert all(a["val_reward"] != b["val_reward"] for a, b in zip(first, second, strict=True))
 
@@ -178,9 +170,8 @@ def test_another_seed_gives_other_numbers(chain, digits_folder):
 def test_killed_during_training_it_goes_on_to_the_same_run(chain, digits_folder, lever):
     """Killed by the system, without a chance to clean up; at every file event: test_crashes.py."""
     shutil.copytree(chain[0] / ROLLOUTS.parent, digits_folder / ROLLOUTS.parent)
-    command = [sys.executable, "-m", "lever_lm", *TRAIN]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command, cwd=digits_folder, env=clean_environment(), **quiet)
+    command = [sys.executable, "-m", "lever_lm", *TRAIN, "--quiet"]
+    process = subprocess.Popen(command, cwd=digits_folder, env=clean_environment(), stdout=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 120
         while not (digits_folder / RUN / "grpo_epoch3.pt").exists():
@@ -193,7 +184,7 @@ def test_killed_during_training_it_goes_on_to_the_same_run(chain, digits_folder,
         assert process.wait(timeout=30) == -signal.SIGKILL
     assert (running["state"], running["phase"], running["process"]["pid"]) == ("running", "grpo", process.pid)
     killed = lever("status", "--json").json
-    assert (killed["state"], killed["command"]) == ("killed", f"lever {' '.join(TRAIN)}")
+    assert (killed["state"], killed["command"]) == ("killed", f"lever {' '.join(TRAIN)} --quiet")
     finished = checkpoints(digits_folder)
     assert "grpo_epoch3.pt" in finished
     assert f"grpo_epoch{EPOCHS}.pt" not in finished
@@ -226,11 +217,10 @@ def test_what_a_kill_between_two_files_left_out_is_made_up_for(chain, copied, lo
 
 
 def test_demo_ends_in_the_table_of_the_spec_and_a_report(digits_folder):
-    few = ("--limit", "40", "--rce-epochs", "2", "--grpo-epochs", "4")
+    few = ("--limit", "40", "--rce-epochs", "1", "--grpo-epochs", "2")
     result = done_json("demo", *few, "--shots", "1,2", cwd=digits_folder)
     jobs = [(row["method"], row["shots"]) for row in result["table"]]
-    assert set(jobs) == {("zero_shot", 0)} | {(name, k) for name in METHODS[1:] for k in (1, 2)}
-    assert len(jobs) == len(set(jobs))
+    assert sorted(jobs) == sorted([("zero_shot", 0), *((name, k) for name in METHODS[1:] for k in (1, 2))])
     for row in result["table"]:
         assert row["n"] == 40
         low, high = row["ci"]
@@ -238,13 +228,10 @@ def test_demo_ends_in_the_table_of_the_spec_and_a_report(digits_folder):
     accuracy = {(row["method"], row["shots"]): row["accuracy"] for row in result["table"]}
     assert accuracy["oracle", 1] >= 0.8 > accuracy["random", 1]
     page = (digits_folder / result["report"]).read_text(encoding="utf-8")
-    assert all(name in page for name in METHODS)
-    assert "data:image/jpeg;base64," in page
-    assert "<script" not in page
-    assert not any(address in page for address in ("http://", "https://"))
-    run = digits_folder / "results/digits/model_cpk/demo"
-    assert (run / "grpo_epoch1.pt").is_file()
+    assert all(word in page for word in (*METHODS, "data:image/jpeg;base64,"))
+    assert not any(word in page for word in ("<script", "http://", "https://"))
     assert result["report"] == "results/digits/model_cpk/demo/report.html"
+    assert (digits_folder / "results/digits/model_cpk/demo/grpo_epoch1.pt").is_file()
 
 
 def test_html_in_a_question_is_shown_as_text_in_the_report(lever, tmp_path):
@@ -256,9 +243,9 @@ def test_html_in_a_question_is_shown_as_text_in_the_report(lever, tmp_path):
         for question in content["questions"]:
             question["question"] = evil
         path.write_text(json.dumps(content))
-    sets = [f"data.okvqa_path={world}", f"data.coco_path={world}", "rollout.pool_size=8", "data.name=<i>evil"]
-    options = [*(f"--set={item}" for item in sets[:3]), "--limit", "5"]
-    options += ["--set=reward.mode=hard01_plus_gtprob", "--set=rollout.gt_prob=true"]  # all its answers are wrong
+    sets = [f"data.okvqa_path={world}", f"data.coco_path={world}", "rollout.pool_size=8"]
+    sets += ["reward.mode=hard01_plus_gtprob", "rollout.gt_prob=true"]  # all its answers are wrong
+    options = [*(f"--set={item}" for item in sets), "--limit", "5"]
     assert lever("train", *options, "--rce-epochs", "1", "--grpo-epochs", "1").status == 0
     assert lever("infer", "--shots", "1", *options).status == 0
     page = (tmp_path / lever("report", *options, "--json").json["report"]).read_text(encoding="utf-8")

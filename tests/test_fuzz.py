@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from fuzz import run as fuzz_command
-from fuzz.harness import CANARY, LONGEST_MESSAGE, STEERS, Limits, Reader, Target, run
+from fuzz.harness import CANARY, LONGEST_MESSAGE, Limits, Reader, Target, run
 from fuzz.mutations import spoil_json
 from fuzz.readers import READERS
 from hypothesis import HealthCheck, given, settings
@@ -25,7 +25,6 @@ from lever_lm.lvlm.openai_server import log_prob_at_end
 from lever_lm.utils.errors import LeverError, UsageError
 from lever_lm.utils.safe_parse import load_yaml, loads
 from lever_lm.utils.safe_torch_load import load_torch
-from lever_lm.utils.terminal import json_text, one_line, printable, shown
 
 NUMBERS = st.integers(-(2**63), 2**63) | st.floats(allow_nan=False, allow_infinity=False)
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
@@ -34,29 +33,7 @@ TREES = st.recursive(PLAIN, lambda inner: st.lists(inner, max_size=4) | st.dicti
 ANY_TEXT = st.text(st.characters(), max_size=200)  # half characters among it
 
 
-# ---------------------------------------------------------------------- showing
-
-
-@given(ANY_TEXT)
-def test_what_is_shown_steers_no_terminal_and_can_be_encoded(text):
-    for made in (printable(text), one_line(text), json_text([text]), shown(text)):
-        assert not STEERS & set(map(ord, made))
-        made.encode()
-    assert "\n" not in one_line(text)
-    assert len(shown(text)) <= 60
-
-
-@given(TREES)
-def test_json_that_is_shown_reads_back_as_what_it_was(value):
-    assert json.loads(json_text(value)) == value
-
-
 # ---------------------------------------------------------------------- reading
-
-
-@given(TREES)
-def test_json_reads_back(value):
-    assert loads(json.dumps(value)) == value
 
 
 def words_of(parse, text: str) -> str:
@@ -73,11 +50,6 @@ def test_a_text_is_json_or_is_refused_with_few_words(text):
     words = words_of(lambda content: json.dumps(loads(content), allow_nan=False).encode(), text)
     assert len(words) < 300
     assert "\n" not in words
-
-
-@given(TREES)
-def test_yaml_reads_back(value):
-    assert load_yaml(yaml.safe_dump(value)) == value
 
 
 @given(

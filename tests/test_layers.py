@@ -13,8 +13,9 @@ ROOT = Path(lever_lm.__file__).parent
 # Imports run one way: a package imports from those left of it and from itself.
 PACKAGES = ["utils", "config", "data", "tasks", "selectors", "lvlm", "training", "evaluation", "cli"]
 LEVEL = {name: level for level, name in enumerate(PACKAGES)}
-# Public import paths of 0.1: a face re-exports what SPEC promises there, and is imported by nothing of the package.
+# Public import paths: a face re-exports what SPEC and the Python page promise there; the package imports from none.
 FACES = ["errors", "policy", "losses", "rewards", "rollouts", "metrics", "checkpoint"]
+FACES += ["settings", "console", "pipeline", "evaluating"]
 # What pure modules may use of the standard library and beyond: no files, no processes, no clocks.
 PURE = ["tasks.vqa_metrics", "tasks.answer_stems", "selectors.pointer.variants", "selectors.pointer.encoder"]
 PURE += [

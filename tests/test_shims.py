@@ -1,15 +1,13 @@
 """The scripts with Lever-Plus's words: what they hand to `lever`, which `lever`, and what they refuse."""
 
-import json
 import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from helpers import SCRIPTS, clean_environment
+from helpers import SCRIPTS, Done, clean_environment
 
 SHELL, PYTHON = ("train_v3.sh", "inference.sh"), ("find_best_checkpoint.py", "convert_v3_to_v2_format.py")
 WORDS = ["--features", "query_img_text_icd_img_text", "--sampler", "rand_sampler", "--lvlm", "qwen2.5_vl_3B"]
@@ -17,6 +15,7 @@ OTHERS = ["--features", "query_img_icd_img", "--sampler", "mix_sampler", "--lvlm
 TRAIN = ["train", "--dataset", "okvqa_local", *WORDS]
 INFER = ["infer", "--shots", "5", "--dataset", "okvqa_local", *WORDS]
 LATEST = ["--ckpt", "latest"]
+VQAV2 = ["--dataset", "vqav2_local"]
 # Says what it was given, on the standard output; leaves with $FAKE_STATUS.
 FAKE = f"""#!{sys.executable} -SE
 import json, os, sys
@@ -26,17 +25,12 @@ sys.exit(int(os.environ.get("FAKE_STATUS", 0)))
 """
 
 
-@dataclass(frozen=True)
-class Ran:
+class Ran(Done):
     """What a script ended with; `seen` is what the fake saw, None where it was not reached."""
-
-    status: int
-    out: str
-    err: str
 
     @property
     def seen(self) -> dict | None:
-        return json.loads(self.out) if self.out.startswith("{") else None
+        return self.json if self.out.startswith("{") else None
 
 
 def put(path: Path, name: str) -> Path:
@@ -66,13 +60,11 @@ def run(checkout, tmp_path):
 
     def call(script, *arguments: str, options: tuple[str, ...] = (), **extra: str) -> Ran:
         path = checkout / "scripts" / script
-        interpreter = shutil.which("bash") if path.suffix == ".sh" else sys.executable
-        environment = clean_environment()
-        environment.pop("CUDA_VISIBLE_DEVICES", None)
-        command = [interpreter, *options, path, *arguments]
-        done = subprocess.run(
-            command, cwd=elsewhere, env={**environment, **extra}, capture_output=True, text=True, timeout=60
-        )
+        command = [shutil.which("bash") if path.suffix == ".sh" else sys.executable, *options, path, *arguments]
+        environment = {**clean_environment(), **extra}
+        if "CUDA_VISIBLE_DEVICES" not in extra:
+            environment.pop("CUDA_VISIBLE_DEVICES", None)
+        done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=60)
         return Ran(done.returncode, done.stdout, done.stderr)
 
     return call
@@ -80,48 +72,46 @@ def run(checkout, tmp_path):
 
 # ---------------------------------------------------------------------- words and flags
 
-
 ALL = "query_img_text_icd_img_text rand_sampler qwen2.5_vl_3B"
 OTHER = "query_img_icd_img mix_sampler qwen2.5_vl_7B"
+FIND = "find_best_checkpoint.py"
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("line", "expected"),
     [
-        ("", TRAIN),
-        (f"vqa okvqa_local 0 {ALL}", TRAIN),
-        (f"vqa vqav2_local 1 {OTHER}", ["train", "--dataset", "vqav2_local", *OTHERS]),
-        ("vqa digits", ["train", "--dataset", "digits", *WORDS]),
-        ("--dry-run --json", [*TRAIN, "--dry-run", "--json"]),
-        ("vqa okvqa_local 0 -q", [*TRAIN, "-q"]),
-        (f"vqa okvqa_local 0 {ALL} --set a=b --limit 8", [*TRAIN, "--set", "a=b", "--limit", "8"]),
+        ("train_v3.sh", TRAIN),
+        (f"train_v3.sh vqa okvqa_local 0 {ALL}", TRAIN),
+        (f"train_v3.sh vqa vqav2_local 1 {OTHER}", ["train", "--dataset", "vqav2_local", *OTHERS]),
+        ("train_v3.sh vqa digits", ["train", "--dataset", "digits", *WORDS]),
+        ("train_v3.sh --dry-run --json", [*TRAIN, "--dry-run", "--json"]),
+        (f"train_v3.sh vqa okvqa_local 0 {ALL} --set a=b -q", [*TRAIN, "--set", "a=b", "-q"]),
+        (f"inference.sh vqa okvqa_local 5 {ALL} v2", [*INFER, *LATEST]),
+        (f"inference.sh vqa vqav2_local 2 {OTHER} v3", ["infer", "--shots", "2", *VQAV2, *OTHERS, *LATEST]),
+        (f"inference.sh vqa okvqa_local 5 {ALL} v3 200", [*INFER, *LATEST, "--limit", "200"]),
+        (f"inference.sh vqa okvqa_local 5 {ALL} v3 -1 --baselines", [*INFER, *LATEST, "--baselines"]),
+        ("inference.sh vqa okvqa_local 5 --ckpt best", [*INFER, *LATEST, "--ckpt", "best"]),  # lever takes the last
+        ("inference.sh --icds mine.jsonl", [*INFER, "--icds", "mine.jsonl"]),
+        ("inference.sh --icds=mine.jsonl", [*INFER, "--icds=mine.jsonl"]),
+        (f"{FIND} --checkpoint-dir=r --strategy kl", ["best-ckpt", "r", "--strategy", "kl"]),
+        (f"{FIND} --show_all --checkpoint_dir r", ["best-ckpt", "r", "--show-all"]),
+        (f"{FIND} --show-all --log_file a.log", ["best-ckpt", "--show-all", "--log", "a.log"]),
+        (f"{FIND} --log-file a.log", ["best-ckpt", "--log", "a.log"]),
+        (f"{FIND} --log a.log --json --seed 3", ["best-ckpt", "--log", "a.log", "--json", "--seed", "3"]),
+        ("convert_v3_to_v2_format.py --v3_ckpt ./a.pt", ["convert", "./a.pt"]),
+        ("convert_v3_to_v2_format.py --v3-ckpt=a.pt --output b.ckpt", ["convert", "a.pt", "--output", "b.ckpt"]),
+        ("convert_v3_to_v2_format.py --v3_ckpt a.pt --allow-truncate", ["convert", "a.pt", "--allow-truncate"]),
     ],
 )
-def test_the_words_of_train_become_options(run, words, expected):
-    ran = run("train_v3.sh", *words.split())
+def test_the_words_of_a_script_become_options(run, line, expected):
+    ran = run(*line.split())
     assert ran.status == 0, ran.err
     assert ran.seen["arguments"] == expected
 
 
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        ("", [*INFER, *LATEST]),
-        (f"vqa okvqa_local 5 {ALL} v3", [*INFER, *LATEST]),
-        (f"vqa okvqa_local 5 {ALL} v2", [*INFER, *LATEST]),
-        (f"vqa vqav2_local 2 {OTHER} v3", ["infer", "--shots", "2", "--dataset", "vqav2_local", *OTHERS, *LATEST]),
-        (f"vqa okvqa_local 5 {ALL} v3 200", [*INFER, *LATEST, "--limit", "200"]),
-        (f"vqa okvqa_local 5 {ALL} v3 -1 --baselines", [*INFER, *LATEST, "--baselines"]),
-        (f"vqa okvqa_local 5 {ALL} v3 --set a=b -q", [*INFER, *LATEST, "--set", "a=b", "-q"]),
-        ("vqa okvqa_local 5 --ckpt best", [*INFER, *LATEST, "--ckpt", "best"]),  # of two, lever takes the last
-        ("--icds mine.jsonl", [*INFER, "--icds", "mine.jsonl"]),
-        ("--icds=mine.jsonl", [*INFER, "--icds=mine.jsonl"]),
-    ],
-)
-def test_the_words_of_inference_become_options(run, words, expected):
-    ran = run("inference.sh", *words.split())
-    assert ran.status == 0, ran.err
-    assert ran.seen["arguments"] == expected
+def test_a_path_with_spaces_stays_one_word(run):
+    assert run(FIND, "--checkpoint_dir", "./my run").seen["arguments"] == ["best-ckpt", "./my run"]
+    assert run("convert_v3_to_v2_format.py", "--v3_ckpt", "a b.pt").seen["arguments"] == ["convert", "a b.pt"]
 
 
 @pytest.mark.parametrize(("named", "added"), [("grpo epoch25.ckpt", []), ("", LATEST), ("  ", LATEST)])
@@ -129,6 +119,7 @@ def test_inference_takes_the_latest_unless_the_environment_names_a_checkpoint(ru
     ran = run("inference.sh", LEVER_LM_CHECKPOINT_PATH=named)
     assert ran.seen["arguments"] == [*INFER, *added]
     assert ran.seen["environment"]["LEVER_LM_CHECKPOINT_PATH"] == named
+    assert "CUDA_VISIBLE_DEVICES" not in ran.seen["environment"]
 
 
 @pytest.mark.parametrize(
@@ -170,13 +161,10 @@ def test_the_flags_of_convert_become_options(run, flags, expected):
     [
         ("train_v3.sh", "caption", "TASK"),
         ("train_v3.sh", "vqa okvqa_local cuda:0", "GPU"),
-        ("train_v3.sh", "vqa okvqa_local 0,1", "GPU"),
         ("train_v3.sh", "vqa okvqa_local rand_sampler", "SAMPLER"),
         ("inference.sh", "caption", "TASK"),
         ("inference.sh", "vqa okvqa_local 0", "SHOTS"),
-        ("inference.sh", "vqa okvqa_local five", "SHOTS"),
         ("inference.sh", "vqa okvqa_local 5 f s l v1", "VERSION"),
-        ("inference.sh", "vqa okvqa_local 5 f s l v3 all", "TEST_DATA_NUM"),
         ("inference.sh", "vqa okvqa_local 5 f s l v3 -2", "TEST_DATA_NUM"),
         ("inference.sh", "vqa okvqa_local 5 f s l v3 100 more", "TEST_DATA_NUM"),
         ("find_best_checkpoint.py", "", "--checkpoint_dir"),
@@ -210,7 +198,6 @@ def test_help_is_the_scripts_own(run, script):
         ("4, 5", "1", "5"),
         ("4,5", "2", "4,5"),
         ("GPU-8f2a,MIG-77", "1", "MIG-77"),
-        ("7", "7", "7"),
         ("", "0", ""),  # a scheduler's way of saying: no GPU
     ],
 )
@@ -220,18 +207,9 @@ def test_the_gpu_is_an_index_into_what_is_visible(run, there, gpu, visible):
     assert ran.seen["environment"]["CUDA_VISIBLE_DEVICES"] == visible
 
 
-def test_inference_leaves_the_gpus_alone(run):
-    assert "CUDA_VISIBLE_DEVICES" not in run("inference.sh").seen["environment"]
-
-
 # ---------------------------------------------------------------------- which lever, where
 
-CALLS = {
-    "train_v3.sh": (),
-    "inference.sh": (),
-    "find_best_checkpoint.py": ("--checkpoint_dir", "r"),
-    "convert_v3_to_v2_format.py": ("--v3_ckpt", "a.pt"),
-}
+CALLS = {**dict.fromkeys(SHELL, ()), PYTHON[0]: ("--checkpoint_dir", "r"), PYTHON[1]: ("--v3_ckpt", "a.pt")}
 each_script = pytest.mark.parametrize("script", CALLS)
 
 
@@ -276,7 +254,7 @@ def test_the_lever_of_the_checkout_comes_first_then_that_of_path_then_pythons(ru
 
 def test_a_python_script_falls_back_on_the_python_it_runs_in(run, checkout, bare_path):
     (checkout / ".venv/bin/lever").unlink()
-    ran = run("find_best_checkpoint.py", "--checkpoint_dir", "nowhere at all", PATH=str(bare_path))
+    ran = run(FIND, "--checkpoint_dir", "nowhere at all", PATH=str(bare_path))
     assert (ran.status, ran.out) == (1, "")
     assert "lever: no run folder nowhere at all" in ran.err
 
@@ -284,22 +262,19 @@ def test_a_python_script_falls_back_on_the_python_it_runs_in(run, checkout, bare
 @each_script
 @pytest.mark.parametrize("linked", ["folder", "file"])
 def test_a_link_to_a_script_leads_to_its_checkout(run, checkout, tmp_path, script, linked):
-    if linked == "folder":
-        (tmp_path / "scripts").symlink_to(checkout / "scripts")
-        link = tmp_path / "scripts" / script
-    else:
-        link = tmp_path / script
-        link.symlink_to(checkout / "scripts" / script)
-    assert run(link, *CALLS[script]).seen["name"] == "own"
+    link = tmp_path / ("scripts" if linked == "folder" else script)
+    link.symlink_to(checkout / "scripts" / link.name if linked == "file" else checkout / "scripts")
+    assert run(link / script if linked == "folder" else link, *CALLS[script]).seen["name"] == "own"
 
 
 # ---------------------------------------------------------------------- thin
 
 
-@pytest.mark.parametrize("script", sorted(path.name for path in SCRIPTS.glob("*.sh")))
-def test_shell_scripts_parse(script):
-    done = subprocess.run(["bash", "-n", SCRIPTS / script], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stderr) == (0, "")
+def test_shell_scripts_parse_and_can_be_run_by_name():
+    for script in SCRIPTS.glob("*.sh"):
+        done = subprocess.run(["bash", "-n", script], capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stderr) == (0, ""), script
+    assert all(os.access(SCRIPTS / name, os.X_OK) for name in SHELL)
 
 
 @pytest.mark.parametrize("script", PYTHON)
@@ -309,7 +284,3 @@ def test_python_scripts_import_neither_torch_nor_the_package(run, script):
     assert ran.seen is not None
     assert "argparse" in imported
     assert not {name for name in imported if name.split(".")[0] in ("torch", "lever_lm", "typer")}
-
-
-def test_the_scripts_that_are_run_by_name_are_executable():
-    assert all(os.access(SCRIPTS / name, os.X_OK) for name in SHELL)

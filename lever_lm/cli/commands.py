@@ -11,13 +11,13 @@ from lever_lm.cli import completion, entrypoint
 from lever_lm.cli.config_command import config_app
 from lever_lm.cli.options import Common, command, emit, finite, parse_shots
 from lever_lm.cli.run_config import (
-    dataset_named,
     make_pipeline,
     pipeline_of_run,
     planned,
     refuse_resuming,
     run_without_pipeline,
 )
+from lever_lm.config.schema import DataConfig
 from lever_lm.training.metrics import STRATEGIES
 from lever_lm.training.tensorboard import check_tracker
 from lever_lm.utils.errors import LeverError, UsageError
@@ -33,17 +33,10 @@ app = Typer(
 
 RceEpochs = Annotated[int | None, Option(min=0, help="Epochs of RCE warm-up.")]
 GrpoEpochs = Annotated[int | None, Option(min=0, help="Epochs of GRPO; raising it continues a finished run.")]
-Keep = Annotated[
-    int | None, Option(min=1, help="Keep N checkpoints of each phase and the best of every strategy; else all.")
-]
-DetectAnomaly = Annotated[
-    bool, Option("--detect-anomaly", help="Name the module and operation of a NaN; slower, results as without.")
-]
+Keep = Annotated[int | None, Option(min=1, help="Keep N checkpoints of a phase and each strategy's best; else all.")]
+DetectAnomaly = Annotated[bool, Option("--detect-anomaly", help="Name the module and operation of a NaN; slower.")]
 Tracker = Annotated[
-    str | None,
-    Option(
-        help="tensorboard: also write the metrics for it, into the run's folder.", autocompletion=completion.trackers
-    ),
+    str | None, Option(help="tensorboard: also write its files into the run.", autocompletion=completion.trackers)
 ]
 RunDir = Annotated[
     Path | None,
@@ -97,10 +90,7 @@ def train(
     tracker: Tracker = None,
     from_run: Annotated[
         Path | None,
-        Option(
-            help="Repeat the run in this folder, in another one, and say what differs.",
-            autocompletion=completion.run_folders,
-        ),
+        Option(help="Repeat this run in another folder, say what differs.", autocompletion=completion.run_folders),
     ] = None,
 ) -> None:
     """Features, pools and rollouts where missing; then RCE and GRPO; then the recommended checkpoint is converted."""
@@ -117,7 +107,8 @@ def train(
         return
     refuse_resuming(common, pipeline)
     pipeline.detect_anomaly, pipeline.tracker = detect_anomaly, tracker
-    named = dataset_named(common, pipeline.config)
+    # A dataset that nothing names is the embedded one.
+    named = common.dataset is not None or pipeline.config.data.okvqa_path != DataConfig.okvqa_path
     emit(common, pipeline.train(**own, overwrite=common.overwrite, dataset_named=named))
 
 
@@ -146,22 +137,22 @@ def best_ckpt(
     if common.dry_run:
         planned(common, pipeline_of_run(common, run_dir=run_dir))
         return
-    named, _, screen = run_without_pipeline(common, run_dir)
-    run = named if log is None or run_dir is not None else None
+    run, _, screen = run_without_pipeline(common, run_dir)
+    run = run if log is None or run_dir is not None else None
     history = read_history(run, log)
     answer = choose(history, strategy, run)
-    before, not_kept = None, None
+    note = None
     if answer["epoch"] is not None and run is not None:
         before = kept_choice(run)
+        if before not in (None, (answer["strategy"], answer["epoch"])):
+            note = f"{run.best}: this replaces the choice of {before[0]}, epoch {before[1]}"
         try:
             write_json(run.best, finite(answer))
         except LeverError as error:
-            before, not_kept = None, error
+            note = f"warning: the choice is not kept: {error}; `--ckpt {answer['checkpoint']}` names it"
     show_choice(screen, history, answer, show_all)
-    if not_kept:
-        screen.say(f"warning: the choice is not kept: {not_kept}; `--ckpt {answer['checkpoint']}` names it")
-    if before not in (None, (answer["strategy"], answer["epoch"])):
-        screen.say(f"{run.best}: this replaces the choice of {before[0]}, epoch {before[1]}")
+    if note:
+        screen.say(note)
     emit(common, answer)
     if answer["epoch"] is None:
         raise LeverError(answer["why"])
@@ -206,18 +197,13 @@ def infer(
     from lever_lm.evaluation import run as evaluation
     from lever_lm.training.find_checkpoint import find_checkpoint
 
-    def find(run, _) -> tuple[Path, str]:
-        return find_checkpoint(run, ckpt, dict(os.environ))
-
-    pipeline = pipeline_of_run(common, {"infer.okvqa_stem": okvqa_stem or None}, find=find if icds is None else None)
+    find = None if icds else lambda run, _: find_checkpoint(run, ckpt, dict(os.environ))
+    pipeline = pipeline_of_run(common, {"infer.okvqa_stem": okvqa_stem or None}, find=find)
     if common.dry_run:
         pipeline.inference = evaluation.planned_folder(pipeline, icds)
     if planned(common, pipeline, "infer", shots=numbers, learned=1, baselines=baselines):
         return
-    if icds is not None:
-        result = evaluation.infer_icds(pipeline, icds, numbers, baselines=baselines)
-    else:
-        result = evaluation.infer(pipeline, numbers, ckpt=ckpt, baselines=baselines)
+    result = evaluation.infer(pipeline, numbers, ckpt=ckpt, icds=icds, baselines=baselines)
     show_results(pipeline.screen, result["results"], result["tests"], stemmed=result["okvqa_stem"])
     emit(common, result)
 
@@ -275,7 +261,7 @@ def status(
     run, layout, screen = run_without_pipeline(common, run_dir)
     if all_:
         result = {"runs": runs_below(common.results)}
-        lines = map(status_row, result["runs"])
+        lines = [status_row(found) for found in result["runs"]]
     else:
         result = {**run_status(run, layout), "gpus": gpus()}
         lines = status_lines(result)
@@ -338,9 +324,7 @@ def report(
     runs: Annotated[
         list[Path] | None,
         Argument(
-            metavar="RUN_DIR",
-            help="Run folder, by default the one the options name; with --compare, several.",
-            autocompletion=completion.run_folders,
+            metavar="RUN_DIR", help="One run folder, with --compare several.", autocompletion=completion.run_folders
         ),
     ] = None,
     compare: Annotated[bool, Option("--compare", help="Lay the further runs over the first.")] = False,
@@ -374,5 +358,5 @@ def _root(version: Annotated[bool, Option("--version", help="Print the version."
 
 
 def main() -> None:
-    """The entry point of the installed command."""
+    """Run the installed command."""
     entrypoint.main(app)

@@ -8,6 +8,7 @@ import yaml
 
 from lever_lm.cli import completion
 from lever_lm.cli.options import Common, command, emit, named_yamls, option_values
+from lever_lm.cli.run_config import refuse_options
 from lever_lm.config.load import Layer, combined, file_layer, layers
 from lever_lm.config.schema import Config, key_docs, to_dict
 from lever_lm.config.values import all_keys, build
@@ -17,36 +18,30 @@ from lever_lm.utils.terminal import one_line, shown
 
 config_app = typer.Typer(help="Show the config that options give or a run has, or compare two.", no_args_is_help=True)
 
-Where = "a recipe, a YAML file, or a run folder"
+Where = "A recipe, a YAML file, or a run folder"
 
 
 @command(config_app, "show")
 def show(
     common: Common,
     what: Annotated[
-        str | None,
-        typer.Argument(
-            help=f"What to show: {Where}; by default what the options give.", autocompletion=completion.configs
-        ),
+        str | None, typer.Argument(help=f"{Where}; else what the options give.", autocompletion=completion.configs)
     ] = None,
     docs: Annotated[bool, typer.Option("--docs", help="With what each key means.")] = False,
 ) -> None:
     """The config as YAML; a value that is not the default says what set it. `> my.yaml` makes a file for --config."""
-    view, documented = _view(common, what), key_docs() if docs else {}
-    _print(common, as_yaml(view, documented))
-    told = {"docs": documented} if docs else {}
-    emit(common, {"config": to_dict(view.config), "changed": view.changed(), **told})
+    view, told = _view(common, what), {"docs": key_docs()} if docs else {}
+    _print(common, as_yaml(view, told.get("docs", {})))
+    emit(common, {"config": to_dict(view.config), "changed": view.changed, **told})
 
 
 @command(config_app, "diff")
 def diff(
     common: Common,
-    one: Annotated[str, typer.Argument(metavar="A", help=f"One config: {Where}.", autocompletion=completion.configs)],
+    one: Annotated[str, typer.Argument(metavar="A", help=f"{Where}.", autocompletion=completion.configs)],
     other: Annotated[
         str | None,
-        typer.Argument(
-            metavar="B", help="The other; by default what the options give.", autocompletion=completion.configs
-        ),
+        typer.Argument(metavar="B", help=f"{Where}; else what the options give.", autocompletion=completion.configs),
     ] = None,
 ) -> None:
     """What differs between two configs, key by key. The options complete recipes and YAML files, not run folders."""
@@ -62,28 +57,20 @@ def diff(
 
 
 class View:
-    """A resolved config: its name, its values by dotted key in the order of the dataclasses, and the source that set
-    each value last."""
+    """A resolved config: its name, its values by dotted key in the order of the dataclasses, and for each value that is
+    not the default, `changed`: {from, default}, the source that set it last."""
 
     def __init__(self, name: str, found: list[Layer]):
         self.name, self.config = name, build(combined(found))
-        self.values = flat(to_dict(self.config))
-        self.sources = {key: layer.source for layer in found for key in flat(layer.values)}
-
-    def changed(self) -> dict[str, dict]:
-        """Dotted key → {from, default}, of the values that are not the default."""
-        defaults = flat(to_dict(Config()))
-        return {
-            key: {"from": self.sources[key], "default": defaults[key]}
-            for key, value in self.values.items()
-            if value != defaults[key]
-        }
+        self.values, defaults = flat(to_dict(self.config)), flat(to_dict(Config()))
+        sources = {key: layer.source for layer in found for key in flat(layer.values)}
+        changed = [key for key, value in self.values.items() if value != defaults[key]]
+        self.changed = {key: {"from": sources[key], "default": defaults[key]} for key in changed}
 
 
 def _view(common: Common, what: str | None, alone: bool = False) -> View:
-    """The config of a run folder, or of a recipe or YAML file among the options of a command line; of the options alone
-    for None. In a run folder's config only --set and options change anything, and with `alone` nothing does. Raises
-    UsageError for another name."""
+    """The config of a run folder, or of a recipe or YAML file among the options; of the options alone for None. Over a
+    run folder's config count --set and options, with `alone` nothing. Raises UsageError for another name."""
     names, sets, options = named_yamls(common), common.set_ or [], option_values(common)
     recipes, path = completion.yaml_names("recipe"), Path(what or "")
     if what is None or what in recipes:
@@ -91,22 +78,16 @@ def _view(common: Common, what: str | None, alone: bool = False) -> View:
         found = layers(names, file_layer(common.config), sets, options)
     elif path.is_dir():
         if not alone:
-            _refuse(common, what, "dataset", "lvlm", "sampler", "recipe", "config")
+            refuse_options(common, f"{what} brings its own config", "dataset", "lvlm", "sampler", "recipe", "config")
         run = Layer(str(path / "config.yaml"), to_dict(_run_config(RunFolder(path))))
         found = layers({}, None, [] if alone else sets, {} if alone else options, base=run)
     elif path.exists() and not path.is_fifo():  # a pipe without a writer would be waited for
-        _refuse(common, what, "config")
+        refuse_options(common, f"{what} stands in the place of --config", "config")
         found = layers(names, file_layer(path), sets, options)
     else:
         kinds = f"a run folder, a YAML file or a recipe ({', '.join(recipes)})"
         raise UsageError(f"no config {shown(what, 200)}: expected {kinds}")
     return View(what or "the options", found.found)
-
-
-def _refuse(common: Common, what: str, *names: str) -> None:
-    """Raise UsageError for options that would only seem to change what is shown."""
-    if extra := [f"--{name}" for name in names if getattr(common, name) is not None]:
-        raise UsageError(f"{what} stands in the place of {', '.join(extra)}: give one of them")
 
 
 def _run_config(run: RunFolder) -> Config:
@@ -130,7 +111,7 @@ def flat(values: dict, prefix: str = "") -> dict:
 def as_yaml(view: View, docs: dict[str, str]) -> list[str]:
     """The lines of a YAML file that reads back as this config. A value that is not the default has a comment with its
     source and the default; each key in `docs` is preceded by what is said of it."""
-    changed, lines, section = view.changed(), [], ""
+    lines, section = [], ""
     for key, value in view.values.items():
         first, dot, last = key.rpartition(".")
         indent = "  " if dot else ""
@@ -141,7 +122,7 @@ def as_yaml(view: View, docs: dict[str, str]) -> list[str]:
             lines.append(f"{first}:")
         section = first
         lines += [f"{indent}# {docs[key]}"] if key in docs else []
-        note = changed.get(key)
+        note = view.changed.get(key)
         said = f"  # {one_line(note['from'])}; default {_plain(note['default'])}" if note else ""
         lines.append(f"{indent}{last}: {_plain(value)}{said}")
     return lines

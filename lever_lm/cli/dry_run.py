@@ -51,16 +51,15 @@ def show_plan(
     stages and what is missing for them.
 
     rl_data, embeddings: rollouts and features of the user's own, else those of the run `from_run`, so that none are
-    made. shots, learned, baselines: the numbers of demonstrations that are evaluated, how many learned methods, and
-    whether the baselines too. What the cache knows is counted where data, features and model are
-    here; else calls are bounded from above: no command asks more than its plan says.
+    made. shots, learned, baselines: the numbers of demonstrations that are evaluated, the number of learned methods,
+    and whether the baselines are evaluated too. LVLM calls are counted against the cache where data, features and model
+    are here, else bounded from above.
     """
-    DIGESTS.keep_nothing()
+    DIGESTS.keep_in(None)
     config, layout, screen = pipeline.config, pipeline.layout, pipeline.screen
     for line in yaml.safe_dump(to_dict(config), sort_keys=False).splitlines():
         screen.say(line)
-    show_places(pipeline)
-    plan = {"config": to_dict(config), "paths": {name: str(path) for name, path in _places(pipeline).items()}}
+    plan = {"config": to_dict(config), "paths": show_places(pipeline)}
     if not command:
         return plan
     files = own_files(RunFolder(from_run)) if from_run is not None else {}
@@ -77,29 +76,29 @@ def show_plan(
     elif command != "infer":
         stages.append(planner.rollouts())
     if command in ("train", "demo"):
-        stages += planner.training(pipeline.run, planner.queries() if rl_data is None else _queries_of(config, rl_data))
+        stages += planner.training(pipeline.run, rl_data)
     if shots:
         answers = learned * len(shots) + baselines * (1 + (len(BASELINES) - 1) * len(shots))  # zero-shot has one
         stages.append(planner.inference(answers, pipeline.inference))
-    total = _in_all(stages)
+    times = [stage.seconds for stage in stages]
+    calls, size = (sum(getattr(stage, name) for stage in stages) for name in ("lvlm_calls", "bytes"))
+    seconds = None if None in times else sum(times)
+    total = Stage("in all", "", "", calls, all(stage.exact for stage in stages), seconds, size)
     for line in (*(check.line() for check in missing), *(stage.line() for stage in stages)):
         screen.say(line)
     screen.say(f"{total.line()}; estimates are good to a factor of 3")
-    sums = {"lvlm_calls": total.lvlm_calls, "seconds": total.seconds, "bytes": total.bytes}
-    return {**plan, **sums, "stages": [asdict(stage) for stage in stages], "missing": [vars(c) for c in missing]}
+    plan |= {"lvlm_calls": calls, "seconds": seconds, "bytes": size}
+    return {**plan, "stages": [asdict(stage) for stage in stages], "missing": [vars(check) for check in missing]}
 
 
-def _places(pipeline) -> dict[str, Path]:
-    """Return the path of what each stage of a pipeline makes."""
+def show_places(pipeline) -> dict[str, str]:
+    """Say and return the path of what each stage of a pipeline makes, and say whether it is there."""
     layout = pipeline.layout
     made = {"features": layout.features, "rollouts": layout.rollouts}
-    return {**made, "run": pipeline.run.path, "inference": pipeline.inference}
-
-
-def show_places(pipeline) -> None:
-    """Say the path of what each stage of a pipeline makes, and whether it is there."""
-    for name, path in _places(pipeline).items():
+    made |= {"run": pipeline.run.path, "inference": pipeline.inference}
+    for name, path in made.items():
         pipeline.screen.say(f"{name}: {path} ({'there' if path.exists() else 'to be made'})")
+    return {name: str(path) for name, path in made.items()}
 
 
 @dataclass(frozen=True)
@@ -117,28 +116,11 @@ class Stage:
 
     def line(self) -> str:
         """Return the stage as a line for the terminal."""
-        parts = [self.state]
-        if self.lvlm_calls:
-            parts.append(f"{'' if self.exact else 'at most '}{self.lvlm_calls:,} LVLM calls")
-        if self.seconds is None or self.seconds >= 1:
-            parts.append("time unknown" if self.seconds is None else f"about {duration(self.seconds)}")
-        if self.bytes:
-            parts.append(f"{self.bytes / 1e6:,.0f} MB")
+        calls = f"{'' if self.exact else 'at most '}{self.lvlm_calls:,} LVLM calls" if self.lvlm_calls else ""
+        time = "time unknown" if self.seconds is None else f"about {duration(self.seconds)}"
+        parts = [self.state, calls, "" if self.seconds is not None and self.seconds < 1 else time]
+        parts.append(f"{self.bytes / 1e6:,.0f} MB" if self.bytes else "")
         return f"{self.name}: {', '.join(filter(None, parts))}{f' ({self.path})' if self.path else ''}"
-
-
-def _in_all(stages: list[Stage]) -> Stage:
-    """The sums over a plan; the time is unknown where that of a stage is."""
-    times = [stage.seconds for stage in stages]
-    calls, size = (sum(getattr(stage, name) for stage in stages) for name in ("lvlm_calls", "bytes"))
-    return Stage("in all", "", "", calls, all(s.exact for s in stages), None if None in times else sum(times), size)
-
-
-def _queries_of(config: Config, rl_data: Path) -> list[int]:
-    """The training rows that have a group in a rollout file; none where it cannot be read."""
-    with contextlib.suppress(LeverError):
-        return query_ids(read_rollouts(rl_data), config.reward.max_groups)
-    return []
 
 
 class _Planner:
@@ -192,8 +174,7 @@ class _Planner:
         return query_rows(count, len(self.data.train_examples), self.config.seed) if self.data else list(range(count))
 
     def _calls(self, rows: list[int], scored: bool) -> int:
-        """LVLM calls of a rollout for each of these queries: the answer, and where it is `scored` that of each
-        reference."""
+        """LVLM calls of one rollout of each query: the answer, and where it is `scored` each reference."""
         if not scored:
             return len(rows)
         train = self.data.train_examples if self.data else ()
@@ -202,7 +183,11 @@ class _Planner:
     def _references(self, query: Example) -> int:
         return len(TASKS[self.data.task].references(query))
 
-    def training(self, run: RunFolder, queries: list[int]) -> list[Stage]:
+    def training(self, run: RunFolder, rl_data: Path | None) -> list[Stage]:
+        queries: list[int] = [] if rl_data else self.queries()
+        if rl_data:
+            with contextlib.suppress(LeverError):  # refused when it is read
+                queries = query_ids(read_rollouts(rl_data), self.config.reward.max_groups)
         stages, rows, online = [], run.rows(), self.config.grpo
         width = self.known.train.image.shape[1] if self.known else DEFAULT_WIDTH
         flops = 12 * self.config.rollout.pool_size * width * self.config.policy.hidden_dim * len(queries)

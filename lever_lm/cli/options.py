@@ -3,7 +3,7 @@
 import inspect
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from functools import reduce, wraps
 from inspect import Parameter
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from lever_lm.cli import completion
+from lever_lm.cli.completion import named
 from lever_lm.config.values import dotted, merge
 from lever_lm.utils.distributed import Shards
 from lever_lm.utils.errors import UsageError
@@ -20,11 +21,15 @@ from lever_lm.utils.terminal import json_text, shown
 DEFAULT_DATASET, DEFAULT_LVLM = "digits", "tiny_qwen2.5_vl"
 
 
-def _option(text: str, *names: str, default: Any = None, keys: tuple[str, ...] = (), complete=None, **how: Any) -> Any:
-    """A field of Common. text: its help; names: its spellings, by default that of the field; keys: the config keys that
-    it sets; complete: what a shell offers for it; how: the rest of what `typer.Option` takes."""
-    option = typer.Option(*names, help=text, autocompletion=complete, **how)
-    return field(default=default, metadata={"option": option, "keys": keys})
+def _option(text: str, *names: str, default: Any = None, complete=None, **how: Any) -> Any:
+    """A field of Common. text: its help; names: its spellings, by default that of the field; complete: what a shell
+    offers for it; how: the rest of what `typer.Option` takes."""
+    return field(default=default, metadata={"names": names, "help": text, "autocompletion": complete, **how})
+
+
+def _switch(text: str, *names: str) -> Any:
+    """A field of Common that is False unless the option is given."""
+    return _option(text, *names, default=False)
 
 
 @dataclass
@@ -34,61 +39,58 @@ class Common:
     config: Path | None = _option(
         "YAML of config keys, over the named ones; folders that it names win over the environment."
     )
-    dataset: str | None = _option(
-        "configs/dataset/NAME.yaml: digits, okvqa_local", complete=completion.named("dataset")
-    )
-    lvlm: str | None = _option(
-        "configs/lvlm/NAME.yaml: tiny_qwen2.5_vl, qwen2.5_vl_3B, …", complete=completion.named("lvlm")
-    )
-    server: str | None = _option(
-        "URL[,URL…] of OpenAI-compatible servers that answer as the LVLM: http://HOST:8000/v1", keys=("lvlm.server",)
-    )
+    dataset: str | None = _option("configs/dataset/NAME.yaml: digits, okvqa_local", complete=named("dataset"))
+    lvlm: str | None = _option("configs/lvlm/NAME.yaml: tiny_qwen2.5_vl, qwen2.5_vl_3B, …", complete=named("lvlm"))
+    server: str | None = _option("URL[,URL…] of OpenAI-compatible servers that answer as the LVLM: http://HOST:8000/v1")
     sampler: str | None = _option(
-        "rand_sampler, text_sim_sampler, img_sim_sampler, mix_sampler", complete=completion.named("sampler")
+        "rand_sampler, text_sim_sampler, img_sim_sampler, mix_sampler", complete=named("sampler")
     )
-    recipe: str | None = _option("configs/recipe/NAME.yaml, for example classic", complete=completion.named("recipe"))
+    recipe: str | None = _option("configs/recipe/NAME.yaml, for example classic", complete=named("recipe"))
     features: str | None = _option(
-        "What queries and ICDs are encoded by: query_img_text_icd_img_text, …",
-        keys=("features.name",),
-        complete=completion.features,
+        "What queries and ICDs are encoded by: query_img_text_icd_img_text, …", complete=completion.features
     )
-    set_: list[str] | None = _option(
-        "One config key: grpo.kl_beta=0.05 (repeatable)", "--set", complete=completion.set_keys
-    )
-    seed: int | None = _option("Seed of everything random.", keys=("seed",))
-    device: str | None = _option("auto, cpu, cuda, cuda:1", keys=("device",))
-    limit: int | None = _option(
-        "Use N queries only, for a quick look.",
-        keys=("rollout.num_queries", "reward.max_groups", "infer.num_queries"),
-        min=2,
-    )
-    skip_bad_examples: bool = _option(
-        "Go on without examples that cannot be read, and count them.",
-        "--skip-bad-examples",
-        default=False,
-        keys=("data.skip_bad_examples",),
-    )
-    allow_remote: bool = _option(
-        "Fetch images that parquet files name by http(s) address.",
-        "--allow-remote",
-        default=False,
-        keys=("data.allow_remote",),
-    )
+    set_: list[str] | None = _option("One config key: grpo.kl_beta=0.05 (repeatable)", complete=completion.set_keys)
+    seed: int | None = _option("Seed of everything random.")
+    device: str | None = _option("auto, cpu, cuda, cuda:1")
+    limit: int | None = _option("Use N queries only, for a quick look.", min=2)
+    skip_bad_examples: bool = _switch("Go on without examples that cannot be read, and count them.")
+    allow_remote: bool = _switch("Fetch images that parquet files name by http(s) address.")
     results: Path = _option("Folder for everything that is made.", default=Path("results"))
     run_name: str | None = _option(
         "Name of the run's folder. What uses a run uses it as it was trained.", complete=completion.run_names
     )
     resume: bool = _option("Go on with a run, or refuse one that is there.", "--resume/--no-resume", default=True)
-    overwrite: bool = _option(
-        "Start the run over, its checkpoints are deleted; of an export: replace it.", "--overwrite", default=False
-    )
-    dry_run: bool = _option("Show what would be done, and with which config.", "--dry-run", default=False)
-    json_: bool = _option("The result as JSON on stdout; all else goes to stderr.", "--json", default=False)
-    quiet: bool = _option("Results and errors only; no warnings, no progress.", "--quiet", "-q", default=False)
-    verbose: bool = _option(
-        "Also versions, paths, cache hits, and every warning of every epoch.", "--verbose", "-v", default=False
-    )
-    debug: bool = _option("Show tracebacks.", "--debug", default=False)
+    overwrite: bool = _switch("Start the run over, its checkpoints are deleted; of an export: replace it.")
+    dry_run: bool = _switch("Show what would be done, and with which config.")
+    json_: bool = _switch("The result as JSON on stdout; all else goes to stderr.")
+    quiet: bool = _switch("Results and errors only; no warnings, no progress.", "--quiet", "-q")
+    verbose: bool = _switch("Also versions, paths, cache hits, and every warning of every epoch.", "--verbose", "-v")
+    debug: bool = _switch("Show tracebacks.")
+
+
+# Common option → the config keys that it sets.
+_KEYS = {
+    "server": ["lvlm.server"],
+    "features": ["features.name"],
+    "seed": ["seed"],
+    "device": ["device"],
+    "limit": ["rollout.num_queries", "reward.max_groups", "infer.num_queries"],
+    "skip_bad_examples": ["data.skip_bad_examples"],
+    "allow_remote": ["data.allow_remote"],
+}
+
+
+def _spelling(name: str) -> str:
+    """`--dry-run` of dry_run, `--set` of set_."""
+    return f"--{name.strip('_').replace('_', '-')}"
+
+
+def _parameter(option: Field) -> Parameter:
+    """A field of Common as a parameter of a command."""
+    how = dict(option.metadata)
+    names = how.pop("names") or [_spelling(option.name)]
+    annotation = Annotated[option.type, typer.Option(*names, **how)]
+    return Parameter(option.name, Parameter.KEYWORD_ONLY, default=option.default, annotation=annotation)
 
 
 _in_force: list[Common] = []
@@ -96,17 +98,12 @@ _in_force: list[Common] = []
 
 def command(app: typer.Typer, name: str, *, one_process: bool = False) -> Callable:
     """Register a function as a command: its first parameter becomes the Common options, the others are its own.
-    one_process: the command is refused under torchrun, as it writes what one process makes."""
+    one_process: the command is refused under torchrun."""
 
     def register(function: Callable) -> Callable:
         signature = inspect.signature(function, eval_str=True)
         own = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in list(signature.parameters.values())[1:]]
-        shared = [
-            Parameter(
-                f.name, Parameter.KEYWORD_ONLY, default=f.default, annotation=Annotated[f.type, f.metadata["option"]]
-            )
-            for f in fields(Common)
-        ]
+        parameters = [*own, *map(_parameter, fields(Common))]
 
         @wraps(function)
         def run(**values: Any) -> None:
@@ -128,8 +125,8 @@ def command(app: typer.Typer, name: str, *, one_process: bool = False) -> Callab
             finally:
                 settle()  # no bar outlives its command
 
-        run.__signature__ = signature.replace(parameters=[*own, *shared])
-        run.__annotations__ = {p.name: p.annotation for p in [*own, *shared]}
+        run.__signature__ = signature.replace(parameters=parameters)
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
         app.command(name)(run)
         return function
 
@@ -159,12 +156,8 @@ def parse_shots(text: str) -> list[int]:
 
 def named_yamls(common: Common) -> dict[str, str | None]:
     """Kind → the name of its YAML in configs/, the default dataset and LVLM where none is named; None for no YAML."""
-    return {
-        "dataset": common.dataset or DEFAULT_DATASET,
-        "lvlm": common.lvlm or DEFAULT_LVLM,
-        "sampler": common.sampler,
-        "recipe": common.recipe,
-    }
+    defaults = {"dataset": common.dataset or DEFAULT_DATASET, "lvlm": common.lvlm or DEFAULT_LVLM}
+    return {**defaults, "sampler": common.sampler, "recipe": common.recipe}
 
 
 def nested(values: dict[str, Any]) -> dict:
@@ -174,10 +167,10 @@ def nested(values: dict[str, Any]) -> dict:
 
 def option_values(common: Common) -> dict[str, dict]:
     """Return the spelling of each common option that is given, with the nested config values that it sets."""
-    given = {f: getattr(common, f.name) for f in fields(Common) if f.metadata["keys"]}
+    given = {name: getattr(common, name) for name in _KEYS}
     return {
-        f"--{f.name.replace('_', '-')}": nested(dict.fromkeys(f.metadata["keys"], value))
-        for f, value in given.items()
+        _spelling(name): nested(dict.fromkeys(_KEYS[name], value))
+        for name, value in given.items()
         if value is not None and value is not False
     }
 

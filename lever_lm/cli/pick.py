@@ -18,13 +18,12 @@ def the_query(
     evaluation = retriever.stages.data.val_examples
     if example is None:
         return evaluation[0], f"question {evaluation[0].question_id}, the first of the evaluation split"
-    found = next((query for query in evaluation if query.question_id == example), None)
-    if found is None:
-        raise UsageError(
-            f"--example {example} is no question of the evaluation split of {retriever.config.data.name}, which begins "
-            f"with {', '.join(str(query.question_id) for query in evaluation[:3])}"
-        )
-    return found, f"question {found.question_id} of the evaluation split"
+    for query in evaluation:
+        if query.question_id == example:
+            return query, f"question {example} of the evaluation split"
+    first = ", ".join(str(query.question_id) for query in evaluation[:3])
+    split = f"the evaluation split of {retriever.config.data.name}, which begins with {first}"
+    raise UsageError(f"--example {example} is no question of {split}")
 
 
 def pick_for(retriever: Retriever, query: Example, shots: int, *, answer: bool, prompt: bool) -> dict:
@@ -53,13 +52,8 @@ def _described(example: Example) -> dict:
 
 
 def _row(pick: Pick) -> dict:
-    return {
-        "probability": round(pick.probability, 6),
-        "image_similarity": round(pick.image_similarity, 6),
-        "text_similarity": round(pick.text_similarity, 6),
-        **_described(pick.example),
-        "answer": pick.example.answer,
-    }
+    numbers = {name: round(getattr(pick, name), 6) for name in ("probability", "image_similarity", "text_similarity")}
+    return {**numbers, **_described(pick.example), "answer": pick.example.answer}
 
 
 def show_picks(screen: Screen, result: dict, source: str) -> None:
@@ -82,8 +76,6 @@ def show_picks(screen: Screen, result: dict, source: str) -> None:
     if "answer" in result:
         scored = ""
         if "accuracy" in result:
-            both = (
-                f"{result['accuracy']:.2f} official, {result['normalized_accuracy']:.2f} with answers always normalised"
-            )
-            scored = f" (VQA accuracy: {both})"
+            always = f"{result['normalized_accuracy']:.2f} with answers always normalised"
+            scored = f" (VQA accuracy: {result['accuracy']:.2f} official, {always})"
         screen.result(f"answer: {result['answer']}{scored}")

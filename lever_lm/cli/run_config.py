@@ -6,7 +6,6 @@ from typing import Any
 
 from lever_lm.cli.options import Common, emit, named_yamls, nested, option_values
 from lever_lm.config.load import Layer, file_layer, layers
-from lever_lm.config.schema import DataConfig
 from lever_lm.training.run_dir import Layout, RunFolder
 from lever_lm.utils.errors import LeverError, UsageError
 
@@ -24,7 +23,10 @@ def make_pipeline(common: Common, flags: dict | None = None, run_dir: Path | Non
     if from_run is None:
         made = layers(named_yamls(common), file_layer(common.config), sets, options)
     else:
-        made = layers({}, None, sets, options, base=Layer("base", _config_of(common, from_run)))
+        from lever_lm.training.environment import config_of
+
+        refuse_options(common, "--from-run brings its own config", *_KINDS, "config")
+        made = layers({}, None, sets, options, base=Layer("base", config_of(RunFolder(from_run))))
         run_name = run_name or f"{from_run.resolve().name}_repeat"
     return _pipeline(common, made, run_name, run_dir)
 
@@ -48,22 +50,22 @@ def pipeline_of_run(
 
     made, file, layout, folder = _named_run(common, flags)
     run = RunFolder(run_dir or folder)
-    values, named, checkpoint, lacking = values_of(run) if find is None else {}, run.path, None, None
-    if find is not None:
-        try:
-            checkpoint = named, _ = find(run, layout)
-            values = locate(named)[2]
-        except LeverError as error:
-            if not common.dry_run:
-                raise
-            lacking = error
+    values, checkpoint, lacking = {}, None, None
+    try:
+        checkpoint = find(run, layout) if find else None
+        values = locate(checkpoint[0])[2] if find else values_of(run)
+    except LeverError as error:
+        if find is None or not common.dry_run:
+            raise
+        lacking = f"without --dry-run this stops: {error}"
     if values:
+        named = checkpoint[0] if checkpoint else run.path
         names = {kind: getattr(common, kind) for kind in _KINDS}
         made = layers_beside(values, named, names, file, common.set_ or [], _options(common, flags))
     pipeline = _pipeline(common, made, common.run_name, run_dir, run)
     pipeline.checkpoint = checkpoint
-    if lacking is not None:
-        pipeline.screen.say(f"without --dry-run this stops: {lacking}")
+    if lacking:
+        pipeline.screen.say(lacking)
     if values:
         pipeline.screen.detail(f"the setting is that of {named}")
     return pipeline
@@ -131,18 +133,10 @@ def _check_run_name(name: str | None) -> None:
         raise UsageError(f"--run-name takes a folder name, found {name!r}")
 
 
-def _config_of(common: Common, run: Path) -> dict:
-    """The config of a run that is to be made again. Raises UsageError for options that would only seem to change it."""
-    from lever_lm.training.environment import config_of
-
-    if extra := [f"--{name}" for name in (*_KINDS, "config") if getattr(common, name) is not None]:
-        raise UsageError(f"--from-run brings its own config: change single keys with --set, without {', '.join(extra)}")
-    return config_of(RunFolder(run))
-
-
-def dataset_named(common: Common, config) -> bool:
-    """Return whether the command line, a config or the environment names the dataset; else it is the embedded one."""
-    return common.dataset is not None or config.data.okvqa_path != DataConfig.okvqa_path
+def refuse_options(common: Common, why: str, *names: str) -> None:
+    """Raise UsageError for options that would only seem to change the config."""
+    if extra := [f"--{name}" for name in names if getattr(common, name) is not None]:
+        raise UsageError(f"{why}: leave {', '.join(extra)} out; --set changes single keys")
 
 
 def refuse_resuming(common: Common, pipeline) -> None:

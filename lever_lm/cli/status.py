@@ -10,10 +10,9 @@ import sqlite3
 import statistics
 import subprocess
 import time
-import urllib.parse
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 from lever_lm.config.schema import Config
 from lever_lm.config.values import build
@@ -28,14 +27,8 @@ from lever_lm.utils.locks import seen
 
 _LATELY = 10  # epochs that the time of one is taken from
 _GPU = "name,memory.used,memory.total,utilization.gpu"
-_COMPUTED = (
-    "SELECT 1 FROM sqlite_master WHERE type NOT IN ('table', 'index') "
-    "UNION ALL SELECT 1 FROM pragma_table_xinfo('answers') WHERE hidden"
-)
-_ANEW = ("--overwrite", "--no-resume")  # what goes on with a run does without these
 _CUT = 200  # characters of a command that a lock file holds, at most
 _PATIENCE = 5.0  # seconds for nvidia-smi, which hangs where a driver does
-Told = TypeVar("Told")
 
 
 def run_status(run: RunFolder, layout: Layout | None = None) -> dict:
@@ -64,8 +57,7 @@ def run_status(run: RunFolder, layout: Layout | None = None) -> dict:
     done = {name: max([0, *(epoch for phase, epoch in there if phase == name)]) for name in PHASES}
     wanted = {name: getattr(config, name).epochs if config else None for name in PHASES}
     left = {name: max(0, wanted[name] - done[name]) if config else 0 for name in PHASES}
-    early = bool(config and left["grpo"] and 0 < config.grpo.patience <= epochs_since_best(rows))
-    if early:
+    if early := bool(config and left["grpo"] and 0 < config.grpo.patience <= epochs_since_best(rows)):
         left["grpo"] = 0
     state, why = _state(config, done, left, process, working, early)
     now_at = next((name for name in PHASES if left[name]), "done" if any(done.values()) else "rce")
@@ -73,7 +65,7 @@ def run_status(run: RunFolder, layout: Layout | None = None) -> dict:
     times = {name: _epoch_time(rows, checkpoints, name) for name in PHASES}
     rollouts = _rollouts(run, layout, process)
     trains = any(done.values()) or run.config.is_file() or _trains_on_a_file(process)
-    trains = trains or (rollouts is not None and rollouts["exists"])
+    trains = trains or bool(rollouts and rollouts["exists"])
     return {
         "run": str(run.path),
         "state": state,
@@ -105,7 +97,7 @@ def runs_below(results: Path) -> list[dict]:
     return found
 
 
-def _told(notes: list[str], read: Callable[[], Told]) -> Told | None:
+def _told(notes: list[str], read: Callable[[], Any]) -> Any:
     """Return what `read` gives; None, and a note, where a file is not what it should be."""
     try:
         return read()
@@ -121,9 +113,6 @@ def _own_layout(run: RunFolder, config: Config) -> Layout | None:
         return None
     unnamed = Layout(config, place.parents[2])
     return unnamed if unnamed.run.name == place.name else Layout(config, place.parents[2], place.name)
-
-
-# ---------------------------------------------------------------------- what is going on
 
 
 def _worker(lock: Path) -> tuple[dict | None, bool]:
@@ -151,9 +140,8 @@ def _state(
         return "not begun", "no epoch has ended, and no process is at work"
     if missing:
         return "killed", f"{missing} are missing, and no process is at work"
-    if early:
-        return "finished", f"stopped early by grpo.patience after epoch {done['grpo']}"
-    return "finished", "all epochs of its config are there"
+    stopped = f"stopped early by grpo.patience after epoch {done['grpo']}"
+    return "finished", stopped if early else "all epochs of its config are there"
 
 
 def who(process: dict) -> str:
@@ -175,9 +163,6 @@ def _rollouts(run: RunFolder, layout: Layout | None, process: dict | None) -> di
 def _trains_on_a_file(process: dict | None) -> bool:
     """Return whether a command names rollouts of the user's own: it makes none."""
     return process is not None and any(word.startswith("--rl-data") for word in process["command"].split())
-
-
-# ---------------------------------------------------------------------- what is there
 
 
 def _rows(run: RunFolder, notes: list[str], working: bool) -> list[dict]:
@@ -217,9 +202,8 @@ def _epoch_time(rows: list[dict], checkpoints: dict[tuple[str, int], Path], phas
 
 def _seconds_left(left: dict[str, int], times: dict[str, float | None]) -> float | None:
     """The seconds that are left of these phases; None where the speed of one is not known yet."""
-    if any(left[name] and times[name] is None for name in left):
-        return None
-    return sum(left[name] * (times[name] or 0.0) for name in left)
+    unknown = any(left[name] and times[name] is None for name in left)
+    return None if unknown else sum(left[name] * (times[name] or 0.0) for name in left)
 
 
 def _best(rows: list[dict]) -> dict:
@@ -232,16 +216,11 @@ def _best(rows: list[dict]) -> dict:
 
 def _answers(path: Path) -> int | None:
     """How many answers the cache holds; None where there is no cache, or another process is just writing to it."""
-    if not path.is_file():
-        return None
-    try:
-        address = f"file:{urllib.parse.quote(str(path.resolve()))}?mode=ro"
+    with contextlib.suppress(sqlite3.Error):
+        address = f"{path.resolve().as_uri()}?mode=ro"
         with contextlib.closing(sqlite3.connect(address, uri=True, timeout=1.0)) as db:
-            if db.execute(_COMPUTED).fetchone():
-                return None  # a view may never end, and a column that is made when it is read may be of any size
             return db.execute("SELECT count(*) FROM answers WHERE key NOT LIKE 'speed:%'").fetchone()[0]
-    except (sqlite3.Error, ValueError):
-        return None
+    return None
 
 
 def _bytes(folder: Path) -> int:
@@ -259,18 +238,17 @@ def _command(run: RunFolder, layout: Layout | None, process: dict | None) -> str
     with the same effect."""
     kept = read_environment(run)
     if command := typed_again(kept.get("last_command", kept.get("command"))):
-        return shlex.join(_without_anew(shlex.split(command)))
-    if not run.config.is_file():  # killed before it was written: the lock names the command, or its beginning
-        whole = process is not None and 0 < len(process["command"]) < _CUT
-        return shlex.join(["lever", *_without_anew(process["command"].split())]) if whole else None
-    named = ["--run-name", layout.run_name] if layout and layout.run_name else []
-    usual = layout is not None and layout.run.resolve() == run.path.resolve()
-    where = ["--results", str(layout.dataset.parent), *named] if usual else ["--run-dir", str(run.path)]
-    return shlex.join(["lever", "train", "--config", str(run.config), *where])
-
-
-def _without_anew(words: list[str]) -> list[str]:
-    return [word for word in words if word not in _ANEW]
+        words = shlex.split(command)
+    elif not run.config.is_file():  # killed before it was written: the lock names the command, or its beginning
+        if process is None or not 0 < len(process["command"]) < _CUT:
+            return None
+        words = ["lever", *process["command"].split()]
+    else:
+        named = ["--run-name", layout.run_name] if layout and layout.run_name else []
+        usual = layout is not None and layout.run.resolve() == run.path.resolve()
+        where = ["--results", str(layout.dataset.parent), *named] if usual else ["--run-dir", str(run.path)]
+        words = ["lever", "train", "--config", str(run.config), *where]
+    return shlex.join(word for word in words if word not in ("--overwrite", "--no-resume"))  # it would begin anew
 
 
 def gpus() -> list[dict]:

@@ -14,10 +14,11 @@ _FAR = 24 * 3600  # seconds; what ends later has no hour of the day
 
 def status_lines(status: dict) -> list[str]:
     """The state of a run for the terminal."""
+    last = status["checkpoint"]
     facts = {
         "why": _why(status),
-        "training": ", then ".join(_count(name, **status["phases"][name]) for name in PHASES),
-        "checkpoint": _checkpoint_line(status["checkpoint"]),
+        "training": ", then ".join(map(_count, status["phases"], status["phases"].values())),
+        "checkpoint": f"{Path(last['path']).name}, {duration(last['age'])} old" if last else "none yet",
         "time": _time_line(status),
         "last epoch": _numbers(status["metrics"] or {}),
         "best": ", ".join(f"{k} {v['value']:.4f} in epoch {v['epoch']}" for k, v in status["best"].items()),
@@ -51,12 +52,9 @@ def _why(status: dict) -> str:
     return f"{who(process)} since {since}{command}"
 
 
-def _count(name: str, done: int, of: int | None) -> str:
-    return f"{name.upper()} {done}" + (f" of {of}" if of is not None else "") + " epochs"
-
-
-def _checkpoint_line(latest: dict | None) -> str:
-    return f"{Path(latest['path']).name}, {duration(latest['age'])} old" if latest else "none yet"
+def _count(phase: str, count: dict) -> str:
+    of = "" if count["of"] is None else f" of {count['of']}"
+    return f"{phase.upper()} {count['done']}{of} epochs"
 
 
 def _time_line(status: dict) -> str:
@@ -65,14 +63,12 @@ def _time_line(status: dict) -> str:
         left, of = status["phase_seconds_left"], "this phase"
     parts = [] if each is None else [f"{duration(each)} an epoch"]
     if left and left < _FAR and status["state"] == "running":
-        parts.append(f"{duration(left)} of {of} left, until about {time.strftime('%H:%M', _at(left))}")
+        parts.append(
+            f"{duration(left)} of {of} left, until about {time.strftime('%H:%M', time.localtime(time.time() + left))}"
+        )
     elif left:
         parts.append(f"{duration(left)} of {of} left")
     return ", ".join(parts)
-
-
-def _at(seconds: float) -> time.struct_time:
-    return time.localtime(time.time() + seconds)
 
 
 def _numbers(row: dict) -> str:

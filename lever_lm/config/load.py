@@ -196,3 +196,12 @@ def _of_kind(kind: str, values: dict, run: dict) -> dict:
 def combined(found: list[Layer]) -> dict:
     """Return the nested values of layers, later ones over earlier ones."""
     return reduce(merge, (layer.values for layer in found), {})
+
+
+def resolve(
+    names: dict[str, str | None], config_file: Path | None, sets: list[str], flags: dict
+) -> tuple[Config, list[str]]:
+    """Return the Config of named YAMLs, a file, `--set` items and nested values, as on a command line, and the environment
+    variables in effect as NAME=value. Raises UsageError as `build` does."""
+    made = layers(names, file_layer(config_file), sets, {"options": flags})
+    return made.config(), made.in_effect

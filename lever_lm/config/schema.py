@@ -90,10 +90,8 @@ class FeatureConfig(Section, section="features"):
         """Return what (queries, ICDs) are encoded by, as sets of `img` and `text`."""
         match = re.fullmatch("query_(img|text|img_text)_icd_(img|text|img_text)", self.name)
         if match is None:
-            raise UsageError(
-                f"unknown features {shown(self.name)}: expected query_X_icd_Y with X and Y of img, text, img_text "
-                "(--features)"
-            )
+            expected = "expected query_X_icd_Y with X and Y of img, text, img_text (--features)"
+            raise UsageError(f"unknown features {shown(self.name)}: {expected}")
         return frozenset(match[1].split("_")), frozenset(match[2].split("_"))
 
 
@@ -119,9 +117,8 @@ class PromptConfig(Section, section="prompt"):
         super().__post_init__()
         parts = re.split(r"(\{question\}|\{answer\})", self.template)
         if parts[1::2] != ["{question}", "{answer}"] or parts[-1]:
-            raise UsageError(
-                f"prompt.template must hold {{question}} once and end with {{answer}}, found {shown(self.template)}"
-            )
+            found = shown(self.template)
+            raise UsageError(f"prompt.template must hold {{question}} once and end with {{answer}}, found {found}")
 
 
 @dataclass(frozen=True)
@@ -134,7 +131,7 @@ class LvlmConfig(Section, section="lvlm"):
     batch_size: int = speed(64, "prompts in a batch, at most", "> 0")
     batch_tokens: int = speed(65536, "tokens in a batch, at most; padding and the answers that are scored count", "> 0")
     compile: bool = speed(False, "fuse small operations on a GPU: a tenth faster, after 15 seconds")
-    workers: int = speed(-1, "processes that decode images ahead of it; -1: eight with a GPU, none without", ">= -1")
+    workers: int = speed(-1, "processes that decode images for the model; -1: eight with a GPU, none without", ">= -1")
     bank_memory: float = speed(0.0, "GiB of the device for image features; 0: a quarter of what is free", ">= 0")
     bank_disk: float = speed(64.0, "GiB in the cache folder for image features; 0: none is written", ">= 0")
     num_beams: int = answers(1, "beams of the search for an answer; 1: greedy", "> 0")
@@ -155,20 +152,13 @@ class LvlmConfig(Section, section="lvlm"):
         super().__post_init__()
         if self.min_pixels > self.max_pixels:
             raise UsageError(f"lvlm.min_pixels {self.min_pixels} exceeds lvlm.max_pixels {self.max_pixels}")
-        if not self.server:
-            return
-        for url in self.server.split(","):
+        for url in self.server.split(",") if self.server else ():
             _check_server(url.strip())
-        if self.num_beams > 1:
-            raise UsageError(
-                f"a server answers greedily, but lvlm.num_beams is {self.num_beams}: --set lvlm.num_beams=1, or "
-                "drop --server (lvlm.server) to search beams in this process"
-            )
-        if self.eos != "model":
-            raise UsageError(
-                f"a server ends its answers where the model's generation config says, but lvlm.eos is {self.eos}: "
-                "--set lvlm.eos=model, or drop --server (lvlm.server)"
-            )
+        for key, value in (("num_beams", 1), ("eos", "model")):
+            if self.server and getattr(self, key) != value:
+                does = "answers greedily, up to the token that the model's generation config names"
+                here = f"but lvlm.{key} is {getattr(self, key)}: --set lvlm.{key}={value}"
+                raise UsageError(f"a server {does}, {here}, or drop --server (lvlm.server)")
 
     @property
     def servers(self) -> list[str]:
@@ -213,10 +203,8 @@ class RolloutConfig(Section, section="rollout"):
         super().__post_init__()
         if not any((self.beam, self.sample and self.temperatures, self.retrieval, self.random, self.infoscore)):
             raise UsageError("no rollout of any kind is asked for: rollout.beam, sample, retrieval, random, infoscore")
-        if 0 < self.infoscore_candidates < self.shots:
-            raise UsageError(
-                f"rollout.infoscore_candidates {self.infoscore_candidates} are too few for rollout.shots {self.shots}"
-            )
+        if 0 < (few := self.infoscore_candidates) < self.shots:
+            raise UsageError(f"rollout.infoscore_candidates {few} are too few for rollout.shots {self.shots}")
         if self.num_queries < 2:
             raise UsageError("rollout.num_queries (--limit) must be 2 or more: one to learn from, one to judge by")
         if self.pool_size < self.shots:
@@ -290,7 +278,7 @@ class GrpoConfig(Section, section="grpo"):
     advantage_scale: str = setting("group", "whose std a zscore divides by", "group | batch | none")
     advantage_min_std: float = setting(0.1, "a zscore divides by no less", ">= 0")
     advantage_clip: float = setting(5.0, "larger advantages, of either sign, are cut to this", "> 0")
-    top_k: tuple[int, ...] = setting((), "keep only the k best rollouts of a group, by epoch, then the last", ">= 1")
+    top_k: tuple[int, ...] = setting((), "keep only the k best rollouts of a group; k by epoch, then the last", ">= 1")
     refresh_every: int = setting(5, "epochs between refreshes of the old policy; 0 never", ">= 0")
     anchor: str = setting("rce", "old and reference policy at the start: that after RCE, or before it", "rce | init")
     reference: str = setting("start", "KL against the policy at GRPO's start, or against the `old` one", "start | old")
@@ -342,9 +330,7 @@ class Config:
         if self.rce.epochs + self.grpo.epochs == 0:
             raise UsageError("nothing to train: rce.epochs and grpo.epochs are both 0 (--rce-epochs, --grpo-epochs)")
         if self.grpo.online and self.reward.mode == "infoscore":
-            raise UsageError(
-                "grpo.online answers new rollouts and searches none: reward.mode=infoscore cannot score them"
-            )
+            raise UsageError("grpo.online searches no rollouts, and reward.mode=infoscore can score no others")
 
 
 def to_dict(config) -> dict:

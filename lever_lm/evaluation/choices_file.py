@@ -34,8 +34,7 @@ def read_icds(path: Path, queries: Sequence[Example], train: Sequence[Example], 
     chosen = _by_question(_content(path), path)
     row_of = {example.question_id: row for row, example in enumerate(train)}
     candidates = Candidates(train)
-    without = [query.question_id for query in queries if query.question_id not in chosen]
-    if without:
+    if without := [query.question_id for query in queries if query.question_id not in chosen]:
         raise LeverError(
             f"{path} has no choice for {len(without)} of {len(queries)} evaluation questions, the first {without[0]}: "
             "every question that is evaluated needs one (--icds)"
@@ -66,25 +65,16 @@ def _content(path: Path):
         text = read_bytes(path, pipe=True).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise LeverError(f"cannot read the choices {path}: {error} (--icds)") from error
-    with contextlib.suppress(json.JSONDecodeError):  # it may be one on each line
-        return _json(text, f"{path}")
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):
-        try:
-            rows += [_json(line, f"{path}, line {number}")] if line.strip() else []
-        except json.JSONDecodeError as error:
-            raise LeverError(f"{path}, line {number} is not JSON: {_FORMAT} (--icds)") from error
-    return rows
-
-
-def _json(text: str, where: str):
-    """Return the value of a JSON text. Raises JSONDecodeError where it is none, LeverError where it is not taken."""
+    where, rows = f"{path}", []
     try:
-        return loads(text)
-    except json.JSONDecodeError:
-        raise
+        with contextlib.suppress(json.JSONDecodeError):  # it may be one on each line
+            return loads(text)
+        for number, line in enumerate(text.split("\n"), 1):
+            where = f"{path}, line {number}"
+            rows += [loads(line)] if line.strip() else []
     except ValueError as error:
         raise LeverError(f"{where} is not JSON that can be read: {error}; {_FORMAT} (--icds)") from error
+    return rows
 
 
 def _by_question(content, path: Path) -> dict[int, list[int]]:

@@ -3,9 +3,10 @@
 A choice is a list of training rows per query in pick order, best first; the prompt's order is prompt.build_prompt's.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 
 import numpy as np
 
@@ -64,35 +65,29 @@ class Evaluation:
         embeddings = (self.features.val.take(self.rows), self.features.train)
         return problem_of(self.config, self.queries, self.data.train_examples, self.data.task, embeddings, self.track)
 
-    @cached_property
-    def reduce(self) -> Callable[[str], str]:
-        """From a written answer to the prediction that is scored: the same, but with infer.okvqa_stem."""
-        if not self.config.infer.okvqa_stem:
-            return str
-        return TASKS[self.data.task].reducer((*self.data.train_examples, *self.data.val_examples))
-
     def select(self, name: str, shots: int) -> list[list[int]]:
         """Return the picks of a selector of the table."""
         return select(name, self.problem, shots, self.track)
 
     def run(self, choices: dict[str, list[list[int]]], shots: Sequence[int], lvlm: CachedLvlm) -> list[Outcome]:
-        """Answer and score every method at every number of shots, as one list of work; zero_shot once."""
-        train = self.data.train_examples
+        """Answer and score every method at every number of shots, as one list of work; zero_shot once. The task reduces
+        answers before it scores them only with infer.okvqa_stem."""
+        train, task = self.data.train_examples, TASKS[self.data.task]
+        reduce = task.reducer((*train, *self.data.val_examples)) if self.config.infer.okvqa_stem else str
+        names = ("accuracy", "raw_accuracy", "normalized_accuracy")
         jobs = [(m, k) for m in choices for k in ([0] if m == ZERO_SHOT else shots)]
         prompts = [
             build_prompt([train[i] for i in picks[:k]], query, self.config.prompt)
             for method, k in jobs
             for query, picks in zip(self.queries, choices[method], strict=True)
         ]
-        answers = lvlm.answer(prompts, "inference")
-        count = len(self.queries)
-        return [self._scored(*job, answers[i * count : (i + 1) * count]) for i, job in enumerate(jobs)]
-
-    def _scored(self, method: str, shots: int, written: list[str]) -> Outcome:
-        predictions = [self.reduce(answer) for answer in written]
-        scored = [TASKS[self.data.task].metrics(*row) for row in zip(predictions, self.queries, written, strict=True)]
-        names = ("accuracy", "raw_accuracy", "normalized_accuracy")
-        return Outcome(method, shots, predictions, *([row[name] for row in scored] for name in names))
+        answers, outcomes = iter(lvlm.answer(prompts, "inference")), []
+        for job in jobs:
+            written = list(islice(answers, len(self.queries)))
+            predictions = [reduce(answer) for answer in written]
+            scored = [task.metrics(*row) for row in zip(predictions, self.queries, written, strict=True)]
+            outcomes.append(Outcome(*job, predictions, *([row[name] for row in scored] for name in names)))
+        return outcomes
 
 
 def problem_of(

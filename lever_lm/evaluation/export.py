@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lever_lm import __version__
-from lever_lm.config.schema import Config, to_dict
+from lever_lm.config.schema import to_dict
 from lever_lm.config.values import build
 from lever_lm.evaluation.model_card import model_card
 from lever_lm.evaluation.results import evaluations, read_metrics
@@ -43,6 +43,9 @@ def export(checkpoint: Path, why: str, folder: Path, *, license_: str = "apache-
     # A policy of the user's own rollouts and features names no encoder, and its config's data are not its own.
     known = config is not None and isinstance(own.get("encoder"), str)
     evaluated = _evaluated(run, policy) if known else None
+    setting = setting_of(to_dict(config)) if config else {}
+    if not known:
+        setting = {key: part for key, part in setting.items() if key not in ("data", "features")}
     shared = {
         "lever_lm": __version__,
         "policy": policy.shape,
@@ -50,7 +53,7 @@ def export(checkpoint: Path, why: str, folder: Path, *, license_: str = "apache-
         "phase": "rce" if content.get("phase") == "rce" else "grpo",
         "epoch": content["epoch"] + 1 if is_epoch(content.get("epoch")) else None,  # from 1, as in file names
         "chosen": _ADVICE.sub("", why),
-        "setting": _setting(config, known),
+        "setting": setting,
         "fingerprints": _texts(recorded(run, "fingerprints"), ("data", "encoder", "lvlm")),
         "packages": _texts(recorded(run, "packages"), PACKAGES),
         "results": [row for row in evaluated["results"] if row["method"] == evaluated["method"]] if evaluated else [],
@@ -78,16 +81,9 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
         )
 
 
-def _setting(config: Config | None, known: bool) -> dict:
-    """Return what of the config the policy is used with, without data and encoder that are not known."""
-    setting = setting_of(to_dict(config)) if config else {}
-    return setting if known else {key: part for key, part in setting.items() if key not in ("data", "features")}
-
-
 def _texts(values: dict, names: Sequence[str]) -> dict[str, str]:
     """Return the named entries of an env.json that are short texts."""
-    found = {name: values.get(name) for name in names}
-    return {name: value for name, value in found.items() if isinstance(value, str) and len(value) < _LONGEST}
+    return {n: values[n] for n in names if isinstance(values.get(n), str) and len(values[n]) < _LONGEST}
 
 
 def _evaluated(run: RunFolder, policy: PointerSelector) -> dict | None:
@@ -100,7 +96,7 @@ def _evaluated(run: RunFolder, policy: PointerSelector) -> dict | None:
             found = read_metrics(folder)
         except LeverError:
             continue
-        methods = (row["method"] for row in found["results"])
-        if (method := next((m for m in methods if found["policies"].get(m) == digest), None)) is not None:
-            return {**found, "method": method, "n": max(row["n"] for row in found["results"])}
+        for row in found["results"]:
+            if found["policies"].get(row["method"]) == digest:
+                return {**found, "method": row["method"], "n": max(row["n"] for row in found["results"])}
     return None

@@ -31,20 +31,17 @@ def model_card(
     known: whether dataset and encoder are those of the config; else rollouts and features were the maker's own.
     """
     front = _front_matter(name, license_, config, shared, evaluated, known)
+    values = {"name": name, "config": config, "shared": shared, "known": known, "evaluated": evaluated}
     text = render(
         "model_card.md.j2",
         {"md": markdown},
         front=yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=1000),
-        name=name,
         license=license_,
-        config=config,
-        shared=shared,
         lvlm=shared["setting"]["lvlm"]["path"] if config else "",
-        known=known,
-        evaluated=evaluated,
         table=_table(evaluated) if evaluated else [],
         tests=_tests(evaluated) if evaluated else [],
         data_license=_DATA_LICENSES.get(config.data.okvqa_path, "see the dataset's own terms") if config else "",
+        **values,
     )
     return text.rstrip() + "\n"
 
@@ -56,34 +53,26 @@ def markdown(value) -> str:
 
 def _front_matter(name: str, license_: str, config: Config, shared: dict, evaluated: dict | None, known: bool) -> dict:
     front: dict = {"license": license_, "library_name": "lever_lm", "tags": list(TAGS)}
+    if not known:
+        return front
     setting = shared["setting"]  # without paths of this machine
-    bases = [setting["features"]["encoder"], setting["lvlm"]["path"]] if known else []
-    if bases := [path for path in bases if is_hub_id(path)]:
+    if bases := [path for path in (setting["features"]["encoder"], setting["lvlm"]["path"]) if is_hub_id(path)]:
         front["base_model"] = bases
-    if known:
-        front["datasets"] = _datasets(config)
-    if evaluated:
-        front["metrics"] = ["accuracy"]
-        front["model-index"] = [{"name": name, "results": [_indexed(config, evaluated)]}]
-    return front
-
-
-def _datasets(config: Config) -> list[str]:
-    """Return hub ids where the data came from the hub, else the dataset's name."""
+    # Hub ids where the data came from the hub, else the dataset's name.
     paths = (config.data.train_path, config.data.okvqa_path)
-    return [path.removeprefix(HUB_PREFIX) for path in paths if path.startswith(HUB_PREFIX)] or [config.data.name]
-
-
-def _indexed(config: Config, evaluated: dict) -> dict:
-    return {
-        "task": {"type": "visual-question-answering", "name": "Visual question answering"},
-        "dataset": {"type": _datasets(config)[-1], "name": config.data.name, "split": "validation"},
-        "metrics": [
-            {"type": "accuracy", "name": f"VQA accuracy, {_shots(row['shots'])}", "value": round(row["accuracy"], 4)}
-            for row in evaluated["results"]
-            if row["method"] == evaluated["method"]
-        ],
-    }
+    front["datasets"] = [p.removeprefix(HUB_PREFIX) for p in paths if p.startswith(HUB_PREFIX)] or [config.data.name]
+    if evaluated:
+        indexed = {
+            "task": {"type": "visual-question-answering", "name": "Visual question answering"},
+            "dataset": {"type": front["datasets"][-1], "name": config.data.name, "split": "validation"},
+            "metrics": [
+                {"type": "accuracy", "name": f"VQA accuracy, {_shots(r['shots'])}", "value": round(r["accuracy"], 4)}
+                for r in shared["results"]
+            ],
+        }
+        front["metrics"] = ["accuracy"]
+        front["model-index"] = [{"name": name, "results": [indexed]}]
+    return front
 
 
 def _shots(count: int) -> str:

@@ -51,8 +51,7 @@ def write_results(
         predictions = [
             {"question_id": q.question_id, "answer": a} for q, a in zip(queries, outcome.predictions, strict=True)
         ]
-        stem = f"{outcome.method}_{outcome.shots}shot"
-        write_json(folder / f"predictions_{stem}.json", predictions, indent=None)
+        write_json(folder / f"predictions_{outcome.method}_{outcome.shots}shot.json", predictions, indent=None)
         why = reasons.get(outcome.method) or [{}] * len(queries)
         rows = zip(predictions, queries, outcome.scores, shown_ids[outcome.method], why, strict=True)
         samples = [_sample_row(*row, outcome.shots) for row in rows]
@@ -88,14 +87,11 @@ def last_evaluation(folder: Path) -> Path | None:
 def _write_metrics(path: Path, results: list[dict], facts: dict) -> dict:
     """Write results and tests to those of the same setting that are there; new ones replace their like."""
     earlier = read_object(path)
-    kept: dict[str, list[dict]] = {"results": [], "tests": []}
+    tests = facts.get("tests", [])
     if facts.get("setting") is not None and earlier.get("setting") == facts["setting"]:
-        kept = {
-            "results": _others(earlier.get("results"), results, is_result, ("method", "shots")),
-            "tests": _others(earlier.get("tests"), facts.get("tests", ()), is_test, ("method", "against", "shots")),
-        }
-    tests = [*kept["tests"], *facts.get("tests", ())]
-    metrics = {**facts, "tests": tests, "results": [*kept["results"], *results]}
+        tests = _others(earlier.get("tests"), tests, is_test, ("method", "against", "shots")) + tests
+        results = _others(earlier.get("results"), results, is_result, ("method", "shots")) + results
+    metrics = {**facts, "tests": tests, "results": results}
     write_json(path, metrics)
     return metrics
 
@@ -116,12 +112,9 @@ def rows_of_another_setting(folder: Path, setting: str) -> int:
 
 def is_result(row) -> bool:
     """Return whether a value is one of the results in a metrics.json. lever_lm 0.1 wrote no normalized_accuracy."""
-    return (
-        _has(row, _RESULT)
-        and isinstance(row.get("normalized_accuracy", 0.0), _NUMBER)
-        and len(row["ci"]) == 2
-        and all(isinstance(end, _NUMBER) for end in row["ci"])
-    )
+    if not _has(row, _RESULT) or len(row["ci"]) != 2:
+        return False
+    return all(isinstance(value, _NUMBER) for value in (*row["ci"], row.get("normalized_accuracy", 0.0)))
 
 
 def is_test(row) -> bool:
@@ -148,10 +141,15 @@ def read_metrics(folder: Path) -> dict:
         raise LeverError(f"{path} holds no results of `lever infer`: {mend}")
     if max(len(results), len(tests)) > _MOST:
         raise LeverError(f"{path} holds {len(results):,} results and {len(tests):,} tests, more than {_MOST:,}: {mend}")
-    known = {name: value for name in ("lvlm", "order") if isinstance(value := found.get(name), str)}
     policies = found.get("policies")
-    known |= {"policies": policies if isinstance(policies, dict) else {}, "okvqa_stem": found.get("okvqa_stem") is True}
-    return {"results": results, "tests": tests, "checkpoint": checkpoint, **known}
+    return {
+        "results": results,
+        "tests": tests,
+        "checkpoint": checkpoint,
+        "policies": policies if isinstance(policies, dict) else {},
+        "okvqa_stem": found.get("okvqa_stem") is True,
+        **{name: value for name in ("lvlm", "order") if isinstance(value := found.get(name), str)},
+    }
 
 
 # ---------------------------------------------------------------------- samples
@@ -210,19 +208,19 @@ def _sample(line: Line, path: Path) -> Sample:
         considered = [(place, share) for place, share in row.get("considered", [])]
         names = ("question_id", "answer", "accuracy", "references", "icds")
         sample = Sample(*(row[name] for name in names), row.get("probabilities", []), considered)
-        _check(sample)
+        if not _is_sound(sample):
+            raise TypeError("a part of another type")
+        return sample
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise LeverError(
             f"{path}, line {line.number}: no prediction of `lever infer` ({shown(str(error))}); run `lever infer` again"
         ) from error
-    return sample
 
 
-def _check(sample: Sample) -> None:
-    """Raise TypeError where a part is of another type."""
+def _is_sound(sample: Sample) -> bool:
     ids = [sample.question_id, *sample.icds, *(place for place, _ in sample.considered)]
     shares = [*sample.probabilities, *(share for _, share in sample.considered)]
-    sound = (
+    return (
         all(isinstance(part, list) for part in (sample.references, sample.icds, sample.probabilities))
         and all(type(number) is int for number in ids)
         and all(isinstance(text, str) for text in (sample.answer, *sample.references))
@@ -230,5 +228,3 @@ def _check(sample: Sample) -> None:
         and all(is_finite(share) and 0 <= share <= 1 for share in shares)
         and len(sample.probabilities) in (0, len(sample.icds))
     )
-    if not sound:
-        raise TypeError("a part of another type")

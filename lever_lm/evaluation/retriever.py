@@ -132,7 +132,19 @@ class Retriever:
         image that cannot be read and for more shots than the pool has, ValueError for lists of different lengths.
         """
         queries, one = self._queries(image, question)
-        picks = self._pick(queries, shots) if queries else []
+        if not queries:
+            return []
+        problem = self._problem(queries)
+        asked, train = problem.embeddings
+        chosen = choose(self.policy, problem, shots, self.checkpoint)
+        reasons = explain(self.policy, problem, chosen)
+        picks = [
+            [
+                Pick(self.examples[row], sure, float(train.image[row] @ image), float(train.text[row] @ text))
+                for row, sure in zip(rows, why["probabilities"], strict=True)
+            ]
+            for rows, why, image, text in zip(chosen, reasons, asked.image, asked.text, strict=True)
+        ]
         return picks[0] if one else picks
 
     def pool(self, image, question=None) -> list[Example]:
@@ -145,19 +157,6 @@ class Retriever:
         task = self.stages.data.task if self._own is None else VqaData.task
         return problem_of(self.config, queries, self.examples, task, embeddings)
 
-    def _pick(self, queries: list[Example], shots: int) -> list[list[Pick]]:
-        problem = self._problem(queries)
-        asked, train = problem.embeddings
-        chosen = choose(self.policy, problem, shots, self.checkpoint)
-        reasons = explain(self.policy, problem, chosen)
-        return [
-            [
-                Pick(self.examples[row], sure, float(train.image[row] @ image), float(train.text[row] @ text))
-                for row, sure in zip(rows, why["probabilities"], strict=True)
-            ]
-            for rows, why, image, text in zip(chosen, reasons, asked.image, asked.text, strict=True)
-        ]
-
     def query(self, image: str | Path | Example, question: str | None = None) -> Example:
         """Return the query that an image and a question make, without answers. Its number, and so its pool, follows
         from both; an `Example` keeps that of its dataset, except with demonstrations of your own. Raises LeverError for
@@ -166,9 +165,8 @@ class Retriever:
             if question not in (None, image.question):
                 raise ValueError("an Example brings its own question: give an image, or leave the question out")
             return image if self._own is None else self._numbered(image)
-        if not isinstance(question, str) or not question.strip():
-            raise UsageError(f"a question about {image} is needed, found {shown(question)}")
-        if problem := unfit([question]):
+        blank = not isinstance(question, str) or not question.strip()
+        if problem := f"found {shown(question)}" if blank else unfit([question]):
             raise UsageError(f"a question about {image} is needed: {problem}")
         path = os.fsdecode(image)
         _check_image(path)
@@ -220,19 +218,13 @@ class Retriever:
         return [build_prompt(icds, q, self.config.prompt) for icds, q in zip(examples, queries, strict=True)], one
 
     def _render(self, prompt: Prompt, form: str) -> list[dict] | str:
-        messages = to_messages(prompt, self.config.prompt)
+        style = self.config.prompt
         if form == "text":
+            messages = to_messages(prompt, style)
             return self._processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        images = iter(prompt.images)
-        for message in messages:
-            parts = message["content"]
-            message["content"] = [self._image(next(images), form) if p["type"] == "image" else p for p in parts]
-        return messages
-
-    def _image(self, image, form: str) -> dict:
         if form == "openai":
-            return {"type": "image_url", "image_url": {"url": self._urls.get(image)}}
-        return {"type": "image", "image": open_image(image)}
+            return to_messages(prompt, style, self._urls.part)
+        return to_messages(prompt, style, lambda image: {"type": "image", "image": open_image(image)})
 
     @cached_property
     def _urls(self):
@@ -243,8 +235,8 @@ class Retriever:
 
     @cached_property
     def _processor(self):
-        where = fetch_model(self.config.lvlm.path, "--lvlm, lvlm.path")
-        return load_processor(self.config.lvlm.path, where)
+        path = self.config.lvlm.path
+        return load_processor(path, fetch_model(path, "--lvlm, lvlm.path"))
 
 
 # ---------------------------------------------------------------------- examples of your own

@@ -1,7 +1,7 @@
 """What comes after training: the choices of a policy or of a file are answered and scored beside the baselines; the
 demo, which is all of it; and the page of a run.
 
-Under torchrun `infer` and `infer_icds` are calls of the whole job, as Pipeline.rollouts is.
+Under torchrun `infer` is a call of the whole job, as Pipeline.rollouts is.
 """
 
 import contextlib
@@ -25,6 +25,7 @@ from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.training.environment import command_line, recorded
 from lever_lm.training.find_checkpoint import find_checkpoint, load_for
 from lever_lm.training.from_checkpoint import change_lines, changes, changes_of_run
+from lever_lm.training.metrics import PHASES
 from lever_lm.training.pipeline import Pipeline
 from lever_lm.training.preflight import ALL
 from lever_lm.training.run_dir import LOCK, RunFolder, inference_folder, lvlm_name
@@ -45,37 +46,50 @@ class Chosen:
     reasons: list[dict] | None = None
 
 
-def infer(pipeline: Pipeline, shots: Sequence[int], *, ckpt: str | None = None, baselines: bool = False) -> dict:
-    """Answer the evaluation queries with a checkpoint's choices; write and return results and paired tests."""
-    _check_shots(pipeline, shots)
-    path, why = find_checkpoint(pipeline.run, ckpt, dict(os.environ))
-    pipeline.check(*ALL)
-    pipeline.screen.say(f"checkpoint: {path} ({why})")
-    policy = load_for(path, pipeline.config, pipeline.screen.say)
-    method = next((phase for phase in ("rce", "grpo") if path.stem.startswith(phase)), ANY_POLICY)
-    evaluation = _evaluation(pipeline)
-    chosen = _choices_of(policy, evaluation, max(shots), method, path)
-    if policy.stop:
-        mean = sum(map(len, chosen.picks)) / len(chosen.picks)
-        pipeline.screen.say(
-            f"the policy may stop early: it chose {mean:.2f} ICDs a query where {max(shots)} were allowed"
-        )
-    folder, changed = _destination(pipeline, pipeline.data, path)
-    facts = {"checkpoint": str(path), "why": why, "changed": changed}
-    return _infer(pipeline, evaluation, chosen, shots, baselines, folder, facts)
-
-
-def infer_icds(pipeline: Pipeline, path: Path, shots: Sequence[int], *, baselines: bool = False) -> dict:
-    """Answer the evaluation queries with the choices in a file; without baselines no features are needed."""
-    pipeline.check(*(ALL if baselines else ("data", "lvlm")))
-    evaluation = Evaluation(pipeline.config, pipeline.data, None)
-    picks = read_icds(path, evaluation.queries, pipeline.data.train_examples, max(shots))
-    if baselines:
+def infer(
+    pipeline: Pipeline,
+    shots: Sequence[int],
+    *,
+    ckpt: str | None = None,
+    icds: Path | None = None,
+    baselines: bool = False,
+) -> dict:
+    """Answer the evaluation queries with a checkpoint's choices, or with those in the file `icds`, which need no
+    features without baselines; write and return results and paired tests."""
+    most, say = max(shots), pipeline.screen.say
+    if icds is None:
         _check_shots(pipeline, shots)
+        path, why = find_checkpoint(pipeline.run, ckpt, dict(os.environ))
+        pipeline.check(*ALL)
+        say(f"checkpoint: {path} ({why})")
+        policy = load_for(path, pipeline.config, say)
+        method = next((phase for phase in PHASES if path.stem.startswith(phase)), ANY_POLICY)
         evaluation = _evaluation(pipeline)
-    folder, changed = _destination(pipeline, pipeline.data, None, path)
-    facts = {"icds": str(path), "changed": changed}
-    return _infer(pipeline, evaluation, Chosen(FROM_FILE, picks, file_digest(path)), shots, baselines, folder, facts)
+        chosen = _choices_of(policy, evaluation, most, method, path)
+        if policy.stop:
+            mean = sum(map(len, chosen.picks)) / len(chosen.picks)
+            say(f"the policy may stop early: it chose {mean:.2f} ICDs a query where {most} were allowed")
+        facts = {"checkpoint": str(path), "why": why}
+    else:
+        pipeline.check(*(ALL if baselines else ("data", "lvlm")))
+        path, evaluation = None, Evaluation(pipeline.config, pipeline.data, None)
+        picks = read_icds(icds, evaluation.queries, pipeline.data.train_examples, most)
+        chosen = Chosen(FROM_FILE, picks, file_digest(icds))
+        if baselines:
+            _check_shots(pipeline, shots)
+            evaluation = _evaluation(pipeline)
+        facts = {"icds": str(icds)}
+    folder, facts["changed"] = _destination(pipeline, pipeline.data, path, icds)
+    _say_changed(pipeline, facts["changed"])
+    choices = {name: evaluation.select(name, most) for name in BASELINES if baselines}
+    outcomes = evaluation.run({**choices, chosen.method: chosen.picks}, shots, pipeline.lvlm)
+    facts["tests"] = compare(chosen.method, outcomes)
+    metrics = pipeline.shards.from_leader(
+        lambda: _write(pipeline, evaluation, folder, outcomes, choices, [chosen], facts)
+    )
+    pipeline.screen.detail(pipeline.lvlm.tally)
+    say(f"predictions and metrics: {folder}")
+    return {**metrics, "folder": str(folder)}
 
 
 def _check_shots(pipeline: Pipeline, shots: Sequence[int]) -> None:
@@ -93,43 +107,21 @@ def _choices_of(policy: PointerSelector, evaluation: Evaluation, shots: int, met
     return Chosen(method, picks, policy_digest(policy), explain(policy, evaluation.problem, picks))
 
 
-def _infer(
-    pipeline: Pipeline,
-    evaluation: Evaluation,
-    chosen: Chosen,
-    shots: Sequence[int],
-    baselines: bool,
-    folder: Path,
-    facts: dict,
-) -> dict:
-    """Run a method's picks, beside the baselines if asked for; write and return results and paired tests."""
-    _say_changed(pipeline, facts["changed"])
-    choices = {name: evaluation.select(name, max(shots)) for name in BASELINES if baselines}
-    outcomes = evaluation.run({**choices, chosen.method: chosen.picks}, shots, pipeline.lvlm)
-    facts |= {"tests": compare(chosen.method, outcomes)}
-    metrics = pipeline.shards.from_leader(
-        lambda: _write(pipeline, evaluation, folder, outcomes, choices, [chosen], facts)
-    )
-    pipeline.screen.detail(pipeline.lvlm.tally)
-    pipeline.screen.say(f"predictions and metrics: {folder}")
-    return {**metrics, "folder": str(folder)}
-
-
 # ---------------------------------------------------------------------- where results go
 
 
 def planned_folder(pipeline: Pipeline, icds: Path | None) -> Path:
-    """Return the folder that `infer` or `infer_icds` would write to; that of the run's inferences where there is no
+    """Return the folder that `infer` would write to; that of the run's inferences where there is no
     checkpoint yet, or the data cannot be read."""
     if icds is not None or pipeline.checkpoint is not None:
         with contextlib.suppress(LeverError):
-            checkpoint = None if icds is not None else pipeline.checkpoint[0]
+            checkpoint = pipeline.checkpoint[0] if icds is None else None
             return _destination(pipeline, load_dataset(pipeline.config.data), checkpoint, icds)[0]
     return pipeline.inference
 
 
 def _destination(
-    pipeline: Pipeline, data: VqaData, checkpoint: Path | None, icds: Path | None = None
+    pipeline: Pipeline, data: VqaData, checkpoint: Path | None, icds: Path | None
 ) -> tuple[Path, dict[str, dict]]:
     """Return where the inferences of a checkpoint, or of the choices in a file, go, and what the config changes about
     the setting that the checkpoint, or the pipeline's run, was trained in.
@@ -159,8 +151,7 @@ def _destination(
 
 
 def _say_changed(pipeline: Pipeline, changed: dict[str, dict]) -> None:
-    keys = {key: pair for key, pair in changed.items() if key != "data"}
-    for line in change_lines(keys):
+    for line in change_lines({key: pair for key, pair in changed.items() if key != "data"}):
         pipeline.screen.say(line)
     if "data" in changed:
         pipeline.screen.say(
@@ -168,14 +159,6 @@ def _say_changed(pipeline: Pipeline, changed: dict[str, dict]) -> None:
         )
     if changed:
         pipeline.screen.say("these results stand apart from those of the run's own setting")
-
-
-def _setting(pipeline: Pipeline) -> str:
-    """Return a fingerprint of what results must share to stand in one table: data, pools, features, model, prompt."""
-    config = pipeline.config
-    parts = (config.sampler, config.rollout.pool_size, config.seed, config.infer, config.prompt.cut, CODE["inference"])
-    encoder = encoder_fingerprint(config.features.encoder)
-    return fingerprint(pipeline.data.fingerprint, encoder, config.features.name, pipeline.lvlm.fingerprint, *parts)
 
 
 def _write(
@@ -189,11 +172,19 @@ def _write(
 ) -> dict:
     """Write results by one process after another: each adds its rows to those in the folder; rows that it replaces are
     said. chosen: the last of them is the method whose choices are kept. choices: those of the baselines."""
-    ours, config = chosen[-1].method, pipeline.config
+    config = pipeline.config
+    # What results must share to stand in one table: data, features, model, pools, prompt.
+    setting = fingerprint(
+        pipeline.data.fingerprint,
+        encoder_fingerprint(config.features.encoder),
+        config.features.name,
+        pipeline.lvlm.fingerprint,
+        *(config.sampler, config.rollout.pool_size, config.seed, config.infer, config.prompt.cut, CODE["inference"]),
+    )
     facts = {
         **facts,
         "okvqa_stem": config.infer.okvqa_stem,
-        "setting": "-".join((_setting(pipeline), *(one.digest for one in chosen))),
+        "setting": "-".join((setting, *(one.digest for one in chosen))),
         "lvlm": lvlm_name(config.lvlm.path),
         "order": config.prompt.order,
         "policies": {one.method: one.digest for one in chosen if one.reasons is not None},
@@ -206,7 +197,7 @@ def _write(
                 f"{folder}: {count} results of other queries, other data, another policy or version are replaced"
             )
         examples = (evaluation.queries, evaluation.data.train_examples)
-        return write_results(folder, *examples, outcomes, choices, ours, facts, reasons)
+        return write_results(folder, *examples, outcomes, choices, chosen[-1].method, facts, reasons)
 
 
 # ---------------------------------------------------------------------- the demo
@@ -216,35 +207,31 @@ def demo(pipeline: Pipeline, shots: Sequence[int], *, overwrite: bool = False) -
     """Train, run every method on the same evaluation queries, and write the report: everything on one page."""
     _check_shots(pipeline, shots)
     with pipeline.run.alone(pipeline.screen.say):
-        return _demo(pipeline, shots, overwrite)
-
-
-def _demo(pipeline: Pipeline, shots: Sequence[int], overwrite: bool) -> dict:
-    trained = pipeline.train_here(None, None, overwrite)
-    best, evaluation = Path(trained["recommended"]["checkpoint"]), _evaluation(pipeline)
-    policies = {"rce": pipeline.run.checkpoint("rce", pipeline.config.rce.epochs), "grpo": best}
-    chosen = {
-        name: _choices_of(load_for(path, pipeline.config, pipeline.screen.say), evaluation, max(shots), name, path)
-        for name, path in policies.items()
-    }
-    baselines = {name: evaluation.select(name, max(shots)) for name in BASELINES}
-    choices = {**baselines, **{name: one.picks for name, one in chosen.items()}}
-    outcomes = evaluation.run({name: choices[name] for name in SELECTORS if name in choices}, shots, pipeline.lvlm)
-    tests, learned = compare("grpo", outcomes), _learned(pipeline, chosen)
-    pipeline.screen.detail(pipeline.lvlm.tally)
-    facts = {"checkpoint": str(best), "tests": tests, "learned": learned, "changed": {}}
-    metrics = _write(pipeline, evaluation, pipeline.inference, outcomes, baselines, list(chosen.values()), facts)
-    if pipeline.tracking is not None:
-        pipeline.tracking.results(metrics["results"])
-    page = write_report(pipeline.run, pipeline.inference, pipeline.data, command=command_line())
-    return {
-        "table": metrics["results"],
-        "report": str(page),
-        "tests": tests,
-        "learned": learned,
-        "recommended": trained["recommended"],
-        "run": str(pipeline.run.path),
-    }
+        trained = pipeline.train_here(None, None, overwrite)
+        best, evaluation = Path(trained["recommended"]["checkpoint"]), _evaluation(pipeline)
+        policies = {"rce": pipeline.run.checkpoint("rce", pipeline.config.rce.epochs), "grpo": best}
+        chosen = {
+            name: _choices_of(load_for(path, pipeline.config, pipeline.screen.say), evaluation, max(shots), name, path)
+            for name, path in policies.items()
+        }
+        baselines = {name: evaluation.select(name, max(shots)) for name in BASELINES}
+        choices = {**baselines, **{name: one.picks for name, one in chosen.items()}}
+        outcomes = evaluation.run({name: choices[name] for name in SELECTORS if name in choices}, shots, pipeline.lvlm)
+        tests, learned = compare("grpo", outcomes), _learned(pipeline, chosen)
+        pipeline.screen.detail(pipeline.lvlm.tally)
+        facts = {"checkpoint": str(best), "tests": tests, "learned": learned, "changed": {}}
+        metrics = _write(pipeline, evaluation, pipeline.inference, outcomes, baselines, list(chosen.values()), facts)
+        if pipeline.tracking is not None:
+            pipeline.tracking.results(metrics["results"])
+        page = write_report(pipeline.run, pipeline.inference, pipeline.data, command=command_line())
+        return {
+            "table": metrics["results"],
+            "report": str(page),
+            "tests": tests,
+            "learned": learned,
+            "recommended": trained["recommended"],
+            "run": str(pipeline.run.path),
+        }
 
 
 def _learned(pipeline: Pipeline, chosen: dict[str, Chosen]) -> dict:
@@ -273,10 +260,10 @@ def report(
     if figures is not None:
         check_plots(figures)
     main = Evaluated(pipeline.run, last_evaluation(pipeline.inference))
-    if main.inference is None and not main.rows:
-        raise LeverError(f"no results in {pipeline.inference}: run `lever infer --baselines` or `lever demo` first")
     if main.inference is not None:
         pipeline.screen.say(f"results: {main.inference} (the last evaluation with baselines; without any, the last)")
+    elif not main.rows:
+        raise LeverError(f"no results in {pipeline.inference}: run `lever infer --baselines` or `lever demo` first")
     if left_out := sorted(folder.name for folder in evaluations(pipeline.inference, own=False)):
         pipeline.screen.say(
             f"left out: {', '.join(left_out)}: not the run's own setting (metrics.json says "
@@ -284,8 +271,8 @@ def report(
         )
     beside = [Evaluated(RunFolder(path), last_evaluation(inference_folder(path))) for path in others]
     data = None if main.inference is None else pipeline.data
-    page = {"others": beside, "output": output, "command": command_line()}
-    made = {"report": str(write_report(pipeline.run, main.inference, data, **page))}
+    page = write_report(pipeline.run, main.inference, data, others=beside, output=output, command=command_line())
+    made = {"report": str(page)}
     if figures is not None:
         made["figures"] = [str(path) for path in write_plots([main, *beside], figures)]
     return made

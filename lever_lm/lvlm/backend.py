@@ -1,7 +1,7 @@
 """The seam to a vision-language model: what a backend must do, and the families that run in this process.
 
-A model behind a server is `openai_server.ServerLvlm`. A model of `transformers` is a `local.LocalLvlm` around its
-family, which is one function here and one module.
+A model behind a server is `openai_server.ServerLvlm`. A model of `transformers` has its family here: one function and
+one module, around which `local.LocalLvlm` does what all families share.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +11,9 @@ from typing import Protocol
 from lever_lm.config.schema import LvlmConfig, PromptConfig
 from lever_lm.lvlm.prompt import Prompt
 from lever_lm.utils.distributed import Shards
+from lever_lm.utils.hub import fetch_model
 from lever_lm.utils.progress import Track, untracked
+from lever_lm.utils.safe_parse import read_object
 
 
 class Backend(Protocol):
@@ -30,14 +32,15 @@ class Backend(Protocol):
         that of the token that ends the turn after them. Raises LeverError for an empty answer."""
 
 
-def _qwen2_5_vl(*arguments):
+def _qwen2_5_vl(config: LvlmConfig, prompt: PromptConfig, *where) -> Backend:
+    from lever_lm.lvlm.local import LocalLvlm
     from lever_lm.lvlm.qwen2_5_vl import Qwen2_5_VL
 
-    return Qwen2_5_VL(*arguments)
+    return LocalLvlm(Qwen2_5_VL(config, prompt, *where), config, prompt)
 
 
-# Name → (config, prompt, device, folder of image features, track, shards) → a `local.Family`.
-FAMILIES: dict[str, Callable] = {"qwen2_5_vl": _qwen2_5_vl}
+# model_type of a model's config.json → (config, prompt, device, folder of image features, track, shards) → its backend.
+FAMILIES: dict[str, Callable[..., Backend]] = {"qwen2_5_vl": _qwen2_5_vl}
 
 
 def load_local(
@@ -48,9 +51,10 @@ def load_local(
     folder: Path | None = None,
     track: Track = untracked,
     shards: Shards = Shards(),
-):
-    """Return the `LocalLvlm` of a model's directory or hub id. Image features go to `folder`, where it is given, and
-    stay there for the next command. Raises LeverError where the model cannot be loaded."""
-    from lever_lm.lvlm.local import LocalLvlm
-
-    return LocalLvlm(FAMILIES["qwen2_5_vl"](config, prompt, device, folder, track, shards), config, prompt)
+) -> Backend:
+    """Return the backend of a model's directory or hub id, of the family that its config.json names. Image features go
+    to `folder`, where it is given, and stay there for the next command. Raises LeverError where the model cannot be
+    loaded."""
+    described = fetch_model(config.path, "--lvlm, lvlm.path") / "config.json"
+    family = read_object(described).get("model_type") if described.is_file() else None
+    return FAMILIES.get(family, _qwen2_5_vl)(config, prompt, device, folder, track, shards)

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from lever_lm.config.schema import LvlmConfig, PromptConfig
-from lever_lm.data import Image
 from lever_lm.lvlm.context_length import Room
 from lever_lm.lvlm.images import DataUrls
 from lever_lm.lvlm.openai_client import SEE_LOG, TOO_LONG, ServerError, served_name
@@ -144,17 +143,14 @@ class ServerLvlm:
     def _messages(self, prompt: Prompt) -> list[dict]:
         """Return the conversation with its images in it; turns of text alone are plain strings, which every server
         takes."""
-        images, messages = iter(prompt.images), []
-        for turn in to_messages(prompt, self.prompt):
-            if any(_IMAGE_TOKEN in part.get("text", "") for part in turn["content"]):
+        messages = to_messages(prompt, self.prompt, self._urls.part)
+        for turn in messages:
+            texts = [part.get("text", "") for part in turn["content"]]
+            if any(_IMAGE_TOKEN in text for text in texts):
                 raise LeverError(f"{holder(prompt, _IMAGE_TOKEN)}: {_IMAGE_TOKEN} must not stand there")
-            parts = [self._image(next(images)) if part["type"] == "image" else part for part in turn["content"]]
-            alone = len(parts) == 1 and parts[0]["type"] == "text"
-            messages.append({"role": turn["role"], "content": parts[0]["text"] if alone else parts})
+            if len(texts) == 1:
+                turn["content"] = texts[0]
         return messages
-
-    def _image(self, image: Image) -> dict:
-        return {"type": "image_url", "image_url": {"url": self._urls.get(image)}}
 
     def _text(self, prompt: Prompt, answer: dict) -> str:
         choice, usage = answer["choices"][0], answer.get("usage")

@@ -1,7 +1,7 @@
 """From chosen ICDs and a query to a conversation, and from what the model wrote back to an answer."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lever_lm.config.schema import PromptConfig
@@ -52,14 +52,18 @@ def holder(prompt: Prompt, token: str) -> str:
     return next(named, "prompt.template, prompt.system")
 
 
-def to_messages(prompt: Prompt, config: PromptConfig) -> list[dict]:
-    """Return the conversation of a prompt for a chat template, with placeholders for its images."""
+def _placeholder(image: Image) -> dict:
+    return {"type": "image"}
+
+
+def to_messages(prompt: Prompt, config: PromptConfig, show: Callable[[Image], dict] = _placeholder) -> list[dict]:
+    """Return the conversation of a prompt for a chat template. show: returns the part of a message for an image."""
     before, rest = config.template.split("{question}")  # a question itself is never parsed for braces
     between = rest.removesuffix("{answer}")
 
     def shown(example: Example, after: str | None = None) -> list[dict]:
         text = f"{before}{example.question}{between}"
-        return [{"type": "image"}, _text(text.rstrip() if after is None else text + after)]
+        return [show(example.image), _text(text.rstrip() if after is None else text + after)]
 
     messages = [{"role": "system", "content": [_text(config.system)]}]
     if config.style == "interleaved":

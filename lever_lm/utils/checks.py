@@ -36,10 +36,8 @@ def require(checks: Iterable[Check]) -> None:
     offline = constants.HF_HUB_OFFLINE
     missing = [check for check in checks if check.status == "missing" and (offline or not check.fetched)]
     lines = [f"{check.what}: {check.found} → {check.mend}" for check in missing]
-    if len(lines) == 1:
-        raise LeverError(lines[0])
     if lines:
-        raise LeverError("\n  ".join([f"{len(lines)} things are missing:", *lines]))
+        raise LeverError("\n  ".join(lines if len(lines) == 1 else [f"{len(lines)} things are missing:", *lines]))
 
 
 def check_file(what: str, path: Path, mend: str) -> Check:
@@ -53,18 +51,17 @@ def check_file(what: str, path: Path, mend: str) -> Check:
 
 def check_model(option: str, path: str) -> Check:
     """Check that a model's directory or hub id has its config, all weights and the files of its processor here."""
-    found = model_folder(path)
-    missing = lacking(found) if found else []
-    if found and not missing:
-        size = sum(file.stat().st_size for file in weight_files(found))
+    folder = model_folder(path)
+    missing = lacking(folder) if folder else []
+    if folder and not missing:
+        size = sum(file.stat().st_size for file in weight_files(folder))
         return Check(option, "ok", f"{path}, {size / GIB:.2f} GiB")
+    lacks, other = f"{path} lacks {', '.join(missing)}", f"--set {option}=DIR or OWNER/NAME"
     if is_hub_id(path):
-        lacks = f"lacks {', '.join(missing)} in" if missing else "is not in"
-        mend = f"hf download {path}, or --set {option}=DIR"
-        return Check(option, "missing", f"{path} {lacks} the hub's cache", mend, fetched=True)
-    other = f"--set {option}=DIR or OWNER/NAME"
+        found = f"{lacks} in the hub's cache" if missing else f"{path} is not in the hub's cache"
+        return Check(option, "missing", found, f"hf download {path}, or --set {option}=DIR", fetched=True)
     if missing:
-        return Check(option, "missing", f"{path} lacks {', '.join(missing)}", f"fetch these files again, or {other}")
+        return Check(option, "missing", lacks, f"fetch these files again, or {other}")
     return Check(option, "missing", f"{path} is no directory and no hub id OWNER/NAME", other)
 
 
@@ -99,11 +96,10 @@ def check_packages() -> list[Check]:
             continue
         try:
             version = metadata.version(requirement.name)
+            if not requirement.specifier.contains(version, prereleases=True):
+                wrong.append(f"{requirement}, found {version}")
         except metadata.PackageNotFoundError:
             wrong.append(f"{requirement} is not installed")
-            continue
-        if not requirement.specifier.contains(version, prereleases=True):
-            wrong.append(f"{requirement}, found {version}")
     if wrong:
         return [Check("packages", "missing", "; ".join(wrong), "pip install -c constraints.txt -e .")]
     return [Check("packages", "ok", f"{len(wanted)} requirements met")]

@@ -37,14 +37,10 @@ class Digests:
         self._held = False
         self._track: Track = untracked
 
-    def keep_in(self, file: Path) -> None:
-        """Learn what `file` holds, and keep there what is found out from now on."""
+    def keep_in(self, file: Path | None) -> None:
+        """Learn what `file` holds, and keep there what is found out from now on; with None, write no file."""
         self._file = file
         self._load()
-
-    def keep_nothing(self) -> None:
-        """Write no file from now on: a dry run leaves everything as it is."""
-        self._file = None
 
     @contextlib.contextmanager
     def saved_at_the_end(self) -> Iterator[None]:

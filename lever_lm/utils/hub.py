@@ -39,12 +39,9 @@ def cached_snapshot(repository: str, kind: str, needed: Sequence[str] | None = N
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    options = {"local_files_only": True, "allow_patterns": list(needed or _NEEDED[kind])}
     try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                repository, repo_type=kind, local_files_only=True, allow_patterns=list(needed or _NEEDED[kind])
-            )
-        )
+        return Path(huggingface_hub.snapshot_download(repository, repo_type=kind, **options))
     except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError):
         return None
 
@@ -66,10 +63,10 @@ def missing_files(folder: Path) -> list[str]:
         absent = sorted(shard for shard in shards if Path(shard).name != shard or not (folder / shard).is_file())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return [*missing, f"a readable {index.name}"]
-    if shards:
-        more = [f"{len(absent) - _NAMED} more"] if len(absent) > _NAMED else []
-        return missing + [one_line(shard) for shard in absent[:_NAMED]] + more
-    return missing + ([] if weight_files(folder) else ["model.safetensors"])
+    if not shards and not weight_files(folder):
+        absent = ["model.safetensors"]
+    more = [f"{len(absent) - _NAMED} more"] if len(absent) > _NAMED else []
+    return missing + [one_line(shard) for shard in absent[:_NAMED]] + more
 
 
 def lacking(folder: Path) -> list[str]:
@@ -108,14 +105,12 @@ def fetch_model(path: str, option: str) -> Path:
     Raises LeverError naming `option` when it is neither here nor to be had.
     """
     folder = model_folder(path)
-    if folder is not None and not lacking(folder):
+    missing = lacking(folder) if folder else []
+    if folder and not missing:
         return folder
     if not is_hub_id(path):
-        found = "is no directory" if folder is None else f"lacks {', '.join(lacking(folder))}"
-        mend = "" if folder is None else "fetch these files again, or "
-        raise LeverError(
-            f"the model {path} {found}: {mend}name a directory of a model or a hub id OWNER/NAME ({option})"
-        )
+        found = f"lacks {', '.join(missing)}: fetch these files again, or" if folder else "is no directory:"
+        raise LeverError(f"the model {path} {found} name a directory of a model or a hub id OWNER/NAME ({option})")
     found = f"the model {path} is not in the hub's cache, and not to be had from the hub"
     mend = f"Fetch it where there is a network (hf download {path}), or name a directory of it ({option})"
     return _download(path, _MODEL_FILES, lacking, found, mend)
@@ -131,10 +126,10 @@ def fetch_policy(repository: str) -> Path:
     folder = cached_snapshot(repository, "model", POLICY_FILES)
     if folder is not None and not lacks(folder):
         return folder
-    found = f"no file or folder {repository} is here, and as a hub id it is not in the hub's cache, and not to be had"
-    files = " ".join(POLICY_FILES)
-    mend = f"Check the path, or fetch it where there is a network (hf download {repository} {files})"
-    return _download(repository, POLICY_FILES, lacks, f"{found} from the hub", mend)
+    found = f"no file or folder {repository} is here, nor a policy of that id in the hub's cache or on the hub"
+    fetch = f"hf download {repository} {' '.join(POLICY_FILES)}"
+    mend = f"Check the path, or fetch it where there is a network ({fetch})"
+    return _download(repository, POLICY_FILES, lacks, found, mend)
 
 
 def _download(repository: str, files: Sequence[str], lacks: Callable[[Path], list[str]], found: str, mend: str) -> Path:

@@ -168,10 +168,6 @@ def _dtype(kind, align=False, copy=True) -> np.dtype:
     return np.dtype(kind, copy=True)
 
 
-def _empty() -> dict:
-    return {}
-
-
 def _empty_array(kind, shape, code) -> np.ndarray:
     """What an array is before it is filled, as numpy writes it: torch.load makes it as large as it says."""
     if kind != "numpy ndarray" or shape != (0,) or code != b"b":
@@ -187,7 +183,7 @@ def _encoded(text: str, encoding: str = "latin1") -> bytes:
 _CALLS = {
     "torch._utils _rebuild_tensor_v2": _tensor,
     "torch._utils _rebuild_parameter": lambda tensor, requires_grad, hooks: _of(tensor, Tensor),
-    "collections OrderedDict": _empty,
+    "collections OrderedDict": dict,
     "torch device": lambda kind, *number: _of(kind, str),
     "torch Size": lambda sizes: tuple(_of(sizes, (tuple, list))),
     "numpy dtype": _dtype,

@@ -44,21 +44,28 @@ def assert_refused(done: Done, status: int, *words: str) -> None:
 # ---------------------------------------------------------------------- the process
 
 
-def test_help_and_version_load_nothing_heavy(tmp_path):
+def test_help_and_version_load_nothing_heavy(trained):
+    """Nor do status, the choice of an epoch, config and completion."""
     code = (
-        "import sys\n"
+        "import click, sys\n"
+        "from lever_lm.cli import completion\n"
         "from lever_lm.cli.commands import app\n"
         "from lever_lm.cli.entrypoint import run\n"
-        f"commands = [[], ['--help'], ['--version'], *([c, '--help'] for c in {COMMANDS!r}), ['nonsense']]\n"
-        "for command in commands:\n"
-        "    run(app, command)\n"
+        "for find in (completion.set_keys, completion.run_folders, completion.configs, completion.strategies):\n"
+        "    find(click.Context(click.Command('x')), '')\n"
+        f"helps = [[], ['--help'], ['--version'], *([c, '--help'] for c in {COMMANDS!r}), ['nonsense']]\n"
+        f"work = [['status', {str(RUN)!r}], ['status'], ['best-ckpt', '--show-all']]\n"
+        "views = [['show', '--docs'], ['diff', 'demo'], ['--help']]\n"
+        "for command in [*helps, *work, *(['config', *words] for words in views)]:\n"
+        "    assert run(app, command) == (2 if command in ([], ['nonsense']) else 0), command\n"
         "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'PIL', 'jinja2', 'torchvision'}\n"
         "sys.exit(', '.join(sorted(heavy & set(sys.modules))) or 0)\n"
     )
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=tmp_path, env=clean_environment(), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=trained, env=clean_environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert __version__ in done.stdout
+    assert done.stdout.count(": finished") == 2
 
 
 def test_the_lever_script_and_the_module_are_the_same_command(tmp_path):
@@ -69,14 +76,9 @@ def test_the_lever_script_and_the_module_are_the_same_command(tmp_path):
     assert module.status == 0
 
 
-def test_help_names_every_command(lever):
-    done = lever("--help")
-    assert done.status == 0
-    assert all(command in done.out for command in COMMANDS)
-
-
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_with_the_common_options(lever, command):
+    assert command in lever("--help").out
     done = lever(command, "--help")
     assert done.status == 0
     for option in ("--config", "--dataset", "--lvlm", "--sampler", "--set", "--limit", "--dry-run", "--json"):
@@ -108,11 +110,7 @@ def test_an_unexpected_failure_shows_its_traceback_only_with_debug(trained, leve
         (["train", "--grpo-epochs", "-1"], ["--grpo-epochs"]),
         (["train", "--rce-epochs", "0", "--grpo-epochs", "0"], ["--rce-epochs", "--grpo-epochs"]),
         (["train", "--set", "grpo.kl_bta=0.1"], ["grpo.kl_bta", "'grpo.kl_beta'"]),
-        (["train", "--set", "grpo.lr"], ["--set", "key=value"]),
-        (["train", "--set", "grpo.lr=fast"], ["grpo.lr", "'fast'"]),
         (["train", "--set", "reward.mode=hard_only_v9"], ["hard_only_v9", "hard_only", "reward.mode"]),
-        (["train", "--set", "policy.state_update=gruu"], ["gruu", "gate"]),
-        (["train", "--set", "sampler.name=mix"], ["'mix'", "mix_sampler"]),
         (["train", "--set", "rollout.pool_size=1"], ["rollout.pool_size", "rollout.shots"]),
         (["train", "--dataset", "digit"], ["'digit'", "'digits'"]),
         (["train", "--features", "query_img_icd"], ["query_img_icd", "--features"]),
@@ -122,8 +120,10 @@ def test_an_unexpected_failure_shows_its_traceback_only_with_debug(trained, leve
         (["train", "--quiet", "--verbose"], ["--quiet", "--verbose"]),
         (["best-ckpt", "--strategy", "val_los"], ["val_los", "val_loss"]),
         (["infer", "--shots", "0"], ["--shots"]),
-        (["infer", "--shots", "x"], ["--shots", "'x'"]),
         (["convert", "--to", "v4"], ["--to", "v4"]),
+        (["train", "--embeddings", "e.pt"], ["--rl-data"]),
+        (["train", "--config", "."], ["--config"]),
+        *((["train", "--device", device, "--limit", "4"], [device]) for device in ("gpu7", "cpu:3", "cuda:x", "meta")),
     ],
     ids=" ".join,
 )
@@ -132,18 +132,10 @@ def test_a_wrong_command_line_is_refused_with_2_and_writes_nothing(lever, tmp_pa
     assert files_in(tmp_path) == {}
 
 
-@pytest.mark.parametrize("device", ["gpu7", "meta", "mps", "cpu:3", "cuda:x"])
-def test_an_unknown_device_is_refused_before_anything_is_written(lever, tmp_path, device):
-    assert_refused(lever("train", "--device", device, "--limit", "4", "--json"), 2, device)
-    assert files_in(tmp_path) == {}
-
-
 def test_a_wrong_config_file_is_refused(lever, tmp_path):
     (tmp_path / "mine.yaml").write_text("grpo: {epochz: 3}")
-    before = files_in(tmp_path)
     assert_refused(lever("train", "--config", "mine.yaml", "--json"), 2, "grpo.epochz", "'grpo.epochs'")
-    assert_refused(lever("train", "--config", ".", "--json"), 2, "--config")
-    assert files_in(tmp_path) == before
+    assert list(files_in(tmp_path)) == ["mine.yaml"]
 
 
 # ---------------------------------------------------------------------- nothing there
@@ -155,14 +147,12 @@ def test_a_wrong_config_file_is_refused(lever, tmp_path):
         (["best-ckpt"], ["lever train"]),
         (["best-ckpt", "--log", "missing.log"], ["missing.log"]),
         (["best-ckpt", "nowhere"], ["nowhere"]),
-        (["best-ckpt", "."], ["lever train"]),
         (["convert"], ["lever train"]),
         (["convert", "missing.pt"], ["missing.pt"]),
         (["infer"], ["lever train"]),
         (["infer", "--ckpt", "latest"], ["lever train"]),
         (["infer", "--ckpt", "missing.pt"], ["missing.pt"]),
         (["report"], ["lever infer"]),
-        (["report", "nowhere"], ["lever infer"]),
         (["train", "--dataset", "okvqa_local"], ["OKVQA_PATH"]),
         (["train", "--rl-data", "missing.json"], ["missing.json"]),
         (["train", "--rl-data", "missing.json", "--embeddings", "missing.pt"], ["missing"]),
@@ -199,36 +189,27 @@ class Harm:
         return Path.touch, (Path("harmed"),)
 
 
-def bad_checkpoint(kind: str, whole: bytes) -> bytes:
-    return {
-        "text": b"these are my notes about checkpoints\n",
-        "truncated": whole[: len(whole) // 2],
-        "pickle with code": pickle.dumps({"model_state_dict": Harm()}),
-        "plain pickle": pickle.dumps({"epoch": 3}),
-    }[kind]
-
-
-BAD = ("text", "truncated", "pickle with code", "plain pickle")
-
-
-@pytest.mark.parametrize("kind", BAD)
-def test_a_checkpoint_that_is_not_one_is_refused_before_any_work(trained_once, lever, tmp_path, kind):
-    path = tmp_path / "grpo_epoch1.pt"
-    path.write_bytes(bad_checkpoint(kind, (trained_once / RUN / "grpo_epoch1.pt").read_bytes()))
+@pytest.mark.parametrize("kind", ["text", "truncated", "pickle with code", "plain pickle"])
+def test_a_file_that_is_no_checkpoint_is_refused_and_nothing_is_touched(trained, lever, kind):
+    for name in ("grpo_epoch1.pt", "state.pt"):
+        path = trained / RUN / name
+        whole = path.read_bytes()
+        bad = {
+            "text": b"these are my notes about checkpoints\n",
+            "truncated": whole[: len(whole) // 2],
+            "pickle with code": pickle.dumps({"model_state_dict": Harm()}),
+            "plain pickle": pickle.dumps({"epoch": 3}),
+        }
+        path.write_bytes(bad[kind])
+    before = files_in(trained)
     for way in ("v2", "v3"):
-        assert_refused(lever("convert", path, "--to", way, "--json"), 1, "grpo_epoch1.pt")
-    assert_refused(lever("infer", "--ckpt", path, "--shots", "1", "--limit", "4", "--json"), 1, "grpo_epoch1.pt")
-    assert list(files_in(tmp_path)) == ["grpo_epoch1.pt"]
-
-
-@pytest.mark.parametrize("kind", BAD)
-def test_a_broken_resume_state_is_refused_and_nothing_is_touched(trained, lever, kind):
-    state = trained / RUN / "state.pt"
-    state.write_bytes(bad_checkpoint(kind, state.read_bytes()))
-    weights = {path: path.read_bytes() for path in (trained / RUN).glob("*.pt")}
+        assert_refused(lever("convert", RUN / "grpo_epoch1.pt", "--to", way, "--json"), 1, "grpo_epoch1.pt")
+    shot = ("--shots", "1", "--limit", "4", "--json")
+    assert_refused(lever("infer", "--ckpt", RUN / "grpo_epoch1.pt", *shot), 1, "grpo_epoch1.pt")
     assert_refused(lever("train", *SMALL, "--json"), 1, "state.pt")
-    assert {path: path.read_bytes() for path in (trained / RUN).glob("*.pt")} == weights
-    assert not (trained / "harmed").exists()
+    after = files_in(trained)
+    assert {name: after[name] for name in before} == before
+    assert "harmed" not in after
 
 
 # ---------------------------------------------------------------------- --json, --dry-run, --quiet
@@ -255,7 +236,6 @@ def test_json_leaves_only_json_on_stdout(trained, lever, command):
 def test_dry_run_writes_nothing_and_says_what_would_be_done(lever, tmp_path, command):
     done = lever(command, "--limit", "7", "--seed", "5", "--dry-run", "--json")
     assert done.status == 0, done.err
-    assert files_in(tmp_path) == {}
     assert list(tmp_path.iterdir()) == []
     assert done.json["config"]["seed"] == 5
     assert done.json["config"]["rollout"]["num_queries"] == 7
@@ -271,14 +251,6 @@ def test_dry_run_of_what_needs_a_checkpoint_says_that_there_is_none(lever, comma
     assert f"without --dry-run this stops: {done.err.removeprefix('lever: ').strip()}" in planned.out
 
 
-def test_dry_run_of_a_finished_run_says_it_is_there(trained, lever):
-    before = files_in(trained)
-    done = lever("train", *SMALL, "--dry-run")
-    assert done.status == 0
-    assert f"run: {RUN} (there)" in done.out
-    assert files_in(trained) == before
-
-
 def test_the_real_thing_has_the_places_that_the_seed_document_names(lever):
     done = lever("train", "--dataset", "okvqa_local", "--lvlm", "qwen2.5_vl_3B", "--dry-run", "--json")
     paths = done.json["paths"]
@@ -287,10 +259,7 @@ def test_the_real_thing_has_the_places_that_the_seed_document_names(lever):
     assert done.json["config"]["lvlm"]["num_beams"] == 3
 
 
-def test_quiet_leaves_errors_alone(trained, lever):
-    done = lever("train", *SMALL, "--quiet")
-    assert (done.status, done.err) == (0, "")
-    assert [line.split()[0] for line in done.out.splitlines()] == ["rollouts:", "recommended:", "converted"]
+def test_quiet_leaves_errors_alone(lever):
     assert lever("convert", "missing.pt", "--quiet").err.startswith("lever: ")
 
 
@@ -359,67 +328,51 @@ def test_a_variable_in_effect_is_printed_and_a_flag_wins_over_it(lever, monkeypa
     assert done.json["config"]["grpo"]["epochs"] == 7
 
 
-def test_the_checkpoint_of_the_environment_is_taken_and_named(trained, lever, monkeypatch):
-    monkeypatch.setenv("LEVER_LM_CHECKPOINT_PATH", str(RUN / "grpo_epoch1.pt"))
-    done = lever("infer", "--shots", "1", "--limit", "4", "--json")
-    assert done.json["checkpoint"] == str(RUN / "grpo_epoch1.pt")
-    assert "LEVER_LM_CHECKPOINT_PATH" in done.err
-
-
 # ---------------------------------------------------------------------- one run is not another
 
 
 def test_the_same_command_again_finds_everything_done(trained, lever):
-    before = files_in(trained / RUN)
-    done = lever("train", *SMALL, "--json")
-    assert done.status == 0, done.err
-    after = files_in(trained / RUN)
-    assert {name for name in after if name.endswith(".pt")} == {name for name in before if name.endswith(".pt")}
-    for name in before:
-        if name.endswith(".pt"):
-            assert after[name] == before[name], name
+    """What is no part of a run's identity may have changed."""
+
+    def weights() -> dict:
+        return {name: facts for name, facts in files_in(trained / RUN).items() if name.endswith(".pt")}
+
+    before, everything = weights(), files_in(trained)
+    assert f"run: {RUN} (there)" in lever("train", *SMALL, "--dry-run").out
+    assert files_in(trained) == everything
+    free = ("features.batch_size=7", "lvlm.batch_size=7", "infer.num_queries=3")
+    done = lever("train", *SMALL, "--device", "cpu", "--quiet", *(f"--set={key}" for key in free))
+    assert (done.status, done.err) == (0, "")
+    assert [line.split()[0] for line in done.out.splitlines()] == ["rollouts:", "recommended:", "converted"]
+    assert weights() == before
 
 
-def test_another_config_is_refused_with_what_differs_and_the_ways_out(trained, lever):
+def test_another_config_is_refused_with_what_differs_and_another_name_is_another_run(trained, lever):
     before = files_in(trained)
     done = lever("train", *SMALL, "--seed", "1", "--set", "grpo.lr=0.5", "--json")
     assert_refused(done, 1, "seed: 0 there, 1 here", "grpo.lr", "0.5 here", "--run-name", "--overwrite")
     assert files_in(trained) == before
-
-
-def test_what_is_no_part_of_a_runs_identity_may_change(trained, lever):
-    free = ("features.batch_size=7", "lvlm.batch_size=7", "infer.num_queries=3")
-    done = lever("train", *SMALL, "--device", "cpu", "--quiet", *(word for key in free for word in ("--set", key)))
-    assert done.status == 0, done.err
-
-
-def test_another_name_is_another_run_beside_the_first(trained, lever):
-    before = files_in(trained / RUN)
     done = lever("train", *SMALL, "--set", "grpo.lr=0.5", "--run-name", "bold", "--json")
-    assert done.status == 0, done.err
-    assert done.json["run"] == "results/digits/model_cpk/bold"
-    assert files_in(trained / RUN) == before
+    assert (done.status, done.json["run"]) == (0, "results/digits/model_cpk/bold")
+    after = files_in(trained / RUN)
+    assert after == {name.removeprefix(f"{RUN}/"): facts for name, facts in before.items() if str(RUN) in name}
 
 
 def test_no_resume_refuses_a_run_that_is_there(trained, lever):
     before = files_in(trained)
     assert_refused(lever("train", *SMALL, "--no-resume", "--json"), 1, "--no-resume", "--overwrite")
     assert files_in(trained) == before
-    assert lever("train", *SMALL, "--no-resume", "--overwrite", "--json").status == 0
 
 
 def test_overwrite_starts_the_run_over_and_keeps_what_is_not_its_own(trained, lever):
     (trained / RUN / "notes.txt").write_text("mine")
     (trained / RUN / "best.json").write_text("{}")
-    done = lever("train", *SMALL[:2], "--rce-epochs", "1", "--grpo-epochs", "1", "--seed", "1", "--overwrite", "--json")
+    short = (*SMALL[:2], "--rce-epochs", "1", "--grpo-epochs", "1", "--seed", "1")
+    done = lever("train", *short, "--no-resume", "--overwrite", "--json")
     assert done.status == 0, done.err
     there = {path.name for path in (trained / RUN).iterdir()}
-    assert {name for name in there if name.endswith((".pt", ".ckpt"))} == {
-        "rce_epoch1.pt",
-        "grpo_epoch1.pt",
-        V2.format(1),
-        "state.pt",
-    }
+    made = {"rce_epoch1.pt", "grpo_epoch1.pt", V2.format(1), "state.pt"}
+    assert {name for name in there if name.endswith((".pt", ".ckpt"))} == made
     assert "notes.txt" in there
     assert "best.json" not in there
     assert yaml.safe_load((trained / RUN / "config.yaml").read_text())["seed"] == 1
@@ -428,26 +381,24 @@ def test_overwrite_starts_the_run_over_and_keeps_what_is_not_its_own(trained, le
 # ---------------------------------------------------------------------- best-ckpt, convert, infer
 
 
-def edit_metrics(folder: Path, **changes) -> None:
-    rows = [json.loads(line) | changes for line in (folder / RUN / "metrics.jsonl").read_text().splitlines()]
-    (folder / RUN / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 def grpo_rows(folder: Path) -> list[dict]:
     rows = [json.loads(line) for line in (folder / RUN / "metrics.jsonl").read_text().splitlines()]
     return [row for row in rows if row["phase"] == "grpo"]
 
 
+def edit_metrics(folder: Path, changed) -> None:
+    """Leave the rows of GRPO, with what `changed` says of each row."""
+    text = "".join(json.dumps(row | changed(row)) + "\n" for row in grpo_rows(folder))
+    (folder / RUN / "metrics.jsonl").write_text(text)
+
+
 def test_best_ckpt_answers_in_json_with_the_keys_of_the_spec(trained, lever):
     answer = lever("best-ckpt", "--json").json
     best = min(grpo_rows(trained), key=lambda row: row["val_loss"])
-    assert answer["strategy"] == "val_loss"
-    assert answer["epoch"] == best["epoch"]
-    assert answer["checkpoint"] == str(RUN / f"grpo_epoch{best['epoch']}.pt")
-    assert answer["exists"] is True
+    expected = {"strategy": "val_loss", "epoch": best["epoch"], "rows": 4, "excluded": [], "exists": True}
+    expected |= {"checkpoint": str(RUN / f"grpo_epoch{best['epoch']}.pt")}
+    assert {key: answer[key] for key in expected} == expected
     assert answer["metrics"]["val_loss"] == best["val_loss"]
-    assert answer["rows"] == 4
-    assert answer["excluded"] == []
     assert set(answer["others"]) == {"ppo_loss", "kl", "adv_std", "val_reward", "val_top_reward"}
     assert json.loads((trained / RUN / "best.json").read_text()) == answer
 
@@ -455,7 +406,7 @@ def test_best_ckpt_answers_in_json_with_the_keys_of_the_spec(trained, lever):
 def test_kl_without_an_epoch_in_range_is_1_with_an_object_that_says_so(trained, lever):
     lever("best-ckpt", "--strategy", "val_loss")
     before = files_in(trained)
-    edit_metrics(trained, kl=0.5)
+    edit_metrics(trained, lambda row: {"kl": 0.5})
     done = lever("best-ckpt", "--strategy", "kl", "--json")
     assert done.status == 1
     assert done.json["epoch"] is None
@@ -468,10 +419,7 @@ def test_kl_without_an_epoch_in_range_is_1_with_an_object_that_says_so(trained, 
 
 
 def test_the_best_checkpoint_is_the_one_convert_and_infer_take(trained, lever):
-    edit_metrics(trained, adv_std=1.0)
-    rows = grpo_rows(trained)
-    text = "".join(json.dumps(row | {"adv_std": 2.0 if row["epoch"] == 2 else 1.0}) + "\n" for row in rows)
-    (trained / RUN / "metrics.jsonl").write_text(text)
+    edit_metrics(trained, lambda row: {"adv_std": 2.0 if row["epoch"] == 2 else 1.0})
     assert lever("best-ckpt", "--strategy", "adv_std", "--json").json["epoch"] == 2
     converted = lever("convert", "--json").json
     assert converted["input"] == str(RUN / "grpo_epoch2.pt")
@@ -538,20 +486,15 @@ def test_convert_refuses_weights_that_no_policy_has(trained, lever, to):
         assert not Path("made").exists()
 
 
-def test_convert_refuses_a_file_that_is_of_the_format_already(trained, lever):
+def test_convert_refuses_a_file_that_is_of_the_format_already_and_writes_over_nothing_it_reads(trained, lever):
     """Its metrics would be lost on the way."""
-    assert lever("convert", RUN / "grpo_epoch1.pt", "--output", "v2.ckpt").status == 0
+    source = RUN / "grpo_epoch1.pt"
+    assert lever("convert", source, "--output", "v2.ckpt").status == 0
     before = files_in(Path())
-    assert_refused(lever("convert", RUN / "grpo_epoch1.pt", "--to", "v3", "--json"), 1, "a v3 checkpoint already")
+    assert_refused(lever("convert", source, "--to", "v3", "--json"), 1, "a v3 checkpoint already")
     assert_refused(lever("convert", "v2.ckpt", "--json"), 1, "a v2 checkpoint already")
-    assert files_in(Path()) == before
-
-
-def test_convert_never_writes_over_what_it_reads(trained, lever):
-    source = trained / RUN / "grpo_epoch3.pt"
-    content = source.read_bytes()
     assert_refused(lever("convert", source, "--output", source, "--json"), 1, "--output")
-    assert source.read_bytes() == content
+    assert files_in(Path()) == before
 
 
 def test_several_layers_are_converted_only_on_demand(trained, lever):
@@ -577,15 +520,8 @@ def test_report_after_infer_is_one_page_without_any_address(trained, lever):
     done = lever("report", "--json")
     page = (trained / done.json["report"]).read_text(encoding="utf-8")
     assert done.json["report"] == str(RUN / "report.html")
-    assert "img_text_sim" in page
-    assert "data:image/jpeg;base64," in page
-    assert "http://" not in page
-    assert "https://" not in page
-
-
-def test_embeddings_without_their_rollouts_are_a_usage_error(lever, tmp_path):
-    assert_refused(lever("train", "--embeddings", "e.pt", "--json"), 2, "--rl-data")
-    assert files_in(tmp_path) == {}
+    assert all(word in page for word in ("img_text_sim", "data:image/jpeg;base64,"))
+    assert not any(word in page for word in ("http://", "https://"))
 
 
 def test_many_shots_are_listed_one_a_row_within_80_columns(trained, lever):
@@ -595,10 +531,9 @@ def test_many_shots_are_listed_one_a_row_within_80_columns(trained, lever):
     assert "…" not in done.out
 
 
-@pytest.mark.parametrize("variables", [{"LC_ALL": "C"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}], ids=str)
-def test_text_on_the_command_line_is_utf_8_whatever_the_locale(tmp_path, variables):
+def test_text_on_the_command_line_is_utf_8_whatever_the_locale(tmp_path):
     words = ["config", "show", "--json", "--set", "prompt.system=Où est 什么?"]
-    done = run_lever(*words, cwd=tmp_path, **variables)
+    done = run_lever(*words, cwd=tmp_path, LC_ALL="C", PYTHONUTF8="0")
     assert done.status == 0, done.err
     assert done.json["config"]["prompt"]["system"] == "Où est 什么?"
 
@@ -611,10 +546,8 @@ def test_a_terminal_that_lacks_our_characters_is_no_failure(tmp_path):
 
 def test_a_choice_that_replaces_another_is_said(trained, lever):
     assert "replaces" not in lever("best-ckpt", "--strategy", "adv_std").out
-    again = lever("best-ckpt", "--strategy", "adv_std")
-    assert "replaces" not in again.out
-    other = lever("best-ckpt", "--strategy", "val_loss")
-    assert "this replaces the choice of adv_std, epoch" in other.out
+    assert "replaces" not in lever("best-ckpt", "--strategy", "adv_std").out
+    assert "this replaces the choice of adv_std, epoch" in lever("best-ckpt", "--strategy", "val_loss").out
 
 
 # ---------------------------------------------------------------------- where the output goes
@@ -631,11 +564,7 @@ def test_closed_streams_change_no_result(trained):
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads((trained / RUN / "best.json").read_text())["strategy"] == "ppo_loss"
     assert in_shell("LEVER best-ckpt --strategy none <&- >&- 2>&-", trained).returncode == 2
-
-
-@pytest.mark.parametrize("closed", [">&-", "2>&-"])
-def test_one_closed_stream_is_no_failure(tmp_path, closed):
-    assert in_shell(f"LEVER config show {closed}", tmp_path).returncode == 0
+    assert [in_shell(f"LEVER config show {one}", trained).returncode for one in (">&-", "2>&-")] == [0, 0]
 
 
 def test_a_reader_that_goes_away_does_not_end_a_training(warm):

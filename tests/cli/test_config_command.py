@@ -1,14 +1,12 @@
 """`lever config`, and what shells are offered: where each value comes from, what differs, what can go on."""
 
-import json
 import os
-import subprocess
-import sys
 
 import pytest
 import yaml
-from helpers import RUN, clean_environment, files_in, run_lever
+from helpers import RUN, files_in, run_lever
 
+from lever_lm.cli.commands import app
 from lever_lm.cli.config_command import flat
 from lever_lm.config.schema import Config, all_keys, key_docs, to_dict
 from lever_lm.config.values import build, configs_root
@@ -52,7 +50,8 @@ def test_each_value_says_what_set_it_last(lever, tmp_path, monkeypatch):
     (tmp_path / "own.yaml").write_text("rce: {epochs: 3, lr: 0.5}\ngrpo: {kl_beta: 0.7, lr: 0.5}\nseed: 4\n")
     monkeypatch.setenv("RCE_EPOCHS", "6")
     monkeypatch.setenv("KL_BETA", "0.8")
-    given = ("--config", "own.yaml", "--set", "grpo.kl_beta=0.9", "--set", "seed=5", "--seed", "9", "--limit", "7")
+    sets = ("--set", "grpo.patience=0", "--set", "grpo.kl_beta=0.9", "--set", "seed=5")
+    given = ("--config", "own.yaml", *sets, "--seed", "9", "--limit", "7")
     told = noted(lever("config", "show", *given).out)
     assert told["epochs"] == "RCE_EPOCHS; default 5"  # the environment over --config; grpo.epochs is the default
     assert told["kl_beta"] == "--set; default 0.1"  # --set over the environment
@@ -61,14 +60,11 @@ def test_each_value_says_what_set_it_last(lever, tmp_path, monkeypatch):
     assert told["num_queries"] == "--limit; default 0"
     assert told["encoder"] == "configs/dataset/digits.yaml; default openai/clip-vit-large-patch14"
     assert "batch_tokens" not in told
+    assert "patience" not in told  # it is set to its default
     changed = lever("config", "show", *given, "--json").json["changed"]
     assert changed["rce.epochs"] == {"from": "RCE_EPOCHS", "default": 5}
     assert changed["rollout.num_queries"] == {"from": "--limit", "default": 5000}
     assert "grpo.epochs" not in changed
-
-
-def test_a_value_that_is_set_to_its_default_is_no_change(lever):
-    assert "patience" not in noted(lever("config", "show", "--set", "grpo.patience=0").out)
 
 
 def test_a_run_folder_shows_its_own_config_whatever_the_environment(lever, a_run, monkeypatch):
@@ -77,10 +73,7 @@ def test_a_run_folder_shows_its_own_config_whatever_the_environment(lever, a_run
     assert shown["config"] == yaml.safe_load((a_run / RUN / "config.yaml").read_text())
     assert shown["changed"]["rce.epochs"] == {"from": f"{RUN}/config.yaml", "default": 5}
     assert lever("config", "show", str(RUN), "--seed", "3", "--json").json["config"]["seed"] == 3
-
-
-def test_an_older_run_lacks_keys_and_is_shown_with_their_defaults(lever, a_run):
-    values = yaml.safe_load((a_run / RUN / "config.yaml").read_text())
+    values = shown["config"]  # a run of an older version lacks keys: these have their defaults
     del values["grpo"]["online"], values["keep"]
     (a_run / RUN / "config.yaml").write_text(yaml.safe_dump(values))
     shown = lever("config", "show", str(RUN), "--json").json["config"]
@@ -148,16 +141,11 @@ def test_two_runs_differ_where_their_configs_do(lever, a_run):
     assert (same.status, same.out) == (0, f"{RUN} and {RUN}: no difference\n")
 
 
-def test_a_recipe_differs_from_the_options_by_what_it_says(lever):
+def test_a_recipe_differs_from_the_options_by_what_it_says(lever, tmp_path):
     recipe = flat(yaml.safe_load((configs_root() / "recipe/demo.yaml").read_text()))
     told = lever("config", "diff", "demo", "--json", "--seed", "4").json
     assert told["differences"].keys() == recipe.keys()  # the options complete both sides: their seed is the same
     assert all(told["differences"][key]["a"] == value for key, value in recipe.items())
-
-
-def test_the_commands_write_nothing(lever, tmp_path):
-    lever("config", "show", "demo")
-    lever("config", "diff", "demo", "classic")
     assert files_in(tmp_path) == {}
 
 
@@ -166,15 +154,11 @@ def test_the_commands_write_nothing(lever, tmp_path):
 
 def offered(folder, line: str, shell: str = "bash") -> list[str]:
     """What a shell is offered after a line, by a process as shells start it."""
-    count = len(line.split(" ")) - 1
-    asked = {"COMP_WORDS": line, "COMP_CWORD": str(count), "_TYPER_COMPLETE_ARGS": line}
+    asked = {"COMP_WORDS": line, "COMP_CWORD": str(line.count(" ")), "_TYPER_COMPLETE_ARGS": line}
     asked |= {"_LEVER_COMPLETE": f"complete_{shell}", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
-    command = [sys.executable, "-c", "from lever_lm.cli.commands import main; main()"]
-    done = subprocess.run(
-        command, cwd=folder, env=clean_environment(**asked), capture_output=True, text=True, timeout=60
-    )
-    assert done.stderr == ""
-    return done.stdout.splitlines()
+    done = run_lever(cwd=folder, **asked)
+    assert done.err == ""
+    return done.out.splitlines()
 
 
 @pytest.fixture
@@ -188,16 +172,9 @@ def runs(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize(
-    ("line", "values"),
-    [
-        ("lever train --set grpo.kl", ["grpo.kl_beta=", "grpo.kl="]),
-        ("lever train --run-name ", ["first", "second"]),
-        ("lever best-ckpt results/digits/model_cpk/f", ["results/digits/model_cpk/first"]),
-    ],
-)
-def test_a_shell_is_offered_what_is_there(runs, line, values):
-    assert offered(runs, line) == values
+def test_a_shell_is_offered_what_is_there(runs):
+    assert offered(runs, "lever train --set grpo.kl") == ["grpo.kl_beta=", "grpo.kl="]
+    assert offered(runs, "lever best-ckpt results/digits/model_cpk/f") == ["results/digits/model_cpk/first"]
 
 
 def test_every_shell_is_offered_the_same_and_nothing_that_it_would_run(runs):
@@ -225,6 +202,7 @@ def test_offers_within_this_process(runs, monkeypatch):
     assert values(completion.set_keys) == [f"{key}=" for key in all_keys()]
     assert dict(completion.set_keys(context, "grpo.top_k"))["grpo.top_k="] == key_docs()["grpo.top_k"]
     assert {"demo", "classic", "results/digits/model_cpk/first"} <= set(values(completion.configs))
+    assert values(completion.run_names) == ["first", "second"]
     assert values(completion.named("nothing of this kind")) == []
     context.params = {"results": "elsewhere"}
     assert values(completion.run_names) == []
@@ -234,26 +212,9 @@ def test_offers_within_this_process(runs, monkeypatch):
         assert os.path.isfile(configs_root() / "dataset" / f"{name}.yaml")
 
 
-def test_neither_completion_nor_the_views_load_anything_heavy(tmp_path):
-    code = (
-        "import json, sys\n"
-        "from lever_lm.cli import completion\n"
-        "import click\n"
-        "context = click.Context(click.Command('x'))\n"
-        "for find in (completion.set_keys, completion.run_folders, completion.configs, completion.strategies):\n"
-        "    find(context, '')\n"
-        "from lever_lm.cli.commands import app\n"
-        "from lever_lm.cli.entrypoint import run\n"
-        "for words in (['show', '--docs'], ['diff', 'demo'], ['--help']):\n"
-        "    assert run(app, ['config', *words]) == 0\n"
-        "print(json.dumps(sorted({'torch', 'numpy', 'transformers', 'jinja2'} & set(sys.modules))))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout.splitlines()[-1]) == []
-
-
-def test_each_shell_has_its_script(tmp_path):
-    for shell in ("bash", "zsh", "fish"):
-        done = run_lever("--show-completion", shell, cwd=tmp_path, _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
-        assert done.status == 0, done.err
-        assert "COMPLETE=complete_" + shell in done.out
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_each_shell_has_its_script(capsys, monkeypatch, shell):
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
+    with pytest.raises(SystemExit, match="0"):
+        app(["--show-completion", shell], prog_name="lever")
+    assert "COMPLETE=complete_" + shell in capsys.readouterr().out

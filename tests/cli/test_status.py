@@ -1,19 +1,17 @@
 """`lever status`: what it says of a run at work, killed, finished, not begun, of Lever-Plus's making, of a broken one;
 and that it changes nothing there."""
 
-import contextlib
 import fcntl
 import json
 import os
 import shutil
-import sqlite3
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from helpers import DATA, RUN, SMALL, clean_environment, files_in
+from helpers import DATA, RUN, SMALL, files_in
 
 from lever_lm.cli import status as status_module
 from lever_lm.cli.status import gpus
@@ -27,6 +25,10 @@ KEYS = {"run", "state", "phase", "epoch", "epochs", "checkpoint", "seconds_left"
 
 def rows_of(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def write_rows(run: Path, rows: list[dict]) -> None:
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def more_epochs(run: Path, epochs: int, had: int = 4) -> None:
@@ -100,10 +102,8 @@ def test_a_run_that_stopped_early_is_finished(trained, lever):
     run = trained / RUN
     more_epochs(run, 9)
     (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("patience: 0", "patience: 2"))
-    rows = rows_of(run)
-    for row in rows:
-        row["val_reward"] = 2.0 if (row["phase"], row["epoch"]) == ("grpo", 2) else 1.0
-    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    best = ("grpo", 2)
+    write_rows(run, [{**row, "val_reward": 1.0 + ((row["phase"], row["epoch"]) == best)} for row in rows_of(run)])
     found = lever("status", "--json").json
     assert (found["state"], found["why"]) == ("finished", "stopped early by grpo.patience after epoch 4")
 
@@ -117,10 +117,9 @@ def test_what_goes_on_with_a_run_is_the_command_that_went_on_with_it(trained, le
         for command in ("lever train --grpo-epochs 7", last):
             record(run, {**first, "command": command}, pytest.fail)
         assert json.loads(run.environment.read_text()) == {**first, "last_command": last}
-    expected = {
-        None: first["command"],
-        "": f"lever train --config {RUN}/config.yaml --results {trained}/results",
-    }.get(last, "lever train --grpo-epochs 9")
+    expected = {None: first["command"], "": f"lever train --config {RUN}/config.yaml --results {trained}/results"}.get(
+        last, "lever train --grpo-epochs 9"
+    )
     found = lever("status", RUN, "--json").json
     assert (found["state"], found["command"]) == ("killed", expected)
 
@@ -142,16 +141,21 @@ def test_nothing_was_begun_and_there_is_nothing(lever, tmp_path):
     assert "is a file" in lever("status", "file").err
 
 
-def test_a_run_killed_before_its_first_epoch_says_what_goes_on(lever, tmp_path):
-    left_by(tmp_path / RUN, "train --limit 24")
-    found = lever("status", "--json").json
-    assert (found["state"], found["phase"], found["command"]) == ("killed", "rollouts", "lever train --limit 24")
-
-
-@pytest.mark.parametrize("command", ["train --rl-data own.json", "train --rl-data=own.json"])
-def test_rollouts_of_the_users_own_are_not_being_made(lever, tmp_path, command):
+@pytest.mark.parametrize(
+    ("command", "phase", "said"),
+    [
+        ("train --limit 24", "rollouts", "lever train --limit 24"),
+        ("train --limit 24 --overwrite", "rollouts", "lever train --limit 24"),
+        ("train --rl-data own.json", "rce", "lever train --rl-data own.json"),  # makes no rollouts
+        ("train --rl-data=own.json", "rce", "lever train --rl-data=own.json"),
+        ("train; reboot", "rollouts", "lever 'train;' reboot"),  # words to a shell
+        ("train " + "x" * 194, "rollouts", None),  # half of a command is none
+    ],
+)
+def test_a_run_killed_before_its_first_epoch_says_what_goes_on(lever, tmp_path, command, phase, said):
     left_by(tmp_path / RUN, command)
-    assert lever("status", "--json").json["phase"] == "rce"
+    found = lever("status", "--json").json
+    assert (found["state"], found["phase"], found["command"]) == ("killed", phase, said)
 
 
 def test_a_run_on_rollouts_of_the_users_own_names_their_file(lever, tmp_path):
@@ -173,7 +177,7 @@ def test_a_run_on_rollouts_of_the_users_own_names_their_file(lever, tmp_path):
 def test_while_the_speed_of_grpo_is_unknown_what_is_left_of_rce_is_told(trained, lever):
     run = RunFolder(trained / RUN)
     rows = [{**row, "epoch_time": 40.0} for row in rows_of(run.path) if row["phase"] == "rce"]
-    run.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(run.path, rows)
     more_epochs(run.path, 5, had=2)
     for path in run.path.glob("*_epoch*"):
         path.unlink()
@@ -223,20 +227,17 @@ def test_a_folder_of_lever_plus_is_read_by_its_checkpoints_or_its_log(lever, tmp
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml", "env.json", LOCK])
-@pytest.mark.parametrize(
-    "content", [b"", b"\xff\xfe\x00{", b"[1, 2", b'{"pid": {}, "epoch": "x", "\x1b[2J": [[[', None]
-)
-def test_a_broken_file_is_said_and_the_rest_is_told(trained, lever, name, content):
+def test_a_broken_file_is_said_and_the_rest_is_told(trained, lever, name):
     path = trained / RUN / name
-    path.unlink(missing_ok=True)
-    path.mkdir() if content is None else path.write_bytes(content)
-    done = lever("status")
-    assert done.status == 0, done.err
-    assert "grpo_epoch4.pt" in done.out
-    assert "defect" not in done.err
-    assert "\x1b" not in done.out
-    if content and name in ("metrics.jsonl", "config.yaml"):
-        assert done.out.count("\n  note ") == 1
+    for content in (b"", b"\xff\xfe\x00{", b"[1, 2", b'{"pid": {}, "epoch": "x", "\x1b[2J": [[[', None):
+        path.unlink(missing_ok=True)
+        path.mkdir() if content is None else path.write_bytes(content)
+        done = lever("status")
+        assert (done.status, done.err) == (0, "")
+        assert "grpo_epoch4.pt" in done.out
+        assert "\x1b" not in done.out
+        if content and name in ("metrics.jsonl", "config.yaml"):
+            assert done.out.count("\n  note ") == 1
 
 
 def test_a_row_that_is_being_written_is_not_read_yet(trained, lever):
@@ -298,20 +299,6 @@ def test_gpus_are_those_that_nvidia_smi_names(tmp_path, monkeypatch):
     assert gpus() == []
 
 
-def test_neither_status_nor_the_choice_of_an_epoch_loads_torch_or_numpy(trained):
-    code = (
-        "import sys\nfrom lever_lm.cli.commands import app\nfrom lever_lm.cli.entrypoint import run\n"
-        f"run(app, ['status', {str(RUN)!r}])\nrun(app, ['status'])\nrun(app, ['best-ckpt', '--show-all'])\n"
-        "sys.exit(', '.join(sorted({'torch', 'numpy', 'transformers'} & set(sys.modules))) or 0)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=trained, env=clean_environment(), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count(": finished") == 2
-    assert "val_loss: epoch" in done.stdout
-
-
 def test_a_metric_that_is_not_finite_hinders_nothing(trained, lever):
     metrics = trained / RUN / "metrics.jsonl"
     row = {**rows_of(trained / RUN)[-1], "val_reward": float("nan"), "val_loss": float("-inf"), "epoch_time": 1e308}
@@ -342,22 +329,3 @@ def test_a_metric_that_is_not_finite_hinders_nothing(trained, lever):
 )
 def test_a_command_from_a_file_is_words_to_a_shell(kept, said):
     assert typed_again(kept) == said
-
-
-@pytest.mark.parametrize(
-    ("command", "said"), [("train; reboot", "lever 'train;' reboot"), ("train " + "x" * 194, None)]
-)
-def test_a_command_from_a_lock_is_words_too_and_half_of_one_is_none(lever, tmp_path, command, said):
-    left_by(tmp_path / RUN, command)
-    assert lever("status", "--json").json["command"] == said
-
-
-def test_answers_that_are_made_when_they_are_read_are_not_counted(trained, lever):
-    (cache,) = (trained / "results/digits/cache").glob("answers_*.sqlite")
-    assert lever("status", "--json").json["answers"] > 0
-    cache.unlink()
-    with contextlib.closing(sqlite3.connect(cache)) as db:
-        db.execute("CREATE TABLE answers (a, key TEXT GENERATED ALWAYS AS (hex(zeroblob(400000000))) VIRTUAL)")
-        db.execute("INSERT INTO answers (a) VALUES (1)")
-        db.commit()
-    assert lever("status", "--json").json["answers"] is None

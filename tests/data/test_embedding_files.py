@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import Executed
-from hostile import read_in_little_memory
+from hostile import Executed, read_in_little_memory
 from safetensors import safe_open
 from safetensors.torch import save_file
 

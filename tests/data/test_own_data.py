@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pages
 import pytest
-from config_helpers import resolve
 from helpers import run_here
 from official import build_official, build_parquet
 
+from lever_lm.config.load import resolve
 from lever_lm.config.schema import DataConfig
 from lever_lm.data import image_digest, load_dataset
 from lever_lm.data.checks import check_examples

@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from config_helpers import resolve
 from helpers import CHECKOUT, clean_environment, files_in, track
 from official import (
     ANNOTATIONS,
@@ -38,6 +37,7 @@ from official import (
 )
 from PIL import Image
 
+from lever_lm.config.load import resolve
 from lever_lm.config.schema import DataConfig, FeatureConfig, LvlmConfig, PromptConfig
 from lever_lm.data import image_digest, load_dataset, open_image
 from lever_lm.data.checks import check_examples, check_files

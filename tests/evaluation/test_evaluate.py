@@ -14,6 +14,7 @@ from lever_lm.evaluation.results import is_result, write_results
 from lever_lm.selectors import BASELINES
 from lever_lm.selectors.pointer.checkpoint import save_torch
 from lever_lm.tasks.vqa_metrics import vqa_accuracy
+from lever_lm.utils.paths import asset_path
 from lever_lm.utils.safe_torch_load import load_torch
 
 QUERIES = 40
@@ -44,8 +45,7 @@ class Knowing:
 
     def answer(self, prompts, what):
         self.prompts += prompts
-        written = [(p.query.answer, p.query.answer.upper(), "two", "two")[i % 4] for i, p in enumerate(prompts)]
-        return written
+        return [(p.query.answer, p.query.answer.upper(), "two", "two")[i % 4] for i, p in enumerate(prompts)]
 
 
 @pytest.fixture(scope="module")
@@ -84,27 +84,20 @@ def test_each_method_is_asked_at_every_number_of_shots_with_its_first_picks_and_
     ]
 
 
-def test_predictions_are_an_official_result_file(evaluated, evaluation):
+def test_predictions_are_an_official_result_file_that_scores_as_written(evaluated, evaluation):
     folder, outcomes, _ = evaluated
-    for outcome in outcomes:
-        rows = json.loads((folder / f"predictions_{outcome.method}_{outcome.shots}shot.json").read_text())
-        assert rows == [
-            {"question_id": query.question_id, "answer": answer}
-            for query, answer in zip(evaluation.queries, outcome.predictions, strict=True)
-        ]
-
-
-def test_an_independent_scoring_of_the_predictions_gives_the_written_accuracy(evaluated):
-    from lever_lm.utils.paths import asset_path
-
-    folder, _, _ = evaluated
     annotations = json.loads((asset_path("asset:digits") / "mscoco_val2014_annotations.json").read_text())
     references = {
         annotation["question_id"]: [answer["answer"] for answer in annotation["answers"]]
         for annotation in annotations["annotations"]
     }
-    for result in json.loads((folder / "metrics.json").read_text())["results"]:
-        rows = json.loads((folder / f"predictions_{result['method']}_{result['shots']}shot.json").read_text())
+    results = json.loads((folder / "metrics.json").read_text())["results"]
+    for result, outcome in zip(results, outcomes, strict=True):
+        rows = json.loads((folder / f"predictions_{outcome.method}_{outcome.shots}shot.json").read_text())
+        assert rows == [
+            {"question_id": query.question_id, "answer": answer}
+            for query, answer in zip(evaluation.queries, outcome.predictions, strict=True)
+        ]
         scores = [vqa_accuracy(row["answer"], references[row["question_id"]]) for row in rows]
         assert result["accuracy"] == pytest.approx(np.mean(scores), abs=1e-9)
         assert result["ci"][0] < result["accuracy"] < result["ci"][1]

@@ -72,9 +72,7 @@ def test_points_stand_where_their_numbers_say():
 
 
 def test_names_at_the_right_do_not_stand_on_each_other():
-    series = [
-        Series(name, "run0", [(1, value), (2, value)]) for name, value in zip("abcde", (1, 1, 1.01, 0, 0), strict=True)
-    ]
+    series = [Series("name", "run0", [(1, value), (2, value)]) for value in (1, 1, 1.01, 0, 0)]
     svg = line_chart(series, title="t", across="x", size=(300, 180), labels=60)
     heights = sorted(y for _, y in places(svg, 'text class="name"'))
     assert len(heights) == 5
@@ -128,22 +126,12 @@ def test_what_is_not_finite_is_not_drawn():
 
 
 def test_a_test_is_said_with_its_direction_and_interval():
-    test = {
-        "method": "grpo",
-        "against": "random",
-        "shots": 4,
-        "difference": 0.16,
-        "low": 0.12,
-        "high": 0.198,
-        "p": 0.0005,
-    }
+    test = {"method": "grpo", "against": "random", "shots": 4}
+    test |= {"difference": 0.16, "low": 0.12, "high": 0.198, "p": 0.0005}
     better = "With 4 demonstrations, GRPO is 16.0 points better than random (95 % interval +12.0 to +19.8, p < 0.001)."
     assert words.of_test(test) == better
-    worse = words.of_test({**test, "difference": -0.17, "low": -0.2, "high": -0.1, "p": 0.01, "shots": 1})
-    assert (
-        worse
-        == "With 1 demonstration, GRPO is 17.0 points worse than random (95 % interval −20.0 to −10.0, p = 0.010)."
-    )
+    worse = "With 1 demonstration, GRPO is 17.0 points worse than random (95 % interval −20.0 to −10.0, p = 0.010)."
+    assert words.of_test({**test, "difference": -0.17, "low": -0.2, "high": -0.1, "p": 0.01, "shots": 1}) == worse
     same = words.of_test({**test, "difference": 0.004, "low": -0.02, "high": 0.03, "p": 0.7})
     assert "cannot be told apart (+0.4 points" in same
 
@@ -235,12 +223,27 @@ def page_of(lever, *arguments) -> str:
     return Path(done.json["report"]).read_text(encoding="utf-8")
 
 
-def test_a_card_has_what_the_policy_gave_each_pick(evaluated, lever):
+def samples_file(evaluated, folder=INFERENCE) -> Path:
+    (path,) = (evaluated / folder).glob("*/samples_grpo_2shot.jsonl")
+    return path
+
+
+def change_samples(evaluated, change) -> Path:
+    """Change each line of a file of samples, given with its number."""
+    path = samples_file(evaluated)
+    rows = [{**json.loads(line), **change(i)} for i, line in enumerate(path.read_text().splitlines())]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_card_has_what_the_policy_gave_each_pick_on_a_page_to_mail(evaluated, lever):
     page = page_of(lever)
-    (path,) = (evaluated / INFERENCE).glob("*/samples_grpo_2shot.jsonl")
+    assert page_of(lever) == page
+    assert len(page) < 3_000_000
+    assert '<article class="card' in page_of(lever, RUN), "a run named by its folder is shown with its own data"
     cards = set(map(int, re.findall(r"<span>question (\d+)</span>", page)))
     assert EACH <= len(cards) <= 10
-    for found in read_samples(path).values():
+    for found in read_samples(samples_file(evaluated)).values():
         if found.question_id not in cards:  # as good as random, and not drawn
             continue
         assert len(found.probabilities) == 2
@@ -265,12 +268,6 @@ def test_the_page_labels_both_accuracies_and_reads_results_that_have_one(evaluat
     rows = len(metrics["results"])
     assert page.count("<td>76.6 %</td><td>26.6 %</td>") == rows - 1
     assert page.count("<td>–</td><td>26.6 %</td>") == 1
-
-
-def test_the_same_run_makes_the_same_page_that_is_small_enough_to_mail(evaluated, lever):
-    first = page_of(lever)
-    assert page_of(lever) == first
-    assert len(first) < 3_000_000
 
 
 def test_results_of_one_inference_after_another_stand_together(evaluated, lever):
@@ -304,22 +301,13 @@ def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path):
     assert distinct_names(runs[1:3]) == ["demo", "other"]
 
 
-def test_a_run_that_was_not_evaluated_has_a_page_of_its_training(trained, lever):
-    page = page_of(lever)
+def test_a_run_that_was_not_evaluated_has_a_page_of_its_training_where_output_says(trained, lever):
+    page = page_of(lever, "--output", "here/page.html")
+    assert page == (trained / "here/page.html").read_text()
+    assert not (trained / RUN / "report.html").exists()
     assert "lever infer --baselines" in page
     assert "Group health" in page
     assert 'id="accuracy"' not in page
-
-
-def test_a_page_goes_where_output_says(trained, lever):
-    done = lever("report", "--output", "here/page.html", "--json")
-    assert done.json["report"] == "here/page.html"
-    assert "</html>" in (trained / "here/page.html").read_text()
-    assert not (trained / RUN / "report.html").exists()
-
-
-def test_a_run_named_by_its_folder_is_shown_with_its_own_data(evaluated, lever):
-    assert '<article class="card' in page_of(lever, RUN)
 
 
 def test_runs_are_compared_query_by_query(evaluated, lever):
@@ -329,11 +317,8 @@ def test_runs_are_compared_query_by_query(evaluated, lever):
     page = page_of(lever, RUN, RUN.with_name("other"), "--compare")
     assert "<code>policy.hidden_dim</code>" in page
     assert "rce of other" not in page
-    paths = [
-        next((evaluated / folder).glob("*/samples_grpo_2shot.jsonl"))
-        for folder in (INFERENCE, INFERENCE.parent / "other")
-    ]
-    one, two = ([s.accuracy for s in read_samples(path).values()] for path in paths)
+    files = [samples_file(evaluated, folder) for folder in (INFERENCE, INFERENCE.parent / "other")]
+    one, two = ([s.accuracy for s in read_samples(path).values()] for path in files)
     test = {"method": f"grpo of {RUN.name}", "against": "grpo of other", "shots": 2, **paired_test(one, two)}
     assert html.escape(f"On 10 queries. {words.of_test(test)}") in page
     refused = lever("report", RUN, RUN.with_name("other"))
@@ -343,10 +328,7 @@ def test_runs_are_compared_query_by_query(evaluated, lever):
 
 def test_names_and_answers_of_strangers_are_text_on_the_page(evaluated, lever):
     trap = "<img src=x onerror=alert(1)>\x1b[2J"
-    (path,) = (evaluated / INFERENCE).glob("*/samples_grpo_2shot.jsonl")
-    rows = [{**json.loads(line), "answer": trap, "references": [trap]} for line in path.read_text().splitlines()]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    metrics = path.with_name("metrics.json")
+    metrics = change_samples(evaluated, lambda i: {"answer": trap, "references": [trap]}).with_name("metrics.json")
     content = json.loads(metrics.read_text())
     metrics.write_text(json.dumps({**content, "checkpoint": trap}))
     page = page_of(lever)
@@ -356,9 +338,7 @@ def test_names_and_answers_of_strangers_are_text_on_the_page(evaluated, lever):
 
 
 def test_samples_of_other_data_are_refused(evaluated, lever):
-    (path,) = (evaluated / INFERENCE).glob("*/samples_grpo_2shot.jsonl")
-    rows = [{**json.loads(line), "question_id": i} for i, line in enumerate(path.read_text().splitlines())]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    change_samples(evaluated, lambda i: {"question_id": i})
     done = lever("report")
     assert done.status == 1
     assert "--dataset" in done.err

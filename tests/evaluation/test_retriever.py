@@ -1,6 +1,5 @@
 """The Python API, `lever pick` and the example script: the picks of `lever infer`, for images of one's own."""
 
-import ast
 import json
 import os
 import shutil
@@ -11,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import INFERENCE, RUN, SCRIPTS, clean_environment, run_here
+from helpers import INFERENCE, RUN, clean_environment, run_here
 
 import lever_lm
 from lever_lm.cli.pick import pick_for
-from lever_lm.data import Example
+from lever_lm.data import Example, open_image
 from lever_lm.evaluation import retriever as module
 from lever_lm.evaluation.retriever import Pick, Retriever
 from lever_lm.lvlm.prompt import cut_answer
@@ -101,24 +100,18 @@ def test_an_image_of_ones_own_gets_its_own_pool_the_same_each_time_whatever_its_
 
 
 def test_similarities_are_the_cosines_of_images_and_questions(retriever):
-    train = retriever.examples[7]
     (first, *_), encoder = retriever.pick(IMAGE, QUESTION, shots=2), retriever._encoder
-    from lever_lm.data import open_image
-
     image, other = encoder.images([open_image(str(IMAGE)), open_image(first.example.image)])
     text, asked = encoder.texts([QUESTION, first.example.question])
     assert first.image_similarity == pytest.approx(float(image @ other), abs=1e-5)
     assert first.text_similarity == pytest.approx(float(text @ asked), abs=1e-5)
-    assert train.answer
 
 
 def test_the_image_of_a_training_example_is_never_shown_before_itself(retriever):
     train = retriever.examples
-    image = train[0].image
     twins = {e.question_id for e in train if e.image_id == train[0].image_id}
     assert len(twins) > 1
-    pool = min(60, len(train))
-    assert not twins & set(chosen(retriever.pick(image, train[0].question, shots=pool)))
+    assert not twins & set(chosen(retriever.pick(train[0].image, train[0].question, shots=60)))
     renamed = replace(train[0], question_id=5000, image_id=5000)
     assert not twins & {example.question_id for example in retriever.pool(renamed)}
 
@@ -134,23 +127,22 @@ def test_a_file_that_changes_is_another_query(retriever, tmp_path):
 # ---------------------------------------------------------------------- demonstrations of one's own
 
 
+def own_retriever(home, examples) -> Retriever:
+    return Retriever(home / RUN, examples=examples, results=home / "results")
+
+
 def test_demonstrations_of_ones_own_are_the_pool(home, retriever):
     shown = retriever.examples[:5]
-    triples = [(Path(e.image), e.question, f"answer {i}") for i, e in enumerate(shown)]
-    own = Retriever(home / RUN, examples=triples, results=home / "results")
+    own = own_retriever(home, [(Path(e.image), e.question, f"answer {i}") for i, e in enumerate(shown)])
     picks = own.pick(IMAGE, QUESTION, shots=5)
     assert sorted(pick.example.answer for pick in picks) == [f"answer {i}" for i in range(5)]
     assert own.answer(IMAGE, QUESTION, picks[:2])
-    again = Retriever(home / RUN, examples=shown, results=home / "results").pick(IMAGE, QUESTION, shots=5)
+    again = own_retriever(home, shown).pick(IMAGE, QUESTION, shots=5)
     assert [p.example.question for p in again] == [p.example.question for p in picks]
     with pytest.raises(LeverError, match="cannot pick 6 shots from a pool of 5"):
         own.pick(IMAGE, QUESTION, shots=6)
     own_image = own.pick(shown[0].image, QUESTION, shots=1)[0]
     assert Path(own_image.example.image) != Path(shown[0].image)
-
-
-def own_retriever(home, examples) -> Retriever:
-    return Retriever(home / RUN, examples=examples, results=home / "results")
 
 
 def test_the_image_of_an_example_that_is_asked_about_is_never_shown_whatever_its_number(home, retriever):
@@ -186,6 +178,8 @@ def test_examples_that_are_none_are_refused(home):
         Retriever(home / RUN, examples=[("gone.jpg", QUESTION, "a")])
     with pytest.raises(LeverError, match="no examples"):
         Retriever(home / RUN, examples=[])
+    with pytest.raises(ValueError, match=r"example 0: .* no UTF-8"):
+        Retriever(home / RUN, examples=[("x.jpg", "q\udc80", "a")])
 
 
 # ---------------------------------------------------------------------- prompts
@@ -317,10 +311,14 @@ def test_pick_alone_takes_the_first_evaluation_question_and_scores_the_answer(in
     assert "answer" not in done.json
 
 
-def test_to_choose_only_no_lvlm_is_needed(in_home):
-    without = in_home("pick", "--json", "--no-answer", "--run-name", RUN.name, "--set", "lvlm.path=gone/model")
+def test_to_choose_only_no_lvlm_is_needed_and_a_run_that_is_named_is_taken_over_the_environment(in_home, monkeypatch):
+    named = ("pick", "--json", "--no-answer", "--run-name", RUN.name)
+    without = in_home(*named, "--set", "lvlm.path=gone/model")
     assert without.status == 0, without.err
-    assert without.json["icds"] == in_home("pick", "--json").json["icds"]
+    assert without.json["icds"] == in_home("pick", "--json", "--no-answer").json["icds"]
+    monkeypatch.setenv("LEVER_LM_CHECKPOINT_PATH", str(RUN / "grpo_epoch1.pt"))
+    assert in_home(*named).json["why"] == "best by val_reward"
+    assert in_home("pick", "--json", "--no-answer").json["why"] == "named by LEVER_LM_CHECKPOINT_PATH"
 
 
 @pytest.mark.parametrize(
@@ -374,13 +372,6 @@ def test_the_size_of_a_pool_leaves_out_what_may_not_be_shown(home, retriever):
     assert pool == {"size": len(train) - twins, "sampler": "mix_sampler", "examples": len(train)}
 
 
-def test_pick_of_a_run_that_is_named_takes_no_checkpoint_of_the_environment(in_home, monkeypatch):
-    monkeypatch.setenv("LEVER_LM_CHECKPOINT_PATH", str(RUN / "grpo_epoch1.pt"))
-    named = in_home("pick", "--json", "--no-answer", "--run-name", RUN.name).json
-    assert named["why"] == "best by val_reward"
-    assert in_home("pick", "--json", "--no-answer").json["why"] == "named by LEVER_LM_CHECKPOINT_PATH"
-
-
 def test_text_from_data_does_not_steer_the_terminal(in_home):
     done = in_home("pick", "--image", "x.jpg", "--question", "red \x1b[31m?\nlever: all is well", "--no-answer")
     assert done.status == 0
@@ -414,12 +405,6 @@ def test_the_example_script_picks_for_a_folder_of_images(home, tmp_path, retriev
         script("pick_for_my_images").main()
 
 
-def test_the_example_script_is_short_and_documented():
-    text = (SCRIPTS / "pick_for_my_images.py").read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 60
-    assert "python scripts/pick_for_my_images.py" in ast.get_docstring(ast.parse(text))
-
-
 def test_a_dataset_of_ones_own_without_data_hinders_no_other(monkeypatch, tmp_path):
     (tmp_path / "dataset").mkdir()
     (tmp_path / "dataset/a.yaml").write_text("features: {encoder: some/clip}\n")
@@ -427,8 +412,3 @@ def test_a_dataset_of_ones_own_without_data_hinders_no_other(monkeypatch, tmp_pa
     monkeypatch.setattr("lever_lm.training.from_checkpoint.configs_root", lambda: tmp_path)
     values = {"features": {"encoder": "some/clip"}, "data": {"name": "mine"}}
     assert config_beside(values, "x", None, None, (), own=False).data.okvqa_path == "/mine"
-
-
-def test_an_example_that_is_no_text_is_refused_when_it_is_given(home):
-    with pytest.raises(ValueError, match=r"example 0: .* no UTF-8"):
-        module._own_examples([("x.jpg", "q\udc80", "a")])

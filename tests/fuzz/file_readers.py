@@ -15,7 +15,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from config_helpers import resolve
 from PIL import Image
 from safetensors.torch import save
 
@@ -24,6 +23,7 @@ from fuzz.formats import harmful_torch, saved, spoil_safetensors, spoil_torch
 from fuzz.harness import Target
 from fuzz.mutations import TOKENS, lines_spoiler, noise, spoil_bytes, spoil_json, table
 from fuzz.readers import DEEP, choices, dumped, examples, reader, to_file
+from lever_lm.config.load import resolve
 from lever_lm.config.schema import DataConfig, FeatureConfig, LvlmConfig, PromptConfig
 from lever_lm.data import VqaData, image_digest, load_dataset, open_image
 from lever_lm.data.embeddings import _stamp, cached_features, read_embeddings

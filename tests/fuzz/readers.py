@@ -13,14 +13,13 @@ from random import Random
 
 import torch
 import yaml
-from config_helpers import resolve
 from PIL import Image
 
 from fuzz.harness import CANARY, STEERS, Reader, Target
 from fuzz.mutations import TOKENS, encoded, lines_spoiler, spoil_json, spoil_json_lines, table
 from lever_lm.cli.options import finite, parse_shots
 from lever_lm.cli.status import run_status
-from lever_lm.config.load import ENVIRONMENT, environment_values
+from lever_lm.config.load import ENVIRONMENT, environment_values, resolve
 from lever_lm.config.schema import Config, to_dict
 from lever_lm.config.values import build, merge
 from lever_lm.data import Example, StoredImage, VqaData

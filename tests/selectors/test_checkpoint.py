@@ -8,7 +8,8 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from helpers import CHECKOUT, Executed
+from helpers import CHECKOUT
+from hostile import Executed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file

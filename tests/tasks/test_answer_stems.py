@@ -3,11 +3,11 @@
 import json
 
 import pytest
-from config_helpers import resolve
 from helpers import small_digits
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lever_lm.config.load import resolve
 from lever_lm.data import load_dataset
 from lever_lm.lvlm import CachedLvlm
 from lever_lm.tasks.answer_stems import learn_stems

@@ -5,12 +5,12 @@ import math
 import shutil
 
 import pytest
-from config_helpers import resolve
 from helpers import DATA, SMALL, answers_in, files_in, small_digits
 from models import SPOILT, copied, edited
 from models import TINY as TINY_QWEN
 from official import build_official, image_path, read_official
 
+from lever_lm.config.load import resolve
 from lever_lm.config.schema import LvlmConfig
 from lever_lm.data.embeddings import ClipEncoder
 from lever_lm.lvlm.checks import check_device, memory_needed

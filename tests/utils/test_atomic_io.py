@@ -9,11 +9,11 @@ import socket
 import stat
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from helpers import RUN, SMALL, clean_environment, run_here
+import torch
+from helpers import RUN, SMALL, clean_environment
 from safetensors import safe_open
 
 from lever_lm.utils import locks
@@ -44,9 +44,17 @@ def test_a_file_appears_whole_with_its_folders_whatever_the_umask(tmp_path):
     assert stat.S_IMODE(path.stat().st_mode) == 0o644
 
 
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
 @pytest.mark.parametrize("existed", [False, True])
-def test_a_write_that_breaks_off_changes_nothing_and_leaves_nothing(tmp_path, error, existed):
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (ValueError("broken off"), ValueError, "broken off"),
+        (KeyboardInterrupt("broken off"), KeyboardInterrupt, "broken off"),
+        (SystemExit("broken off"), SystemExit, "broken off"),
+        (OSError(28, "No space left on device"), LeverError, r"file\.txt: No space left on device; .* unchanged"),
+    ],
+)
+def test_a_write_that_breaks_off_changes_nothing_and_leaves_nothing(tmp_path, error, kind, words, existed):
     path = tmp_path / "file.txt"
     if existed:
         path.write_text("before")
@@ -54,38 +62,15 @@ def test_a_write_that_breaks_off_changes_nothing_and_leaves_nothing(tmp_path, er
     def write():
         with atomic_file(path) as file:
             file.write(b"half")
-            raise error("broken off")
+            file.flush()
+            assert path.exists() == existed
+            assert {p.name for p in tmp_path.iterdir() if not p.name.startswith(".tmp-")} <= {"file.txt"}
+            raise error
 
-    with pytest.raises(error, match="broken off"):
+    with pytest.raises(kind, match=words):
         write()
     assert [p.name for p in tmp_path.iterdir()] == (["file.txt"] if existed else [])
     assert not existed or path.read_text() == "before"
-
-
-def test_nothing_is_at_the_name_before_all_is_written(tmp_path):
-    path = tmp_path / "file.txt"
-    with atomic_file(path) as file:
-        file.write(b"half")
-        file.flush()
-        assert not path.exists()
-        assert all(p.name.startswith(".tmp-") for p in tmp_path.iterdir())
-    assert path.read_bytes() == b"half"
-
-
-def test_a_full_disk_is_told_in_plain_words(tmp_path):
-    path = tmp_path / "file.txt"
-    path.write_text("before")
-
-    def write():
-        with atomic_file(path):
-            raise OSError(28, "No space left on device")
-
-    with pytest.raises(
-        LeverError, match=r"cannot write .*file\.txt: No space left on device; what was there before is unch"
-    ):
-        write()
-    assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]
-    assert path.read_text() == "before"
 
 
 def test_a_place_that_cannot_be_written_is_told_in_plain_words(tmp_path):
@@ -109,16 +94,10 @@ def test_json_keeps_its_letters_and_takes_no_nan(tmp_path):
     assert json.loads(path.read_text(encoding="utf-8"))["a"] == "ü"
 
 
-def test_lines_are_appended(tmp_path):
-    path = tmp_path / "log"
-    append_line(path, "eins")
-    append_line(path, "zwei ü")
-    assert path.read_text(encoding="utf-8") == "eins\nzwei ü\n"
-
-
-def test_tensors_come_back_with_their_header(tmp_path):
-    import torch
-
+def test_lines_are_appended_and_tensors_come_back_with_their_header(tmp_path):
+    for line in ("eins", "zwei ü"):
+        append_line(tmp_path / "log", line)
+    assert (tmp_path / "log").read_text(encoding="utf-8") == "eins\nzwei ü\n"
     write_tensors(tmp_path / "t.safetensors", {"a": torch.arange(3.0)}, {"fingerprint": "f"})
     with safe_open(tmp_path / "t.safetensors", framework="pt") as file:
         assert file.metadata() == {"fingerprint": "f"}
@@ -194,11 +173,10 @@ def test_the_temporary_file_of_a_killed_writer_goes_with_the_next_write_and_that
     killed.wait()
     assert len(list(tmp_path.glob(f"{TEMPORARY_PREFIX}*"))) == 2
     write_text(tmp_path / "c", "text")
-    (left,) = tmp_path.glob(f"{TEMPORARY_PREFIX}*")
+    assert len(list(tmp_path.glob(f"{TEMPORARY_PREFIX}*"))) == 1
     living.kill()
     living.wait()
     sweep(tmp_path)
-    assert left.name.startswith(TEMPORARY_PREFIX)
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
 
@@ -350,32 +328,15 @@ def test_a_lock_that_cannot_be_made_is_told_in_plain_words(tmp_path):
 # ---------------------------------------------------------------------- the command line
 
 
-def test_a_second_training_in_a_run_folder_is_refused_and_a_stop_of_the_first_ends_with_one_line(warm):
-    """Ctrl-C is tried on a terminal, in test_console.py."""
-    first = subprocess.Popen(
-        [sys.executable, "-m", "lever_lm", "train", "--limit", "24", "--rce-epochs", "1", "--grpo-epochs", "500"],
-        cwd=warm,
-        env=clean_environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    while not (warm / RUN / "grpo_epoch1.pt").is_file() and first.poll() is None:
-        time.sleep(0.05)
-    first.send_signal(signal.SIGSTOP)  # so that it is still there when the second comes
-    second = run_here("train", *SMALL, cwd=warm)
-    first.send_signal(signal.SIGCONT)
-    first.send_signal(signal.SIGTERM)
-    _, err = first.communicate(timeout=60)
+def test_a_second_training_in_a_run_folder_is_refused(tmp_path, lever, child):
+    """How a stop ends a command is tried in test_crashes.py, and on a terminal in test_console.py."""
+    first = child(HOLDER, tmp_path / RUN / ".lock")
+    second = lever("train", *SMALL)
     assert (second.status, second.out) == (1, "")
-    expected = f"lever: {RUN} is in use by process {first.pid} on {socket.gethostname()} (lever train"
+    expected = f"lever: {RUN} is in use by process {first.pid} on {socket.gethostname()} (lever "
     assert second.err.startswith(expected), second.err
     assert second.err.count("\n") == 1
-    assert first.returncode == 143
-    assert err.startswith("lever: terminated"), err
-    assert err.count("\n") == 1
-    assert not (warm / RUN / ".lock").exists()
-    assert not list(warm.rglob(f"{TEMPORARY_PREFIX}*"))
+    assert [path.name for path in (tmp_path / RUN).iterdir()] == [".lock"]
 
 
 def test_a_command_that_is_refused_at_once_leaves_no_folder(lever, tmp_path):

@@ -109,12 +109,6 @@ def test_where_they_may_stand_numbers_that_are_not_finite_are_read():
     assert repr(found) == "[nan, inf, -inf, -inf, 12345678901234567890]"
 
 
-def _seconds(work) -> float:
-    begun = time.process_time()
-    work()
-    return time.process_time() - begun
-
-
 # ---------------------------------------------------------------------- files
 
 
@@ -163,13 +157,14 @@ def test_parts_of_a_long_line_overlap_where_asked(tmp_path):
 
 
 @given(VALUES)
+@settings(max_examples=50)
 def test_yaml_of_plain_values_is_read_as_it_was_written(value):
     for options in ({}, {"sort_keys": False, "allow_unicode": True}, {"default_flow_style": True}):
         assert load_yaml(yaml.safe_dump(value, **options)) == value
 
 
 @given(YAML_LIKE | ANYTHING)
-@settings(max_examples=500)
+@settings(max_examples=300)
 @example("!!timestamp x")
 @example("2024-99-99")
 @example("- &a b\n- *a")
@@ -219,5 +214,7 @@ def test_yaml_that_is_refused_says_why(text, why):
 
 @pytest.mark.parametrize("piece", ["k: 1\n", "[1,", "- ", "a: |\n "])
 def test_a_large_yaml_takes_seconds_whatever_is_in_it(piece):
-    text = (piece * CONFIG_LIMIT)[: CONFIG_LIMIT // 8]
-    assert _seconds(lambda: read_or_refused(load_yaml, text)) < 8
+    text = (piece * CONFIG_LIMIT)[: CONFIG_LIMIT // 16]
+    begun = time.process_time()
+    read_or_refused(load_yaml, text)
+    assert time.process_time() - begun < 2

@@ -83,10 +83,8 @@ def in_place(kind: str, path: Path, trap: Path) -> None:
                 header.size = len(content)
                 made.addfile(header, io.BytesIO(content))
     elif kind == "opcodes":
-        archive(
-            path,
-            b"\x80\x02cos\nsystem\n(X" + struct.pack("<I", len(f"touch {trap}")) + f"touch {trap}".encode() + b"tR.",
-        )
+        command = f"touch {trap}".encode()
+        archive(path, b"\x80\x02cos\nsystem\n(X" + struct.pack("<I", len(command)) + command + b"tR.")
     elif kind == "built":
         archive(path, b"\x80\x02ctorch.nn.modules.linear\nLinear\n)\x81}b.")
     else:
@@ -110,17 +108,6 @@ def test_code_in_a_torch_file_is_never_executed(tmp_path, kind):
         with open(path, "rb") as file:
             pickle.load(file) if "pickle" in kind else torch.load(file, weights_only=False)
         assert trap.exists(), "it would have"
-
-
-def test_every_command_that_takes_a_checkpoint_refuses_one_with_code(digits_folder, tmp_path, lever):
-    trap, path = tmp_path / "executed", tmp_path / "grpo_epoch1.pt"
-    in_place("metrics", path, trap)
-    for command in (("infer", "--ckpt", path), ("convert", path), ("best-ckpt", tmp_path)):
-        done = lever(*command)
-        assert done.status != 0
-        assert len(done.err.strip().splitlines()) == 1, done.err
-        assert "Traceback" not in done.err
-        assert not trap.exists(), command
 
 
 # ---------------------------------------------------------------------- torch files: size
@@ -147,11 +134,8 @@ MISFITS = ("layers", "hidden", "narrow", "thin")  # files that can be read, and 
 def bombs(folder: Path) -> list[Path]:
     """Small files that ask for much."""
     many = 10**12
-    laughs = (
-        b"\x80\x02]K\x01a"
-        + b"".join(b"q" + bytes([i]) + b"](h" + bytes([i]) + b"h" + bytes([i]) + b"e" for i in range(60))
-        + b"."
-    )
+    twice = (b"q%c](h%ch%ce" % (i, i, i) for i in range(60))
+    laughs = b"\x80\x02]K\x01a" + b"".join(twice) + b"."
     files = [
         stored(folder / "repeated.pt", tensor_opcodes((many,), (0,), 1)),
         stored(folder / "twice.pt", tensor_opcodes((2,), (0,), 1)),
@@ -199,10 +183,11 @@ def test_files_that_claim_more_than_they_hold_are_refused_and_nothing_is_allocat
 def test_tied_weights_and_repeated_settings_are_no_bomb(tmp_path):
     shared = torch.arange(600.0).view(20, 30)
     content = {"a": shared, "b": shared, "c": shared.t(), "d": shared[3:5, ::2], "e": [{"x": "long text" * 9}] * SHARED}
+    content |= {"config": {"dtype": torch.float32, "device": torch.device("cpu")}, "tied": [torch.ones(9)] * 20}
     torch.save(content, tmp_path / "tied.pt")
     read = load_torch(tmp_path / "tied.pt")
     assert all(torch.equal(read[name], content[name]) for name in "abcd")
-    assert read["e"] == content["e"]
+    assert (read["e"], read["config"], len(read["tied"])) == (content["e"], content["config"], 20)
 
 
 def test_a_zip_that_claims_more_bytes_than_it_has_is_refused(tmp_path):
@@ -273,18 +258,10 @@ def test_weights_of_another_precision_are_read_as_ours(tmp_path, dtype):
 @pytest.mark.parametrize(
     "change",
     [
-        {"num_heads": 3},
-        {"num_heads": 0},
-        {"num_heads": True},
-        {"dropout": math.nan},
-        {"dropout": -1},
-        {"temperature": 0.0},
-        {"temperature": math.inf},
-        {"stop": 1},
-        {"scorer": ["dot"]},
-        {"state_update": {"a": 1}},
-        {3: 4},
-        {"num_layers": 0},
+        *({"num_heads": count} for count in (3, 0, True)),
+        *({"dropout": share} for share in (math.nan, -1)),
+        *({"temperature": value} for value in (0.0, math.inf)),
+        *({"stop": 1}, {"scorer": ["dot"]}, {"state_update": {"a": 1}}, {3: 4}, {"num_layers": 0}),
     ],
     ids=str,
 )
@@ -296,7 +273,7 @@ def test_a_shape_that_cannot_be_is_refused(tmp_path, change):
         load_policy(tmp_path / "odd.pt")
 
 
-def test_of_a_strangers_metrics_numbers_are_left(tmp_path):
+def test_of_a_checkpoints_metrics_only_numbers_are_left(tmp_path):
     metrics = {"val_loss": 1.5, 3: 4.0, "d": [[1]] * 2, "e": {"f": 1}, "g": torch.ones(3), "h": None}
     torch.save({**content_of(), "metrics": metrics}, tmp_path / "grpo_epoch1.pt")
     (row,) = read_history(RunFolder(tmp_path), None).rows
@@ -338,14 +315,6 @@ def test_what_is_plain_is_read_as_torch_reads_it(tmp_path, plain, dtype):
 # ---------------------------------------------------------------------- two archives in one file
 
 
-def zipped(members: list[tuple[str, bytes]]) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        for name, content in members:
-            archive.writestr(name, content)
-    return buffer.getvalue()
-
-
 GREEDY = b"\x80\x02c__builtin__\nbytearray\nJ\x00\x00\x00\x40\x85R."  # a GiB of zeros
 HARMLESS = b"\x80\x02}."
 
@@ -353,16 +322,16 @@ HARMLESS = b"\x80\x02}."
 @pytest.mark.parametrize("order", [0, 1])
 def test_a_second_pickle_in_other_case_is_not_read_in_its_place(tmp_path, order):
     pair = [("x/data.pkl", HARMLESS), ("x/DATA.PKL", GREEDY)]
-    path = tmp_path / "a.pt"
-    path.write_bytes(zipped([*(pair[::-1] if order else pair), ("x/version", b"3\n"), ("x/byteorder", b"little")]))
+    with zipfile.ZipFile(tmp_path / "a.pt", "w") as made:
+        for name, content in [*(pair[::-1] if order else pair), ("x/version", b"3\n"), ("x/byteorder", b"little")]:
+            made.writestr(name, content)
     with pytest.raises(LeverError, match="two parts of it have one name"):
-        load_torch(path)
+        load_torch(tmp_path / "a.pt")
 
 
 def test_a_second_table_of_contents_is_not_read_in_its_place(tmp_path):
-    rest = [("x/version", b"3\n"), ("x/byteorder", b"little")]
-    greedy, harmless = (zipped([("x/data.pkl", content), *rest]) for content in (GREEDY, HARMLESS))
     path = tmp_path / "a.pt"
+    greedy, harmless = (archive(path, content).read_bytes() for content in (GREEDY, HARMLESS))
     path.write_bytes(greedy + harmless)  # zipfile reads the second, whose offsets are those of the first
     with pytest.raises(LeverError, match=r"two tables|not where it is said|it is damaged|cut short"):
         load_torch(path)
@@ -371,16 +340,7 @@ def test_a_second_table_of_contents_is_not_read_in_its_place(tmp_path):
         load_torch(path)
 
 
-def test_what_training_configs_hold_beside_plain_values_is_read(tmp_path):
-    content = {"config": {"dtype": torch.float32, "device": torch.device("cpu")}, "tied": [torch.ones(9)] * 20}
-    torch.save(content, tmp_path / "a.pt")
-    found = load_torch(tmp_path / "a.pt")
-    assert found["config"] == content["config"]
-    assert len(found["tied"]) == 20
-
-
 def test_a_state_that_would_take_the_place_of_a_dicts_methods_is_refused(tmp_path):
     pickled = b"\x80\x02ccollections\nOrderedDict\n)R}X\x03\x00\x00\x00getK\x05sb."
-    (tmp_path / "a.pt").write_bytes(zipped([("x/data.pkl", pickled), ("x/version", b"3\n")]))
     with pytest.raises(LeverError, match="it fills a dict"):
-        load_torch(tmp_path / "a.pt")
+        load_torch(archive(tmp_path / "a.pt", pickled))

@@ -97,8 +97,7 @@ def _accuracy(series: Sequence[Series]):
             **_look(_COLOURS.get(one.colour, len(_COLOURS) + i)),
         )
     axes.set_xticks(range(len(shots)), [f"{x:g}" for x in shots])
-    axes.set_xlabel("demonstrations")
-    axes.set_ylabel("VQA accuracy (%)")
+    axes.set(xlabel="demonstrations", ylabel="VQA accuracy (%)")
     axes.yaxis.set_major_locator(MaxNLocator(6))
     axes.grid(axis="x", visible=False)
     figure.legend(loc="outside lower center", ncols=2, handlelength=2.6, columnspacing=1.2)
@@ -122,14 +121,12 @@ def _training(curves: Sequence[Curve]):
             look = _look(names.index(one.label))
             x, y = zip(*one.points, strict=True)
             axes.plot(x, y, **{**look, "marker": ""}, label=_label(one.label))
-            rings = [point for point in one.points if point[0] in one.marks]
-            if rings:
+            if rings := [point for point in one.points if point[0] in one.marks]:
                 ring = {"s": 22, "facecolors": "white", "edgecolors": look["color"], "zorder": 3}
                 axes.scatter(*zip(*rings, strict=True), **ring, label="chosen by this metric")
         for x in chosen if len(names) == 1 else ():
             axes.axvline(x, color=_GREY, linewidth=0.7, linestyle=(0, (1, 1)), label=f"chosen by {RECOMMENDED}")
-        axes.set_ylabel(METRICS[curve.metric].label)
-        axes.set_xlabel("epoch")
+        axes.set(xlabel="epoch", ylabel=METRICS[curve.metric].label)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(4))
     found: dict = {}

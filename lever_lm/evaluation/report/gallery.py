@@ -90,18 +90,16 @@ class Gallery:
             known = [s for s in samples.values() if s.question_id in self.val and all(i in self.train for i in s.icds)]
             if known := [sample for sample in known if sample.icds]:
                 right = [[fits(icd, sample.question_id) for icd in sample.icds] for sample in known]
-                scores = {
-                    some: [s.accuracy for s, r in zip(known, right, strict=True) if any(r) == some] for some in (1, 0)
-                }
+                scores, some = np.array([s.accuracy for s in known]), np.array([any(r) for r in right])
                 rows.append(
                     {
                         "method": method,
                         "ours": method == self.found.method,
                         "first": float(np.mean([r[0] for r in right])),
-                        "any": float(np.mean([any(r) for r in right])),
-                        "accuracy": float(np.mean([s.accuracy for s in known])),
-                        "with_right": float(np.mean(scores[1])) if scores[1] else None,
-                        "without": float(np.mean(scores[0])) if scores[0] else None,
+                        "any": float(some.mean()),
+                        "accuracy": float(scores.mean()),
+                        "with_right": float(scores[some].mean()) if some.any() else None,
+                        "without": float(scores[~some].mean()) if not some.all() else None,
                     }
                 )
         return rows
@@ -111,12 +109,13 @@ class Gallery:
         query, samples, ours = self._known(self.val, question_id), self.found.samples, self.found.ours[question_id]
         others = {m: samples[m][question_id] for m in CONTRASTS if question_id in samples.get(m, {})}
         considered = [(icd, share) for icd, share in ours.considered if icd not in ours.icds]
+        counts = Counter(ours.references).most_common()  # nine ×8, nein ×2
         return {
             "kind": kind,
             "id": question_id,
             "image": self._picture(query.image, _QUERY),
             "question": query.question,
-            "references": _counted(ours.references),
+            "references": ", ".join(f"{text} ×{n}" if n > 1 else text for text, n in counts),
             "ours": self._answered(ours, query),
             "considered": [self._demonstration(*pair, query) for pair in considered[:_MOST_ICDS]],
             "others": [{"method": method, **self._answered(sample, query)} for method, sample in others.items()],
@@ -124,9 +123,8 @@ class Gallery:
 
     def _answered(self, sample: Sample, query: Example) -> dict:
         """Return the LVLM's answer and the ICDs that it saw."""
-        shares = sample.probabilities or [None] * len(sample.icds)
-        pairs = list(zip(sample.icds, shares, strict=True))[:_MOST_ICDS]
-        icds = [self._demonstration(*pair, query) for pair in pairs]
+        pairs = zip(sample.icds, sample.probabilities or [None] * len(sample.icds), strict=True)
+        icds = [self._demonstration(*pair, query) for pair in list(pairs)[:_MOST_ICDS]]
         return {"answer": sample.answer, "accuracy": sample.accuracy, "icds": icds}
 
     def _demonstration(self, icd: int, share: float | None, query: Example) -> dict:
@@ -147,12 +145,6 @@ class Gallery:
                 " name the dataset that was evaluated (--dataset), or run `lever infer` again"
             )
         return examples[question_id]
-
-
-def _counted(references: Sequence[str]) -> str:
-    """Return `nine ×8, nein ×2`."""
-    counts = Counter(references)
-    return ", ".join(f"{text} ×{count}" if count > 1 else text for text, count in counts.most_common())
 
 
 def image_data_url(image: Image, size: int) -> str:

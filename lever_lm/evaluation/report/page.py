@@ -140,12 +140,11 @@ def _chosen(main: Evaluated, data: VqaData | None) -> dict:
 
 
 def _by_shots(metrics: dict) -> dict:
-    """Return the results as a table of methods and shots, and the tests in words: those at the most shots, and the
-    others."""
+    """Return the results as a table of methods and shots, and the tests in words: at the most shots, and at others."""
     cells = {(row["method"], row["shots"]): row for row in metrics["results"]}
     shots = sorted({k for _, k in cells if k}) or [0]
     methods = dict.fromkeys(method for method, _ in cells)
-    tests = [test for test in metrics["tests"] if _is_sound(test)]
+    tests = [t for t in metrics["tests"] if all(is_finite(t[name]) for name in ("difference", "low", "high", "p"))]
     said = [[words.of_test(t) for t in tests if (t["shots"] == shots[-1]) == last] for last in (True, False)]
     return {
         "tests": said if any(said) else [],
@@ -153,10 +152,6 @@ def _by_shots(metrics: dict) -> dict:
         "by_method": [(m, [cells.get((m, k)) or cells.get((m, 0)) for k in shots]) for m in methods],
         "learned_methods": [next((m for m in LEARNED if m in methods), "")],
     }
-
-
-def _is_sound(test: dict) -> bool:
-    return all(is_finite(test[name]) for name in ("difference", "low", "high", "p"))
 
 
 def _cell(value) -> str:
@@ -179,12 +174,11 @@ def _text(path: Path) -> str:
 def _compared(ours: tuple[Evaluated, str], theirs: tuple[Evaluated, str]) -> dict:
     """Return how another run differs, both with their names: config, environment, and the paired tests."""
     (main, _), (other, name) = ours, theirs
-    settings = [_settings(one.run) for one in (main, other)]
     left_out = dict.fromkeys(_NOT_COMPARED)
     environments = [{**read_environment(one.run, CONFIG_LIMIT), **left_out} for one in (main, other)]
     return {
         "name": name,
-        "config": _differing(*settings),
+        "config": _differing(_settings(main.run), _settings(other.run)),
         "environment": _differing(*environments),
         "tests": _tests(ours, theirs),
     }
@@ -199,12 +193,12 @@ def _settings(run: RunFolder) -> dict:
 
 
 def _differing(ours: dict, theirs: dict) -> list[tuple[str, str, str]]:
-    return [(".".join(key), _plain(here), _plain(there)) for key, here, there in differing(ours, theirs)]
+    """Return key and both values, as they would be typed, where two configs differ."""
 
+    def plain(value) -> str:
+        return value[:_LONGEST] if isinstance(value, str) and value else shown(value, _LONGEST)
 
-def _plain(value) -> str:
-    """Return a value of a config, as it would be typed."""
-    return value[:_LONGEST] if isinstance(value, str) and value else shown(value, _LONGEST)
+    return [(".".join(key), plain(here), plain(there)) for key, here, there in differing(ours, theirs)]
 
 
 def _tests(ours: tuple[Evaluated, str], theirs: tuple[Evaluated, str]) -> list[str]:

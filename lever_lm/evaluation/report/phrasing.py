@@ -51,15 +51,11 @@ def of_test(test: dict) -> str:
     gap, low, high, p = (test[name] for name in ("difference", "low", "high", "p"))
     ours, theirs = named(test["method"]), named(test["against"])
     where = f"With {count_shots(test['shots'])}"
-    interval = f"95 % interval {points(low)} to {points(high)}, p {_p(p)}"
+    interval = f"95 % interval {points(low)} to {points(high)}, p {'< 0.001' if p < 0.001 else f'= {p:.3f}'}"
     if p >= _ALPHA:
         return f"{where}, {ours} and {theirs} cannot be told apart ({points(gap)} points, {interval})."
     word = "better" if gap > 0 else "worse"
     return f"{where}, {ours} is {abs(100 * gap):.1f} points {word} than {theirs} ({interval})."
-
-
-def _p(p: float) -> str:
-    return "< 0.001" if p < 0.001 else f"= {p:.3f}"
 
 
 def of_choices(rows: Sequence[dict], method: str) -> str:
@@ -68,8 +64,8 @@ def of_choices(rows: Sequence[dict], method: str) -> str:
     if method not in found:
         return ""
     ours, name = found[method], "the file" if method == FROM_FILE else named(method)
-    said = f"The answer of the first demonstration that {name} shows matches a reference of "
-    said += f"{percent(ours['first'])} of the queries"
+    said = f"The answer of the first demonstration that {name} shows matches a reference of {percent(ours['first'])}"
+    said += " of the queries"
     beside = [f"{percent(found[m]['first'])} for {named(m)}" for m in reversed(CONTRASTS) if m in found]
     said += f" (it is {' and '.join(beside)})." if beside else "."
     if ours["with_right"] is not None and ours["without"] is not None:
