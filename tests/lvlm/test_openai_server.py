@@ -40,6 +40,8 @@ from lever_lm.utils.transformers_compat import import_transformers
 TINY = "asset:tiny-qwen2.5-vl"
 NAME = "tiny"
 EPOCHS = ("--rce-epochs", "1", "--grpo-epochs", "1")
+FEW = [part for kind in ("beam", "sample", "retrieval", "random") for part in ("--set", f"rollout.{kind}=1")]
+FEW += ["--set", "rollout.temperatures=[1.0]"]
 KEY = "sk-this-is-a-secret-0123456789"
 
 
@@ -575,7 +577,7 @@ def test_a_command_waits_for_its_server_and_the_doctor_does_not(digits_folder, l
         return models(folder) if request.method == "GET" else said("three")
 
     with Loopback(answer).running() as server:
-        command = ("--limit", "2", "--server", server.url, "--set", "lvlm.wait=60")
+        command = ("--limit", "2", *FEW, "--server", server.url, "--set", "lvlm.wait=60")
         assert lever("doctor", *command).status == 1
         done = lever("rollout", *command)
         assert done.status == 0, done.err
@@ -906,7 +908,7 @@ def tiny_by_path():
 
 
 def test_rollouts_of_a_server_are_those_of_the_local_model_and_not_taken_for_them(digits_folder, lever, tiny_by_path):
-    command = ("rollout", "--limit", "2", "--set", "rollout.gt_prob=true")
+    command = ("rollout", "--limit", "2", *FEW, "--set", "rollout.gt_prob=true")
     assert lever(*command).status == 0
     path = next((digits_folder / "results/digits/generated_data").glob("*.json"))
     here, known, root = json.loads(path.read_text()), answers_in(digits_folder), tiny_by_path.url.removesuffix("/v1")
@@ -950,7 +952,7 @@ def test_inference_through_a_server_is_that_of_the_local_model(trained, lever, t
 
 def test_the_key_is_in_nothing_that_is_written(digits_folder, lever, tiny_by_path, monkeypatch):
     monkeypatch.setenv(client.KEY_VARIABLE, KEY)
-    done = lever("train", "--limit", "4", *EPOCHS, "--server", tiny_by_path.url)
+    done = lever("train", "--limit", "4", *EPOCHS, *FEW, "--server", tiny_by_path.url)
     assert done.status == 0, done.err
     assert tiny_by_path.requests[-1].headers["Authorization"] == f"Bearer {KEY}"
     assert KEY not in done.out + done.err
