@@ -31,10 +31,10 @@ JOB = {
 }
 CACHE = Path("results/digits/cache")
 # Answers, log-probs and a search that hangs on the log-probs before; many batches.
-ROLLOUT = ("rollout", "--limit", "6", "--set", "rollout.gt_prob=true", "--set", "rollout.infoscore=1")
+ROLLOUT = ("rollout", "--limit", "4", "--set", "rollout.gt_prob=true", "--set", "rollout.infoscore=1")
 ROLLOUT = (*ROLLOUT, "--set", "rollout.infoscore_candidates=4", "--set", "lvlm.batch_size=16")
 ANSWERS = ("rollout", "--limit", "8", "--set", "lvlm.batch_size=16")  # answers alone
-INFER = ("infer", "--limit", "12", "--shots", "2", "--baselines")
+INFER = ("infer", "--limit", "8", "--shots", "2", "--baselines")
 
 
 def torchrun(*command, cwd: Path, timeout: int = 200) -> Done:
