@@ -19,6 +19,7 @@ import pytest
 from helpers import INFERENCE, ROLLOUTS, RUN, clean_environment, files_in, run_here, small_digits
 from remains import content
 
+from lever_lm.utils.file_hashes import DIGESTS
 from lever_lm.utils.safe_torch_load import load_torch
 
 LIMIT = ("--limit", "24")
@@ -71,6 +72,7 @@ def temporary(folder: Path) -> list[Path]:
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory) -> tuple[Path, dict]:
     """The user's commands one after the other in an empty folder: (folder, answers)."""
+    DIGESTS.__init__()  # as in a process of its own: those that another test has read are not written again
     folder = tmp_path_factory.mktemp("chain")
     answers = {
         "train": done_json(*TRAIN, cwd=folder),

@@ -175,7 +175,7 @@ def test_files_of_ones_own_are_found_again_or_asked_for(trained, tmp_path):
     ("words", "status", "message"),
     [
         (("--from-run", "nowhere"), 1, "nowhere is no run folder: it holds no config.yaml (--from-run)"),
-        (("--from-run", RUN, "--dataset", "digits"), 2, "without --dataset"),
+        (("--from-run", RUN, "--dataset", "digits"), 2, "leave --dataset out"),
         (("--from-run", RUN, "--run-dir", RUN), 2, "cannot be repeated in itself"),
     ],
 )
