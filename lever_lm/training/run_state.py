@@ -68,7 +68,7 @@ def _problem_of(state: dict) -> str | None:
     sound = isinstance(rng, dict) and "cpu" in rng and all(_has_form(value, 1, torch.uint8) for value in rng.values())
     if not sound or len(rng["cpu"]) != len(torch.get_rng_state()):
         return "rng is no random state"
-    return _problem_of_extra(state["extra"])
+    return _problem_of_extra(state["extra"], state["phase"])
 
 
 def _is_row(row) -> bool:
@@ -80,8 +80,9 @@ def _is_row(row) -> bool:
     return texts and values and not_finite(row) is None
 
 
-def _problem_of_extra(extra) -> str | None:
-    if not isinstance(extra, dict) or not extra.keys() <= _EXTRA:
+def _problem_of_extra(extra, phase: str) -> str | None:
+    needed = _EXTRA - {"online"} if phase == "grpo" else set()
+    if not isinstance(extra, dict) or not needed <= extra.keys() <= _EXTRA:
         return "extra is none of GRPO"
     beta, online = extra.get("beta", 0.0), extra.get("online")
     if not isinstance(beta, (int, float)) or not math.isfinite(beta):

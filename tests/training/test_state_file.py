@@ -50,9 +50,10 @@ BROKEN_STATES = {
     "optimizer__param_groups__0__params": [[0], "abc", None],
     "optimizer__state": [{0: 1}, {99: {}}, {"a": {}}, {0: {"step": torch.ones(7)}}],
     "rng": [None, {}, {"cpu": torch.ones(3)}, {"cpu": torch.ones(3, dtype=torch.uint8)}, [1]],
-    "extra": [None, [1], "x"],
+    "extra": [None, [1], "x", {}],
     "extra__beta": ["x", math.nan, None],
     "extra__old": [{"a": torch.ones(1)}, [1], "x"],
+    "extra__reference": [{"a": torch.ones(1)}, [1], "x"],
     "extra__online": [[1], {"sequences": 1}, {"sequences": 1, "rewards": 2, "mask": 3}],
     "inputs": [None, [1], {"data": ["d"]}, "x"],
 }
