@@ -6,6 +6,7 @@ The backend here is a stand-in that counts: it is the thing outside the cache. T
 import contextlib
 import dataclasses
 import sqlite3
+from types import SimpleNamespace
 
 import pytest
 from helpers import track
@@ -14,6 +15,7 @@ from lvlm_helpers import Counting, Stopped, no_model, opened
 from lever_lm.lvlm import CachedLvlm, Prompt
 from lever_lm.lvlm import answer_cache as cache
 from lever_lm.lvlm.answer_cache import AnswerCache
+from lever_lm.utils.distributed import Shards
 from lever_lm.utils.errors import LeverError, Unfinished
 
 
@@ -284,3 +286,25 @@ def test_a_cache_below_a_file_is_no_place(tmp_path):
 def test_answers_outlast_a_power_failure_by_the_setting_that_is_named(tmp_path):
     with contextlib.closing(cache._open(tmp_path / "answers.sqlite")) as db:
         assert db.execute("PRAGMA synchronous").fetchone() == (3,)  # EXTRA
+
+
+class Pair(Shards):
+    """Two processes of which this one does all."""
+
+    def wait(self):
+        pass
+
+    def from_leader(self, make):
+        return make()
+
+    def share(self, items):
+        return items
+
+
+def test_a_speed_is_kept_for_one_process_and_told_for_as_many_as_there_are(tmp_path, numbered_prompts, monkeypatch):
+    path, clock = tmp_path / "answers.sqlite", iter([0.0, 5.0])
+    monkeypatch.setattr("lever_lm.lvlm.cached.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    job = CachedLvlm(Counting, "model-1", AnswerCache(path, Pair(world=2)), track)
+    job.generate(numbered_prompts)  # 10 prompts in 5 seconds
+    assert job.speed == pytest.approx(2.0)
+    assert opened(path).speed == pytest.approx(1.0)
