@@ -196,7 +196,7 @@ def test_a_table_is_whole_on_any_terminal(width):
 
 
 def test_training_on_a_real_terminal(warm):
-    status, seen = through_terminal(["train", *SMALL[:4], "--grpo-epochs", "2000"], warm, stop_after="  60  ")
+    status, seen = through_terminal(["train", *SMALL[:4], "--grpo-epochs", "2000"], warm, stop_after="  200  ")
     assert status == 130
     assert seen.rstrip().endswith("lever: interrupted; run the same command again to go on")
     assert seen.count("\x1b[?25l") == seen.count("\x1b[?25h") > 0
