@@ -94,8 +94,8 @@ def test_a_policy_that_was_overwritten_leaves_its_successor_no_results(trained, 
     (trained / INFERENCE / "metrics.json").write_text(json.dumps(demo))
     words = ("export", RUN, "shared", "--ckpt", "latest", "--json")
     assert lever(*words).json["evaluated"] is True
-    content = torch.load(trained / RUN / "grpo_epoch4.pt", weights_only=False)
-    other = torch.load(trained / RUN / "grpo_epoch3.pt", weights_only=False)
+    content = torch.load(trained / RUN / "grpo_epoch4.pt", weights_only=True)
+    other = torch.load(trained / RUN / "grpo_epoch3.pt", weights_only=True)
     save_torch(trained / RUN / "grpo_epoch4.pt", {**other, "epoch": content["epoch"]})
     assert lever(*words).json["evaluated"] is False
     assert "This checkpoint was not evaluated" in (trained / "shared/README.md").read_text()
