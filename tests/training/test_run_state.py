@@ -9,6 +9,7 @@ import torch
 from lever_lm.selectors.pointer.checkpoint import load_policy
 from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.training.metrics import table_header, table_row
+from lever_lm.training.reference_policy import snapshot
 from lever_lm.training.run_dir import RunFolder
 from lever_lm.training.run_state import Journal
 from lever_lm.utils.errors import LeverError
@@ -52,7 +53,9 @@ def row(phase="grpo", epoch=1, **values):
 def record(journal, policy, optimizer, rows):
     for entry in rows:
         step(policy, optimizer)
-        journal.commit(entry, policy, optimizer, {"beta": 0.12, "online": ROUND})
+        frozen = snapshot(policy)
+        extra = {"old": frozen, "reference": frozen, "beta": 0.12, "online": ROUND}
+        journal.commit(entry, policy, optimizer, extra)
 
 
 # ---------------------------------------------------------------------- an epoch
