@@ -44,10 +44,13 @@ class Embeddings:
         """Return the embeddings of some rows, a slice or a list."""
         return Embeddings(self.image[rows], self.text[rows])
 
+    def part(self, name: str) -> Tensor:
+        """Return the embeddings (N, D) of the images (`img`) or of the questions (`text`)."""
+        return {"img": self.image, "text": self.text}[name]
+
     def combine(self, parts: frozenset[str]) -> Tensor:
         """Return the feature of each example, (N, D): the normalised sum of the embeddings that `parts` names."""
-        chosen = [self.image] * ("img" in parts) + [self.text] * ("text" in parts)
-        return F.normalize(torch.stack(chosen).sum(0), dim=-1)
+        return F.normalize(torch.stack([self.part(name) for name in sorted(parts)]).sum(0), dim=-1)
 
 
 @dataclass(frozen=True)

@@ -60,24 +60,25 @@ class Candidates:
         return np.flatnonzero(fine)
 
 
-def similarity_rows(queries: Embeddings, train: Embeddings, parts: frozenset[str]) -> Iterator[np.ndarray]:
-    """Yield for each query its similarity (N,) to every training example: the sum of the cosines that `parts` names.
+Pairs = Sequence[tuple[str, str]]  # part of the query, `img` or `text`, and part of the training example
+
+
+def similarity_rows(queries: Embeddings, train: Embeddings, pairs: Pairs) -> Iterator[np.ndarray]:
+    """Yield for each query its similarity (N,) to every training example: the sum of the cosines of `pairs`.
 
     In float64, whose rounding lies far under the jitter that breaks ties: a pool does not depend on how many queries
     were computed with it. Memory is that of one chunk of queries.
     """
     for start in range(0, len(queries.image), _CHUNK):
-        yield from _similarities(queries, train, parts, start)
+        yield from _similarities(queries, train, pairs, start)
 
 
-def _similarities(queries: Embeddings, train: Embeddings, parts: frozenset[str], start: int) -> np.ndarray:
+def _similarities(queries: Embeddings, train: Embeddings, pairs: Pairs, start: int) -> np.ndarray:
     """Similarities of the chunk of queries that begins at `start`, (at most _CHUNK, N)."""
     chunk = queries.take(slice(start, start + _CHUNK))
     total = torch.zeros(len(chunk.image), len(train.image), dtype=torch.float64)
-    if "img" in parts:
-        total += chunk.image.double() @ train.image.double().T
-    if "text" in parts:
-        total += chunk.text.double() @ train.text.double().T
+    for ours, theirs in pairs:
+        total += chunk.part(ours).double() @ train.part(theirs).double().T
     return total.numpy()
 
 
@@ -150,7 +151,7 @@ def sample_pools(
 
     @lru_cache(maxsize=2)  # images and texts of one chunk
     def chunk(part: str, start: int) -> np.ndarray:
-        return _similarities(*embeddings, frozenset({part}), start)
+        return _similarities(*embeddings, [(part, part)], start)
 
     work = Work(enumerate(queries), "queries", after=WORTH_A_WORD)
     for i, query in track(work, f"pools: {len(queries)} queries", len(queries)):

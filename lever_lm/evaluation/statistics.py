@@ -49,3 +49,38 @@ def paired_test(ours: Sequence[float], theirs: Sequence[float], *, seed: int = 0
         signs = rng.integers(0, 2, (min(_BLOCK, RESAMPLES - start), gap.size), dtype=np.int8) * 2 - 1
         extreme += int((np.abs((signs * gap).mean(1)) >= observed - 1e-12).sum())
     return {"difference": float(gap.mean()), "low": low, "high": high, "p": (extreme + 1) / (RESAMPLES + 1)}
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return the p-values adjusted for as many tests as there are, by Holm's step-down: at most a share α of such tables
+    holds a difference that is none.
+
+    The k-th smallest of m becomes max over i ≤ k of min(1, (m − i + 1)·p_(i)). Source: Holm, Scandinavian Journal of
+    Statistics 6 (1979).
+    """
+    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        adjusted[place] = largest
+    return adjusted
+
+
+def interval_over_seeds(scores: Sequence[Sequence[float]], *, level: float = 0.95, seed: int = 0) -> dict[str, float]:
+    """Return the mean of several runs over the same queries, and its intervals: `low` and `high` over resampled queries
+    and seeds both, `seed_std` the standard deviation over the seeds.
+
+    scores: (seeds, Q). Each of 2,000 resamples draws seeds with replacement, and queries with replacement. Raises
+    ValueError where the runs have other numbers of queries. Source: Efron & Tibshirani, §8.3 (two-sample structures).
+    """
+    table = np.asarray(scores, dtype=np.float64)
+    if table.ndim != 2 or table.size == 0:
+        raise ValueError("scores of several seeds must be of the same queries, at least one")
+    rng, (seeds, queries) = np.random.default_rng(seed), table.shape
+    means = [
+        table[rng.integers(0, seeds, seeds)][:, rng.integers(0, queries, queries)].mean() for _ in range(RESAMPLES)
+    ]
+    tail = (1 - level) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    spread = float(table.mean(1).std(ddof=1)) if seeds > 1 else 0.0
+    return {"mean": float(table.mean()), "low": float(low), "high": float(high), "seed_std": spread}

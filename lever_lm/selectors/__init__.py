@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from lever_lm.selectors.baselines import nothing, oracle, random, similarity
+from lever_lm.selectors.diverse import dpp, mmr
+from lever_lm.selectors.mmices import rerank_near_images
 from lever_lm.selectors.problem import Problem
 from lever_lm.utils.progress import WORTH_A_WORD, Track, Work, untracked
 
@@ -31,14 +33,19 @@ ZERO_SHOT, RANDOM, ANY_POLICY, FROM_FILE = "zero_shot", "random", "policy", "icd
 SELECTORS = {
     ZERO_SHOT: Selector("no demonstrations", nothing),
     RANDOM: Selector("random", random, 5),
-    "text_sim": Selector("text similarity", similarity("text"), 4),
-    "img_sim": Selector("image similarity", similarity("img"), 3),
-    "img_text_sim": Selector("image and text similarity", similarity("img", "text"), 2),
+    "text_sim": Selector("text similarity", similarity(("text", "text")), 4),
+    "img_sim": Selector("image similarity", similarity(("img", "img")), 3),
+    "img_text_sim": Selector("image and text similarity", similarity(("img", "img"), ("text", "text")), 2),
     "rce": Selector("RCE", colour=1),
     "grpo": Selector("GRPO", colour=0),
     ANY_POLICY: Selector("the policy"),
     FROM_FILE: Selector("choices from a file"),
     "oracle": Selector("oracle", oracle, 6),
+    "muier": Selector("image to image and text", similarity(("img", "img"), ("img", "text"))),
+    "mmices": Selector("MMICES", rerank_near_images("text", "text")),
+    "mmices_image": Selector("MMICES by candidate images", rerank_near_images("text", "img")),
+    "mmr": Selector("MMR", mmr),
+    "dpp": Selector("DPP", dpp),
 }
 BASELINES = tuple(name for name, selector in SELECTORS.items() if selector.select)
 LEARNED = ("grpo", ANY_POLICY, "rce", FROM_FILE)  # the page shows the first of them that was evaluated

@@ -197,12 +197,13 @@ def test_nearest_agrees_with_sorting_on_many_rows():
     assert found == np.argsort(-scores)[:50].tolist()
 
 
-@pytest.mark.parametrize("parts", [{"img"}, {"text"}, {"img", "text"}])
-def test_similarities_sum_the_parts_that_are_named(parts):
+@pytest.mark.parametrize("pairs", [["ii"], ["tt"], ["ii", "tt"], ["ii", "it"], ["ti"]])
+def test_similarities_sum_the_cosines_that_are_named(pairs):
     queries, candidates = embeddings(3, seed=1), embeddings(5, seed=2)
-    of = {"img": queries.image @ candidates.image.T, "text": queries.text @ candidates.text.T}
-    found = np.stack([*similarity_rows(queries, candidates, frozenset(parts))])
-    np.testing.assert_allclose(found, sum(of[part] for part in parts), atol=1e-6)
+    names = {"i": "img", "t": "text"}
+    ours, theirs = ({"i": one.image, "t": one.text} for one in (queries, candidates))
+    found = np.stack([*similarity_rows(queries, candidates, [(names[a], names[b]) for a, b in pairs])])
+    np.testing.assert_allclose(found, sum(ours[a] @ theirs[b].T for a, b in pairs), atol=1e-6)
 
 
 def test_a_querys_generator_is_its_own():
