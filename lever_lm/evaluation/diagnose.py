@@ -204,11 +204,12 @@ class Diagnosis:
         places = count.copies_by_place(self.own.predictions, shown, self._says)
         before = count.copies_by_place(self.nothing.predictions, shown, self._says)
         by_place = [ours - theirs for ours, theirs in zip(places, before, strict=True)]
+        rate, zero_shot = float(np.mean(with_)), float(np.mean(without))
         says = (
-            f"{percent(float(np.mean(with_)))} of the answers are one that was shown, {percent(float(np.mean(without)))} "
-            f"without showing it; among wrong answers the excess is {points(among_wrong)} points."
+            f"{percent(rate)} of the answers are one that was shown, {percent(zero_shot)} without showing it; among "
+            f"wrong answers the excess is {points(among_wrong)} points."
         )
-        parts = {"rate": float(np.mean(with_)), "zero_shot_rate": float(np.mean(without)), "among_wrong": among_wrong}
+        parts = {"rate": rate, "zero_shot_rate": zero_shot, "among_wrong": among_wrong}
         interval = (test["low"], test["high"])
         label = "answers copied beyond zero-shot"
         yield Finding("excess_copy", label, test["difference"], says, interval, parts={**parts, "by_place": by_place})
@@ -225,7 +226,7 @@ class Diagnosis:
             for part, what in ((with_, "it is"), (without, "it is not"))
             if part is not None
         ]
-        says = f"A right answer is among the shown ones for {percent(float(mask.mean()))}; the accuracy is {' and '.join(told)}."
+        says = f"A right answer is shown to {percent(float(mask.mean()))}; the accuracy is {' and '.join(told)}."
         parts = {"accuracy_with": with_, "accuracy_without": without}
         interval = bootstrap_interval(mask.astype(float))
         yield Finding("answer_in_context", "a right answer is shown", float(mask.mean()), says, interval, parts=parts)
@@ -258,8 +259,8 @@ class Diagnosis:
         spread, of_query = count.spread_over_orders(orders)
         mean = float(np.mean(orders))
         says = (
-            f"Over {ORDERS} random orders the accuracy is {percent(mean)} ± {100 * spread:.1f}; a query's own score has a "
-            f"standard deviation of {of_query:.2f}."
+            f"Over {ORDERS} random orders the accuracy is {percent(mean)} ± {100 * spread:.1f}; the score of "
+            f"a query has a standard deviation of {of_query:.2f}."
         )
         parts = {"mean": mean, "std": spread, "std_of_a_query": of_query}
         yield Finding("order_sensitivity", f"spread over {ORDERS} orders", spread, says, parts=parts)

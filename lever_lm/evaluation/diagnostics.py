@@ -1,8 +1,8 @@
 """What demonstrations do to answers, counted: pure functions of predictions, picks and shown answers.
 
-Q queries, S shots. `says(prediction, answer)` is True where a prediction is an answer in other words, as the task compares
-them. Sources of the questions asked: Baldassini et al., arXiv:2404.15736 (copies, majority vote); arXiv:2407.00902
-(images); Lu et al., arXiv:2104.08786 (order).
+Q queries, S shots. `says(prediction, answer)` is True where a prediction is that answer, as the task compares them.
+Sources of the questions asked: Baldassini et al., arXiv:2404.15736 (copies, majority vote); arXiv:2407.00902 (images);
+Lu et al., arXiv:2104.08786 (order).
 """
 
 import math

@@ -52,8 +52,8 @@ def paired_test(ours: Sequence[float], theirs: Sequence[float], *, seed: int = 0
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return the p-values adjusted for as many tests as there are, by Holm's step-down: at most a share α of such tables
-    holds a difference that is none.
+    """Return the p-values adjusted for as many tests as there are, by Holm's step-down: where all below α are taken for
+    differences, at most a share α of such tables holds one that is none.
 
     The k-th smallest of m becomes max over i ≤ k of min(1, (m − i + 1)·p_(i)). Source: Holm, Scandinavian Journal of
     Statistics 6 (1979).

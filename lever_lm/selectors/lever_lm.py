@@ -15,7 +15,7 @@ _LONGEST = 64  # shots
 
 
 class LeverLM(nn.Module):
-    """A GPT-2 of `num_layers` layers × `hidden_dim` over `vocabulary` examples with features of `d_model` dimensions."""
+    """A GPT-2 of `num_layers` layers × `hidden_dim`, over `vocabulary` examples with features of `d_model` numbers."""
 
     def __init__(self, d_model: int, vocabulary: int, hidden_dim: int = 512, num_layers: int = 2, num_heads: int = 8):
         super().__init__()
@@ -36,7 +36,7 @@ class LeverLM(nn.Module):
         return {name: getattr(self, name) for name in names}
 
     def logits(self, query: Tensor, icds: Tensor, sequences: Tensor) -> Tensor:
-        """Return the logits of every next example: query (B, D), icds (N, D), sequences (B, T) of rows → (B, T + 1, N)."""
+        """Return the logits of each next example: query (B, D), icds (N, D), rows (B, T) → (B, T + 1, N)."""
         vectors = self.gpt.wte.weight
         first = (self.query_vector + self.query_proj(query)).unsqueeze(1)
         shown = vectors[sequences] + self.icd_proj(icds[sequences])

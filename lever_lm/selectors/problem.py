@@ -4,7 +4,7 @@ The leak check (`Candidates`), the pools and the queries' random generators are 
 selector decides them for itself. Q queries, N training examples, K candidates, D feature size.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -31,7 +31,11 @@ class Query:
 @dataclass(frozen=True)
 class Problem:
     """Queries to choose demonstrations for. embeddings: of (queries, train), row for row. features: (Q, D) and (N, D),
-    as a policy sees queries and ICDs. pools: the candidates of each query, rows of `train`. task: how answers score."""
+    as a policy sees queries and ICDs. pools: the candidates of each query, rows of `train`. task: how answers score.
+
+    answer: rows shown to each query → what the LVLM answers; embed: n texts → unit text embeddings (n, D). Both for a
+    selector that asks while it chooses.
+    """
 
     queries: Sequence[Example]
     train: Sequence[Example]
@@ -40,6 +44,8 @@ class Problem:
     pools: Sequence[list[int]]
     seed: int
     task: Task
+    answer: Callable[[list[list[int]]], list[str]] | None = None
+    embed: Callable[[Sequence[str]], Tensor] | None = None
 
     @cached_property
     def candidates(self) -> Candidates:

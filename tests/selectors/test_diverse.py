@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
+
 from lever_lm.data.embeddings import Embeddings
 from lever_lm.data.example import Example
 from lever_lm.selectors import diverse, mmices, select
@@ -121,7 +122,7 @@ def test_the_greedy_map_is_the_best_next_item_and_near_the_best_set():
         size, count = int(rng.integers(2, 8)), int(rng.integers(1, 4))
         vectors = rng.standard_normal((size, 10))
         kernel = vectors @ vectors.T
-        picks = diverse.greedy_map(kernel, count)
+        picks = diverse.greedy_map(torch.from_numpy(kernel)[None], count)[0].tolist()
         for step in range(len(picks)):
             dets = {
                 i: np.linalg.det(kernel[np.ix_([*picks[:step], i], [*picks[:step], i])])
@@ -136,9 +137,11 @@ def test_the_greedy_map_is_the_best_next_item_and_near_the_best_set():
 
 
 def test_items_that_add_nothing_to_the_determinant_come_last():
-    kernel = np.array([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.5]])
-    assert diverse.greedy_map(kernel, 3) == [0, 2, 1]
-    assert diverse.greedy_map(kernel, 9) == [0, 2, 1]
+    kernel = torch.tensor(
+        [[[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.5]], [[2.0, 0, 0], [0, 4.0, 0], [0, 0, 3.0]]]
+    )
+    assert diverse.greedy_map(kernel, 3).tolist() == [[0, 2, 1], [1, 2, 0]]
+    assert diverse.greedy_map(kernel, 9).tolist() == [[0, 2, 1], [1, 2, 0]]
 
 
 @pytest.mark.parametrize("name", ["muier", "mmices", "mmices_image", "mmr", "dpp"])
