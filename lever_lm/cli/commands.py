@@ -60,7 +60,7 @@ def demo(
     common.recipe, common.run_name = common.recipe or "demo", common.run_name or "demo"
     numbers = parse_shots(shots)
     pipeline = make_pipeline(common, {"rce.epochs": rce_epochs, "grpo.epochs": grpo_epochs, "keep": keep})
-    if planned(common, pipeline, "demo", shots=numbers, learned=2, baselines=True):
+    if planned(common, pipeline, "demo", shots=numbers, baselines=True):
         return
     from lever_lm.cli.display import show_results
     from lever_lm.evaluation.run import demo as run_demo
@@ -201,7 +201,7 @@ def infer(
     pipeline = pipeline_of_run(common, {"infer.okvqa_stem": okvqa_stem or None}, find=find)
     if common.dry_run:
         pipeline.inference = evaluation.planned_folder(pipeline, icds)
-    if planned(common, pipeline, "infer", shots=numbers, learned=1, baselines=baselines):
+    if planned(common, pipeline, "infer", shots=numbers, baselines=baselines):
         return
     result = evaluation.infer(pipeline, numbers, ckpt=ckpt, icds=icds, baselines=baselines)
     show_results(pipeline.screen, result["results"], result["tests"], stemmed=result["okvqa_stem"])
