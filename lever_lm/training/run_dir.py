@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from lever_lm.config.schema import Config, keys_of, to_dict
+from lever_lm.config.values import typed
 from lever_lm.training.metrics import PHASES
 from lever_lm.training.metrics_file import metrics_rows
 from lever_lm.utils.atomic_io import remove, sweep, write_text
@@ -158,7 +159,7 @@ class RunFolder:
     def values(self) -> dict:
         """Read the nested values of the run's config.yaml. Raises LeverError where it cannot be read."""
         try:
-            there = load_yaml(read_bytes(self.config, CONFIG_LIMIT))
+            there = typed(load_yaml(read_bytes(self.config, CONFIG_LIMIT)))
         except (OSError, ValueError) as error:
             raise LeverError(f"cannot read {self.config}: {error}; --overwrite starts over") from error
         return there if isinstance(there, dict) else {}

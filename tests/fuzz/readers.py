@@ -148,7 +148,7 @@ def variables(folder: Path) -> Target:
     def parse(content: bytes) -> None:
         pairs = (line.partition("=") for line in _argument(content).split("\n"))
         values, environ = {"data": {"okvqa_path": "/data"}}, {name: text for name, _, text in pairs}
-        for name, found in environment_values(values, environ, {}).items():
+        for name, found in environment_values(values, environ, {})[0].items():
             values = merge(values, found)
             assert not STEERS & set(map(ord, printable(environ[name])))
         build(values)
