@@ -62,12 +62,12 @@ TRAIN_QUESTIONS, TRAIN_ANNOTATIONS = QUESTIONS.format("train2014"), ANNOTATIONS.
 def caches(tmp_path_factory):
     """Empty caches of the hub and of `datasets`, of this file's own: the path of what stands for HF_HOME."""
     import datasets
-    import huggingface_hub
+    from huggingface_hub import constants
 
     home = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", home / "datasets")
-        patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(home / "hub"))
+        patch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
         yield home
 
 
@@ -75,11 +75,11 @@ def caches(tmp_path_factory):
 def home(tmp_path_factory, monkeypatch):
     """Caches of the test's own."""
     import datasets
-    import huggingface_hub
+    from huggingface_hub import constants
 
     folder = tmp_path_factory.mktemp("home")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "datasets")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folder / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "hub"))
     return folder
 
 
