@@ -15,9 +15,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lever_lm.evaluation.report import phrasing as words
-from lever_lm.evaluation.report.curves import accuracy_series, distinct_names, training_curves
+from lever_lm.evaluation.report.curves import Series, accuracy_series, distinct_names, training_curves
 from lever_lm.evaluation.report.gallery import EACH, Gallery, Shown, pick_queries
-from lever_lm.evaluation.report.svg import Series, line_chart, round_ticks
+from lever_lm.evaluation.report.svg import line_chart, round_ticks
 from lever_lm.evaluation.results import Sample, read_metrics, read_samples
 from lever_lm.evaluation.statistics import paired_test
 from lever_lm.utils.errors import LeverError
@@ -107,11 +107,11 @@ def test_a_strategy_marks_the_epoch_that_it_chooses_in_its_own_chart():
         {"phase": "grpo", "epoch": i + 1, "val_loss": loss, "kl": kl, "beta": 0.1}
         for i, (loss, kl) in enumerate([(3.0, 0.2), (1.0, 0.3), (2.0, 0.4)])
     ]
-    curves = {curve.metric: curve for curve in training_curves([("one", rows), ("two", rows[:2])])}
+    curves = training_curves([("one", rows), ("two", rows[:2])])["grpo"]
     assert curves.keys() == {"val_loss", "kl", "beta"}
-    assert [one.marks for one in curves["val_loss"].series] == [{2: "val_loss"}] * 2
-    assert [one.marks for one in curves["kl"].series] == [{}, {}]  # no epoch is in range
-    assert [one.colour for one in curves["beta"].series] == ["run0", "run1"]
+    assert [one.marks for one in curves["val_loss"]] == [{2: "val_loss"}] * 2
+    assert [one.marks for one in curves["kl"]] == [{}, {}]  # no epoch is in range
+    assert [one.colour for one in curves["beta"]] == ["run0", "run1"]
 
 
 def test_what_is_not_finite_is_not_drawn():

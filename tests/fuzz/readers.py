@@ -278,8 +278,9 @@ def metrics_file(folder: Path) -> Target:
         json.dumps(finite(run_status(run)), allow_nan=False)
         choices(run, None)
         rows = run.rows()
-        for curve in training_curves([("x", rows)]):
-            _curve_chart("", curve)
+        for curves in training_curves([("x", rows)]).values():
+            for metric, series in curves.items():
+                _curve_chart("", metric, series)
         for tell in (phrasing.strategies, phrasing.health, phrasing.of_groups, phrasing.warnings_of):
             tell(rows)
 

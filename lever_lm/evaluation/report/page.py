@@ -8,9 +8,9 @@ import yaml
 
 from lever_lm.data import VqaData
 from lever_lm.evaluation.report import phrasing as words
-from lever_lm.evaluation.report.curves import PHASES, Curve, Evaluated, charts_of
+from lever_lm.evaluation.report.curves import PHASES, Evaluated, Series, charts_of
 from lever_lm.evaluation.report.gallery import Gallery, pick_queries, read_shown
-from lever_lm.evaluation.report.svg import Series, line_chart
+from lever_lm.evaluation.report.svg import line_chart
 from lever_lm.evaluation.results import is_finite, read_samples, samples_file
 from lever_lm.evaluation.statistics import paired_test
 from lever_lm.evaluation.templates import render
@@ -71,9 +71,8 @@ def _page(main: Evaluated, data: VqaData | None, others: list[Evaluated]) -> dic
         "stale": _is_stale(main.run, metrics),
         **_chosen(main, data),
         "phases": [
-            (title, [_curve_chart(title, curve) for curve in curves if curve.phase == phase])
-            for phase, title in PHASES.items()
-            if any(curve.phase == phase for curve in curves)
+            (PHASES[phase], [_curve_chart(PHASES[phase], metric, lines) for metric, lines in of_phase.items()])
+            for phase, of_phase in curves.items()
         ],
         "strategies": words.strategies(judged),
         "source": history.source if history else "",
@@ -103,10 +102,10 @@ def _accuracy_chart(series: list[Series]) -> str:
     )
 
 
-def _curve_chart(phase: str, curve: Curve) -> tuple[str, str]:
+def _curve_chart(phase: str, metric: str, series: list[Series]) -> tuple[str, str]:
     """Return the title of a curve and its chart."""
-    title = METRICS[curve.metric].title
-    return title, line_chart(curve.series, title=f"{phase}, {title}", across="epoch")
+    title = METRICS[metric].title
+    return title, line_chart(series, title=f"{phase}, {title}", across="epoch")
 
 
 def _is_stale(run: RunFolder, metrics: dict) -> bool:
