@@ -18,7 +18,8 @@ NAMES += ["training_grpo.png", "training_grpo.pdf"]
 
 
 def result(method, shots, accuracy, low, high):
-    return {"method": method, "shots": shots, "accuracy": accuracy, "raw_accuracy": accuracy, "n": 9, "ci": [low, high]}
+    scores = dict.fromkeys(("accuracy", "raw_accuracy", "normalized_accuracy"), accuracy)
+    return {"method": method, "shots": shots, **scores, "n": 9, "ci": [low, high]}
 
 
 RESULTS = [

@@ -359,6 +359,7 @@ class _Inference:
         self.samples_file = self.folder / "samples_grpo_2shot.jsonl"
         self.samples_file.write_bytes(self.samples)
         self.result = {"method": "grpo", "shots": 2, "accuracy": 0.5, "ci": [0.25, 0.75], "raw_accuracy": 0.5, "n": 2}
+        self.result["normalized_accuracy"] = 0.5
         test = {
             "method": "grpo",
             "against": "random",
@@ -385,7 +386,7 @@ def results_file(folder: Path) -> Target:
 
     def read() -> None:
         kept = Path(shutil.copy(made.results_file, folder / "kept.json"))
-        written = _write_metrics(kept, [{**made.result, "shots": 4}], {"setting": "s"})
+        written = _write_metrics(kept, [{**made.result, "shots": 4}], {"setting": "s"}, str)
         json.dumps(written, allow_nan=False)
         assert written["results"][-1]["shots"] == 4
         made.report()

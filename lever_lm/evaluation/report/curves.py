@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from lever_lm.evaluation.results import is_finite, read_metrics
+from lever_lm.evaluation.results import NOTHING, is_finite, read_metrics
 from lever_lm.selectors import LEARNED, SELECTORS, ZERO_SHOT
 from lever_lm.training.log_parser import History
 from lever_lm.training.metrics import STRATEGIES, metrics_on
@@ -27,10 +27,8 @@ class Evaluated:
 
     @cached_property
     def metrics(self) -> dict:
-        """What read_metrics returns of the evaluation, all empty where there is none."""
-        if self.inference is None:
-            return {"results": [], "tests": [], "checkpoint": "", "policies": {}}
-        return read_metrics(self.inference)
+        """What read_metrics returns of the evaluation, NOTHING where there is none."""
+        return read_metrics(self.inference) if self.inference else NOTHING
 
     @cached_property
     def history(self) -> History | None:

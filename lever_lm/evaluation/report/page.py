@@ -11,7 +11,7 @@ from lever_lm.evaluation.report import phrasing as words
 from lever_lm.evaluation.report.curves import PHASES, Evaluated, Series, charts_of
 from lever_lm.evaluation.report.gallery import Gallery, pick_queries, read_shown
 from lever_lm.evaluation.report.svg import line_chart
-from lever_lm.evaluation.results import is_finite, read_samples, samples_file
+from lever_lm.evaluation.results import is_finite, read_samples, samples_file, table
 from lever_lm.evaluation.statistics import paired_test
 from lever_lm.evaluation.templates import render
 from lever_lm.selectors import LEARNED, named
@@ -67,7 +67,7 @@ def _page(main: Evaluated, data: VqaData | None, others: list[Evaluated]) -> dic
         **_by_shots(metrics),
         "checkpoint": metrics["checkpoint"],
         "chart": _accuracy_chart(series) if any(one.points for one in series) else "",
-        "nearest": metrics.get("order") == "first_pick_last",
+        "nearest": metrics["order"] == "first_pick_last",
         "stale": _is_stale(main.run, metrics),
         **_chosen(main, data),
         "phases": [
@@ -126,7 +126,7 @@ def _chosen(main: Evaluated, data: VqaData | None) -> dict:
     found = read_shown(main.inference, metrics["results"]) if main.inference and data else None
     if found is None:
         return {"sentence": "", "learned": "", "labels": [], "cards": [], "counts": {}}
-    lvlm = metrics.get("lvlm") or main.run.lvlm() or "the LVLM"
+    lvlm = metrics["lvlm"] or main.run.lvlm() or "the LVLM"
     (chosen, counts), gallery = pick_queries(found), Gallery(found, data)
     labels = gallery.labels()
     return {
@@ -140,16 +140,14 @@ def _chosen(main: Evaluated, data: VqaData | None) -> dict:
 
 def _by_shots(metrics: dict) -> dict:
     """Return the results as a table of methods and shots, and the tests in words: at the most shots, and at others."""
-    cells = {(row["method"], row["shots"]): row for row in metrics["results"]}
-    shots = sorted({k for _, k in cells if k}) or [0]
-    methods = dict.fromkeys(method for method, _ in cells)
+    shots, methods = table(metrics["results"])
     tests = [t for t in metrics["tests"] if all(is_finite(t[name]) for name in ("difference", "low", "high", "p"))]
     said = [[words.of_test(t) for t in tests if (t["shots"] == shots[-1]) == last] for last in (True, False)]
     return {
         "tests": said if any(said) else [],
         "columns_of_shots": shots,
-        "by_method": [(m, [cells.get((m, k)) or cells.get((m, 0)) for k in shots]) for m in methods],
-        "learned_methods": [next((m for m in LEARNED if m in methods), "")],
+        "by_method": methods,
+        "learned_methods": [next((m for m in LEARNED if m in dict(methods)), "")],
     }
 
 
