@@ -34,7 +34,7 @@ from lever_lm.training.find_checkpoint import find_checkpoint
 from lever_lm.training.rollouts import file_format
 from lever_lm.training.rollouts.generate import check_rows
 from lever_lm.training.run_dir import RunFolder
-from lever_lm.training.select_checkpoint import STRATEGIES, choose, kept_choice, read_best, read_history
+from lever_lm.training.select_checkpoint import STRATEGIES, choose, read_best, read_history
 from lever_lm.utils.console import Screen
 from lever_lm.utils.hub import fetch_model, missing_files
 from lever_lm.utils.locks import InUse, alone
@@ -309,8 +309,6 @@ def best_file(folder: Path) -> Target:
     run.checkpoint("grpo", 3).write_bytes(b"")
 
     def read() -> None:
-        kept = kept_choice(run)
-        assert kept is None or (kept[0] in STRATEGIES and isinstance(kept[1], int))
         read_best(run)
         found, *_ = find_checkpoint(run, None, {})
         assert found.is_file()
