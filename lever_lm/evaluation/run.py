@@ -19,7 +19,7 @@ from lever_lm.evaluation.report.figures import check_plots, write_plots
 from lever_lm.evaluation.report.page import write_report
 from lever_lm.evaluation.results import evaluations, last_evaluation, write_results
 from lever_lm.selectors import ANY_POLICY, BASELINES, FROM_FILE, SELECTORS
-from lever_lm.selectors.learned import choose, explain
+from lever_lm.selectors.learned import choose
 from lever_lm.selectors.pointer.checkpoint import policy_digest
 from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.training.environment import command_line, recorded
@@ -101,8 +101,8 @@ def _evaluation(pipeline: Pipeline) -> Evaluation:
 
 
 def _chosen_by(policy: PointerSelector, evaluation: Evaluation, shots: int, method: str, path: Path) -> Chosen:
-    picks = choose(policy, evaluation.problem, shots, path)
-    return Chosen(method, picks, policy_digest(policy), explain(policy, evaluation.problem, picks))
+    picks, reasons = choose(policy, evaluation.problem, shots, path)
+    return Chosen(method, picks, policy_digest(policy), reasons)
 
 
 def _evaluate(

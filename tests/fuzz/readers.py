@@ -34,7 +34,7 @@ from lever_lm.training.find_checkpoint import find_checkpoint
 from lever_lm.training.rollouts import file_format
 from lever_lm.training.rollouts.generate import check_rows
 from lever_lm.training.run_dir import RunFolder
-from lever_lm.training.select_checkpoint import STRATEGIES, choose, kept_choice, read_best, read_history
+from lever_lm.training.select_checkpoint import STRATEGIES, choose, read_best, read_history
 from lever_lm.utils.console import Screen
 from lever_lm.utils.hub import fetch_model, missing_files
 from lever_lm.utils.locks import InUse, alone
@@ -148,7 +148,7 @@ def variables(folder: Path) -> Target:
     def parse(content: bytes) -> None:
         pairs = (line.partition("=") for line in _argument(content).split("\n"))
         values, environ = {"data": {"okvqa_path": "/data"}}, {name: text for name, _, text in pairs}
-        for name, found in environment_values(values, environ, {}).items():
+        for name, found in environment_values(values, environ, {})[0].items():
             values = merge(values, found)
             assert not STEERS & set(map(ord, printable(environ[name])))
         build(values)
@@ -310,8 +310,6 @@ def best_file(folder: Path) -> Target:
     run.checkpoint("grpo", 3).write_bytes(b"")
 
     def read() -> None:
-        kept = kept_choice(run)
-        assert kept is None or (kept[0] in STRATEGIES and isinstance(kept[1], int))
         read_best(run)
         found, *_ = find_checkpoint(run, None, {})
         assert found.is_file()
