@@ -13,7 +13,7 @@ from lever_lm.cli.options import Common, command, emit, finite, parse_shots
 from lever_lm.cli.run_config import (
     make_pipeline,
     pipeline_of_run,
-    planned,
+    plan_only,
     refuse_resuming,
     run_without_pipeline,
 )
@@ -60,8 +60,7 @@ def demo(
     common.recipe, common.run_name = common.recipe or "demo", common.run_name or "demo"
     numbers = parse_shots(shots)
     pipeline = make_pipeline(common, {"rce.epochs": rce_epochs, "grpo.epochs": grpo_epochs, "keep": keep})
-    if planned(common, pipeline, "demo", shots=numbers, learned=2, baselines=True):
-        return
+    plan_only(common, pipeline, "demo", shots=numbers, baselines=True)
     from lever_lm.cli.display import show_results
     from lever_lm.evaluation.run import demo as run_demo
 
@@ -103,8 +102,7 @@ def train(
         pipeline.screen.say(f"from the environment: RL_DATA_PATH={path}")
         rl_data = Path(path)
     own = {"rl_data": rl_data, "embeddings": embeddings, "from_run": from_run}
-    if planned(common, pipeline, "train", **own):
-        return
+    plan_only(common, pipeline, "train", **own)
     refuse_resuming(common, pipeline)
     pipeline.detect_anomaly, pipeline.tracker = detect_anomaly, tracker
     # A dataset that nothing names is the embedded one.
@@ -116,8 +114,8 @@ def train(
 def rollout(common: Common) -> None:
     """Only the rollouts: the costly part, in which the LVLM answers. torchrun shares it among GPUs and hosts."""
     pipeline = make_pipeline(common)
-    if not planned(common, pipeline, "rollout"):
-        emit(common, pipeline.rollouts())
+    plan_only(common, pipeline, "rollout")
+    emit(common, pipeline.rollouts())
 
 
 @command(app, "best-ckpt", one_process=True)
@@ -130,29 +128,22 @@ def best_ckpt(
 ) -> None:
     """Pick an epoch by its metrics; the answer is kept in the run's best.json."""
     from lever_lm.cli.display import show_choice
-    from lever_lm.training.select_checkpoint import check_strategy, choose, kept_choice, read_history
+    from lever_lm.training.select_checkpoint import check_strategy, choose, read_history
     from lever_lm.utils.atomic_io import write_json
 
     check_strategy(strategy)
     if common.dry_run:
-        planned(common, pipeline_of_run(common, run_dir=run_dir))
-        return
+        plan_only(common, pipeline_of_run(common, run_dir=run_dir))
     run, _, screen = run_without_pipeline(common, run_dir)
     run = run if log is None or run_dir is not None else None
     history = read_history(run, log)
     answer = choose(history, strategy, run)
-    note = None
     if answer["epoch"] is not None and run is not None:
-        before = kept_choice(run)
-        if before not in (None, (answer["strategy"], answer["epoch"])):
-            note = f"{run.best}: this replaces the choice of {before[0]}, epoch {before[1]}"
         try:
             write_json(run.best, finite(answer))
         except LeverError as error:
-            note = f"warning: the choice is not kept: {error}; `--ckpt {answer['checkpoint']}` names it"
+            screen.say(f"warning: the choice is not kept: {error}; `--ckpt {answer['checkpoint']}` names it")
     show_choice(screen, history, answer, show_all)
-    if note:
-        screen.say(note)
     emit(common, answer)
     if answer["epoch"] is None:
         raise LeverError(answer["why"])
@@ -172,8 +163,8 @@ def convert(
     if to not in ("v2", "v3"):
         raise UsageError(f"--to takes v2 or v3, found {to!r}")
     pipeline = pipeline_of_run(common)
-    if not planned(common, pipeline):
-        emit(common, pipeline.convert(ckpt, output=output, to=to, allow_truncate=allow_truncate))
+    plan_only(common, pipeline)
+    emit(common, pipeline.convert(ckpt, output=output, to=to, allow_truncate=allow_truncate))
 
 
 @command(app, "infer")
@@ -201,8 +192,7 @@ def infer(
     pipeline = pipeline_of_run(common, {"infer.okvqa_stem": okvqa_stem or None}, find=find)
     if common.dry_run:
         pipeline.inference = evaluation.planned_folder(pipeline, icds)
-    if planned(common, pipeline, "infer", shots=numbers, learned=1, baselines=baselines):
-        return
+    plan_only(common, pipeline, "infer", shots=numbers, baselines=baselines)
     result = evaluation.infer(pipeline, numbers, ckpt=ckpt, icds=icds, baselines=baselines)
     show_results(pipeline.screen, result["results"], result["tests"], stemmed=result["okvqa_stem"])
     emit(common, result)
@@ -230,8 +220,7 @@ def pick(
     from lever_lm.training.from_checkpoint import change_lines, changes
 
     pipeline = pipeline_of_run(common, find=lambda run, layout: find_or_newest(run, layout, ckpt))
-    if planned(common, pipeline):
-        return
+    plan_only(common, pipeline)
     path, why = pipeline.checkpoint
     changed = changes(path, pipeline.config)
     for line in (f"checkpoint: {path} ({why})", *change_lines(changed)):
@@ -256,8 +245,7 @@ def status(
     from lever_lm.cli.status_views import status_lines, status_row
 
     if common.dry_run:
-        planned(common, pipeline_of_run(common, run_dir=run_dir))
-        return
+        plan_only(common, pipeline_of_run(common, run_dir=run_dir))
     run, layout, screen = run_without_pipeline(common, run_dir)
     if all_:
         result = {"runs": runs_below(common.results)}
@@ -285,8 +273,7 @@ def export(
     if len(where) > 2 or not (where or common.dry_run):
         raise UsageError(f"export takes [RUN_DIR] DIR, found {len(where)} folders: `lever export policy`")
     pipeline = pipeline_of_run(common, run_dir=where[0] if len(where) == 2 else None)
-    if planned(common, pipeline):
-        return
+    plan_only(common, pipeline)
     from lever_lm.evaluation.export import export as write
     from lever_lm.training.find_checkpoint import find_checkpoint
 
@@ -306,8 +293,7 @@ def doctor(common: Common) -> None:
     from lever_lm.training.preflight import examine
 
     pipeline = (pipeline_of_run if common.run_name else make_pipeline)(common)
-    if planned(common, pipeline):
-        return
+    plan_only(common, pipeline)
     checks = examine(pipeline.config, pipeline.layout, count=True)
     missing = sum(check.status == "missing" for check in checks)
     for check in checks:
@@ -336,8 +322,7 @@ def report(
     if others and not compare:
         raise UsageError(f"{len(others) + 1} run folders make one page only with --compare")
     pipeline = pipeline_of_run(common, run_dir=first)
-    if planned(common, pipeline):
-        return
+    plan_only(common, pipeline)
     from lever_lm.evaluation.run import report as make_report
 
     result = make_report(pipeline, others, output, png)

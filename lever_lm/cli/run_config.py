@@ -4,6 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from typer import Exit
+
 from lever_lm.cli.options import Common, emit, named_yamls, nested, option_values
 from lever_lm.config.load import Layer, file_layer, layers
 from lever_lm.training.run_dir import Layout, RunFolder
@@ -147,10 +149,10 @@ def refuse_resuming(common: Common, pipeline) -> None:
         )
 
 
-def planned(common: Common, pipeline, command: str = "", **plan: Any) -> bool:
-    """With --dry-run: show what the command would do in place of doing it. `command` and `plan`: see `dry_run`."""
+def plan_only(common: Common, pipeline, command: str = "", **plan: Any) -> None:
+    """With --dry-run: show what the command would do, and end here. `command` and `plan`: see `dry_run`."""
     if common.dry_run:
         from lever_lm.cli.dry_run import show_plan
 
         emit(common, show_plan(pipeline, command, **plan))
-    return common.dry_run
+        raise Exit

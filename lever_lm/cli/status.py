@@ -3,11 +3,8 @@ is taken and no model is loaded.
 """
 
 import contextlib
-import itertools
-import os
 import shlex
 import sqlite3
-import statistics
 import subprocess
 import time
 from collections.abc import Callable
@@ -16,7 +13,7 @@ from typing import Any
 
 from lever_lm.config.schema import Config
 from lever_lm.config.values import build
-from lever_lm.training.environment import read_environment, recorded, typed_again
+from lever_lm.training.environment import read_environment, typed_again
 from lever_lm.training.log_parser import read_log
 from lever_lm.training.metrics import PHASES, RECOMMENDED, STRATEGIES
 from lever_lm.training.metrics_file import metrics_rows
@@ -32,13 +29,12 @@ _PATIENCE = 5.0  # seconds for nvidia-smi, which hangs where a driver does
 
 
 def run_status(run: RunFolder, layout: Layout | None = None) -> dict:
-    """The state of a run as plain values. `layout` says where its rollouts and answers are, unless its own config and
-    place do. A file that cannot be read is among the `notes`, and the rest is told without it.
+    """Return the state of a run as plain values. `layout` names its cache of answers, unless its own config and place
+    do. A file that cannot be read is among the `notes`, and the rest is told without it.
 
     state: running, finished, killed (epochs are missing and no process is at work), not begun, or unknown where there
-    are checkpoints and no config. phase: rollouts, rce, grpo, or done; epoch and epochs are of rce and grpo,
-    `seconds_left` of training, None until the speed of each phase is known, and `phase_seconds_left` of the phase that
-    is counted. Raises LeverError where there is no folder.
+    are checkpoints and no config. phase: rollouts, rce, grpo, or done; epoch and epochs are of rce and grpo, and
+    `seconds_left` of training, None until the speed of each phase is known. Raises LeverError where there is no folder.
     """
     if run.path.is_file():
         raise LeverError(f"{run.path} is a file: name its folder, {run.path.parent}")
@@ -49,42 +45,38 @@ def run_status(run: RunFolder, layout: Layout | None = None) -> dict:
         )
     notes: list[str] = []
     config = _told(notes, lambda: build(run.settings())) if run.config.is_file() else None
-    layout = (_own_layout(run, config) if config else None) or layout
+    place = run.path.resolve()
+    if config and place.parent.name == "model_cpk":  # where `lever train` puts it
+        layout = Layout(config, place.parents[2])
     process, working = _worker(run.path / LOCK)
     rows = _told(notes, lambda: _rows(run, notes, working)) or []
-    checkpoints = run.checkpoints()
-    there = [(row["phase"], row["epoch"]) for row in rows] or checkpoints
+    there = [(row["phase"], row["epoch"]) for row in rows] or run.checkpoints()
     done = {name: max([0, *(epoch for phase, epoch in there if phase == name)]) for name in PHASES}
     wanted = {name: getattr(config, name).epochs if config else None for name in PHASES}
     left = {name: max(0, wanted[name] - done[name]) if config else 0 for name in PHASES}
     if early := bool(config and left["grpo"] and 0 < config.grpo.patience <= epochs_since_best(rows)):
         left["grpo"] = 0
     state, why = _state(config, done, left, process, working, early)
-    now_at = next((name for name in PHASES if left[name]), "done" if any(done.values()) else "rce")
-    counted = now_at if now_at in PHASES else PHASES[done["grpo"] > 0]
-    times = {name: _epoch_time(rows, checkpoints, name) for name in PHASES}
-    rollouts = _rollouts(run, layout, process)
-    trains = any(done.values()) or run.config.is_file() or _trains_on_a_file(process)
-    trains = trains or bool(rollouts and rollouts["exists"])
+    phase = next((name for name in PHASES if left[name]), "done" if any(done.values()) else "rce")
+    counted = phase if phase in PHASES else PHASES[done["grpo"] > 0]
+    times = {name: _epoch_time(rows, name) for name in PHASES}
+    unknown = any(left[name] and times[name] is None for name in PHASES)
     return {
         "run": str(run.path),
         "state": state,
         "why": why,
         "process": process,
-        "phase": now_at if trains else "rollouts",
+        "phase": phase if any(done.values()) or run.config.is_file() else "rollouts",
         "epoch": done[counted],
         "epochs": wanted[counted],
         "phases": {name: {"done": done[name], "of": wanted[name]} for name in PHASES},
         "checkpoint": _latest(run),
         "epoch_time": times[counted],
-        "seconds_left": _seconds_left(left, times),
-        "phase_seconds_left": _seconds_left({counted: left[counted]}, times),
+        "seconds_left": None if unknown else sum(left[name] * (times[name] or 0.0) for name in PHASES),
         "metrics": rows[-1] if rows else None,
         "best": _best(rows),
-        "rollouts": rollouts,
         "answers": _answers(layout.answers) if layout else None,
-        "bytes": _bytes(run.path),
-        "command": _command(run, layout, process) if state in ("killed", "not begun") else None,
+        "command": _command(run, process) if state in ("killed", "not begun") else None,
         "notes": notes,
     }
 
@@ -104,15 +96,6 @@ def _told(notes: list[str], read: Callable[[], Any]) -> Any:
     except LeverError as error:
         notes.append(str(error))
         return None
-
-
-def _own_layout(run: RunFolder, config: Config) -> Layout | None:
-    """Return the paths of a run in the folder where `lever train` puts it; None for a run that lies elsewhere."""
-    place = run.path.resolve()
-    if place.parent.name != "model_cpk":
-        return None
-    unnamed = Layout(config, place.parents[2])
-    return unnamed if unnamed.run.name == place.name else Layout(config, place.parents[2], place.name)
 
 
 def _worker(lock: Path) -> tuple[dict | None, bool]:
@@ -149,22 +132,6 @@ def who(process: dict) -> str:
     return "a process" if process["pid"] is None else f"process {process['pid']} on {process['host']}"
 
 
-def _rollouts(run: RunFolder, layout: Layout | None, process: dict | None) -> dict | None:
-    """The rollout file that the run trains on: the user's own, where env.json names one, else the one that is made for
-    it; None where neither is known."""
-    own = recorded(run, "sources").get("rl_data")
-    if isinstance(own, str):
-        return {"path": own, "exists": os.path.isfile(own)}
-    if layout is None or _trains_on_a_file(process):  # env.json comes later
-        return None
-    return {"path": str(layout.rollouts), "exists": layout.rollouts.is_file()}
-
-
-def _trains_on_a_file(process: dict | None) -> bool:
-    """Return whether a command names rollouts of the user's own: it makes none."""
-    return process is not None and any(word.startswith("--rl-data") for word in process["command"].split())
-
-
 def _rows(run: RunFolder, notes: list[str], working: bool) -> list[dict]:
     """The rows of metrics.jsonl, else of train.log."""
     if run.metrics.is_file():
@@ -185,25 +152,11 @@ def _latest(run: RunFolder) -> dict | None:
     return None
 
 
-def _epoch_time(rows: list[dict], checkpoints: dict[tuple[str, int], Path], phase: str) -> float | None:
-    """Seconds that the last epochs of a phase took: the mean of what the rows say, or the usual time from one
-    checkpoint to the next, which includes their writing, where that is longer."""
+def _epoch_time(rows: list[dict], phase: str) -> float | None:
+    """Return the mean seconds of the last epochs of a phase; None where no row says it."""
     times = [row.get("epoch_time") for row in rows if row["phase"] == phase][-_LATELY:]
     known = [value for value in times if isinstance(value, (int, float)) and 0 <= value < float("inf")]
-    if not known:
-        return None
-    written = []
-    for key in sorted(key for key in checkpoints if key[0] == phase)[-_LATELY:]:
-        with contextlib.suppress(OSError):  # pruned a moment ago
-            written.append((key[1], checkpoints[key].stat().st_mtime))
-    gaps = [(later - then) / (epoch - before) for (before, then), (epoch, later) in itertools.pairwise(written)]
-    return max(sum(known) / len(known), statistics.median(gaps) if gaps else 0.0)
-
-
-def _seconds_left(left: dict[str, int], times: dict[str, float | None]) -> float | None:
-    """The seconds that are left of these phases; None where the speed of one is not known yet."""
-    unknown = any(left[name] and times[name] is None for name in left)
-    return None if unknown else sum(left[name] * (times[name] or 0.0) for name in left)
+    return sum(known) / len(known) if known else None
 
 
 def _best(rows: list[dict]) -> dict:
@@ -223,44 +176,22 @@ def _answers(path: Path) -> int | None:
     return None
 
 
-def _bytes(folder: Path) -> int:
-    """The size of all files below a folder."""
-    total = 0
-    for place, _, names in os.walk(folder):
-        for name in names:
-            with contextlib.suppress(OSError):  # gone meanwhile
-                total += os.lstat(os.path.join(place, name)).st_size
-    return total
-
-
-def _command(run: RunFolder, layout: Layout | None, process: dict | None) -> str | None:
-    """The command that goes on with a run: the one that last went on with it, or began it, where it was kept; else one
-    with the same effect."""
+def _command(run: RunFolder, process: dict | None) -> str | None:
+    """Return the command that goes on with a run: the one that last worked on it by env.json, or, for a run that was
+    killed before that was written, by its lock; None where neither says it whole."""
     kept = read_environment(run)
-    if command := typed_again(kept.get("last_command", kept.get("command"))):
-        words = shlex.split(command)
-    elif not run.config.is_file():  # killed before it was written: the lock names the command, or its beginning
-        if process is None or not 0 < len(process["command"]) < _CUT:
-            return None
+    words = shlex.split(typed_again(kept.get("last_command", kept.get("command"))))
+    if not words and process is not None and 0 < len(process["command"]) < _CUT:
         words = ["lever", *process["command"].split()]
-    else:
-        named = ["--run-name", layout.run_name] if layout and layout.run_name else []
-        usual = layout is not None and layout.run.resolve() == run.path.resolve()
-        where = ["--results", str(layout.dataset.parent), *named] if usual else ["--run-dir", str(run.path)]
-        words = ["lever", "train", "--config", str(run.config), *where]
-    return shlex.join(word for word in words if word not in ("--overwrite", "--no-resume"))  # it would begin anew
+    return shlex.join(word for word in words if word not in ("--overwrite", "--no-resume")) or None  # it goes on
 
 
-def gpus() -> list[dict]:
-    """Name, MiB used and in all, and utilisation in percent of each GPU of this host, by nvidia-smi; [] without it."""
-    command = ["nvidia-smi", f"--query-gpu={_GPU}", "--format=csv,noheader,nounits"]
+def gpus() -> list[str]:
+    """Return each GPU of this host with its memory and how busy it is, by nvidia-smi; [] without it."""
+    command = ["nvidia-smi", f"--query-gpu={_GPU}", "--format=csv,noheader"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE, check=True).stdout
     except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
         return []
-    found = []
-    for line in answer.splitlines():
-        name, *figures = line.rsplit(",", 3)
-        used, total, busy = (int(text) if text.strip().isdecimal() else None for text in (*figures, "", "", "")[:3])
-        found.append({"name": name.strip(), "used": used, "total": total, "utilization": busy})
-    return found
+    found = [line.rsplit(", ", 3) for line in answer.splitlines() if line.count(", ") >= 3]
+    return [f"{name}, {used} of {total}, {busy} busy" for name, used, total, busy in found]

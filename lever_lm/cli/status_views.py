@@ -7,9 +7,8 @@ from pathlib import Path
 from lever_lm.cli.status import who
 from lever_lm.training.metrics import PHASES, RECOMMENDED, metrics_on
 from lever_lm.utils.progress import duration
-from lever_lm.utils.terminal import one_line
 
-_FAR = 24 * 3600  # seconds; what ends later has no hour of the day
+_YEAR = 365 * 24 * 3600  # seconds; what ends later has no date
 
 
 def status_lines(status: dict) -> list[str]:
@@ -22,8 +21,7 @@ def status_lines(status: dict) -> list[str]:
         "time": _time_line(status),
         "last epoch": _numbers(status["metrics"] or {}),
         "best": ", ".join(f"{k} {v['value']:.4f} in epoch {v['epoch']}" for k, v in status["best"].items()),
-        "rollouts": _rollouts_line(status),
-        "disk": f"{status['bytes'] / 1e6:,.1f} MB",
+        "LVLM": f"{status['answers']:,} answers in the cache" if status["answers"] is not None else "",
         "GPU": _gpus_line(status),
         "go on with": status["command"],
     }
@@ -36,8 +34,7 @@ def status_row(status: dict) -> str:
     *_, dataset, _, name = Path(status["run"]).resolve().parts
     epochs = f"{status['epoch']}/{'?' if status['epochs'] is None else status['epochs']}"
     phase = f"{status['phase'].upper()} " if status["phase"] in PHASES else ""
-    known, at_least = status["seconds_left"], status["phase_seconds_left"]
-    left = f"{duration(known)} left" if known else f"> {duration(at_least)} left" if known is None and at_least else ""
+    left = f"{duration(status['seconds_left'])} left" if status["seconds_left"] else ""
     best = status["best"].get(RECOMMENDED)
     reward = f"{RECOMMENDED} {best['value']:.4f}" if best else ""
     return f"{status['state']:<9}  {phase + epochs:<16}  {left:<13}  {reward:<17}  {dataset}/{name}"
@@ -58,16 +55,12 @@ def _count(phase: str, count: dict) -> str:
 
 
 def _time_line(status: dict) -> str:
-    each, left, of = status["epoch_time"], status["seconds_left"], "training"
-    if left is None:
-        left, of = status["phase_seconds_left"], "this phase"
+    each, left = status["epoch_time"], status["seconds_left"]
     parts = [] if each is None else [f"{duration(each)} an epoch"]
-    if left and left < _FAR and status["state"] == "running":
-        parts.append(
-            f"{duration(left)} of {of} left, until about {time.strftime('%H:%M', time.localtime(time.time() + left))}"
-        )
-    elif left:
-        parts.append(f"{duration(left)} of {of} left")
+    if left:
+        parts.append(f"{duration(left)} of training left")
+        if status["state"] == "running" and left < _YEAR:
+            parts.append(f"until about {time.strftime('%Y-%m-%d %H:%M', time.localtime(time.time() + left))}")
     return ", ".join(parts)
 
 
@@ -76,23 +69,8 @@ def _numbers(row: dict) -> str:
     return f"{row['phase'].upper()} {row['epoch']}: {', '.join(values)}" if values else ""
 
 
-def _rollouts_line(status: dict) -> str:
-    if status["rollouts"] is None:
-        return ""
-    exists, path = status["rollouts"]["exists"], one_line(status["rollouts"]["path"])
-    there = path if exists else "not made yet" if status["phase"] == "rollouts" else f"{path}, which is not there"
-    return there + (f"; {status['answers']:,} answers in the cache" if status["answers"] is not None else "")
-
-
 def _gpus_line(status: dict) -> str:
     """The GPUs of this host, and the host of the run where that is another one."""
-    here = "; ".join(map(_gpu_line, status["gpus"])) or "none on this host"
+    here = "; ".join(status["gpus"]) or "none on this host"
     host = status["process"]["host"] if status["state"] == "running" else None
     return here if host in (None, socket.gethostname()) else f"{here}; the run is on {host}"
-
-
-def _gpu_line(gpu: dict) -> str:
-    known = gpu["used"] is not None and gpu["total"] is not None
-    memory = f"{gpu['used'] / 1024:.1f} of {gpu['total'] / 1024:.1f} GiB" if known else ""
-    busy = f"{gpu['utilization']} % busy" if gpu["utilization"] is not None else ""
-    return ", ".join(filter(None, [gpu["name"], memory, busy]))

@@ -12,17 +12,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lever_lm.config.schema import Config, DataConfig, to_dict
-from lever_lm.config.values import LONGEST, build, dotted, merge, named_yaml, parse_set, read_yaml
+from lever_lm.config.values import FLAGS, LONGEST, build, dotted, merge, named_yaml, parse_set, read_yaml
 from lever_lm.utils.errors import UsageError
 from lever_lm.utils.paths import ASSET_PREFIX, HUB_PREFIX
 from lever_lm.utils.terminal import shown
 
-_FLAGS = {**dict.fromkeys(("1", "true", "yes", "on"), True), **dict.fromkeys(("0", "false", "no", "off"), False)}
-
 
 def _flag(text: str) -> bool:
-    if text.strip().lower() in _FLAGS:
-        return _FLAGS[text.strip().lower()]
+    known = {**FLAGS, "1": True, "0": False}
+    if text.strip().lower() in known:
+        return known[text.strip().lower()]
     raise ValueError("expected true or false")
 
 
@@ -51,13 +50,17 @@ ENVIRONMENT: dict[str, tuple[tuple[str, ...], Callable]] = {
 _PLACES = ("OKVQA_PATH", "VQAV2_PATH", "COCO_PATH")  # of these, the ones that say where files are on this machine
 
 
-def environment_values(values: dict, environ, over: dict, names=tuple(ENVIRONMENT)) -> dict[str, dict]:
-    """Return each variable in effect, of `names`, with the nested values that it sets over `values`.
+def environment_values(
+    values: dict, environ, over: dict, names=tuple(ENVIRONMENT), kept: dict | None = None
+) -> tuple[dict[str, dict], list[str]]:
+    """Return each variable in effect, of `names`, with the nested values that it sets over `values`; and the variables
+    that are passed over.
 
-    `over`: values that win over the environment and are left out. Paths of local files leave the embedded dataset and
-    the hub's copies alone. An empty variable is none. Raises UsageError on a bad value.
+    over: values that win over the environment and are left out. kept: folders of data that stay as they are; a variable
+    that names another one is passed over. Paths of local files leave the embedded dataset and the hub's copies alone.
+    An empty variable is none. Raises UsageError on a bad value.
     """
-    elsewhere, found = _paths_of_others(merge(values, over), environ), {}
+    elsewhere, found, passed_over = _paths_of_others(merge(values, over), environ), {}, []
     for name in names:
         text, (keys, parse) = environ.get(name, ""), ENVIRONMENT[name]
         if not text.strip() or name in elsewhere or (name in _PLACES and _holds(over, keys[0])):
@@ -67,10 +70,14 @@ def environment_values(values: dict, environ, over: dict, names=tuple(ENVIRONMEN
         except ValueError as error:
             why = f"{str(error)[:LONGEST]}; unset it or mend it"
             raise UsageError(f"the environment variable {name} is {shown(text)}: {why}") from error
-        sets = [dotted(key, "" if key == "data.train_path" else value) for key in keys if not _holds(over, key)]
-        if sets:
-            found[name] = reduce(merge, sets)
-    return found
+        if name in _PLACES and _holds(kept or {}, keys[0]):
+            if merge(values, dotted(keys[0], value)) != values:
+                passed_over.append(name)
+            continue
+        free = [key for key in keys if not _holds(merge(over, kept or {}), key)]
+        if free:
+            found[name] = reduce(merge, [dotted(key, "" if key == "data.train_path" else value) for key in free])
+    return found, passed_over
 
 
 def _paths_of_others(values: dict, environ) -> tuple[str, ...]:
@@ -152,16 +159,11 @@ def layers(
         data = _section(file.values, "data")
         places |= {key: data[key] for key in ("okvqa_path", "coco_path", "train_path") if key in data}
     variables = _PLACES if run else tuple(ENVIRONMENT)
-    wanted = environment_values(known, os.environ, over, variables)
-    taken = environment_values(known, os.environ, merge({"data": places}, over), variables)
-    named_by = "the run" if file is None else file.source
-    passed_over = [
-        f"{name}={os.environ[name]} (the folders are named by {named_by})"
-        for name in wanted.keys() - taken
-        if merge(known, wanted[name]) != known  # else it says the same
-    ]
+    taken, passed_over = environment_values(known, os.environ, over, variables, {"data": places})
+    why = f"(the folders are named by {'the run' if file is None else file.source})"
     found = below + [Layer(name, values) for name, values in taken.items()] + above
-    return Layers(found, [f"{name}={os.environ[name]}" for name in taken], sorted(passed_over))
+    in_effect = [f"{name}={os.environ[name]}" for name in taken]
+    return Layers(found, in_effect, [f"{name}={os.environ[name]} {why}" for name in sorted(passed_over)])
 
 
 def _still_there(run: dict, known: dict) -> dict:

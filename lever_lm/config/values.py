@@ -1,6 +1,7 @@
 """YAML texts and nested plain values → one Config. YAML files hold only differences from the defaults.
 
-Values are read by the type of their key: text as it is written (`007`, `1.10`, `no`), integers in decimal.
+YAML says what is a list or a mapping; what stands in it is text, and read by the type of its key: `007`, `1.10` and
+`no` are text for a text key, and integers are decimal.
 """
 
 import contextlib
@@ -16,12 +17,13 @@ from typing import NoReturn
 from lever_lm.config.schema import Config, all_keys
 from lever_lm.utils.errors import UsageError
 from lever_lm.utils.paths import PACKAGE
-from lever_lm.utils.safe_parse import CONFIG_LIMIT, Scalar, load_yaml, read_bytes
+from lever_lm.utils.safe_parse import CONFIG_LIMIT, load_yaml, read_bytes
 from lever_lm.utils.terminal import one_line, shown
 
 LONGEST = 100  # characters of a name
 _LONGEST_TEXT = 1 << 14  # bytes
-_DECIMAL = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
+_DECIMAL = re.compile(r"[-+]?(0|[1-9][0-9_]{0,24})")
+FLAGS = {**dict.fromkeys(("true", "yes", "on"), True), **dict.fromkeys(("false", "no", "off"), False)}
 
 # ---------------------------------------------------------------------- files and --set
 
@@ -42,21 +44,22 @@ def named_yaml(kind: str, name: str) -> dict:
 
 
 def read_yaml(path: Path) -> dict:
-    """Read a YAML mapping of config values. Raises UsageError naming the file when it is missing or something else."""
+    """Read a YAML mapping of config values, as text. Raises UsageError naming the file when it is missing or something
+    else."""
     try:
-        content = _by_type(Config, load_yaml(read_bytes(path, CONFIG_LIMIT, pipe=True), as_written=True))
+        content = load_yaml(read_bytes(path, CONFIG_LIMIT, pipe=True))
     except OSError as error:
         raise UsageError(f"cannot read the config {path}: {error.strerror or error} (--config)") from error
     except ValueError as error:
         raise UsageError(f"{path} is not a YAML file that can be read: {error} (--config)") from error
     if not isinstance(content, dict | None):
-        raise UsageError(f"{path} must hold a mapping of config keys, found {type(content).__name__}")
+        raise UsageError(f"{path} must hold a mapping of config keys, found {shown(content)}")
     return content or {}
 
 
 def parse_set(item: str) -> dict:
     """Read one `--set key=value`. The value of a text key is what was typed, or in quotes what YAML reads; that of
-    another key is read as YAML, by its type. Raises UsageError."""
+    another key is read as YAML. Raises UsageError."""
     key, equals, text = item.partition("=")
     if not equals or not key:
         raise UsageError(f"--set takes key=value, found {shown(item)}")
@@ -67,20 +70,13 @@ def parse_set(item: str) -> dict:
         if kind is None:
             _refuse_key(".".join(parts[:i]))
     try:
-        if kind is str:
-            return dotted(key, _unquoted(text))
-        return dotted(key, _by_type(kind, load_yaml(text, as_written=True)))
+        value = load_yaml(text)
     except ValueError as error:
-        raise UsageError(f"--set {key}: {shown(text)} is not a YAML value: {error}") from error
-
-
-def _unquoted(text: str) -> str:
-    """Return a text as it was typed; where the whole of it is in quotes, as YAML reads it."""
-    if text.strip()[:1] in ("'", '"'):
-        with contextlib.suppress(ValueError):
-            if isinstance(value := load_yaml(text), str):
-                return value
-    return text
+        if kind is not str:
+            raise UsageError(f"--set {key}: {shown(text)} is not a YAML value: {error}") from error
+        value = text
+    quoted = text.strip()[:1] in ("'", '"') and isinstance(value, str)
+    return dotted(key, text if kind is str and not quoted else value)
 
 
 # ---------------------------------------------------------------------- nested values
@@ -128,46 +124,41 @@ def _types(kind) -> dict:
     return {one.name: one.type for one in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else {}
 
 
-def _item(kind):
-    """Return the type of a tuple's items; another type as it is."""
-    return typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else kind
-
-
-def _by_type(kind, value):
-    """Return values of `load_yaml(…, as_written=True)` as plain ones. Text stays as it is written, and so does a number
-    that is written in another way than its key's type has it, as 010 or 1:30, which `build` refuses."""
-    if isinstance(value, dict):
-        types = _types(kind)
-        return {key: _by_type(types.get(key), item) for key, item in value.items()}
-    kind = _item(kind)
-    if isinstance(value, list):
-        return [_by_type(kind, item) for item in value]
-    if not isinstance(value, Scalar) or value.value is None:
-        return value.value if isinstance(value, Scalar) else value
-    odd = kind is float or (kind is int and not _DECIMAL.fullmatch(value.text))
-    return value.text if kind is str or (odd and _is_number(value.value)) else value.value
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 def _cast(kind, value, key: str):
-    """Return a value as its key's type. Raises UsageError where it is of another."""
-    if _item(kind) is not kind:
+    """Return a value as its key's type, by which a text is read. Raises UsageError where it is of another."""
+    if typing.get_origin(kind) is tuple:
         values = value if isinstance(value, (list, tuple)) else [value]
-        return tuple(_cast(_item(kind), item, key) for item in values)
-    if kind is float and (_is_number(value) or isinstance(value, str)):
-        with contextlib.suppress(ValueError, OverflowError):
-            if math.isfinite(number := float(value)):  # YAML 1.1 reads 1e-4 as a text
-                return number
-    elif kind is str and (_is_number(value) or value is False):
-        return "off" if value is False else str(value)  # YAML 1.1 reads a bare off as false
-    elif type(value) is kind:
-        if kind is str and ("\0" in value or _size(value) > _LONGEST_TEXT):
+        return tuple(_cast(typing.get_args(kind)[0], item, key) for item in values)
+    is_text = isinstance(value, str)
+    is_number = type(value) in (int, float)
+    if kind is str and (is_text or is_number):
+        if "\0" in (text := str(value)) or _size(text) > _LONGEST_TEXT:
             raise UsageError(f"{key} must be text of at most {_LONGEST_TEXT} bytes, without NUL, found {shown(value)}")
+        return text
+    if kind is float and (is_text or is_number):
+        with contextlib.suppress(ValueError, OverflowError):
+            if math.isfinite(number := float(value)):
+                return number
+    elif kind is int and is_text and _DECIMAL.fullmatch(value):
+        return int(value)
+    elif kind is bool and is_text and value.lower() in FLAGS:
+        return FLAGS[value.lower()]
+    elif type(value) is kind:
         return value
     raise UsageError(f"{key} must be of type {kind.__name__}, found {shown(value)}")
+
+
+def typed(values, kind=Config):
+    """Return nested values as YAML and JSON hold them, read by the types of their keys; as they are where they are of
+    none or of another."""
+    if isinstance(values, dict):
+        types = _types(kind)
+        return {key: typed(value, types.get(key)) for key, value in values.items()}
+    try:
+        value = values if kind is None else _cast(kind, values, "")
+    except UsageError:
+        return values
+    return [*value] if isinstance(value, tuple) else value
 
 
 def _size(text: str) -> float:

@@ -20,11 +20,6 @@ def check_pixel_budget(config: LvlmConfig) -> None:
         raise UsageError(f"lvlm.max_pixels must be {TOKEN_EDGE**2} or more, one token, found {config.max_pixels}")
 
 
-def tokens_of_pixels(pixels: float, config: LvlmConfig) -> float:
-    """Return about how many tokens an image of so many pixels takes once it is within the budget."""
-    return min(max(pixels, config.min_pixels), config.max_pixels) / TOKEN_EDGE**2
-
-
 def image_tokens(picture, config: LvlmConfig) -> int:
     """Return the number of tokens of a `PIL.Image`."""
     width, height = fitted_size(picture, config)

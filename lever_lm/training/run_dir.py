@@ -2,12 +2,13 @@
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import yaml
 
 from lever_lm.config.schema import Config, keys_of, to_dict
+from lever_lm.config.values import typed
 from lever_lm.training.metrics import PHASES
 from lever_lm.training.metrics_file import metrics_rows
 from lever_lm.utils.atomic_io import remove, sweep, write_text
@@ -145,11 +146,8 @@ class RunFolder:
 
     def differences(self, config: Config) -> list[str]:
         """Return what a config would change about the run in the folder, as `key: there, here`."""
-        return [
-            f"{'.'.join(key)}: {shown(there)} there, {shown(here)} here"
-            for key, there, here in differing(self.settings(), to_dict(config))
-            if not any(key[: len(free)] == free for free in _FREE)
-        ]
+        found = differing(self.settings(), to_dict(config))
+        return in_words(one for one in found if not any(one[0][: len(free)] == free for free in _FREE))
 
     def settings(self) -> dict:
         """Return the nested values of the run's config.yaml, with the defaults of options that it does not know."""
@@ -158,7 +156,7 @@ class RunFolder:
     def values(self) -> dict:
         """Read the nested values of the run's config.yaml. Raises LeverError where it cannot be read."""
         try:
-            there = load_yaml(read_bytes(self.config, CONFIG_LIMIT))
+            there = typed(load_yaml(read_bytes(self.config, CONFIG_LIMIT)))
         except (OSError, ValueError) as error:
             raise LeverError(f"cannot read {self.config}: {error}; --overwrite starts over") from error
         return there if isinstance(there, dict) else {}
@@ -204,6 +202,12 @@ def differing(there, here, key: tuple[str, ...] = ()) -> list[tuple[tuple[str, .
     return [] if there == here else [(key, there, here)]
 
 
+def in_words(found: Iterable[tuple[tuple[str, ...], object, object]]) -> list[str]:
+    """Return what `differing` found, as `key: there, here`."""
+    return [f"{'.'.join(key)}: {shown(there)} there, {shown(here)} here" for key, there, here in found]
+
+
 def _key(name) -> str:
     """Return a key of a config, fit for a message."""
-    return name if isinstance(name, str) and name.isidentifier() and len(name) < 100 else shown(name)
+    plain = isinstance(name, str) and name.replace("-", "_").isidentifier() and len(name) < 100
+    return name if plain else shown(name)

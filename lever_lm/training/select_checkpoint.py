@@ -10,7 +10,7 @@ from lever_lm.training.metrics import KL_RANGE, KL_TARGET, LOGGED, PHASES, RECOM
 from lever_lm.training.metrics_file import metrics_rows
 from lever_lm.training.run_dir import RunFolder
 from lever_lm.utils.errors import LeverError, UsageError
-from lever_lm.utils.safe_parse import is_epoch, read_json
+from lever_lm.utils.safe_parse import read_json
 from lever_lm.utils.terminal import shown
 
 _LONGEST_NAME = 256  # bytes of a file's
@@ -95,15 +95,6 @@ def choose(history: History, name: str, run: RunFolder | None) -> dict:
         "source": history.source,
         "notes": history.notes,
     }
-
-
-def kept_choice(run: RunFolder) -> tuple[str, int] | None:
-    """Return strategy and epoch of best.json; None where there is none, or it is not an answer of `lever best-ckpt`."""
-    try:
-        answer = read_best(run)
-        return (answer["strategy"], answer["epoch"]) if is_epoch(answer["epoch"]) else None
-    except (LeverError, KeyError):
-        return None
 
 
 def read_best(run: RunFolder) -> dict:

@@ -10,7 +10,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -23,7 +23,7 @@ FILE_LIMIT = 16 << 20  # bytes of a JSON file of ours that is read whole: best.j
 LINE_LIMIT = 1 << 20  # bytes of a line of JSON
 _DEPTH = 32  # brackets within brackets
 _DIGITS = 20  # of an integer: 64 bits, and its sign
-_NUMERAL = 64  # characters of a number in YAML
+_NULL = ("", "~", "null", "Null", "NULL")  # in YAML, without quotes
 _WORDS = 300  # characters of a library's own words
 
 # ---------------------------------------------------------------------- reading files
@@ -156,34 +156,20 @@ def _check_values(value, depth: int | None, whole: bool) -> None:
 # ---------------------------------------------------------------------- YAML
 
 
-class Scalar(NamedTuple):
-    """A YAML value that stands without quotes and is no text by YAML 1.1: as it is written, and as YAML reads it
-    (`007`: 7, `1:30`: 90, `no`: False)."""
-
-    text: str
-    value: object
-
-
-def load_yaml(content: bytes | str, *, as_written: bool = False):
-    """Return a YAML text as Python values; with `as_written` a `Scalar` for each value that YAML takes for no text.
-    Raises ValueError for what is no YAML or holds more than plain values: tags, anchors and aliases, a key twice in one
-    mapping, numbers of more than 64 characters, deep nesting."""
+def load_yaml(content: bytes | str):
+    """Return a YAML text as lists and mappings of texts, and None for what is empty or null. Raises ValueError for what
+    is no YAML or holds more than that: tags, anchors and aliases, a key twice in one mapping, deep nesting."""
     try:
-        text = content if isinstance(content, str) else content.decode("utf-8")
-        return yaml.load(text, _WrittenLoader if as_written else _PlainLoader)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
-        words = " ".join(str(error).replace('in "<unicode string>",', "at").split()) or type(error).__name__
+        return yaml.load(content if isinstance(content, str) else content.decode("utf-8"), _TextLoader)
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
+        words = " ".join(str(error).replace('in "<unicode string>",', "at").split())
         raise ValueError(words if len(words) <= _WORDS else f"{words[:_WORDS]}…") from None
 
 
-class _PlainLoader(yaml.SafeLoader):
+class _TextLoader(yaml.BaseLoader):
     """YAML as a config needs it. An alias can stand for more memory than there is, and a tag for another type."""
 
-    def __init__(self, text: str):
-        super().__init__(text)
-        self.depth = 0
+    depth = 0
 
     def compose_node(self, parent, index):
         event = self.peek_event()
@@ -198,31 +184,16 @@ class _PlainLoader(yaml.SafeLoader):
         self.depth -= 1
         return node
 
-    def construct_object(self, node, deep=False):
-        if isinstance(node, yaml.ScalarNode) and node.tag != "tag:yaml.org,2002:str" and len(node.value) > _NUMERAL:
-            raise yaml.MarkedYAMLError(None, None, f"a value of {len(node.value)} digits", node.start_mark)
-        return super().construct_object(node, deep)
+    def construct_scalar(self, node):
+        return None if node.style is None and node.value in _NULL else super().construct_scalar(node)
 
     def construct_mapping(self, node, deep=False):
         found: dict = {}
         for key_node, value_node in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable):
+            if not isinstance(key_node, yaml.ScalarNode):
                 raise yaml.MarkedYAMLError(None, None, "a key is no plain value", key_node.start_mark)
+            key = self.construct_object(key_node)
             if key in found:
                 raise yaml.MarkedYAMLError(None, None, f"{shown(key)} appears twice", key_node.start_mark)
             found[key] = self.construct_object(value_node, deep)
         return found
-
-
-class _WrittenLoader(_PlainLoader):
-    """The loader that keeps how values are written; keys are plain values."""
-
-    def construct_object(self, node, deep=False):
-        value = super().construct_object(node, deep)
-        is_text = not isinstance(node, yaml.ScalarNode) or node.style is not None or isinstance(value, str)
-        return value if is_text else Scalar(node.value, value)
-
-    def construct_mapping(self, node, deep=False):
-        found = super().construct_mapping(node, deep)
-        return {key.value if isinstance(key, Scalar) else key: value for key, value in found.items()}

@@ -544,12 +544,6 @@ def test_a_terminal_that_lacks_our_characters_is_no_failure(tmp_path):
     assert "system: O? est ???" in done.out
 
 
-def test_a_choice_that_replaces_another_is_said(trained, lever):
-    assert "replaces" not in lever("best-ckpt", "--strategy", "adv_std").out
-    assert "replaces" not in lever("best-ckpt", "--strategy", "adv_std").out
-    assert "this replaces the choice of adv_std, epoch" in lever("best-ckpt", "--strategy", "val_loss").out
-
-
 # ---------------------------------------------------------------------- where the output goes
 
 

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import DATA, RUN, SMALL, files_in
+from helpers import RUN, SMALL, files_in
 
 from lever_lm.cli import status as status_module
 from lever_lm.cli.status import gpus
@@ -62,7 +62,7 @@ def test_a_run_at_work_and_after_it_was_killed(trained, lever):
     assert found["command"] is None
     assert spoken.splitlines()[0] == f"{RUN}: running"
     assert f"process {os.getpid()} on " in spoken
-    assert "of training left, until about" in spoken
+    assert "of training left, until about 20" in spoken
     left_by(trained / RUN, "train")
     before = files_in(trained)
     found = lever("status", "--json").json
@@ -82,20 +82,13 @@ def test_a_finished_run_and_one_that_is_to_go_on(trained, lever):
     best = max(grpo, key=lambda row: row["val_reward"])
     assert found["best"]["val_reward"] == {"phase": "grpo", "epoch": best["epoch"], "value": best["val_reward"]}
     assert found["checkpoint"]["path"] == str(RUN / "grpo_epoch4.pt")
-    assert found["rollouts"]["exists"]
-    assert found["bytes"] == sum(size for name, (size, _) in before.items() if name.startswith(str(RUN)))
     assert found["seconds_left"] == 0
     assert found["notes"] == []
     assert files_in(trained) == before
     more_epochs(trained / RUN, 9)
-    (trained / RUN / "env.json").unlink()
     more = lever("status", RUN, "--json").json
     assert (more["state"], more["phase"], more["epoch"], more["epochs"]) == ("killed", "grpo", 4, 9)
     assert more["seconds_left"] == pytest.approx(5 * more["epoch_time"])
-    assert more["command"] == f"lever train --config {RUN}/config.yaml --results {trained}/results"
-    gone_on = lever(*more["command"].split()[1:], "--json")
-    assert gone_on.status == 0, gone_on.err
-    assert lever("status", "--json").json["state"] == "finished"
 
 
 def test_a_run_that_stopped_early_is_finished(trained, lever):
@@ -117,9 +110,7 @@ def test_what_goes_on_with_a_run_is_the_command_that_went_on_with_it(trained, le
         for command in ("lever train --grpo-epochs 7", last):
             record(run, {**first, "command": command}, pytest.fail)
         assert json.loads(run.environment.read_text()) == {**first, "last_command": last}
-    expected = {None: first["command"], "": f"lever train --config {RUN}/config.yaml --results {trained}/results"}.get(
-        last, "lever train --grpo-epochs 9"
-    )
+    expected = {None: first["command"], "": None}.get(last, "lever train --grpo-epochs 9")
     found = lever("status", RUN, "--json").json
     assert (found["state"], found["command"]) == ("killed", expected)
 
@@ -142,72 +133,36 @@ def test_nothing_was_begun_and_there_is_nothing(lever, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("command", "phase", "said"),
+    ("command", "said"),
     [
-        ("train --limit 24", "rollouts", "lever train --limit 24"),
-        ("train --limit 24 --overwrite", "rollouts", "lever train --limit 24"),
-        ("train --rl-data own.json", "rce", "lever train --rl-data own.json"),  # makes no rollouts
-        ("train --rl-data=own.json", "rce", "lever train --rl-data=own.json"),
-        ("train; reboot", "rollouts", "lever 'train;' reboot"),  # words to a shell
-        ("train " + "x" * 194, "rollouts", None),  # half of a command is none
+        ("train --limit 24 --overwrite", "lever train --limit 24"),
+        ("train; reboot", "lever 'train;' reboot"),  # words to a shell
+        ("train " + "x" * 194, None),  # half of a command is none
     ],
 )
-def test_a_run_killed_before_its_first_epoch_says_what_goes_on(lever, tmp_path, command, phase, said):
+def test_a_run_killed_before_its_first_epoch_says_what_goes_on(lever, tmp_path, command, said):
     left_by(tmp_path / RUN, command)
     found = lever("status", "--json").json
-    assert (found["state"], found["phase"], found["command"]) == ("killed", phase, said)
+    assert (found["state"], found["phase"], found["command"]) == ("killed", "rollouts", said)
 
 
-def test_a_run_on_rollouts_of_the_users_own_names_their_file(lever, tmp_path):
-    shutil.copy(DATA / "small_edge_cases.json", tmp_path / "own.json")
-    own = ("--rl-data", "own.json", "--embeddings", DATA / "small_embeddings.safetensors")
-    few = ("--rce-epochs", "1", "--grpo-epochs", "1", "--set", "policy.hidden_dim=8")
-    for where, folder in (((), RUN), (("--run-dir", "runs/mine"), Path("runs/mine"))):
-        done = lever("train", *own, *few, *where)
-        assert done.status == 0, done.err
-        found = lever("status", folder, "--json").json
-        assert found["state"] == "finished"
-        assert found["rollouts"] == {"path": str(tmp_path / "own.json"), "exists": True}
-        assert f"  rollouts    {tmp_path / 'own.json'}" in lever("status", folder).out
-    assert lever("status", "--json").json["rollouts"] == found["rollouts"]
-    (tmp_path / "own.json").unlink()
-    assert f"  rollouts    {tmp_path / 'own.json'}, which is not there" in lever("status").out
-
-
-def test_while_the_speed_of_grpo_is_unknown_what_is_left_of_rce_is_told(trained, lever):
+def test_while_the_speed_of_grpo_is_unknown_the_time_left_is_too(trained, lever):
     run = RunFolder(trained / RUN)
-    rows = [{**row, "epoch_time": 40.0} for row in rows_of(run.path) if row["phase"] == "rce"]
-    write_rows(run.path, rows)
+    write_rows(run.path, [{**row, "epoch_time": 40.0} for row in rows_of(run.path) if row["phase"] == "rce"])
     more_epochs(run.path, 5, had=2)
-    for path in run.path.glob("*_epoch*"):
-        path.unlink()
-    with run.alone(pytest.fail):
-        found = lever("status", "--json").json
-        assert (found["phase"], found["seconds_left"], found["phase_seconds_left"]) == ("rce", None, 120.0)
-        assert "  time        40 s an epoch, 2 min of this phase left, until about " in lever("status").out
-        assert "  RCE 2/5           > 2 min left " in lever("status", "--all").out
+    found = lever("status", "--json").json
+    assert (found["phase"], found["epoch_time"], found["seconds_left"]) == ("rce", 40.0, None)
+    assert "  time        40 s an epoch\n" in lever("status").out
 
 
-def test_who_works_is_named_as_far_as_it_is_known(trained, lever, monkeypatch):
+def test_a_run_on_another_host_is_said_to_be_there(trained, lever, monkeypatch):
     monkeypatch.setenv("PATH", str(trained))  # no nvidia-smi
-    for holder, said, where in (
-        (None, "a process since 20", "none on this host\n"),
-        (
-            {"pid": 7, "host": "node7", "command": ""},
-            "process 7 on node7 since 20",
-            "none on this host; the run is on node7\n",
-        ),
-        ({"pid": 7, "host": os.uname().nodename, "command": "train"}, ": lever train\n", "none on this host\n"),
-    ):
-        monkeypatch.setattr(status_module, "seen", lambda path, holder=holder: (holder, True))
-        (trained / RUN / LOCK).touch()
-        out = lever("status", RUN).out
-        assert said in out
-        assert f"  GPU         {where}" in out
-        assert "None" not in out
-    monkeypatch.undo()
-    monkeypatch.chdir(trained)
-    assert lever("status", RUN, "--json").json["why"] == "a process ended in the midst of it"
+    monkeypatch.setattr(status_module, "seen", lambda path: ({"pid": 7, "host": "node7", "command": "train"}, True))
+    (trained / RUN / LOCK).touch()
+    out = lever("status", RUN).out
+    assert "process 7 on node7 since 20" in out
+    assert ": lever train\n  training    RCE 2 of 2 epochs, then GRPO 4 of 4 epochs\n" in out
+    assert "  GPU         none on this host; the run is on node7\n" in out
 
 
 def test_a_folder_of_lever_plus_is_read_by_its_checkpoints_or_its_log(lever, tmp_path):
@@ -258,9 +213,6 @@ def test_every_run_below_results_has_a_line(trained, lever):
     assert [run["state"] for run in lever("status", "--all", "--json").json["runs"]] == ["finished", "finished"]
 
 
-# ---------------------------------------------------------------------- how it looks
-
-
 def test_looking_at_a_lock_neither_takes_nor_drops_it(tmp_path):
     path, me = tmp_path / "lock", {"pid": os.getpid(), "host": os.uname().nodename}
     take = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'r+'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
@@ -286,13 +238,13 @@ def test_looking_at_a_lock_neither_takes_nor_drops_it(tmp_path):
 def test_gpus_are_those_that_nvidia_smi_names(tmp_path, monkeypatch):
     stub = tmp_path / "nvidia-smi"
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    stub.write_text("#!/bin/sh\necho 'NVIDIA H200, 12288, 143771, 97'\necho 'odd, name, [N/A], 5, [N/A]'\n")
+    stub.write_text(
+        "#!/bin/sh\necho 'NVIDIA H200, 12288 MiB, 143771 MiB, 97 %'\necho 'odd, name, [N/A], 5 MiB, [N/A]'\n"
+    )
     stub.chmod(0o755)
-    first, second = gpus()
-    assert first == {"name": "NVIDIA H200", "used": 12288, "total": 143771, "utilization": 97}
-    assert second == {"name": "odd, name", "used": None, "total": 5, "utilization": None}
+    assert gpus() == ["NVIDIA H200, 12288 MiB of 143771 MiB, 97 % busy", "odd, name, [N/A] of 5 MiB, [N/A] busy"]
     monkeypatch.setattr(status_module, "_PATIENCE", 0.2)
-    for script in ("exit 9", "exec sleep 60"):
+    for script in ("echo 'no devices were found'", "exit 9", "exec sleep 60"):
         stub.write_text(f"#!/bin/sh\n{script}\n")
         assert gpus() == []
     monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))

@@ -34,7 +34,7 @@ from lever_lm.training.find_checkpoint import find_checkpoint
 from lever_lm.training.rollouts import file_format
 from lever_lm.training.rollouts.generate import check_rows
 from lever_lm.training.run_dir import RunFolder
-from lever_lm.training.select_checkpoint import STRATEGIES, choose, kept_choice, read_best, read_history
+from lever_lm.training.select_checkpoint import STRATEGIES, choose, read_best, read_history
 from lever_lm.utils.console import Screen
 from lever_lm.utils.hub import fetch_model, missing_files
 from lever_lm.utils.locks import InUse, alone
@@ -148,7 +148,7 @@ def variables(folder: Path) -> Target:
     def parse(content: bytes) -> None:
         pairs = (line.partition("=") for line in _argument(content).split("\n"))
         values, environ = {"data": {"okvqa_path": "/data"}}, {name: text for name, _, text in pairs}
-        for name, found in environment_values(values, environ, {}).items():
+        for name, found in environment_values(values, environ, {})[0].items():
             values = merge(values, found)
             assert not STEERS & set(map(ord, printable(environ[name])))
         build(values)
@@ -278,8 +278,9 @@ def metrics_file(folder: Path) -> Target:
         json.dumps(finite(run_status(run)), allow_nan=False)
         choices(run, None)
         rows = run.rows()
-        for curve in training_curves([("x", rows)]):
-            _curve_chart("", curve)
+        for curves in training_curves([("x", rows)]).values():
+            for metric, series in curves.items():
+                _curve_chart("", metric, series)
         for tell in (phrasing.strategies, phrasing.health, phrasing.of_groups, phrasing.warnings_of):
             tell(rows)
 
@@ -309,8 +310,6 @@ def best_file(folder: Path) -> Target:
     run.checkpoint("grpo", 3).write_bytes(b"")
 
     def read() -> None:
-        kept = kept_choice(run)
-        assert kept is None or (kept[0] in STRATEGIES and isinstance(kept[1], int))
         read_best(run)
         found, *_ = find_checkpoint(run, None, {})
         assert found.is_file()
@@ -358,6 +357,7 @@ class _Inference:
         self.samples_file = self.folder / "samples_grpo_2shot.jsonl"
         self.samples_file.write_bytes(self.samples)
         self.result = {"method": "grpo", "shots": 2, "accuracy": 0.5, "ci": [0.25, 0.75], "raw_accuracy": 0.5, "n": 2}
+        self.result["normalized_accuracy"] = 0.5
         test = {
             "method": "grpo",
             "against": "random",
@@ -384,7 +384,7 @@ def results_file(folder: Path) -> Target:
 
     def read() -> None:
         kept = Path(shutil.copy(made.results_file, folder / "kept.json"))
-        written = _write_metrics(kept, [{**made.result, "shots": 4}], {"setting": "s"})
+        written = _write_metrics(kept, [{**made.result, "shots": 4}], {"setting": "s"}, str)
         json.dumps(written, allow_nan=False)
         assert written["results"][-1]["shots"] == 4
         made.report()

@@ -1,6 +1,7 @@
 """Where files are, and what makes two runs the same run."""
 
 import json
+import os
 
 import pytest
 import yaml
@@ -146,9 +147,9 @@ def test_an_option_that_an_older_version_lacked_had_its_default_and_one_that_it_
     content["grpo"]["retired"] = 1
     del content["grpo"]["lr"], content["infer"]
     run.config.write_text(yaml.safe_dump(content), encoding="utf-8")
-    assert run.differences(config()) == ["grpo.retired: 1 there, None here"]
+    assert run.differences(config()) == ["grpo.retired: '1' there, None here"]
     there = f"grpo.lr: {Config().grpo.lr} there, 0.5 here"
-    assert run.differences(config(grpo={"lr": 0.5})) == [there, "grpo.retired: 1 there, None here"]
+    assert run.differences(config(grpo={"lr": 0.5})) == [there, "grpo.retired: '1' there, None here"]
 
 
 def test_overwriting_removes_the_old_run_and_nothing_else(tmp_path):
@@ -166,6 +167,7 @@ def test_overwriting_removes_the_old_run_and_nothing_else(tmp_path):
 def test_temporary_files_of_a_killed_run_are_removed(tmp_path):
     run = RunFolder(tmp_path)
     (tmp_path / ".tmp-abc").touch()
+    os.utime(tmp_path / ".tmp-abc", (0, 0))
     run.open(config())
     assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]
 

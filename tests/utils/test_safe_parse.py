@@ -156,24 +156,32 @@ def test_parts_of_a_long_line_overlap_where_asked(tmp_path):
 # ---------------------------------------------------------------------- YAML
 
 
+def texts(value):
+    """A plain value as YAML has it here."""
+    if isinstance(value, dict):
+        return {key: texts(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [texts(item) for item in value]
+    return value if value is None or isinstance(value, str) else yaml.safe_dump(value).split("\n")[0]
+
+
 @given(VALUES)
 @settings(max_examples=50)
 def test_yaml_of_plain_values_is_read_as_it_was_written(value):
     for options in ({}, {"sort_keys": False, "allow_unicode": True}, {"default_flow_style": True}):
-        assert load_yaml(yaml.safe_dump(value, **options)) == value
+        assert load_yaml(yaml.safe_dump(value, **options)) == texts(value)
 
 
 @given(YAML_LIKE | ANYTHING)
 @settings(max_examples=300)
-@example("!!timestamp x")
 @example("2024-99-99")
-@example("- &a b\n- *a")
 @example("0x")
 @example("1:2:3")
+@example("a: 1\n<<: {b: 2}")
 def test_no_text_does_more_than_being_refused_as_yaml(text):
     found = read_or_refused(load_yaml, text)
     if found is not None:
-        assert repr(found) == repr(yaml.safe_load(text)), "what is read is what the library reads"
+        assert str(found).replace("None", "''") == str(yaml.load(text, yaml.BaseLoader)).replace("None", "''")
 
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -190,11 +198,6 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("a: !!binary aGk=", "a tag"),
         ("a: !x 1", "a tag"),
         ("a: 1\nb: 2\na: 3", "'a' appears twice at line 3"),
-        ("1: a\n1.0: b", "appears twice"),
-        ("a: 1\n<<: {b: 2}", "merge"),
-        ("2024-99-99", "month must be"),
-        ("a: " + "9" * 5000, "5000 digits"),
-        ("a: 1" + ":10" * 5000, "digits"),
         ("[" * 10_000, "nested too deeply"),
         ("".join(" " * i + "a:\n" for i in range(100)), "nested too deeply"),
         ("? [1, 2]\n: 3", "no plain value"),
