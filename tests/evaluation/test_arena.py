@@ -1,0 +1,73 @@
+"""The table of `lever infer --against`: which selectors are asked for, and what its tests are."""
+
+import pytest
+
+from lever_lm.evaluation.arena import Cost, arena_rows, parse_names
+from lever_lm.evaluation.evaluate import Outcome
+from lever_lm.evaluation.statistics import holm, paired_test
+from lever_lm.selectors import SELECTORS
+from lever_lm.utils.errors import UsageError
+
+
+def outcome(method, scores, shots=1):
+    return Outcome(method, shots, [""] * len(scores), scores, scores, scores)
+
+
+def test_names_come_in_the_order_of_the_table_each_once():
+    assert parse_names("epr, random,epr") == ["random", "epr"]
+    everything = parse_names("all")
+    assert everything == [name for name in SELECTORS if name not in ("policy", "icds")]
+    assert parse_names("mmr,all") == everything
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("mmice", "did you mean 'mmices'"), ("zzz", "one|some of"), (" , ", "names")]
+)
+def test_a_name_that_is_none_is_refused_with_the_nearest(text, said):
+    with pytest.raises(UsageError, match=said):
+        parse_names(text)
+
+
+def test_each_method_is_tested_against_the_best_simple_one_at_its_shots_and_p_is_adjusted_over_the_table():
+    outcomes = [
+        outcome("random", [0.0] * 20),
+        outcome("mmr", [1.0, 0.0] * 10),
+        outcome("grpo", [1.0] * 20),
+        outcome("oracle", [1.0] * 20),
+        outcome("random", [1.0] * 20, 2),
+        outcome("mmr", [0.0] * 20, 2),
+        outcome("grpo", [1.0, 0.0] * 10, 2),
+        outcome("oracle", [1.0] * 20, 2),
+    ]
+    costs = [Cost(name, 0, 0, 0.5, "all 9") for name in ("random", "mmr", "grpo", "oracle")]
+    rows = {(row["method"], row["shots"]): row for row in arena_rows(outcomes, costs)}
+    assert {key: row.get("against") for key, row in rows.items()} == {
+        ("random", 1): "mmr",
+        ("mmr", 1): None,
+        ("grpo", 1): "mmr",
+        ("oracle", 1): "mmr",
+        ("random", 2): None,
+        ("mmr", 2): "random",
+        ("grpo", 2): "random",
+        ("oracle", 2): "random",
+    }
+    assert rows["grpo", 1]["difference"] == paired_test([1.0] * 20, [1.0, 0.0] * 10)["difference"] == 0.5
+    tested = [row for row in rows.values() if "p" in row]
+    assert [row["p_holm"] for row in tested] == holm([row["p"] for row in tested])
+    assert "p_holm" not in rows["mmr", 1]
+
+
+def test_the_table_is_sorted_by_the_accuracy_at_the_most_shots():
+    outcomes = [
+        outcome("a", [0.0, 1.0]),
+        outcome("a", [0.0, 0.0], 4),
+        outcome("b", [0.0, 0.0]),
+        outcome("b", [1.0, 1.0], 4),
+    ]
+    costs = [Cost("a", None, 0, 0.0, ""), Cost("b", None, 0, 0.0, "")]
+    assert [(row["method"], row["shots"]) for row in arena_rows(outcomes, costs)] == [
+        ("b", 1),
+        ("b", 4),
+        ("a", 1),
+        ("a", 4),
+    ]
