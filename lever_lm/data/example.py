@@ -45,7 +45,7 @@ class Example:
     question: str
     answers: tuple[str, ...]
     raw_answers: tuple[str, ...]
-    image: Image
+    image: Image | None  # None only for a demonstration whose image is left out
 
     @cached_property
     def answer(self) -> str:

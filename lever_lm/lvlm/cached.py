@@ -146,8 +146,9 @@ class CachedLvlm:
         self.asked += len(answers)
 
     def _key(self, kind: str, prompt: Prompt) -> str:
-        icds = [[icd.question, icd.answer, image_digest(icd.image)] for icd in prompt.icds]
+        icds = [[icd.question, icd.answer, icd.image and image_digest(icd.image)] for icd in prompt.icds]
         query = [prompt.query.question, image_digest(prompt.query.image)]
+        kind = f"bare {kind}" if prompt.bare else kind
         return hashlib.sha256(json.dumps([self.fingerprint, kind, icds, query]).encode()).hexdigest()
 
 

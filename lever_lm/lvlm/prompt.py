@@ -19,15 +19,17 @@ _CLASSIC_END = re.compile(r"\n|Question|Answer|Short|, ")
 
 @dataclass(frozen=True)
 class Prompt:
-    """ICDs in the order they stand in the prompt, then the query."""
+    """ICDs in the order they stand in the prompt, then the query; an example may be shown without an image. bare: the
+    query's question stands alone, without the words of the template."""
 
     icds: tuple[Example, ...]
     query: Example
+    bare: bool = False
 
     @property
     def images(self) -> list[Image]:
         """Return the images in the order of the prompt; the query's is the last."""
-        return [example.image for example in (*self.icds, self.query)]
+        return [example.image for example in (*self.icds, self.query) if example.image is not None]
 
 
 def build_prompt(picks: Sequence[Example], query: Example, config: PromptConfig) -> Prompt:
@@ -62,8 +64,11 @@ def to_messages(prompt: Prompt, config: PromptConfig, show: Callable[[Image], di
     between = rest.removesuffix("{answer}")
 
     def shown(example: Example, after: str | None = None) -> list[dict]:
+        image = [] if example.image is None else [show(example.image)]
         text = f"{before}{example.question}{between}"
-        return [show(example.image), _text(text.rstrip() if after is None else text + after)]
+        if after is None:
+            text = example.question if prompt.bare else text.rstrip()
+        return [*image, _text(text + (after or ""))]
 
     messages = [{"role": "system", "content": [_text(config.system)]}]
     if config.style == "interleaved":

@@ -20,9 +20,7 @@ def test_names_come_in_the_order_of_the_table_each_once():
     assert parse_names("mmr,all") == everything
 
 
-@pytest.mark.parametrize(
-    ("text", "said"), [("mmice", "did you mean 'mmices'"), ("zzz", "one|some of"), (" , ", "names")]
-)
+@pytest.mark.parametrize(("text", "said"), [("mmice", "did you mean 'mmices'"), ("zzz", "some of"), (" , ", "names")])
 def test_a_name_that_is_none_is_refused_with_the_nearest(text, said):
     with pytest.raises(UsageError, match=said):
         parse_names(text)
