@@ -373,18 +373,6 @@ def test_features_of_zeros_train_and_stay_finite(tmp_path):
     assert not_finite(rows) is None
 
 
-@pytest.mark.parametrize("value", ["-1e400", "NaN", "9" * 400])
-def test_a_score_that_no_float_holds_is_named_with_file_query_and_trajectory(tmp_path, value):
-    path = tmp_path / "rollouts.json"
-    path.write_text(
-        '{"7": {"candidate_pool_ids": [1, 2], "pointer_candidates": [{"pointer": [0], "pointer_global": [1], '
-        f'"vqa_correct": 1}}, {{"pointer": [1], "pointer_global": [2], "vqa_acc_score": {value}}}]}}}}'
-    )
-    text = message(load_groups, path)
-    assert str(path) in text
-    assert "trajectory 1" in text or "finite" in text
-
-
 @pytest.mark.parametrize(("part", "value"), [("image", math.nan), ("text", 0.0)])
 def test_an_encoder_that_gives_no_unit_vector_is_named_with_the_question(tmp_path, monkeypatch, part, value):
     folder = str(small_digits(tmp_path / "digits"))
