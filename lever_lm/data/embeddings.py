@@ -29,7 +29,6 @@ from lever_lm.utils.terminal import shown
 from lever_lm.utils.transformers_compat import first_line, import_transformers, load_whole
 
 DEFAULT_WIDTH = 768  # dimensions of the default encoder's features, for estimates before it is there
-_NPY_HEADER = 1 << 16  # bytes; one of an (N, D) matrix has 118
 _SPLITS = {"train": "training", "val": "evaluation"}
 
 
@@ -248,10 +247,8 @@ def _batches(items: Iterable, size: int) -> Iterator[list]:
 def read_embeddings(path: Path) -> Tensor:
     """Read an (N, D) matrix, float32: from `.safetensors` or `.npy`, or a torch file (`.pt`, `.pth`) of a tensor or a
     numpy array, alone or the only one of a dict. Raises LeverError on anything else; nothing in a file is executed."""
-    if path.suffix == ".safetensors":
-        content = _read_safetensors(path)
-    elif path.suffix == ".npy":
-        content = _read_npy(path)
+    if path.suffix in (".safetensors", ".npy"):
+        content = _read_matrix(path)
     else:
         content = load_torch(path, expect=(Tensor, np.ndarray, dict), what="file of embeddings")
     if isinstance(content, dict):
@@ -268,26 +265,16 @@ def read_embeddings(path: Path) -> Tensor:
     return content.float()
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def _read_matrix(path: Path) -> dict[str, Tensor] | np.ndarray:
     from safetensors.torch import load_file
 
     open_regular(path, "the embeddings").close()
     try:
-        return load_file(path)
-    except Exception as error:  # SafetensorError, or tensors of a type that torch does not have
-        raise LeverError(f"cannot read the embeddings {path}: {shown(first_line(error), 200)}") from error
-
-
-def _read_npy(path: Path) -> np.ndarray:
-    with open_regular(path, "the embeddings") as file:
-        start = file.read(12)
-    header = int.from_bytes(start[8:12] if start[6:7] > b"\x01" else start[8:10], "little")
-    if header > _NPY_HEADER:  # numpy reads all of it
-        raise LeverError(f"cannot read the embeddings {path}: its header claims {header} bytes")
-    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
         # Mapped, an array cannot be larger than its file; an array of objects is refused, and what numpy warns of.
         with np.errstate(over="ignore"), warnings.catch_warnings():
             warnings.simplefilter("error")
             return np.lib.format.open_memmap(path, mode="r")
-    except Exception as error:  # an untrusted header
+    except Exception as error:  # an untrusted header, or tensors of a type that torch does not have
         raise LeverError(f"cannot read the embeddings {path}: {shown(first_line(error), 200)}") from error

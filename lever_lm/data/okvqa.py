@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lever_lm.config.schema import DataConfig
 from lever_lm.data.example import Example
-from lever_lm.data.rows import BadExamples, problem_of, unique, whole_id
+from lever_lm.data.rows import BadExamples, Unusable, example_of, whole_id
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.paths import asset_path
 from lever_lm.utils.safe_parse import loads, read_bytes
@@ -54,23 +54,27 @@ def load_official(source: str, config: DataConfig, split: str, bad: BadExamples)
     )
     folder = images_folder(asset_path(config.coco_path), split)
     sizes = _sizes(folder)
-    questions, annotations = (unique(*rows, bad) for rows in zip(paths, (questions, annotations), strict=True))
-    annotated = {item["question_id"]: item for item in annotations}
-    for orphan in sorted(annotated.keys() - {item["question_id"] for item in questions}):
+    for orphan in sorted(annotations.keys() - questions.keys()):
         bad.add(f"{paths[1]}: annotation {orphan} has no question in {paths[0].name}")
-    examples, shared = [], {}
-    for item in questions:
+    examples = []
+    for question_id, item in questions.items():
         name = f"COCO_{SPLITS[split]}_{item['image_id']:012d}.jpg"
+        annotation = annotations.get(question_id)
         try:
-            example = _example(item, annotated, paths, str(folder / name), shared)
-        except _Unusable as error:
-            bad.add(str(error))
+            if annotation is None:
+                raise Unusable("it has no annotation")
+            if annotation["image_id"] != item["image_id"]:
+                raise Unusable(f"it is about image {item['image_id']} here, about {annotation['image_id']} there")
+            row = {key: item.get(key) for key in (*_IDS, "question")}
+            example = example_of({**row, "answers": annotation.get("answers")}, str(folder / name))
+        except Unusable as error:
+            bad.add(f"{paths[0]} and {paths[1].name}, question {question_id}: {error}")
             continue
         digest.update(f"{name}:{sizes.get(name)}".encode())
         if sizes.get(name):
             examples.append(example)
         else:
-            bad.add(f"question {example.question_id}: image {example.image} is missing or empty")
+            bad.add(f"question {question_id}: image {example.image} is missing or empty")
     return examples, digest.hexdigest()[:16]
 
 
@@ -83,57 +87,29 @@ def _sizes(folder: Path) -> dict[str, int]:
         raise LeverError(f"cannot read the images in {folder}: {error.strerror} (COCO_PATH, data.coco_path)") from error
 
 
-def _read_list(path: Path, key: str, digest, bad: BadExamples) -> list[dict]:
-    """Return the entries of an official file, their ids as numbers."""
+def _read_list(path: Path, key: str, digest, bad: BadExamples) -> dict[int, dict]:
+    """Return the entries of an official file by question_id, their ids as numbers; of equal ones the first."""
     try:
         content = read_bytes(path)
     except OSError as error:
         raise LeverError(f"cannot read {path}: {error.strerror or error}; set OKVQA_PATH (data.okvqa_path)") from error
     digest.update(content)
     try:
-        entries = loads(content, nan=True, halves=True)[key]  # what is wrong in one entry is that entry's
-        if not isinstance(entries, list):
-            raise TypeError(f"'{key}' is {shown(entries)}")
+        entries = list(enumerate(loads(content, nan=True, halves=True)[key]))  # what is wrong in one entry is its own
     except (ValueError, KeyError, TypeError) as error:
-        reason = f"no key {error}" if isinstance(error, KeyError) else str(error)
         raise LeverError(
-            f"{path} is not an official VQA file ({reason}): expected an object with a list '{key}' of objects with "
-            "integer question_id and image_id"
+            f"{path} is not an official VQA file ({shown(str(error), 200)}): expected an object with a list '{key}' of "
+            "objects with integer question_id and image_id"
         ) from error
-    rows = []
-    for number, entry in enumerate(entries):
-        given = {name: entry.get(name) for name in _IDS} if isinstance(entry, dict) else entry
-        ids = {name: whole_id(value) for name, value in given.items()} if isinstance(given, dict) else {"": None}
-        if None in ids.values():
+    rows: dict[int, dict] = {}
+    for number, entry in entries:
+        given = {name: entry.get(name) for name in _IDS} if isinstance(entry, dict) else {}
+        ids = {name: whole_id(value) for name, value in given.items()}
+        if None in ids.values() or not ids:
             problem = f"{path}: entry {number} of '{key}' needs a {' and an '.join(_IDS)} of 0 to 2**63 - 1"
-            bad.add(f"{problem}, found {shown(given, 80)}")
+            bad.add(f"{problem}, found {shown(given or entry, 80)}")
+        elif ids["question_id"] in rows:
+            bad.add(f"{path}: question_id {ids['question_id']} appears more than once")
         else:
-            rows.append({**entry, **ids})
+            rows[ids["question_id"]] = {**entry, **ids}
     return rows
-
-
-class _Unusable(Exception):
-    """A question makes no example; says why."""
-
-
-def _example(item: dict, annotated: dict[int, dict], paths: list[Path], image: str, shared: dict) -> Example:
-    """Return the example of a question; shared: texts that were read before, as equal ones are kept once."""
-    question_id, image_id = item["question_id"], item["image_id"]
-    annotation = annotated.get(question_id)
-    if annotation is None:
-        raise _Unusable(f"{paths[1]}: no annotation for question {question_id} of {paths[0].name}")
-    if annotation["image_id"] != image_id:
-        raise _Unusable(
-            f"question {question_id} is about image {image_id} in {paths[0]}, but about image "
-            f"{annotation['image_id']} in {paths[1].name}"
-        )
-    question, entries = item.get("question"), annotation.get("answers")
-    where = f"{paths[0]} and {paths[1].name}, question {question_id}"
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise _Unusable(f"{where}: it needs a list of objects with 'answer', found {shown(entries)}")
-    answers = [entry.get("answer") for entry in entries]
-    raw_answers = [entry.get("raw_answer", answer) for entry, answer in zip(entries, answers, strict=True)]
-    if problem := problem_of(question, answers, raw_answers):
-        raise _Unusable(f"{where}: {problem}")
-    answers, raw_answers = (tuple(shared.setdefault(text, text) for text in texts) for texts in (answers, raw_answers))
-    return Example(question_id, image_id, question, answers, raw_answers, image)

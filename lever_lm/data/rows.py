@@ -1,10 +1,11 @@
-"""Rows of a data file: what is checked of ids, questions and answers, and what becomes of a row that cannot be used."""
+"""Rows of a data file: how one becomes an Example, and what becomes of one that cannot be used."""
 
 import re
-from collections import Counter
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from lever_lm.data.example import Example, Image, image_digest
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.terminal import shown
 
@@ -13,6 +14,11 @@ from lever_lm.utils.terminal import shown
 _UNFIT = re.compile(
     r"<\|(?:im_start|im_end|vision_start|vision_end|vision_pad|image_pad|video_pad|endoftext)\|>|[\ud800-\udfff]"
 )
+_AN_ID = "must be a whole number of 0 to 2**63 - 1"
+
+
+class Unusable(Exception):
+    """A row makes no example; says why."""
 
 
 @dataclass
@@ -39,36 +45,49 @@ def whole_id(value) -> int | None:
     return int(text) if sound and int(text) < 2**63 else None
 
 
-def unique(where, rows: list[dict], bad: BadExamples) -> list[dict]:
-    """Return the rows, only the first of those with the same question_id."""
-    for question_id, count in Counter(row["question_id"] for row in rows).items():
-        if count > 1:
-            bad.add(f"{where}: question_id {question_id} appears {count} times, expected once")
-    first: dict = {}
-    for row in rows:
-        first.setdefault(row["question_id"], row)
-    return list(first.values())
+def example_of(row: dict, image: Image) -> Example:
+    """Return the example of a row: question_id, question, answers (texts, or objects that hold one as `answer` and, as
+    `raw_answer`, what was typed), and perhaps image_id and raw_answers. Without an id of its own, an image has that of
+    its content. Raises Unusable."""
+    question_id, image_id = whole_id(row["question_id"]), row.get("image_id")
+    if question_id is None:
+        raise Unusable(f"question_id {_AN_ID}")
+    answers, raw_answers = _answers(row)
+    if problem := _problem_of(row["question"], answers, raw_answers):
+        raise Unusable(problem)
+    number = int(image_digest(image)[:15], 16) if image_id is None else whole_id(image_id)
+    if number is None:
+        raise Unusable(f"image_id {_AN_ID}, found {shown(image_id)}")
+    # Equal texts are kept once in memory.
+    answers, raw_answers = (tuple(map(sys.intern, texts)) for texts in (answers, raw_answers))
+    return Example(question_id, number, row["question"], answers, raw_answers, image)
 
 
-def problem_of(question, answers, raw_answers) -> str | None:
-    """Return what is wrong with the texts of an example as a file holds them; None if nothing is."""
+def _answers(row: dict) -> tuple:
+    """Return answers and raw answers of a row, not checked yet. Raw answers have a column of their own, or are in the
+    objects, or are the answers."""
+    entries, raw_answers = row.get("answers"), row.get("raw_answers")
+    if not isinstance(entries, list):
+        return entries, raw_answers
+    objects = [entry if isinstance(entry, dict) else {"answer": entry} for entry in entries]
+    answers = [entry.get("answer") for entry in objects]
+    typed = [entry.get("raw_answer") for entry in objects]
+    return answers, raw_answers or [a if raw is None else raw for raw, a in zip(typed, answers, strict=True)]
+
+
+def _problem_of(question, answers, raw_answers) -> str | None:
     if not isinstance(question, str) or not question.strip():
         return f"it has no text, found {shown(question)}"
-    if not _are_texts(answers):
-        return f"it needs a list of answers, found {shown(answers)}"
+    for name, texts in (("answers", answers), ("raw_answers", raw_answers)):
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+            return f"its {name} must be a list of texts, found {shown(texts)}"
     if not any(map(str.strip, answers)):
         return "all its answers are blank"
-    if not _are_texts(raw_answers):
-        return f"its raw answers must be a list of texts, found {shown(raw_answers)} (raw_answers or answers)"
     if len(raw_answers) != len(answers):
         return (
             f"it has {len(answers)} answers and {len(raw_answers)} raw_answers: as many are needed, in the same order"
         )
     return unfit([question, *answers, *raw_answers])
-
-
-def _are_texts(values) -> bool:
-    return isinstance(values, list) and bool(values) and all(isinstance(value, str) for value in values)
 
 
 def unfit(texts: Iterable[str]) -> str | None:

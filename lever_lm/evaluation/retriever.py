@@ -25,7 +25,7 @@ from lever_lm.evaluation.evaluate import problem_of
 from lever_lm.lvlm import Prompt, build_prompt
 from lever_lm.lvlm.processor import load_processor
 from lever_lm.lvlm.prompt import to_messages
-from lever_lm.selectors.learned import choose, explain
+from lever_lm.selectors.learned import choose
 from lever_lm.selectors.problem import Problem
 from lever_lm.training.find_checkpoint import load_for, locate
 from lever_lm.training.from_checkpoint import config_beside, results_beside
@@ -136,8 +136,7 @@ class Retriever:
             return []
         problem = self._problem(queries)
         asked, train = problem.embeddings
-        chosen = choose(self.policy, problem, shots, self.checkpoint)
-        reasons = explain(self.policy, problem, chosen)
+        chosen, reasons = choose(self.policy, problem, shots, self.checkpoint)
         picks = [
             [
                 Pick(self.examples[row], sure, float(train.image[row] @ image), float(train.text[row] @ text))

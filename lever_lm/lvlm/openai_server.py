@@ -15,7 +15,7 @@ from dataclasses import replace
 from lever_lm.config.schema import LvlmConfig, PromptConfig
 from lever_lm.lvlm.context_length import Room
 from lever_lm.lvlm.images import DataUrls
-from lever_lm.lvlm.openai_client import SEE_LOG, TOO_LONG, ServerError, served_name
+from lever_lm.lvlm.openai_client import NO_LOG_PROBS, SCORING, SEE_LOG, TOO_LONG, ServerError, served_name
 from lever_lm.lvlm.openai_servers import Servers, check_server
 from lever_lm.lvlm.prompt import Prompt, holder, to_messages, wording
 from lever_lm.utils.errors import LeverError, Unfinished
@@ -26,8 +26,6 @@ from lever_lm.utils.transformers_compat import import_transformers
 _ROUNDS = 8  # prompts in a batch for each request under way: what a killed job may have to ask again
 _BROKEN_OFF = ("abort", "error", "content_filter")  # a finish_reason of these leaves half an answer
 _IMAGE_TOKEN, _END_OF_TURN = "<|image_pad|>", "<|im_end|>"
-# Our own request fields for log-probs, which a server that has none of them may name when it refuses.
-_SCORING = {"prompt_logprobs": 0, "add_generation_prompt": False, "continue_final_message": True}
 
 
 class ServerLvlm:
@@ -76,7 +74,7 @@ class ServerLvlm:
             if not answer.strip():
                 raise LeverError(f"question {prompt.query.question_id}: cannot score an empty answer")
         answers = [unicodedata.normalize("NFC", answer) for answer in answers]  # as Qwen's tokenizer composes them
-        scoring = {**_SCORING, "continue_final_message": not end}
+        scoring = {**SCORING, "continue_final_message": not end}
 
         def request(i: int) -> dict:
             turn = {"role": "assistant", "content": answers[i]}
@@ -84,25 +82,18 @@ class ServerLvlm:
 
         def read(i: int, answer: dict) -> float:
             if not answer.get("prompt_logprobs"):
-                raise _no_log_probs(f"the server {self.config.server} left out prompt_logprobs")
+                raise ServerError(f"the server {self.config.server} left out prompt_logprobs", NO_LOG_PROBS)
             score = log_prob_at_end(answer["prompt_logprobs"], answers[i], _END_OF_TURN if end else "")
             if score is None:
-                closed = f" and {_END_OF_TURN}" if end else ""
-                mend = ": rollout.gt_prob_end=false leaves the end out" if end else ""
                 raise LeverError(
                     f"question {prompts[i].query.question_id}: the tokens that the server {self.config.server} scored "
-                    f"do not end in the answer {answers[i]!r}{closed} after a line break, as Qwen's chat template has "
-                    f"it{mend}"
+                    f"do not end in the answer {answers[i]!r}{f' and {_END_OF_TURN}' if end else ''} after a line "
+                    f"break, as Qwen's chat template has it"
+                    f"{': rollout.gt_prob_end=false leaves the end out' if end else ''}"
                 )
             return round(score, 6)
 
-        try:
-            return self._ask(len(prompts), request, read)
-        except Unfinished as error:
-            cause = error.__cause__
-            if isinstance(cause, ServerError) and any(name in cause.found for name in _SCORING):
-                raise Unfinished(str(_no_log_probs(cause.found)), error.answered) from cause
-            raise
+        return self._ask(len(prompts), request, read)
 
     def batches(self, prompts: Sequence[Prompt], answers: Sequence[str] | None = None) -> list[list[int]]:
         """See `Backend`: in the order of the prompts, as rollouts of one query share images. Raises LeverError for a
@@ -117,28 +108,18 @@ class ServerLvlm:
         """Return read(i, a server's answer to request(i)) for i < count, `lvlm.concurrency` of them at each server at
         once."""
         answered: dict[int, object] = {}
+
+        def body(i: int) -> bytes:
+            return json.dumps({**self._decoding, **request(i)}).encode()
+
+        def keep(i: int, answer: dict) -> None:
+            answered[i] = read(i, answer)
+
         try:
-            asyncio.run(self._ask_all(count, request, read, answered))
+            asyncio.run(Servers(self.config, self.servers, self.say).ask(count, body, keep))
         except LeverError as error:
             raise Unfinished(str(error), answered) from error
         return [answered[i] for i in range(count)]
-
-    async def _ask_all(self, count: int, request, read, answered: dict) -> None:
-        places = asyncio.Semaphore(self.config.concurrency * len(self.servers))
-
-        async def ask(servers: Servers, i: int) -> None:
-            async with places:
-                body = await asyncio.to_thread(lambda: json.dumps({**self._decoding, **request(i)}).encode())
-                answered[i] = read(i, await servers.complete(body))
-
-        async with Servers(self.config, self.servers, self.say) as servers:
-            tasks = [asyncio.create_task(ask(servers, i)) for i in range(count)]
-            try:
-                await asyncio.gather(*tasks)
-            finally:  # the first failure, or Ctrl-C, ends the others
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
 
     def _messages(self, prompt: Prompt) -> list[dict]:
         """Return the conversation with its images in it; turns of text alone are plain strings, which every server
@@ -155,30 +136,18 @@ class ServerLvlm:
     def _text(self, prompt: Prompt, answer: dict) -> str:
         choice, usage = answer["choices"][0], answer.get("usage")
         text, ended = choice["message"].get("content"), choice.get("finish_reason")
-        asked = f"question {prompt.query.question_id}"
-        if not isinstance(text, str):
-            raise ServerError(
-                f"the server {self.config.server} answered {asked} without text",
-                "serve the model without a reasoning or tool parser",
-            )
         written = usage.get("completion_tokens") if isinstance(usage, dict) else None
-        if ended == "length" and isinstance(written, int) and written < self.config.max_new_tokens:
-            raise ServerError(
-                f"the server {self.config.server} cut its answer to {asked} after {written} of "
-                f"{self.config.max_new_tokens} tokens: the prompt leaves no room for more",
-                TOO_LONG,
-            )
-        if ended in _BROKEN_OFF:
-            raise ServerError(f"the server {self.config.server} broke off its answer to {asked}: {ended}", SEE_LOG)
-        return text.encode(errors="replace").decode()  # half a surrogate pair is JSON and can be stored nowhere
-
-
-def _no_log_probs(found: str) -> ServerError:
-    return ServerError(
-        f"{found}: it gives no log-probs of a prompt's tokens, as vLLM does",
-        "leave out what scores reference answers (rollout.gt_prob, reward modes with gtprob, rollout.infoscore), or "
-        "drop --server to score them in this process",
-    )
+        most, asked = self.config.max_new_tokens, f"question {prompt.query.question_id}"
+        if not isinstance(text, str):
+            found, mend = f"answered {asked} without text", "serve the model without a reasoning or tool parser"
+        elif ended == "length" and isinstance(written, int) and written < most:
+            found = f"cut its answer to {asked} after {written} of {most} tokens: the prompt leaves no room for more"
+            mend = TOO_LONG
+        elif ended in _BROKEN_OFF:
+            found, mend = f"broke off its answer to {asked}: {ended}", SEE_LOG
+        else:
+            return text.encode(errors="replace").decode()  # half a surrogate pair is JSON and can be stored nowhere
+        raise ServerError(f"the server {self.config.server} {found}", mend)
 
 
 def log_prob_at_end(places: list, answer: str, end: str = "") -> float | None:

@@ -2,21 +2,52 @@
 
 import asyncio
 import contextlib
+import functools
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 from lever_lm.config.schema import LvlmConfig
-from lever_lm.lvlm.openai_client import FIRST_CONTACT, IS_IT, Client, ServerError, plain, served_name
+from lever_lm.lvlm.openai_client import FIRST_CONTACT, IS_IT, Client, ServerError, served_name
 from lever_lm.utils.progress import unsaid
+from lever_lm.utils.terminal import one_line
 
 MAX_WAIT = 60.0  # seconds before a request is repeated, whatever a server asks for
 LOOK = 5.0  # seconds before a server that is starting is looked at again
 _REST = 10.0  # seconds in which a server that nothing serves at is passed over, while there is another
-_NAMES = 5  # models of a server to name
+_NAMES = 200  # characters of the names of a server's models
+Answer = TypeVar("Answer")
+
+
+async def repeated(
+    attempt: Callable[[], Awaitable[Answer]], say: Callable[[str], None], *, retries: int, wait: float
+) -> Answer:
+    """Return what `attempt` returns. Failures that may pass are repeated `retries` times, and for `wait` seconds where
+    nothing serves, which `say` is told of: after a pause that doubles from a second, or as long as the server asks for.
+    """
+    started, number = time.monotonic(), 0
+    while True:
+        number += 1
+        try:
+            return await attempt()
+        except ServerError as error:
+            waited_for = error.kind == "down" and time.monotonic() - started < wait
+            if error.kind not in ("down", "busy") or (number > retries and not waited_for):
+                times = f", {number} times" if number > 1 else ""
+                raise ServerError(f"{error.found}{times}", error.mend, error.kind) from error
+            if waited_for:
+                say(f"{error.found}: waiting up to {wait:g} s for it (lvlm.wait)")
+            pause = min(2 ** (number - 1) + random.random(), LOOK if waited_for else MAX_WAIT / 2)
+            pause = pause if error.wait is None else min(error.wait, MAX_WAIT)
+        await _pause(pause)
+
+
+async def _pause(seconds: float) -> None:
+    await asyncio.sleep(seconds)
+
 
 # ---------------------------------------------------------------------- the first look
 
@@ -31,7 +62,8 @@ class Served(NamedTuple):
 def check_server(config: LvlmConfig, say: Callable[[str], None] = unsaid, *, wait: float = 0.0) -> Served:
     """Raise ServerError unless a server is at the one URL of `config.server`, or below its /v1, accepts our key and
     serves the model. wait: seconds to give a server that is still starting, which `say` is told of."""
-    url, listed = asyncio.run(_listed_in_time(config, say, wait))
+    look = functools.partial(_listed, config)
+    url, listed = asyncio.run(repeated(look, functools.cache(say), retries=0, wait=wait))
     name = served_name(config.path)
     for card in listed:
         if card.get("id") == name:
@@ -39,58 +71,35 @@ def check_server(config: LvlmConfig, say: Callable[[str], None] = unsaid, *, wai
     # `transformers serve` lists the hub's cache, under owners read off the ids: that says nothing of a directory.
     if all(str(card.get("id")).split("/")[0] == card.get("owned_by") for card in listed):
         return Served(url, {})
-    served = [plain(str(card.get("id"))) for card in listed]
-    others = f" and {len(served) - _NAMES} others" if len(served) > _NAMES else ""
+    served = [str(card.get("id")) for card in listed]
     raise ServerError(
-        f"the server {url} serves {', '.join(served[:_NAMES])}{others}, not {name}",
-        f"--set lvlm.path={served[0]} to ask that one, or --server URL of another",
+        f"the server {url} serves {one_line(', '.join(served))[:_NAMES]}, not {name}",
+        f"--set lvlm.path={one_line(served[0])} to ask that one, or --server URL of another",
     )
 
 
-async def _listed_in_time(config: LvlmConfig, say: Callable[[str], None], wait: float) -> tuple[str, list[dict]]:
-    """Return what `_listed` does, of a server that may need `wait` seconds to start."""
-    (url,), started, said = config.servers, time.monotonic(), False
-    while True:
-        try:
-            return await _listed(config, url)
-        except ServerError as error:
-            if error.kind != "down" or (left := wait - (time.monotonic() - started)) <= 0:
-                raise
-            if not said:
-                say(f"{error.found}: waiting up to {wait:g} s for it (lvlm.wait)")
-            said = True
-            await _pause(min(LOOK, left))
-
-
-async def _listed(config: LvlmConfig, url: str) -> tuple[str, list[dict]]:
+async def _listed(config: LvlmConfig) -> tuple[str, list[dict]]:
     """Return the URL up to /v1 of a server, which the given one may leave out or go beyond, and its models. No models
     where it answers with anything but a list: the first question shows what is wrong with it, if anything is."""
+    (url,) = config.servers
     parts = urlsplit(url)
     path = parts.path.split("/v1/")[0] if "/v1/" in parts.path else parts.path.removesuffix("/v1")
     whole = urlunsplit(parts._replace(path=f"{path}/v1"))
-    listed, error = await _models(config, url)
-    if listed is None and whole != url:
-        found, _ = await _models(config, whole)
-        if found is not None:
-            return whole, found
-        if error is not None:
-            raise ServerError(f"{error.found}, and {whole} has no list of models either", IS_IT) from error
-    return url, listed or []
-
-
-async def _models(config: LvlmConfig, url: str) -> tuple[list[dict] | None, ServerError | None]:
-    """Return the list of models at a URL, or None and the error that came in its place, if any. Raises ServerError
-    where nothing serves there or answers in time, or where the key is refused."""
-    async with Client(config, url, timeout=min(FIRST_CONTACT, config.timeout)) as client:
-        try:
-            listed = (await client.once("GET", "/models")).get("data")
-        except ServerError as error:
-            if error.kind == "late":  # of a limit that no option raises
-                raise ServerError(error.found, IS_IT) from error
-            if error.kind in ("down", "key"):
-                raise
-            return None, error
-    return [card for card in listed if isinstance(card, dict)] if isinstance(listed, list) else None, None
+    failure = None
+    for at in dict.fromkeys((url, whole)):
+        async with Client(config, at, timeout=min(FIRST_CONTACT, config.timeout)) as client:
+            try:
+                listed = await client.models()
+            except ServerError as error:
+                if error.kind in ("down", "key"):
+                    raise
+                failure = failure or error
+            else:
+                if listed is not None:
+                    return at, listed
+    if failure is not None and whole != url:
+        raise ServerError(f"{failure.found}, and {whole} has no list of models either", IS_IT) from failure
+    return url, []
 
 
 # ---------------------------------------------------------------------- the work
@@ -98,56 +107,44 @@ async def _models(config: LvlmConfig, url: str) -> tuple[list[dict] | None, Serv
 
 @dataclass
 class _Place:
-    """A server: how many requests are under way or waiting for it, and how it does."""
+    """A server: how many requests are under way or waiting for it, and until when it is passed over."""
 
     client: Client
     free: asyncio.Semaphore
     asked: int = 0
     rests_until: float = 0.0
-    waited_for: bool = False
 
 
 class Servers:
-    """Connections to the servers at `urls`, for use within one event loop (`async with`). `say` is told of one that is
-    waited for."""
+    """The servers at `urls`. `say` is told of one that is waited for."""
 
     def __init__(self, config: LvlmConfig, urls: Sequence[str], say: Callable[[str], None]):
-        self.config, self.say = config, say
+        self.config, self._say = config, functools.cache(say)  # once, and not for every request
         self._places = [_Place(Client(config, url), asyncio.Semaphore(config.concurrency)) for url in urls]
-        self._stack = contextlib.AsyncExitStack()
 
-    async def __aenter__(self) -> "Servers":
-        for place in self._places:
-            await self._stack.enter_async_context(place.client)
-        return self
+    async def ask(self, count: int, body: Callable[[int], bytes], read: Callable[[int, dict], None]) -> None:
+        """Give each answer to body(i), a request for a chat completion in JSON, to read(i, answer), for i < count: as
+        many at once as the servers take. Raises ServerError, and what `body` and `read` raise."""
+        room = asyncio.Semaphore(self.config.concurrency * len(self._places))
+        patience = {"retries": self.config.retries, "wait": self.config.wait}
 
-    async def __aexit__(self, *exception) -> None:
-        await self._stack.aclose()
+        async def ask(i: int) -> None:
+            async with room:
+                content = await asyncio.to_thread(body, i)
+                read(i, await repeated(lambda: self._complete(content), self._say, **patience))
 
-    async def complete(self, body: bytes) -> dict:
-        """Return the chat completion of a request in JSON, with a message in its first choice. Raises ServerError.
-
-        Failures that may pass are repeated `lvlm.retries` times, and for `lvlm.wait` seconds where nothing serves:
-        after a wait that doubles from a second, or as long as the server asks for.
-        """
-        started, number = time.monotonic(), 0
-        while True:
-            number += 1
+        async with contextlib.AsyncExitStack() as stack:
+            for place in self._places:
+                await stack.enter_async_context(place.client)
+            tasks = [asyncio.create_task(ask(i)) for i in range(count)]
             try:
-                return await self._try(body)
-            except ServerError as error:
-                waited_for = error.kind == "down" and time.monotonic() - started < self.config.wait
-                if not error.may_pass or (number > self.config.retries and not waited_for):
-                    times = f", {number} times" if error.may_pass and number > 1 else ""
-                    raise ServerError(f"{error.found}{times}", error.mend) from error
-                pause = min(2 ** (number - 1) + random.random(), MAX_WAIT / 2)
-                if error.wait is not None:
-                    pause = min(error.wait, MAX_WAIT)
-                elif error.kind == "down" and self.config.wait:
-                    pause = min(pause, LOOK)
-            await _pause(pause)
+                await asyncio.gather(*tasks)
+            finally:  # the first failure, or Ctrl-C, ends the others
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _try(self, body: bytes) -> dict:
+    async def _complete(self, body: bytes) -> dict:
         """Send one request to the server with the least to do."""
         now = time.monotonic()
         place = min(self._places, key=lambda place: (place.rests_until > now, place.asked))
@@ -158,15 +155,8 @@ class Servers:
         except ServerError as error:
             if error.kind == "down":
                 place.rests_until = time.monotonic() + _REST
-                if self.config.wait and not place.waited_for:
-                    place.waited_for = True
-                    self.say(f"{error.found}: asked again for up to {self.config.wait:g} s (lvlm.wait)")
             raise
         finally:
             place.asked -= 1
-        place.rests_until, place.waited_for = 0.0, False
+        place.rests_until = 0.0
         return answer
-
-
-async def _pause(seconds: float) -> None:
-    await asyncio.sleep(seconds)

@@ -13,7 +13,7 @@ from pathlib import Path
 from lever_lm import __version__
 from lever_lm.config.schema import Config
 from lever_lm.training.metrics import TIMES
-from lever_lm.training.run_dir import RunFolder
+from lever_lm.training.run_dir import RunFolder, differing, in_words
 from lever_lm.utils.atomic_io import write_json
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.paths import PACKAGE
@@ -21,6 +21,7 @@ from lever_lm.utils.safe_parse import FILE_LIMIT, read_object
 from lever_lm.utils.terminal import shown
 
 PACKAGES = ("torch", "transformers", "datasets", "numpy", "safetensors", "tokenizers", "qwen-vl-utils", "pillow")
+_NOT_COMPARED = ("sources", "command", "last_command", "resumed_with")
 _LONGEST = 10_000  # characters of a command
 _NAMED = 8  # differences that are listed, of each kind
 
@@ -99,15 +100,12 @@ def record(run: RunFolder, here: dict, say: Callable[[str], None]) -> None:
     on with to `resumed_with`: the first entry stays what the run was begun with. `last_command` is the one that it
     goes on with, where that is another one."""
     there = read_environment(run)
-    if not there:
-        write_json(run.environment, here)
-        return
-    earlier = there["resumed_with"] if isinstance(there.get("resumed_with"), list) else []
-    last = earlier[-1] if earlier and isinstance(earlier[-1], dict) else there
-    now = dict(there)
-    if here["command"] != there.get("last_command", there.get("command")):
+    earlier = there.get("resumed_with")
+    earlier = earlier if isinstance(earlier, list) and all(isinstance(one, dict) for one in earlier) else []
+    now = dict(there) or here
+    if here["command"] != now.get("last_command", now.get("command")):
         now["last_command"] = here["command"]
-    if changed := differences(last, here):
+    if changed := differences(earlier[-1] if earlier else now, here):
         say(f"going on with another environment than before: {listed(changed)}")
         now["resumed_with"] = [*earlier, here]
     if now != there:
@@ -125,19 +123,11 @@ def recorded(run: RunFolder, section: str) -> dict:
     return found if isinstance(found, dict) else {}
 
 
-def differences(there: dict, here: dict, prefix: str = "") -> list[str]:
+def differences(there: dict, here: dict) -> list[str]:
     """Return what differs between two contents of env.json, as `key: there, here`. An entry that an older one lacks is
-    not known to differ."""
-    changed = []
-    for key, new in here.items():
-        if key in ("sources", "command", "last_command"):  # where files lay, not what was in them; and what was typed
-            continue
-        old = there.get(key) if isinstance(there, dict) else None
-        if isinstance(new, dict):
-            changed += differences(old if isinstance(old, dict) else {}, new, f"{prefix}{key}.")
-        elif old is not None and old != new:
-            changed.append(f"{prefix}{key}: {shown(old)} there, {shown(new)} here")
-    return changed
+    not known to differ; where files lay and what was typed make no difference."""
+    found = differing(there, here)
+    return in_words(one for one in found if one[1] is not None and one[0][0] not in _NOT_COMPARED)
 
 
 def listed(changed: list[str]) -> str:
@@ -188,28 +178,27 @@ def _first_difference(original: RunFolder, repeated: RunFolder) -> tuple[str | N
     there, here = ({(row["phase"], row["epoch"]): row for row in run.rows()} for run in (original, repeated))
     common = [key for key in here if key in there]
     for phase, epoch in common:
-        where = f"{phase} epoch {epoch}"
         old, new = there[phase, epoch], here[phase, epoch]
-        for name in new:
-            if name not in TIMES and name in old and old[name] != new[name]:
-                return f"{where}: {name} is {shown(old[name])} there, {shown(new[name])} here", len(common)
+        names = [name for name in new if name in old and name not in TIMES and old[name] != new[name]]
+        found = [f"{name} is {shown(old[name])} there, {shown(new[name])} here" for name in names]
         paths = [run.checkpoint(phase, epoch) for run in (original, repeated)]
-        if all(path.is_file() for path in paths) and (name := _other_weights(*paths)):
-            return f"{where}: the weights {name} differ", len(common)
+        if not found and all(path.is_file() for path in paths):
+            found = [f"the weights {name} differ" for name in _other_weights(*paths)]
+        if found:
+            return f"{phase} epoch {epoch}: {found[0]}", len(common)
     return None, len(common)
 
 
-def _other_weights(one: Path, other: Path) -> str | None:
-    """Return the first tensor that differs between two checkpoints."""
+def _other_weights(one: Path, other: Path) -> list[str]:
+    """Return the tensors that differ between two checkpoints."""
     import torch
 
     from lever_lm.selectors.pointer.checkpoint import weights_of
     from lever_lm.utils.safe_torch_load import load_torch
 
     there, here = (weights_of(load_torch(path), path) for path in (one, other))
-    if there.keys() != here.keys():
-        return min(there.keys() ^ here.keys())
-    return next((name for name in here if not torch.equal(there[name], here[name])), None)
+    same = {name for name in there.keys() & here.keys() if torch.equal(there[name], here[name])}
+    return sorted((there.keys() | here.keys()) - same)
 
 
 def verdict(result: dict) -> list[str]:

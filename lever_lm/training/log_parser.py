@@ -1,18 +1,17 @@
-"""The GRPO rows of a training log, ours or Lever-Plus's: those of the last run in it."""
+"""The GRPO rows of a training log, ours or Lever-Plus's: those of the last table in it."""
 
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lever_lm.training.metrics import GRPO_MARKER, LOGGED
+from lever_lm.training.metrics import GRPO_MARKER, LOGGED, METRICS
 from lever_lm.utils.errors import LeverError
-from lever_lm.utils.safe_parse import Line, lines
+from lever_lm.utils.safe_parse import lines
 
-_NUMBER = r"[+-]?(?:\d+(?:\.\d*)?(?:[eE][+-]?\d+)?|\.\d+(?:[eE][+-]?\d+)?|inf|nan|Infinity|NaN)"
-_ROW = re.compile(rf"^\s*(\d{{1,9}})((?:\s+{_NUMBER}){{{len(LOGGED)}}})\s*$", re.IGNORECASE)
+_NUMBER = re.compile(r"[+-]?(?:(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?|inf|nan|infinity)", re.IGNORECASE)
 _LOG_PART = 64 << 10  # bytes of a log that are looked at together
 _LONGEST_ROW = 1000  # characters
-_JOINS = 5  # notes on tables that are one run
+_KEYS = {metric.column.heading: key for key, metric in METRICS.items() if metric.column}
 
 
 @dataclass(frozen=True)
@@ -26,55 +25,34 @@ class History:
 
 
 def read_log(path: Path) -> History:
-    """Read the GRPO rows of the last run in a training log: the rows of its last table, and those of the tables before
-    that it goes on from, as a resumed run does. Raises LeverError where there are none."""
-    tables, notes = _Tables(), []
+    """Read the rows of the last GRPO table in a training log, by the names in its heading; the seed's columns where it
+    has no such line. Raises LeverError where there are none."""
+    tables, rows, columns, notes = 0, [], LOGGED, []
     try:
         for line in lines(path, _LOG_PART, overlap=len(GRPO_MARKER.encode())):
-            if line.ended or not line.whole:
-                tables.add(line)
-            elif re.match(r"^\s*\d+\s", line.text):
-                notes.append("the last row has no newline at its end: it was cut short and is ignored")
+            if GRPO_MARKER in line.text:
+                tables, rows, columns = tables + 1, [], LOGGED
+            elif tables and line.whole and len(line.text) <= _LONGEST_ROW:
+                if all(METRICS[key].column.heading in line.text for key in LOGGED):
+                    columns = re.split(r"\s{2,}", line.text.strip())[1:]
+                elif (row := _row(line.text, columns)) and line.ended:
+                    rows.append(row)
+                elif row or (not line.ended and re.match(r"\s*\d+\s", line.text)):
+                    notes.append("the last row has no newline at its end: it was cut short and is ignored")
     except OSError as error:
         raise LeverError(f"cannot read the log {path}: {error.strerror or error} (--log)") from error
-    if not tables.last:
-        raise LeverError(f"{path} holds no row of a GRPO table (heading {GRPO_MARKER!r}, then 8 numbers a row)")
-    if tables.count > 1:
-        notes.append(f"the log holds {tables.count} GRPO tables: the last one counts")
-    joined = [part[-1]["epoch"] for part in reversed(tables.before)]
-    notes += [f"it goes on from epoch {epoch} of the table before, whose epochs count too" for epoch in joined[:_JOINS]]
-    if len(joined) > _JOINS:
-        notes.append(f"and so on, {len(joined)} times in all")
-    return History([row for part in (*tables.before, tables.last) for row in part], str(path), "grpo", notes)
+    if not rows:
+        raise LeverError(f"{path} holds no row of a GRPO table (heading {GRPO_MARKER!r}, then a row of numbers each)")
+    if tables > 1:
+        notes.append(f"the log holds {tables} GRPO tables: the last one counts")
+    return History(rows, str(path), "grpo", notes)
 
 
-class _Tables:
-    """The GRPO tables of a log: how many there were, the rows of the last one so far, and of each table before that it
-    goes on from the rows that count."""
-
-    def __init__(self):
-        self.count = 0
-        self.before: list[list[dict]] = []
-        self.last: list[dict] = []
-        self._ended: list[dict] = []  # the table before, until the first row of this one tells what it is worth
-
-    def add(self, line: Line) -> None:
-        """Take the next line."""
-        if GRPO_MARKER in line.text:
-            self._ended, self.last = self.last, []
-            self.count += 1
-        elif self.count and line.whole and len(line.text) <= _LONGEST_ROW and (match := _ROW.match(line.text)):
-            values = map(float, match[2].split())
-            row = {"phase": "grpo", "epoch": int(match[1]), **dict(zip(LOGGED, values, strict=True))}
-            if not self.last:
-                self._join(row["epoch"])
-            self.last.append(row)
-
-    def _join(self, epoch: int) -> None:
-        """Keep the rows of the table before that lie before `epoch`, where that is the epoch it goes on from."""
-        earlier = [row for row in self._ended if row["epoch"] < epoch]
-        goes_on = epoch > 1 and earlier and earlier[-1]["epoch"] == epoch - 1
-        if not goes_on or earlier[0] is not self._ended[0]:
-            self.before = []
-        if goes_on:
-            self.before.append(earlier)
+def _row(text: str, columns) -> dict | None:
+    """Return the epoch and the metrics in a line of a table; None where it is no such line. columns: headings or keys,
+    of which unknown ones are left out."""
+    epoch, *values = text.split() or [""]
+    if not re.fullmatch("[0-9]{1,9}", epoch) or len(values) != len(columns) or not all(map(_NUMBER.fullmatch, values)):
+        return None
+    named = {_KEYS.get(name, name): float(value) for name, value in zip(columns, values, strict=True)}
+    return {"phase": "grpo", "epoch": int(epoch), **{key: value for key, value in named.items() if key in METRICS}}

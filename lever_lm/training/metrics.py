@@ -12,6 +12,8 @@ HEADINGS = {"rce": "阶段2：RCE预热", "grpo": "阶段3：GRPO训练"}
 PHASES, GRPO_MARKER = tuple(HEADINGS), HEADINGS["grpo"]
 KL_RANGE, KL_TARGET = (0.01, 0.1), 0.05
 RECOMMENDED = "val_reward"  # the strategy by which `train` and `demo` recommend a checkpoint
+# The seed's columns of the GRPO table: older logs have these alone.
+LOGGED = ("train_loss", "val_loss", "ppo_loss", "kl", "adv_std", "adv_max", "beta")
 TIMES = ("epoch_time", "step_time")  # keys of a row that differ between two equal runs
 
 
@@ -156,9 +158,6 @@ def table_columns(phase: str) -> dict[str, Column]:
     return {
         key: metric.column for key, metric in METRICS.items() if metric.column and phase in metric.column.phases.split()
     }
-
-
-LOGGED = tuple(table_columns("grpo"))
 
 
 def table_header(phase: str) -> list[str]:

@@ -177,8 +177,7 @@ class Pipeline(Stages):
     def _journal(self, own: dict, inputs: dict[str, str]) -> Journal:
         """Return the journal of the run, up to date; own: what its checkpoints carry."""
         keep = partial(worth_keeping, self.run, latest=self.config.keep) if self.config.keep else None
-        shown = {"detail": self.screen.detail, "track": self.track, "tracker": self.tracking}
-        journal = Journal(self.run, own, inputs, self.say, keep, **shown)
+        journal = Journal(self.run, own, inputs, self.say, keep, track=self.track, tracker=self.tracking)
         journal.resume()
         if journal.done("grpo") > self.config.grpo.epochs:
             self.say(f"the run has {journal.done('grpo')} GRPO epochs already: nothing is left to train")

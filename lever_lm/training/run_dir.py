@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import yaml
@@ -146,11 +146,8 @@ class RunFolder:
 
     def differences(self, config: Config) -> list[str]:
         """Return what a config would change about the run in the folder, as `key: there, here`."""
-        return [
-            f"{'.'.join(key)}: {shown(there)} there, {shown(here)} here"
-            for key, there, here in differing(self.settings(), to_dict(config))
-            if not any(key[: len(free)] == free for free in _FREE)
-        ]
+        found = differing(self.settings(), to_dict(config))
+        return in_words(one for one in found if not any(one[0][: len(free)] == free for free in _FREE))
 
     def settings(self) -> dict:
         """Return the nested values of the run's config.yaml, with the defaults of options that it does not know."""
@@ -205,6 +202,12 @@ def differing(there, here, key: tuple[str, ...] = ()) -> list[tuple[tuple[str, .
     return [] if there == here else [(key, there, here)]
 
 
+def in_words(found: Iterable[tuple[tuple[str, ...], object, object]]) -> list[str]:
+    """Return what `differing` found, as `key: there, here`."""
+    return [f"{'.'.join(key)}: {shown(there)} there, {shown(here)} here" for key, there, here in found]
+
+
 def _key(name) -> str:
     """Return a key of a config, fit for a message."""
-    return name if isinstance(name, str) and name.isidentifier() and len(name) < 100 else shown(name)
+    plain = isinstance(name, str) and name.replace("-", "_").isidentifier() and len(name) < 100
+    return name if plain else shown(name)

@@ -22,53 +22,86 @@ from lever_lm.utils.atomic_io import append_line, remove, write_text
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.progress import BETWEEN_LINES, Track, Work, untracked
 from lever_lm.utils.safe_torch_load import load_torch
-from lever_lm.utils.terminal import shown
 
 # ---------------------------------------------------------------------- state.pt
 
-_FIELDS = ("phase", "epoch", "policy", "optimizer", "rng", "extra", "rows", "inputs")
-_EXTRA = {"old", "reference", "beta", "online"}  # of GRPO
-# An online round in `extra`: dimensions and kind of its tensors.
-_ONLINE = {"sequences": (3, torch.int64), "rewards": (2, torch.float32), "mask": (2, torch.bool)}
-
 
 def state_of(run: RunFolder, inputs: dict[str, str], policy: PointerSelector | None = None) -> dict:
-    """Read a run's state.pt. Raises LeverError where it is no state of this run, the run was begun with other `inputs`
-    than these, or its weights are not those of a policy of this shape."""
+    """Read a run's state.pt. Raises LeverError where it is no state of a run, the run was begun with other `inputs`
+    than these, or, where a policy is given, its weights are not those of one of this shape."""
     state = load_torch(run.state)
-    _refuse(run, _problem_of(state))
-    there = state["inputs"]
+    there = state.get("inputs")
     changed = [name for name, value in inputs.items() if not isinstance(there, dict) or there.get(name) != value]
     if changed:
         raise LeverError(
             f"the {' and '.join(changed)} of the run in {run.path} have changed since it was begun; "
             "choose another folder with --run-name NAME, or start over with --overwrite"
         )
-    _refuse(run, _misfit(state, policy) if policy is not None else None)
+    if policy is not None:
+        _check(run, state, _form(state, policy))
     return state
 
 
-def _refuse(run: RunFolder, problem: str | None) -> None:
-    """Raise LeverError where there is a problem with the state."""
-    if problem:
-        raise LeverError(f"{run.state} is no state of this run ({problem}): --overwrite starts over")
+def _check(run: RunFolder, state: dict, form: dict) -> None:
+    """Raise LeverError naming the first part of a state that is not of its form: the file may come from anywhere."""
+    for name, part in form.items():
+        if not _is_like(state.get(name), part):
+            raise LeverError(
+                f"{run.state} is no state of this run: its {name} is missing, not finite, or that of another policy; "
+                "--overwrite starts over"
+            )
 
 
-def _problem_of(state: dict) -> str | None:
-    """Return what keeps a file's content from being the state of any run: the file may come from anywhere."""
-    if missing := [name for name in _FIELDS if name not in state]:
-        return f"no {missing[0]}"
-    rows, rng = state["rows"], state["rng"]
-    if not isinstance(rows, list) or not rows:
-        return "no rows"
-    if bad := [number for number, row in enumerate(rows, 1) if not _is_row(row)]:
-        return f"row {bad[0]} is none of an epoch"
-    if (state["phase"], state["epoch"]) != (rows[-1]["phase"], rows[-1]["epoch"]):
-        return "its last row is of another epoch"
-    sound = isinstance(rng, dict) and "cpu" in rng and all(_has_form(value, 1, torch.uint8) for value in rng.values())
-    if not sound or len(rng["cpu"]) != len(torch.get_rng_state()):
-        return "rng is no random state"
-    return _problem_of_extra(state["extra"], state["phase"])
+def _form(state: dict, policy: PointerSelector) -> dict:
+    """Return the form (see `_is_like`) of the state of a run of this policy, but for the optimizer."""
+    weights = policy.state_dict()
+    of_grpo = {"old": weights, "reference": weights, "beta": _is_number, "online": _is_round}
+    return {
+        "phase": lambda phase: isinstance(phase, str) and phase in PHASES,
+        "rows": lambda rows: isinstance(rows, list) and bool(rows) and all(map(_is_row, rows)),
+        "epoch": lambda epoch: isinstance(epoch, int) and _key(state) == _key(state["rows"][-1]),
+        "policy": weights,
+        "rng": _is_rng,
+        "extra": of_grpo if state.get("phase") == "grpo" else {},
+    }
+
+
+def _form_of_optimizer(state, optimizer: torch.optim.Optimizer) -> dict:
+    """Return the form of this optimizer's state, which knows the parameters that `state`, the one to check, knows."""
+    known = state.get("state") if isinstance(state, dict) else None
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    moments = {
+        place: {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
+        for place, parameter in enumerate(parameters)
+        if isinstance(known, dict) and place in known
+    }
+    return {**optimizer.state_dict(), "state": moments}
+
+
+def _is_like(there, form) -> bool:
+    """Return whether a value is finite and built as its form is: a tensor of its shape and dtype; a dict or list of its
+    keys or length, and their forms; what a function says; else a value of its type, and, but for floats, its equal."""
+    if isinstance(form, Tensor):
+        same = isinstance(there, Tensor) and (there.shape, there.dtype) == (form.shape, form.dtype)
+        return same and bool(there.isfinite().all())
+    if isinstance(form, dict):
+        same = isinstance(there, dict) and there.keys() == form.keys()
+        return same and all(_is_like(there[key], form[key]) for key in form)
+    if callable(form):
+        return form(there)
+    if type(there) is not type(form):
+        return False
+    if isinstance(form, (list, tuple)):
+        return len(there) == len(form) and all(map(_is_like, there, form))
+    return math.isfinite(there) if isinstance(form, float) else there == form
+
+
+def _key(row: dict) -> tuple:
+    return row["phase"], row["epoch"]
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _is_row(row) -> bool:
@@ -80,58 +113,21 @@ def _is_row(row) -> bool:
     return texts and values and not_finite(row) is None
 
 
-def _problem_of_extra(extra, phase: str) -> str | None:
-    needed = _EXTRA - {"online"} if phase == "grpo" else set()
-    if not isinstance(extra, dict) or not needed <= extra.keys() <= _EXTRA:
-        return "extra is none of GRPO"
-    beta, online = extra.get("beta", 0.0), extra.get("online")
-    if not isinstance(beta, (int, float)) or not math.isfinite(beta):
-        return f"beta is {shown(beta)}"
-    if online is None:
-        return None
-    sound = isinstance(online, dict) and online.keys() == _ONLINE.keys()
-    sound = sound and all(_has_form(online[name], *form) for name, form in _ONLINE.items())
-    sound = sound and len({tuple(tensor.shape[:2]) for tensor in online.values()}) == 1
-    return None if sound and not_finite(online) is None else "online holds no rollouts"
+def _is_rng(rng) -> bool:
+    here = _get_rng()
+    return (
+        isinstance(rng, dict) and "cpu" in rng and all(_is_like(rng[name], here.get(name, rng[name])) for name in rng)
+    )
 
 
-def _has_form(value, dimensions: int, dtype: torch.dtype) -> bool:
-    return isinstance(value, Tensor) and (value.ndim, value.dtype) == (dimensions, dtype)
-
-
-def _misfit(state: dict, policy: PointerSelector, optimizer: torch.optim.Optimizer | None = None) -> str | None:
-    """Return what keeps a sound state from being that of this policy and, where it is given, this optimizer."""
-    snapshots = {name: state["extra"][name] for name in ("old", "reference") if name in state["extra"]}
-    for name, weights in {"policy": state["policy"], **snapshots}.items():
-        if not _is_like(weights, policy.state_dict()):
-            return f"{name} holds no finite weights, or those of another policy"
-    if optimizer is None:
-        return None
-    there, here = state["optimizer"], optimizer.state_dict()
-    known = there.get("state") if isinstance(there, dict) else None
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    here["state"] = {
-        place: {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
-        for place, parameter in enumerate(parameters)
-        if isinstance(known, dict) and place in known
-    }
-    return None if _is_like(there, here) else "optimizer has other options, or holds another policy's state"
-
-
-def _is_like(there, here) -> bool:
-    """Return whether a value is built as another one is: keys, kinds, equal integers, and for tensors shape and dtype;
-    and whether all its numbers are finite."""
-    if isinstance(here, Tensor):
-        same = isinstance(there, Tensor) and (there.shape, there.dtype) == (here.shape, here.dtype)
-        return same and bool(there.isfinite().all())
-    if isinstance(here, dict):
-        same = isinstance(there, dict) and there.keys() == here.keys()
-        return same and all(_is_like(there[key], here[key]) for key in here)
-    if type(there) is not type(here):
-        return False
-    if isinstance(here, (list, tuple)):
-        return len(there) == len(here) and all(map(_is_like, there, here))
-    return math.isfinite(there) if isinstance(here, float) else there == here
+def _is_round(online) -> bool:
+    """Return whether a value is a round of online rollouts, or None."""
+    if not isinstance(online, dict) or not all(isinstance(value, Tensor) for value in online.values()):
+        return online is None
+    forms = {name: (value.ndim, value.dtype, value.shape[:2]) for name, value in online.items()}
+    size = next((form[2] for form in forms.values()), None)
+    kinds = {"sequences": (3, torch.int64, size), "rewards": (2, torch.float32, size), "mask": (2, torch.bool, size)}
+    return forms == kinds and not_finite(online) is None
 
 
 # ---------------------------------------------------------------------- recording
@@ -141,8 +137,8 @@ class Journal:
     """Records the epochs of one run.
 
     config: what its checkpoints carry. inputs: fingerprints of its data, which a resumed run must find unchanged. keep:
-    rows so far → the checkpoints to keep; all without it. say: is told every epoch; detail: what a verbose command
-    shows; track: shows how far a phase is; tracker: is told every row.
+    rows so far → the checkpoints to keep; all without it. say: is told every epoch; track: shows how far a phase is;
+    tracker: is told every row.
     """
 
     def __init__(
@@ -153,12 +149,11 @@ class Journal:
         say: Callable[[str], None],
         keep: Callable[[list[dict]], set[Path]] | None = None,
         *,
-        detail: Callable[[str], None] | None = None,
         track: Track = untracked,
         tracker: TensorBoard | None = None,
     ):
         self.run, self.config, self.inputs, self.say, self.keep = run, config, inputs, say, keep
-        self.detail, self._track, self.tracker = detail or say, track, tracker
+        self._track, self.tracker = track, tracker
         self.rows: list[dict] = []
         self.state: dict | None = None
         self._heading: str | None = None  # the phase whose table this process has opened on the screen
@@ -168,31 +163,33 @@ class Journal:
     def resume(self) -> None:
         """Load the state of an earlier process, if there is one, and bring the files beside it up to date."""
         if self.run.state.is_file():
-            self.state = state_of(self.run, self.inputs)
+            policy = PointerSelector(**self.config["policy"])
+            self.state = state_of(self.run, self.inputs, policy)
             self.rows = self.state["rows"]
-            self._publish_checkpoint()
+            policy.load_state_dict(self.state["policy"])
+            self._publish_checkpoint(policy)
             last = self.rows[-1]
             self.say(f"going on after {last['phase']} epoch {last['epoch']} in {self.run.path}")
         # Rows of metrics.jsonl and train.log that a kill cut short or left out are written again, from the state.
         write_text(self.run.metrics, "".join(json.dumps(row) + "\n" for row in self.rows))
-        lines: list[str] = []
-        for place, row in enumerate(self.rows):
-            lines += self._heading_of(place) + ([str(row["note"])] if "note" in row else []) + self._lines(row)
+        lines = [line for place in range(len(self.rows)) for part in self._lines(place) for line in part]
         write_text(self.run.log, "".join(line + "\n" for line in lines))
         if self.tracker is not None:
             self.tracker.begin(self.rows)
         self._prune()
 
-    def _heading_of(self, place: int) -> list[str]:
-        """Return the heading of the table that the row at a place opens; [] where it opens none."""
-        phase = self.rows[place]["phase"]
-        return table_header(phase) if place == 0 or self.rows[place - 1]["phase"] != phase else []
-
-    def _lines(self, row: dict) -> list[str]:
-        """Return the row of an epoch and its warnings, each kind the first time it comes in the run."""
-        new = {kind: text for kind, text in row.get("warnings", {}).items() if kind not in self._warned}
+    def _lines(self, place: int) -> tuple[list[str], list[str]]:
+        """Return what the log says of a row: the heading of the table that it opens and what is different from there
+        on; then the row and its warnings, each kind the first time it comes in the run."""
+        row = self.rows[place]
+        phase, new = (
+            row["phase"],
+            {kind: text for kind, text in row.get("warnings", {}).items() if kind not in self._warned},
+        )
         self._warned |= new.keys()
-        return [table_row(row), *(f"warning: {row['phase']} epoch {row['epoch']}: {text}" for text in new.values())]
+        opens = place == 0 or self.rows[place - 1]["phase"] != phase
+        before = [*(table_header(phase) if opens else []), *([str(row["note"])] if "note" in row else [])]
+        return before, [table_row(row), *(f"warning: {phase} epoch {row['epoch']}: {text}" for text in new.values())]
 
     def done(self, phase: str) -> int:
         """Return the number of epochs of a phase that are finished."""
@@ -216,7 +213,8 @@ class Journal:
         if self.state is None:
             return None
         goes_on = self.state["phase"] == phase
-        _refuse(self.run, _misfit(self.state, policy, optimizer if goes_on else None))
+        form = {"optimizer": _form_of_optimizer(self.state.get("optimizer"), optimizer)} if goes_on else {}
+        _check(self.run, self.state, {"policy": policy.state_dict(), **form})
         policy.load_state_dict(self.state["policy"])
         _set_rng(self.state["rng"])
         if not goes_on:
@@ -225,10 +223,9 @@ class Journal:
         return self.state["extra"]
 
     def note(self, text: str) -> None:
-        """Say what is different from the next epoch on; train.log has it before that epoch, whose row keeps it."""
+        """Say what is different from the next epoch on; its row keeps it, and train.log has it before that row."""
         self._note = text
         self.say(text)
-        append_line(self.run.log, text)
 
     def commit(self, row: dict, policy: PointerSelector, optimizer: torch.optim.Optimizer, extra: dict) -> None:
         """Record a finished epoch: state, then checkpoint, then the metrics and log lines. Raises LeverError when a
@@ -255,17 +252,13 @@ class Journal:
         save_torch(self.run.state, self.state)
         self._publish_checkpoint(policy)
         append_line(self.run.metrics, json.dumps(row))
-        again = [kind for kind in row.get("warnings", {}) if kind in self._warned]
-        lines = self._lines(row)
-        for line in self._heading_of(len(self.rows) - 1) + lines:
-            append_line(self.run.log, line)
+        before, lines = self._lines(len(self.rows) - 1)
+        append_line(self.run.log, "\n".join([*before, *lines]))
         if self.tracker is not None:
             self.tracker.add(row)
         for line in (table_header(row["phase"]) if self._heading != row["phase"] else []) + lines:
             self.say(line)
         self._heading = row["phase"]
-        for kind in again:
-            self.detail(f"       warning, again: {row['warnings'][kind]}")
         self._prune()
 
     def _prune(self) -> None:
@@ -275,16 +268,12 @@ class Journal:
             for path in {self.run.checkpoint(row["phase"], row["epoch"]) for row in self.rows} - kept:
                 remove(path)
 
-    def _publish_checkpoint(self, policy: PointerSelector | None = None) -> None:
+    def _publish_checkpoint(self, policy: PointerSelector) -> None:
         """Write the checkpoint of the last epoch unless it is there."""
         row = self.rows[-1]
         path = self.run.checkpoint(row["phase"], row["epoch"])
         if path.exists():
             return
-        if policy is None:
-            policy = PointerSelector(**self.config["policy"])
-            _refuse(self.run, _misfit(self.state, policy))
-            policy.load_state_dict(self.state["policy"])
         metrics = {name: value for name, value in row.items() if name not in ("phase", "epoch")}
         place = {"epoch": row["epoch"] - 1, "phase": row["phase"]}
         save_torch(path, v3_content(policy, **place, kl_beta=row.get("beta", 0.0), metrics=metrics, config=self.config))

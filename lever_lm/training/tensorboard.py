@@ -1,24 +1,20 @@
 """Trackers: where the metrics of a run go besides its own files. They are no part of what a run is.
 
 A tracker is told all rows when a run begins or goes on, then each new one. TensorBoard's events hold every row once:
-a process that goes on with a run adds a file of events, with the rows that the files before lack.
+a process that goes on with a run writes the rows before afresh, in place of the files of earlier processes.
 """
 
 import importlib.util
-import math
+import io
 import socket
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 
 from lever_lm.training.run_dir import RunFolder
-from lever_lm.utils.atomic_io import append_bytes, atomic_file
+from lever_lm.utils.atomic_io import append_bytes, atomic_file, remove
 from lever_lm.utils.errors import LeverError, UsageError
 from lever_lm.utils.safe_parse import CONFIG_LIMIT, read_bytes
 from lever_lm.utils.terminal import one_line, shown
-
-_VERSION = "brain.Event:2"  # of the format, at the head of a file of events
-_LONGEST = 1 << 20  # bytes of an event
 
 
 def check_tracker(name: str | None) -> None:
@@ -33,38 +29,32 @@ def check_tracker(name: str | None) -> None:
 
 class TensorBoard:
     """`tensorboard/events.out.tfevents.….lever` in the run's folder: each epoch's metrics as scalars `rce/…` and
-    `grpo/…`, accuracies by number of shots as `accuracy/…`, the config as text."""
+    `grpo/…`, accuracies by number of shots as `accuracy/…`, the config as text. (SummaryWriter writes in a thread,
+    which prints a traceback of its own on a full disk.)"""
 
     def __init__(self, run: RunFolder):
         self.run, self.path = run, run.events / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.lever"
-        self._accuracies: dict[tuple[str, int], float] = {}  # (tag, shots) → the last one
 
     def begin(self, rows: Sequence[dict]) -> None:
-        """Write the config, and the rows that earlier files lack, to a file of this process. Raises LeverError."""
-        there = {(tag.split("/")[0], step) for path in self.run.event_files() for tag, step in self._read(path)}
-        missing = [row for row in rows if (row["phase"], row["epoch"]) not in there]
+        """Write the config and all rows to a file of this process, in place of earlier ones. Raises LeverError."""
+        from tensorboard.compat.proto.event_pb2 import SessionLog
+
+        start = _record(session_log=SessionLog(status=SessionLog.START))  # a TensorBoard that is open starts anew
+        before = self.run.event_files()
         with atomic_file(self.path) as file:
-            file.write(_record(file_version=_VERSION) + self._config(len(rows)) + b"".join(map(_epoch, missing)))
+            version = _record(file_version="brain.Event:2")
+            file.write(version + start + self._config(len(rows)) + b"".join(map(_epoch, rows)))
+        for path in before:
+            remove(path)
 
     def add(self, row: dict) -> None:
         """Append an epoch. Raises LeverError."""
         append_bytes(self.path, _epoch(row))
 
     def results(self, results: Iterable[dict]) -> None:
-        """Append the accuracy of each method by its number of shots, unless it is there. Raises LeverError."""
+        """Append the accuracy of each method by its number of shots. Raises LeverError."""
         for row in results:
-            tag, shots, accuracy = f"accuracy/{row['method']}", row["shots"], row["accuracy"]
-            there = self._accuracies.get((tag, shots), math.nan)
-            if not math.isclose(there, accuracy, rel_tol=1e-6):  # events are in single precision
-                append_bytes(self.path, _scalars(shots, {tag: accuracy}))
-
-    def _read(self, path: Path) -> Iterator[tuple[str, int]]:
-        """Yield tag and step of each scalar in a file of events, and keep the accuracies."""
-        for event in _events(path):
-            for value in event.summary.value:
-                yield value.tag, event.step
-                if value.tag.startswith("accuracy/"):
-                    self._accuracies[value.tag, event.step] = value.simple_value
+            append_bytes(self.path, _scalars(row["shots"], {f"accuracy/{row['method']}": row["accuracy"]}))
 
     def _config(self, step: int) -> bytes:
         from tensorboard.plugins.text.summary import text_pb
@@ -90,36 +80,11 @@ def _scalars(step: int, values: dict[str, float]) -> bytes:
     return _record(step=step, summary=Summary(value=found))
 
 
-class _Bytes(bytearray):
-    """The file-like object that RecordWriter writes to."""
-
-    write = bytearray.extend
-
-
 def _record(**content) -> bytes:
     """Return an event as it stands in a file of events: its length, its bytes, their checksums."""
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.summary.writer.record_writer import RecordWriter
 
-    record = _Bytes()
+    record = io.BytesIO()
     RecordWriter(record).write(Event(wall_time=time.time(), **content).SerializeToString())
-    return bytes(record)
-
-
-def _events(path: Path) -> Iterator:
-    """Yield the events of a file, up to a record that is cut short or is none."""
-    from google.protobuf.message import DecodeError
-    from tensorboard.compat.proto.event_pb2 import Event
-
-    if path.is_symlink() or not path.is_file():
-        return
-    with path.open("rb") as file:
-        while len(head := file.read(12)) == 12:
-            length = int.from_bytes(head[:8], "little")
-            if length > _LONGEST or len(content := file.read(length + 4)) < length + 4:
-                return
-            try:
-                event = Event.FromString(content[:length])
-            except DecodeError:
-                return
-            yield event
+    return record.getvalue()

@@ -7,7 +7,9 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import signal
+import socket
 import tempfile
 import threading
 import time
@@ -16,12 +18,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 from lever_lm.utils.errors import LeverError
-from lever_lm.utils.locks import NO_LOCKS, TAKEN, lock
+from lever_lm.utils.locks import lives
 from lever_lm.utils.safe_parse import open_file
 
 TEMPORARY_PREFIX = ".tmp-"
 _STOPS = (signal.SIGINT, signal.SIGTERM)
-_STALE = 3600.0  # seconds after which no process writes a temporary file any more, where locks cannot tell
+_STALE = 86400.0  # seconds without a write, after which another host's process writes a temporary file no more
+_BEGUN = time.time_ns()  # tells this process from one of the same number before it
 
 # ---------------------------------------------------------------------- writing
 
@@ -45,89 +48,62 @@ def interrupts_wait() -> Iterator[None]:
             signal.raise_signal(came[0])
 
 
+_swept: set[str] = set()  # folders, when this process first writes there: one may hold a hundred thousand files
+
+
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Yield a binary file that appears under `path` whole or not at all: temporary file beside it, fsync, rename, fsync
     of the folder. Temporary files that killed writers left in the folder are removed. Raises LeverError."""
-    with interrupts_wait(), _replacing(Path(path)) as file:
-        yield file
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if (folder := os.path.realpath(path.parent)) not in _swept:
-            _swept.add(folder)
-            sweep(path.parent)
-        handle, name = _temporary(path.parent)
-    except OSError as error:
-        raise LeverError(f"cannot write {path}: {error.strerror or error}") from error
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            os.fchmod(file.fileno(), 0o644)
-            os.replace(name, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        _discard(name)
-        raise LeverError(
-            f"cannot write {path}: {error.strerror or error}; what was there before is unchanged"
-        ) from error
-    except BaseException:
-        _discard(name)
-        raise
-    finally:
-        _being_written.discard(name)
-
-
-_swept: set[str] = set()  # folders, when this process first writes there: one may hold a hundred thousand files
-_sweeping = threading.Lock()  # and naming a file that is not to be swept
-_being_written: set[str] = set()  # temporary files of this process, which its own locks do not keep from it
-
-
-def _temporary(folder: Path) -> tuple[int, str]:
-    """Make a locked temporary file in a folder. Returns descriptor and path."""
-    while True:
-        with _sweeping:
-            handle, name = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=folder)
-            _being_written.add(name)
-        refused = None
+    path = Path(path)
+    with interrupts_wait(), contextlib.ExitStack() as undo:
         try:
-            lock(handle)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if (folder := os.path.realpath(path.parent)) not in _swept:
+                _swept.add(folder)
+                sweep(path.parent)
+            handle, name = tempfile.mkstemp(prefix=_prefix(), dir=path.parent)
+            undo.callback(_discard, name)
+            with os.fdopen(handle, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                os.fchmod(file.fileno(), 0o644)
+                os.replace(name, path)
+            _sync_folder(path.parent)
         except OSError as error:
-            refused = None if error.errno in NO_LOCKS else error
-        if refused is None and os.fstat(handle).st_nlink:
-            return handle, name
-        os.close(handle)
-        _being_written.discard(name)
-        if refused is not None and refused.errno not in TAKEN:  # else a process that sweeps is about to delete it
-            _discard(name)
-            raise refused
+            why = error.strerror or error
+            raise LeverError(f"cannot write {path}: {why}; what was there before is unchanged") from error
+
+
+def _prefix() -> str:
+    """Return how the names of this process's temporary files begin: with its host, its number and its beginning."""
+    return f"{TEMPORARY_PREFIX}{_host()}-{os.getpid()}-{_BEGUN}-"
+
+
+def _host() -> str:
+    """Return the name of this host, and the number of its table of processes: containers may share the name alone."""
+    with contextlib.suppress(OSError):
+        return f"{socket.gethostname()}-{os.stat('/proc/self/ns/pid').st_ino}"
+    return socket.gethostname()
 
 
 def sweep(folder: Path) -> None:
-    """Remove the temporary files of a folder whose writers are gone."""
+    """Remove the temporary files of a folder whose writers are gone: processes of this host that have ended, and those
+    of other hosts that have written nothing for a day."""
     with contextlib.suppress(OSError):
         for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
-            with _sweeping, contextlib.suppress(OSError):
-                # By its last part, which is never the same twice: a folder has many names.
-                if path.name not in map(os.path.basename, _being_written):
-                    _remove_if_left(path)
+            with contextlib.suppress(OSError):
+                if _is_left(path):
+                    path.unlink()
 
 
-def _remove_if_left(path: Path) -> None:
-    handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        lock(handle)
-        path.unlink()
-    except OSError as error:
-        if error.errno in NO_LOCKS and time.time() - os.fstat(handle).st_mtime > _STALE:
-            path.unlink()
-    finally:
-        os.close(handle)
+def _is_left(path: Path) -> bool:
+    if path.name.startswith(_prefix()):
+        return False
+    if ours := re.match(rf"{re.escape(TEMPORARY_PREFIX + _host())}-(\d+)-", path.name):
+        return int(ours[1]) == os.getpid() or not lives(int(ours[1]))
+    return time.time() - path.stat().st_mtime > _STALE
 
 
 def remove(path) -> None:

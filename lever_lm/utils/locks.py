@@ -20,8 +20,8 @@ from lever_lm.utils.errors import LeverError
 from lever_lm.utils.safe_parse import loads
 from lever_lm.utils.terminal import one_line
 
-TAKEN = (errno.EACCES, errno.EAGAIN)  # another process has the lock
-NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # the disk has none
+_TAKEN = (errno.EACCES, errno.EAGAIN)  # another process has the lock
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # the disk has none
 _LOOK = 0.05  # seconds between looks at a lock that is waited for
 
 
@@ -75,19 +75,14 @@ def _acquire(path: Path, what: str, mend: str, wait: bool) -> tuple[int, dict | 
 
 def _take(handle: int) -> tuple[dict | None, bool]:
     """Return the process that holds a lock file or left it behind, and whether it is ours now."""
+    holder = _holder(handle)
     try:
-        lock(handle)
-        return _holder(handle), True
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno not in (*NO_LOCKS, *TAKEN):
+        if error.errno not in (*_NO_LOCKS, *_TAKEN):
             raise
-        holder = _holder(handle)
-        return holder, error.errno in NO_LOCKS and not _lives(holder)
-
-
-def lock(handle: int) -> None:
-    """Lock an open file for this process. Raises OSError, of TAKEN or NO_LOCKS as a rule."""
-    fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return holder, error.errno in _NO_LOCKS and not _may_live(holder)
+    return holder, True
 
 
 def seen(path: Path) -> tuple[dict | None, bool]:
@@ -98,22 +93,18 @@ def seen(path: Path) -> tuple[dict | None, bool]:
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         holder = _holder(handle)
-        try:
-            return holder, _is_held(handle)
-        except OSError:  # a disk without locks
-            return holder, _lives(holder)
+        return holder, _is_held(handle, holder)
     finally:
         os.close(handle)
 
 
-def _is_held(handle: int) -> bool:
-    """Return whether a process has a lock on the file. Raises OSError where the disk does not say."""
-    kind, whole_file = (fcntl.F_WRLCK, os.SEEK_SET), (0, 0, 0)  # type and whence; start, length and pid
-    on_linux = sys.platform == "linux"
-    layout = "hhqqi" if on_linux else "qqihh"  # of struct flock
-    question = struct.pack(layout, *(kind + whole_file if on_linux else whole_file + kind))
-    answer = struct.unpack(layout, fcntl.fcntl(handle, fcntl.F_GETLK, question))
-    return answer[0 if on_linux else 3] != fcntl.F_UNLCK
+def _is_held(handle: int, holder: dict | None) -> bool:
+    """Return whether a process has a lock on the file; where system or disk do not say, whether `holder` may live."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):  # struct flock: type, whence, start, length, pid
+            question = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+            return struct.unpack("hhqqi", fcntl.fcntl(handle, fcntl.F_GETLK, question))[0] != fcntl.F_UNLCK
+    return _may_live(holder)
 
 
 def _is_at(handle: int, path: Path) -> bool:
@@ -132,20 +123,21 @@ def _holder(handle: int) -> dict | None:
     """Return the process that a lock file names, None where it names none."""
     try:
         found = loads(os.pread(handle, 4096, 0))
-        pid, host, command = found["pid"], found["host"], found.get("command", "")
+        host, command = (one_line(str(found.get(name, ""))) for name in ("host", "command"))
+        return {"pid": int(found["pid"]), "host": host[:100], "command": command[:200]}
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
-    if [type(pid), type(host), type(command)] != [int, str, str]:
-        return None
-    return {"pid": pid, "host": one_line(host)[:100], "command": one_line(command)[:200]}
 
 
-def _lives(holder: dict | None) -> bool:
-    """Return whether a process may be alive, as far as this host can tell."""
-    if holder is None or holder["host"] != socket.gethostname():
-        return holder is not None
+def _may_live(holder: dict | None) -> bool:
+    """Return whether a process may be alive: one of another host may."""
+    return holder is not None and (holder["host"] != socket.gethostname() or lives(holder["pid"]))
+
+
+def lives(pid: int) -> bool:
+    """Return whether this host has a process of this number."""
     try:
-        os.kill(holder["pid"], 0)
+        os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:

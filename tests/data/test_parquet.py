@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import tracemalloc
-from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
@@ -32,7 +31,6 @@ from official import (
     parquet_rows,
     photo,
     read_official,
-    write_official,
     write_parquet,
 )
 from PIL import Image
@@ -64,12 +62,12 @@ TRAIN_QUESTIONS, TRAIN_ANNOTATIONS = QUESTIONS.format("train2014"), ANNOTATIONS.
 def caches(tmp_path_factory):
     """Empty caches of the hub and of `datasets`, of this file's own: the path of what stands for HF_HOME."""
     import datasets
-    import huggingface_hub
+    from huggingface_hub import constants
 
     home = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", home / "datasets")
-        patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(home / "hub"))
+        patch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
         yield home
 
 
@@ -77,11 +75,11 @@ def caches(tmp_path_factory):
 def home(tmp_path_factory, monkeypatch):
     """Caches of the test's own."""
     import datasets
-    import huggingface_hub
+    from huggingface_hub import constants
 
     folder = tmp_path_factory.mktemp("home")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "datasets")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folder / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "hub"))
     return folder
 
 
@@ -155,29 +153,6 @@ def refused(lever, tmp_path):
 # ---------------------------------------------------------------------- official files
 
 
-@pytest.mark.parametrize("deeper", [(), ("val",), ("train", "val")], ids=lambda d: "+".join(d) or "none")
-def test_images_are_found_directly_and_below_mscoco2014_split_by_split(tmp_path, monkeypatch, deeper):
-    coco = tmp_path / "coco"
-    build_official(tmp_path / "okvqa", coco=coco)
-    (coco / "mscoco2014").mkdir()
-    for split in deeper:
-        (coco / f"{split}2014").rename(coco / "mscoco2014" / f"{split}2014")
-    monkeypatch.setenv("OKVQA_PATH", str(tmp_path / "okvqa"))
-    monkeypatch.setenv("COCO_PATH", str(coco))
-    data = from_environment("okvqa_local")
-    assert (len(data.train_examples), len(data.val_examples), data.skipped) == (24, 12, ())
-    for split, examples in (("train", data.train_examples), ("val", data.val_examples)):
-        questions, annotations = read_official(tmp_path / "okvqa", split)
-        expected = coco / "mscoco2014" if split in deeper else coco
-        for example, question, annotation in zip(examples, questions, annotations, strict=True):
-            assert (example.question_id, example.image_id) == (question["question_id"], question["image_id"])
-            assert example.question == question["question"]
-            assert list(example.answers) == [entry["answer"] for entry in annotation["answers"]]
-            assert list(example.raw_answers) == [entry["raw_answer"] for entry in annotation["answers"]]
-            assert example.image == str(image_path(expected, split, question["image_id"]))
-            assert open_image(example.image).mode == "RGB"
-
-
 def test_vqav2_loads_with_its_names_and_fields(tmp_path, monkeypatch):
     build_official(tmp_path / "vqa", coco=tmp_path / "coco", prefix="v2_", raw=False)
     monkeypatch.setenv("VQAV2_PATH", str(tmp_path / "vqa"))
@@ -199,14 +174,6 @@ def test_each_dataset_takes_its_own_variable_before_the_others(tmp_path, monkeyp
     assert len(from_environment(dataset).train_examples) == sizes[taken]
 
 
-def test_vqav2_does_not_take_the_files_of_ok_vqa(small, refused, monkeypatch):
-    monkeypatch.setenv("OKVQA_PATH", str(small))
-    monkeypatch.setenv("COCO_PATH", str(small))
-    message = refused("rollout", "--dataset", "vqav2_local")
-    assert "v2_OpenEnded_mscoco_train2014_questions.json is not there" in message
-    assert "VQAV2_PATH" in message
-
-
 def test_the_hubs_copies_are_not_replaced_by_a_variable_that_leaked(monkeypatch):
     monkeypatch.setenv("OKVQA_PATH", "/elsewhere")
     config, in_effect = resolve({"dataset": "okvqa_hub"}, None, [], {})
@@ -214,25 +181,12 @@ def test_the_hubs_copies_are_not_replaced_by_a_variable_that_leaked(monkeypatch)
     assert in_effect == []
 
 
-def test_the_command_line_says_which_variable_is_in_effect(lever, small, parquet, monkeypatch):
-    monkeypatch.setenv("OKVQA_PATH", str(parquet))
-    monkeypatch.setenv("VQAV2_PATH", str(small))
-    shown = lever("train", "--dataset", "vqav2_local", "--dry-run")
-    assert f"VQAV2_PATH={small}" in shown.out
-    assert "OKVQA_PATH=" not in shown.out
-    assert f"okvqa_path: {small}" in shown.out
-
-
 # ---------------------------------------------------------------------- parquet copies
 
 COPIES = {
-    "one folder": {},
     "numeric ids": {"ids_as_text": False},
-    "answers as objects": {"dict_answers": True},
     "without the types of datasets": {"described": False, "dict_answers": True},
-    "subfolders": {"names": "{split}/{shard:04d}.parquet"},
     "subfolders, several shards": {"names": "{split}/{shard:04d}.parquet", "shards": 3},
-    "shards": {"shards": 4},
     "split named validation": {"splits": ("train", "validation")},
     "split named test": {"splits": ("train", "test")},
     "folders named after files": {"names": "{split}.parquet/part-{shard:05d}.snappy.parquet", "shards": 2},
@@ -308,79 +262,44 @@ def test_a_parquet_file_serves_one_split_by_its_own_name(official, tmp_path, fil
     same_data(load(tmp_path), load(official))
 
 
-BOTH = ["train-without-val.parquet", "mine_train_val.parquet", "train-val.parquet", "train_val/0000.parquet"]
-
-
-@pytest.mark.parametrize("beside", [(), ("train", "val")], ids=str)
-@pytest.mark.parametrize("name", BOTH)
-def test_a_parquet_file_that_is_named_after_both_splits_is_refused_by_name(official, tmp_path, name, beside):
-    write_parquet(tmp_path / name, parquet_rows(official, "train"))
-    for split in beside:
-        write_parquet(tmp_path / f"{split}.parquet", parquet_rows(official, split))
+@pytest.mark.parametrize("name", ["mine_train_val.parquet", "train-val.parquet", "train_val/0000.parquet"])
+def test_a_parquet_file_that_is_named_after_both_splits_is_refused_by_name(official, tmp_path, name):
+    for file in (name, "train.parquet", "val.parquet"):
+        write_parquet(tmp_path / file, parquet_rows(official, "train"))
     with pytest.raises(LeverError, match=rf"{name} is named after both splits; rename it"):
         load(tmp_path)
     told = [check for check in check_files(DataConfig("okvqa", str(tmp_path), str(official))) if "both" in check.found]
     assert {check.status for check in told} == {"missing"}
 
 
-def test_a_file_of_the_hub_that_is_named_after_both_splits_is_refused_by_name(home, official, tmp_path, refused):
-    build_parquet(tmp_path / "copy", official, splits=("train", "train-val"))
-    hub_cache(home, VAL_HUB, "dataset", tmp_path / "copy")
-    message = refused(*ROLLOUT, "--set", f"data.okvqa_path=hub:{VAL_HUB}")
-    assert "data/train-val-00000-of-00001.parquet is named after both splits" in message
-
-
-@pytest.mark.parametrize("kind", ["parquet", "official", "official and parquet"])
-def test_rows_that_are_in_both_splits_are_refused_by_name_and_leave_the_training_split(tmp_path, kind):
-    """Three questions about the first image, with ids of their own in the evaluation split."""
-    source = build_official(tmp_path / "official", train=12, val=6)
-    questions, annotations = read_official(source, "train")
-    for i in range(3):
-        asked, annotated = ({**row, "question_id": 900 + i, "image_id": 77} for row in (questions[i], annotations[i]))
-        theirs = read_official(source, "val")
-        write_official(source, "val", [*theirs[0], asked], [*theirs[1], annotated])
-    image_path(source, "val", 77).write_bytes(image_path(source, "train", questions[0]["image_id"]).read_bytes())
-    copy_ = build_parquet(tmp_path / "copy", source)
-    how = {
-        "parquet": {"folder": copy_},
-        "official": {"folder": source},
-        "official and parquet": {"folder": source, "train_path": str(copy_)},
-    }[kind]
-    first = questions[0]["question_id"]
-    with pytest.raises(LeverError, match=rf"3 of 12 training questions are .*: question {first} is question 900 there"):
-        load(**how)
-    data = load(**how, skip_bad_examples=True)
-    assert [e.question_id for e in data.train_examples] == [row["question_id"] for row in questions[3:]]
-    assert (len(data.val_examples), len(data.skipped)) == (9, 3)
-    config = DataConfig(name="mine", okvqa_path=str(how["folder"]), coco_path=str(source))
-    config = replace(config, train_path=how.get("train_path", ""))
+@pytest.mark.parametrize("skip", [False, True])
+def test_doctor_names_the_training_questions_that_are_in_the_evaluation_split_too(official, parquet, tmp_path, skip):
+    """The evaluation split is read as the training split, and so all of it is in both."""
+    rows = parquet_rows(official, "val")
+    write_parquet(tmp_path / "train.parquet", rows)
+    config = DataConfig("mine", str(parquet), str(official), train_path=str(tmp_path), skip_bad_examples=skip)
     *_, told = check_examples(config, [])
-    assert (told.what, told.status) == ("splits", "missing")
-    assert (
-        f"3 of 12 training questions are in the evaluation split, too ({how['folder']}): question {first}" in told.found
-    )
-    *_, told = check_examples(replace(config, skip_bad_examples=True), [])
-    assert (told.what, told.status, told.mend) == ("splits", "warning", "left out, as asked")
+    assert (told.what, told.status) == ("splits", "warning" if skip else "missing")
+    assert "12 of 12 training questions are in the evaluation split, too" in told.found
 
 
 def test_one_folder_for_both_splits_is_refused(official, tmp_path):
     write_parquet(tmp_path / "rows.parquet", parquet_rows(official, "train"))
-    with pytest.raises(LeverError, match="24 of 24 training questions are in the evaluation split, too"):
-        load(tmp_path, train_path=str(tmp_path))
-    with pytest.raises(LeverError, match="the train split holds no usable example"):
-        load(tmp_path, train_path=str(tmp_path), skip_bad_examples=True)
+    for how in ({}, {"train_path": str(tmp_path)}):
+        with pytest.raises(LeverError, match="24 of 24 training questions are in the evaluation split, too"):
+            load(tmp_path, **how)
+        with pytest.raises(LeverError, match="the train split holds no usable example"):
+            load(tmp_path, **how, skip_bad_examples=True)
 
 
-@pytest.mark.parametrize("column", ["question_id", "image_id"])
-def test_ids_that_pandas_made_floats_are_those_numbers(official, tmp_path, column):
-    for split in ("train", "val"):
-        rows = [
-            {**row, "question_id": 2 + i, "image_id": 5 + i // 2} for i, row in enumerate(parquet_rows(official, split))
-        ]
-        write_parquet(tmp_path / f"{split}.parquet", [{**row, column: float(row[column])} for row in rows])
-    data = load(tmp_path)
-    assert [(e.question_id, e.image_id) for e in data.train_examples[:3]] == [(2, 5), (3, 5), (4, 6)]
-    assert {type(number) for e in data.train_examples for number in (e.question_id, e.image_id)} == {int}
+def test_a_cache_of_datasets_that_cannot_be_written_is_named(official, tmp_path, monkeypatch):
+    import datasets
+
+    copy_ = build_parquet(tmp_path / "copy", official)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file/datasets")
+    with pytest.raises(LeverError, match=r"keep it in .*file/datasets \(HF_DATASETS_CACHE\): .*Not a directory"):
+        load(copy_)
 
 
 def test_a_bad_row_is_named_by_its_file_and_its_row_there(official, tmp_path):
@@ -391,20 +310,6 @@ def test_a_bad_row_is_named_by_its_file_and_its_row_there(official, tmp_path):
         write_parquet(copy_ / f"data/train-{shard:05d}-of-00003.parquet", rows[8 * shard : 8 * shard + 8])
     with pytest.raises(LeverError, match=rf"train-00002-of-00003\.parquet, row 3, question {rows[19]['question_id']}:"):
         load(copy_)
-
-
-def test_a_cache_of_datasets_that_cannot_be_written_is_named_and_not_the_file(official, tmp_path, monkeypatch, lever):
-    import datasets
-
-    copy_ = build_parquet(tmp_path / "copy", official)
-    (tmp_path / "file").write_text("")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file/datasets")
-    with pytest.raises(LeverError, match=r"cannot write .*file/datasets.*: Not a directory; set HF_DATASETS_CACHE"):
-        load(copy_)
-    monkeypatch.setenv("OKVQA_PATH", str(copy_))
-    said = lever("doctor", "--dataset", "okvqa_local", "--set", "features.encoder=asset:tiny-clip")
-    assert "→ set HF_DATASETS_CACHE (or HF_HOME) to a folder that can be written" in said.out
-    assert "replace the file" not in said.out
 
 
 def test_a_replaced_file_is_read_anew(official, tmp_path):
@@ -430,15 +335,6 @@ def test_the_table_of_a_parquet_copy_shows_the_same_pictures(official, parquet):
 # ---------------------------------------------------------------------- images of a copy are the official ones
 
 
-def test_two_questions_about_one_image_are_never_shown_with_each_other(official, parquet):
-    data, expected = load(parquet).train_examples, load(official).train_examples
-    ours, theirs = Candidates(data), Candidates(expected)
-    assert len({e.image_id for e in data}) == len({e.image_id for e in expected}) < len(data)
-    for query, same in zip(data, expected, strict=True):
-        assert ours.allowed(query).tolist() == theirs.allowed(same).tolist() == theirs.allowed(query).tolist()
-        assert not [row for row in ours.allowed(query) if data[row].image == query.image]
-
-
 @pytest.mark.parametrize("train_has_ids", [False, True])
 def test_no_query_sees_its_own_picture_where_one_split_alone_has_image_ids(official, tmp_path, train_has_ids):
     """The evaluation questions ask another thing about the photographs of the training split."""
@@ -456,37 +352,16 @@ def test_no_query_sees_its_own_picture_where_one_split_alone_has_image_ids(offic
         assert len(shown) == len(pictures) - pictures.count(query.image)
 
 
-def test_rollouts_of_a_copy_are_those_of_the_official_files(lever, tmp_path, official, parquet, monkeypatch):
-    monkeypatch.setenv("COCO_PATH", str(official))
-    made = []
-    for folder in (official, parquet):
-        monkeypatch.setenv("OKVQA_PATH", str(folder))
-        done = lever(*ROLLOUT, "--json")
-        assert done.status == 0, done.err
-        assert ("prompts to ask" in done.err) == (folder == official), "the second is answered from the cache"
-        content = json.loads(Path(done.json["path"]).read_text())
-        made.append({key: entry for key, entry in content.items() if key != "_meta"})
-        for entry in made[-1].values():
-            for name in ("image_id", "gt_answers_raw"):  # the hub's copies lack both
-                del entry["query"][name]
-    assert made[0] == made[1]
-
-
 # ---------------------------------------------------------------------- hub ids, offline
 
 
 def test_a_hub_id_is_taken_from_the_hubs_cache(home, official, tmp_path):
-    hub_cache(home, VAL_HUB, "dataset", build_parquet(tmp_path / "val", official, splits=("val2014",), shards=2))
+    copy_ = build_parquet(tmp_path / "val", official, splits=("val2014",), shards=2)
+    hub_cache(home, VAL_HUB, "dataset", copy_, left_out=("README.md", ".gitattributes"))
     hub_cache(home, TRAIN_HUB, "dataset", build_parquet(tmp_path / "train", official, splits=("train",), shards=4))
     data = from_environment("okvqa_hub")
     assert data.name == "okvqa_hub"
     same_data(data, load(official))
-
-
-def test_one_hub_id_may_hold_both_splits(home, official, parquet, monkeypatch):
-    hub_cache(home, "somebody/ok_vqa", "dataset", parquet)
-    monkeypatch.setenv("OKVQA_PATH", "hub:somebody/ok_vqa")
-    same_data(from_environment("okvqa_local"), load(official))
 
 
 def test_a_hub_id_is_taken_from_the_cache_of_datasets(home, official, parquet):
@@ -527,11 +402,6 @@ def test_an_incomplete_download_of_a_dataset_is_not_taken_for_the_whole(home, of
     hub_cache(home, VAL_HUB, "dataset", copy_, left_out=("data/train-00001-of-00003.parquet",))
     with pytest.raises(LeverError, match=f"hf download --repo-type dataset {VAL_HUB}"):
         load(f"hub:{VAL_HUB}")
-
-
-def test_what_else_a_dataset_repository_holds_need_not_be_there(home, official, parquet):
-    hub_cache(home, VAL_HUB, "dataset", parquet, left_out=("README.md", ".gitattributes"))
-    same_data(load(f"hub:{VAL_HUB}"), load(official))
 
 
 # ---------------------------------------------------------------------- models in the hub's cache
@@ -585,18 +455,6 @@ def test_a_model_without_its_weights_is_refused_with_the_command_that_fetches_it
         shutil.rmtree(snapshot.parents[1] / "trees")
     with pytest.raises(LeverError, match=rf"hf download {QWEN}.*lvlm\.path"):
         fetch_model(QWEN, "lvlm.path")
-
-
-@pytest.mark.parametrize(("repository", "option"), [(CLIP, "features.encoder"), (QWEN, "lvlm.path")])
-def test_a_model_that_is_not_cached_is_refused_before_anything_is_made(home, refused, official, repository, option):
-    other = {CLIP: ("lvlm.path", TINY_QWEN), QWEN: ("features.encoder", TINY_CLIP)}[repository]
-    message = refused(
-        *("rollout", "--dataset", "okvqa_local", "--lvlm", "qwen2.5_vl_3B", "--limit", "4"),
-        *("--set", f"data.okvqa_path={official}", "--set", f"data.coco_path={official}"),
-        *("--set", "=".join(map(str, other))),
-    )
-    assert f"hf download {repository}" in message
-    assert option in message
 
 
 def test_the_readmes_command_runs_on_cached_hub_ids(home, lever, official, monkeypatch):
@@ -678,16 +536,6 @@ def _as_a_viewer_shows(official: Path, example):
         return image.convert("RGB")
 
 
-def test_one_pixel_is_seen_in_its_colour(clip):
-    """Channels and rows of a 1×1 or 3×3 picture are easily mistaken for each other."""
-    colours = ((200, 30, 90), (20, 160, 60))
-    for size in ((1, 1), (1, 3), (3, 1), (3, 3)):
-        tiny = clip.images([Image.new("RGB", size, colour) for colour in colours])
-        large = clip.images([Image.new("RGB", (64, 64), colour) for colour in colours])
-        torch.testing.assert_close(tiny, large, atol=1e-5, rtol=0)
-        assert not torch.allclose(tiny[0], tiny[1], atol=1e-3)
-
-
 def test_every_odd_image_goes_through_the_lvlm_as_query_and_as_demonstration(official, parquet, lvlm):
     answers = []
     for folder in (official, parquet):
@@ -713,13 +561,6 @@ def test_an_image_that_the_model_cannot_be_shown_is_refused_by_file_and_question
         lvlm.generate([build_prompt([], data.val_examples[0], PromptConfig())])
     left = load(small if kind == "official" else tmp_path / "copy", small, skip_bad_examples=True)
     assert (len(left.val_examples), len(left.skipped)) == (3, 3)
-
-
-def test_the_longest_image_that_is_let_through_can_be_shown(small, lvlm, clip):
-    Image.new("RGB", (200, 1), "red").save(image_path(small, "val", 42))
-    example = load(small).val_examples[0]
-    assert len(lvlm.generate([build_prompt([example], example, PromptConfig())])) == 1
-    assert len(clip.images([open_image(example.image)])) == 1
 
 
 # ---------------------------------------------------------------------- truncated images
@@ -759,76 +600,27 @@ def test_a_truncated_photograph_stops_the_rollouts_or_is_left_out_and_counted(
 # ---------------------------------------------------------------------- refused: official files
 
 
-def _edit(change):
-    """A change to the questions and annotations of the training split."""
-
-    def apply(root: Path) -> None:
-        questions, annotations = read_official(root, "train")
-        change(questions, annotations)
-        write_official(root, "train", questions, annotations)
-
-    return apply
-
-
-def _file(name: str, content: bytes | None):
-    """A file's content replaced; None puts a folder in its place."""
-
-    def apply(root: Path) -> None:
-        (root / name).unlink()
-        (root / name).mkdir() if content is None else (root / name).write_bytes(content)
-
-    return apply
-
-
 BAD_OFFICIAL = {
-    "questions not JSON": (_file(TRAIN_QUESTIONS, b"<html>404</html>"), [TRAIN_QUESTIONS]),
-    "annotations cut": (_file(TRAIN_ANNOTATIONS, b'{"annotations": [{"question_id": 1, '), [TRAIN_ANNOTATIONS]),
-    "not UTF-8": (_file(TRAIN_QUESTIONS, b'{"questions": "\xff\xfe\xff"}'), [TRAIN_QUESTIONS]),
-    "annotations for questions": (_file(TRAIN_QUESTIONS, b'{"annotations": []}'), [TRAIN_QUESTIONS, "questions"]),
-    "a list": (_file(TRAIN_ANNOTATIONS, b"[]"), [TRAIN_ANNOTATIONS]),
-    "questions a folder": (_file(TRAIN_QUESTIONS, None), [TRAIN_QUESTIONS, "OKVQA_PATH"]),
-    "annotations a folder": (_file(TRAIN_ANNOTATIONS, None), [TRAIN_ANNOTATIONS, "OKVQA_PATH"]),
+    "not UTF-8": (TRAIN_QUESTIONS, b'{"questions": "\xff\xfe\xff"}', TRAIN_QUESTIONS),
+    "annotations cut": (TRAIN_ANNOTATIONS, b'{"annotations": [{"question_id": 1, ', TRAIN_ANNOTATIONS),
+    "questions a folder": (TRAIN_QUESTIONS, None, f"{TRAIN_QUESTIONS}.*OKVQA_PATH"),
     "an image a folder": (
-        lambda root: (image_path(root, "train", 9).unlink(), image_path(root, "train", 9).mkdir()),
-        ["COCO_train2014_000000000009.jpg", "question 91"],
+        "train2014/COCO_train2014_000000000009.jpg",
+        None,
+        "question 91.*_000000000009",
     ),
-    "images a file": (
-        lambda root: (shutil.rmtree(root / "train2014"), (root / "train2014").write_text("")),
-        ["train2014", "COCO_PATH"],
-    ),
-    "annotation without question": (_edit(lambda q, a: q.pop(3)), [TRAIN_ANNOTATIONS, "19401"]),
-    "question without annotation": (_edit(lambda q, a: a.pop(3)), [TRAIN_ANNOTATIONS, "19401"]),
-    "a question twice": (_edit(lambda q, a: q.append(q[3])), [TRAIN_QUESTIONS, "19401", "2 times"]),
-    "an annotation twice": (_edit(lambda q, a: a.append(a[3])), [TRAIN_ANNOTATIONS, "19401", "2 times"]),
-    "an id that is text": (_edit(lambda q, a: q[3].update(question_id="abc")), [TRAIN_QUESTIONS, "abc"]),
-    "an image id that is text": (_edit(lambda q, a: a[3].update(image_id="abc")), [TRAIN_ANNOTATIONS, "19401"]),
-    "an id that is missing": (_edit(lambda q, a: q[3].pop("image_id")), [TRAIN_QUESTIONS, "image_id"]),
-    "no answers": (_edit(lambda q, a: a[3].update(answers=[])), [TRAIN_ANNOTATIONS, "19401"]),
-    "an answer that is null": (
-        _edit(lambda q, a: a[3]["answers"][7].update(answer=None)),
-        [TRAIN_ANNOTATIONS, "19401"],
-    ),
-    "a question that is null": (_edit(lambda q, a: q[3].update(question=None)), [TRAIN_QUESTIONS, "19401"]),
-    "no question at all": (_edit(lambda q, a: (q.clear(), a.clear())), ["train"]),
+    "images a file": ("train2014", b"", "train2014.*COCO_PATH"),
 }
 
 
-@pytest.mark.parametrize(("change", "words"), BAD_OFFICIAL.values(), ids=BAD_OFFICIAL)
-def test_bad_official_files_are_refused_by_file_and_id(small, change, words):
-    change(small)
-    with pytest.raises(LeverError) as caught:
+@pytest.mark.parametrize(("name", "content", "words"), BAD_OFFICIAL.values(), ids=BAD_OFFICIAL)
+def test_bad_official_files_are_refused_by_file_and_id(small, name, content, words):
+    path = small / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(LeverError, match=words) as caught:
         load(small)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert str(small) in message
-    assert [word for word in words if word not in message] == []
-
-
-def test_bad_files_end_a_command_with_one_message_and_nothing_written(small, refused, monkeypatch):
-    (small / TRAIN_QUESTIONS).write_bytes(b"<html>404</html>")
-    monkeypatch.setenv("OKVQA_PATH", str(small))
-    monkeypatch.setenv("COCO_PATH", str(small))
-    assert TRAIN_QUESTIONS in refused(*ROLLOUT)
+    assert "\n" not in str(caught.value)
 
 
 # ---------------------------------------------------------------------- refused: parquet files
@@ -868,69 +660,37 @@ def _shard(root: Path, rows: list[dict]) -> None:
     path.write_bytes(path.read_bytes()[:300])
 
 
-def _val_unnamed(name: str):
-    """The training rows under that name, those of val beside them under one that says nothing."""
-
-    def apply(root: Path, rows: list[dict]) -> None:
-        (root / "val.parquet").rename(root / "part-1.parquet")
-        write_parquet(root / name, rows)
-
-    return apply
-
-
 URL = {"bytes": None, "path": "http://127.0.0.1:9/000000000009.jpg"}
+
+
 BAD_PARQUET = {
-    "no answers column": (_rows(lambda rows: [row.pop("answers") for row in rows] and None), ["answers", "train"]),
     "no image column": (_rows(lambda rows: [row.pop("image") for row in rows] and None), ["image", "train"]),
     "ids that are text": (_row(question_id="abc"), ["abc"]),
-    "an id with a point": (_row(question_id="19401.0"), ["19401.0"]),
     "an id that is null": (_row(question_id=None), ["train.parquet, row 3"]),
     "an id that is NaN": (_every("question_id", lambda i: float("nan") if i == 3 else float(i)), ["row 3", "nan"]),
-    "an image id that is NaN": (_every("image_id", lambda i: float("nan") if i == 3 else float(i)), ["19401", "nan"]),
     "ids that are true": (_every("question_id", lambda i: i > 3), ["row 0", "question_id"]),
     "raw answers of another number": (
-        _rows(
-            lambda rows: (
-                [row.update(raw_answers=row["answers"][: 1 if i == 3 else None]) for i, row in enumerate(rows)] and None
-            )
-        ),
+        _every("raw_answers", lambda i: ["cat"] * (1 if i == 3 else 10)),
         ["train.parquet, row 3", "19401", "10 answers and 1 raw_answers"],
     ),
-    "an image token in a question": (_row(question="What is <|image_pad|>?"), ["row 3", "19401", "<|image_pad|>"]),
     "an image token in an answer": (_row(answers=["cat", "<|video_pad|>"]), ["row 3", "19401", "<|video_pad|>"]),
-    "an id too long": (_row(question_id="9" * 5000), ["row 3"]),
-    "an id over 2**63": (_row(question_id=str(2**63)), [str(2**63)]),
-    "an id twice": (_rows(lambda rows: [*rows, rows[3]]), ["19401", "2 times"]),
-    "an image id that is empty": (_every("image_id", lambda i: "" if i == 3 else str(i)), ["19401", "image_id"]),
+    "an id twice": (_rows(lambda rows: [*rows, rows[3]]), ["19401", "row 12"]),
     "an image id over 2**63": (_every("image_id", lambda i: str(2**63 if i == 3 else i)), ["19401", "image_id"]),
-    "no answers": (_row(answers=[]), ["19401", "answers"]),
     "answers that are null": (_row(answers=None), ["19401", "answers"]),
     "answers that are all blank": (_row(answers=["", " "]), ["19401", "blank"]),
-    "an answer that is null": (_row(answers=["cat", None]), ["19401", "answers"]),
     "answers that are one text": (_every("answers", lambda i: "cat"), ["91", "answers"]),
     "objects without answer": (_every("answers", lambda i: [{"text": "cat"}]), ["91", "answers"]),
-    "raw answers that are one text": (_every("raw_answers", lambda i: "cat"), ["91", "raw_answers"]),
     "raw answers that are null": (_every("raw_answers", lambda i: ["cat", None]), ["91", "raw_answers"]),
-    "raw answers that are numbers": (
-        _every("answers", lambda i: [{"answer": "cat", "raw_answer": 5}]),
-        ["91", "answers"],
-    ),
-    "a question that is null": (_row(question=None), ["19401", "no text"]),
     "a question that is blank": (_row(question=" "), ["19401", "no text"]),
     "an image that is null": (_row(image=None), ["19401", "image"]),
-    "an address for the bytes": (_row(image=URL), ["19401", "row 3", "--allow-remote"]),
     "addresses for images": (_every("image", lambda i: URL["path"]), ["91", "row 0", "--allow-remote"]),
-    "an image of another type": (_every("image", lambda i: 7), ["train", "image"]),
-    "an empty file": (_content(lambda content: b""), ["train.parquet"]),
+    "an image of another type": (_every("image", lambda i: 7), ["train"]),
     "no parquet": (_content(lambda content: b"version https://git-lfs.github.com/spec/v1\n" * 3), ["train.parquet"]),
     "half a file": (_content(lambda content: content[: len(content) // 2]), ["train.parquet"]),
-    "a table without rows": (_content(lambda content: _without_rows(content)), ["train.parquet"]),
+    "a table without rows": (_content(lambda content: _without_rows(content)), ["train"]),
     "a bad shard": (_shard, ["train-1-of-3.parquet"]),
-    "a folder for the file": (lambda root, rows: (root / "train.parquet").mkdir(), ["train"]),
     "a link to nothing": (lambda root, rows: (root / "train.parquet").symlink_to("/nowhere"), ["train.parquet"]),
     "no file of train": (lambda root, rows: None, ["train", "val.parquet", "data.train_path"]),
-    "no split in any name": (_val_unnamed("part-0.parquet"), ["part-0.parquet", "data.train_path"]),
-    "no val in any name": (_val_unnamed("train.parquet"), ["val", "train.parquet"]),
 }
 
 
@@ -1029,10 +789,9 @@ def shared_folder():
 
 LOCKED = {
     "questions": ("official", TRAIN_QUESTIONS, 0, TRAIN_QUESTIONS),
-    "folder to list only": ("official", ".", 0o444, "official"),
-    "images": ("official", "train2014", 0, "train2014"),
     "images to list only": ("official", "train2014", 0o444, "train2014"),
     "parquet file": ("copy", "data/train-00000-of-00001.parquet", 0, "train-00000-of-00001.parquet"),
+    "an image": ("official", "train2014/COCO_train2014_000000000009.jpg", 0, "question 91: .*_000000000009"),
 }
 
 
@@ -1048,10 +807,3 @@ def test_what_may_not_be_read_is_refused_by_name(shared_folder, monkeypatch, whi
     (shared_folder / which / name).chmod(mode)
     with nobody(), pytest.raises(LeverError, match=rf"{word}.*[Pp]ermission denied"):
         load(shared_folder / which, official)
-
-
-def test_an_image_that_may_not_be_read_is_refused_by_question(shared_folder):
-    folder = build_official(shared_folder / "official", train=3, val=3)
-    image_path(folder, "train", 9).chmod(0)
-    with nobody(), pytest.raises(LeverError, match=r"question 91: .*_000000000009\.jpg.*Permission denied"):
-        load(folder)

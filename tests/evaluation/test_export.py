@@ -13,8 +13,7 @@ from policies import logits, saved
 
 from lever_lm import load_policy
 from lever_lm.config.schema import Config, DataConfig, FeatureConfig, LvlmConfig, to_dict
-from lever_lm.evaluation.export import export
-from lever_lm.evaluation.model_card import markdown
+from lever_lm.evaluation.export import export, markdown
 from lever_lm.selectors.pointer.checkpoint import read_checkpoint, save_torch
 from lever_lm.selectors.pointer.hub_format import setting_of
 from lever_lm.utils.errors import LeverError, UsageError
@@ -110,7 +109,7 @@ def test_advice_to_the_runs_owner_is_not_shared(tmp_path):
     ):
         export(path, why, tmp_path / "shared")
         chosen = json.loads((tmp_path / "shared/config.json").read_text())["chosen"]
-        assert chosen in ("best.json of the run, strategy kl", "best by val_loss")
+        assert chosen in (why.split(":")[0], "best by val_loss")
         assert "again" not in (tmp_path / "shared/README.md").read_text()
 
 
@@ -233,7 +232,7 @@ def test_what_is_there_is_not_overwritten_unasked(trained, lever):
     assert lever("export", RUN, "own", "--ckpt", "latest").status == 0, "an earlier export is replaced"
     assert (trained / "own/.gitattributes").is_file()
     (trained / "own/config.json").unlink()  # as an export that was killed leaves it
-    with pytest.raises(LeverError, match="of a policy"):
+    with pytest.raises(LeverError, match=r"config\.json: No such file"):
         load_policy(trained / "own")
     assert lever("export", RUN, "own").status == 0
     load_policy(trained / "own")

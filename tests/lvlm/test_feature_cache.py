@@ -163,6 +163,7 @@ def test_what_is_not_ours_stays_in_the_folder(tmp_path, images):
     save_file({"weight": torch.zeros(2)}, tmp_path / "model.safetensors")
     (tmp_path / "notes").mkdir()
     (tmp_path / f"{TEMPORARY_PREFIX}left").touch()
+    os.utime(tmp_path / f"{TEMPORARY_PREFIX}left", (0, 0))
     assert len(FeatureCache(tmp_path, memory=MIB, disk=MIB)) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "notes"}
 

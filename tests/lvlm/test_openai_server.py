@@ -1,9 +1,7 @@
 """The server backend: the local model's answers and log-probs over HTTP, and one message for every way it can fail."""
 
 import base64
-import contextlib
 import dataclasses
-import email.utils
 import json
 import os
 import random
@@ -16,7 +14,6 @@ import threading
 import time
 from io import BytesIO
 from pathlib import Path
-from types import SimpleNamespace
 
 import PIL.Image
 import pytest
@@ -33,7 +30,7 @@ from lever_lm.lvlm.images import DataUrls, fitted
 from lever_lm.lvlm.local import LocalLvlm, local_fingerprint
 from lever_lm.lvlm.openai_server import ServerLvlm, log_prob_at_end, server_fingerprint
 from lever_lm.lvlm.openai_servers import check_server
-from lever_lm.utils.errors import LeverError, Unfinished, UsageError
+from lever_lm.utils.errors import LeverError, UsageError
 from lever_lm.utils.paths import asset_path
 from lever_lm.utils.transformers_compat import import_transformers
 
@@ -147,11 +144,14 @@ def test_a_repetition_penalty_is_sent_and_gives_the_local_answers(tiny, prompts)
     assert answers != local().generate(few)
 
 
-def test_a_server_that_may_not_take_a_repetition_penalty_is_refused(serve):
-    server = serve(lambda request: said("three"), listed=models(NAME, owner="another"))
+@pytest.mark.parametrize("owner", ["another", ["vllm"], None])
+def test_a_server_that_may_not_take_a_repetition_penalty_is_refused(serve, prompts, owner):
+    server = serve(lambda request: said("three"), listed=models(NAME, owner=owner))
     with pytest.raises(LeverError, match=r"neither vLLM nor SGLang.*--set lvlm\.repetition_penalty=1"):
         make(server.url, repetition_penalty=1.05)
     assert not server.asked
+    make(server.url).generate(prompts[:1])  # standard fields only
+    assert set(server.asked[0]) == {"model", "messages", "max_tokens", "temperature", "frequency_penalty"}
 
 
 # ---------------------------------------------------------------------- requests
@@ -169,13 +169,6 @@ def test_a_request_holds_the_conversation_and_asks_greedily(serve, prompts):
     assert system == {"role": "system", "content": "You are a helpful assistant."}
     assert [part["type"] for part in user["content"]] == ["image_url", "text"] * 3
     assert user["content"][1]["text"].endswith(f"Short answer: {prompt.icds[0].answer}\n")
-
-
-@pytest.mark.parametrize("owner", ["another", ["vllm"], {}, None])
-def test_a_server_of_an_unknown_make_gets_standard_fields_only(serve, prompts, owner):
-    server = serve(lambda request: said("three"), listed=models(NAME, owner=owner))
-    make(server.url).generate(prompts[:1])
-    assert set(server.asked[0]) == {"model", "messages", "max_tokens", "temperature", "frequency_penalty"}
 
 
 @pytest.mark.parametrize("kind", ["CMYK", "turned", "see-through", "large"])
@@ -204,14 +197,6 @@ def test_images_go_out_upright_resized_and_without_loss(tmp_path, kind):
     assert (sent.mode, sent.width % 28, sent.height % 28) == ("RGB", 0, 0)
     assert sent.width * sent.height <= config.max_pixels
     assert (sent.width < sent.height) == (kind == "turned")
-
-
-def test_a_thin_image_gets_the_local_answer(tiny, prompts, tmp_path):
-    rng = random.Random(3)
-    PIL.Image.frombytes("RGB", (600, 20), rng.randbytes(3 * 600 * 20)).save(tmp_path / "thin.png")
-    query = dataclasses.replace(prompts[0].query, image=str(tmp_path / "thin.png"))
-    thin = [dataclasses.replace(prompt, query=query) for prompt in prompts[:6]]
-    assert make(tiny.url, max_pixels=12544).generate(thin) == local(max_pixels=12544).generate(thin)
 
 
 @pytest.mark.parametrize("size", [(640, 480), (2000, 1500), (600, 20), (30, 30)])
@@ -281,7 +266,7 @@ LIMIT = {"error": {"message": "At most 4 image(s) may be provided in one prompt.
 LENGTH = {"error": {"message": "This model's maximum context length is 4096 tokens."}}
 TRIED = 3  # one request and lvlm.retries=2
 FAILURES = {
-    "500": (Reply(500, ERROR), TRIED, ["answered 500", "'boom  [31m happened', 3 times", "its own log"]),
+    "500": (Reply(500, ERROR), TRIED, ["answered 500", "'boom\\n\\x1b[31m happened', 3 times", "its own log"]),
     "503 of a proxy": (Reply(503, "<html>down</html>"), TRIED, ["answered 503", "<html>down</html>", "3 times"]),
     "429": (Reply(429, {"error": {"message": "slow down"}}), TRIED, ["answered 429", "slow down", "lvlm.concurrency"]),
     "cut": (Reply(200, said("three").body, cut=True), TRIED, ["broke off its answer", "3 times"]),
@@ -303,7 +288,7 @@ FAILURES = {
     "404": (Reply(404, {"message": "The model `tiny` does not exist."}), 1, ["no model tiny", "up to /v1"]),
     "413": (Reply(413, ""), 1, ["answered 413", "lvlm.max_pixels"]),
     "422": (Reply(422, {"detail": [{"loc": ["body"], "msg": "bad"}]}), 1, ["answered 422", '"msg": "bad"']),
-    "redirect": (Reply(307, "", {"Location": "http://elsewhere/v1"}), 1, ["a redirect to 'http://elsewhere/v1'"]),
+    "redirect": (Reply(307, "", {"Location": "http://elsewhere/v1"}), 1, ["a redirect to http://elsewhere/v1"]),
 }
 
 
@@ -336,16 +321,21 @@ def cut(text: str, tokens: object, reason: object = "length") -> Reply:
 )
 def test_an_answer_that_the_server_cut_short_is_an_error_that_names_the_question(serve, prompts, reason, words):
     server = serve(lambda request: cut("twen", 2, reason))
-    with pytest.raises(LeverError, match=words) as caught:
+    with pytest.raises(
+        LeverError,
+        match=rf"question {prompts[0].query.question_id}.*{words}|{words}.*question {prompts[0].query.question_id}",
+    ):
         make(server.url).generate(prompts[:1])
-    assert f"question {prompts[0].query.question_id}" in str(caught.value)
     if reason == "length":
         assert make(server.url, max_new_tokens=2).generate(prompts[:1]) == ["twen"]
 
 
-@pytest.mark.parametrize("reply", [cut("x", 5), cut("x", 2, "stop"), cut("x", None), cut("x", "2"), cut("x", 2, {})])
+@pytest.mark.parametrize(
+    "reply", [cut("x", 5), cut("x", 2, "stop"), cut("x", None), cut("x", "2"), cut("x", 2, {}), said("x\ud800")]
+)
 def test_an_answer_that_ended_by_itself_or_says_nothing_of_its_end_is_taken(serve, prompts, reply):
-    assert make(serve(lambda request: reply).url).generate(prompts[:1]) == ["x"]
+    """And half a surrogate pair, which can be stored nowhere, is mended."""
+    assert make(serve(lambda request: reply).url).generate(prompts[:1])[0].rstrip("?") == "x"
 
 
 def test_an_answer_beyond_all_measure_is_not_read_to_its_end(serve, prompts, monkeypatch):
@@ -411,26 +401,19 @@ def test_what_fails_twice_and_then_works_is_no_failure(serve, prompts, waits):
     assert [1 <= waits[0] <= 2, 2 <= waits[1] <= 3] == [True, True]
 
 
-def date(seconds: float) -> str:
-    return email.utils.formatdate(time.time() + seconds, usegmt=True)
-
-
 @pytest.mark.parametrize(
     ("header", "least", "most"),
     [
-        (lambda: "7", 7, 7),
-        (lambda: "0", 0, 0),
-        (lambda: "100000", servers_module.MAX_WAIT, servers_module.MAX_WAIT),
-        (lambda: date(40), 20, 40),
-        (lambda: date(-40), 0, 0),
-        (lambda: "soon", 1, 2),
-        (lambda: "-5", 1, 2),
-        (lambda: "", 1, 2),
+        ("7", 7, 7),
+        ("0", 0, 0),
+        ("100000", servers_module.MAX_WAIT, servers_module.MAX_WAIT),
+        ("soon", 1, 2),
+        ("-5", 1, 2),
+        ("", 1, 2),
     ],
-    ids=["seconds", "at once", "capped", "a date", "a past date", "words", "negative", "empty"],
 )
 def test_a_server_is_asked_again_when_it_says(serve, prompts, waits, header, least, most):
-    replies = [Reply(429, "", {"Retry-After": header()}), said("three")]
+    replies = [Reply(429, "", {"Retry-After": header}), said("three")]
     assert make(serve(lambda request: replies.pop(0)).url).generate(prompts[:1]) == ["three"]
     assert least <= waits[0] <= most
 
@@ -453,12 +436,7 @@ def test_the_key_is_sent_and_never_shown(serve, prompts, monkeypatch, caplog, ca
 # ---------------------------------------------------------------------- first contact
 
 
-def test_a_dead_server_is_said_before_anything_is_asked():
-    with pytest.raises(LeverError, match=r"no server at http://127\.0\.0\.1:9/v1 \(.+\): start it \(vllm serve tiny\)"):
-        make("http://127.0.0.1:9/v1")
-
-
-@pytest.mark.parametrize("host", ["nowhere.invalid", "☃.invalid", "a..b"])
+@pytest.mark.parametrize("host", ["127.0.0.1:9", "nowhere.invalid", "☃.invalid", "a..b"])
 def test_a_host_that_is_nowhere_is_said(host):
     with pytest.raises(LeverError, match=rf"no server at http://{re.escape(host)}/v1 \(.+\): start it"):
         make(f"http://{host}/v1")
@@ -467,11 +445,8 @@ def test_a_host_that_is_nowhere_is_said(host):
 @pytest.mark.parametrize(
     ("listed", "words"),
     [
-        (
-            models("Qwen/Qwen2.5-VL-7B-Instruct", "lora\x1b"),
-            r"serves Qwen/Qwen2.5-VL-7B-Instruct, lora , not tiny: .*7B",
-        ),
-        (models(*(f"m{i}" for i in range(40))), "serves m0, m1, m2, m3, m4 and 35 others, not tiny"),
+        (models("Qwen/Qwen2.5-VL-7B-Instruct", "lora\x1b"), r"serves Qwen/\S+7B-Instruct, lora\\x1b, not tiny: .*7B"),
+        (models(*(f"m{i}" for i in range(400))), "serves m0, m1, m2, .{188}, not tiny"),
         (Reply(401), "answered 401: set OPENAI_API_KEY to a key it accepts"),
     ],
 )
@@ -488,28 +463,22 @@ def test_no_proxy_stands_between_this_machine_and_itself(serve, prompts, monkeyp
     assert make(serve(lambda request: said("three")).url).generate(prompts[:1]) == ["three"]
 
 
-def test_text_that_cannot_be_stored_is_mended(serve, prompts):
-    assert make(serve(lambda request: said("thr\ud800ee")).url).generate(prompts[:1]) == ["thr?ee"]
-
-
 @pytest.mark.parametrize(
     "listed",
     [
         Reply(404),
-        Reply(500, ERROR),
-        Reply(200, "nothing"),
         Reply(200, {"data": []}),
         Reply(200, {"data": "all"}),
         models("Qwen/Qwen2.5-VL-7B-Instruct", owner="Qwen"),  # as `transformers serve` lists the hub's cache
         models("other", NAME),
     ],
-    ids=["404", "500", "text", "empty", "odd", "a cache", "among others"],
+    ids=["404", "empty", "odd", "a cache", "among others"],
 )
 def test_a_list_that_does_not_speak_against_the_model_is_no_obstacle(serve, prompts, listed):
     assert make(serve(lambda request: said("three"), listed).url).generate(prompts[:1]) == ["three"]
 
 
-@pytest.mark.parametrize("given", ["", "/", "/v1", "/v1/", "/v1/chat/completions", "/v1/models"])
+@pytest.mark.parametrize("given", ["", "/v1/", "/v1/chat/completions"])
 def test_a_url_without_its_v1_is_mended(serve, prompts, given):
     server = serve(lambda request: said("three"))
     url = server.url.removesuffix("/v1") + given
@@ -531,40 +500,12 @@ def starting(serve, *replies: Reply) -> str:
 
 
 def test_a_server_that_is_starting_is_waited_for_and_it_is_said(serve, waits):
-    lines, url = [], starting(serve, Reply(503, "loading"), Reply(502, ""))
+    lines, url = [], starting(serve, Reply(503, "loading"), Reply(503, "loading"))
     assert check_server(config_of(url), lines.append, wait=60).url == url
     assert lines == [f"the server {url} answered 503, 'loading': waiting up to 60 s for it (lvlm.wait)"]
     assert len(waits) == 2
-
-
-def test_a_server_that_refuses_connections_is_waited_for(monkeypatch):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    lines, started = [], contextlib.ExitStack()
-
-    async def start(seconds):
-        started.enter_context(Loopback(lambda request: models(NAME), port).running())
-
-    monkeypatch.setattr(servers_module, "_pause", start)
-    with started:
-        assert check_server(config_of(f"http://127.0.0.1:{port}/v1"), lines.append, wait=60).card["id"] == NAME
-    (line,) = lines
-    assert line.startswith(f"no server at http://127.0.0.1:{port}/v1 (")
-    assert line.endswith("): waiting up to 60 s for it (lvlm.wait)")
-
-
-def test_a_server_that_does_not_start_is_given_up_on_when_the_wait_is_over(waits, monkeypatch):
-    clock = iter(range(0, 1000, 20))
-    monkeypatch.setattr(servers_module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    with pytest.raises(LeverError, match=r"no server at .*--set lvlm\.wait=300"):
-        check_server(config_of("http://127.0.0.1:9/v1"), wait=60)
-    assert waits == [servers_module.LOOK, servers_module.LOOK], "it was looked at after 0, 20 and 40 s of 60"
-
-
-def test_without_a_wait_a_server_that_is_starting_is_one_message(serve, waits):
-    with pytest.raises(LeverError, match=r"answered 503.*--set lvlm\.wait=300 waits"):
-        make(starting(serve, Reply(503, "")))
-    assert waits == []
+    with pytest.raises(LeverError, match=r"no server at .*, [2-9]\d* times: .*--set lvlm\.wait=300"):
+        check_server(config_of("http://127.0.0.1:9/v1"), wait=0.2)  # and given up on when the wait is over
 
 
 def test_a_command_waits_for_its_server_and_the_doctor_does_not(digits_folder, lever, waits):
@@ -591,7 +532,7 @@ def test_a_restart_within_the_wait_outlives_the_retries(serve, prompts, waits):
     assert ServerLvlm(config, PromptConfig(), lines.append).generate(prompts[:1]) == ["three"]
     assert len(waits) == 9
     assert max(waits) <= servers_module.LOOK
-    assert lines == [f"the server {config.server} answered 503: asked again for up to 60 s (lvlm.wait)"]
+    assert lines == [f"the server {config.server} answered 503: waiting up to 60 s for it (lvlm.wait)"]
 
 
 def test_a_wait_does_not_lengthen_the_patience_with_a_server_that_is_there(serve, prompts, waits):
@@ -603,48 +544,25 @@ def test_a_wait_does_not_lengthen_the_patience_with_a_server_that_is_there(serve
 # ---------------------------------------------------------------------- the room of a server
 
 
-def roomy(most: object) -> Reply:
-    """A list of models as vLLM gives it, with its max_model_len."""
-    reply = models(NAME, str(asset_path(TINY)))
-    for card in reply.body["data"]:
-        card["max_model_len"] = most
-    return reply
+@pytest.mark.parametrize("most", [None, 0, "4096", True, {}])
+def test_a_prompt_that_leaves_no_room_is_refused_before_any_is_asked(serve, prompts, most):
+    ours, budget = local(max_pixels=56 * 56 * 16), {"max_pixels": 56 * 56 * 16}
+    ours.family.vision.see([image for prompt in prompts for image in prompt.images])
+    longest = max(len(ours.family.token_ids(prompt)) for prompt in prompts)
+    images = max(sum(map(ours.family.vision.tokens, prompt.images)) for prompt in prompts)
 
+    def asked(room: object) -> Loopback:
+        listed = models(NAME)
+        listed.body["data"][0]["max_model_len"] = room
+        return serve(lambda request: said("x"), listed)
 
-def token_counts(lvlm: LocalLvlm, prompts) -> list[int]:
-    lvlm.family.vision.see([image for prompt in prompts for image in prompt.images])
-    return [len(lvlm.family.token_ids(prompt)) for prompt in prompts]
-
-
-@pytest.mark.parametrize(
-    ("style", "budget"), [("interleaved", {"min_pixels": 56 * 56 * 4, "max_pixels": 56 * 56 * 16}), ("dialogue", {})]
-)
-def test_a_prompt_that_leaves_no_room_is_refused_before_any_is_asked(serve, prompts, style, budget):
-    lengths = token_counts(local(style, **budget), prompts)
-    longest = max(lengths)
-    which = prompts[lengths.index(longest)].query.question_id
-    tight, exact = (serve(lambda request: said("x"), roomy(longest + room)) for room in (4, 5))
-    lvlm = make(tight.url, style, path=TINY, **budget)
-    for ask in (lvlm.batches, lvlm.generate):
-        with pytest.raises(
-            LeverError, match=rf"question {which}: its prompt of 6 images has {longest} tokens"
-        ) as caught:
+    tight = asked(images + 5)  # the texts have no room
+    for ask in (make(tight.url, **budget).batches, make(tight.url, **budget).generate):
+        with pytest.raises(LeverError, match=rf"its prompt of . images has .* room for {images} beside an answer of 5"):
             ask(prompts)
-        assert f"room for {longest - 1} beside an answer of 5" in str(caught.value)
     assert tight.asked == []
-    assert make(exact.url, style, path=TINY, **budget).generate(prompts) == ["x"] * len(prompts)
-
-
-def test_without_the_tokenizer_no_prompt_that_fits_is_refused(serve, prompts):
-    longest = max(token_counts(local(), prompts))
-    assert make(serve(lambda request: said("x"), roomy(longest + 5)).url).generate(prompts) == ["x"] * len(prompts)
-    with pytest.raises(LeverError, match=r"images has at least \d+ tokens"):
-        make(serve(lambda request: said("x"), roomy(30)).url).generate(prompts)
-
-
-@pytest.mark.parametrize("most", [None, 0, -1, "4096", True, [3], {}, 1.5])
-def test_a_limit_that_is_none_refuses_nothing(serve, prompts, most):
-    assert make(serve(lambda request: said("x"), roomy(most)).url).generate(prompts[:1]) == ["x"]
+    for room in (longest + 5, most):  # a prompt that fits is not refused, nor any by a limit that is none
+        assert make(asked(room).url, **budget).generate(prompts) == ["x"] * len(prompts)
 
 
 # ---------------------------------------------------------------------- several servers
@@ -717,18 +635,12 @@ def test_a_server_without_log_probs_is_told_from_one_that_failed(serve, prompts,
     server = serve(lambda request: reply)
     with pytest.raises(LeverError) as caught:
         make(server.url, concurrency=1).answer_log_prob(prompts[:3], ["three"] * 3)
-    message = str(caught.value)
     for word in (server.url, "gives no log-probs", "rollout.gt_prob", "rollout.infoscore", "drop --server"):
-        assert word in message
+        assert word in str(caught.value)
     assert len(server.asked) == 1
     settings = {"max_tokens": 1, "prompt_logprobs": 0, "add_generation_prompt": False, "continue_final_message": True}
     assert settings.items() <= server.asked[0].items()
     assert server.asked[0]["messages"][-1] == {"role": "assistant", "content": "three"}
-
-
-def test_other_failures_of_scoring_keep_their_message(serve, prompts):
-    with pytest.raises(LeverError, match="--limit-mm-per-prompt"):
-        make(serve(lambda request: Reply(400, LIMIT)).url).answer_log_prob(prompts[:1], ["three"])
 
 
 def test_an_empty_answer_cannot_be_scored(tiny, prompts):
@@ -745,45 +657,36 @@ def places(*tokens: tuple[str, float]) -> list:
     ]
 
 
+LINE, END = ("\n", -9), ("<|im_end|>", -1)
+
+
 @pytest.mark.parametrize(
     ("answer", "tokens", "expected"),
     [
-        ("a red bus", [("\n", -9), ("a", -1), (" red", -2), (" bus", -4)], -7),
+        ("a red bus", [LINE, ("a", -1), (" red", -2), (" bus", -4)], -7),
         ("bus", [("assistant\n", -9), ("bus", -4)], -4),
-        ("é", [("\n", -9), ("", -1), ("é", -2)], -3),
-        ("bus", [("\n", -9), ("a", -1), (" bus", -4)], None),
+        ("é", [LINE, ("", -1), ("é", -2)], -3),
+        ("bus", [LINE, ("a", -1), (" bus", -4)], None),
         ("bus", [("a ", -9), ("bus", -4)], None),
-        ("end", [("\n", -9), ("end", -1), ("<|im", -2), ("_", -1), ("end", -2)], None),
-        ("né ✓3", [("\n", -9), ("n", -1), ("\ufffd", -1), ("\ufffd ", -1), ("\ufffd\ufffd", -1), ("3", -2)], -6),
-        ("a\nb", [("\n", -9), ("a", -1), ("\n", -1), ("b", -2)], -4),
+        ("end", [LINE, ("end", -1), ("<|im", -2), ("_", -1), ("end", -2)], None),
+        ("né ✓3", [LINE, ("n", -1), ("\ufffd", -1), ("\ufffd ", -1), ("\ufffd\ufffd", -1), ("3", -2)], -6),
+        ("a\nb", [LINE, ("a", -1), ("\n", -1), ("b", -2)], -4),
         ("bus", [("bus", -4)], None),
-        ("a long answer", [("\n", -9), ("answer", -4)], None),
+        ("bus", [LINE, ("bus", float("nan"))], None),
+        ("bus", [LINE, ("bus", "much")], None),
+        ("bus", [LINE, (3, -1)], None),
+        ("bus", [LINE, ("bus", -4), END, ("\n", -7)], -5),
+        ("bus", [LINE, ("a", -1), (" bus", -4), END], None),
     ],
 )
 def test_the_tokens_at_the_end_must_spell_the_answer(answer, tokens, expected):
-    assert log_prob_at_end(places(*tokens), answer) == expected
+    end = END[0] if END in tokens else ""
+    assert log_prob_at_end(places(*tokens), answer, end) == expected
+    if not end:
+        assert log_prob_at_end(places(*tokens), answer, END[0]) is None, "the turn is not closed"
 
 
-@pytest.mark.parametrize(
-    ("tokens", "expected"),
-    [
-        ([("\n", -9), ("bus", -4), ("<|im_end|>", -1), ("\n", -7)], -5),
-        ([("\n", -9), ("a", -1), (" bus", -4), ("<|im_end|>", -1)], None),
-        ([("\n", -9), ("bus", -4)], None),
-        ([("\n", -9), ("bus", -4), ("\n", -7)], None),
-        ([("\n", -9)], None),
-        ([], None),
-    ],
-)
-def test_with_the_end_the_answer_stands_before_the_token_that_closes_the_turn(tokens, expected):
-    assert log_prob_at_end(places(*tokens), "bus", "<|im_end|>") == expected
-
-
-ODD = [{}, {"3": {"logprob": -1}}, 3, "x", {"3": {"logprob": "much", "decoded_token": "three"}}]
-ODD += [{"3": {"logprob": score, "decoded_token": "three"}} for score in (float("nan"), 10**400, None)]
-
-
-@pytest.mark.parametrize("odd", [[None], *([None, *places(("\n", -1))[1:], last] for last in ODD), ["x", "y"]])
+@pytest.mark.parametrize("odd", [[], [None], [None, 3], [None, {}], ["x", "y"], [None, {"3": {"logprob": 10**400}}]])
 def test_odd_log_probs_are_none(odd):
     assert log_prob_at_end(odd, "three") is None
 
@@ -791,15 +694,9 @@ def test_odd_log_probs_are_none(odd):
 def test_log_probs_that_do_not_fit_the_answer_are_refused_by_name(serve, prompts):
     reply = said("")
     reply.body["prompt_logprobs"] = places(("\n", -1), ("four", -1))
-    with pytest.raises(LeverError, match=rf"question {prompts[0].query.question_id}: the tokens .* 'three'"):
-        make(serve(lambda request: reply).url).answer_log_prob(prompts[:1], ["three"])
-
-
-def test_a_turn_that_the_server_does_not_close_is_refused_with_what_leaves_the_end_out(serve, prompts):
-    reply = said("")
-    reply.body["prompt_logprobs"] = places(("\n", -1), ("three", -1))
-    with pytest.raises(LeverError, match=r"'three' and <\|im_end\|> .*: rollout\.gt_prob_end=false"):
-        make(serve(lambda request: reply).url).answer_log_prob(prompts[:1], ["three"], end=True)
+    for end, words in ((False, "'three'"), (True, r"'three' and <\|im_end\|> .*: rollout\.gt_prob_end=false")):
+        with pytest.raises(LeverError, match=rf"question {prompts[0].query.question_id}: the tokens .* {words}"):
+            make(serve(lambda request: reply).url).answer_log_prob(prompts[:1], ["three"], end=end)
 
 
 # ---------------------------------------------------------------------- what was done is kept
@@ -815,12 +712,6 @@ def flaky(good: int):
             return said(f"answer {count[0]}") if count[0] <= good else Reply(500, ERROR)
 
     return answer
-
-
-def test_what_came_before_a_failure_is_in_the_error(serve, prompts, waits):
-    with pytest.raises(Unfinished) as caught:
-        make(serve(flaky(5)).url, concurrency=1, retries=0).generate(prompts)
-    assert caught.value.answered == {i: f"answer {i + 1}" for i in range(5)}
 
 
 def test_all_that_was_answered_is_kept_and_a_rerun_asks_the_rest(serve, prompts, waits, tmp_path):
@@ -847,17 +738,14 @@ NO_URLS = ["127.0.0.1:8000", "ftp://host/v1", "http://", "http:///v1", "http://h
 def test_a_server_must_be_a_url(url):
     with pytest.raises(UsageError, match=r"lvlm\.server must be the URL of a server.*--server http://127"):
         LvlmConfig(server=url)
+    with pytest.raises(UsageError, match="OPENAI_API_KEY") as caught:  # and hold no password
+        LvlmConfig(server="http://me:secret@host/v1")
+    assert "secret" not in str(caught.value)
 
 
 def test_an_end_of_ones_own_is_refused_with_a_server():
     with pytest.raises(UsageError, match=r"lvlm\.eos is tokenizer: --set lvlm\.eos=model"):
         LvlmConfig(server="http://a/v1", eos="tokenizer")
-
-
-def test_a_password_in_the_url_is_refused_unseen():
-    with pytest.raises(UsageError, match="OPENAI_API_KEY") as caught:
-        LvlmConfig(server="http://me:secret@host/v1")
-    assert "secret" not in str(caught.value)
 
 
 def test_beams_are_refused_before_anything_is_asked(lever):
@@ -882,18 +770,6 @@ def test_the_fingerprint_follows_what_is_asked_and_not_where():
     )
     hurried = dataclasses.replace(here, concurrency=3, timeout=1.0, retries=0)
     assert local_fingerprint(hurried, prompt, "cpu") == local_fingerprint(here, prompt, "cpu")
-
-
-def test_a_run_goes_on_at_another_address(tmp_path):
-    from lever_lm.config.schema import Config
-    from lever_lm.training.run_dir import RunFolder
-
-    run = RunFolder(tmp_path)
-    config = Config(lvlm=config_of("http://a/v1"))
-    run.open(config)
-    moved = dataclasses.replace(config, lvlm=config_of("http://b:9/v1", concurrency=1, timeout=9.0, retries=1))
-    assert run.differences(moved) == []
-    assert run.differences(dataclasses.replace(config, lvlm=config_of("http://a/v1", path="x"))) != []
 
 
 # ---------------------------------------------------------------------- through the command line
@@ -1051,9 +927,3 @@ def test_a_real_server_gives_the_local_answers(real, prompts, style):
 def test_a_real_server_without_log_probs_says_so(real, prompts):
     with pytest.raises(LeverError, match="gives no log-probs"):
         make(real, path=TINY).answer_log_prob(prompts[:1], ["three"])
-
-
-@pytest.mark.slow
-def test_a_real_server_of_another_model_is_refused_with_both_names(real, prompts):
-    with pytest.raises(LeverError, match=r"pinned to '.*tiny-qwen2\.5-vl'; requested 'some/other'"):
-        make(real, path="some/other").generate(prompts[:1])

@@ -9,7 +9,7 @@ import torch
 
 from lever_lm.evaluation.evaluate import problem_of
 from lever_lm.selectors import BASELINES, CONTRASTS, LEARNED, RIVALS, SELECTORS, Selector, named, select
-from lever_lm.selectors.learned import choose, explain
+from lever_lm.selectors.learned import choose
 from lever_lm.selectors.pointer.checkpoint import load_policy, save_torch, to_v2, v3_content
 from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.tasks.vqa_metrics import vqa_accuracy
@@ -148,8 +148,8 @@ def test_choices_are_the_greedy_picks_of_each_query_alone_whatever_the_other_poo
     for query, pool in zip(queries, ragged.pools, strict=True):
         picked = policy.select(query[None], icds[pool][None], 3)[0].tolist()
         alone.append([pool[i] for i in picked])
-    assert choose(policy, ragged, 3) == alone
-    assert choose(policy, ragged, 1) == [chosen[:1] for chosen in alone]
+    assert choose(policy, ragged, 3)[0] == alone
+    assert choose(policy, ragged, 1)[0] == [chosen[:1] for chosen in alone]
 
 
 def test_more_shots_than_the_pool_holds_and_features_of_another_width_are_refused(problem, policy):
@@ -163,9 +163,9 @@ def test_more_shots_than_the_pool_holds_and_features_of_another_width_are_refuse
 def test_how_sure_the_policy_was_is_what_its_log_prob_says(ragged, stop):
     torch.manual_seed(0)
     policy = PointerSelector(d_model=64, hidden_dim=32, state_update="gru", stop=stop).eval().requires_grad_(False)
-    picks = choose(policy, ragged, 3)
+    picks, reasons = choose(policy, ragged, 3)
     queries, icds = ragged.features
-    for query, pool, chosen, why in zip(queries, ragged.pools, picks, explain(policy, ragged, picks), strict=True):
+    for query, pool, chosen, why in zip(queries, ragged.pools, picks, reasons, strict=True):
         places = torch.tensor([[[pool.index(icd) for icd in chosen]]])
         one = query[None], icds[pool][None]
         expected = policy.log_prob(*one, places).exp().item()

@@ -271,7 +271,9 @@ def test_weights_of_another_shape_or_name_are_refused(tmp_path, key, tensor):
         load_policy(tmp_path / "odd.pt")
 
 
-@pytest.mark.parametrize("shape", [{"hidden_dim": 8}, {"width": 3}, "abc", [1], {"hidden_dim": "x"}], ids=str)
+@pytest.mark.parametrize(
+    "shape", [{"hidden_dim": 9}, {"width": 3}, {"num_heads": 3}, "abc", {"hidden_dim": "x"}], ids=str
+)
 def test_a_config_that_does_not_fit_the_weights_is_refused(tmp_path, shape):
     content = v3_content(make(), epoch=0, phase="rce", kl_beta=0.0, metrics={}, config={})
     content["config"]["policy"] = shape

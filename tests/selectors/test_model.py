@@ -218,6 +218,20 @@ def test_logits_equal_those_through_torchs_own_attention(update, layers, heads, 
     torch.testing.assert_close(ours, torch.stack(theirs), rtol=0, atol=2e-5)
 
 
+def test_attention_dropout_scales_the_value_bias_as_it_scales_the_weights():
+    """Weights of which some are dropped do not sum to one."""
+    policy = make(num_heads=2, dropout=0.0, attn_dropout=0.5).train()
+    (query, candidates), layer = inputs(2, 5), policy.cross_attn_layers[0]
+    noise = policy.draw_noise(query, candidates)
+    x, c = policy.input_proj(query), policy.input_proj(candidates)
+    parts = zip((x, c, c), layer.in_proj_weight.chunk(3), layer.in_proj_bias.chunk(3), strict=True)
+    q, k, v = (F.linear(rows, weight, bias).unflatten(-1, (2, 4)) for rows, weight, bias in parts)
+    weights = (torch.einsum("bns,bkns->bnk", q, k) / 2).softmax(-1) * noise.attention[0]
+    attended = layer.out_proj(torch.einsum("bnk,bkns->bns", weights, v).flatten(1))
+    expected = F.normalize(policy.query_proj(policy.attn_norms[0](attended + x)), dim=-1)
+    torch.testing.assert_close(policy.encode(query, candidates, noise=noise)[0], expected, rtol=0, atol=1e-5)
+
+
 def test_an_untrained_policy_without_attention_scores_by_cosine_over_temperature():
     torch.manual_seed(0)
     policy = PointerSelector(d_model=4, hidden_dim=4, num_layers=0, temperature=0.5).eval()

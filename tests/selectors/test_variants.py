@@ -10,8 +10,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 from lever_lm.selectors.pointer.checkpoint import infer_shape, load_policy, save_torch, to_v2, to_v3, v3_content
@@ -191,23 +189,6 @@ def test_log_prob_and_entropy_of_every_sequence_are_the_sums_over_its_written_ou
     torch.testing.assert_close(entropies[0], torch.tensor([e[1] for e in expected], dtype=torch.float64), **EXACT)
 
 
-def test_the_gru_moves_the_state_as_torchs_cell_does_with_the_pick_as_its_input():
-    policy = make({"state_update": "gru"})
-    cell = nn.GRUCell(4, 4).double()
-    prefix = "query_update_gru."
-    cell.load_state_dict({k.removeprefix(prefix): t for k, t in policy.state_dict().items() if k.startswith(prefix)})
-    query, candidates = inputs(2, 5)
-    with torch.no_grad():
-        state, cands = policy.encode(query, candidates)
-        cands = nn.functional.normalize(cands, dim=-1)
-        for t, pick in enumerate((4, 1)):
-            state = nn.functional.normalize(cell(cands[:, pick], state), dim=-1)
-            ours = policy.logits(query, candidates, torch.tensor([[4, 1, 0]] * 2))[:, t + 1]
-            theirs = torch.einsum("bh,bkh->bk", state, cands) / 0.5
-            untaken = [k for k in range(5) if k not in (4, 1)[: t + 1]]
-            torch.testing.assert_close(ours[:, untaken], theirs[:, untaken], **EXACT)
-
-
 def bare(degrees, temperature=0.5, **variant):
     """A policy that takes plane vectors as they are, a query along the first axis, and candidates at these angles."""
     policy = PointerSelector(2, 2, 0, temperature=temperature, **variant).double().eval()
@@ -240,43 +221,6 @@ def test_untrained_mmr_takes_half_the_likeness_and_an_untrained_bilinear_scorer_
     expected = [math.tanh(0.5) / 0.5 - 0.5, (math.tanh(-1) + 0.5) / 0.5]
     torch.testing.assert_close(logits[1, 2:], torch.tensor(expected, dtype=torch.float64), **EXACT)
     assert logits[0].argsort(descending=True).tolist() == [0, 2, 1, 3]
-
-
-def test_the_bilinear_scorer_is_the_state_times_w_times_the_candidate():
-    policy, query, candidates = bare([0, 90, 60], scorer="bilinear")
-    with torch.no_grad():
-        policy.bilinear_scorer.weight.copy_(torch.tensor([[0.25, 0.75], [5.0, 9.0]]))  # the state has no second part
-        logits = policy.logits(query, candidates, torch.tensor([[0]]))[0, 0]
-    expected = [math.tanh(x) / 0.5 for x in (0.25, 0.75, 0.25 * 0.5 + 0.75 * math.sqrt(0.75))]
-    torch.testing.assert_close(logits, torch.tensor(expected, dtype=torch.float64), **EXACT)
-
-
-def test_the_additive_scorer_adds_state_and_candidate_before_the_tanh():
-    policy, query, candidates = bare([0, 90], scorer="additive")
-    scorer = policy.additive_scorer
-    with torch.no_grad():
-        scorer.state.weight.copy_(torch.tensor([[0.5, 9.0], [-0.25, 9.0]]))
-        scorer.state.bias.copy_(torch.tensor([0.125, 0.0]))
-        scorer.candidate.weight.copy_(torch.tensor([[1.0, 2.0], [3.0, -1.0]]))
-        scorer.score.weight.copy_(torch.tensor([[1.5, -0.5]]))
-        logits = policy.logits(query, candidates, torch.tensor([[0]]))[0, 0]
-    expected = [
-        math.tanh(1.5 * math.tanh(1.625) - 0.5 * math.tanh(2.75)) / 0.5,
-        math.tanh(1.5 * math.tanh(2.625) - 0.5 * math.tanh(-1.25)) / 0.5,
-    ]
-    torch.testing.assert_close(logits, torch.tensor(expected, dtype=torch.float64), **EXACT)
-
-
-@pytest.mark.parametrize("scorer", ["additive", "bilinear"])
-def test_learned_scorers_are_clipped_at_one_over_the_temperature(scorer):
-    policy = make({"scorer": scorer}, temperature=0.1)
-    query, candidates = inputs(4, 9)
-    with torch.no_grad():
-        for name, parameter in policy.named_parameters():
-            if name.startswith(scorer):
-                parameter.mul_(50)
-        logits = policy.logits(query, candidates, torch.zeros(4, 1, dtype=torch.long))
-    assert float(logits.abs().max()) == pytest.approx(10, abs=1e-3)
 
 
 # ---------------------------------------------------------------------- probabilities
@@ -354,27 +298,6 @@ def test_label_smoothing_is_torchs_smoothed_cross_entropy_over_the_options(varia
 
 
 @paired_variants
-def test_a_padded_step_picks_nothing(variant):
-    policy = make(variant)
-    with torch.no_grad():
-        logits = policy.logits(*inputs(1, 4), torch.tensor([[2, 1, -1, -1]]))[0]
-    assert torch.equal(logits[3], logits[2])
-    assert not torch.equal(logits[2], logits[1])
-
-
-@paired_variants
-def test_a_rollout_of_padding_alone_has_log_prob_and_gradient_zero(variant):
-    policy = make(variant)
-    query, candidates = (x.requires_grad_() for x in inputs(2, 4))
-    log_probs, entropies = policy.evaluate(query, candidates, torch.full((2, 3, 2), -1))
-    assert (log_probs == 0).all()
-    assert (entropies == 0).all()
-    (log_probs.sum() + entropies.sum()).backward()
-    for tensor in (query, candidates, *policy.parameters()):
-        assert tensor.grad is None or (tensor.grad == 0).all()
-
-
-@paired_variants
 def test_gradient_of_log_prob_and_entropy_is_right(variant):
     policy = make(variant, num_heads=2)
     query, candidates = (x.requires_grad_() for x in inputs(1, 4))
@@ -444,16 +367,6 @@ def test_where_the_pool_is_used_up_its_candidates_are_equally_likely_again(varia
     torch.testing.assert_close(ours, full - math.log(2), **EXACT)
 
 
-@with_stop
-def test_when_the_pool_is_used_up_to_stop_is_certain(variant):
-    policy = make(variant)
-    query, candidates = inputs(1, 2)
-    with torch.no_grad():
-        ours = policy.log_prob(query, candidates, torch.tensor([[[1, 0, -1]]]))
-        full = policy.log_prob(query, candidates, torch.tensor([[[1, 0]]]))
-    torch.testing.assert_close(ours, full, **EXACT)
-
-
 @paired_variants
 def test_a_query_does_not_depend_on_the_others_of_its_batch(variant):
     policy = make(variant, num_layers=2)
@@ -499,14 +412,6 @@ def test_select_is_the_largest_logit_step_by_step(variant):
         assert torch.equal(policy.select(query, candidates, fewer), picks[:, :fewer])
 
 
-@with_stop
-def test_greedy_choices_with_stop_have_more_than_one_length(variant):
-    picks = make(variant, seed=2).select(*inputs(64, 5), 4)
-    lengths = (picks >= 0).sum(-1)
-    assert len(lengths.unique()) > 1
-    assert torch.equal(picks < 0, torch.arange(4) >= lengths.unsqueeze(-1))  # nothing is picked after a stop
-
-
 @paired_variants
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_samples_come_with_the_probability_that_log_prob_gives_them(variant, temperature):
@@ -547,58 +452,13 @@ def test_beams_wide_enough_are_all_sequences_likeliest_first(variant):
 
 
 @paired_variants
-def test_beams_as_wide_as_the_pool_are_the_best_of_all_pairs(variant):
+def test_a_pool_in_another_order_gives_the_same_picks_at_their_new_places(variant):
     policy = make(variant)
-    query, candidates = inputs(3, 5)
-    sequences, log_probs, _ = policy.beams(query, candidates, 2, 5)
-    every = as_group(possible(range(5), 2, variant["stop"]))
-    with torch.no_grad():
-        scores, order = policy.log_prob(query, candidates, every.expand(3, -1, -1)).topk(5)
-    torch.testing.assert_close(log_probs, scores, **EXACT)
-    assert torch.equal(sequences, every[0][order])
-
-
-@paired_variants
-def test_a_pool_as_large_as_the_shots_will_do_and_a_smaller_one_is_refused(variant):
-    policy = make(variant)
-    query, candidates = inputs(2, 4)
-    mask = torch.tensor([[True] * 4, [True] * 3 + [False]])
-    chosen = [
-        policy.select(query, candidates, 3, mask).unsqueeze(1),
-        policy.sample(query, candidates, 3, mask, num_samples=9, generator=torch.Generator().manual_seed(0)),
-        policy.beams(query, candidates, 3, 6, mask)[0],
-    ]
-    for sequences in chosen:
-        picks = [[pick for pick in sequence if pick >= 0] for sequence in sequences[1].tolist()]
-        assert all(set(p) <= {0, 1, 2} and len(set(p)) == len(p) for p in picks)
-        assert variant["stop"] or all(len(p) == 3 for p in picks)
-    refused = pytest.raises(ValueError, match="cannot pick 4 shots from a pool of 3 candidates")
-    with refused:
-        policy.select(query, candidates, 4, mask)
-    with refused:
-        policy.sample(query, candidates, 4, mask)
-    with refused:
-        policy.beams(query, candidates, 4, 6, mask)
-
-
-@paired_variants
-@settings(max_examples=3)
-@given(order=st.permutations(range(5)), seed=st.integers(0, 10**6))
-def test_a_pool_in_another_order_gives_the_same_picks_at_their_new_places(variant, order, seed):
-    policy = make(variant, seed=seed % 7)
-    query, candidates = inputs(2, 5, seed=seed)
-    order = torch.tensor(order)
+    query, candidates = inputs(2, 5)
+    order = torch.tensor([3, 0, 4, 2, 1])
     place = order.argsort()  # candidate k stands at place[k] of candidates[:, order]
-    sequences = torch.tensor([[[0, 1, 2], [4, 3, -1]], [[3, 1, 4], [2, -1, -1]]])
-    moved = torch.where(sequences < 0, -1, place[sequences])
-    with torch.no_grad():
-        plain = policy.evaluate(query, candidates, sequences)
-        torch.testing.assert_close(policy.evaluate(query, candidates[:, order], moved), plain, **EXACT)
-    assert torch.isfinite(plain[0]).all()
-    assert (plain[0] <= 0).all()
     picks = policy.select(query, candidates, 4)
-    expected = torch.where(picks < 0, -1, place[picks])
-    assert torch.equal(policy.select(query, candidates[:, order], 4), expected)
+    assert torch.equal(policy.select(query, candidates[:, order], 4), torch.where(picks < 0, -1, place[picks]))
 
 
 # ---------------------------------------------------------------------- checkpoints and after_input
@@ -660,7 +520,7 @@ def test_weights_of_another_variant_than_the_file_says_are_refused(tmp_path, opt
     content = content_of(make({option: held}))
     content["config"]["policy"][option] = said
     save_torch(tmp_path / "mixed.pt", content)
-    with pytest.raises(LeverError, match=r"mixed.pt does not hold the weights of a PointerSelector: .*(?:Miss|Unexp)"):
+    with pytest.raises(LeverError, match=rf"mixed.pt does not hold the weights of a PointerSelector with .*{option}"):
         load_policy(tmp_path / "mixed.pt")
 
 
@@ -780,32 +640,21 @@ class TypedPools:
 STATELESS_BOUND = 3 * (5 - 2 * math.sqrt(6))  # 0.303
 
 
-def test_the_bound_of_a_stateless_policy_is_the_largest_over_all_first_picks():
-    alpha = np.linspace(0, 1, 100_001)
-    assert (alpha * (1 - alpha) * 3 / (3 - alpha)).max() == pytest.approx(STATELESS_BOUND, abs=1e-9)
-
-
-@pytest.mark.parametrize("scorer", CHOICES["scorer"])
-def test_a_stateless_policy_cannot_learn_an_order(scorer):
-    earned = TypedPools("AB").learned(scorer=scorer)
-    assert earned.max() <= STATELESS_BOUND + 1e-4
-    assert earned.mean() > 0.9 * STATELESS_BOUND  # it does learn as much as it can
-
-
 @pytest.mark.parametrize(
-    ("update", "scorer"), [("gate", "dot"), ("gru", "dot"), ("gate", "additive"), ("gru", "bilinear")]
+    ("variant", "learns"),
+    [
+        ({}, False),
+        ({"scorer": "additive"}, False),
+        ({"state_update": "gate"}, True),
+        ({"state_update": "gru", "scorer": "bilinear"}, True),
+        ({"diversity": "mmr"}, True),
+    ],
+    ids=str,
 )
-def test_a_policy_with_a_state_learns_an_order(update, scorer):
-    assert TypedPools("AB").learned(state_update=update, scorer=scorer).mean() > 0.9
-
-
-def test_mmr_learns_another_type_for_the_second_pick_without_a_state():
-    assert TypedPools("AB").learned(diversity="mmr").mean() > 0.9
-
-
-def test_mmr_cannot_learn_what_a_state_can():
-    """A, B, B: after an A and a B both types are alike to a pick, and so the third pick prefers B as the first did:
-    α (1 − α) at most."""
-    world = TypedPools("ABB")
-    assert world.learned(diversity="mmr").max() <= 0.25 + 1e-4
-    assert world.learned(state_update="gru").mean() > 0.9
+def test_an_order_is_learnt_with_a_state_or_a_penalty_and_by_no_stateless_policy(variant, learns):
+    earned = TypedPools("AB").learned(**variant)
+    if learns:
+        assert earned.mean() > 0.9
+    else:
+        assert earned.max() <= STATELESS_BOUND + 1e-4
+        assert earned.mean() > 0.9 * STATELESS_BOUND  # it does learn as much as it can

@@ -1,6 +1,7 @@
 """Where files are, and what makes two runs the same run."""
 
 import json
+import os
 
 import pytest
 import yaml
@@ -166,6 +167,7 @@ def test_overwriting_removes_the_old_run_and_nothing_else(tmp_path):
 def test_temporary_files_of_a_killed_run_are_removed(tmp_path):
     run = RunFolder(tmp_path)
     (tmp_path / ".tmp-abc").touch()
+    os.utime(tmp_path / ".tmp-abc", (0, 0))
     run.open(config())
     assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]
 

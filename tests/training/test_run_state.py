@@ -55,7 +55,7 @@ def record(journal, policy, optimizer, rows):
         step(policy, optimizer)
         frozen = snapshot(policy)
         extra = {"old": frozen, "reference": frozen, "beta": 0.12, "online": ROUND}
-        journal.commit(entry, policy, optimizer, extra)
+        journal.commit(entry, policy, optimizer, extra if entry["phase"] == "grpo" else {})
 
 
 # ---------------------------------------------------------------------- an epoch

@@ -9,12 +9,10 @@ from pathlib import Path
 
 import pytest
 from helpers import CHECKOUT, clean_environment
-from hypothesis import given
-from hypothesis import strategies as st
 
 from lever_lm.selectors.pointer.checkpoint import save_torch
 from lever_lm.training.log_parser import read_log
-from lever_lm.training.metrics import GRPO_MARKER, STRATEGIES, table_header, table_row
+from lever_lm.training.metrics import STRATEGIES, table_header, table_row
 from lever_lm.training.run_dir import RunFolder
 from lever_lm.training.select_checkpoint import (
     best_row,
@@ -268,6 +266,21 @@ def test_rows_with_nan_and_inf_are_read_and_excluded(tmp_path):
     assert [e["epoch"] for e in choose(history, "ppo_loss", None)["excluded"]] == [1, 2, 3]
 
 
+def test_a_table_is_read_by_the_names_in_its_heading_and_without_one_by_the_seeds_columns(tmp_path):
+    rows = [row(1), row(2, kl=0.07)]
+    marker, names, rule, *lines = log_text(rows).splitlines()
+    beside = [f"{names[:7]}   Entropy{names[7:]}", rule, *(f"{line[:6]}   1.23456{line[6:]}" for line in lines)]
+    for found in ([names, rule, *lines], beside, lines):
+        read = read_log(write_log(tmp_path, "\n".join([marker, *found, ""]))).rows
+        assert [{key: one[key] for key in rows[0]} for one in read] == rows
+        assert ("entropy" in read[0]) is False
+
+
+def test_rows_of_another_table_after_the_last_grpo_table_are_none_of_it(tmp_path):
+    rce = [*table_header("rce"), table_row({"phase": "rce", "epoch": 1, "train_loss": 1.0, "val_loss": 1.0}), ""]
+    assert read_log(write_log(tmp_path, log_text([row(1)]) + "\n".join(rce))).rows == [row(1)]
+
+
 def test_of_two_runs_in_one_log_the_last_counts_and_it_says_so(tmp_path):
     first = log_text([row(1, val_loss=0.1), row(2, val_loss=0.2)])
     second = log_text([row(1, val_loss=9.0), row(2, val_loss=8.0), row(3, val_loss=8.5)])
@@ -385,56 +398,7 @@ def test_a_folder_with_nothing_and_no_folder_are_refused(tmp_path):
         read_history(None, None)
 
 
-def test_a_run_that_was_resumed_under_a_heading_of_its_own_is_one_run(tmp_path):
-    def row(epoch: int, val_loss: float) -> str:
-        return f"{epoch:>6} 0.1 {val_loss} 0.1 0.05 0.5 1.0 0.1\n"
-
-    log = tmp_path / "train.log"
-    first, second = f"{GRPO_MARKER}\n" + row(1, 9) + row(2, 1) + row(3, 5), f"{GRPO_MARKER}\n" + row(3, 4) + row(4, 3)
-    log.write_text(first + second, encoding="utf-8")
-    history = read_log(log)
-    assert [(r["epoch"], r["val_loss"]) for r in history.rows] == [(1, 9), (2, 1), (3, 4), (4, 3)]
-    assert any("goes on from epoch 2" in note for note in history.notes)
-    log.write_text(f"{GRPO_MARKER}\n" + row(1, 9) + f"{GRPO_MARKER}\n" + row(3, 4), encoding="utf-8")
-    assert [r["epoch"] for r in read_log(log).rows] == [3], "an epoch lies between: another run"
-
-
 # ---------------------------------------------------------------------- logs out of all bounds
-
-
-def tables_text(tables) -> str:
-    """A log with a table for each list of epochs, whose losses tell the rows apart."""
-    number = iter(range(10**9))
-    return "".join(
-        f"{GRPO_MARKER}\n" + "".join(f"{e} 0 {next(number)} 0 0 0 0 0\n" for e in epochs) for epochs in tables
-    )
-
-
-def last_run(tables) -> list[tuple[int, int]]:
-    """The rows (epoch, number) of the last run, found from the end backwards over all of them."""
-    number = iter(range(10**9))
-    rows = [[(epoch, next(number)) for epoch in epochs] for epochs in tables]
-    found = rows.pop()
-    while found and rows and found[0][0] > 1:
-        earlier = [row for row in rows.pop() if row[0] < found[0][0]]
-        if not earlier or earlier[-1][0] != found[0][0] - 1:
-            break
-        found = earlier + found
-    return found
-
-
-@given(st.lists(st.integers(1, 6).flatmap(lambda e: st.integers(0, 4).map(lambda n: range(e, e + n))), min_size=1))
-def test_a_log_read_line_by_line_holds_the_run_that_is_found_backwards(tmp_path_factory, tables):
-    path = tmp_path_factory.getbasetemp() / "tables.log"
-    path.write_text(tables_text(tables), encoding="utf-8")
-    wanted = last_run(tables)
-    if not wanted:
-        with pytest.raises(LeverError, match="holds no row"):
-            read_log(path)
-        return
-    history = read_log(path)
-    assert [(r["epoch"], r["val_loss"]) for r in history.rows] == wanted
-    assert any(f"holds {len(tables)} GRPO tables" in note for note in history.notes) is (len(tables) > 1)
 
 
 @pytest.mark.parametrize("epoch", ["9" * 5000, "9" * 10, "٣" * 12], ids=["thousands", "ten", "arabic"])
@@ -465,20 +429,12 @@ def test_a_heading_after_a_progress_bar_without_line_ends_counts(tmp_path):
         assert [r["epoch"] for r in read_log(write_log(tmp_path, text)).rows] == [1, 2]
 
 
-def test_of_many_joined_tables_the_notes_stay_few(tmp_path):
-    history = read_log(write_log(tmp_path, tables_text([[epoch] for epoch in range(1, 1001)])))
-    assert len(history.rows) == 1000
-    assert len(history.notes) < 10
-    assert "999 times in all" in history.notes[-1]
-
-
 # What a log is made of: one line without an end, one row over and over, table after table, each going on.
 GIANTS = {
     "line": "'x' * (1 << 20)",
     "row": "'not a row 1 2 3 4 5 6 7\\n' * 40_000",
     "tables": "(MARKER + '\\n1 0 0 0 0 0 0 0\\n') * 20_000",
     "headings": "(MARKER + '\\n') * 40_000",
-    "resumed": "(MARKER + '\\n1 0 0 0 0 0 0 0\\n' + MARKER + '\\n2 0 0 0 0 0 0 0\\n') * 10_000",
     "bytes": "'\\udcff' * (1 << 20)",
 }
 CHILD = """
@@ -508,7 +464,7 @@ def read_giant(folder, kind: str, size: int) -> tuple[float, float]:
     return float(memory), float(seconds)
 
 
-@pytest.mark.parametrize(("kind", "size"), [("line", 100 << 20), ("resumed", 8 << 20)])
+@pytest.mark.parametrize(("kind", "size"), [("line", 100 << 20), ("tables", 8 << 20)])
 def test_a_large_log_takes_little_memory(tmp_path, kind, size):
     memory, _ = read_giant(tmp_path, kind, size)
     assert memory < 50

@@ -54,7 +54,7 @@ BROKEN_STATES = {
     "extra__beta": ["x", math.nan, None],
     "extra__old": [{"a": torch.ones(1)}, [1], "x"],
     "extra__reference": [{"a": torch.ones(1)}, [1], "x"],
-    "extra__online": [[1], {"sequences": 1}, {"sequences": 1, "rewards": 2, "mask": 3}],
+    "extra__online": [[1], {}, {"sequences": 1}, {"sequences": 1, "rewards": 2, "mask": 3}, {"mask": torch.ones(2, 2)}],
     "inputs": [None, [1], {"data": ["d"]}, "x"],
 }
 
@@ -83,10 +83,12 @@ def test_the_state_of_another_policy_is_refused_and_that_of_the_same_is_taken(tm
     for shape, fits in (({}, True), ({"hidden_dim": 12}, False), ({"num_layers": 2}, False)):
         policy = small_policy(**shape)
         optimizer = torch.optim.AdamW(policy.parameters(), lr=0.01)
-        journal = Journal(RunFolder(run), {"policy": policy.shape}, INPUTS, lambda text: None)
+        journal = Journal(RunFolder(run), {"policy": small_policy().shape}, INPUTS, lambda text: None)
         journal.resume()
         if fits:
             assert journal.restore("grpo", policy, optimizer)["beta"] == 0.1
-        else:
-            with pytest.raises(LeverError, match=r"state\.pt is no state of this run \(policy holds .*another policy"):
-                journal.restore("grpo", policy, optimizer)
+            continue
+        with pytest.raises(LeverError, match=r"state\.pt is no state of this run: its policy is .*another policy"):
+            journal.restore("grpo", policy, optimizer)
+        with pytest.raises(LeverError, match=r"state\.pt is no state of this run: its policy is .*another policy"):
+            Journal(RunFolder(run), {"policy": policy.shape}, INPUTS, lambda text: None).resume()

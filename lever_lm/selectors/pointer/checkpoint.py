@@ -30,6 +30,13 @@ _LAYER_KEYS = {"cross_attn_layers.0.": "cross_attn.", "attn_norms.0.": "attn_nor
 # option → what of it v2 can express
 _IN_V2 = {"state_update": ("none", "gate"), "scorer": ("dot",), "diversity": ("none",), "stop": (False,)}
 _NOT_OURS = "not the weights of a PointerSelector"
+# Arguments of a policy that its weights do not say → their types, least value and bound
+_UNSEEN = {
+    "dropout": ((int, float), 0, 1),
+    "attn_dropout": ((int, float), 0, 1),
+    "temperature": ((int, float), 1e-6, 1e6),
+    "num_heads": ((int,), 1, 1 << 16),
+}
 
 
 # ---------------------------------------------------------------------- v3 files
@@ -45,18 +52,13 @@ def save_torch(path: Path, content: dict) -> None:
 
 def v3_content(policy: PointerSelector, *, epoch: int, phase: str, kl_beta: float, metrics: dict, config: dict) -> dict:
     """The content of a v3 file. epoch counts from 0, as in Lever-Plus; config says what the policy was made for."""
-    state = {name: tensor.detach().cpu().clone() for name, tensor in policy.state_dict().items()}
-    return _v3(epoch, phase, state, kl_beta, metrics, {"policy": policy.shape, **config})
-
-
-def _v3(epoch: int, phase: str, state: dict[str, Tensor], kl_beta: float, metrics: dict, config: dict) -> dict:
     return {
         "epoch": epoch,
         "phase": phase,
-        "model_state_dict": state,
+        "model_state_dict": {name: tensor.detach().cpu().clone() for name, tensor in policy.state_dict().items()},
         "kl_beta": kl_beta,
         "metrics": metrics,
-        "config": config,
+        "config": {"policy": policy.shape, **config},
         "format": FORMAT,
     }
 
@@ -128,35 +130,26 @@ def policy_of(content: dict, path: str | Path, num_heads: int = 1) -> PointerSel
 
 
 def _checked_shape(claimed, found: dict, path: str | Path) -> dict:
-    """The shape that a file's config claims, where its sizes are those `found` in the weights. LeverError otherwise."""
-    if not isinstance(claimed, dict):
-        raise LeverError(f"{path}: its config has a {type(claimed).__name__} for the shape of a PointerSelector")
-    for name, value in claimed.items():
-        if name in ("dropout", "attn_dropout"):
-            fits = type(value) in (int, float) and 0 <= value < 1
-        elif name == "temperature":
-            fits = type(value) in (int, float) and 1e-6 <= value <= 1e6
-        elif name == "num_heads":
-            fits = type(value) is int and 0 < value <= found["hidden_dim"]
-        else:  # weights of another variant than the config names are refused when they are loaded
-            fits = type(value) is type(found.get(name)) and (type(value) is not int or value == found[name])
+    """The shape that was found in the weights, with what a file's config adds. LeverError where the two differ."""
+    for name, value in claimed.items() if isinstance(claimed, dict) else [("policy", claimed)]:
+        if name in _UNSEEN:
+            kinds, low, high = _UNSEEN[name]
+            fits = type(value) in kinds and low <= value < high
+        else:
+            fits = type(value) is type(found.get(name)) and value == found[name]
         if not fits:
             claim = f"{shown(name)}={shown(value)}"
             raise LeverError(f"{path} does not hold the weights of a PointerSelector with {claim}, as its config says")
-    return claimed
+    return {**found, **claimed}
 
 
 def infer_shape(state: dict[str, Tensor], num_heads: int, path: str | Path = "checkpoint") -> dict:
     """Constructor arguments of the policy that has these weights."""
-    if "query_proj.weight" not in state:
-        raise LeverError(f"{path} holds no query_proj.weight: {_NOT_OURS}")
-    for name in ("query_proj.weight", "input_proj.weight"):
-        if name in state and (state[name].ndim != 2 or not state[name].numel()):
-            raise LeverError(f"{path}: {name} has shape {tuple(state[name].shape)}: {_NOT_OURS}")
-    hidden, width = state["query_proj.weight"].shape
-    if hidden != width:
-        raise LeverError(f"{path}: query_proj.weight of {hidden} by {width} numbers is of no PointerSelector")
-    entry = state.get("input_proj.weight")
+    inner, entry = state.get("query_proj.weight"), state.get("input_proj.weight")
+    if inner is None or any(
+        weight is not None and (weight.ndim != 2 or not weight.numel()) for weight in (inner, entry)
+    ):
+        raise LeverError(f"{path} holds no query_proj.weight, or projections of odd shapes: {_NOT_OURS}")
     layers = {match[1] for key in state if (match := re.match(r"cross_attn_layers\.(\d+)\.", key))}
     modules = {key.split(".")[0] for key in state}
     variants = {
@@ -164,8 +157,8 @@ def infer_shape(state: dict[str, Tensor], num_heads: int, path: str | Path = "ch
         for option, known in VARIANTS.items()
     }
     return {
-        "d_model": hidden if entry is None else entry.shape[1],
-        "hidden_dim": hidden,
+        "d_model": inner.shape[1] if entry is None else entry.shape[1],
+        "hidden_dim": inner.shape[0],
         "num_layers": len(layers),
         "num_heads": num_heads,
         **variants,
@@ -237,8 +230,6 @@ def to_v2(content: dict, path: str | Path, *, allow_truncate: bool = False) -> t
 def to_v3(content: dict, path: str | Path) -> dict:
     """The v3 content of a v2 file; phase and metrics are not in v2 and stay empty. Raises LeverError when the file
     holds no sound policy."""
-    policy_of(content, path)
-    state, own = weights_of(content, path), own_config(content)
-    kept = {key: tensor.clone() for key, tensor in state.items()}
-    config = own or {"policy": infer_shape(state, 1, path)}
-    return _v3(content.get("epoch", 0), own.get("phase", "grpo"), kept, own.get("kl_beta", 0.0), {}, config)
+    policy, own = policy_of(content, path), own_config(content)
+    about = {"phase": own.get("phase", "grpo"), "kl_beta": own.get("kl_beta", 0.0), "metrics": {}}
+    return v3_content(policy, epoch=content.get("epoch", 0), **about, config=own)

@@ -44,24 +44,20 @@ def setting_of(values: dict) -> dict:
     kept: dict = {}
     for section, name in SETTING:
         there = values.get(section)
-        if (
-            isinstance(there, dict)
-            and name in there
-            and (value := _shareable((section, name), there[name])) is not None
-        ):
+        value = _shareable((section, name), there.get(name)) if isinstance(there, dict) else None
+        if value is not None:
             kept.setdefault(section, {})[name] = value
     return kept
 
 
 def _shareable(key: tuple[str, str], value):
-    if not isinstance(value, str):
-        return value
+    """Return a config value as it means the same on every machine; None where it does not."""
     if key == ("data", "file_prefix"):
-        return None if "/" in value else value
-    if key not in PLACES | _MODELS or re.fullmatch(_EVERYWHERE, value):
+        return None if "/" in str(value) else value
+    if not isinstance(value, str) or not value or key not in PLACES | _MODELS or re.fullmatch(_EVERYWHERE, value):
         return value
     if key in PLACES or value.startswith((ASSET_PREFIX, HUB_PREFIX)):
-        return None if value else value
+        return None
     name = value if is_hub_id(value) else Path(value.rstrip("/")).name
     return None if name.startswith((".", "~")) else name
 
@@ -121,24 +117,18 @@ def read_exported(folder: Path, named: str | Path) -> dict:
 def _read_config(folder: Path, named: str | Path) -> dict:
     try:
         config = read_json(folder / CONFIG, _CONFIG_LIMIT)
-    except OSError as error:
-        raise LeverError(
-            f"cannot read the checkpoint {named}: Is a directory, and has no {CONFIG} of a policy "
-            f"({error.strerror or error}); expected {_WHAT}, or a checkpoint file"
-        ) from error
-    except ValueError as error:
-        raise LeverError(f"{named}/{CONFIG} is not JSON that can be read: {error}; expected {_WHAT}") from error
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise LeverError(f"{named}/{CONFIG} is of something else: expected {_WHAT}")
-    if config.get("format_version") != VERSION:
-        raise LeverError(
-            f"{named}: its format is of version {shown(config.get('format_version'))}, this lever_lm reads "
-            f"{VERSION}: install the lever_lm that wrote it ({shown(config.get('lever_lm'))})"
-        )
-    if unknown := sorted(set(config) - _KEYS):
-        raise LeverError(f"{named}/{CONFIG} holds a key {shown(unknown[0])}, which is none of a policy's; {_WHAT}")
-    if not isinstance(config.get("policy"), dict):
-        raise LeverError(f"{named}/{CONFIG} does not say the policy's shape; expected {_WHAT}")
+        if not isinstance(config, dict) or config.get("format") != FORMAT or not isinstance(config.get("policy"), dict):
+            raise ValueError("it is of something else, or does not say the policy's shape")
+        if (version := config.get("format_version")) != VERSION:
+            wrote = shown(config.get("lever_lm"))
+            raise ValueError(
+                f"of version {shown(version)}, not {VERSION}: install the lever_lm that wrote it ({wrote})"
+            )
+        if unknown := sorted(set(config) - _KEYS):
+            raise ValueError(f"it holds a key {shown(unknown[0])}, which is none of a policy's")
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise LeverError(f"cannot read the checkpoint {named}: {CONFIG}: {why}; expected {_WHAT}") from error
     return config
 
 

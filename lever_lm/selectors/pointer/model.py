@@ -134,30 +134,20 @@ class PointerSelector(Encoder):
         noise: Noise | None = None,
         **options: float,
     ) -> tuple[Tensor, Tensor]:
-        """Log-prob and entropy of whole sequences, as `score` returns them; options: its temperature and
-        label_smoothing."""
+        """Log-prob and entropy of whole sequences, as `score` returns them; arguments as in `log_prob`."""
         steps = self.steps(query, candidates, sequences, pool_mask, noise=noise)
         return self.score(steps, sequences, pool_mask, **options)
 
     def log_prob(
-        self,
-        query: Tensor,
-        candidates: Tensor,
-        sequences: Tensor,
-        pool_mask: Tensor | None = None,
-        *,
-        temperature: float = 1.0,
-        label_smoothing: float = 0.0,
-        noise: Noise | None = None,
+        self, query: Tensor, candidates: Tensor, sequences: Tensor, pool_mask: Tensor | None = None, **options
     ) -> Tensor:
         """Log-probability of whole sequences, summed over their steps.
 
-        query (B, D), candidates (B, K, D), sequences (B, G, S) long, pool_mask (B, K) → (B, G). `temperature` is that
-        of `sample`: the log-probability with which it draws. With label_smoothing ε a step gives
-        (1 − ε) log p(pick) + ε · mean_k log p(k), whose negative is the smoothed cross-entropy. With `stop`, a sequence
-        shorter than S includes its decision to stop. noise: the dropout, drawn if None.
+        query (B, D), candidates (B, K, D), sequences (B, G, S) long, pool_mask (B, K) → (B, G). Options: `temperature`
+        (1.0) is that of `sample`: the log-probability with which it draws. With `label_smoothing` ε (0.0) a step gives
+        (1 − ε) log p(pick) + ε · mean_k log p(k), whose negative is the smoothed cross-entropy. `noise`: the dropout,
+        drawn if None. With `stop`, a sequence shorter than S includes its decision to stop.
         """
-        options = {"temperature": temperature, "label_smoothing": label_smoothing, "noise": noise}
         return self.evaluate(query, candidates, sequences, pool_mask, **options)[0]
 
     def logits(self, query: Tensor, candidates: Tensor, sequences: Tensor, pool_mask: Tensor | None = None) -> Tensor:
