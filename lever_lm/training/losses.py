@@ -50,6 +50,48 @@ def rce_loss(log_probs: Tensor, rewards: Tensor, mask: Tensor | None, temperatur
     return per_group.sum() / mask.any(-1).sum().clamp(min=1)
 
 
+def match_loss(log_probs: Tensor, rewards: Tensor, mask: Tensor | None, temperature: float = 1.0) -> Tensor:
+    """Answer match: mean over queries of −log Σ_c p(c)·score(answer of c, references of the query).
+
+    log_probs (B, K) of every candidate alone, whose shares p sum to 1; rewards (B, K): the scores in [0, 1]; mask
+    (B, K) or None for all real; the temperature has no part in it. A query without a match is left out. Returns a
+    scalar.
+    Source: ours; distant supervision by answers, as in Lee et al., arXiv:1906.00300 §5.
+    """
+    mask = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask
+    matches = mask & (rewards > 0)
+    known = matches.any(-1)
+    # In logarithms, as shares may be too small for float32. A query that is left out is scored by zeros.
+    terms = (log_probs + rewards.clamp(min=1e-12).log()).masked_fill(~matches, -torch.inf)
+    per_query = -terms.masked_fill(~known.unsqueeze(-1), 0).logsumexp(-1)
+    return per_query.masked_fill(~known, 0).sum() / known.sum().clamp(min=1)
+
+
+def epr_loss(
+    scores: Tensor, rewards: Tensor, mask: Tensor, others: Tensor | None = None, *, top: int = 5, bottom: int = 5
+) -> Tensor:
+    """Contrastive loss of a pointwise retriever: mean over queries and their positives of
+    −log e^{s⁺} / (e^{s⁺} + Σ e^{s⁻}).
+
+    scores (B, G) of the candidates, rewards (B, G) of each shown alone, mask (B, G). Positives: the `top` of largest
+    reward; negatives: the `bottom` of least reward and all of `others` (B, E), the scores of other queries' candidates,
+    −inf for what does not count. A candidate with the least reward of its query is no positive, and none with the
+    largest a negative; a query whose rewards are all equal is left out. Returns a scalar.
+    Source: EPR, arXiv:2112.08633 §3.2. Deviation: the mean over the positives, where EPR draws one of them.
+    """
+    best = rewards.masked_fill(~mask, -torch.inf)
+    worst = rewards.masked_fill(~mask, torch.inf)
+    high, low = best.amax(-1, keepdim=True), worst.amin(-1, keepdim=True)
+    positive = mask & (best.argsort(-1, descending=True, stable=True).argsort(-1) < top) & (rewards > low)
+    negative = mask & (worst.argsort(-1, stable=True).argsort(-1) < bottom) & (rewards < high) & ~positive
+    against = scores.masked_fill(~negative, -torch.inf)
+    if others is not None:
+        against = torch.cat([against, others], -1)
+    total = torch.logaddexp(scores, against.logsumexp(-1, keepdim=True))
+    per_query = (total - scores).masked_fill(~positive, 0).sum(-1) / positive.sum(-1).clamp(min=1)
+    return per_query.sum() / positive.any(-1).sum().clamp(min=1)
+
+
 def grpo_loss(
     log_probs: Tensor,
     old_log_probs: Tensor,

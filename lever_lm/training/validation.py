@@ -12,14 +12,23 @@ from lever_lm.config.schema import GrpoConfig
 from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.training.batches import EVAL_BATCH, GroupTensors, projected
 from lever_lm.training.finite_checks import At, pass_error
-from lever_lm.training.losses import rce_loss
+from lever_lm.training.losses import epr_loss, match_loss, rce_loss
 from lever_lm.training.metrics import brief
 from lever_lm.training.rewards import group_mean_std, tied_groups
 
+# warmup → its loss of log-probs, rewards and mask (B, G), and the temperature
+_LOSSES = {
+    "rce": rce_loss,
+    "match": match_loss,
+    "epr": lambda log_probs, rewards, mask, temperature: epr_loss(log_probs, rewards, mask),
+}
+
 
 @torch.no_grad()
-def validate(policy: PointerSelector, data: GroupTensors, temperature: float, at: At) -> dict[str, float]:
-    """Return the metrics of the validation groups, dropout off: val_loss, the RCE loss; val_reward, the mean over
+def validate(
+    policy: PointerSelector, data: GroupTensors, temperature: float, at: At, warmup: str = "rce"
+) -> dict[str, float]:
+    """Return the metrics of the validation groups, dropout off: val_loss, the warm-up's loss; val_reward, the mean over
     groups of Σ_i softmax(log π)_i · r_i over the logged rollouts; val_top_reward, the reward of the rollout that the
     policy ranks first; entropy of the first pick, in nats. Raises NotFinite where a metric is not finite."""
     policy.eval()
@@ -32,7 +41,7 @@ def validate(policy: PointerSelector, data: GroupTensors, temperature: float, at
         scores = log_probs.masked_fill(~batch.mask, -torch.inf)
         first = steps[0].squeeze(1).log_softmax(-1)
         per_batch = {
-            "val_loss": rce_loss(log_probs, batch.rewards, batch.mask, temperature),
+            "val_loss": _LOSSES[warmup](log_probs, batch.rewards, batch.mask, temperature),
             "val_reward": (scores.softmax(-1) * batch.rewards).sum(-1).mean(),
             "val_top_reward": batch.rewards.gather(1, scores.argmax(-1, keepdim=True)).mean(),
             "entropy": -(first.exp() * first).sum(-1).mean(),

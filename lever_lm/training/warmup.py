@@ -1,0 +1,102 @@
+"""What the supervised epochs before GRPO, or in place of it, learn from: one loss for each name of `warmup`.
+
+B queries in a batch, K candidates, G rollouts. Every warm-up is epochs of the phase `rce`, with rce.epochs, rce.lr and
+rce.batch_size: a checkpoint `rce_epochN.pt` is that of the warm-up, whichever it was.
+"""
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lever_lm.config.schema import Config, RceConfig
+from lever_lm.data import VqaData
+from lever_lm.data.embeddings import Features
+from lever_lm.data.pools import sample_pools
+from lever_lm.selectors.pointer.decoding import gather_rows
+from lever_lm.selectors.pointer.encoder import Noise
+from lever_lm.selectors.pointer.model import PointerSelector
+from lever_lm.tasks import TASKS
+from lever_lm.training.batches import Batch, GroupTensors
+from lever_lm.training.losses import epr_loss, match_loss, rce_loss
+from lever_lm.training.rewards import normalize_group
+from lever_lm.utils.errors import LeverError
+
+# (policy, batch, dropout, temperature, config) → the loss, and the scores (B, G) that it is made of.
+WarmupLoss = Callable[[PointerSelector, Batch, Noise, float, RceConfig], tuple[Tensor, Tensor]]
+_FRESH = 1_000_003  # between the seeds of two epochs' pools
+
+
+def _rce(policy: PointerSelector, batch: Batch, noise: Noise, temperature: float, config: RceConfig):
+    log_probs = policy.log_prob(*batch.inputs, noise=noise, label_smoothing=config.label_smoothing)
+    rewards = normalize_group(batch.rewards, batch.mask, method=config.normalize)
+    return rce_loss(log_probs, rewards, batch.mask, temperature), log_probs
+
+
+def _match(policy: PointerSelector, batch: Batch, noise: Noise, temperature: float, config: RceConfig):
+    log_probs = policy.log_prob(*batch.inputs, noise=noise)
+    return match_loss(log_probs, batch.rewards, batch.mask), log_probs
+
+
+def _epr(policy: PointerSelector, batch: Batch, noise: Noise, temperature: float, config: RceConfig):
+    """The candidates of a query's one-shot rollouts, against those of all other queries of the batch."""
+    states, candidates = policy.encode(batch.query, batch.candidates, batch.pool_mask, noise)
+    shown = F.normalize(gather_rows(candidates, batch.sequences[..., 0].clamp(min=0)), dim=-1)  # (B, G, H)
+    scores = torch.einsum("bh,cgh->bcg", states, shown) / policy.temperature
+    own = torch.eye(len(states), dtype=torch.bool, device=states.device)
+    others = scores.masked_fill(own[..., None] | ~batch.mask[None], -torch.inf).flatten(1)
+    return epr_loss(scores[own], batch.rewards, batch.mask, others), scores[own]
+
+
+WARMUP_LOSSES: dict[str, WarmupLoss] = {"rce": _rce, "match": _match, "epr": _epr}
+
+
+# ---------------------------------------------------------------------- answer match
+
+
+class MatchGroups:
+    """Groups for the warm-up `match`: of each query every candidate alone, rewarded by what its own answer scores for
+    the query. No LVLM is asked. Queries are rows of the training split, their pools drawn by the sampler."""
+
+    def __init__(self, config: Config, data: VqaData, features: Features):
+        self.config, self.train, self.features = config, data.train_examples, features
+        task = TASKS[data.task]
+        self._score = cache(lambda answer, row: task.score(answer, self.train[row]))
+        self._matrices = features.queries("train", config.features), features.icds(config.features)
+
+    def draw(self, rows: list[int], epoch: int) -> GroupTensors:
+        """Return the groups of the queries in these rows with the pools of an epoch, which are other ones each time.
+        Queries without a match are left out. Raises LeverError where none has any."""
+        seed, size = self.config.seed + _FRESH * epoch, self.config.rollout.pool_size
+        queries = [self.train[row] for row in rows]
+        embeddings = self.features.train.take(rows), self.features.train
+        pools = sample_pools(self.config.sampler, queries, self.train, embeddings, size=size, seed=seed)
+        longest = max(map(len, pools))
+        found = [
+            [self._score(self.train[icd].answer, row) for icd in pool] for row, pool in zip(rows, pools, strict=True)
+        ]
+        scores = torch.tensor([[*row, *[0.0] * (longest - len(row))] for row in found])
+        kept = (scores > 0).any(-1)
+        if not kept.any():
+            raise LeverError(
+                f"no candidate of {len(rows)} training queries has an answer that is right for its query, so there is "
+                "nothing to match: warmup=rce (--set warmup=rce)"
+            )
+        mask = torch.tensor([[True] * len(pool) + [False] * (longest - len(pool)) for pool in pools])[kept]
+        return GroupTensors(
+            queries=self._matrices[0],
+            icds=self._matrices[1],
+            rows=torch.tensor(rows)[kept],
+            pools=torch.tensor([[*pool, *[0] * (longest - len(pool))] for pool in pools])[kept],
+            pool_mask=None if mask.all() else mask,
+            sequences=torch.arange(longest).expand(int(kept.sum()), -1).unsqueeze(-1).clone(),
+            mask=mask,
+            rewards=scores[kept],
+        )
+
+    def density(self, rows: list[int]) -> tuple[float, float]:
+        """Return the share of queries whose pool holds a match, and the mean number of matches in a pool of theirs."""
+        groups = self.draw(rows, 0)
+        return len(groups) / len(rows), float((groups.rewards > 0).sum(-1).float().mean())
