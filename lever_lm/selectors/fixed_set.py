@@ -6,10 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from lever_lm.selectors.problem import Problem
+from lever_lm.utils.errors import LeverError
 
 
 class FixedSet(nn.Module):
     """A score for each of N training examples; the best that a query may be shown are shown to it."""
+
+    stop = False
 
     def __init__(self, vocabulary: int):
         super().__init__()
@@ -22,11 +25,21 @@ class FixedSet(nn.Module):
 
     def choose(self, problem: Problem, shots: int) -> Iterator[list[int]]:
         """Yield for each query the `shots` rows of largest score, the lower row of equals, less what it may not see."""
+        check_vocabulary("the fixed set", len(self.scores), problem)
         order = self.scores.argsort(descending=True, stable=True).tolist()
         for query in problem.queries:
             withheld = problem.candidates.withheld(query)
             free = (row for row in order if row not in withheld)
             yield [row for row, _ in zip(free, range(shots), strict=False)]
+
+
+def check_vocabulary(what: str, size: int, problem: Problem) -> None:
+    """Raise LeverError where a selector that knows its examples by their rows is of another training split."""
+    if size != len(problem.train):
+        raise LeverError(
+            f"{what} was made of a training split of {size} examples, and there are {len(problem.train)} here: it "
+            "chooses among those alone (--dataset)"
+        )
 
 
 def presence_scores(rows: Tensor, rewards: Tensor, mask: Tensor, total: int, prior: float = 4.0) -> Tensor:

@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lever_lm.selectors.fixed_set import FixedSet
+from lever_lm.selectors.lever_lm import LeverLM
 from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.selectors.problem import Problem
 from lever_lm.utils.errors import LeverError
@@ -16,15 +18,17 @@ _CONSIDERED = 8  # candidates for the first place that are kept with a sample
 
 @torch.no_grad()
 def choose(
-    policy: PointerSelector, problem: Problem, shots: int, checkpoint: Path | str = "the policy"
+    policy: PointerSelector | FixedSet | LeverLM, problem: Problem, shots: int, checkpoint: Path | str = "the policy"
 ) -> tuple[list[list[int]], list[dict]]:
     """Return the greedy picks of a policy from each query's pool, fewer than `shots` where it stopped, and how sure it
-    was of them. For each query `probabilities`, of each pick when it was made, and `considered`, the likeliest
-    candidates for the first place as [question_id, probability].
+    was of them: for each query `probabilities`, of each pick when it was made, and `considered`, the likeliest
+    candidates for the first place as [question_id, probability]; nothing of a selector that is no policy.
 
     Raises LeverError for features of another size, for more shots than a pool holds, and, naming checkpoint and query,
     where the logits of a pick are not finite: the largest of them would be the first.
     """
+    if isinstance(policy, FixedSet | LeverLM):
+        return list(policy.choose(problem, shots)), [{} for _ in problem.queries]
     width = problem.features[1].shape[1]
     if policy.d_model != width:
         raise LeverError(

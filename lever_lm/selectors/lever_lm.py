@@ -6,23 +6,31 @@ logits over all N examples, whose output vectors are the learnt ones (tied). The
 nothing of an example that it was not trained with, so it belongs to one training split.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
+from lever_lm.selectors.fixed_set import check_vocabulary
+from lever_lm.selectors.problem import Problem
+from lever_lm.utils.errors import LeverError
 from lever_lm.utils.transformers_compat import import_transformers
 
-_LONGEST = 64  # shots
+LONGEST = 64  # shots
+_CHUNK = 64
 
 
 class LeverLM(nn.Module):
     """A GPT-2 of `num_layers` layers × `hidden_dim`, over `vocabulary` examples with features of `d_model` numbers."""
+
+    stop = False
 
     def __init__(self, d_model: int, vocabulary: int, hidden_dim: int = 512, num_layers: int = 2, num_heads: int = 8):
         super().__init__()
         transformers = import_transformers()
         self.d_model, self.vocabulary = d_model, vocabulary
         self.hidden_dim, self.num_layers, self.num_heads = hidden_dim, num_layers, num_heads
-        sizes = {"n_embd": hidden_dim, "n_layer": num_layers, "n_head": num_heads, "n_positions": _LONGEST + 1}
+        sizes = {"n_embd": hidden_dim, "n_layer": num_layers, "n_head": num_heads, "n_positions": LONGEST + 1}
         no_tokens = {"bos_token_id": None, "eos_token_id": None}
         self.gpt = transformers.GPT2Model(transformers.GPT2Config(vocab_size=vocabulary, **sizes, **no_tokens))
         self.query_vector = nn.Parameter(0.02 * torch.randn(hidden_dim))
@@ -48,6 +56,25 @@ class LeverLM(nn.Module):
         logits = self.logits(query, icds, sequences[:, :-1])
         each = nn.functional.cross_entropy(logits.flatten(0, 1), sequences.flatten(), reduction="none")
         return each.view_as(sequences).sum(-1).mean()
+
+    def choose(self, problem: Problem, shots: int) -> Iterator[list[int]]:
+        """Yield the picks of each query in turn, from the whole training split. Raises LeverError where that is another
+        one than the model was trained with."""
+        check_vocabulary("Lever-LM", self.vocabulary, problem)
+        queries, icds = problem.features
+        if queries.shape[1] != self.d_model:
+            raise LeverError(
+                f"Lever-LM expects features of {self.d_model} dimensions, these have {queries.shape[1]}: set "
+                "features.encoder to the encoder it was trained with"
+            )
+        if shots > LONGEST:
+            raise LeverError(f"Lever-LM picks at most {LONGEST} demonstrations, not {shots}: lower --shots")
+        for start in range(0, len(queries), _CHUNK):
+            asked = problem.queries[start : start + _CHUNK]
+            allowed = torch.ones(len(asked), len(icds), dtype=torch.bool)
+            for free, query in zip(allowed, asked, strict=True):
+                free[list(problem.candidates.withheld(query))] = False
+            yield from self.select(queries[start : start + _CHUNK], icds, shots, allowed).tolist()
 
     @torch.no_grad()
     def select(self, query: Tensor, icds: Tensor, shots: int, allowed: Tensor) -> Tensor:

@@ -82,8 +82,8 @@ def epr_loss(
     best = rewards.masked_fill(~mask, -torch.inf)
     worst = rewards.masked_fill(~mask, torch.inf)
     high, low = best.amax(-1, keepdim=True), worst.amin(-1, keepdim=True)
-    positive = mask & (best.argsort(-1, descending=True, stable=True).argsort(-1) < top) & (rewards > low)
-    negative = mask & (worst.argsort(-1, stable=True).argsort(-1) < bottom) & (rewards < high) & ~positive
+    positive = mask & (best.argsort(dim=-1, descending=True, stable=True).argsort(-1) < top) & (rewards > low)
+    negative = mask & (worst.argsort(dim=-1, stable=True).argsort(-1) < bottom) & (rewards < high) & ~positive
     against = scores.masked_fill(~negative, -torch.inf)
     if others is not None:
         against = torch.cat([against, others], -1)

@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lever_lm.selectors.fixed_set import FixedSet
+from lever_lm.selectors.lever_lm import LeverLM
 from lever_lm.selectors.pointer.hub_format import policy_folder, read_exported
 from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.selectors.pointer.variants import VARIANTS
@@ -30,6 +32,7 @@ _LAYER_KEYS = {"cross_attn_layers.0.": "cross_attn.", "attn_norms.0.": "attn_nor
 # option → what of it v2 can express
 _IN_V2 = {"state_update": ("none", "gate"), "scorer": ("dot",), "diversity": ("none",), "stop": (False,)}
 _NOT_OURS = "not the weights of a PointerSelector"
+Policy = PointerSelector | LeverLM | FixedSet
 # Arguments of a policy that its weights do not say → their types, least value and bound
 _UNSEEN = {
     "dropout": ((int, float), 0, 1),
@@ -50,7 +53,7 @@ def save_torch(path: Path, content: dict) -> None:
         file.write(buffer.getbuffer())
 
 
-def v3_content(policy: PointerSelector, *, epoch: int, phase: str, kl_beta: float, metrics: dict, config: dict) -> dict:
+def v3_content(policy: Policy, *, epoch: int, phase: str, kl_beta: float, metrics: dict, config: dict) -> dict:
     """The content of a v3 file. epoch counts from 0, as in Lever-Plus; config says what the policy was made for."""
     return {
         "epoch": epoch,
@@ -99,8 +102,9 @@ def weights_of(content: dict, path: str | Path) -> dict[str, Tensor]:
 # ---------------------------------------------------------------------- policies
 
 
-def load_policy(path: str | Path, num_heads: int = 1) -> PointerSelector:
-    """The policy of a v3 or v2 file, or of a folder of `lever export` or a hub id OWNER/NAME of such, in eval mode.
+def load_policy(path: str | Path, num_heads: int = 1) -> Policy:
+    """The policy, or another learnt selector, of a v3 or v2 file, or of a folder of `lever export` or a hub id
+    OWNER/NAME of such, in eval mode.
 
     Its shape is read from our config where the file carries one, else from the weights; heads and the logit
     temperature are not in those: num_heads is taken as given and the temperature is 0.1. Raises LeverError when the
@@ -109,24 +113,45 @@ def load_policy(path: str | Path, num_heads: int = 1) -> PointerSelector:
     return policy_of(read_checkpoint(path), path, num_heads)
 
 
-def policy_of(content: dict, path: str | Path, num_heads: int = 1) -> PointerSelector:
+def policy_of(content: dict, path: str | Path, num_heads: int = 1) -> Policy:
     """The policy in the content of a checkpoint, as `load_policy` returns it; path: the checkpoint's name in messages.
     Raises LeverError where weights are missing, do not fit, or are NaN or infinite."""
     state, claimed = weights_of(content, path), own_config(content).get("policy")
-    shape = infer_shape(state, num_heads, path)
+    kind = _kind_of(state)
+    shape = infer_shape(state, num_heads, path) if kind is PointerSelector else _shape_of(kind, state, path)
     if claimed is not None:
         shape = _checked_shape(claimed, shape, path)
     try:
-        with torch.device("meta"):  # nothing is allocated for what the weights do not fit
-            policy = PointerSelector(**shape)
+        # Nothing is allocated for what the weights do not fit. A GPT-2 has tensors beside its weights.
+        with torch.device("cpu" if kind is LeverLM else "meta"):
+            policy = kind(**shape)
         policy.load_state_dict({name: tensor.float().clone() for name, tensor in state.items()}, assign=True)
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         why = " ".join(str(error).split())[:300]
-        raise LeverError(f"{path} does not hold the weights of a PointerSelector: {why}") from error
+        raise LeverError(f"{path} does not hold the weights of a {kind.__name__}: {why}") from error
     broken = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise LeverError(f"{path}: NaN or infinite weights in {', '.join(broken[:3])}; use an earlier checkpoint")
     return policy.eval()
+
+
+def _kind_of(state: dict[str, Tensor]) -> type[Policy]:
+    """The class that these weights are of, by their names."""
+    if "gpt.wte.weight" in state:
+        return LeverLM
+    return FixedSet if state.keys() == {"scores"} else PointerSelector
+
+
+def _shape_of(kind: type[Policy], state: dict[str, Tensor], path: str | Path) -> dict:
+    """Constructor arguments of the LeverLM or the FixedSet that has these weights."""
+    if kind is FixedSet:
+        return {"vocabulary": state["scores"].numel()}
+    inner, words = state.get("query_proj.weight"), state["gpt.wte.weight"]
+    if inner is None or inner.ndim != 2 or words.ndim != 2:
+        raise LeverError(f"{path} holds no query_proj.weight, or one of an odd shape: not the weights of a LeverLM")
+    layers = {match[1] for key in state if (match := re.match(r"gpt\.h\.(\d+)\.", key))}
+    sizes = {"d_model": inner.shape[1], "hidden_dim": inner.shape[0], "vocabulary": words.shape[0]}
+    return {**sizes, "num_layers": len(layers)}
 
 
 def _checked_shape(claimed, found: dict, path: str | Path) -> dict:
@@ -203,7 +228,10 @@ def to_v2(content: dict, path: str | Path, *, allow_truncate: bool = False) -> t
     Raises LeverError when the file holds no sound policy, or when v2 cannot express it: more than one layer, unless
     allow_truncate drops them.
     """
-    shape, state = policy_of(content, path).shape, weights_of(content, path)
+    policy, state = policy_of(content, path), weights_of(content, path)
+    if not isinstance(policy, PointerSelector):
+        raise LeverError(f"{path}: v2 cannot express a {type(policy).__name__}; use the v3 file as it is")
+    shape = policy.shape
     beyond = [f"{option}={shape[option]}" for option, held in _IN_V2.items() if shape[option] not in held]
     if beyond:
         raise LeverError(f"{path}: v2 cannot express a policy with {', '.join(beyond)}; use the v3 file as it is")
