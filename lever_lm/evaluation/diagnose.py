@@ -69,7 +69,11 @@ class Diagnosis:
         self.task, self.queries = TASKS[evaluation.data.task], evaluation.queries
         self.picks = [list(rows[:shots]) for rows in picks]
         self.shown = [[self.train[row] for row in rows] for rows in self.picks]
-        self.generators = [query_rng(self.config.seed, query) for query in self.queries]
+
+    def _with_generators(self) -> Iterator[tuple[list[Example], np.random.Generator]]:
+        """Yield the demonstrations of each query, with the query's own generator, fresh for each row."""
+        for icds, query in zip(self.shown, self.queries, strict=True):
+            yield icds, query_rng(self.config.seed, query)
 
     def findings(self) -> list[Finding]:
         """Return all rows, in the order in which they are read."""
@@ -123,7 +127,8 @@ class Diagnosis:
     # ------------------------------------------------------------------ the rows
 
     def _own(self) -> Iterator[Finding]:
-        says = f"{self.own.accuracy:.1%} of the score after the {max(map(len, self.picks))} demonstrations chosen."
+        shots = max(map(len, self.picks))
+        says = f"What is compared below: {len(self.queries):,} queries, {shots} demonstrations for each."
         yield Finding("picks", "as chosen", self.own.accuracy, says, bootstrap_interval(self.own.scores))
 
     def _zero_shot(self) -> Iterator[Finding]:
@@ -143,10 +148,9 @@ class Diagnosis:
 
     def _images(self) -> Iterator[Finding]:
         def changed(change: Callable[[list[Example], np.random.Generator], list]) -> list[list[Example]]:
-            pairs = zip(self.shown, self.generators, strict=True)
             return [
                 [replace(icd, image=image) for icd, image in zip(icds, change(icds, rng), strict=True)]
-                for icds, rng in pairs
+                for icds, rng in self._with_generators()
             ]
 
         for key, label, change, says in (
@@ -185,7 +189,7 @@ class Diagnosis:
         ):
             shown = [
                 [replace(icd, answers=given.answers) for icd, given in zip(icds, change(icds, rng), strict=True)]
-                for icds, rng in zip(self.shown, self.generators, strict=True)
+                for icds, rng in self._with_generators()
             ]
             found = self._ask(shown, label)
             yield self._accuracy(key, label, found, lambda gap, says=says: f"{says} worth {gap}.")
@@ -249,13 +253,11 @@ class Diagnosis:
         yield self._accuracy(
             "reversed", "in reversed order", reversed_, lambda gap: f"The chosen order is worth {gap}."
         )
-        orders = []
-        for _ in range(ORDERS):
-            shown = [
-                [icds[i] for i in rng.permutation(len(icds))]
-                for icds, rng in zip(self.shown, self.generators, strict=True)
-            ]
-            orders.append(self._ask(shown, "random order").scores)
+        drawn = [
+            [[icds[i] for i in rng.permutation(len(icds))] for _ in range(ORDERS)]
+            for icds, rng in self._with_generators()
+        ]
+        orders = [self._ask(shown, "random order").scores for shown in zip(*drawn, strict=True)]
         spread, of_query = count.spread_over_orders(orders)
         mean = float(np.mean(orders))
         says = (
