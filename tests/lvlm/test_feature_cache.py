@@ -107,6 +107,11 @@ def test_memory_keeps_what_was_asked_for_last_and_the_disk_the_rest(tmp_path, im
     for image, feature in zip(images[:4], made, strict=True):
         assert torch.equal(bank.get(image, "cpu"), feature)
         assert bank.in_memory <= 2 * size
+    alone = FeatureCache(None, memory=2 * size, disk=0)
+    for image, feature in zip(images[:3], made, strict=False):
+        alone.add([image], [feature], [(1, 2, 6)])
+        alone.get(images[0], "cpu")
+    assert [alone.get(image, "cpu") is None for image in images[:3]] == [False, True, False]
 
 
 @pytest.mark.parametrize("disk", [0, 100])
