@@ -108,7 +108,6 @@ def command(app: typer.Typer, name: str, *, one_process: bool = False) -> Callab
         @wraps(function)
         def run(**values: Any) -> None:
             from lever_lm.utils.console import settle
-            from lever_lm.utils.file_hashes import DIGESTS
 
             common = Common(**{f.name: values.pop(f.name) for f in fields(Common)})
             _in_force.append(common)
@@ -120,8 +119,7 @@ def command(app: typer.Typer, name: str, *, one_process: bool = False) -> Callab
                     f"answer, `torchrun --nproc-per-node=N -m lever_lm rollout …`, then run `lever {name} …` plainly"
                 )
             try:
-                with DIGESTS.saved_at_the_end():
-                    function(common, **values)
+                function(common, **values)
             finally:
                 settle()  # no bar outlives its command
 

@@ -1,26 +1,37 @@
-"""`lever export`: a checkpoint as a folder to share, model.safetensors, config.json and a model card."""
+"""`lever export`: a checkpoint as a folder to share: model.safetensors, config.json, and README.md, the model card with
+the hub's metadata (templates/model_card.md.j2). What comes from files is text on the card, no markup."""
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
+
 from lever_lm import __version__
-from lever_lm.config.schema import to_dict
+from lever_lm.config.schema import Config, to_dict
 from lever_lm.config.values import build
-from lever_lm.evaluation.model_card import model_card
-from lever_lm.evaluation.results import evaluations, read_metrics
+from lever_lm.evaluation.results import evaluations, read_metrics, table
+from lever_lm.evaluation.templates import render
+from lever_lm.selectors import CONTRASTS, ZERO_SHOT
 from lever_lm.selectors.pointer.checkpoint import load_policy, own_config, policy_digest, read_checkpoint
 from lever_lm.selectors.pointer.hub_format import CARD, CONFIG, WEIGHTS, is_exported, setting_of, write_exported
 from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.training.environment import PACKAGES, recorded
 from lever_lm.training.run_dir import RunFolder, inference_folder
 from lever_lm.utils.errors import LeverError, UsageError
+from lever_lm.utils.hub import is_hub_id
+from lever_lm.utils.paths import HUB_PREFIX
 from lever_lm.utils.safe_parse import is_epoch
+from lever_lm.utils.terminal import one_line
 
+TAGS = ("in-context-learning", "demonstration-selection", "visual-question-answering", "vision-language-model")
 _LONGEST = 200  # characters of a version or a fingerprint
-# The part of find_checkpoint's reason that advises the run's owner.
-_ADVICE = re.compile(r"(, chosen when|, an epoch that broke|; best\.json names).*", re.DOTALL)
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")  # as the hub names them
+_MARKUP = re.compile(r"([\\`*_\[\]<>|~&#!$])")
+# Licenses that are certain; of other datasets their own pages tell.
+_DATA_LICENSES = {
+    "asset:digits": "CC BY 4.0, derived from *Optical Recognition of Handwritten Digits* (E. Alpaydin and C. Kaynak, "
+    "1998, UCI Machine Learning Repository, https://doi.org/10.24432/C50P49), CC BY 4.0"
+}
 
 
 def export(checkpoint: Path, why: str, folder: Path, *, license_: str = "apache-2.0", overwrite: bool = False) -> dict:
@@ -39,26 +50,25 @@ def export(checkpoint: Path, why: str, folder: Path, *, license_: str = "apache-
     _check_folder(folder, overwrite)
     run, content, policy = RunFolder(checkpoint.parent), read_checkpoint(checkpoint), load_policy(checkpoint)
     config = build(run.values()) if run.config.is_file() else None
-    own = own_config(content)
+    own, setting = own_config(content), setting_of(to_dict(config)) if config else {}
     # A policy of the user's own rollouts and features names no encoder, and its config's data are not its own.
     known = config is not None and isinstance(own.get("encoder"), str)
-    evaluated = _evaluated(run, policy) if known else None
-    setting = setting_of(to_dict(config)) if config else {}
     if not known:
         setting = {key: part for key, part in setting.items() if key not in ("data", "features")}
+    evaluated = _evaluated(run, policy) if known else None
     shared = {
         "lever_lm": __version__,
         "policy": policy.shape,
         **{name: own[name] for name in ("encoder", "features", "embeddings", "dataset", "seed") if name in own},
         "phase": "rce" if content.get("phase") == "rce" else "grpo",
         "epoch": content["epoch"] + 1 if is_epoch(content.get("epoch")) else None,  # from 1, as in file names
-        "chosen": _ADVICE.sub("", why),
+        "chosen": re.split("[;:]", why)[0],  # what follows advises the run's owner
         "setting": setting,
         "fingerprints": _texts(recorded(run, "fingerprints"), ("data", "encoder", "lvlm")),
         "packages": _texts(recorded(run, "packages"), PACKAGES),
         "results": [row for row in evaluated["results"] if row["method"] == evaluated["method"]] if evaluated else [],
     }
-    card = model_card(folder.resolve().name, license_, config, shared, evaluated, known=known)
+    card = _card(folder.resolve().name, license_, config if known else None, config, shared, evaluated)
     return {
         "folder": str(folder),
         "files": write_exported(folder, policy.state_dict(), shared, card),
@@ -81,15 +91,15 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
         )
 
 
-def _texts(values: dict, names: Sequence[str]) -> dict[str, str]:
+def _texts(values: dict, names: tuple[str, ...]) -> dict[str, str]:
     """Return the named entries of an env.json that are short texts."""
     return {n: values[n] for n in names if isinstance(values.get(n), str) and len(values[n]) < _LONGEST}
 
 
 def _evaluated(run: RunFolder, policy: PointerSelector) -> dict | None:
     """Return the last evaluation of a policy with baselines, else the last, under the setting that it was trained in:
-    results, tests, its method, and the number of queries; None where there is none. It is told by its weights: a file's
-    name outlives what was in it."""
+    what read_metrics says, and its method; None where there is none. It is told by its weights: a file's name outlives
+    what was in it."""
     digest = policy_digest(policy)
     for folder in evaluations(inference_folder(run.path)):
         try:
@@ -98,5 +108,71 @@ def _evaluated(run: RunFolder, policy: PointerSelector) -> dict | None:
             continue
         for row in found["results"]:
             if found["policies"].get(row["method"]) == digest:
-                return {**found, "method": row["method"], "n": max(row["n"] for row in found["results"])}
+                return {**found, "method": row["method"]}
     return None
+
+
+# ---------------------------------------------------------------------- the model card
+
+
+def markdown(value) -> str:
+    """Return a value as text in Markdown, on one line."""
+    return _MARKUP.sub(r"\\\1", one_line(str(value)))
+
+
+def _card(
+    name: str, license_: str, known: Config | None, config: Config | None, shared: dict, evaluated: dict | None
+) -> str:
+    """Return the text of README.md. known: the config of the run where dataset and encoder are its own, too; else
+    rollouts and features were the maker's own. shared: the content of config.json."""
+    front: dict = {"license": license_, "library_name": "lever_lm", "tags": list(TAGS)}
+    ours, shots, methods, tests = "", [], [], []
+    if known:
+        # Hub ids where the data came from the hub, else the dataset's name; no paths of this machine.
+        paths = [path for path in (known.data.train_path, known.data.okvqa_path) if path.startswith(HUB_PREFIX)]
+        models = [shared["setting"]["features"]["encoder"], shared["setting"]["lvlm"]["path"]]
+        front |= {"base_model": bases} if (bases := list(filter(is_hub_id, models))) else {}
+        front["datasets"] = [path.removeprefix(HUB_PREFIX) for path in paths] or [known.data.name]
+    if evaluated:
+        ours = evaluated["method"]
+        front |= {"metrics": ["accuracy"], "model-index": [_indexed(name, front["datasets"][-1], known, shared)]}
+        shots, methods = table(evaluated["results"])
+        compared = [test for test in evaluated["tests"] if test["method"] == ours]
+        most = max((test["shots"] for test in compared), default=0)
+        tests = [test for test in compared if test["shots"] == most and test["against"] in (ZERO_SHOT, *CONTRASTS)]
+    text = render(
+        "model_card.md.j2",
+        {"md": markdown},
+        front=yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=1000),
+        name=name,
+        license=license_,
+        config=config,
+        known=known is not None,
+        shared=shared,
+        lvlm=shared["setting"]["lvlm"]["path"] if config else "",
+        data_license=_DATA_LICENSES.get(known.data.okvqa_path, "see the dataset's own terms") if known else "",
+        evaluated=evaluated,
+        ours=ours,
+        shots=shots,
+        methods=methods,
+        tests=tests,
+    )
+    return text.rstrip() + "\n"
+
+
+def _indexed(name: str, dataset: str, config: Config, shared: dict) -> dict:
+    """Return an entry of the hub's model index: the accuracies of a policy."""
+    plural = {row["shots"]: "s" * (row["shots"] != 1) for row in shared["results"]}
+    result = {
+        "task": {"type": "visual-question-answering", "name": "Visual question answering"},
+        "dataset": {"type": dataset, "name": config.data.name, "split": "validation"},
+        "metrics": [
+            {
+                "type": "accuracy",
+                "name": f"VQA accuracy, {row['shots']} shot{plural[row['shots']]}",
+                "value": round(row["accuracy"], 4),
+            }
+            for row in shared["results"]
+        ],
+    }
+    return {"name": name, "results": [result]}

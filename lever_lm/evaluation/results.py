@@ -1,10 +1,8 @@
 """What `lever infer` leaves in a folder, written and read: metrics.json with results and paired tests; for each method
 and number of shots the official predictions, and the sample of every query; icds.jsonl with the choices themselves."""
 
-import errno
 import json
-import stat
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,20 +12,57 @@ from lever_lm.evaluation.evaluate import Outcome
 from lever_lm.selectors import RANDOM
 from lever_lm.utils.atomic_io import write_json, write_text
 from lever_lm.utils.errors import LeverError
-from lever_lm.utils.safe_parse import LINE_LIMIT, Line, lines, loads, read_json, read_object
+from lever_lm.utils.safe_parse import LINE_LIMIT, Line, lines, loads, open_file, read_object
 from lever_lm.utils.terminal import shown
 
 LARGEST = 1e300  # of what is drawn: differences stay finite
 _MOST = 2000  # results of an evaluation, and tests: ours have some ten methods at some ten numbers of shots
 _METRICS = "metrics.json"
-_NUMBER = (int, float)
-_RESULT = {"method": str, "shots": int, "accuracy": _NUMBER, "raw_accuracy": _NUMBER, "n": int, "ci": list}
-_TEST = {"method": str, "against": str, "shots": int, **dict.fromkeys(("difference", "low", "high", "p"), _NUMBER)}
 
 
 def is_finite(value) -> bool:
     """Return whether a value is a number that can be drawn."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < LARGEST
+    return type(value) in (int, float) and abs(value) < LARGEST
+
+
+# ---------------------------------------------------------------------- what is in the files
+
+
+def _is_number(value) -> bool:
+    return type(value) in (int, float)
+
+
+def _is_share(value) -> bool:
+    return is_finite(value) and 0 <= value <= 1
+
+
+def _is_method(value) -> bool:
+    """Return whether a value can be the name of a method: files are called by it."""
+    return type(value) is str and Path(value).name == value and "\0" not in value
+
+
+_SCORES = ("accuracy", "raw_accuracy", "normalized_accuracy")
+_RESULT = {"method": _is_method, "shots": int, **dict.fromkeys(_SCORES, _is_number), "n": int}
+_RESULT |= {"ci": (_is_number, _is_number)}
+_TEST = {"method": str, "against": str, "shots": int}
+_TEST |= dict.fromkeys(("difference", "low", "high", "p"), _is_number)
+_READ = {"results": [_RESULT], "tests": [_TEST], "policies": dict, "okvqa_stem": bool}
+_READ |= {"checkpoint": str, "lvlm": str, "order": str}
+NOTHING = {"results": [], "tests": [], "policies": {}, "okvqa_stem": False, "checkpoint": "", "lvlm": "", "order": ""}
+_SAMPLE = {"question_id": int, "answer": str, "accuracy": is_finite, "references": [str], "icds": [int]}
+_SAMPLE |= {"probabilities": [_is_share], "considered": [(int, _is_share)]}
+
+
+def _fits(value, kind) -> bool:
+    """Return whether a JSON value is of a kind: a type, a predicate, [kind] for a list of any length, (kind, …) for a
+    list of just these, or a dict for an object with these names, and maybe others."""
+    if isinstance(kind, dict):
+        return type(value) is dict and all(name in value and _fits(value[name], kind[name]) for name in kind)
+    if isinstance(kind, list):
+        return type(value) is list and all(_fits(part, kind[0]) for part in value)
+    if isinstance(kind, tuple):
+        return type(value) is list and len(value) == len(kind) and all(map(_fits, value, kind))
+    return type(value) is kind if isinstance(kind, type) else kind(value)
 
 
 # ---------------------------------------------------------------------- all files of a folder
@@ -42,10 +77,11 @@ def write_results(
     ours: str,
     facts: dict,
     reasons: dict[str, list[dict]],
+    say: Callable[[str], None],
 ) -> dict:
     """Write predictions and samples of each outcome, the choices of the method `ours` as icds.jsonl, and metrics.json,
     whose content is returned. facts: `setting`, `tests` and what else it says. reasons: of a method, query by query,
-    what `selectors.learned.explain` returns."""
+    what `selectors.learned.explain` returns. say: is told where results of another setting are replaced."""
     shown_ids = {m: [[train[row].question_id for row in picks] for picks in chosen] for m, chosen in choices.items()}
     for outcome in outcomes:
         predictions = [
@@ -58,7 +94,7 @@ def write_results(
         lines_of_json = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples)
         write_text(samples_file(folder, outcome.method, outcome.shots), lines_of_json)
     write_icds(folder / "icds.jsonl", queries, train, choices[ours])
-    return _write_metrics(folder / _METRICS, [outcome.summary() for outcome in outcomes], facts)
+    return _write_metrics(folder / _METRICS, [outcome.summary() for outcome in outcomes], facts, say)
 
 
 def evaluations(folder: Path, *, own: bool = True) -> list[Path]:
@@ -84,72 +120,49 @@ def last_evaluation(folder: Path) -> Path | None:
 # ---------------------------------------------------------------------- metrics.json
 
 
-def _write_metrics(path: Path, results: list[dict], facts: dict) -> dict:
+def _write_metrics(path: Path, results: list[dict], facts: dict, say: Callable[[str], None]) -> dict:
     """Write results and tests to those of the same setting that are there; new ones replace their like."""
-    earlier = read_object(path)
-    tests = facts.get("tests", [])
-    if facts.get("setting") is not None and earlier.get("setting") == facts["setting"]:
-        tests = _others(earlier.get("tests"), tests, is_test, ("method", "against", "shots")) + tests
-        results = _others(earlier.get("results"), results, is_result, ("method", "shots")) + results
+    earlier, tests = read_object(path), facts.get("tests", [])
+    rows = earlier.get("results")
+    if earlier.get("setting") == facts.get("setting"):
+        results = _others(rows, _RESULT, results, ("method", "shots")) + results
+        tests = _others(earlier.get("tests"), _TEST, tests, ("method", "against", "shots")) + tests
+    elif isinstance(rows, list) and rows:
+        others = "results of other queries, other data, another policy or version"
+        say(f"{path.parent}: {len(rows)} {others} are replaced")
     metrics = {**facts, "tests": tests, "results": results}
     write_json(path, metrics)
     return metrics
 
 
-def _others(rows, new: Iterable[dict], is_one: Callable, names: Sequence[str]) -> list[dict]:
+def _others(rows, kind: dict, new: list[dict], names: Sequence[str]) -> list[dict]:
     """Return the sound ones among `rows` that differ from all new ones in some of the named values."""
-    replaced = {tuple(row[name] for name in names) for row in new}
+    replaced = [[row[name] for name in names] for row in new]
     rows = rows if isinstance(rows, list) else []
-    return [row for row in rows if is_one(row) and tuple(row[name] for name in names) not in replaced]
-
-
-def rows_of_another_setting(folder: Path, setting: str) -> int:
-    """Return how many results the metrics.json of a folder holds of another setting, which new ones would replace."""
-    there = read_object(folder / _METRICS)
-    rows = there.get("results")
-    return len(rows) if isinstance(rows, list) and there.get("setting") != setting else 0
-
-
-def is_result(row) -> bool:
-    """Return whether a value is one of the results in a metrics.json. lever_lm 0.1 wrote no normalized_accuracy."""
-    if not _has(row, _RESULT) or len(row["ci"]) != 2:
-        return False
-    return all(isinstance(value, _NUMBER) for value in (*row["ci"], row.get("normalized_accuracy", 0.0)))
-
-
-def is_test(row) -> bool:
-    """Return whether a value is one of the tests in a metrics.json."""
-    return _has(row, _TEST)
-
-
-def _has(row, kinds: dict) -> bool:
-    return isinstance(row, dict) and all(isinstance(row.get(key), kind) for key, kind in kinds.items())
+    return [row for row in rows if _fits(row, kind) and [row[name] for name in names] not in replaced]
 
 
 def read_metrics(folder: Path) -> dict:
-    """Return results, tests, checkpoint, okvqa_stem, and policies, method → digest, of the metrics.json in a folder;
-    where they are known also lvlm and order (of the prompt). Raises LeverError where there is none."""
-    path, mend = folder / _METRICS, "run `lever infer --baselines` or `lever demo` first"
-    try:
-        found = read_json(path)
-    except (OSError, ValueError) as error:
-        raise LeverError(f"no results to report in {folder}: {mend}") from error
-    found = found if isinstance(found, dict) else {}
-    results, tests, checkpoint = found.get("results"), found.get("tests", []), found.get("checkpoint", "")
-    sound = isinstance(results, list) and isinstance(tests, list) and all(map(is_result, results))
-    if not (sound and results and all(map(is_test, tests)) and isinstance(checkpoint, str)):
-        raise LeverError(f"{path} holds no results of `lever infer`: {mend}")
-    if max(len(results), len(tests)) > _MOST:
-        raise LeverError(f"{path} holds {len(results):,} results and {len(tests):,} tests, more than {_MOST:,}: {mend}")
-    policies = found.get("policies")
-    return {
-        "results": results,
-        "tests": tests,
-        "checkpoint": checkpoint,
-        "policies": policies if isinstance(policies, dict) else {},
-        "okvqa_stem": found.get("okvqa_stem") is True,
-        **{name: value for name in ("lvlm", "order") if isinstance(value := found.get(name), str)},
-    }
+    """Return what the metrics.json in a folder says: results, tests, policies (method → digest), checkpoint,
+    okvqa_stem, lvlm, and order (of the prompt), as NOTHING has them where it does not say. Raises LeverError where
+    there are no results."""
+    path = folder / _METRICS
+    found = NOTHING | read_object(path)
+    if not (_fits(found, _READ) and found["results"] and max(len(found["results"]), len(found["tests"])) <= _MOST):
+        raise LeverError(
+            f"{path} holds no results of `lever infer`, or more than {_MOST:,}: run `lever infer --baselines` or "
+            "`lever demo` first"
+        )
+    return found
+
+
+def table(results: Sequence[dict]) -> tuple[list[int], list[tuple[str, list[dict | None]]]]:
+    """Return the numbers of shots, and for each method its result at each of them, None where there is none; that of
+    zero-shot is the same at all."""
+    cells = {(row["method"], row["shots"]): row for row in results}
+    shots = sorted({k for _, k in cells if k}) or [0]
+    methods = dict.fromkeys(method for method, _ in cells)
+    return shots, [(m, [cells.get((m, k)) or cells.get((m, 0)) for k in shots]) for m in methods]
 
 
 # ---------------------------------------------------------------------- samples
@@ -166,15 +179,12 @@ class Sample:
     references: list[str]
     icds: list[int]
     probabilities: list[float]
-    considered: list[tuple[int, float]]
+    considered: list[list]
 
 
 def samples_file(folder: Path, method: str, shots: int) -> Path:
-    """Return where the samples of a method are. Raises LeverError for a method whose name is no file's."""
-    name = f"samples_{method}_{shots}shot.jsonl"
-    if Path(name).name != name or "\0" in name:
-        raise LeverError(f"{folder / _METRICS} names a method {shown(method)}: run `lever infer` again")
-    return folder / name
+    """Return where the samples of a method are."""
+    return folder / f"samples_{method}_{shots}shot.jsonl"
 
 
 def _sample_row(prediction: dict, query: Example, score: float, icds: list[int], why: dict, shots: int) -> dict:
@@ -194,8 +204,7 @@ def _sample_row(prediction: dict, query: Example, score: float, icds: list[int],
 def read_samples(path: Path) -> dict[int, Sample]:
     """Return the samples in a file by question id, in its order. Raises LeverError naming the line that holds none."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
-            raise OSError(errno.EINVAL, "it is no regular file")
+        open_file(path).close()  # a pipe would be waited for
         samples = [_sample(line, path) for line in lines(path, LINE_LIMIT) if line.text.strip()]
     except OSError as error:
         raise LeverError(f"cannot read {path}: {error.strerror or error}; run `lever infer` again") from error
@@ -204,27 +213,11 @@ def read_samples(path: Path) -> dict[int, Sample]:
 
 def _sample(line: Line, path: Path) -> Sample:
     try:
-        row = loads(line.text)
-        considered = [(place, share) for place, share in row.get("considered", [])]
-        names = ("question_id", "answer", "accuracy", "references", "icds")
-        sample = Sample(*(row[name] for name in names), row.get("probabilities", []), considered)
-        if not _is_sound(sample):
+        row = {"probabilities": [], "considered": [], **loads(line.text)}
+        if not _fits(row, _SAMPLE) or len(row["probabilities"]) not in (0, len(row["icds"])):
             raise TypeError("a part of another type")
-        return sample
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError) as error:
         raise LeverError(
             f"{path}, line {line.number}: no prediction of `lever infer` ({shown(str(error))}); run `lever infer` again"
         ) from error
-
-
-def _is_sound(sample: Sample) -> bool:
-    ids = [sample.question_id, *sample.icds, *(place for place, _ in sample.considered)]
-    shares = [*sample.probabilities, *(share for _, share in sample.considered)]
-    return (
-        all(isinstance(part, list) for part in (sample.references, sample.icds, sample.probabilities))
-        and all(type(number) is int for number in ids)
-        and all(isinstance(text, str) for text in (sample.answer, *sample.references))
-        and is_finite(sample.accuracy)
-        and all(is_finite(share) and 0 <= share <= 1 for share in shares)
-        and len(sample.probabilities) in (0, len(sample.icds))
-    )
+    return Sample(**{name: row[name] for name in _SAMPLE})

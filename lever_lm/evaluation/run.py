@@ -13,11 +13,11 @@ from pathlib import Path
 from lever_lm.data import VqaData, load_dataset
 from lever_lm.data.embeddings import encoder_fingerprint
 from lever_lm.evaluation.choices_file import read_icds
-from lever_lm.evaluation.evaluate import Evaluation, Outcome, compare
+from lever_lm.evaluation.evaluate import Evaluation, compare
 from lever_lm.evaluation.report.curves import Evaluated
 from lever_lm.evaluation.report.figures import check_plots, write_plots
 from lever_lm.evaluation.report.page import write_report
-from lever_lm.evaluation.results import evaluations, last_evaluation, rows_of_another_setting, write_results
+from lever_lm.evaluation.results import evaluations, last_evaluation, write_results
 from lever_lm.selectors import ANY_POLICY, BASELINES, FROM_FILE, SELECTORS
 from lever_lm.selectors.learned import choose
 from lever_lm.selectors.pointer.checkpoint import policy_digest
@@ -56,38 +56,36 @@ def infer(
 ) -> dict:
     """Answer the evaluation queries with a checkpoint's choices, or with those in the file `icds`, which need no
     features without baselines; write and return results and paired tests."""
-    most, say = max(shots), pipeline.screen.say
-    if icds is None:
+    most, say, path = max(shots), pipeline.screen.say, None
+    if icds is None or baselines:
         _check_shots(pipeline, shots)
+    if icds is None:
         path, why = find_checkpoint(pipeline.run, ckpt, dict(os.environ))
         pipeline.check(*ALL)
         say(f"checkpoint: {path} ({why})")
         policy = load_for(path, pipeline.config, say)
         method = next((phase for phase in PHASES if path.stem.startswith(phase)), ANY_POLICY)
         evaluation = _evaluation(pipeline)
-        chosen = _choices_of(policy, evaluation, most, method, path)
+        chosen = _chosen_by(policy, evaluation, most, method, path)
         if policy.stop:
             mean = sum(map(len, chosen.picks)) / len(chosen.picks)
             say(f"the policy may stop early: it chose {mean:.2f} ICDs a query where {most} were allowed")
         facts = {"checkpoint": str(path), "why": why}
     else:
         pipeline.check(*(ALL if baselines else ("data", "lvlm")))
-        path, evaluation = None, Evaluation(pipeline.config, pipeline.data, None)
+        evaluation = Evaluation(pipeline.config, pipeline.data, None)
         picks = read_icds(icds, evaluation.queries, pipeline.data.train_examples, most)
-        chosen = Chosen(FROM_FILE, picks, file_digest(icds))
+        chosen, facts = Chosen(FROM_FILE, picks, file_digest(icds)), {"icds": str(icds)}
         if baselines:
-            _check_shots(pipeline, shots)
             evaluation = _evaluation(pipeline)
-        facts = {"icds": str(icds)}
-    folder, facts["changed"] = _destination(pipeline, pipeline.data, path, icds)
-    _say_changed(pipeline, facts["changed"])
+    folder, changed = _destination(pipeline, pipeline.data, path, icds)
+    for line in change_lines(changed):
+        say(line)
+    if changed:
+        say("these results stand apart from those of the run's own setting")
     choices = {name: evaluation.select(name, most) for name in BASELINES if baselines}
-    outcomes = evaluation.run({**choices, chosen.method: chosen.picks}, shots, pipeline.lvlm)
-    facts["tests"] = compare(chosen.method, outcomes)
-    metrics = pipeline.shards.from_leader(
-        lambda: _write(pipeline, evaluation, folder, outcomes, choices, [chosen], facts)
-    )
-    pipeline.screen.detail(pipeline.lvlm.tally)
+    choices[chosen.method] = chosen.picks
+    metrics = _evaluate(pipeline, evaluation, choices, [chosen], shots, folder, {**facts, "changed": changed})
     say(f"predictions and metrics: {folder}")
     return {**metrics, "folder": str(folder)}
 
@@ -102,9 +100,51 @@ def _evaluation(pipeline: Pipeline) -> Evaluation:
     return Evaluation(pipeline.config, pipeline.data, pipeline.features, pipeline.screen.track)
 
 
-def _choices_of(policy: PointerSelector, evaluation: Evaluation, shots: int, method: str, path: Path) -> Chosen:
+def _chosen_by(policy: PointerSelector, evaluation: Evaluation, shots: int, method: str, path: Path) -> Chosen:
     picks, reasons = choose(policy, evaluation.problem, shots, path)
     return Chosen(method, picks, policy_digest(policy), reasons)
+
+
+def _evaluate(
+    pipeline: Pipeline,
+    evaluation: Evaluation,
+    choices: dict[str, list[list[int]]],
+    chosen: Sequence[Chosen],
+    shots: Sequence[int],
+    folder: Path,
+    facts: dict,
+) -> dict:
+    """Answer and score the choices of all methods, and add the results to those in the folder, in which processes take
+    turns. chosen: those among the methods that are no baselines; the last is tested against all others, and its choices
+    are kept. facts: what else metrics.json says, whose content is returned."""
+    config, ours = pipeline.config, chosen[-1].method
+    outcomes = evaluation.run(choices, shots, pipeline.lvlm)
+    pipeline.screen.detail(pipeline.lvlm.tally)
+    # What results must share to stand in one table: data, features, model, pools, prompt.
+    setting = fingerprint(
+        pipeline.data.fingerprint,
+        encoder_fingerprint(config.features.encoder),
+        config.features.name,
+        pipeline.lvlm.fingerprint,
+        *(config.sampler, config.rollout.pool_size, config.seed, config.infer, config.prompt.cut, CODE["inference"]),
+    )
+    facts = {
+        **facts,
+        "tests": compare(ours, outcomes),
+        "okvqa_stem": config.infer.okvqa_stem,
+        "setting": "-".join((setting, *(one.digest for one in chosen))),
+        "lvlm": lvlm_name(config.lvlm.path),
+        "order": config.prompt.order,
+        "policies": {one.method: one.digest for one in chosen if one.reasons is not None},
+    }
+    reasons = {one.method: one.reasons for one in chosen if one.reasons is not None}
+    examples = (evaluation.queries, evaluation.data.train_examples)
+
+    def write() -> dict:
+        with alone(folder / LOCK, str(folder), "infer with another checkpoint", wait=True):
+            return write_results(folder, *examples, outcomes, choices, ours, facts, reasons, pipeline.screen.say)
+
+    return pipeline.shards.from_leader(write)
 
 
 # ---------------------------------------------------------------------- where results go
@@ -150,85 +190,36 @@ def _destination(
     return folder.with_name(folder.name + apart), changed
 
 
-def _say_changed(pipeline: Pipeline, changed: dict[str, dict]) -> None:
-    for line in change_lines({key: pair for key, pair in changed.items() if key != "data"}):
-        pipeline.screen.say(line)
-    if "data" in changed:
-        pipeline.screen.say(
-            f"data: not what the run was trained on, though its data.name is {pipeline.config.data.name} too"
-        )
-    if changed:
-        pipeline.screen.say("these results stand apart from those of the run's own setting")
-
-
-def _write(
-    pipeline: Pipeline,
-    evaluation: Evaluation,
-    folder: Path,
-    outcomes: Sequence[Outcome],
-    choices: dict[str, list[list[int]]],
-    chosen: Sequence[Chosen],
-    facts: dict,
-) -> dict:
-    """Write results by one process after another: each adds its rows to those in the folder; rows that it replaces are
-    said. chosen: the last of them is the method whose choices are kept. choices: those of the baselines."""
-    config = pipeline.config
-    # What results must share to stand in one table: data, features, model, pools, prompt.
-    setting = fingerprint(
-        pipeline.data.fingerprint,
-        encoder_fingerprint(config.features.encoder),
-        config.features.name,
-        pipeline.lvlm.fingerprint,
-        *(config.sampler, config.rollout.pool_size, config.seed, config.infer, config.prompt.cut, CODE["inference"]),
-    )
-    facts = {
-        **facts,
-        "okvqa_stem": config.infer.okvqa_stem,
-        "setting": "-".join((setting, *(one.digest for one in chosen))),
-        "lvlm": lvlm_name(config.lvlm.path),
-        "order": config.prompt.order,
-        "policies": {one.method: one.digest for one in chosen if one.reasons is not None},
-    }
-    choices = {**choices, **{one.method: one.picks for one in chosen}}
-    reasons = {one.method: one.reasons for one in chosen if one.reasons is not None}
-    with alone(folder / LOCK, str(folder), "infer with another checkpoint", wait=True):
-        if count := rows_of_another_setting(folder, facts["setting"]):
-            pipeline.screen.say(
-                f"{folder}: {count} results of other queries, other data, another policy or version are replaced"
-            )
-        examples = (evaluation.queries, evaluation.data.train_examples)
-        return write_results(folder, *examples, outcomes, choices, chosen[-1].method, facts, reasons)
-
-
 # ---------------------------------------------------------------------- the demo
 
 
 def demo(pipeline: Pipeline, shots: Sequence[int], *, overwrite: bool = False) -> dict:
     """Train, run every method on the same evaluation queries, and write the report: everything on one page."""
     _check_shots(pipeline, shots)
-    with pipeline.run.alone(pipeline.screen.say):
+    most, say = max(shots), pipeline.screen.say
+    with pipeline.run.alone(say):
         trained = pipeline.train_here(None, None, overwrite)
         best, evaluation = Path(trained["recommended"]["checkpoint"]), _evaluation(pipeline)
         policies = {"rce": pipeline.run.checkpoint("rce", pipeline.config.rce.epochs), "grpo": best}
         chosen = {
-            name: _choices_of(load_for(path, pipeline.config, pipeline.screen.say), evaluation, max(shots), name, path)
-            for name, path in policies.items()
+            method: _chosen_by(load_for(path, pipeline.config, say), evaluation, most, method, path)
+            for method, path in policies.items()
         }
-        baselines = {name: evaluation.select(name, max(shots)) for name in BASELINES}
-        choices = {**baselines, **{name: one.picks for name, one in chosen.items()}}
-        outcomes = evaluation.run({name: choices[name] for name in SELECTORS if name in choices}, shots, pipeline.lvlm)
-        tests, learned = compare("grpo", outcomes), _learned(pipeline, chosen)
-        pipeline.screen.detail(pipeline.lvlm.tally)
-        facts = {"checkpoint": str(best), "tests": tests, "learned": learned, "changed": {}}
-        metrics = _write(pipeline, evaluation, pipeline.inference, outcomes, baselines, list(chosen.values()), facts)
+        choices = {
+            name: chosen[name].picks if name in chosen else evaluation.select(name, most)
+            for name in SELECTORS
+            if name in chosen or name in BASELINES
+        }
+        facts = {"checkpoint": str(best), "learned": _learned(pipeline, chosen), "changed": {}}
+        metrics = _evaluate(pipeline, evaluation, choices, list(chosen.values()), shots, pipeline.inference, facts)
         if pipeline.tracking is not None:
             pipeline.tracking.results(metrics["results"])
         page = write_report(pipeline.run, pipeline.inference, pipeline.data, command=command_line())
         return {
             "table": metrics["results"],
             "report": str(page),
-            "tests": tests,
-            "learned": learned,
+            "tests": metrics["tests"],
+            "learned": metrics["learned"],
             "recommended": trained["recommended"],
             "run": str(pipeline.run.path),
         }

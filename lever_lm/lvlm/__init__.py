@@ -10,7 +10,6 @@ from lever_lm.lvlm.cached import CachedLvlm
 from lever_lm.lvlm.images import check_pixel_budget
 from lever_lm.lvlm.prompt import Prompt, build_prompt, cut_answer
 from lever_lm.utils.distributed import Shards
-from lever_lm.utils.file_hashes import DIGESTS
 from lever_lm.utils.hub import fetch_model
 from lever_lm.utils.progress import Track, unsaid
 
@@ -40,7 +39,7 @@ def load_lvlm(
     else:
         from lever_lm.lvlm.local import local_fingerprint, vision_fingerprint
 
-        with shards.leader_first(), DIGESTS.kept(shards, track):
+        with shards.leader_first():
             fetch_model(config.path, "--lvlm, lvlm.path")
             fingerprints = [local_fingerprint(config, style, device) for style in (prompt, PromptConfig())]
         stem = cache.stem.replace("answers", "vision", 1)

@@ -29,13 +29,13 @@ class Stages:
         check_names(config)
         self.config, self.layout, self.say, self.track = config, layout, say, track
         self.shards = Shards.from_environment()
-        DIGESTS.keep_in(layout.cache / "digests.json")
+        DIGESTS.keep_in(layout.cache / "digests.json", track, make_folder=self.shards.world > 1)
 
     @cached_property
     def data(self) -> VqaData:
         """The dataset; examples that were left out are counted aloud."""
         # The leader first: `datasets` makes a cache of its own from parquet files.
-        with self.shards.leader_first(), DIGESTS.kept(self.shards, self.track):
+        with self.shards.leader_first():
             data = load_dataset(self.config.data)
         counts = f"{len(data.train_examples)} training and {len(data.val_examples)} evaluation examples"
         self.say(f"data: {data.name}, {counts}")
@@ -47,7 +47,7 @@ class Stages:
     def features(self) -> Features:
         """CLIP features of both splits."""
         data = self.data
-        with self.shards.leader_first(), DIGESTS.kept(self.shards, self.track):
+        with self.shards.leader_first():
             return compute_features(
                 data, self.config.features, self.layout.features, self.config.device, self.track, self.say
             )

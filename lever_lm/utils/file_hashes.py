@@ -4,17 +4,15 @@ A digest is kept with the size and the times of its file. One whose file was cha
 second change of the same size could leave the times as they are.
 """
 
-import contextlib
 import errno
 import os
 import stat
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from lever_lm.utils.atomic_io import file_digest, write_json
-from lever_lm.utils.distributed import Shards
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.progress import WORTH_A_WORD, Track, Work, untracked
 from lever_lm.utils.safe_parse import read_object
@@ -32,56 +30,22 @@ class Digests:
 
     def __init__(self):
         self._known: dict[str, tuple[Stat, str]] = {}
-        self._file: Path | None = None
-        self._changed = False
-        self._held = False
-        self._track: Track = untracked
+        self.keep_in(None)
 
-    def keep_in(self, file: Path | None) -> None:
-        """Learn what `file` holds, and keep there what is found out from now on; with None, write no file."""
-        self._file = file
-        self._load()
-
-    @contextlib.contextmanager
-    def saved_at_the_end(self) -> Iterator[None]:
-        """Write the file when the block ends, also where it is interrupted; a LeverError changes nothing. The processes
-        of a job need the file before."""
-        self._held = True
-        try:
-            yield
-        except LeverError:
-            self._changed = False
-            raise
-        finally:
-            self._held = False
-            self.save()
-
-    @contextlib.contextmanager
-    def kept(self, shards: Shards, track: Track = untracked) -> Iterator[None]:
-        """Keep what is found out in the block; of a job, the leader writes it, and the others find it. `track` follows
-        what is read meanwhile."""
-        self._load()
-        outer, self._track = self._track, track
-        try:
-            yield
-        finally:
-            self._track = outer
-        if shards.leader and not (self._held and shards.world == 1):
-            if shards.world > 1 and self._file is not None:
-                self._file.parent.mkdir(parents=True, exist_ok=True)
-            self.save()
-
-    def _load(self) -> None:
-        for path, entry in (read_object(self._file, _LIMIT) if self._file else {}).items():
-            kinds = [type(value) for value in entry] if isinstance(entry, list) else []
-            if kinds == [int, int, int, str] and len(entry[3]) == 16 and entry[3].isalnum():
-                self._known.setdefault(path, (tuple(entry[:3]), entry[3]))
+    def keep_in(self, file: Path | None, track: Track = untracked, *, make_folder: bool = False) -> None:
+        """Share digests through `file` from now on; with None through none. It is written as soon as something is new
+        and its folder is there; with make_folder it is made: the processes of a job find what the first one read.
+        `track` follows what is read."""
+        self._file, self._track, self._make_folder = file, track, make_folder
+        self._is_new = False
 
     def of(self, paths: Iterable[Path | str]) -> list[str]:
         """Return the digests of files, 16 hex digits each. Raises OSError for one that cannot be read."""
         names = [os.path.abspath(path) for path in paths]
         stats = {name: _stat(name) for name in dict.fromkeys(names)}
-        unknown = [name for name, seen in stats.items() if self._known.get(name, (None,))[0] != seen]
+        if self._unknown(stats):
+            self._known |= self._kept()
+        unknown = self._unknown(stats)
         found = {name: self._known[name][1] for name in stats.keys() - set(unknown)}
         if unknown:
             with ThreadPoolExecutor(_READERS) as pool:
@@ -91,14 +55,26 @@ class Digests:
             for name in unknown:
                 if max(stats[name][1:]) + _SETTLED < now and _stat(name) == stats[name]:
                     self._known[name] = (stats[name], found[name])
-                    self._changed = True
+                    self._is_new = True
+        self._save()
         return [found[name] for name in names]
 
-    def save(self) -> None:
-        """Write the file where there is something new and its folder is there; go on without where it cannot be."""
-        if self._file is None or not self._changed or not self._file.parent.is_dir():
+    def _unknown(self, stats: dict[str, Stat]) -> list[str]:
+        return [name for name, seen in stats.items() if self._known.get(name, (None,))[0] != seen]
+
+    def _kept(self) -> dict[str, tuple[Stat, str]]:
+        """Return what the file holds."""
+        kept = {}
+        for path, entry in (read_object(self._file, _LIMIT) if self._file else {}).items():
+            kinds = [type(value) for value in entry] if isinstance(entry, list) else []
+            if kinds == [int, int, int, str] and len(entry[3]) == 16 and entry[3].isalnum():
+                kept[path] = (tuple(entry[:3]), entry[3])
+        return kept
+
+    def _save(self) -> None:
+        if self._file is None or not self._is_new or not (self._make_folder or self._file.parent.is_dir()):
             return
-        self._changed = False
+        self._is_new = False
         try:
             write_json(self._file, {path: [*seen, digest] for path, (seen, digest) in self._known.items()}, indent=None)
         except (LeverError, ValueError):  # a full disk; a name that is no text

@@ -18,7 +18,8 @@ NAMES += ["training_grpo.png", "training_grpo.pdf"]
 
 
 def result(method, shots, accuracy, low, high):
-    return {"method": method, "shots": shots, "accuracy": accuracy, "raw_accuracy": accuracy, "n": 9, "ci": [low, high]}
+    scores = dict.fromkeys(("accuracy", "raw_accuracy", "normalized_accuracy"), accuracy)
+    return {"method": method, "shots": shots, **scores, "n": 9, "ci": [low, high]}
 
 
 RESULTS = [
@@ -63,8 +64,8 @@ def test_no_two_of_a_dozen_lines_look_alike():
 
 
 def test_training_marks_the_epoch_that_each_strategy_chooses():
-    curves = [curve for curve in training_curves([("one", ROWS)]) if curve.phase == "grpo"]
-    panels = {axes.get_ylabel(): axes for axes in _training(curves).axes}
+    figure = _training(training_curves([("one", ROWS)])["grpo"])
+    panels = {axes.get_ylabel(): axes for axes in figure.axes}
     rings = {
         name: [tuple(point) for ring in axes.collections for point in ring.get_offsets().tolist()]
         for name, axes in panels.items()
@@ -78,8 +79,7 @@ def test_training_marks_the_epoch_that_each_strategy_chooses():
 
 def test_runs_are_laid_over_each_other():
     curves = training_curves([("one", ROWS), ("two", ROWS[:5])])
-    (kl,) = (curve for curve in curves if curve.metric == "kl")
-    figure = _training([kl])
+    figure = _training({"kl": curves["grpo"]["kl"]})
     lengths = [len(line.get_xdata()) for line in figure.axes[0].lines]
     assert lengths == [3, 2]  # and no line of one run's choice through all
     assert [text.get_text() for text in figure.legends[0].get_texts()][:2] == ["one", "chosen by this metric"]

@@ -210,7 +210,7 @@ def rollouts(folder: Path) -> Target:
     train = examples(300, first=100_000)
 
     def read() -> None:
-        file_format.made_elsewhere(path)
+        file_format.made_of(path)
         check_rows(path, train)
         groups = file_format.load_groups(path)
         file_format.load_groups(path, reward_mode="hard_plus_gtprob_plus_rel", require_positive=True)
@@ -278,8 +278,9 @@ def metrics_file(folder: Path) -> Target:
         json.dumps(finite(run_status(run)), allow_nan=False)
         choices(run, None)
         rows = run.rows()
-        for curve in training_curves([("x", rows)]):
-            _curve_chart("", curve)
+        for curves in training_curves([("x", rows)]).values():
+            for metric, series in curves.items():
+                _curve_chart("", metric, series)
         for tell in (phrasing.strategies, phrasing.health, phrasing.of_groups, phrasing.warnings_of):
             tell(rows)
 
@@ -356,6 +357,7 @@ class _Inference:
         self.samples_file = self.folder / "samples_grpo_2shot.jsonl"
         self.samples_file.write_bytes(self.samples)
         self.result = {"method": "grpo", "shots": 2, "accuracy": 0.5, "ci": [0.25, 0.75], "raw_accuracy": 0.5, "n": 2}
+        self.result["normalized_accuracy"] = 0.5
         test = {
             "method": "grpo",
             "against": "random",
@@ -382,7 +384,7 @@ def results_file(folder: Path) -> Target:
 
     def read() -> None:
         kept = Path(shutil.copy(made.results_file, folder / "kept.json"))
-        written = _write_metrics(kept, [{**made.result, "shots": 4}], {"setting": "s"})
+        written = _write_metrics(kept, [{**made.result, "shots": 4}], {"setting": "s"}, str)
         json.dumps(written, allow_nan=False)
         assert written["results"][-1]["shots"] == 4
         made.report()

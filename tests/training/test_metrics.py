@@ -32,8 +32,10 @@ def test_a_statistic_of_a_new_loss_is_shown_everywhere_by_one_line(tmp_path, mon
 
     line = Metric("surprise", "surprise (nats)", "curve health status", score=lambda value: value, why="least surprise")
     monkeypatch.setitem(metrics.METRICS, "surprise", line)
-    (curve,) = [curve for curve in training_curves([("run", rows)]) if curve.metric == "surprise"]
-    assert [y for _, y in curve.series[0].points] == [row["surprise"] for row in rows if "surprise" in row]
+    (curve,) = (
+        of_phase["surprise"] for of_phase in training_curves([("run", rows)]).values() if "surprise" in of_phase
+    )
+    assert [y for _, y in curve[0].points] == [row["surprise"] for row in rows if "surprise" in row]
     assert line.label == "surprise"
     assert health(rows)[-1]["name"] == "surprise (nats)"
     best = best_row([row for row in rows if row["phase"] == "grpo"], line)

@@ -8,7 +8,6 @@ import pytest
 
 from lever_lm.utils import file_hashes as digests
 from lever_lm.utils.atomic_io import file_digest
-from lever_lm.utils.distributed import Shards
 from lever_lm.utils.file_hashes import Digests
 
 
@@ -49,14 +48,16 @@ def kept_in(file) -> Digests:
 
 
 def test_a_settled_file_is_read_once_and_known_to_the_next_process(tmp_path, reads, files):
-    (tmp_path / "cache").mkdir()
-    known = kept_in(tmp_path / "cache" / "digests.json")
-    expected = [file_digest(file) for file in files]
+    kept = tmp_path / "cache" / "digests.json"
+    kept.parent.mkdir()
+    expected, other = [file_digest(file) for file in files], kept_in(kept)
+    known = kept_in(kept)
     assert known.of(files) == known.of(map(str, files)) == expected
     assert sorted(reads) == ["a", "b", "c"]
-    known.save()
-    assert kept_in(tmp_path / "cache" / "digests.json").of(reversed(files)) == expected[::-1]
+    written = kept.stat().st_mtime_ns
+    assert kept_in(kept).of(reversed(files)) == other.of(files)[::-1] == expected[::-1]
     assert len(reads) == 3
+    assert kept.stat().st_mtime_ns == written, "nothing new is not written"
 
 
 @pytest.mark.parametrize("change", ["content", "content, size and date as they were", "another file in its place"])
@@ -96,26 +97,24 @@ def test_a_file_of_whatever_content_is_done_without(tmp_path, files, content):
     assert kept_in(tmp_path / "digests.json").of(files[:1]) == [file_digest(files[0])]
 
 
-def test_a_file_that_cannot_be_written_is_done_without_and_no_folder_is_made_for_it(tmp_path, files):
+def test_a_file_that_cannot_be_written_is_done_without_and_no_folder_is_made_for_it_but_in_a_job(tmp_path, files):
     (tmp_path / "cache" / "digests.json").mkdir(parents=True)
     for folder in ("cache", "none"):
-        known = kept_in(tmp_path / folder / "digests.json")
-        assert known.of(files[:1]) == [file_digest(files[0])]
-        known.save()
+        assert kept_in(tmp_path / folder / "digests.json").of(files[:1]) == [file_digest(files[0])]
     assert [path.name for path in (tmp_path / "cache").rglob("*")] == ["digests.json"]
     assert not (tmp_path / "none").exists()
+    known = Digests()
+    known.keep_in(tmp_path / "job" / "digests.json", make_folder=True)
+    known.of(files[:1])
+    assert (tmp_path / "job" / "digests.json").is_file()
 
 
-def test_nothing_new_is_not_written(tmp_path, files):
-    kept, written = tmp_path / "digests.json", []
-    for _ in range(2):
-        known = kept_in(kept)
-        known.of(files[:1])
-        known.save()
-        written.append(kept.stat().st_mtime_ns)
-    assert written[0] == written[1]
-    (entry,) = json.loads(kept.read_text()).values()
-    assert entry[3] == file_digest(files[0])
+def test_what_was_read_before_the_folder_was_there_is_written_later(tmp_path, files):
+    known = kept_in(tmp_path / "cache" / "digests.json")
+    known.of(files[:2])
+    (tmp_path / "cache").mkdir()
+    known.of(files[:1])
+    assert len(json.loads((tmp_path / "cache" / "digests.json").read_text())) == 2
 
 
 def test_a_missing_file_is_an_error_and_so_is_a_pipe(tmp_path):
@@ -135,8 +134,7 @@ def test_what_is_read_is_followed_and_what_is_known_is_counted(tmp_path, files):
 
     known = Digests()
     known.of(files[:1])
-    with known.kept(Shards(), track):
+    known.keep_in(None, track)
+    for _ in range(2):
         assert known.of(files) == list(map(file_digest, files))
-        known.of(files)
-    known.of([*files, __file__])
     assert seen == [("digests", 2, "files", 1)]

@@ -1,12 +1,11 @@
 """What page and figures draw of runs: accuracy by shots, and the metrics of each epoch with what strategies choose."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from lever_lm.evaluation.report.svg import Series
-from lever_lm.evaluation.results import is_finite, read_metrics
+from lever_lm.evaluation.results import NOTHING, is_finite, read_metrics
 from lever_lm.selectors import LEARNED, SELECTORS, ZERO_SHOT
 from lever_lm.training.log_parser import History
 from lever_lm.training.metrics import STRATEGIES, metrics_on
@@ -28,10 +27,8 @@ class Evaluated:
 
     @cached_property
     def metrics(self) -> dict:
-        """What read_metrics returns of the evaluation, all empty where there is none."""
-        if self.inference is None:
-            return {"results": [], "tests": [], "checkpoint": "", "policies": {}}
-        return read_metrics(self.inference)
+        """What read_metrics returns of the evaluation, NOTHING where there is none."""
+        return read_metrics(self.inference) if self.inference else NOTHING
 
     @cached_property
     def history(self) -> History | None:
@@ -50,15 +47,22 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
-class Curve:
-    """One metric of one phase: a line for each run."""
+class Series:
+    """One line. colour: a class of the page's style. intervals: (low, high) of each point, drawn as whiskers. flat: one
+    value for all x, drawn from edge to edge. marks: x → what is chosen there."""
 
-    phase: str
-    metric: str
-    series: list[Series]
+    label: str
+    colour: str
+    points: list[tuple[float, float]]
+    intervals: list[tuple[float, float]] = field(default_factory=list)
+    flat: bool = False
+    marks: dict[float, str] = field(default_factory=dict)
 
 
-def charts_of(runs: Sequence[Evaluated]) -> tuple[list[str], list[Series], list[Curve]]:
+Curves = dict[str, dict[str, list[Series]]]  # phase → metric → a line for each run
+
+
+def charts_of(runs: Sequence[Evaluated]) -> tuple[list[str], list[Series], Curves]:
     """Return the names of runs, the accuracy of the first with the others over it, and the training curves of all."""
     names = distinct_names([one.run.path for one in runs])
     others = [(name, one.metrics["results"]) for name, one in zip(names[1:], runs[1:], strict=True)]
@@ -97,12 +101,11 @@ def _by_method(results: Sequence[dict]) -> list[Series]:
     return series
 
 
-def training_curves(runs: Sequence[tuple[str, list[dict]]]) -> list[Curve]:
+def training_curves(runs: Sequence[tuple[str, list[dict]]]) -> Curves:
     """Return the logged metrics of runs by name, over epochs; a strategy marks the epoch that it chooses."""
-    curves = []
+    curves: Curves = {}
     for phase in PHASES:
         for metric in metrics_on("curve"):
-            series = []
             for i, (name, all_rows) in enumerate(runs):
                 rows = [row for row in all_rows if row["phase"] == phase]
                 points = [(row["epoch"], row[metric]) for row in rows if is_finite(row.get(metric))]
@@ -111,7 +114,6 @@ def training_curves(runs: Sequence[tuple[str, list[dict]]]) -> list[Curve]:
                 best = best_row(rows, STRATEGIES[metric]) if metric in STRATEGIES and chosen_from else None
                 if len(points) > 1:
                     marks = {best["epoch"]: metric} if best else {}
-                    series.append(Series(name, f"run{i % RUN_COLOURS}", points, marks=marks))
-            if series:
-                curves.append(Curve(phase, metric, series))
+                    line = Series(name, f"run{i % RUN_COLOURS}", points, marks=marks)
+                    curves.setdefault(phase, {}).setdefault(metric, []).append(line)
     return curves

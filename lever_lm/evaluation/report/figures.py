@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import lever_lm
-from lever_lm.evaluation.report.curves import PHASES, Curve, Evaluated, charts_of
-from lever_lm.evaluation.report.svg import Series
+from lever_lm.evaluation.report.curves import Evaluated, Series, charts_of
 from lever_lm.selectors import SELECTORS
 from lever_lm.training.metrics import METRICS, RECOMMENDED
 from lever_lm.utils.atomic_io import atomic_file
@@ -53,9 +52,8 @@ def write_plots(runs: Sequence[Evaluated], directory: Path) -> list[Path]:
         matplotlib.rc_file(style, use_default_template=False)
         if series:
             written += _save(_accuracy(series), directory / "accuracy")
-        for phase in PHASES:
-            if panels := [curve for curve in curves if curve.phase == phase]:
-                written += _save(_training(panels), directory / f"training_{phase}")
+        for phase, panels in curves.items():
+            written += _save(_training(panels), directory / f"training_{phase}")
     return written
 
 
@@ -79,18 +77,19 @@ def _accuracy(series: Sequence[Series]):
     figure = Figure(figsize=(COLUMN, 2.6), layout="constrained")
     axes = figure.add_subplot()
     lines = [one for one in series if not one.flat]
-    shots = sorted({x for one in lines for x, _ in one.points})
-    place = {x: i for i, x in enumerate(shots)}  # 1, 2, 4 stand equally far apart
-    for one in (one for one in series if one.flat):
-        axes.axhline(one.points[0][1], color=_GREY, linestyle=(0, (1, 1)), label=_label(one.label))
+    shots = sorted({x for one in lines for x, _ in one.points})  # 1, 2, 4 stand equally far apart
+    for one in series:
+        if one.flat:
+            axes.axhline(one.points[0][1], color=_GREY, linestyle=(0, (1, 1)), label=_label(one.label))
     for i, one in enumerate(lines):
         aside = 0.07 * (i - (len(lines) - 1) / 2)
-        y = [value for _, value in one.points]
-        ends = [(max(v - low, 0), max(high - v, 0)) for v, (low, high) in zip(y, one.intervals, strict=True)]
         axes.errorbar(
-            [place[x] + aside for x, _ in one.points],
-            y,
-            yerr=list(zip(*ends, strict=True)),
+            [shots.index(x) + aside for x, _ in one.points],
+            [y for _, y in one.points],
+            yerr=[
+                [max(y - low, 0) for (_, y), (low, _) in zip(one.points, one.intervals, strict=True)],
+                [max(high - y, 0) for (_, y), (_, high) in zip(one.points, one.intervals, strict=True)],
+            ],
             label=_label(one.label),
             capsize=1.5,
             elinewidth=0.7,
@@ -104,7 +103,7 @@ def _accuracy(series: Sequence[Series]):
     return figure
 
 
-def _training(curves: Sequence[Curve]):
+def _training(curves: dict[str, list[Series]]):
     """Return one panel a metric, over epochs; a ring around the epoch that the metric's own strategy chooses, and for a
     single run a line through all panels where val_reward does."""
     from matplotlib.figure import Figure
@@ -112,21 +111,20 @@ def _training(curves: Sequence[Curve]):
 
     columns = min(_PANELS, len(curves))
     rows = -(-len(curves) // columns)
-    names = list(dict.fromkeys(one.label for curve in curves for one in curve.series))
+    names = list(dict.fromkeys(one.label for series in curves.values() for one in series))
     figure = Figure(figsize=(PAGE * columns / _PANELS, 1.45 * rows + 0.3), layout="constrained")
-    chosen = [x for curve in curves if curve.metric == RECOMMENDED for one in curve.series for x in one.marks]
-    for number, curve in enumerate(curves):
-        axes = figure.add_subplot(rows, columns, number + 1)
-        for one in curve.series:
+    chosen = [x for one in curves.get(RECOMMENDED, ()) for x in one.marks] if len(names) == 1 else []
+    for number, (metric, series) in enumerate(curves.items(), 1):
+        axes = figure.add_subplot(rows, columns, number)
+        for one in series:
             look = _look(names.index(one.label))
-            x, y = zip(*one.points, strict=True)
-            axes.plot(x, y, **{**look, "marker": ""}, label=_label(one.label))
-            if rings := [point for point in one.points if point[0] in one.marks]:
-                ring = {"s": 22, "facecolors": "white", "edgecolors": look["color"], "zorder": 3}
-                axes.scatter(*zip(*rings, strict=True), **ring, label="chosen by this metric")
-        for x in chosen if len(names) == 1 else ():
+            axes.plot(*zip(*one.points, strict=True), **{**look, "marker": ""}, label=_label(one.label))
+            for ring in (point for point in one.points if point[0] in one.marks):
+                colours = {"facecolors": "white", "edgecolors": look["color"]}
+                axes.scatter(*ring, s=22, zorder=3, **colours, label="chosen by this metric")
+        for x in chosen:
             axes.axvline(x, color=_GREY, linewidth=0.7, linestyle=(0, (1, 1)), label=f"chosen by {RECOMMENDED}")
-        axes.set(xlabel="epoch", ylabel=METRICS[curve.metric].label)
+        axes.set(xlabel="epoch", ylabel=METRICS[metric].label)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(4))
     found: dict = {}

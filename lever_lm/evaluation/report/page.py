@@ -8,10 +8,10 @@ import yaml
 
 from lever_lm.data import VqaData
 from lever_lm.evaluation.report import phrasing as words
-from lever_lm.evaluation.report.curves import PHASES, Curve, Evaluated, charts_of
+from lever_lm.evaluation.report.curves import PHASES, Evaluated, Series, charts_of
 from lever_lm.evaluation.report.gallery import Gallery, pick_queries, read_shown
-from lever_lm.evaluation.report.svg import Series, line_chart
-from lever_lm.evaluation.results import is_finite, read_samples, samples_file
+from lever_lm.evaluation.report.svg import line_chart
+from lever_lm.evaluation.results import is_finite, read_samples, samples_file, table
 from lever_lm.evaluation.statistics import paired_test
 from lever_lm.evaluation.templates import render
 from lever_lm.selectors import LEARNED, named
@@ -67,13 +67,12 @@ def _page(main: Evaluated, data: VqaData | None, others: list[Evaluated]) -> dic
         **_by_shots(metrics),
         "checkpoint": metrics["checkpoint"],
         "chart": _accuracy_chart(series) if any(one.points for one in series) else "",
-        "nearest": metrics.get("order") == "first_pick_last",
+        "nearest": metrics["order"] == "first_pick_last",
         "stale": _is_stale(main.run, metrics),
         **_chosen(main, data),
         "phases": [
-            (title, [_curve_chart(title, curve) for curve in curves if curve.phase == phase])
-            for phase, title in PHASES.items()
-            if any(curve.phase == phase for curve in curves)
+            (PHASES[phase], [_curve_chart(PHASES[phase], metric, lines) for metric, lines in of_phase.items()])
+            for phase, of_phase in curves.items()
         ],
         "strategies": words.strategies(judged),
         "source": history.source if history else "",
@@ -103,10 +102,10 @@ def _accuracy_chart(series: list[Series]) -> str:
     )
 
 
-def _curve_chart(phase: str, curve: Curve) -> tuple[str, str]:
+def _curve_chart(phase: str, metric: str, series: list[Series]) -> tuple[str, str]:
     """Return the title of a curve and its chart."""
-    title = METRICS[curve.metric].title
-    return title, line_chart(curve.series, title=f"{phase}, {title}", across="epoch")
+    title = METRICS[metric].title
+    return title, line_chart(series, title=f"{phase}, {title}", across="epoch")
 
 
 def _is_stale(run: RunFolder, metrics: dict) -> bool:
@@ -127,7 +126,7 @@ def _chosen(main: Evaluated, data: VqaData | None) -> dict:
     found = read_shown(main.inference, metrics["results"]) if main.inference and data else None
     if found is None:
         return {"sentence": "", "learned": "", "labels": [], "cards": [], "counts": {}}
-    lvlm = metrics.get("lvlm") or main.run.lvlm() or "the LVLM"
+    lvlm = metrics["lvlm"] or main.run.lvlm() or "the LVLM"
     (chosen, counts), gallery = pick_queries(found), Gallery(found, data)
     labels = gallery.labels()
     return {
@@ -141,16 +140,14 @@ def _chosen(main: Evaluated, data: VqaData | None) -> dict:
 
 def _by_shots(metrics: dict) -> dict:
     """Return the results as a table of methods and shots, and the tests in words: at the most shots, and at others."""
-    cells = {(row["method"], row["shots"]): row for row in metrics["results"]}
-    shots = sorted({k for _, k in cells if k}) or [0]
-    methods = dict.fromkeys(method for method, _ in cells)
+    shots, methods = table(metrics["results"])
     tests = [t for t in metrics["tests"] if all(is_finite(t[name]) for name in ("difference", "low", "high", "p"))]
     said = [[words.of_test(t) for t in tests if (t["shots"] == shots[-1]) == last] for last in (True, False)]
     return {
         "tests": said if any(said) else [],
         "columns_of_shots": shots,
-        "by_method": [(m, [cells.get((m, k)) or cells.get((m, 0)) for k in shots]) for m in methods],
-        "learned_methods": [next((m for m in LEARNED if m in methods), "")],
+        "by_method": methods,
+        "learned_methods": [next((m for m in LEARNED if m in dict(methods)), "")],
     }
 
 
