@@ -117,10 +117,7 @@ def synthetic_table(runs: dict, truth: str) -> list[str]:
 
 def summary_table(runs: dict) -> list[str]:
     """GRPO's last epoch against the RCE it started from, by row, in all three measures."""
-    lines = [
-        "| row | synthetic, sampling | synthetic, greedy | digits, 1 shot |",
-        "| --- | --- | --- | --- |",
-    ]
+    lines = ["| row | synthetic, sampling | synthetic, greedy | digits, 1 shot |", "| --- | --- | --- | --- |"]
     for row in dict.fromkeys(row for _, row in runs):
         seeds = runs.get(("synthetic", row), {})
         cells = [

@@ -74,11 +74,7 @@ def write(evaluation, folder, other: str) -> dict:
 
 def test_earlier_results_of_another_type_are_no_results(evaluation, results):
     folder, sound = results
-    for there in (
-        5,
-        [5],
-        [{"method": "random", "shots": [1]}],
-    ):
+    for there in (5, [5], [{"method": "random", "shots": [1]}]):
         put(folder / "metrics.json", {**sound, "results": there})
         assert [row["method"] for row in write(evaluation, folder, "text_sim")["results"]] == ["text_sim", "grpo"]
 
