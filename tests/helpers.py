@@ -179,11 +179,19 @@ def lever(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def trained_once(features_file, tmp_path_factory) -> Path:
+    from lever_lm.utils.file_hashes import DIGESTS
+
     folder = tmp_path_factory.mktemp("trained")
     cache = folder / "results/digits/cache"
     cache.mkdir(parents=True)
     shutil.copy2(features_file, cache)
-    done = run_lever("train", *SMALL, "--json", cwd=folder)
+    command = ["train", *SMALL, "--json"]
+    with pytest.MonkeyPatch.context() as patch:
+        for name in os.environ.keys() - clean_environment().keys():
+            patch.delenv(name)
+        patch.setattr(sys, "argv", ["lever", *command])  # which env.json keeps
+        DIGESTS.__init__()  # as in a process of its own
+        done = run_here(*command, cwd=folder)
     assert done.status == 0, done.err
     return folder
 

@@ -3,9 +3,12 @@
 Then what it promises on files of Lever-Plus's making: the least validation loss is at epoch 25, and that one answers.
 """
 
+import contextlib
 import json
 import os
 import re
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -29,27 +32,61 @@ COLUMNS = re.search(r"^Epoch +Train Loss.*$", DOCUMENT, re.MULTILINE)[0].split()
 VAL = 8
 
 
+# Stands for `lever`: has the test's own process, which has imported everything, run the command.
+LEVER = f"""#!{sys.executable} -SE
+import json, os, socket, sys
+with socket.socket(socket.AF_UNIX) as server:
+    server.connect(os.environ["LEVER_SOCKET"])
+    asked = {{"arguments": sys.argv[1:], "folder": os.getcwd(), "environment": dict(os.environ)}}
+    server.sendall(json.dumps(asked).encode())
+    server.shutdown(socket.SHUT_WR)
+    done = json.loads(b"".join(iter(lambda: server.recv(65536), b"")))
+sys.stdout.write(done["out"])
+sys.stderr.write(done["err"])
+sys.exit(done["status"])
+"""
+
+
 def shell_environment(folder: Path, data: Path) -> dict[str, str]:
     """That of a user who has the data, the models in the hub's cache, and no GPU."""
     hub_cache(folder / "home", "Qwen/Qwen2.5-VL-3B-Instruct", "model", asset_path("asset:tiny-qwen2.5-vl"))
     hub_cache(folder / "home", "openai/clip-vit-large-patch14", "model", asset_path("asset:tiny-clip"))
-    stub = folder / "bin" / "nvidia-smi"
-    stub.parent.mkdir()
-    stub.write_text("#!/bin/sh\necho 'no devices were found'\n")
-    stub.chmod(0o755)
-    (folder / "scripts").symlink_to(CHECKOUT / "scripts")
-    environment = clean_environment(
-        HF_HUB_OFFLINE="1",
-        HF_HOME=str(folder / "home"),
+    shutil.copytree(CHECKOUT / "scripts", folder / "scripts")
+    programs = {"nvidia-smi": "#!/bin/sh\necho 'no devices were found'\n", "lever": LEVER}
+    (folder / "bin").mkdir()
+    for name, text in programs.items():
+        (folder / "bin" / name).write_text(text)
+        (folder / "bin" / name).chmod(0o755)
+    return clean_environment(
         OKVQA_PATH=str(data),
         COCO_PATH=str(data),
         CUDA_VISIBLE_DEVICES="",
         PYTHONIOENCODING="utf-8",
-        PATH=os.pathsep.join([str(stub.parent), str(Path(sys.executable).parent), os.environ["PATH"]]),
+        LEVER_SOCKET=str(folder / "socket"),
+        PATH=os.pathsep.join([str(folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]),
     )
-    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):  # they would win over HF_HOME
-        environment.pop(name, None)
-    return environment
+
+
+def run_shell(script: str, folder: Path, environment: dict[str, str]) -> int:
+    """Run a script with bash, and in this process each `lever` command that it comes to; return its status."""
+    with socket.socket(socket.AF_UNIX) as server, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder / "home" / "hub"))
+        server.bind(environment["LEVER_SOCKET"])
+        server.listen()
+        server.settimeout(0.1)
+        shell = subprocess.Popen(["bash", "-c", script], cwd=folder, env=environment)
+        while shell.poll() is None:
+            with contextlib.suppress(TimeoutError), server.accept()[0] as caller:
+                caller.settimeout(10)
+                asked = json.loads(b"".join(iter(lambda caller=caller: caller.recv(65536), b"")))
+                with pytest.MonkeyPatch.context() as own:
+                    for name in os.environ.keys() - asked["environment"].keys():
+                        own.delenv(name)
+                    for name, value in asked["environment"].items():
+                        own.setenv(name, value)
+                    done = run_here(*asked["arguments"], cwd=asked["folder"])
+                caller.sendall(json.dumps(vars(done)).encode())
+    return shell.returncode
 
 
 # ---------------------------------------------------------------------- the walk
@@ -91,11 +128,11 @@ def walk(folder) -> dict[str, Done]:
         strict = "set +e" if name == "processes" else "set -e"  # there may be no process to see
         lines += [strict, f"exec > said/{name}.out 2> said/{name}.err", part]
     environment = shell_environment(folder, small_digits(folder / "data", train=32, val=VAL))
-    done = subprocess.run(["bash", "-c", "\n".join(lines)], cwd=folder, env=environment, timeout=900, check=False)
+    status = run_shell("\n".join(lines), folder, environment)
     read = {path.name: path.read_text(encoding="utf-8") for path in said.iterdir()}
     steps = {name: Done(0, read.get(f"{name}.out", ""), read.get(f"{name}.err", "")) for name in parts}
     last = [name for name in parts if f"{name}.out" in read][-1]
-    assert done.returncode == 0, f"the part {last!r} failed: {steps[last].out[-1500:]}{steps[last].err[-1500:]}"
+    assert status == 0, f"the part {last!r} failed: {steps[last].out[-1500:]}{steps[last].err[-1500:]}"
     return steps
 
 

@@ -122,37 +122,6 @@ def test_inference_takes_the_latest_unless_the_environment_names_a_checkpoint(ru
     assert "CUDA_VISIBLE_DEVICES" not in ran.seen["environment"]
 
 
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
-        (["--checkpoint_dir", "./my run"], ["./my run"]),
-        (["--checkpoint-dir=r", "--strategy", "kl"], ["r", "--strategy", "kl"]),
-        (["--show_all", "--checkpoint_dir", "r"], ["r", "--show-all"]),
-        (["--show-all", "--checkpoint_dir=r", "--log_file", "a.log"], ["r", "--show-all", "--log", "a.log"]),
-        (["--log-file", "a.log"], ["--log", "a.log"]),
-        (["--log", "a.log", "--json", "--seed", "3"], ["--log", "a.log", "--json", "--seed", "3"]),
-    ],
-)
-def test_the_flags_of_find_best_checkpoint_become_options(run, flags, expected):
-    ran = run("find_best_checkpoint.py", *flags)
-    assert ran.status == 0, ran.err
-    assert ran.seen["arguments"] == ["best-ckpt", *expected]
-
-
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
-        (["--v3_ckpt", "./a b.pt"], ["./a b.pt"]),
-        (["--v3-ckpt=a.pt", "--output", "b.ckpt"], ["a.pt", "--output", "b.ckpt"]),
-        (["--v3_ckpt", "a.pt", "--allow-truncate", "--json"], ["a.pt", "--allow-truncate", "--json"]),
-    ],
-)
-def test_the_flags_of_convert_become_options(run, flags, expected):
-    ran = run("convert_v3_to_v2_format.py", *flags)
-    assert ran.status == 0, ran.err
-    assert ran.seen["arguments"] == ["convert", *expected]
-
-
 # ---------------------------------------------------------------------- refusals
 
 

@@ -16,7 +16,7 @@ from lever_lm.selectors import BASELINES
 from lever_lm.tasks import TASKS
 from lever_lm.training.environment import own_files
 from lever_lm.training.preflight import ALL, disk_needed, examine, group_size
-from lever_lm.training.rollouts.file_format import is_made, made_elsewhere, query_ids, read_rollouts, split_ids
+from lever_lm.training.rollouts.file_format import made_of, query_ids, read_rollouts, split_ids, why_made_again
 from lever_lm.training.rollouts.generate import rollout_stamp
 from lever_lm.training.rollouts.infoscore import infoscore_calls
 from lever_lm.training.rollouts.propose import propose_groups, query_rows
@@ -57,7 +57,7 @@ def show_plan(
     rl_data, embeddings = rl_data or files.get("rl_data"), embeddings or files.get("embeddings")
     needs = ALL if rl_data is None or config.grpo.online else () if embeddings else ("data", "encoder")
     missing = [check for check in examine(config, layout, needs) if check.status != "ok"]
-    if command != "infer" and rl_data is None and made_elsewhere(layout.rollouts):
+    if command != "infer" and rl_data is None and made_of(layout.rollouts) == {}:
         rl_data = layout.rollouts
     planner, stages = _Planner(config, layout), []
     if rl_data is None or not (embeddings or layout.exported.is_file()):
@@ -135,8 +135,8 @@ class _Planner:
         calls = group_size(self.config) * self._calls(rows, rollout.gt_prob)
         calls, exact = calls + infoscore_calls(self.config, rollout.pool_size) * len(rows), False
         if self.known is not None:
-            made_of = (self.config, self.data, self.known.fingerprint, self.lvlm)
-            if self.lvlm is not None and is_made(path, rollout_stamp(*made_of)):
+            made, inputs = made_of(path), (self.config, self.data, self.known.fingerprint, self.lvlm)
+            if self.lvlm is not None and made and not why_made_again(made, rollout_stamp(*inputs)):
                 return Stage("rollouts", "there", str(path))
             if not (rollout.gt_prob or rollout.infoscore):  # else the calls hang on answers and scores
                 proposals = propose_groups(self.config, self.data, self.known)

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from lever_lm.utils.distributed import Shards
 from lever_lm.utils.errors import LeverError
-from lever_lm.utils.fingerprint import changed
 from lever_lm.utils.terminal import shown
 
 _SQL_VARIABLES = 500  # keys in one query
@@ -54,16 +53,6 @@ class AnswerCache:
                 found |= dict(self._main.execute(f"SELECT key, value FROM answers WHERE key IN ({marks})", part))
         return {key: value for key, value in found.items() if isinstance(value, str)}
 
-    def changed_since(self, here: dict[str, str]) -> list[str]:
-        """Return the parts of a stamp (LVLM, prompt) that differ from the most alike stamp under which something was
-        asked before; [] for a known stamp and for the first. The stamp is known from now on. A call of the leader."""
-        with sqlite_errors(self.path), self._main:
-            there = [dict(zip(here, row, strict=True)) for row in self._main.execute("SELECT lvlm, prompt FROM made")]
-            if here in there:
-                return []
-            self._main.execute("INSERT INTO made VALUES (?, ?)", list(here.values()))
-            return min((changed(other, here) for other in there), key=len, default=[])
-
     def put(self, items: dict[str, str]) -> None:
         """Store all items in one transaction."""
         if self.shards.world == 1:
@@ -85,13 +74,11 @@ class AnswerCache:
 
     def _merge(self) -> None:
         """Store the rows of all rank files in one transaction; only then delete the files."""
-        name = re.compile(rf"{re.escape(self.path.stem)}\.rank(\d+)\.sqlite")
-        ranks = {
-            int(found[1]): path for path in self.path.parent.glob("*.sqlite") if (found := name.fullmatch(path.name))
-        }
+        name = re.compile(rf"{re.escape(self.path.stem)}\.rank\d+\.sqlite")
+        left = sorted(path for path in self.path.parent.glob("*.sqlite") if name.fullmatch(path.name))
         with contextlib.ExitStack() as stack:
             taken: dict[Path, sqlite3.Connection] = {}
-            for _, path in sorted(ranks.items()):
+            for path in left:
                 with contextlib.suppress(_InUse):
                     taken[path] = stack.enter_context(contextlib.closing(_open(path, alone=True, patience=_LOOK)))
             _store(self._main, self.path, (row for path, db in taken.items() for row in _rows(db, path)))
@@ -115,11 +102,7 @@ def sqlite_errors(path: Path) -> Iterator[None]:
     """Raise as LeverError, naming the file, what goes wrong with an answer cache in the block."""
     try:
         yield
-    except (
-        sqlite3.Error,
-        OSError,
-        ValueError,
-    ) as error:  # ValueError: a text that is no UTF-8, a log-prob that is none
+    except (sqlite3.Error, OSError, ValueError) as error:  # ValueError: a text that is no UTF-8, no log-prob
         if "locked" in str(error):
             raise _InUse(f"the answer cache {path} is in use by another job: run this when that has ended") from error
         if not path.exists():
@@ -141,7 +124,6 @@ def _open(path: Path, *, alone: bool = False, patience: float = _PATIENCE) -> sq
             if db.execute("SELECT 1 FROM sqlite_master WHERE type NOT IN ('table', 'index')").fetchone():
                 raise ValueError("it holds more than tables")  # a view may never end, a trigger do anything
             db.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID")
-            db.execute("CREATE TABLE IF NOT EXISTS made (lvlm TEXT, prompt TEXT)")
             if path.with_name(f"{path.name}-journal").exists():
                 # A writer that was killed before its journal counted leaves it to the next one: be that.
                 db.execute("PRAGMA user_version=0")

@@ -6,7 +6,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from lever_lm.config.schema import PromptConfig
 from lever_lm.data import image_digest
@@ -14,29 +13,8 @@ from lever_lm.lvlm.answer_cache import AnswerCache, sqlite_errors
 from lever_lm.lvlm.backend import Backend
 from lever_lm.lvlm.prompt import Prompt, cut_answer
 from lever_lm.utils.errors import LeverError, Unfinished
-from lever_lm.utils.fingerprint import changes
 from lever_lm.utils.progress import Track, Work, loaded
 from lever_lm.utils.terminal import shown
-
-
-@dataclass(frozen=True)
-class _Job:
-    """Prompts to answer, or with `answers` to score, and their keys in the cache."""
-
-    keys: list[str]
-    prompts: list[Prompt]
-    answers: list[str] | None = None
-    end: bool = False
-
-    def at(self, rows: Sequence[int]) -> "_Job":
-        """Return the job of these rows alone."""
-        answers = None if self.answers is None else [self.answers[i] for i in rows]
-        return _Job([self.keys[i] for i in rows], [self.prompts[i] for i in rows], answers, self.end)
-
-    def ask(self, backend: Backend) -> list[str] | list[float]:
-        if self.answers is None:
-            return backend.generate(self.prompts)
-        return backend.answer_log_prob(self.prompts, self.answers, end=self.end)
 
 
 class CachedLvlm:
@@ -73,7 +51,11 @@ class CachedLvlm:
 
     def generate(self, prompts: Sequence[Prompt], what: str = "answers") -> list[str]:
         """Return what the model writes after each prompt, uncut. `what` names the job on the progress bar."""
-        return self._through_cache(_Job([self._key("answer", prompt) for prompt in prompts], list(prompts)), what)
+
+        def ask(rows: list[int]) -> list[str]:
+            return self.backend.generate([prompts[i] for i in rows])
+
+        return self._through_cache([self._key("answer", prompt) for prompt in prompts], ask, what, prompts)
 
     def answer(self, prompts: Sequence[Prompt], what: str = "answers") -> list[str]:
         """Return the answer to each prompt, cut at its end."""
@@ -85,7 +67,11 @@ class CachedLvlm:
         """Return log P(answer | prompt), rounded to 6 decimals. `end`: and that the turn ends after it."""
         kind = "log_prob_end" if end else "log_prob"
         keys = [self._key(f"{kind}:{answer}", prompt) for prompt, answer in zip(prompts, answers, strict=True)]
-        found = self._through_cache(_Job(keys, list(prompts), list(answers), end), what)
+
+        def ask(rows: list[int]) -> list[float]:
+            return self.backend.answer_log_prob([prompts[i] for i in rows], [answers[i] for i in rows], end=end)
+
+        found = self._through_cache(keys, ask, what, prompts, answers)
         with sqlite_errors(self.cache.path):
             return [_finite(value) for value in found]
 
@@ -111,53 +97,48 @@ class CachedLvlm:
     def _speed_key(self) -> str:
         return f"speed:{self.fingerprint}"  # of one process
 
-    def _through_cache(self, job: _Job, what: str) -> list[str]:
-        """Return the stored text for each key of a job, after the unknown ones were asked."""
-        first: dict[str, int] = {}
-        for i, key in enumerate(job.keys):
-            first.setdefault(key, i)
+    def _through_cache(self, keys: list[str], ask: Callable[[list[int]], list], what: str, *work) -> list[str]:
+        """Return the stored text for each key, after ask(rows) gave the answers of the unknown ones. work: the prompts,
+        and the answers that are scored."""
+        row_of: dict[str, int] = {}
+        for row, key in enumerate(keys):
+            row_of.setdefault(key, row)
         self.cache.collect()  # first what a killed job left
-        known = self.cache.get(list(first))
-        pending = job.at([i for key, i in first.items() if key not in known])
+        known = self.cache.get(list(row_of))
         self.known += len(known)
-        if pending.keys:
-            self._ask(pending, what, len(known))
-            new = self.cache.get(pending.keys)
-            if lost := len(pending.keys) - len(new):
+        if pending := {key: row for key, row in row_of.items() if key not in known}:
+            self._ask(pending, ask, f"{what}: {len(pending)} prompts to ask, {len(known)} known", len(known), work)
+            new = self.cache.get(list(pending))
+            if lost := len(pending) - len(new):
                 raise LeverError(
-                    f"{lost} of {len(pending.keys)} answers did not arrive in {self.cache.path}: the "
+                    f"{lost} of {len(pending)} answers did not arrive in {self.cache.path}: the "
                     "hosts of a job need one results folder on a disk that they share (--results DIR)"
                 )
             known |= new
-        return [known[key] for key in job.keys]
+        return [known[key] for key in keys]
 
-    def _ask(self, job: _Job, what: str, known: int) -> None:
-        """Have a job answered, by this process its share of the batches, and stored. `known`: the number of prompts
-        beside it that need not be asked."""
-        backend, count = self.backend, len(job.keys)
-        label = f"{what}: {count} prompts to ask, {known} known"
-        if self.shards.leader and (news := self.cache.changed_since({"LVLM": self.model, "prompt": self.fingerprint})):
-            news = news[:1] if "LVLM" in news else news  # the fingerprint is of both
-            label += f"; {changes(news)} since answers were last kept here"
+    def _ask(self, pending: dict[str, int], ask: Callable, label: str, known: int, work: tuple[Sequence, ...]) -> None:
+        """Have the rows of unknown keys answered, by this process its share of the batches, and stored. `known`: the
+        number of keys that need not be asked."""
+        backend, keys, rows = self.backend, list(pending), list(pending.values())
         self.shards.wait()  # until every rank has its model: the time taken is that of answering
         started = time.monotonic()
-        batches = backend.batches(job.prompts, job.answers)
+        batches = backend.batches(*([part[row] for row in rows] for part in work))
         mine = self.shards.share(self.shards.from_leader(lambda: batches))
         share = sum(map(len, mine))
         if self.shards.world > 1:
             label += f"; the share of rank 0 of {self.shards.world}: {share}"
         for batch in self.track(Work(mine, "prompts", len, known=known), label, share):
-            part = job.at(batch)
             try:
-                answers = part.ask(backend)
+                answers = ask([rows[i] for i in batch])
             except Unfinished as error:
-                self._keep({part.keys[i]: answer for i, answer in error.answered.items()})
+                self._keep({keys[batch[i]]: answer for i, answer in error.answered.items()})
                 raise
-            self._keep(dict(zip(part.keys, answers, strict=True)))
+            self._keep(dict(zip([keys[i] for i in batch], answers, strict=True)))
         self.shards.wait()
         if self.shards.leader:
             seconds = max(time.monotonic() - started, 1e-6)
-            self.cache.put({self._speed_key: repr(count / seconds / self.shards.world)})
+            self.cache.put({self._speed_key: repr(len(keys) / seconds / self.shards.world)})
         self.cache.collect()
 
     def _keep(self, answers: dict[str, str | float]) -> None:

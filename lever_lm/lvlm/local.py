@@ -102,23 +102,25 @@ class LocalLvlm:
         """
         self.family.vision.see_together([image for prompt in prompts for image in prompt.images])
         targets = [None] * len(prompts) if answers is None else self._tokens(answers)
-        lengths = list(map(self._length, prompts, targets))
-        order, cut = _longest_first(lengths), []
+        return self._cut(dict(enumerate(map(self._length, prompts, targets))), self.config.batch_tokens)
+
+    def _cut(self, lengths: dict[int, int], budget: int) -> list[list[int]]:
+        """Return the keys of `lengths` in batches, the longest first: what may not fit into memory fails at once."""
+        order, batches = sorted(lengths, key=lambda i: (-lengths[i], i)), []
         while order:
-            size = self._fitting(lengths[order[0]], self.config.batch_tokens)
-            cut.append(order[:size])
+            size = max(1, min(self.config.batch_size, budget // lengths[order[0]]))
+            batches.append(order[:size])
             order = order[size:]
-        return cut
+        return batches
 
     def _in_batches(self, prompts: Sequence[Prompt], targets: list[list[int] | None], ask: Callable) -> list:
         """Return ask(prompts, targets) of all, in the order of the prompts. A batch that does not fit into memory is
         halved, and the batches after it are cut as small."""
         self.family.vision.see([image for prompt in prompts for image in prompt.images])
-        lengths = list(map(self._length, prompts, targets))
-        order, results = _longest_first(lengths), [None] * len(prompts)
-        while order:
-            longest = lengths[order[0]]
-            batch = order[: self._fitting(longest, self._budget)]
+        lengths, results = dict(enumerate(map(self._length, prompts, targets))), [None] * len(prompts)
+        while lengths:
+            batch = self._cut(lengths, self._budget)[0]
+            longest = lengths[batch[0]]
             try:
                 done = ask([prompts[i] for i in batch], [targets[i] for i in batch])
             except torch.OutOfMemoryError as error:
@@ -133,12 +135,8 @@ class LocalLvlm:
                 continue
             for i, result in zip(batch, done, strict=True):
                 results[i] = result
-            order = order[len(batch) :]
+                del lengths[i]
         return results
-
-    def _fitting(self, length: int, budget: int) -> int:
-        """Return how many prompts of a length go into one batch."""
-        return max(1, min(self.config.batch_size, budget // length))
 
     def _length(self, prompt: Prompt, target: list[int] | None) -> int:
         """Return about how many tokens a prompt has: those of images, of its target and the end of the turn counted,
@@ -158,11 +156,6 @@ class LocalLvlm:
             f"question {prompt.query.question_id}: {self.config.path} in {str(dtype).removeprefix('torch.')} "
             f"gives its prompt {what} that are NaN or infinite: {mend}"
         )
-
-
-def _longest_first(lengths: list[int]) -> list[int]:
-    """Return the order of prompts by their lengths: what may not fit into memory fails at once."""
-    return sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
 
 
 # ---------------------------------------------------------------------- loading

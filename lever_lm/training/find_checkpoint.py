@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lever_lm.config.schema import Config
 from lever_lm.data.embeddings import encoder_fingerprint, same_encoder
-from lever_lm.selectors.pointer.checkpoint import load_policy, own_config, policy_of, read_checkpoint
+from lever_lm.selectors.pointer.checkpoint import own_config, policy_of, read_checkpoint
 from lever_lm.selectors.pointer.hub_format import is_exported, policy_folder, setting_of
 from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.training.environment import recorded
@@ -76,19 +76,13 @@ def find_or_newest(run: RunFolder, layout: Layout, wanted: str | None) -> tuple[
     named = wanted not in (None, "best", "latest") or (not wanted and os.environ.get(VARIABLE, "").strip())
     if named or layout.run_name or _last_saved(run):
         return find_checkpoint(run, wanted, {} if layout.run_name else dict(os.environ))
-    runs = [RunFolder(folder) for folder in layout.run.parent.glob("*/")]
-    unfit = ""
-    for other in sorted(filter(_last_saved, runs), key=_last_saved, reverse=True):
-        try:
-            path, why = find_checkpoint(other, wanted, {})
-            load_policy(path)
-        except LeverError as error:
-            unfit = unfit or f". The newest run cannot be used: {error}"
-            continue
+    newest = max(map(RunFolder, layout.run.parent.glob("*/")), key=_last_saved, default=run)
+    if _last_saved(newest):
+        path, why = find_checkpoint(newest, wanted, {})
         return path, f"{why}, in the newest run: {run.path.name} has no checkpoint"
     raise LeverError(
         f"no checkpoint in {run.path}, nor in another run beside it: `lever demo` trains one in a minute or two on the "
-        f"embedded data, `lever train` one with these options; or name one: --ckpt PATH{unfit}"
+        "embedded data, `lever train` one with these options; or name one: --ckpt PATH"
     )
 
 

@@ -194,7 +194,7 @@ def _tell_schedule(config: GrpoConfig, steps_per_epoch: int, journal: Journal) -
     step = last["epoch"] * steps_per_epoch
     here, following = (_learning_rate(config, at, steps_per_epoch) for at in (step - 1, step))
     if not math.isclose(last["lr"], here, rel_tol=1e-9):
-        journal.note(
+        journal.say(
             f"grpo.schedule={config.schedule} runs over {config.epochs} epochs now, another number than before: the "
             f"learning rate goes from {last['lr']:.3g} at the end of epoch {last['epoch']} to {following:.3g} in epoch "
             f"{last['epoch'] + 1}"

@@ -30,11 +30,10 @@ class Column:
 @dataclass(frozen=True)
 class Metric:
     """One metric. `on` names the places that show it beside its column: curve (of page and figures), status, progress
-    (beside the bar), health (of the groups, on the page).
+    (beside the bar), health (of the groups, on the page), and whether it is a percentage there.
 
-    title: on the page; an axis has what stands before the bracket. brief: in the line that follows an epoch. share: a
-    percentage on the page. score: what the strategy of this name minimises, None for a value that does not qualify;
-    why: what that strategy looks for.
+    title: on the page; an axis has what stands before the bracket. score: what the strategy of this name minimises,
+    None for a value that does not qualify; why: what that strategy looks for. note: on the page, of its health.
     """
 
     key: str
@@ -43,8 +42,6 @@ class Metric:
     column: Column | None = None
     score: Callable[[float], float | None] | None = None
     why: str = ""
-    brief: str = ""
-    share: bool = False
     note: str = ""
 
     @property
@@ -65,85 +62,35 @@ def _near_target(value: float) -> float | None:
     return abs(value - KL_TARGET) if KL_RANGE[0] <= value <= KL_RANGE[1] else None
 
 
+_SHOWN = "curve status progress"
 _ALL = (
-    Metric("train_loss", "train loss", "curve status progress", Column("Train Loss", 12, 5)),
-    Metric(
-        "val_loss",
-        "validation loss",
-        "curve status progress",
-        Column("Val Loss", 12, 5),
-        score=_least,
-        why="least validation loss",
-    ),
+    Metric("train_loss", "train loss", _SHOWN, Column("Train Loss", 12, 5)),
+    Metric("val_loss", "validation loss", _SHOWN, Column("Val Loss", 12, 5), _least, "least validation loss"),
     Metric("ppo_loss", "PPO loss", "curve status", Column("PPO Loss", 12, 5, "grpo"), _least, "least PPO loss"),
     Metric("kl", "KL", "curve status", Column("KL", 10, 5, "grpo"), _near_target, "KL in [0.01, 0.1], nearest 0.05"),
-    Metric(
-        "adv_std",
-        "Adv Std (advantages)",
-        "curve",
-        Column("Adv Std", 10, 4, "grpo"),
-        score=_largest,
-        why="largest advantage spread",
-    ),
+    Metric("adv_std", "Adv Std (advantages)", "curve", Column("Adv Std", 10, 4, "grpo"), _largest, "largest spread"),
     Metric("adv_max", column=Column("Adv Max", 10, 4, "grpo")),
     Metric("beta", "β (weight of the KL)", "curve status", Column("Beta", 8, 4, "grpo")),
     Metric("temperature", "temperature (RCE weights)", "curve status", Column("Temperature", 12, 3, "rce")),
-    Metric("frac_reward_zero_std", "groups tied in reward", "health", share=True, note="nothing to learn from"),
-    Metric(
-        "zero_grad_frac",
-        "rollouts without gradient",
-        "health",
-        brief="rollouts without gradient {:.0%}",
-        share=True,
-        note="tied, or clipped",
-    ),
-    Metric(
-        "clip_frac",
-        "ratios outside the clip range",
-        "health",
-        brief="clipped {:.0%}",
-        share=True,
-        note="how far the policy is from the old one",
-    ),
-    Metric(
-        "kl_share",
-        "share of KL in the loss",
-        "health",
-        share=True,
-        note="how much pulls back to the reference policy",
-    ),
-    Metric(
-        "entropy",
-        "entropy (first pick, nats)",
-        "curve health",
-        brief="entropy {:.2f}",
-        note="near 0 one candidate takes all",
-    ),
-    Metric(
-        "grad_norm",
-        "gradient norm",
-        "health",
-        brief="gradient norm {:.2g}",
-        note="before it is cut at grpo.max_grad_norm",
-    ),
+    Metric("frac_reward_zero_std", "groups tied in reward", "health percent", note="nothing to learn from"),
+    Metric("zero_grad_frac", "rollouts without gradient", "health percent", note="tied, or clipped"),
+    Metric("clip_frac", "ratios outside the clip range", "health percent", note="how far from the old policy"),
+    Metric("kl_share", "share of KL in the loss", "health percent", note="how much pulls back to the reference policy"),
+    Metric("entropy", "entropy (first pick, nats)", "curve health", note="near 0 one candidate takes all"),
+    Metric("grad_norm", "gradient norm", "health", note="before it is cut at grpo.max_grad_norm"),
     Metric("reward", "mean reward of the rollouts", "health status"),
     Metric("reward_std", "spread of rewards in a group", "health"),
-    Metric(
-        "val_reward",
-        "val_reward (expected)",
-        "curve status progress",
-        score=_largest,
-        why="largest validation reward",
-        brief="val_reward {:.4f}",
-    ),
-    Metric(
-        "val_top_reward",
-        "val_top_reward (first choice)",
-        "curve",
-        score=_largest,
-        why="largest validation reward of the top-ranked rollout",
-    ),
+    Metric("val_reward", "val_reward (expected)", _SHOWN, None, _largest, "largest validation reward"),
+    Metric("val_top_reward", "val_top_reward (first choice)", "curve", None, _largest, "largest such reward"),
 )
+# How the line after an epoch's row tells a metric.
+_BRIEF = {
+    "zero_grad_frac": "rollouts without gradient {:.0%}",
+    "clip_frac": "clipped {:.0%}",
+    "entropy": "entropy {:.2f}",
+    "grad_norm": "gradient norm {:.2g}",
+    "val_reward": "val_reward {:.4f}",
+}
 METRICS: dict[str, Metric] = {metric.key: metric for metric in _ALL}
 STRATEGIES: dict[str, Metric] = {metric.key: metric for metric in _ALL if metric.score is not None}
 
@@ -178,5 +125,4 @@ def table_row(row: dict) -> str:
 
 def brief(row: dict) -> str:
     """Return the metrics that the line after an epoch's row tells, as far as the row has them."""
-    told = (metric.brief.format(row[key]) for key, metric in METRICS.items() if metric.brief and key in row)
-    return ", ".join(told)
+    return ", ".join(text.format(row[key]) for key, text in _BRIEF.items() if key in row)

@@ -24,45 +24,12 @@ _PASSES = 4  # that are kept: one step asks three policies
 
 @contextmanager
 def detecting(policy: nn.Module, say: Callable[[str], None]) -> Iterator[None]:
-    """Within this context, a NotFinite also names the decoding step, the first module whose output was not finite, and
-    the query whose gradient broke or is the largest."""
+    """Within this context, a NotFinite also names the decoding step and the first module whose output was not finite,
+    and `backward` the operation whose gradient was not."""
     say("--detect-anomaly: every module's output and every gradient is looked at, training is slower")
     outputs: list[str] = []
-    gradients: dict[str, Tensor] = {}
     passes: deque[tuple[Tensor, list[Tensor]]] = deque(maxlen=_PASSES)
-    modules = [(name, module) for name, module in policy.named_modules() if name]
-    hooks = [module.register_forward_hook(_look_at(name, outputs, gradients)) for name, module in modules]
-    try:
-        with torch.autograd.set_detect_anomaly(True), _decoding_kept(passes):
-            yield
-    except NotFinite as error:
-        found = [*_first_step(error, passes), *outputs[:1], *_worst_gradient(error, gradients)]
-        raise LeverError(". ".join([str(error), *found])) from error
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _look_at(name: str, outputs: list[str], gradients: dict[str, Tensor]) -> Callable[..., None]:
-    """Return a forward hook that notes an output that is not finite, and the largest entry in each row of its gradient.
-    As a closure it reports to the same lists from a copy of the policy."""
-
-    def hook(module: nn.Module, given: tuple, output: Tensor) -> None:
-        if not isinstance(output, Tensor):
-            return
-        if not outputs and _broken(output):
-            finite = not any(_broken(x) for x in given if isinstance(x, Tensor))
-            kind = f"{name} ({type(module).__name__}), of {'finite' if finite else 'such'} input"
-            outputs.append(f"The first module whose output is not finite: {kind}")
-        if output.requires_grad:
-            output.register_hook(lambda grad: gradients.__setitem__(name, grad.detach().flatten(1).abs().amax(1)))
-
-    return hook
-
-
-@contextmanager
-def _decoding_kept(passes: deque) -> Iterator[None]:
-    """Within this context, keep the log-probs of the last passes with the logits of their decoding steps."""
+    hooks = [module.register_forward_hook(_look_at(name, outputs)) for name, module in policy.named_modules() if name]
     score = PointerSelector.score
 
     def kept(self, steps, *args, **options):
@@ -72,9 +39,27 @@ def _decoding_kept(passes: deque) -> Iterator[None]:
 
     PointerSelector.score = kept
     try:
-        yield
+        with torch.autograd.set_detect_anomaly(True):
+            yield
+    except NotFinite as error:
+        raise LeverError(". ".join([str(error), *_first_step(error, passes), *outputs[:1]])) from error
     finally:
         PointerSelector.score = score
+        for hook in hooks:
+            hook.remove()
+
+
+def _look_at(name: str, outputs: list[str]) -> Callable[..., None]:
+    """Return a forward hook that notes an output that is not finite. As a closure it reports to the same list from a
+    copy of the policy."""
+
+    def hook(module: nn.Module, given: tuple, output: Tensor) -> None:
+        if not outputs and isinstance(output, Tensor) and _broken(output):
+            finite = not any(_broken(x) for x in given if isinstance(x, Tensor))
+            kind = f"{name} ({type(module).__name__}), of {'finite' if finite else 'such'} input"
+            outputs.append(f"The first module whose output is not finite: {kind}")
+
+    return hook
 
 
 def _first_step(error: NotFinite, passes) -> Iterator[str]:
@@ -85,22 +70,6 @@ def _first_step(error: NotFinite, passes) -> Iterator[str]:
         if bad.any():
             yield f"The logits of {rollouts(error.groups, bad)} are not finite, from decoding step {number} on"
             return
-
-
-def _worst_gradient(error: NotFinite, gradients: dict[str, Tensor]) -> Iterator[str]:
-    """Tell the query whose gradient is not finite, at the first such module of the backward pass; where all gradients
-    are finite, the query with the largest."""
-    known = error.log_probs is not None and error.log_probs.grad is not None
-    rows = {name: each for name, each in gradients.items() if known and len(each) == len(error.log_probs)}
-    if not rows:
-        return
-    first = next((name for name, each in rows.items() if _broken(each)), None)
-    if first is not None:
-        what, place = "first gradient that is not finite", int((~torch.isfinite(rows[first])).int().argmax())
-    else:
-        first = max(rows, key=lambda name: float(rows[name].max()))
-        what, place = "largest gradient", int(rows[first].argmax())
-    yield f"The {what} is that of query {error.groups.query_ids[place]}, at the output of {first}"
 
 
 def _broken(values: Tensor) -> bool:

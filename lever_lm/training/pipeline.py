@@ -28,10 +28,7 @@ from lever_lm.training.metrics import RECOMMENDED
 from lever_lm.training.nan_debug import detecting
 from lever_lm.training.preflight import ALL, examine
 from lever_lm.training.rce import train_rce
-from lever_lm.training.rollouts.file_format import (
-    made_elsewhere,
-    why_made_again,
-)
+from lever_lm.training.rollouts.file_format import made_of, why_made_again
 from lever_lm.training.rollouts.generate import check_rows, make_rollouts, online_rewards, rollout_stamp
 from lever_lm.training.rollouts.propose import new_policy
 from lever_lm.training.run_dir import LOCK, Layout, RunFolder, inference_folder
@@ -194,9 +191,8 @@ class Pipeline(Stages):
         features = features_fingerprint(data, self.config.features)
         state_of(self.run, {"features": features})
         path = self.layout.rollouts
-        if rl_data is not None or made_elsewhere(path):
-            return
-        if why := why_made_again(path, rollout_stamp(self.config, data, features, self.lvlm)):
+        made = made_of(path) if rl_data is None else None
+        if made and (why := why_made_again(made, rollout_stamp(self.config, data, features, self.lvlm))):
             raise LeverError(
                 f"the run in {self.run.path} was begun on {path} as it is, and it would be made again: {why}. Choose "
                 "another folder with --run-name NAME, or start over with --overwrite"
@@ -213,7 +209,7 @@ class Pipeline(Stages):
     def _source(self, rl_data: Path | None, embeddings: Path | None, dataset_named: bool) -> Source:
         """Return rollouts and features to train on: made here; or the rollouts that are there, with the features in a
         file, those that Lever-Plus exported, or those of the dataset whose rows the rollouts name."""
-        if rl_data is None and made_elsewhere(self.layout.rollouts):
+        if rl_data is None and made_of(self.layout.rollouts) == {}:
             rl_data, dataset_named = self.layout.rollouts, True
             self.say(f"rollouts: {rl_data} was not made by `lever rollout` and is taken as it is")
         if rl_data is None:

@@ -158,7 +158,6 @@ class Journal:
         self.state: dict | None = None
         self._heading: str | None = None  # the phase whose table this process has opened on the screen
         self._warned: set[str] = set()
-        self._note: str | None = None
 
     def resume(self) -> None:
         """Load the state of an earlier process, if there is one, and bring the files beside it up to date."""
@@ -179,17 +178,15 @@ class Journal:
         self._prune()
 
     def _lines(self, place: int) -> tuple[list[str], list[str]]:
-        """Return what the log says of a row: the heading of the table that it opens and what is different from there
-        on; then the row and its warnings, each kind the first time it comes in the run."""
+        """Return what the log says of a row: the heading of the table that it opens; then the row and its warnings,
+        each kind the first time it comes in the run."""
         row = self.rows[place]
-        phase, new = (
-            row["phase"],
-            {kind: text for kind, text in row.get("warnings", {}).items() if kind not in self._warned},
-        )
+        phase = row["phase"]
+        new = {kind: text for kind, text in row.get("warnings", {}).items() if kind not in self._warned}
         self._warned |= new.keys()
         opens = place == 0 or self.rows[place - 1]["phase"] != phase
-        before = [*(table_header(phase) if opens else []), *([str(row["note"])] if "note" in row else [])]
-        return before, [table_row(row), *(f"warning: {phase} epoch {row['epoch']}: {text}" for text in new.values())]
+        lines = [table_row(row), *(f"warning: {phase} epoch {row['epoch']}: {text}" for text in new.values())]
+        return table_header(phase) if opens else [], lines
 
     def done(self, phase: str) -> int:
         """Return the number of epochs of a phase that are finished."""
@@ -222,16 +219,9 @@ class Journal:
         optimizer.load_state_dict(self.state["optimizer"])
         return self.state["extra"]
 
-    def note(self, text: str) -> None:
-        """Say what is different from the next epoch on; its row keeps it, and train.log has it before that row."""
-        self._note = text
-        self.say(text)
-
     def commit(self, row: dict, policy: PointerSelector, optimizer: torch.optim.Optimizer, extra: dict) -> None:
         """Record a finished epoch: state, then checkpoint, then the metrics and log lines. Raises LeverError when a
         metric, weight or moment is not finite, before anything is written."""
-        if self._note is not None:
-            row["note"], self._note = self._note, None
         at = At(row["phase"], row["epoch"])
         if name := not_finite(row):
             raise at.stop(f"{name} is {row.get(name, 'not finite')}")
@@ -252,8 +242,8 @@ class Journal:
         save_torch(self.run.state, self.state)
         self._publish_checkpoint(policy)
         append_line(self.run.metrics, json.dumps(row))
-        before, lines = self._lines(len(self.rows) - 1)
-        append_line(self.run.log, "\n".join([*before, *lines]))
+        heading, lines = self._lines(len(self.rows) - 1)
+        append_line(self.run.log, "\n".join([*heading, *lines]))
         if self.tracker is not None:
             self.tracker.add(row)
         for line in (table_header(row["phase"]) if self._heading != row["phase"] else []) + lines:

@@ -66,6 +66,7 @@ def test_help_and_version_load_nothing_heavy(trained):
     assert done.returncode == 0, done.stderr
     assert __version__ in done.stdout
     assert done.stdout.count(": finished") == 2
+    assert all(f"Usage: lever {command} " in done.stdout for command in COMMANDS)
 
 
 def test_the_lever_script_and_the_module_are_the_same_command(tmp_path):
@@ -74,15 +75,6 @@ def test_the_lever_script_and_the_module_are_the_same_command(tmp_path):
     module = run_lever("--version", cwd=tmp_path)
     assert script.stdout == module.out == f"lever_lm {__version__}\n"
     assert module.status == 0
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help_with_the_common_options(lever, command):
-    assert command in lever("--help").out
-    done = lever(command, "--help")
-    assert done.status == 0
-    for option in ("--config", "--dataset", "--lvlm", "--sampler", "--set", "--limit", "--dry-run", "--json"):
-        assert option in done.out
 
 
 def test_an_unexpected_failure_shows_its_traceback_only_with_debug(trained, lever):
@@ -132,12 +124,6 @@ def test_a_wrong_command_line_is_refused_with_2_and_writes_nothing(lever, tmp_pa
     assert files_in(tmp_path) == {}
 
 
-def test_a_wrong_config_file_is_refused(lever, tmp_path):
-    (tmp_path / "mine.yaml").write_text("grpo: {epochz: 3}")
-    assert_refused(lever("train", "--config", "mine.yaml", "--json"), 2, "grpo.epochz", "'grpo.epochs'")
-    assert list(files_in(tmp_path)) == ["mine.yaml"]
-
-
 # ---------------------------------------------------------------------- nothing there
 
 
@@ -162,12 +148,6 @@ def test_a_wrong_config_file_is_refused(lever, tmp_path):
 def test_an_empty_folder_has_nothing_to_offer_and_stays_empty(lever, tmp_path, command, words):
     assert_refused(lever(*command, "--json"), 1, *words)
     assert files_in(tmp_path) == {}
-
-
-def test_results_that_are_a_file_are_named(lever, tmp_path):
-    (tmp_path / "results").write_text("my notes")
-    assert_refused(lever("train", "--limit", "4", "--json"), 1, "results")
-    assert (tmp_path / "results").read_text() == "my notes"
 
 
 @pytest.mark.parametrize("command", [["infer", "--ckpt", str(RUN / "grpo_epoch1.pt")], ["demo", *SMALL[:4]]])
@@ -259,10 +239,6 @@ def test_the_real_thing_has_the_places_that_the_seed_document_names(lever):
     assert done.json["config"]["lvlm"]["num_beams"] == 3
 
 
-def test_quiet_leaves_errors_alone(lever):
-    assert lever("convert", "missing.pt", "--quiet").err.startswith("lever: ")
-
-
 def test_quiet_leaves_results_alone(trained, lever):
     """What was asked for is printed: table and tests, epochs, paths, plan, list."""
     spoken = lever("infer", "--shots", "1", "--limit", "4", "--baselines").out
@@ -275,6 +251,7 @@ def test_quiet_leaves_results_alone(trained, lever):
     assert converted == f"converted {RUN}/grpo_epoch3.pt → {RUN}/grpo_epoch3_v2format.ckpt\n"
     assert lever("rollout", *SMALL[:2], "--quiet").out.startswith("rollouts: 24 groups, ")
     assert "\nin all: " in lever("train", "--limit", "30", "--run-name", "more", "--dry-run", "--quiet").out
+    assert lever("convert", "missing.pt", "--quiet").err.startswith("lever: ")
     missing = lever("doctor", "--set", "lvlm.path=gone/model", "--quiet")
     assert missing.status == 1
     assert "missing  lvlm.path: " in missing.out
@@ -305,9 +282,9 @@ def test_rollout_makes_rollouts_alone(warm, lever):
     assert {path.name for path in (warm / "results/digits").iterdir()} == {"cache", "generated_data"}
 
 
-def test_without_shots_the_demo_shows_1_2_and_4_and_infer_4(trained, lever):
-    assert inspect.signature(cli.demo).parameters["shots"].default == "1,2,4"
-    assert [row["shots"] for row in lever("infer", "--limit", "4", "--json").json["results"]] == [4]
+def test_without_shots_the_demo_shows_1_2_and_4_and_infer_4():
+    for command, shots in ((cli.demo, "1,2,4"), (cli.infer, "4")):
+        assert inspect.signature(command).parameters["shots"].default == shots
 
 
 # ---------------------------------------------------------------------- the environment
@@ -565,7 +542,6 @@ def test_a_reader_that_goes_away_does_not_end_a_training(warm):
     done = in_shell("set -o pipefail; LEVER train --limit 24 --rce-epochs 1 --grpo-epochs 2 | head -1", warm)
     assert (done.returncode, done.stderr) == (0, "")
     assert (warm / RUN / "grpo_epoch2.pt").is_file()
-    assert in_shell("set -o pipefail; LEVER best-ckpt --json | head -c 1", warm).returncode in (0, 141)
 
 
 @pytest.mark.parametrize("options", ["", "--json"])

@@ -210,7 +210,7 @@ def rollouts(folder: Path) -> Target:
     train = examples(300, first=100_000)
 
     def read() -> None:
-        file_format.made_elsewhere(path)
+        file_format.made_of(path)
         check_rows(path, train)
         groups = file_format.load_groups(path)
         file_format.load_groups(path, reward_mode="hard_plus_gtprob_plus_rel", require_positive=True)

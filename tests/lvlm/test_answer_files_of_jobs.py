@@ -41,17 +41,6 @@ def test_what_a_killed_job_left_is_gone_on_with_by_one_process(file, numbered_pr
     assert [path.name for path in file.parent.iterdir()] == ["answers.sqlite"]
 
 
-def test_the_same_key_of_two_processes_is_that_of_the_higher_rank(file):
-    for rank in (10, 9, 2):
-        left_by(file, rank, {"key": f"of {rank}", f"only {rank}": "x"})
-    cache = AnswerCache(file)
-    cache.collect()
-    assert cache.get(["key", "only 2", "only 9", "only 10"]) == {
-        "key": "of 10",
-        **{f"only {r}": "x" for r in (2, 9, 10)},
-    }
-
-
 def test_of_several_processes_only_the_leader_opens_the_main_file(file):
     left = left_by(file, 1, {"key": "value"})
     assert not file.exists()

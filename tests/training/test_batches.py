@@ -40,7 +40,8 @@ def test_groups_of_different_sizes_are_padded_to_the_largest():
 
 
 def test_equal_pools_need_no_mask():
-    assert to_tensors([GROUPS[0]], FEATURES, FEATURES).pool_mask is None
+    data = to_tensors([GROUPS[0]], FEATURES, FEATURES)
+    assert data.pool_mask is data.batch(torch.tensor([0])).pool_mask is None
 
 
 def test_a_batch_looks_up_the_features_of_queries_and_candidates():
@@ -54,10 +55,6 @@ def test_a_batch_looks_up_the_features_of_queries_and_candidates():
     assert batch.sequences[1].tolist() == [[0, 2], [1, 0], [-1, -1]]
     assert batch.mask.tolist() == [[True] * 3, [True, True, False]]
     assert batch.rewards[1].tolist() == [1.0, 0.5, 0.0]
-
-
-def test_a_batch_without_padded_pools_has_no_pool_mask():
-    assert to_tensors([GROUPS[0]], FEATURES, FEATURES).batch(torch.tensor([0])).pool_mask is None
 
 
 @pytest.mark.parametrize(("size", "places"), [(1, [[0], [1], [2]]), (2, [[0, 1], [2]]), (5, [[0, 1, 2]])])

@@ -6,8 +6,6 @@ import re
 
 import pytest
 from helpers import CHECKOUT, DATA
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from lever_lm.config.schema import RewardConfig
 from lever_lm.training.rollouts.file_format import (
@@ -426,51 +424,3 @@ def test_a_file_without_queries_is_refused(tmp_path, content):
 def test_a_missing_file_is_refused_with_the_command_that_makes_it(tmp_path):
     with pytest.raises(LeverError, match=r"none\.json: No such file or directory; make it with `lever rollout`"):
         load_groups(tmp_path / "none.json")
-
-
-# ---------------------------------------------------------------------- anything at all
-
-JSON = st.recursive(
-    st.one_of(
-        st.none(),
-        st.booleans(),
-        st.integers(-5, 100),
-        st.just(10**400),
-        st.floats(),
-        st.text(max_size=6),
-        st.sampled_from(["fallback", "error", "vqaEval"]),
-    ),
-    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(st.text(max_size=5), inner, max_size=4)),
-    max_leaves=8,
-)
-FIELDS = ["pointer", "pointer_global", "pointer_pos", "vqa_correct", "vqa_acc_score", "vqa_gt_prob", "vqa_rel_score"]
-FIELDS += ["vqa_eval_mode", "eval_failed", "beam_score", "logprob_score", "gen_method"]
-TRAJECTORIES = st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=3).map(lambda odd: {**trajectory(), **odd})
-ENTRIES = st.one_of(
-    JSON,
-    st.fixed_dictionaries(
-        {"pointer_candidates": st.one_of(JSON, st.lists(st.one_of(TRAJECTORIES, JSON), max_size=3))},
-        optional={"candidate_pool_ids": st.one_of(JSON, st.just([10, 11, 12, 13])), "query": JSON},
-    ),
-    st.lists(TRAJECTORIES, min_size=1, max_size=3).map(lambda ts: query(*ts)),
-)
-FILES = st.one_of(JSON, st.dictionaries(st.sampled_from(["1", "2", "007", "_meta", "x"]), ENTRIES, max_size=3))
-
-
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-@given(
-    content=FILES, loose=st.booleans(), mode=st.sampled_from(["hard_plus_soft", "legacy", "hard_plus_gtprob_plus_rel"])
-)
-def test_any_json_loads_or_is_refused_in_plain_words(tmp_path, content, loose, mode):
-    path = write(tmp_path, content)
-    try:
-        groups = load_groups(path, reward_mode=mode, skip_fallback=not loose, require_positive=loose)
-    except LeverError as error:
-        groups, told = [], str(error)
-    else:
-        told = str(path)
-    assert str(path) in told
-    for group in groups:
-        assert len(group.sequences) == len(group.rewards) > 0
-        assert all(0 <= position < len(group.pool) for sequence in group.sequences for position in sequence)
-        assert all(-5 <= value <= 5 for value in group.rewards)

@@ -209,24 +209,16 @@ def test_rewards_whose_spread_overflows_are_named_before_any_step(tmp_path):
 
 
 @pytest.mark.parametrize("phase", ["rce", "grpo"])
-def test_a_gradient_is_named_by_the_batch_and_by_its_query_where_it_is_looked_for(tmp_path, phase):
-    before = make().state_dict()
-    made = []
-
-    def policy():
-        made.append(poisoned(13, value="gradient", rollout=6))
-        return made[-1]
-
-    found = both_messages(tmp_path, **only(phase), policy=policy)
-    assert re.match(rf"{phase.upper()} epoch 1, step 1: the gradient is not finite: .*query \d+, rollouts 0", found[0])
-    assert "The first gradient that is not finite is that of query 13, at the output of" in found[1]
-    assert all(same_state(one.state_dict(), before) for one in made)
+def test_a_gradient_is_named_by_the_batch(tmp_path, phase):
+    policy, before = poisoned(13, value="gradient", rollout=6), make().state_dict()
+    text = message(train, tmp_path, policy=policy, **only(phase))
+    assert re.match(rf"{phase.upper()} epoch 1, step 1: the gradient is not finite: .*query \d+, rollouts 0", text)
+    assert same_state(policy.state_dict(), before)
 
 
-def test_a_gradient_whose_norm_overflows_is_named_by_its_largest_query(tmp_path):
-    found = both_messages(tmp_path, **only("rce"), policy=lambda: make(temperature=1e-25))
-    assert re.match(r"RCE epoch 1, step 1: the gradient is not finite: .*query \d+, rollouts", found[0])
-    assert re.search(r"is that of query \d+, at the output of", found[1])
+def test_a_gradient_whose_norm_overflows_is_named_by_the_batch(tmp_path):
+    text = message(train, tmp_path, policy=make(temperature=1e-25), **only("rce"))
+    assert re.match(r"RCE epoch 1, step 1: the gradient is not finite: .*query \d+, rollouts", text)
 
 
 def test_rollouts_are_named_by_their_place_in_the_file(tmp_path):
@@ -379,18 +371,6 @@ def test_features_of_zeros_train_and_stay_finite(tmp_path):
     policy, rows = train(tmp_path, sets=data(groups, features))
     assert not_finite(policy.state_dict()) is None
     assert not_finite(rows) is None
-
-
-@pytest.mark.parametrize("value", ["-1e400", "NaN", "9" * 400])
-def test_a_score_that_no_float_holds_is_named_with_file_query_and_trajectory(tmp_path, value):
-    path = tmp_path / "rollouts.json"
-    path.write_text(
-        '{"7": {"candidate_pool_ids": [1, 2], "pointer_candidates": [{"pointer": [0], "pointer_global": [1], '
-        f'"vqa_correct": 1}}, {{"pointer": [1], "pointer_global": [2], "vqa_acc_score": {value}}}]}}}}'
-    )
-    text = message(load_groups, path)
-    assert str(path) in text
-    assert "trajectory 1" in text or "finite" in text
 
 
 @pytest.mark.parametrize(("part", "value"), [("image", math.nan), ("text", 0.0)])

@@ -254,12 +254,6 @@ def test_a_config_that_comes_through_a_pipe_is_read_once(there, tmp_path):
     assert plan["config"]["sampler"]["name"] == "text_sim_sampler"
 
 
-def test_an_option_that_no_run_has_yet_is_as_before(there, tmp_path):
-    refused = there("infer", "--run-name", "none")
-    assert refused.status == 1
-    assert not (tmp_path / "results/digits/model_cpk/none").exists()
-
-
 # ---------------------------------------------------------------------- which results are the run's
 
 
@@ -337,14 +331,6 @@ def test_results_on_other_data_of_the_same_name_stand_apart_and_are_said(two, tm
     assert done.json["folder"] != own["folder"]
     assert (tmp_path / own["folder"] / "metrics.json").read_bytes() == before
     assert "features_tiny-clip.safetensors is made again: the training data" in done.err
-
-
-def test_training_on_other_data_of_the_same_name_changes_nothing(two, tmp_path):
-    before = {str(path): path.read_bytes() for path in (tmp_path / "results").rglob("*") if path.is_file()}
-    done = two("train", "--config", "B.yaml")
-    assert done.status == 1
-    assert "have changed since it was begun" in done.err
-    assert {str(path): path.read_bytes() for path in (tmp_path / "results").rglob("*") if path.is_file()} == before
 
 
 def test_results_that_are_replaced_are_said(there):

@@ -238,12 +238,6 @@ def test_tied_groups():
     assert tied_groups(rewards, mask).tolist() == [True, False, True]
 
 
-def test_normalised_rewards_of_1e9_stay_finite():
-    rewards = torch.tensor([[1e9, -1e9, 0.0], [1e9, 1e9, 1e9]])
-    for method in ("none", "zscore", "rank"):
-        assert torch.isfinite(normalize_group(rewards, torch.ones(2, 3, dtype=torch.bool), method=method)).all()
-
-
 @pytest.mark.parametrize(
     ("function", "option", "key"),
     [

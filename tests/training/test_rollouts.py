@@ -18,7 +18,7 @@ from lever_lm.tasks import TASKS
 from lever_lm.tasks.vqa_metrics import normalize_answer, relevance, vqa_accuracy
 from lever_lm.training.rollouts.file_format import group_report, load_groups
 from lever_lm.training.rollouts.generate import _reference_probs, make_rollouts, online_rewards, rollout_stamp
-from lever_lm.training.rollouts.propose import new_policy, query_rows
+from lever_lm.training.rollouts.propose import new_policy, propose, query_rows
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.fingerprint import changed
 
@@ -264,31 +264,18 @@ def steps(config, digits_features):
     return of
 
 
-def test_policy_scores_are_those_of_the_initial_policy(trajectories, steps):
+def test_policy_scores_are_those_of_the_initial_policy_and_beams_come_best_first(trajectories, steps):
+    beams: dict[int, list] = {}
     for row, entry, trajectory in trajectories:
         if trajectory["gen_method"] == "beam":
             log_probs = steps(row, entry, trajectory)
             assert trajectory["logprob_score"] == pytest.approx(sum(log_probs), abs=2e-5)
             assert trajectory["beam_score"] == pytest.approx(sum(map(math.exp, log_probs)), abs=2e-5)
+            beams.setdefault(row, []).append((trajectory["beam_rank"], -trajectory["logprob_score"]))
         elif trajectory["gen_method"] == "sample":
             log_probs = steps(row, entry, trajectory, trajectory["temperature"])
             assert trajectory["logprob_score"] == pytest.approx(sum(log_probs), abs=2e-5)
-
-
-def test_beams_come_best_first(entries):
-    for entry in entries.values():
-        beams = [t for t in entry["pointer_candidates"] if t["gen_method"] == "beam"]
-        assert [t["beam_rank"] for t in beams] == sorted(t["beam_rank"] for t in beams)
-        scores = [t["logprob_score"] for t in beams]
-        assert scores == sorted(scores, reverse=True)
-
-
-def test_retrieval_scores_are_mean_similarities(trajectories, digits_features, config):
-    queries, icds = digits_features.queries("train", config.features), digits_features.icds(config.features)
-    for row, _, trajectory in trajectories:
-        if trajectory["gen_method"] == "retrieval":
-            similar = icds[trajectory["pointer_global"]] @ queries[row]
-            assert trajectory["similarity_score"] == pytest.approx(float(similar.mean()), abs=1e-5)
+    assert all(ranked == sorted(ranked) and ranked[-1][1] == max(r[1] for r in ranked) for ranked in beams.values())
 
 
 def test_retrieval_takes_the_most_similar_pairs_that_no_beam_took(entries, digits_features, config):
@@ -299,8 +286,20 @@ def test_retrieval_takes_the_most_similar_pairs_that_no_beam_took(entries, digit
         proposed = {kind: [] for kind in ("beam", "retrieval", "sample", "random")}
         for trajectory in entry["pointer_candidates"]:
             proposed[trajectory["gen_method"]].append(set(trajectory["pointer"]))
+            if trajectory["gen_method"] == "retrieval":
+                mean = float(similar[trajectory["pointer"]].mean())
+                assert trajectory["similarity_score"] == pytest.approx(mean, abs=1e-5)
         pairs = [set(order[start : start + 2]) for start in range(0, len(order), 2)]
         assert proposed["retrieval"] == [pair for pair in pairs if pair not in proposed["beam"]][:2]
+
+
+def test_the_windows_of_retrieval_reach_the_least_similar_candidates(digits, config):
+    similar = torch.tensor([0.1, 0.9, 0.3, 0.7])
+    candidates = torch.stack([similar, 1 - similar], -1)
+    kinds = dataclasses.replace(config.rollout, beam=0, sample=0, random=0, retrieval=9)
+    policy = new_policy(config, 2).eval()
+    group = propose(kinds, digits.train_examples[0], policy, torch.tensor([1.0, 0.0]), candidates, 0)
+    assert [trajectory["pointer"] for trajectory in group] == [[1, 3], [2, 0]]
 
 
 # ---------------------------------------------------------------------- where an answer is cut
@@ -454,12 +453,6 @@ def test_the_stamp_names_what_a_rollout_file_depends_on_and_nothing_else(digits,
     assert changed(rollout_stamp(config, digits, "others", Model()), here) == ["features"]
     Model.model = "other"
     assert changed(rollout_stamp(config, digits, "features", Model()), here) == ["LVLM"]
-
-
-def test_pools_above_64_are_made_and_read(make, config, tmp_path):
-    wide = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, pool_size=100, num_queries=2))
-    make(wide)
-    assert [len(group.pool) for group in load_groups(tmp_path / "rl_data.json")] == [100, 100]
 
 
 @pytest.mark.parametrize(

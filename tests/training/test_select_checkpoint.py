@@ -271,9 +271,7 @@ def test_a_table_is_read_by_the_names_in_its_heading_and_without_one_by_the_seed
     marker, names, rule, *lines = log_text(rows).splitlines()
     beside = [f"{names[:7]}   Entropy{names[7:]}", rule, *(f"{line[:6]}   1.23456{line[6:]}" for line in lines)]
     for found in ([names, rule, *lines], beside, lines):
-        read = read_log(write_log(tmp_path, "\n".join([marker, *found, ""]))).rows
-        assert [{key: one[key] for key in rows[0]} for one in read] == rows
-        assert ("entropy" in read[0]) is False
+        assert read_log(write_log(tmp_path, "\n".join([marker, *found, ""]))).rows == rows
 
 
 def test_rows_of_another_table_after_the_last_grpo_table_are_none_of_it(tmp_path):
@@ -323,11 +321,6 @@ def test_a_log_without_a_grpo_table_is_refused(tmp_path):
         read_log(tmp_path / "none.log")
 
 
-def test_our_own_log_holds_what_was_recorded(tmp_path):
-    rows = [row(1, ppo_loss=-0.12345, kl=0.04321), row(2, val_loss=4.5, beta=0.0667)]
-    assert read_log(write_log(tmp_path, log_text(rows))).rows == rows
-
-
 # ---------------------------------------------------------------------- where a run's metrics come from
 
 
@@ -365,26 +358,6 @@ def test_grpo_rows_only_and_rce_rows_where_there_was_no_grpo(tmp_path):
     run = run_with(tmp_path, [*rce, row(1, val_loss=9.0)])
     answer = choose(read_history(run, None), "val_loss", run)
     assert (answer["epoch"], answer["phase"], answer["rows"]) == (1, "grpo", 1)
-
-
-def test_a_cut_last_line_of_the_metrics_is_ignored_and_said_so(tmp_path):
-    run = run_with(tmp_path, [row(1), row(2)])
-    text = run.metrics.read_text(encoding="utf-8")
-    run.metrics.write_text(text[:-20], encoding="utf-8")
-    history = read_history(run, None)
-    assert [r["epoch"] for r in history.rows] == [1]
-    assert "cut short" in history.notes[0]
-
-
-@pytest.mark.parametrize(
-    "line", ["{", "[]", "7", '{"epoch": 1}', '{"epoch": "1", "phase": "grpo"}', '{"phase": "grpo"}']
-)
-def test_a_line_of_the_metrics_that_is_no_row_is_refused_by_number(tmp_path, line):
-    run = run_with(tmp_path, [row(1)])
-    with open(run.metrics, "a", encoding="utf-8") as file:
-        file.write(f"\n{line}\n")
-    with pytest.raises(LeverError, match=r"metrics\.jsonl, line 3: not a metrics row"):
-        read_history(run, None)
 
 
 def test_a_folder_with_nothing_and_no_folder_are_refused(tmp_path):

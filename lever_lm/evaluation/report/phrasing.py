@@ -41,7 +41,7 @@ def health(rows: Sequence[dict]) -> list[dict]:
     for key, metric in metrics_on("health").items():
         values = [row[key] for row in rows if is_finite(row.get(key))]
         if values:
-            show = percent if metric.share else "{:.3g}".format
+            show = percent if "percent" in metric.on else "{:.3g}".format
             shown = {"first": show(values[0]), "last": show(values[-1])}
             table.append({"name": metric.title, **shown, "what": metric.note})
     return table

@@ -175,25 +175,19 @@ def _evaluated(entry, skip_fallback: bool, where: str) -> list[tuple[int, dict]]
 # ---------------------------------------------------------------------- what it was made of
 
 
-def is_made(path: Path, here: dict[str, str]) -> bool:
-    """Return whether the rollout file is there, made from what `rollout_stamp` says."""
-    return path.is_file() and _meta(path).get("fingerprint") == here["fingerprint"]
-
-
-def why_made_again(path: Path, here: dict[str, str]) -> str:
-    """Return which inputs of the rollout file have changed, as a sentence; empty where it is not there or is up to
-    date."""
-    return "" if is_made(path, here) or not path.is_file() else changes(changed(_meta(path), here))
-
-
-def made_elsewhere(path: Path) -> bool:
-    """Return whether a rollout file is there that `lever rollout` did not make: one of Lever-Plus."""
-    return path.is_file() and "fingerprint" not in _meta(path)
-
-
-def _meta(path: Path) -> dict:
+def made_of(path: Path) -> dict | None:
+    """Return what `lever rollout` made a rollout file of: None where no file is there, {} for one that it did not make,
+    such as one of Lever-Plus."""
+    if not path.is_file():
+        return None
     meta = read_rollouts(path).get("_meta")
-    return meta if isinstance(meta, dict) else {}
+    return meta if isinstance(meta, dict) and "fingerprint" in meta else {}
+
+
+def why_made_again(made: dict, here: dict[str, str]) -> str:
+    """Return which of the inputs that a file was `made_of` have changed, as a sentence; empty where it is up to date.
+    here: what `rollout_stamp` says."""
+    return "" if made["fingerprint"] == here["fingerprint"] else changes(changed(made, here))
 
 
 # ---------------------------------------------------------------------- writing

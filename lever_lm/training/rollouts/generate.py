@@ -19,7 +19,7 @@ from lever_lm.tasks import TASKS, Task
 from lever_lm.training.rollouts.file_format import (
     group_report,
     is_query,
-    made_elsewhere,
+    made_of,
     query_entry,
     read_rollouts,
     trajectory_entry,
@@ -103,14 +103,15 @@ def make_rollouts(
 
 
 def _is_up_to_date(path: Path, here: dict[str, str], say: Callable[[str], None]) -> bool:
-    """Return `is_made`; where the file is there and is not up to date, say why."""
-    if not path.is_file():
+    """Return whether the file is there, made from what `here` says; say why where it is made again."""
+    made = made_of(path)
+    if made is None:
         return False
-    if made_elsewhere(path):
+    if not made:
         raise LeverError(
             f"{path} was not made by `lever rollout` and is not replaced: move it, or train on it with --rl-data"
         )
-    if why := why_made_again(path, here):
+    if why := why_made_again(made, here):
         say(f"{path} is made again: {why}; answers already known are not asked again")
     return not why
 
