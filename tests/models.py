@@ -38,19 +38,19 @@ def without(name: str):
 
 # What is done to a copy, and words of what is said of it.
 SPOILT = {
-    "no template": (without("chat_template.jinja"), ["no chat template", "chat_template.jinja"]),
+    "no template": (without("chat_template.jinja"), ["chat_template.jinja"]),
     "a template without images": (
         lambda folder: put(folder, "chat_template.jinja", "{{ messages[0]['content'][1]['text'] }}"),
-        ["0 image tokens (id 1022) of one image", "chat_template.jinja", "tokenizer.json"],
+        ["0 image tokens of one image"],
     ),
     "a template that fails": (
-        lambda folder: put(folder, "chat_template.jinja", "{{ raise_exception('no') }}"),
-        ["its chat template fails", "chat_template.jinja"],
+        lambda folder: put(folder, "chat_template.jinja", "{{ raise_exception('not so') }}"),
+        ["not so"],
     ),
     "no image processor": (without("processor_config.json"), ["lacks preprocessor_config.json"]),
     "no tokenizer": (without("tokenizer.json"), ["lacks tokenizer.json"]),
     "an unknown class": (
         lambda folder: edited(folder, "processor_config.json", processor_class="NoSuchProcessor"),
-        ["'NoSuchProcessor'", "transformers", "processor_config.json"],
+        ["transformers", "processor_config.json"],
     ),
 }

@@ -93,9 +93,8 @@ def beam_search(
     sound = open_[:, 0].clone()
     among_first = torch.arange(keep, device=device) < num_beams
     prefilled.cache.batch_repeat_interleave(num_beams)
-    mask = prefilled.mask.repeat_interleave(num_beams, 0)
-    position = prefilled.position.repeat_interleave(num_beams, 0)
-    logits = prefilled.logits.repeat_interleave(num_beams, 0)
+    parts = (prefilled.mask, prefilled.position, prefilled.logits)
+    mask, position, logits = (part.repeat_interleave(num_beams, 0) for part in parts)
     first_row = torch.arange(batch, device=device)[:, None] * num_beams
     for t in range(max_new_tokens):
         log_probs = logits.float().log_softmax(-1)
@@ -109,8 +108,7 @@ def beam_search(
         grown = running.gather(1, parent[..., None].expand(-1, -1, max_new_tokens))
         grown[..., t] = token
         ends = torch.isin(token, eos) | (t + 1 == max_new_tokens)
-        # the best beams that have not ended run on
-        running_scores, survivors = (scores + ends * NEVER).topk(num_beams, -1)
+        running_scores, survivors = (scores + ends * NEVER).topk(num_beams, -1)  # the best that have not ended run on
         running = grown.gather(1, survivors[..., None].expand(-1, -1, max_new_tokens))
         # beams that ended among the first N compete with the finished ones
         ended = ends & among_first
@@ -122,8 +120,7 @@ def beam_search(
         open_ &= (running_scores[:, :1] / (t + 1) ** penalty > worst).any(-1, keepdim=True)
         if not open_.any() or ends.all():
             break
-        rows = (first_row + parent.gather(1, survivors)).flatten()
-        prefilled.cache.reorder_cache(rows)
+        prefilled.cache.reorder_cache((first_row + parent.gather(1, survivors)).flatten())
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         logits = prefilled.step(running[..., t].reshape(-1, 1), position[:, None] + t, mask)
     _check(sound)

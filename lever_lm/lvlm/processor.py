@@ -5,11 +5,9 @@ from pathlib import Path
 from lever_lm.utils.errors import MendableError
 from lever_lm.utils.hub import is_hub_id
 from lever_lm.utils.safe_parse import read_object
-from lever_lm.utils.terminal import shown
 from lever_lm.utils.transformers_compat import first_line, import_transformers
 
-_TEMPLATE = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")  # where a chat template can stand
-_CLASS = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")  # where its class is named
+_FILES = "tokenizer.json, tokenizer_config.json, chat_template.jinja, processor_config.json, preprocessor_config.json"
 _PROBE = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
 
 
@@ -22,33 +20,19 @@ def load_processor(path: str, folder: Path):
     transformers = import_transformers()
     try:
         processor = transformers.AutoProcessor.from_pretrained(str(folder))
-    except Exception as error:  # the library can fail in any way on a directory that is no such model
-        raise _refused(path, first_line(error), (*_CLASS[:2], "tokenizer.json", "tokenizer_config.json")) from error
-    if not hasattr(processor, "tokenizer") or not hasattr(getattr(processor, "image_processor", None), "merge_size"):
-        named = next(filter(None, (read_object(folder / name).get("processor_class") for name in _CLASS)), None)
-        what = f"its processor class is {shown(named)}" if named else "it names no processor class"
-        what += f", which transformers {transformers.__version__} does not have for a Qwen2.5-VL"
-        raise _refused(path, what, _CLASS)
-    if not processor.chat_template:
-        processor.chat_template = processor.tokenizer.chat_template
-    if not processor.chat_template:
-        raise _refused(path, "it has no chat template", _TEMPLATE[:2])
-    token = read_object(folder / "config.json").get("image_token_id", getattr(processor, "image_token_id", None))
-    try:
+        if not hasattr(getattr(processor, "image_processor", None), "merge_size"):
+            raise ValueError(f"transformers {transformers.__version__} finds no class of it that a Qwen2.5-VL has")
+        token = read_object(folder / "config.json").get("image_token_id", getattr(processor, "image_token_id", None))
+        processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
         text = processor.apply_chat_template(_PROBE, tokenize=False, add_generation_prompt=True)
         found = processor.tokenizer(text, add_special_tokens=False).input_ids.count(token)
-    except Exception as error:  # a template is a program
-        raise _refused(path, f"its chat template fails ({first_line(error)})", _TEMPLATE) from error
-    if found != 1:
-        what = f"its chat template and tokenizer make {found} image tokens (id {shown(token)}) of one image"
-        raise _refused(path, what, (*_TEMPLATE, "tokenizer.json"))
+        if found != 1:
+            raise ValueError(f"its chat template and tokenizer make {found} image tokens of one image")
+    except Exception as error:  # the library can fail in any way on such a directory, and a template is a program
+        fetch = f"hf download {path}" if is_hub_id(path) else "they come with the weights"
+        raise MendableError(
+            f"cannot load the processor of the LVLM {path}: {first_line(error)}",
+            f"fetch {_FILES}, those that its repository has, again ({fetch}), or name another model (--lvlm, "
+            "lvlm.path)",
+        ) from error
     return processor
-
-
-def _refused(path: str, what: str, files: tuple[str, ...]) -> MendableError:
-    fetch = f"hf download {path}" if is_hub_id(path) else "they come with the weights"
-    return MendableError(
-        f"cannot load the processor of the LVLM {path}: {what}",
-        f"fetch {', '.join(files[:-1])} or {files[-1]}, whichever its repository has, again ({fetch}), or name another "
-        "model (--lvlm, lvlm.path)",
-    )

@@ -26,13 +26,12 @@ from lever_lm.lvlm import images as images_module
 from lever_lm.lvlm import openai_client as client
 from lever_lm.lvlm import openai_servers as servers_module
 from lever_lm.lvlm.backend import load_local
-from lever_lm.lvlm.images import DataUrls, fitted
+from lever_lm.lvlm.images import DataUrls
 from lever_lm.lvlm.local import LocalLvlm, local_fingerprint
 from lever_lm.lvlm.openai_server import ServerLvlm, log_prob_at_end, server_fingerprint
 from lever_lm.lvlm.openai_servers import check_server
 from lever_lm.utils.errors import LeverError, UsageError
 from lever_lm.utils.paths import asset_path
-from lever_lm.utils.transformers_compat import import_transformers
 
 TINY = "asset:tiny-qwen2.5-vl"
 NAME = "tiny"
@@ -199,17 +198,6 @@ def test_images_go_out_upright_resized_and_without_loss(tmp_path, kind):
     assert (sent.width < sent.height) == (kind == "turned")
 
 
-@pytest.mark.parametrize("size", [(640, 480), (2000, 1500), (600, 20), (30, 30)])
-def test_the_size_that_a_server_is_started_with_changes_no_image_of_ours(size):
-    """Newer transformers take the budget as `size`, and warn of min_pixels and max_pixels."""
-    library = import_transformers().AutoImageProcessor.from_pretrained(asset_path(TINY))
-    picture = PIL.Image.frombytes("RGB", size, random.Random(3).randbytes(3 * size[0] * size[1]))
-    sent = fitted(picture, LvlmConfig())
-    budget = {"size": {"shortest_edge": LvlmConfig.min_pixels, "longest_edge": LvlmConfig.max_pixels}}
-    made = library([sent], return_tensors="pt", **budget)
-    assert made["image_grid_thw"].tolist() == [[1, sent.height // 14, sent.width // 14]]
-
-
 def test_each_image_is_encoded_once_and_no_more_are_kept_than_fit(serve, prompts, monkeypatch):
     encoded, opened = [], images_module.open_image
     monkeypatch.setattr(images_module, "open_image", lambda image: encoded.append(image) or opened(image))
@@ -272,19 +260,13 @@ FAILURES = {
     "cut": (Reply(200, said("three").body, cut=True), TRIED, ["broke off its answer", "3 times"]),
     "no JSON": (Reply(200, "<html>hello</html>"), TRIED, ["no JSON object: '<html>hello</html>'", "up to its /v1?"]),
     "half JSON": (Reply(200, '{"choices": ['), TRIED, ["no JSON object"]),
-    "a JSON list": (Reply(200, []), TRIED, ["no JSON object: '[]'"]),
-    "bytes": (Reply(200, b"\xff\xfe\x00"), TRIED, ["no JSON object"]),
-    "bad gzip": (Reply(200, "no gzip at all", {"Content-Encoding": "gzip"}), TRIED, ["broke off its answer"]),
     "no choices": (Reply(200, {"error": "I am out"}), TRIED, ["without a choice", "I am out"]),
-    "empty choices": (Reply(200, {"choices": []}), TRIED, ["without a choice"]),
-    "a choice of text": (Reply(200, {"choices": ["three"]}), TRIED, ["without a choice"]),
     "502": (Reply(502, ""), TRIED, ["answered 502", "its own log", "--set lvlm.wait=300"]),
     "null": (said(None), 1, ["without text", "reasoning"]),
     "400": (Reply(400, ERROR), 1, ["answered 400", "boom", "lvlm.path"]),
     "too many images": (Reply(400, LIMIT), 1, ["At most 4 image(s)", "--limit-mm-per-prompt '{\"image\": N}'"]),
     "too long": (Reply(400, LENGTH), 1, ["4096", "--max-model-len"]),
     "401": (Reply(401, {"error": "Unauthorized"}), 1, ["answered 401", "set OPENAI_API_KEY to a key"]),
-    "403": (Reply(403, ""), 1, ["answered 403:", "OPENAI_API_KEY"]),
     "404": (Reply(404, {"message": "The model `tiny` does not exist."}), 1, ["no model tiny", "up to /v1"]),
     "413": (Reply(413, ""), 1, ["answered 413", "lvlm.max_pixels"]),
     "422": (Reply(422, {"detail": [{"loc": ["body"], "msg": "bad"}]}), 1, ["answered 422", '"msg": "bad"']),

@@ -67,11 +67,6 @@ def test_without_demonstrations_only_the_question_is_asked(processor, style):
     )
 
 
-@pytest.mark.parametrize("style", ["interleaved", "dialogue"])
-def test_the_answer_of_the_query_is_never_shown(processor, style):
-    assert "secret" not in rendered(processor, [FIRST, SECOND], style=style)
-
-
 def test_the_demonstrated_answer_is_the_commonest_of_the_annotators(processor):
     split = dataclasses.replace(FIRST, answers=("two", "four", "four", "two", "four", "one"))
     assert "Short answer: four\n" in rendered(processor, [split])

@@ -9,12 +9,11 @@ import shutil
 import PIL.Image
 import pytest
 import torch
-from lvlm_helpers import conversation, local_lvlm, plain_answer, plain_log_prob, plain_tokens
+from lvlm_helpers import local_lvlm, plain_answer, plain_log_prob, plain_tokens
 from models import SPOILT, TINY, copied, edited
 from torch.nn import functional as F
 
 from lever_lm.config.schema import LvlmConfig, PromptConfig
-from lever_lm.data import open_image
 from lever_lm.lvlm import build_prompt
 from lever_lm.lvlm.backend import load_local
 from lever_lm.lvlm.decoding import beam_search, float32_logits, repeatable_attention
@@ -57,9 +56,18 @@ def test_answers_are_those_of_plain_generate(prompts, style, beams):
     assert len(set(answers)) >= 8, "prompts that all get the same answer prove nothing"
 
 
-def test_no_prompt_no_answer(lvlm):
-    assert lvlm.generate([]) == []
-    assert lvlm.answer_log_prob([], []) == []
+@pytest.mark.parametrize("scored", [False, True])
+def test_what_is_left_after_whole_batches_is_cut_as_before(prompts, scored):
+    ours = local_lvlm(batch_tokens=700)
+    answers = [("three", "a blue circle of paper " * (1 + i % 7))[i % 2] for i in range(len(prompts))]
+    work = (prompts, answers) if scored else (prompts,)
+    batches = ours.batches(*work)
+    assert len(batches) > 4
+    for gone in ({0}, {1, 3}, set(range(len(batches) - 1))):
+        left = [i for k, batch in enumerate(batches) if k not in gone for i in sorted(batch)]
+        again = ours.batches(*([part[i] for i in left] for part in work))
+        kept = [sorted(batch) for k, batch in enumerate(batches) if k not in gone]
+        assert [sorted(left[i] for i in batch) for batch in again] == kept
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -100,6 +108,8 @@ def test_log_prob_is_the_summed_log_softmax_of_a_plain_forward(prompts, style):
         assert of_kind[end] == pytest.approx(plain, abs=1e-4)
         assert all(score < 0 and round(score, 6) == score for score in of_kind[end])
     assert all(whole < part for whole, part in zip(of_kind[True], of_kind[False], strict=True))
+    with pytest.raises(LeverError, match=f"question {prompts[0].query.question_id}"):
+        ours.answer_log_prob(prompts[:1], [""])
 
 
 def test_answers_that_end_exclude_one_another_and_beginnings_do_not(prompts):
@@ -132,29 +142,6 @@ def test_batches_of_log_probs_count_the_answers(prompts):
     assert sum(scored) == sum(len(ours.family.tokenizer(answer).input_ids) for answer in answers)
     alone = len(ours.batches(short))
     assert len(shapes) > alone
-
-
-def test_what_is_left_of_prompts_and_answers_is_cut_as_before(prompts):
-    ours = local_lvlm(batch_tokens=700)
-    answers = [("three", "a blue circle of paper " * (1 + i % 7))[i % 2] for i in range(len(prompts))]
-    batches = ours.batches(prompts, answers)
-    assert batches != ours.batches(prompts)
-    for gone in ({0}, {1, 3}, set(range(len(batches) - 1))):
-        left = [i for k, batch in enumerate(batches) if k not in gone for i in sorted(batch)]
-        again = ours.batches([prompts[i] for i in left], [answers[i] for i in left])
-        kept = [sorted(batch) for k, batch in enumerate(batches) if k not in gone]
-        assert [sorted(left[i] for i in batch) for batch in again] == kept
-
-
-def test_the_batch_size_hardly_changes_a_log_prob(prompts):
-    answers = [prompt.query.answer for prompt in prompts]
-    one, other = local_lvlm(batch_size=1), local_lvlm(batch_size=24)
-    assert one.answer_log_prob(prompts, answers) == pytest.approx(other.answer_log_prob(prompts, answers), abs=1e-4)
-
-
-def test_an_answer_without_tokens_cannot_be_scored(lvlm, prompts):
-    with pytest.raises(LeverError, match=f"question {prompts[0].query.question_id}"):
-        lvlm.answer_log_prob(prompts[:1], [""])
 
 
 # ---------------------------------------------------------------------- images
@@ -203,22 +190,6 @@ def test_any_other_image_is_resized_as_the_library_does(size):
     expected = fetch_image({"image": picture(*size), **limits})
     found = fitted(picture(*size), config)
     assert (found.size, found.tobytes()) == (expected.size, expected.tobytes())
-
-
-def test_a_thin_image_is_answered_and_counted(prompts, tmp_path):
-    picture(600, 20).save(tmp_path / "thin.png")
-    query = dataclasses.replace(prompts[0].query, image=str(tmp_path / "thin.png"))
-    prompt = dataclasses.replace(prompts[2], query=query)
-    ours = local_lvlm(max_pixels=12544)
-    (answer,) = ours.generate([prompt])
-    assert ours.family.vision.tokens(query.image) == 16
-    images = [fitted(open_image(image), ours.config) for image in prompt.images]
-    text = ours.family.processor.apply_chat_template(
-        conversation(prompt, "interleaved"), tokenize=False, add_generation_prompt=True
-    )
-    inputs = ours.family.processor(text=[text], images=images, return_tensors="pt")
-    written = ours.family.model.generate(**inputs, max_new_tokens=5, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-    assert answer == ours.family.tokenizer.decode(written, skip_special_tokens=True)
 
 
 def test_a_budget_below_one_token_is_refused():
