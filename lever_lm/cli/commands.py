@@ -85,13 +85,20 @@ def train(
         Path | None,
         Option(help="Repeat this run in another folder, say what differs.", autocompletion=completion.run_folders),
     ] = None,
+    selector: Annotated[
+        str | None,
+        Option(
+            help="Train another selector: answer_match, epr, lever_lm, fixed_set.",
+            autocompletion=completion.named("selector"),
+        ),
+    ] = None,
 ) -> None:
     """Features, pools and rollouts where missing; then RCE and GRPO; then the recommended checkpoint is converted."""
     check_tracker(tracker)
     if embeddings is not None and (common.features or any(key.startswith("features.") for key in common.set_ or [])):
         raise UsageError("--embeddings are the features: leave --features and features.* out")
     flags = {"rce.epochs": rce_epochs, "grpo.epochs": grpo_epochs, "keep": keep}
-    pipeline = make_pipeline(common, flags, run_dir, from_run)
+    pipeline = make_pipeline(common, flags, run_dir, from_run, selector)
     if rl_data is None and from_run is None and (path := os.environ.get("RL_DATA_PATH", "").strip()):
         pipeline.screen.say(f"from the environment: RL_DATA_PATH={path}")
         rl_data = Path(path)

@@ -14,19 +14,29 @@ from lever_lm.utils.errors import LeverError, UsageError
 _KINDS = ("dataset", "lvlm", "sampler", "recipe")
 
 
-def make_pipeline(common: Common, flags: dict | None = None, run_dir: Path | None = None, from_run: Path | None = None):
+def make_pipeline(
+    common: Common,
+    flags: dict | None = None,
+    run_dir: Path | None = None,
+    from_run: Path | None = None,
+    selector: str | None = None,
+):
     """The pipeline of a command line that makes something: named YAMLs < --config < environment < --set < flags. The
     config of the run folder `from_run` stands in the place of the first two.
 
-    flags: dotted config keys that the command's own options set, None for an option that is not given.
+    flags: dotted config keys that the command's own options set, None for an option that is not given. selector: the
+    name of a YAML in configs/selector, over the recipe; its run has that name unless it is given another.
     """
     _check_run_name(common.run_name)
     run_name, sets, options = common.run_name, common.set_ or [], _options(common, flags)
     if from_run is None:
-        made = layers(named_yamls(common), file_layer(common.config), sets, options)
+        made = layers({**named_yamls(common), "selector": selector}, file_layer(common.config), sets, options)
+        run_name = run_name or selector
     else:
         from lever_lm.training.environment import config_of
 
+        if selector:
+            raise UsageError("--from-run brings its own config: leave --selector out")
         refuse_options(common, "--from-run brings its own config", *_KINDS, "config")
         made = layers({}, None, sets, options, base=Layer("base", config_of(RunFolder(from_run))))
         run_name = run_name or f"{from_run.resolve().name}_repeat"

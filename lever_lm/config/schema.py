@@ -318,6 +318,7 @@ class Config:
     rce: RceConfig = field(default_factory=RceConfig)
     grpo: GrpoConfig = field(default_factory=GrpoConfig)
     infer: InferConfig = field(default_factory=InferConfig)
+    warmup: str = setting("rce", "what the epochs before GRPO learn from", "rce | match | epr | lever_lm | fixed_set")
     seed: int = setting(0, "seed of every draw")
     device: str = command("auto", "auto: the first GPU if there is one, else the CPU")
     keep: int = command(0, "checkpoints to keep: the latest of each phase, and the best of every strategy; 0: all")
@@ -329,6 +330,12 @@ class Config:
             raise UsageError(f"keep must not be negative, found {self.keep} (--keep)")
         if self.rce.epochs + self.grpo.epochs == 0:
             raise UsageError("nothing to train: rce.epochs and grpo.epochs are both 0 (--rce-epochs, --grpo-epochs)")
+        if self.warmup in ("lever_lm", "fixed_set") and self.grpo.epochs:
+            raise UsageError(f"warmup={self.warmup} makes no policy that GRPO could train: --grpo-epochs 0")
+        if self.warmup == "epr" and self.rollout.shots != 1:
+            raise UsageError("warmup=epr learns from demonstrations shown alone: --set rollout.shots=1")
+        if self.warmup == "lever_lm" and self.reward.mode != "infoscore":
+            raise UsageError("warmup=lever_lm learns from InfoScore's sequences: --set reward.mode=infoscore")
         if self.grpo.online and self.reward.mode == "infoscore":
             raise UsageError("grpo.online searches no rollouts, and reward.mode=infoscore can score no others")
 

@@ -26,7 +26,7 @@ class Source:
     files: those of the user's own.
     """
 
-    rollouts: Path
+    rollouts: Path | None  # None where none are learnt from
     queries: Tensor
     icds: Tensor
     stamp: str

@@ -3,6 +3,7 @@ selection → conversion. evaluation/run.py goes on from there."""
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import torch
 from lever_lm.config.schema import Config
 from lever_lm.data import load_dataset
 from lever_lm.data.embeddings import features_fingerprint
+from lever_lm.selectors.pointer.checkpoint import Policy
+from lever_lm.training.batches import GroupTensors
 from lever_lm.training.convert import convert
 from lever_lm.training.environment import compare as compare_runs
 from lever_lm.training.environment import environment, own_files, record, verdict
@@ -34,8 +37,10 @@ from lever_lm.training.rollouts.propose import new_policy
 from lever_lm.training.run_dir import LOCK, Layout, RunFolder, inference_folder
 from lever_lm.training.run_state import Journal, state_of
 from lever_lm.training.select_checkpoint import choose, read_history, worth_keeping
+from lever_lm.training.sequence_model import train_fixed_set, train_lever_lm
 from lever_lm.training.stages import Stages
 from lever_lm.training.tensorboard import TRACKERS, TensorBoard
+from lever_lm.training.warmup import MatchGroups, new_learner
 from lever_lm.utils.atomic_io import file_digest
 from lever_lm.utils.checks import require
 from lever_lm.utils.console import Screen
@@ -44,6 +49,8 @@ from lever_lm.utils.errors import LeverError, UsageError
 from lever_lm.utils.fingerprint import CODE
 from lever_lm.utils.hub import fetch_model
 from lever_lm.utils.locks import alone
+
+_NO_POINTER = {"lever_lm": train_lever_lm, "fixed_set": train_fixed_set}
 
 
 class Pipeline(Stages):
@@ -143,11 +150,12 @@ class Pipeline(Stages):
             self.run.check(self.config)  # before the costly part, not after it
             self._check_inputs(rl_data, embeddings)
         source = self._source(rl_data, embeddings, dataset_named)
-        train, val = read_source(source, self.config, self.say)
+        train, val = read_source(source, self.config, self.say) if source.rollouts else (None, None)
         device = resolve_device(self.config.device)
         initial = new_policy(self.config, source.icds.shape[1])
-        policy = new_policy(self.config, source.icds.shape[1]).to(device)
-        inputs = {"rollouts": file_digest(source.rollouts), "features": source.stamp}
+        policy = new_learner(self.config, source.icds.shape[1], len(source.icds)).to(device)
+        inputs = {"rollouts": file_digest(source.rollouts)} if source.rollouts else {}
+        inputs["features"] = source.stamp
         made_from = {**inputs, "training code": str(CODE["training"])}
         if not overwrite and self.run.state.is_file():
             state_of(self.run, made_from, policy)  # a run that is refused stays as it was
@@ -155,14 +163,16 @@ class Pipeline(Stages):
         record(self.run, environment(self.config, inputs, source.made_of, source.files), self.say)
         journal = self._journal({"policy": policy.shape, **source.made_for, "seed": self.config.seed}, made_from)
         torch.manual_seed(self.config.seed)
-        train, val = train.to(device), val.to(device)
+        if train is not None:
+            train, val = train.to(device), val.to(device)
         answer = None
         if self.config.grpo.online:
             answer = online_rewards(self.config, self.data, train.rows, train.pools, self.lvlm)
         grpo = {"val_temperature": self.config.rce.temperature_end, "answer": answer}
         with detecting(policy, self.say) if self.detect_anomaly else contextlib.nullcontext():
-            train_rce(policy, train, val, self.config.rce, journal)
-            train_grpo(policy, initial, train, val, self.config.grpo, journal, **grpo)
+            self._warm_up(policy, train, val, journal)
+            if train is not None:
+                train_grpo(policy, initial, train, val, self.config.grpo, journal, **grpo)
         recommended = self.recommend()
         try:
             converted = self.convert(Path(recommended["checkpoint"]))["output"]
@@ -170,6 +180,28 @@ class Pipeline(Stages):
             self.say(f"not converted: {error}")
             converted = None
         return {"run": str(self.run.path), "recommended": recommended, "converted": converted}
+
+    def _warm_up(self, policy: Policy, train: GroupTensors | None, val: GroupTensors | None, journal: Journal) -> None:
+        """Train by the warm-up of the config: on the logged groups, or for `match` on the answers of the training
+        split, without the queries that GRPO is validated by."""
+        config, name = self.config.rce, self.config.warmup
+        if name in _NO_POINTER:
+            _NO_POINTER[name](policy, train, val, config, journal)
+        elif name != "match":
+            if name == "epr" and train.sequences.shape[2] != 1:
+                raise LeverError(
+                    "warmup=epr learns from demonstrations shown alone, and these rollouts show more: `lever train "
+                    "--selector epr` makes such rollouts"
+                )
+            train_rce(policy, train, val, config, journal, warmup=name)
+        else:
+            groups, device = MatchGroups(self.config, self.data, self.features), resolve_device(self.config.device)
+            rows, held_out = groups.split(val)
+            share, matches = groups.density(rows)
+            self.say(f"matches: {share:.0%} of the training queries have one in their pool, {matches:.1f} on average")
+            first, judged = groups.draw(rows, 0).to(device), groups.draw(held_out, 0).to(device)
+            drawn = lambda epoch: groups.draw(rows, epoch).to(device)  # noqa: E731
+            train_rce(policy, first, judged, config, journal, warmup=name, drawn=drawn)
 
     def _journal(self, own: dict, inputs: dict[str, str]) -> Journal:
         """Return the journal of the run, up to date; own: what its checkpoints carry."""
@@ -180,17 +212,24 @@ class Pipeline(Stages):
             self.say(f"the run has {journal.done('grpo')} GRPO epochs already: nothing is left to train")
         return journal
 
+    @property
+    def _asks(self) -> bool:
+        """Whether anything is learnt from rollouts."""
+        return self.config.warmup != "match" or self.config.grpo.epochs > 0
+
     def _check_inputs(self, rl_data: Path | None, embeddings: Path | None) -> None:
         """Raise LeverError where the run that is there was begun on other data, features or answers, before anything is
         made for it or asked."""
         if embeddings is not None or self.layout.exported.is_file() or not self.run.state.is_file():
             return
-        self.check(*(ALL if rl_data is None else ("data", "encoder")))
+        self.check(*(ALL if rl_data is None and self._asks else ("data", "encoder")))
         fetch_model(self.config.features.encoder, "features.encoder")
         data = load_dataset(self.config.data)
         features = features_fingerprint(data, self.config.features)
         state_of(self.run, {"features": features})
         path = self.layout.rollouts
+        if not self._asks:
+            return
         made = made_of(path) if rl_data is None else None
         if made and (why := why_made_again(made, rollout_stamp(self.config, data, features, self.lvlm))):
             raise LeverError(
@@ -212,6 +251,11 @@ class Pipeline(Stages):
         if rl_data is None and made_of(self.layout.rollouts) == {}:
             rl_data, dataset_named = self.layout.rollouts, True
             self.say(f"rollouts: {rl_data} was not made by `lever rollout` and is taken as it is")
+        if self.config.warmup == "match" and embeddings is not None:
+            raise UsageError("warmup=match compares answers of the dataset: leave --embeddings out")
+        if not self._asks:
+            self.check("data", "encoder")
+            return replace(source_of_dataset(self, self.layout.rollouts), rollouts=None, files={})
         if rl_data is None:
             if embeddings is not None:
                 raise UsageError("--embeddings belongs to rollouts of your own: name them with --rl-data FILE")

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lever_lm.selectors.pointer.checkpoint import save_torch, v3_content
+from lever_lm.selectors.pointer.checkpoint import new_of_shape, save_torch, v3_content
 from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.training.finite_checks import At, not_finite
 from lever_lm.training.metrics import PHASES, metrics_on, table_header, table_row
@@ -162,7 +162,7 @@ class Journal:
     def resume(self) -> None:
         """Load the state of an earlier process, if there is one, and bring the files beside it up to date."""
         if self.run.state.is_file():
-            policy = PointerSelector(**self.config["policy"])
+            policy = new_of_shape(self.config["policy"])
             self.state = state_of(self.run, self.inputs, policy)
             self.rows = self.state["rows"]
             policy.load_state_dict(self.state["policy"])

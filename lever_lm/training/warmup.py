@@ -15,6 +15,9 @@ from lever_lm.config.schema import Config, RceConfig
 from lever_lm.data import VqaData
 from lever_lm.data.embeddings import Features
 from lever_lm.data.pools import sample_pools
+from lever_lm.selectors.fixed_set import FixedSet
+from lever_lm.selectors.lever_lm import LeverLM
+from lever_lm.selectors.pointer.checkpoint import Policy
 from lever_lm.selectors.pointer.decoding import gather_rows
 from lever_lm.selectors.pointer.encoder import Noise
 from lever_lm.selectors.pointer.model import PointerSelector
@@ -22,6 +25,8 @@ from lever_lm.tasks import TASKS
 from lever_lm.training.batches import Batch, GroupTensors
 from lever_lm.training.losses import epr_loss, match_loss, rce_loss
 from lever_lm.training.rewards import normalize_group
+from lever_lm.training.rollouts.file_format import split_ids
+from lever_lm.training.rollouts.propose import new_policy, query_rows
 from lever_lm.utils.errors import LeverError
 
 # (policy, batch, dropout, temperature, config) → the loss, and the scores (B, G) that it is made of.
@@ -66,6 +71,17 @@ class MatchGroups:
         self._score = cache(lambda answer, row: task.score(answer, self.train[row]))
         self._matrices = features.queries("train", config.features), features.icds(config.features)
 
+    def split(self, val: GroupTensors | None) -> tuple[list[int], list[int]]:
+        """Return the rows of the queries that are learnt from, and of those held out: the queries of the validation
+        groups, or where there are no rollouts those that would be."""
+        if val is not None:
+            held_out = sorted(val.query_ids)
+        else:
+            held_out = sorted(
+                split_ids(query_rows(self.config.rollout.num_queries, len(self.train), self.config.seed))[1]
+            )
+        return sorted({*range(len(self.train))} - {*held_out}), held_out
+
     def draw(self, rows: list[int], epoch: int) -> GroupTensors:
         """Return the groups of the queries in these rows with the pools of an epoch, which are other ones each time.
         Queries without a match are left out. Raises LeverError where none has any."""
@@ -100,3 +116,21 @@ class MatchGroups:
         """Return the share of queries whose pool holds a match, and the mean number of matches in a pool of theirs."""
         groups = self.draw(rows, 0)
         return len(groups) / len(rows), float((groups.rewards > 0).sum(-1).float().mean())
+
+
+# ---------------------------------------------------------------------- from a config to what learns
+
+
+def new_learner(config: Config, d_model: int, vocabulary: int) -> Policy:
+    """Return what a warm-up trains, untrained: the policy of the config; for `epr` one without attention, so that query
+    and candidate are encoded apart; Lever-LM or a fixed set over `vocabulary` training examples. The same weights for
+    the same seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        if config.warmup == "lever_lm":
+            return LeverLM(d_model, vocabulary)
+        if config.warmup == "fixed_set":
+            return FixedSet(vocabulary)
+        if config.warmup == "epr":
+            return PointerSelector(d_model=d_model, **{**vars(config.policy), "num_layers": 0})
+    return new_policy(config, d_model)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from lever_lm.config.schema import SamplerConfig
 from lever_lm.data import Example, StoredImage
 from lever_lm.data.embeddings import Embeddings
-from lever_lm.data.pools import SAMPLERS, Candidates, nearest, sample_pools
+from lever_lm.data.pools import SAMPLERS, Candidates, nearest, sample_pools, similarity_rows
 from lever_lm.utils.errors import LeverError, UsageError
 
 TRAIN = 60

@@ -135,6 +135,13 @@ def policy_of(content: dict, path: str | Path, num_heads: int = 1) -> Policy:
     return policy.eval()
 
 
+def new_of_shape(shape: dict) -> Policy:
+    """Return an untrained policy, or another learnt selector, of the shape that a checkpoint's config holds."""
+    if "vocabulary" not in shape:
+        return PointerSelector(**shape)
+    return (LeverLM if "d_model" in shape else FixedSet)(**shape)
+
+
 def _kind_of(state: dict[str, Tensor]) -> type[Policy]:
     """The class that these weights are of, by their names."""
     if "gpt.wte.weight" in state:
