@@ -27,7 +27,6 @@ def decoded(file: BinaryIO):
     try:
         with PIL.Image.open(file, formats=FORMATS) as opened:
             _check_size(opened.width, opened.height)
-            _scale_transparency(opened)
             return _upright(opened)
     except Undecodable:
         raise
@@ -59,15 +58,6 @@ def _check_size(width: int, height: int) -> None:
         raise Undecodable(f"it has {width} by {height} pixels, more than {MAX_PIXELS}")
     if max(width, height) > MAX_RATIO * min(width, height):
         raise Undecodable(f"its sides, {width} and {height}, are in a ratio over {MAX_RATIO}")
-
-
-def _scale_transparency(opened) -> None:
-    """Bring the transparent colour of a PNG to the 8 bits of its pixels: PIL leaves it as the file has it."""
-    colour, stored = opened.info.get("transparency"), opened.tile[0].args if opened.tile else None
-    if colour is not None and stored in ("L;2", "L;4"):
-        opened.info["transparency"] = colour * (85 if stored == "L;2" else 17)
-    elif colour is not None and stored == "RGB;16B":
-        opened.info["transparency"] = tuple(part >> 8 for part in colour)
 
 
 def _upright(opened):

@@ -93,23 +93,6 @@ def test_features_are_those_of_the_clip_model_called_plainly(digits, digits_feat
         )
 
 
-def test_the_batch_size_changes_no_feature(world, tmp_path):
-    one = compute(world, tmp_path / "1.safetensors", dataclasses.replace(CLIP, batch_size=1))
-    many = compute(world, tmp_path / "2.safetensors", dataclasses.replace(CLIP, batch_size=64))
-    torch.testing.assert_close(one.train.image, many.train.image, atol=1e-6, rtol=0)
-    torch.testing.assert_close(one.val.text, many.val.text, atol=1e-6, rtol=0)
-
-
-def test_examples_on_one_image_share_its_embedding(digits, digits_features):
-    rows: dict[str, list[int]] = {}
-    for row, example in enumerate(digits.train_examples):
-        rows.setdefault(example.image, []).append(row)
-    shared = next(found for found in rows.values() if len(found) > 1)
-    image = digits_features.train.image
-    assert torch.equal(image[shared[0]], image[shared[1]])
-    assert len({tuple(row.tolist()) for row in image}) > 0.9 * len(rows), "different images look different"
-
-
 # ---------------------------------------------------------------------- the cache
 
 
@@ -139,13 +122,6 @@ def test_the_file_says_what_it_is_of(world, tmp_path):
         assert set(file.keys()) == {"train_image", "train_text", "val_image", "val_text"}
 
 
-def test_one_file_serves_every_features_name(world, tmp_path):
-    path, calls = tmp_path / "features.safetensors", []
-    compute(world, path)
-    compute(world, path, dataclasses.replace(CLIP, name="query_img_icd_text"), calls)
-    assert calls == []
-
-
 def test_a_changed_question_is_encoded_anew(world, tmp_path):
     path = tmp_path / "features.safetensors"
     before = compute(world, path)
@@ -157,16 +133,6 @@ def test_a_changed_question_is_encoded_anew(world, tmp_path):
     assert after.fingerprint != before.fingerprint
     assert not torch.equal(after.train.text[3], before.train.text[3])
     torch.testing.assert_close(after.train.text[4], before.train.text[4])
-
-
-def test_a_changed_image_is_encoded_anew(world, tmp_path):
-    path = tmp_path / "features.safetensors"
-    before = compute(world, path)
-    image = load(world).val_examples[2].image
-    Image.new("RGB", (64, 64), "red").save(image)
-    after = compute(world, path)
-    assert not torch.allclose(after.val.image[2], before.val.image[2])
-    torch.testing.assert_close(after.val.image[1], before.val.image[1])
 
 
 def test_another_encoder_is_encoded_anew(world, tmp_path):
@@ -192,11 +158,6 @@ def test_a_damaged_cache_file_is_made_again(world, tmp_path, damage):
     calls = []
     assert torch.equal(compute(world, path, calls=calls).val.text, expected.val.text)
     assert calls == [], "the new file holds"
-
-
-def test_no_temporary_file_is_left(world, tmp_path):
-    compute(world, tmp_path / "cache" / "features.safetensors")
-    assert [file.name for file in (tmp_path / "cache").iterdir()] == ["features.safetensors"]
 
 
 # ---------------------------------------------------------------------- the encoder

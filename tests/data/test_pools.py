@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from lever_lm.config.schema import SamplerConfig
 from lever_lm.data import Example, StoredImage
 from lever_lm.data.embeddings import Embeddings
-from lever_lm.data.pools import SAMPLERS, Candidates, nearest, query_rng, sample_pools, similarity_rows
+from lever_lm.data.pools import SAMPLERS, Candidates, nearest, sample_pools
 from lever_lm.utils.errors import LeverError, UsageError
 
 TRAIN = 60
@@ -87,33 +87,6 @@ def test_a_pool_is_smaller_only_where_fewer_examples_are_allowed(name, train):
         assert len(pool) == TRAIN - 3
 
 
-def test_queries_of_another_split_may_have_any_training_example_but_their_image():
-    items, features = examples(12), embeddings(12)
-    query = example(999, 2)  # its image is that of rows 6–8
-    parts = (features.take([0]), features)
-    (pool,) = sample_pools(SamplerConfig(), [query], items, parts, size=64, seed=0)
-    assert sorted(pool) == [0, 1, 2, 3, 4, 5, 9, 10, 11]
-
-
-def test_pools_that_take_long_are_followed_and_come_out_the_same(train):
-    seen = []
-
-    def follow(work, what, total):
-        seen.append([what, total, work.unit, work.after > 0, 0])
-        for item in work:
-            yield item
-            seen[-1][-1] += 1
-
-    assert pools("mix_sampler", train, track=follow) == pools("mix_sampler", train)
-    assert seen == [[f"pools: {TRAIN} queries", TRAIN, "queries", True, TRAIN]]
-
-
-def test_allowed_is_neither_the_question_nor_its_image():
-    candidates = Candidates([example(5, 1), example(6, 1), example(7, 2), example(8, 3)])
-    assert candidates.allowed(example(7, 1)).tolist() == [3]
-    assert candidates.allowed(example(9, 9)).tolist() == [0, 1, 2, 3]
-
-
 def test_equal_content_is_one_image_whatever_its_ids_say_and_so_is_an_equal_id():
     contents = [(1, "a"), (2, "a"), (2, "b"), (3, "b"), (4, "c"), (5, "d")]
     candidates = Candidates([example(10 + row, *image) for row, image in enumerate(contents)])
@@ -189,26 +162,6 @@ def test_nearest_is_best_first():
     assert nearest(scores, rows, 3, np.random.default_rng(0)) == [1, 2, 4]
     assert nearest(scores, rows, 9, np.random.default_rng(0)) == [1, 2, 4, 0]
     assert nearest(scores, rows, 2, np.random.default_rng(0), exclude=[1]) == [2, 4]
-
-
-def test_nearest_agrees_with_sorting_on_many_rows():
-    scores = np.random.default_rng(0).permutation(500).astype(np.float32) / 500
-    found = nearest(scores, np.arange(500), 50, np.random.default_rng(1))
-    assert found == np.argsort(-scores)[:50].tolist()
-
-
-@pytest.mark.parametrize("parts", [{"img"}, {"text"}, {"img", "text"}])
-def test_similarities_sum_the_parts_that_are_named(parts):
-    queries, candidates = embeddings(3, seed=1), embeddings(5, seed=2)
-    of = {"img": queries.image @ candidates.image.T, "text": queries.text @ candidates.text.T}
-    found = np.stack([*similarity_rows(queries, candidates, frozenset(parts))])
-    np.testing.assert_allclose(found, sum(of[part] for part in parts), atol=1e-6)
-
-
-def test_a_querys_generator_is_its_own():
-    one, other = example(1, 1), example(2, 1)
-    assert query_rng(0, one).random() == query_rng(0, one).random()
-    assert len({query_rng(0, one).random(), query_rng(0, other).random(), query_rng(1, one).random()}) == 3
 
 
 def test_an_unknown_sampler_is_refused_with_the_known_ones(train):

@@ -10,8 +10,6 @@ import pytest
 import torch
 from helpers import CHECKOUT
 from hostile import Executed
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from lever_lm.selectors.pointer.checkpoint import (
@@ -103,25 +101,6 @@ def test_the_number_of_heads_is_taken_as_given_where_the_file_does_not_say():
 # ---------------------------------------------------------------------- ours
 
 
-@pytest.mark.parametrize(
-    "kwargs",
-    [
-        {},
-        {"num_layers": 3, "num_heads": 2},
-        {"state_update": "gate"},
-        {"d_model": 8},
-        {"temperature": 0.7, "dropout": 0.2, "attn_dropout": 0.3},
-    ],
-    ids=str,
-)
-def test_our_checkpoint_rebuilds_the_policy_whole(tmp_path, kwargs):
-    policy = make(**kwargs)
-    loaded = load_policy(save_v3(tmp_path / "grpo_epoch25.pt", policy))
-    assert loaded.shape == policy.shape
-    assert not loaded.training
-    assert_same_policy(loaded, policy)
-
-
 def test_a_v3_file_has_the_lineages_keys_and_ours(tmp_path):
     path = save_v3(tmp_path / "grpo_epoch25.pt", make(), seed=3)
     content = torch.load(path, weights_only=True)
@@ -130,16 +109,6 @@ def test_a_v3_file_has_the_lineages_keys_and_ours(tmp_path):
     assert content["metrics"] == {"val_loss": 1.5}
     assert content["config"]["seed"] == 3
     assert content["config"]["policy"]["hidden_dim"] == 8
-
-
-def test_without_our_config_the_shape_is_read_from_the_weights(tmp_path):
-    policy = make(num_layers=2, state_update="gate")
-    content = v3_content(policy, epoch=0, phase="rce", kl_beta=0.0, metrics={}, config={})
-    del content["config"], content["format"]
-    save_torch(tmp_path / "bare.pt", content)
-    loaded = load_policy(tmp_path / "bare.pt")
-    assert (loaded.num_layers, loaded.state_update, loaded.d_model) == (2, "gate", 6)
-    assert_same_policy(loaded, policy)
 
 
 def test_weights_in_a_checkpoint_do_not_follow_further_training():
@@ -292,28 +261,10 @@ def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, value):
         load_policy(path)
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.tuples(st.integers(0, V3.stat().st_size - 1), st.integers(0, 255)), min_size=1, max_size=4))
-def test_a_file_with_wrong_bytes_loads_or_is_refused_in_plain_words(tmp_path, changes):
-    content = bytearray(V3.read_bytes())
-    for place, byte in changes:
-        content[place] = byte
-    path = tmp_path / "bytes.pt"
-    path.write_bytes(content)
-    try:
-        policy = load_policy(path)
-    except LeverError as error:
-        policy, told = None, str(error)
-    if policy is None:
-        assert "bytes.pt" in told
-    else:
-        assert all(torch.isfinite(parameter).all() for parameter in policy.parameters())
-
-
 # ---------------------------------------------------------------------- writing
 
 
-@pytest.mark.parametrize("moment", [0, 1, 100])
+@pytest.mark.parametrize("moment", [0, 100])
 def test_an_interrupt_within_a_save_comes_after_it(tmp_path, moment):
     """torch.save writes through a callback and answers an interrupt in it with a RuntimeError of its own."""
     seen = []
@@ -330,18 +281,6 @@ def test_an_interrupt_within_a_save_comes_after_it(tmp_path, moment):
     assert seen == [moment]
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
     assert len(load_torch(tmp_path / "a.pt")) == moment + 1
-
-
-def test_a_save_that_fails_under_an_interrupt_is_an_interrupt_and_leaves_nothing(tmp_path):
-    class Interrupting:
-        def __reduce__(self):
-            signal.raise_signal(signal.SIGINT)
-            raise ValueError
-
-    with pytest.raises(KeyboardInterrupt):
-        save_torch(tmp_path / "a.pt", {"a": Interrupting()})
-    assert not list(tmp_path.iterdir())
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_save_that_fails_leaves_what_was_there_and_no_temporary_file(tmp_path):

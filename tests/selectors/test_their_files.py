@@ -311,19 +311,6 @@ def test_a_checkpoint_of_another_width_is_refused(lever, tmp_path, small):
     assert not (tmp_path / "results/digits/inference").exists()
 
 
-def test_latest_takes_a_v2_file_where_there_is_no_other(tmp_path):
-    for name in ("grpo_epoch3_v2format.ckpt", "grpo_epoch2.pt", "rce_epoch9.pt", "grpo_epoch11.txt"):
-        (tmp_path / name).touch()
-    run = RunFolder(tmp_path)
-    assert run.latest_checkpoint().name == "grpo_epoch3_v2format.ckpt"
-    run.checkpoint("grpo", 3).touch()
-    assert run.latest_checkpoint().name == "grpo_epoch3.pt"
-    for path in tmp_path.glob("grpo*"):
-        path.unlink()
-    (tmp_path / "rce_epoch10_v2format.ckpt").touch()
-    assert run.latest_checkpoint().name == "rce_epoch10_v2format.ckpt"
-
-
 # ---------------------------------------------------------------------- other models
 
 

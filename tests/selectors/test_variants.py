@@ -41,7 +41,6 @@ PAIRED = [
 every_variant = pytest.mark.parametrize("variant", EVERY, ids=name_of)
 paired_variants = pytest.mark.parametrize("variant", PAIRED, ids=name_of)
 with_stop = pytest.mark.parametrize("variant", [v for v in PAIRED if v["stop"]], ids=name_of)
-without_stop = pytest.mark.parametrize("variant", [v for v in PAIRED if not v["stop"]], ids=name_of)
 
 
 def make(variant, *, d_model=3, hidden_dim=4, num_layers=1, temperature=0.5, seed=0, **kwargs):
@@ -337,58 +336,6 @@ def test_padding_the_pool_changes_nothing(variant):
         torch.testing.assert_close(ours[1:], theirs[1:], **EXACT)
 
 
-@paired_variants
-def test_padding_the_group_changes_nothing(variant):
-    policy = make(variant)
-    query, candidates = inputs(2, 4)
-    sequences = torch.tensor([[[0, 1, 2], [3, 0, -1]], [[2, 3, 1], [1, -1, -1]]])
-    padded = torch.cat([sequences[:, :1], torch.full((2, 2, 3), -1), sequences[:, 1:]], 1)
-
-    def result(group):
-        log_probs, entropies = policy.evaluate(query, candidates, group)
-        gradients = torch.autograd.grad(log_probs.sum() + entropies.sum(), list(policy.parameters()))
-        return log_probs, entropies, gradients
-
-    plain, ours = result(sequences), result(padded)
-    for before, after in zip(plain[:2], ours[:2], strict=True):
-        torch.testing.assert_close(after[:, [0, 3]], before, **EXACT)
-        assert (after[:, 1:3] == 0).all()
-    torch.testing.assert_close(ours[2], plain[2], **EXACT)
-
-
-@without_stop
-def test_where_the_pool_is_used_up_its_candidates_are_equally_likely_again(variant):
-    """A logged sequence may be longer than its pool: every option of the step is masked, and none is infinite."""
-    policy = make(variant)
-    query, candidates = inputs(1, 2)
-    with torch.no_grad():
-        ours = policy.log_prob(query, candidates, torch.tensor([[[1, 0, 0]]]))
-        full = policy.log_prob(query, candidates, torch.tensor([[[1, 0]]]))
-    torch.testing.assert_close(ours, full - math.log(2), **EXACT)
-
-
-@paired_variants
-def test_a_query_does_not_depend_on_the_others_of_its_batch(variant):
-    policy = make(variant, num_layers=2)
-    query, candidates = inputs(3, 5)
-    mask = torch.tensor([[True] * 5, [True, False, True, True, True], [True] * 3 + [False] * 2])
-    sequences = torch.tensor([[[0, 1], [2, -1]], [[4, 2], [-1, -1]], [[1, 0], [2, 1]]])
-    with torch.no_grad():
-        together = [
-            *policy.evaluate(query, candidates, sequences, mask),
-            policy.logits(query, candidates, sequences[:, 0], mask),
-            policy.select(query, candidates, 3, mask),
-        ]
-        for i in range(3):
-            one = query[i : i + 1], candidates[i : i + 1]
-            alone = [
-                *policy.evaluate(*one, sequences[i : i + 1], mask[i : i + 1]),
-                policy.logits(*one, sequences[i : i + 1, 0], mask[i : i + 1]),
-                policy.select(*one, 3, mask[i : i + 1]),
-            ]
-            torch.testing.assert_close([x[i : i + 1] for x in together], alone, **EXACT)
-
-
 # ---------------------------------------------------------------------- choosing
 
 
@@ -528,30 +475,6 @@ def test_weights_of_another_variant_than_the_file_says_are_refused(tmp_path, opt
 def test_an_unknown_variant_is_refused_with_the_known_ones(option):
     with pytest.raises(ValueError, match=f"unknown {option} 'lstm'; choose one of {', '.join(CHOICES[option])}$"):
         PointerSelector(**{option: "lstm"})
-
-
-@paired_variants
-def test_after_input_is_the_same_policy_on_projected_features(variant):
-    policy = make(variant)
-    query, candidates = inputs(2, 5)
-    sequences = torch.tensor([[[0, 1, 2], [4, 3, -1]], [[3, 1, 4], [2, -1, -1]]])
-    shape, names = policy.shape, list(policy.state_dict())
-    inner = policy.after_input()
-    projected = policy.input_proj(query), policy.input_proj(candidates)
-    theirs = policy.evaluate(query, candidates, sequences)
-    ours = inner.evaluate(*projected, sequences)
-    torch.testing.assert_close(ours, theirs, **EXACT)
-    with torch.no_grad():
-        assert torch.equal(inner.select(*projected, 4), policy.select(query, candidates, 4))
-
-    assert (policy.shape, list(policy.state_dict())) == (shape, names)
-    assert inner.shape == {**shape, "d_model": shape["hidden_dim"]}
-    expected = [(name, id(p)) for name, p in policy.named_parameters() if name != "input_proj.weight"]
-    assert [(name, id(p)) for name, p in inner.named_parameters()] == expected
-    parameters = list(policy.parameters())
-    torch.testing.assert_close(
-        torch.autograd.grad(ours[0].sum(), parameters), torch.autograd.grad(theirs[0].sum(), parameters), **EXACT
-    )
 
 
 @paired_variants

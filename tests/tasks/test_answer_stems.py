@@ -4,8 +4,6 @@ import json
 
 import pytest
 from helpers import small_digits
-from hypothesis import given
-from hypothesis import strategies as st
 
 from lever_lm.config.load import resolve
 from lever_lm.data import load_dataset
@@ -106,28 +104,6 @@ def test_an_empty_prediction_stays_empty():
     assert learn_stems([("", "")]).reduce("") == ""
 
 
-WORDS = st.text("abeginsy", min_size=1, max_size=8)
-
-
-@given(st.dictionaries(WORDS, WORDS, min_size=1), st.data())
-def test_what_is_reduced_stays_as_it_is(stem_of, data):
-    """Where the annotations reduce each word always alike, and a reduced word to itself."""
-    stem_of |= {stem: stem for stem in stem_of.values()}
-    texts = data.draw(st.lists(st.lists(st.sampled_from(sorted(stem_of)), min_size=1, max_size=3), min_size=1))
-    pairs = [(" ".join(words), " ".join(stem_of[word] for word in words)) for words in texts]
-    stems = learn_stems(pairs)
-    for raw, reduced in pairs:
-        assert stems.reduce(raw) == reduced
-        assert stems.reduce(reduced) == reduced
-
-
-@given(st.lists(st.tuples(st.text(max_size=8), st.text(max_size=8))), st.text(max_size=12))
-def test_any_text_is_reduced_to_one_without_blanks_around(pairs, text):
-    reduced = learn_stems(pairs).reduce(text)
-    assert reduced == " ".join(reduced.split())
-    assert learn_stems(pairs).reduce(f" {text.lower()} ") == reduced
-
-
 # ---------------------------------------------------------------------- the flag
 
 
@@ -197,10 +173,3 @@ def test_results_with_and_without_the_flag_are_never_in_one_table(infer, tmp_pat
     assert shots("--shots", "2", "--okvqa-stem") == [(2, 1.0)]
     assert shots("--shots", "3", "--okvqa-stem") == [(2, 1.0), (3, 1.0)]
     assert shots("--shots", "4") == [(4, 0.0)]
-
-
-def test_paired_tests_are_on_the_scores_with_the_flag(infer):
-    done = infer("--shots", "2", "--okvqa-stem", "--baselines", "--set", "rollout.pool_size=8")
-    assert {row["accuracy"] for row in done.json["results"]} == {1.0}
-    assert len(done.json["tests"]) == 6
-    assert {test["difference"] for test in done.json["tests"]} == {0.0}

@@ -6,10 +6,8 @@ import random
 import pytest
 import vqa_rule
 from helpers import CHECKOUT
-from hypothesis import given
-from hypothesis import strategies as st
 
-from lever_lm.tasks.vqa_metrics import CONTRACTIONS, normalize_answer, relevance, vqa_accuracy
+from lever_lm.tasks.vqa_metrics import normalize_answer, relevance, vqa_accuracy
 
 DATA = CHECKOUT / "tests/data"
 OFFICIAL = json.loads((DATA / "vqa_official.json").read_text(encoding="utf-8"))
@@ -30,14 +28,6 @@ def test_every_question_scores_as_the_official_evaluator_says():
 def test_the_overall_accuracy_is_the_official_one():
     found = list(official_accuracies().values())
     assert round(100 * sum(found) / len(found), 2) == OFFICIAL["overall"]
-
-
-def test_accuracy_by_question_type_is_the_official_one():
-    types = {a["question_id"]: a["question_type"] for a in OFFICIAL["annotations"]}
-    accuracies = official_accuracies()
-    for name, expected in OFFICIAL["per_question_type"].items():
-        group = [accuracy for question, accuracy in accuracies.items() if types[question] == name]
-        assert round(100 * sum(group) / len(group), 2) == expected
 
 
 def test_every_string_normalises_as_the_official_evaluator_does():
@@ -118,12 +108,6 @@ def test_normalisation_by_hand(text, normalised):
     assert normalize_answer(text) == normalised
 
 
-def test_contractions_are_pairs_of_single_words():
-    assert all(" " not in left + right for left, right in CONTRACTIONS.items())
-    assert CONTRACTIONS["youve"] == "you've"
-    assert len(CONTRACTIONS) > 100
-
-
 # ---------------------------------------------------------------------- a transcription of the official rule
 
 WORDS = """|cat|Cat|black|red car|two|2|none|TEN|a|the|an|A cat|dont|don't|youre|1,000|1000|3.5|.5|st. john|u.s.a.|a.m
@@ -183,23 +167,3 @@ def test_accuracy_is_that_of_a_slow_transcription_of_the_official_rule():
 )
 def test_relevance_by_hand(prediction, answers, token_f1, edit):
     assert relevance(prediction, answers) == (pytest.approx(token_f1), pytest.approx(edit))
-
-
-# ---------------------------------------------------------------------- properties
-
-ANSWERS = st.lists(
-    st.one_of(st.sampled_from(["cat", "a cat", "Cat.", "dog", "two", "2"]), st.text(max_size=8)), max_size=12
-)
-
-
-@given(st.text(max_size=12), ANSWERS)
-def test_accuracy_and_relevance_lie_between_zero_and_one(prediction, answers):
-    for score in (vqa_accuracy(prediction, answers), *relevance(prediction, answers)):
-        assert 0 <= score <= 1
-
-
-@given(st.sampled_from(["cat", "the cat", "2", "dog "]), ANSWERS, st.randoms(use_true_random=False))
-def test_the_order_of_the_annotators_does_not_matter(prediction, answers, random):
-    shuffled = random.sample(answers, len(answers))
-    assert vqa_accuracy(prediction, shuffled) == pytest.approx(vqa_accuracy(prediction, answers), abs=1e-12)
-    assert relevance(prediction, shuffled)[0] == relevance(prediction, answers)[0]
