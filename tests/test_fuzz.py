@@ -203,13 +203,6 @@ def test_a_broken_reader_is_seen_for_what_it_is(tmp_path, deeds, seconds):
     assert kept == {content for content in does if not content.startswith((b"crashes", b"refused", b"over time 1"))}
 
 
-@forks
-def test_a_reader_that_refuses_its_own_seed_ends_the_run():
-    target = Target([b"seed"], lambda rng, content: content, lambda content: refuses("no"))
-    with pytest.raises(RuntimeError, match="seed 0 is refused: no"):
-        run(Reader("x", lambda folder: target), range(4), 0, Limits())
-
-
 def in_a_file(read):
     def parse(content):
         with open("x", "wb") as file:
@@ -247,20 +240,6 @@ def test_a_case_is_made_again_by_its_number():
     assert first[:2] == [b'{"a": [1, 2]}', b"known"]
     assert len(set(first)) > 150
     assert first[10:] != [target.case("x", 1, number) for number in range(10, 200)]
-
-
-@forks
-def test_the_fuzz_command_ends_with_a_table_and_the_status_of_its_worst(tmp_path, monkeypatch):
-    words = ["--cases", "20", "--readers", "best,broken", "--results", str(tmp_path / "table.md")]
-    for parse, status in ((len, 0), (lambda content: {}["key"], 1)):
-        target = Target([b"seed"], lambda rng, content: content, parse)
-        monkeypatch.setitem(READERS, "broken", Reader("broken", lambda folder, target=target: target))
-        assert fuzz_command.main(words) == status
-        lines = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
-        assert [line.split("|")[1].strip() for line in lines[:5]] == ["reader", "---", "best", "broken", "all"]
-        assert lines[4].split("|")[2].strip() == "40"
-    with pytest.raises(SystemExit, match="2"):
-        fuzz_command.main(["--readers", "nothing"])
 
 
 def test_the_bounds_of_the_fuzzer():

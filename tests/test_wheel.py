@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from hatchling.builders.wheel import WheelBuilder
 from helpers import clean_environment
 
 import lever_lm
@@ -17,11 +18,8 @@ MEGABYTE = 2**20
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--quiet"]
-    subprocess.run([*command, "--wheel-dir", folder, CHECKOUT], check=True, capture_output=True, timeout=300)
-    (built,) = folder.glob("*.whl")
-    return built
+    (built,) = WheelBuilder(str(CHECKOUT)).build(directory=str(tmp_path_factory.mktemp("wheel")))
+    return Path(built)
 
 
 @pytest.fixture(scope="module")
@@ -35,17 +33,6 @@ def unpacked(wheel, tmp_path_factory) -> Path:
 def relative(folder: Path, *patterns: str) -> set[str]:
     found = (path for pattern in patterns for path in folder.rglob(pattern) if path.is_file())
     return {path.relative_to(folder).as_posix() for path in found if "__pycache__" not in path.parts}
-
-
-def run(unpacked: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=cwd,
-        env=clean_environment(PYTHONPATH=str(unpacked)),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
 
 
 def test_the_wheel_is_at_most_12_mb(wheel):
@@ -74,17 +61,18 @@ def test_the_metadata_names_the_command_and_the_license(unpacked):
     assert relative(info, "LICENSE") != set()
 
 
-def test_the_unpacked_wheel_runs_from_another_folder(unpacked, tmp_path):
-    where = run(unpacked, tmp_path, "-c", "import lever_lm; print(lever_lm.__file__)")
-    assert Path(where.stdout.strip()).is_relative_to(unpacked)
-    done = run(unpacked, tmp_path, "-m", "lever_lm", "train", "--recipe", "classic", "--dry-run", "--json")
+def test_the_unpacked_wheel_runs_from_another_folder_with_its_configs_and_assets(unpacked, tmp_path):
+    code = "import lever_lm, sys; print(lever_lm.__file__); from lever_lm.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "doctor", "--recipe", "classic", "--json"],
+        cwd=tmp_path,
+        env=clean_environment(PYTHONPATH=str(unpacked)),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
-    config = json.loads(done.stdout)["config"]
-    assert config["grpo"]["batch_size"] == 1
+    where, said = done.stdout.splitlines()
+    assert Path(where).is_relative_to(unpacked)
+    assert "2504 usable" in [check["found"] for check in json.loads(said)["checks"]]
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_unpacked_wheel_finds_its_assets(unpacked, tmp_path):
-    done = run(unpacked, tmp_path, "-m", "lever_lm", "rollout", "--limit", "2", "--json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["groups"] == 2

@@ -43,13 +43,11 @@ def main(app: typer.Typer) -> None:
 
 def _open_streams() -> None:
     """Open the streams that the caller has closed on /dev/null: the next file that is opened would take their place."""
+    while os.open(os.devnull, os.O_RDWR) < 3:
+        pass
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
-            handle = os.open(os.devnull, os.O_RDWR)
-            if handle != number:
-                os.dup2(handle, number)
-                os.close(handle)
-            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
 
 
 def _flushed(status: int) -> int:
@@ -76,10 +74,6 @@ def _terminate(number: int, frame) -> None:
 
 def run(app: typer.Typer, arguments: list[str]) -> int:
     """Run a command line and return its exit status; an error is said in one message on stderr."""
-    try:
-        os.getcwd()
-    except OSError:
-        return _fail("the current folder is gone: cd into one that is there", 1)
     try:
         status = app(args=arguments, prog_name="lever", standalone_mode=False)
         if status == INTERRUPTED:  # typer turns Ctrl-C into this status

@@ -34,27 +34,25 @@ def read_icds(path: Path, queries: Sequence[Example], train: Sequence[Example], 
     chosen = _by_question(_content(path), path)
     row_of = {example.question_id: row for row, example in enumerate(train)}
     candidates = Candidates(train)
-    if without := [query.question_id for query in queries if query.question_id not in chosen]:
-        raise LeverError(
-            f"{path} has no choice for {len(without)} of {len(queries)} evaluation questions, the first {without[0]}: "
-            "every question that is evaluated needs one (--icds)"
-        )
     picks = []
     for query in queries:
-        where, icds = f"{path}, question {query.question_id}", chosen[query.question_id]
+        where = f"{path}, question {query.question_id}"
+        if query.question_id not in chosen:
+            raise LeverError(f"{where}: no choice; every question that is evaluated needs one (--icds)")
+        icds = chosen[query.question_id][:shots]
         if len(icds) < shots:
             raise LeverError(f"{where}: {len(icds)} ICDs for {shots} shots; lower --shots")
-        unknown = [icd for icd in icds[:shots] if icd not in row_of]
-        if unknown:
-            raise LeverError(f"{where}: ICD {unknown[0]} is not a question of the training split (--icds)")
-        rows = [row_of[icd] for icd in icds[:shots]]
         withheld = candidates.withheld(query)
-        for icd, row in zip(icds[:shots], rows, strict=True):
+        rows: list[int] = []
+        for icd in icds:
+            row = row_of.get(icd)
+            if row is None:
+                raise LeverError(f"{where}: ICD {icd} is not a question of the training split (--icds)")
             if row in withheld:
                 raise LeverError(f"{where}: ICD {icd} is the question itself or shows its image (--icds)")
-        if len(set(rows)) < shots:
-            twice = next(icd for icd in icds if icds[:shots].count(icd) > 1)
-            raise LeverError(f"{where}: ICD {twice} appears twice among the {shots} that are shown (--icds)")
+            if row in rows:
+                raise LeverError(f"{where}: ICD {icd} appears twice among the {shots} that are shown (--icds)")
+            rows.append(row)
         picks.append(rows)
     return picks
 

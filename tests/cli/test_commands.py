@@ -550,8 +550,3 @@ def test_output_that_cannot_be_written_is_told_and_the_choice_is_kept(trained, o
     assert done.returncode == 1
     assert "the output: No space left on device" in done.stderr.splitlines()[-1]
     assert json.loads((trained / RUN / "best.json").read_text())["strategy"] == "kl"
-
-
-def test_a_current_folder_that_is_gone_is_told(tmp_path):
-    done = in_shell("mkdir gone && cd gone && rmdir ../gone && LEVER best-ckpt", tmp_path)
-    assert (done.returncode, done.stderr) == (1, "lever: the current folder is gone: cd into one that is there\n")

@@ -1,47 +1,13 @@
-"""One voice: the messages of errors, read from the sources: what is wrong, where, and the command that mends it.
-
-A message is one line after `lever: `: it begins in lower case or with a name, ends without a full stop, and says the
-same thing by the same word everywhere.
-"""
+"""The messages of errors, read from the sources: the options and config keys that they name are there."""
 
 import ast
 import re
 from pathlib import Path
 
-import pytest
-
 import lever_lm
 
 ROOT = Path(lever_lm.__file__).parent
 ERRORS = {"LeverError", "UsageError", "Unfinished", "_fail"}
-# Our word ← others for the same.
-WORDS = {
-    "config": r"configuration|settings? file",
-    "folder": r"run director(y|ies)|output director(y|ies)",
-    "checkpoint": r"ckpt(?!`)(?! ?PATH)",
-    "ICD": r"demonstrations?|in-context examples?|exemplars?",
-    "evaluation": r"test split|val split|validation split",
-    "dataset": r"data set",
-    "LVLM": r"lvlms?\b(?!\.)|VLM",
-    "GPU": r"gpu|CUDA device",
-    "epoch": r"epoche",
-    "cannot": r"can't|could not|couldn't|unable to|failed to",
-    "is not": r"isn't|doesn't|don't|won't|aren't",
-    "file name": r"filename",
-}
-COMMANDS = "demo|train|rollout|best-ckpt|convert|infer|pick|export|report|status|doctor|config"
-# What a message must not match.
-WRONG = {
-    # A, `code`, --flag, {placeholder}; names of ours and of formats keep their capitals
-    "begins in lower case or with a name": r"^(?![a-z{`'\-]|[A-Z]{2,})",
-    "ends without a full stop": r"[.!?:;,\s]$",
-    "is one line with single spaces": r"\n(?!  )|\t|(?<!\n)  ",
-    "neither begs nor shouts": r"(?i:please|sorry|oops|!(?!=)|\berror:|warning:|\binvalid\b)",
-    "has values in single quotes": r"[\"“‘]",
-    "has commands in backticks": rf"(?<![`\w./-])lever ({COMMANDS})\b",
-    "closes its backticks": r"^[^`]*`(?:[^`]*`[^`]*`)*[^`]*$",
-    **{f"says {ours}": rf"(?<![\w.`-])({others})\b" for ours, others in WORDS.items()},
-}
 
 
 def template(node) -> str | None:
@@ -73,17 +39,12 @@ def offenders(wrong) -> str:
     return "\n".join(f"{where}: {text}" for where, _, text in MESSAGES if wrong(text))
 
 
-@pytest.mark.parametrize("rule", WRONG)
-def test_every_message(rule):
-    assert len(MESSAGES) > 150
-    assert not offenders(re.compile(WRONG[rule]).search), rule
-
-
 def test_flags_that_a_message_names_exist():
     import typer.main
 
     from lever_lm.cli.commands import app
 
+    assert len(MESSAGES) > 150
     known = {"--nproc-per-node", "--shm-size", "--repo-type", "--max-model-len"}  # of torchrun, docker, hf and vllm
     queue = [typer.main.get_command(app)]
     for command in queue:

@@ -47,6 +47,10 @@ def as_lines(choices) -> str:
 FORMS = {"object": as_object, "list": as_list, "lines": as_lines}
 
 
+def lines_in(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def written(folder, text, name="picks.json"):
     path = folder / name
     path.write_text(text, encoding="utf-8")
@@ -85,11 +89,10 @@ def test_our_own_choices_evaluated_again_give_the_policys_numbers(trained, lever
     assert again.json["folder"] == str(INFERENCE / "icds_icds")
     ours = trained / again.json["folder"]
     for shots in (1, 2):
-        both = ((theirs, "grpo"), (ours, "icds"))
-        one, other = (folder / f"predictions_{method}_{shots}shot.json" for folder, method in both)
-        assert one.read_text() == other.read_text()
-        files = [(folder / f"samples_{method}_{shots}shot.jsonl").read_text() for folder, method in both]
-        one, other = ([json.loads(line) for line in file.splitlines()] for file in files)
+        both = ((theirs, f"grpo_{shots}shot"), (ours, f"icds_{shots}shot"))
+        one, other = ((folder / f"predictions_{job}.json").read_text() for folder, job in both)
+        assert one == other
+        one, other = (lines_in(folder / f"samples_{job}.jsonl") for folder, job in both)
         for row in one:  # a file does not say how sure its maker was
             assert len(row.pop("probabilities")) == shots
             assert len(row.pop("considered")) == 8
@@ -97,7 +100,6 @@ def test_our_own_choices_evaluated_again_give_the_policys_numbers(trained, lever
     assert (ours / "icds.jsonl").read_text() == (theirs / "icds.jsonl").read_text()
     rows = [[{**row, "method": "x"} for row in done.json["results"]] for done in (policy, again)]
     assert rows[0] == rows[1]
-    assert [row["shots"] for row in rows[1]] == [1, 2]
     assert again.json["icds"] == str(theirs / "icds.jsonl")
     assert "checkpoint" not in again.json
     assert "inference:" not in again.err, "every prompt was answered before"
@@ -125,10 +127,8 @@ def test_the_first_pick_stands_nearest_the_query_and_fewer_shots_show_the_first(
     wanted = [choices[query.question_id] for query in queries]
     assert shown == [icds[:1] for icds in wanted] + [icds[:2][::-1] for icds in wanted]
     assert [prompt.query for prompt in prompts] == [*queries, *queries]
-    samples = (tmp_path / INFERENCE / "icds_mine/samples_icds_2shot.jsonl").read_text().splitlines()
-    assert [json.loads(line)["icds"] for line in samples] == [icds[:2] for icds in wanted]
-    rows = json.loads((tmp_path / INFERENCE / "icds_mine/predictions_icds_2shot.json").read_text())
-    assert rows == [{"question_id": query.question_id, "answer": "two"} for query in queries]
+    samples = lines_in(tmp_path / INFERENCE / "icds_mine/samples_icds_2shot.jsonl")
+    assert [row["icds"] for row in samples] == [icds[:2] for icds in wanted]
     assert not list(tmp_path.rglob("features_*")), "without baselines no features are made"
     prompts.clear()
     lever("infer", "--icds", path, "--set", "prompt.order=first_pick_first", "--shots", "3", "--limit", LIMIT)
@@ -156,19 +156,15 @@ def test_another_lvlm_leaves_the_first_ones_results_alone(lever, tmp_path, choic
     assert first.read_bytes() == there
 
 
-def test_a_refusal_is_one_line_and_comes_before_features_are_made(lever, tmp_path, prompts):
+def test_a_refusal_comes_before_features_are_made(lever, tmp_path, prompts):
     path = written(tmp_path, "{}")
     before = files_in(tmp_path)
     root = small_digits(tmp_path.parent / f"{tmp_path.name}-world", 70, 6)
     places = ("--set", f"data.okvqa_path={root}", "--set", f"data.coco_path={root}")
-    done = lever("infer", "--icds", path, "--shots", "2", "--baselines", "--quiet", "--json", *places)
-    assert (done.status, done.out, len(done.err.splitlines())) == (1, "", 1)
-    assert f"{path} is empty" in done.err
-    assert files_in(tmp_path) == before
-    both = lever("infer", "--icds", path, "--ckpt", "latest", "--shots", "2")
-    assert both.status == 2
-    assert "--icds and --ckpt" in both.err
-    assert files_in(tmp_path) == before
+    for words, status in ((("--baselines", *places), 1), (("--ckpt", "latest"), 2)):
+        done = lever("infer", "--icds", path, "--shots", "2", "--quiet", *words)
+        assert (done.status, done.out, done.err.count("lever: ")) == (status, "", 1)
+        assert files_in(tmp_path) == before
     assert prompts == []
 
 
@@ -176,8 +172,7 @@ def test_a_refusal_is_one_line_and_comes_before_features_are_made(lever, tmp_pat
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("text", [False, True], ids=["numbers", "text"])
-@pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["plain", "with a byte order mark"])
+@pytest.mark.parametrize(("text", "mark"), [(False, ""), (True, "\ufeff")], ids=["numbers", "text after a mark"])
 def test_three_forms_with_ids_as_numbers_or_text_mean_the_same(read, choices, form, text, mark):
     meant = {str(q): list(map(str, icds)) for q, icds in choices.items()} if text else choices
     content = mark + FORMS[form](meant).replace("\n", "\r\n")
@@ -190,36 +185,26 @@ def test_blank_lines_further_fields_further_questions_and_one_line_do_no_harm(re
     assert read("\n\n" + "\r\n\r\n".join([json.dumps(more, ensure_ascii=False), *lines]), 3)[1] == [10, 11, 12]
     alone = written(tmp_path, lines[0])
     assert read_icds(alone, queries[:1], digits.train_examples, 3) == [[0, 1, 2]]
-
-
-def test_of_a_longer_list_only_what_is_shown_is_looked_at(read, choices):
-    question = list(choices)[1]
-    one, other, _ = choices[question]
-    assert read(as_object({**choices, question: [one, other, 987_654_321]}))[1] == [10, 11]
-    assert read(as_object({**choices, question: [one, other, one]}))[1] == [10, 11]
+    question, (one, other, _) = list(choices.items())[1]
+    for beyond in (987_654_321, one):  # of a longer list only what is shown is looked at
+        assert read(as_object({**choices, question: [one, other, beyond]}))[1] == [10, 11]
 
 
 # ---------------------------------------------------------------------- what is refused
 
 
 @pytest.mark.parametrize(
-    ("icds", "words"),
-    [
-        (lambda ids: None, "no choice for 1 of 6"),
-        (lambda ids: ids[:1], "1 ICDs for 2 shots.*--shots"),
-        (lambda ids: [], "0 ICDs"),
-        (lambda ids: [ids[0], 987_654_321], "ICD 987654321 is not a question of the training split"),
-        (lambda ids: [ids[0], str(ids[0])], "appears twice"),
-    ],
+    "wrong",
+    [None, [0], [], [0, 987_654_321], [0, "0"]],
     ids=["without", "too few", "none", "unknown", "twice"],
 )
-def test_a_choice_that_cannot_be_shown_is_refused_by_file_and_question(read, choices, icds, words):
-    question = list(choices)[3]
-    wrong = {**choices, question: icds(choices[question])}
-    text = as_lines({q: ids for q, ids in wrong.items() if ids is not None})
-    with pytest.raises(LeverError, match=rf"picks\.json.*{words}") as refused:
+def test_a_choice_that_cannot_be_shown_is_refused_by_file_and_question(read, choices, digits, wrong):
+    question, first = list(choices)[3], digits.train_examples[0].question_id
+    made = {0: first, "0": str(first)}
+    changed = {} if wrong is None else {question: [made.get(icd, icd) for icd in wrong]}
+    text = as_lines({**{q: icds for q, icds in choices.items() if q != question}, **changed})
+    with pytest.raises(LeverError, match=rf"picks\.json, question {question}: "):
         read(text)
-    assert str(question) in str(refused.value)
 
 
 @pytest.mark.parametrize("image", [None, 555], ids=["its id", "another id"])
@@ -246,11 +231,10 @@ def test_an_icd_that_shows_the_querys_own_image_is_refused(tmp_path, image):
     read_icds(path, data.val_examples, data.train_examples, 1)  # the leak is not shown
 
 
-@pytest.mark.parametrize("again", [str, int], ids=["text", "number"])
 @pytest.mark.parametrize("form", FORMS)
-def test_a_question_that_appears_twice_is_named(read, choices, form, again):
+def test_a_question_that_appears_twice_is_named(read, choices, form):
     first = next(iter(choices))
-    row = json.dumps({"question_id": again(first), "icds": choices[first]})
+    row = json.dumps({"question_id": str(first), "icds": choices[first]})
     text = {
         "object": f'{as_object(choices)[:-1]}, "{first}": {choices[first][::-1]}}}',
         "list": f"{as_list(choices)[:-1]}, {row}]",
@@ -260,47 +244,36 @@ def test_a_question_that_appears_twice_is_named(read, choices, form, again):
         read(text)
 
 
-@pytest.mark.parametrize(
-    "icds",
-    [None, 5, "1,2", {}, [1.5, 2], [True, 2], [None], [[1, 2]], ["one", "two"], [-1, 2], ["²", "1"], ["9" * 5000]],
-    ids=lambda icds: str(icds)[:12],
-)
+NO_LISTS = [None, 5, "1,2", {}, [1.5, 2], [True, 2], [[1, 2]], ["one", "two"], [-1, 2], ["²", "1"], ["9" * 5000]]
+
+
+@pytest.mark.parametrize("icds", NO_LISTS, ids=lambda icds: str(icds)[:12])
 def test_choices_that_are_no_list_of_ids_are_refused_by_question(read, choices, icds):
     question = list(choices)[4]
     for form in FORMS.values():
-        with pytest.raises(LeverError, match=f"question .?{question}.*expected.*--icds"):
+        with pytest.raises(LeverError, match=f"question .?{question}.*--icds"):
             read(form({**choices, question: icds}))
 
 
-@pytest.mark.parametrize("question", [None, 1.5, True, "one", "", -3, "9" * 5000], ids=lambda q: str(q)[:8])
-def test_a_question_id_that_is_none_is_refused(read, choices, question):
+BROKEN = ["", "\n \n", "{}", "[]", "5", "[1, 2]", '"text"', "null", '[{"icds": [1]}]', '{"icds": [1, 2]}', "1\n2\n"]
+BROKEN += [json.dumps({"question_id": q, "icds": [1, 2]}) for q in (None, 1.5, True, "one", "", -3, "9" * 5000)]
+
+
+@pytest.mark.parametrize("content", BROKEN, ids=lambda content: repr(content[:30]))
+def test_json_of_another_shape_is_refused(read, content):
     with pytest.raises(LeverError, match="--icds"):
-        read(as_lines(choices) + json.dumps({"question_id": question, "icds": [1, 2]}))
-
-
-SHAPES = ["5", "[1, 2]", '"text"', "null", "true", '[{"icds": [1]}]', '{"icds": [1, 2]}', "1\n2\n"]
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [*((shape, "question_id") for shape in SHAPES), *((text, "empty") for text in ("", "\n \n", "{}", "[]"))],
-    ids=repr,
-)
-def test_json_of_another_shape_is_refused_with_the_shapes_that_are_read(read, content, said):
-    with pytest.raises(LeverError, match=rf"{said}.*--icds"):
         read(content)
 
 
 @pytest.mark.parametrize("broken", ["{", "not json", '{"question_id": 1, "icds": [1, 2]', "[" * 100_000], ids=len)
 def test_what_is_not_json_is_refused_with_its_line(read, choices, broken):
     lines = as_lines(choices).splitlines()
-    with pytest.raises(LeverError, match=r"line 4 is not JSON.*--icds"):
+    with pytest.raises(LeverError, match=r"line 4 .*--icds"):
         read("\n".join([*lines[:2], "", broken, *lines[2:]]))
 
 
 def test_a_folder_a_missing_file_and_one_that_is_no_text_are_refused(tmp_path, queries, digits):
-    (tmp_path / "folder").mkdir()
     (tmp_path / "binary.json").write_bytes(b"\x80\x04\x95\xff")
-    for name, words in (("folder", "directory"), ("none.json", "No such file"), ("binary.json", "cannot read")):
-        with pytest.raises(LeverError, match=f"{words}.*--icds"):
+    for name in ("", "none.json", "binary.json"):
+        with pytest.raises(LeverError, match="cannot read"):
             read_icds(tmp_path / name, queries, digits.train_examples, 2)

@@ -65,7 +65,7 @@ def test_the_card_is_one_that_the_hubs_client_reads(evaluated, lever):
     ]
     for row in rows:
         assert f"{row['accuracy']:.3f} [{row['ci'][0]:.3f}, {row['ci'][1]:.3f}]" in card.text
-    assert "Official VQA accuracy on 10 queries" in card.text
+    assert "Official VQA accuracy on 24 queries" in card.text
     normalized = " | ".join(f"{row['normalized_accuracy']:.3f}" for row in rows)
     assert f"| **grpo, this policy**, answers always normalised | {normalized} |" in card.text
     assert "CC BY 4.0" in card.text

@@ -5,9 +5,9 @@ import os
 import shutil
 
 import pytest
-from helpers import RUN, run_here
+from helpers import RUN
 
-WIDTHS, SCHEMES = (1280, 390), ("light", "dark")
+SCHEMES = ("light", "dark")
 FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking")
 FLAGS += ("--disable-component-update", "--disable-sync")
 # What stands further right than the page is wide, and in nothing that scrolls by itself.
@@ -44,26 +44,8 @@ def browser():
         browser.close()
 
 
-@pytest.fixture(scope="module")
-def page_file(trained_once, tmp_path_factory):
-    """The report of a small run beside a second one, with every part that a page can have."""
-    folder = tmp_path_factory.mktemp("page")
-    shutil.copytree(trained_once, folder, dirs_exist_ok=True)
-    small = ("--limit", "24", "--quiet")
-    other = (*small, "--run-name", "other", "--set", "policy.hidden_dim=32")
-    for command in (
-        ("infer", "--shots", "1,4", "--baselines", *small),
-        ("train", "--rce-epochs", "2", "--grpo-epochs", "3", *other),
-        ("infer", "--shots", "4", *other),
-        ("report", RUN, RUN.with_name("other"), "--compare"),
-    ):
-        done = run_here(*command, cwd=folder)
-        assert done.status == 0, done.err
-    return folder / RUN / "report.html"
-
-
 @pytest.fixture
-def opened(browser, page_file):
+def opened(browser, compared_once):
     """open(width, scheme) → the page with what it logged and asked for."""
     contexts = []
 
@@ -74,7 +56,7 @@ def opened(browser, page_file):
         page.on("console", lambda message: page.said.append(message.text))
         page.on("pageerror", lambda error: page.said.append(str(error)))
         page.on("request", lambda request: page.asked.append(request.url))
-        page.goto(page_file.as_uri())
+        page.goto((compared_once / RUN / "report.html").as_uri())
         return page
 
     yield opened
@@ -82,8 +64,7 @@ def opened(browser, page_file):
         context.close()
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
 def test_the_page_fits_and_can_be_read_by_all(opened, width, scheme):
     axe = needed("axe_playwright_python.sync_playwright")
     page = opened(width, scheme)
@@ -119,7 +100,7 @@ def test_every_picture_is_there_and_says_what_it_is(opened):
     assert page.locator("svg[role=img]").count() == page.locator("svg[aria-label]").count() > 8
 
 
-def test_writing_on_a_phone_is_large_enough(opened):
+def test_on_a_phone_writing_is_large_enough_and_what_the_demonstrations_answer_is_seen_whole(opened):
     page = opened(390)
     heights = page.evaluate("""[...document.querySelectorAll('p, td, th, li, figcaption, svg text')]
         .filter(element => element.textContent.trim() && element.getClientRects().length)
@@ -127,10 +108,7 @@ def test_writing_on_a_phone_is_large_enough(opened):
             ? element.getBoundingClientRect().height : parseFloat(getComputedStyle(element).fontSize))""")
     assert len(heights) > 100
     assert min(heights) >= 10
-
-
-def test_what_the_demonstrations_answer_is_seen_whole_on_a_phone(opened):
-    table = opened(390).get_by_role("region", name="Answers in the demonstrations, by method")
+    table = page.get_by_role("region", name="Answers in the demonstrations, by method")
     assert table.evaluate("element => element.scrollWidth <= element.clientWidth")
 
 

@@ -84,7 +84,7 @@ def test_evaluation_queries_get_the_picks_and_probabilities_of_lever_infer(home,
     assert [chosen(one) for one in picks] == [row["icds"] for row in rows]
     assert [[p.probability for p in one] for one in picks] == [row["probabilities"] for row in rows]
     assert retriever.answer(queries, picks=picks) == [row["answer"] for row in rows]
-    assert len(rows) == 10
+    assert len(rows) == 24
 
 
 def test_an_image_of_ones_own_gets_its_own_pool_the_same_each_time_whatever_its_name(retriever, tmp_path):

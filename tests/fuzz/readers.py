@@ -281,7 +281,7 @@ def metrics_file(folder: Path) -> Target:
         for curves in training_curves([("x", rows)]).values():
             for metric, series in curves.items():
                 _curve_chart("", metric, series)
-        for tell in (phrasing.strategies, phrasing.health, phrasing.of_groups, phrasing.warnings_of):
+        for tell in (phrasing.strategies, phrasing.health, phrasing.groups, phrasing.warnings_of):
             tell(rows)
 
     known = [b'{"epoch":' * 100_000, b"\n" * 100_000, b'{"epoch":1,"phase":"rce"}\n' * 5000, b"x" * (2 << 20)]

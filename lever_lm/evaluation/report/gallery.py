@@ -130,7 +130,6 @@ class Gallery:
     def _demonstration(self, icd: int, share: float | None, query: Example) -> dict:
         example = self._known(self.train, icd)
         return {
-            "id": icd,
             "image": self._picture(example.image, _ICD),
             "question": example.question,
             "answer": example.answer,

@@ -14,7 +14,7 @@ from lever_lm.evaluation.report.svg import line_chart
 from lever_lm.evaluation.results import is_finite, read_samples, samples_file, table
 from lever_lm.evaluation.statistics import paired_test
 from lever_lm.evaluation.templates import render
-from lever_lm.selectors import LEARNED, named
+from lever_lm.selectors import CONTRASTS, LEARNED
 from lever_lm.selectors.pointer.checkpoint import load_policy, policy_digest
 from lever_lm.training.environment import read_environment, typed_again
 from lever_lm.training.metrics import LOGGED, METRICS, RECOMMENDED
@@ -46,7 +46,7 @@ def write_report(
     and for files that are not those of a run.
     """
     page = _page(Evaluated(run, inference), data, list(others))
-    text = render("report.html.j2", {"percent": words.percent, "named": named}, command=command, **page)
+    text = render("report.html.j2", words.FILTERS, command=command, **page)
     try:
         write_text(output or run.report, text)
     except LeverError as error:
@@ -77,7 +77,7 @@ def _page(main: Evaluated, data: VqaData | None, others: list[Evaluated]) -> dic
         "strategies": words.strategies(judged),
         "source": history.source if history else "",
         "health": words.health(rows),
-        "groups": words.of_groups(rows),
+        "groups": words.groups(rows),
         "warnings": words.warnings_of(rows),
         "columns": _EPOCHS,
         "epochs": [[_cell(row.get(name)) for name in _EPOCHS] for row in rows[-_MOST:]],
@@ -125,13 +125,20 @@ def _chosen(main: Evaluated, data: VqaData | None) -> dict:
     metrics = main.metrics
     found = read_shown(main.inference, metrics["results"]) if main.inference and data else None
     if found is None:
-        return {"sentence": "", "learned": "", "labels": [], "cards": [], "counts": {}}
+        return {"sentence": None, "learned": None, "labels": [], "cards": [], "counts": {}}
     lvlm = metrics["lvlm"] or main.run.lvlm() or "the LVLM"
     (chosen, counts), gallery = pick_queries(found), Gallery(found, data)
     labels = gallery.labels()
+    first = {row["method"]: row for row in labels}
+    results, tests = (
+        [row for row in metrics[name] if (row["method"], row["shots"]) == (found.method, found.shots)]
+        for name in ("results", "tests")
+    )
+    tests = {test["against"]: test for test in tests}
     return {
-        "sentence": words.in_one_sentence(metrics["results"], metrics["tests"], found.method, found.shots, lvlm),
-        "learned": words.of_choices(labels, found.method),
+        "sentence": (results[0], [tests[name] for name in CONTRASTS if name in tests], lvlm),
+        "learned": found.method in first
+        and (first[found.method], [first[name] for name in reversed(CONTRASTS) if name in first]),
         "labels": labels,
         "cards": [gallery.card(question_id, kind) for kind, ids in chosen.items() for question_id in ids],
         "counts": {kind: (len(chosen[kind]), number) for kind, number in counts.items()},
@@ -139,12 +146,12 @@ def _chosen(main: Evaluated, data: VqaData | None) -> dict:
 
 
 def _by_shots(metrics: dict) -> dict:
-    """Return the results as a table of methods and shots, and the tests in words: at the most shots, and at others."""
+    """Return the results as a table of methods and shots, and the tests: at the most shots, and at others."""
     shots, methods = table(metrics["results"])
     tests = [t for t in metrics["tests"] if all(is_finite(t[name]) for name in ("difference", "low", "high", "p"))]
-    said = [[words.of_test(t) for t in tests if (t["shots"] == shots[-1]) == last] for last in (True, False)]
+    parts = [[t for t in tests if (t["shots"] == shots[-1]) == last] for last in (True, False)]
     return {
-        "tests": said if any(said) else [],
+        "tests": parts if any(parts) else [],
         "columns_of_shots": shots,
         "by_method": methods,
         "learned_methods": [next((m for m in LEARNED if m in dict(methods)), "")],
@@ -198,11 +205,11 @@ def _differing(ours: dict, theirs: dict) -> list[tuple[str, str, str]]:
     return [(".".join(key), plain(here), plain(there)) for key, here, there in differing(ours, theirs)]
 
 
-def _tests(ours: tuple[Evaluated, str], theirs: tuple[Evaluated, str]) -> list[str]:
+def _tests(ours: tuple[Evaluated, str], theirs: tuple[Evaluated, str]) -> list[dict]:
     """Return what each learned method of both does on the queries that both answered, with the same references."""
     runs, names = zip(ours, theirs, strict=True)
     done = [{(row["method"], row["shots"]) for row in run.metrics["results"] if row["shots"]} for run in runs]
-    said = []
+    tests = []
     for method, shots in sorted(done[0] & done[1]):
         if method in LEARNED:
             one, two = (read_samples(samples_file(run.inference, method, shots)) for run in runs)
@@ -210,5 +217,5 @@ def _tests(ours: tuple[Evaluated, str], theirs: tuple[Evaluated, str]) -> list[s
             if both:
                 scores = [[samples[i].accuracy for i in both] for samples in (one, two)]
                 told = {"method": f"{method} of {names[0]}", "against": f"{method} of {names[1]}", "shots": shots}
-                said.append(f"On {len(both):,} queries. {words.of_test({**told, **paired_test(*scores)})}")
-    return said
+                tests.append({**told, **paired_test(*scores), "n": len(both)})
+    return tests
