@@ -1,4 +1,4 @@
-"""Does it learn, and does each choice earn its place? One row at a time, over seeds, in two worlds.
+"""Measure what each choice of ours is worth: one row at a time, over seeds, in two worlds.
 
     python scripts/ablate.py [--seeds 5] [--jobs 2] [--world synthetic] [--only ROW …] [--results results]
 
@@ -85,7 +85,7 @@ SHOTS = [1, 2, 4]
 
 
 def config_of(world: str, row: str, seed: int) -> Config:
-    """The config of a row: ours or classic, and what the row changes."""
+    """Return the config of a row: ours or classic, and what the row changes."""
     values = named_yaml("dataset", "digits") if world == "digits" else {}
     if world == "digits":
         values = merge(values, named_yaml("lvlm", "tiny_qwen2.5_vl"))
@@ -128,7 +128,7 @@ def run_synthetic(row: str, seed: int, folder: Path) -> dict:
 
 
 def judge(policy: PointerSelector, embeddings: torch.Tensor, unseen: synthetic.Unseen) -> dict[str, float]:
-    """A policy's exact true reward, sampling and greedy. All examples are projected once, not once a pool."""
+    """Return a policy's exact true reward, sampling and greedy. All examples are projected once, not once a pool."""
     with torch.no_grad():
         features = policy.input_proj(embeddings)
     features = (features[unseen.qids], features[unseen.pools])
@@ -166,7 +166,7 @@ def run_digits(row: str, seed: int, folder: Path, results: Path) -> dict:
 
 
 def signals(rollouts: Path) -> dict[str, dict[str, float]]:
-    """Adv Std of a rollout file's groups, by reward mode: over all rollouts and over the best 3 and 5."""
+    """Return the Adv Std of a rollout file's groups, by reward mode: over all rollouts and over the best 3 and 5."""
     found = {}
     for mode in ("hard_plus_soft", "hard_only"):
         groups = load_groups(rollouts, reward_mode=mode)
@@ -200,7 +200,7 @@ def one_run(world: str, row: str, seed: int, results: Path) -> str:
 
 
 def seed_runs(world: str, seed: int, rows: list[str], results: Path) -> None:
-    """All rows of a seed, one after the other: they share caches."""
+    """Make all rows of a seed, one after the other: they share caches."""
     for row in rows:
         print(one_run(world, row, seed, results), flush=True)
 

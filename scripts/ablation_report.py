@@ -1,4 +1,4 @@
-"""What ablate.py's runs say: RESULTS/ablation.md and RESULTS/ablation.png, from the JSON files in RESULTS/ablation/.
+"""Write RESULTS/ablation.md and RESULTS/ablation.png from the JSON files that ablate.py left in RESULTS/ablation/.
 
 Every number is a mean over seeds. A difference is taken seed by seed, so that what the seeds share cancels; its 95 %
 interval is Student's over the seeds. Rank correlations are Spearman's.
@@ -19,13 +19,13 @@ STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365
 
 
 def run_file(results: Path, world: str, row: str, seed: int) -> Path:
-    """Where a run's outcome is kept."""
+    """Return the file that a run's outcome is kept in."""
     name = re.sub(r"[^a-z0-9]+", "_", row.lower()).strip("_")
     return results / "ablation" / f"{world}_{seed}_{name}.json"
 
 
 def load(results: Path, rows: dict[str, dict]) -> dict[tuple[str, str], dict[int, dict]]:
-    """(world, row) → seed → outcome, of the runs that are there."""
+    """Return (world, row) → seed → outcome, of the runs that are there."""
     runs: dict[tuple[str, str], dict[int, dict]] = {}
     for path in sorted((results / "ablation").glob("*.json")):
         run = json.loads(path.read_text(encoding="utf-8"))
@@ -38,7 +38,7 @@ def load(results: Path, rows: dict[str, dict]) -> dict[tuple[str, str], dict[int
 
 
 def interval(values: list[float]) -> tuple[float, float, float]:
-    """Mean and 95 % Student interval; a single value has none."""
+    """Return the mean and the 95 % Student interval; a single value has none."""
     scores = np.asarray(values, dtype=float)
     if len(scores) < 2:
         return float(scores.mean()), float("nan"), float("nan")
@@ -47,13 +47,13 @@ def interval(values: list[float]) -> tuple[float, float, float]:
 
 
 def ranks(values: list[float]) -> np.ndarray:
-    """Ranks from 0, equal values sharing their mean."""
+    """Return ranks from 0, equal values sharing their mean."""
     scores = np.asarray(values, dtype=float)
     return np.array([(scores < x).sum() + ((scores == x).sum() - 1) / 2 for x in scores])
 
 
 def spearman(one: list[float], other: list[float]) -> float:
-    """Rank correlation; NaN where one of them is constant."""
+    """Return the rank correlation; NaN where one of them is constant."""
     a, b = ranks(one), ranks(other)
     if a.std() == 0 or b.std() == 0:
         return float("nan")
@@ -70,13 +70,13 @@ def _spread(values: list[float], digits: int = 3, sign: bool = True) -> str:
 
 
 def phase(run: dict, name: str) -> list[dict]:
-    """The epochs of a phase."""
+    """Return the epochs of a phase."""
     return [row for row in run["rows"] if row["phase"] == name]
 
 
 def points(run: dict, truth: str) -> dict[str, float]:
-    """True reward after RCE, at GRPO's last epoch, at that of the largest val_reward and of each other strategy, and at
-    the best epoch there is."""
+    """Return the true reward after RCE, at GRPO's last epoch, at that of the largest val_reward and of each other
+    strategy, and at the best epoch there is."""
     grpo = phase(run, "grpo")
     chosen = {metric: best(grpo, metric)[truth] for metric in METRICS}
     ends = {"rce": phase(run, "rce")[-1][truth], "last": grpo[-1][truth], "best": max(row[truth] for row in grpo)}
@@ -117,10 +117,7 @@ def synthetic_table(runs: dict, truth: str) -> list[str]:
 
 def summary_table(runs: dict) -> list[str]:
     """GRPO's last epoch against the RCE it started from, by row, in all three measures."""
-    lines = [
-        "| row | synthetic, sampling | synthetic, greedy | digits, 1 shot |",
-        "| --- | --- | --- | --- |",
-    ]
+    lines = ["| row | synthetic, sampling | synthetic, greedy | digits, 1 shot |", "| --- | --- | --- | --- |"]
     for row in dict.fromkeys(row for _, row in runs):
         seeds = runs.get(("synthetic", row), {})
         cells = [
@@ -137,7 +134,7 @@ def summary_table(runs: dict) -> list[str]:
 
 
 def signal_table(runs: dict) -> list[str]:
-    """What the groups had to teach, by row: means over GRPO's epochs and the seeds."""
+    """Tabulate what the groups had to teach, by row: means over GRPO's epochs and the seeds."""
     names = ("adv_std", "frac_reward_zero_std", "zero_grad_frac", "clip_frac", "kl_share", "kl")
     lines = [f"| world | row | {' | '.join(names)} |", "| --- | --- |" + " --- |" * len(names)]
     for (world, row), seeds in runs.items():
@@ -149,7 +146,7 @@ def signal_table(runs: dict) -> list[str]:
 
 
 def adv_std(runs: dict, world: str) -> dict[tuple[str, str], float]:
-    """(reward mode, rollouts kept) → Adv Std over all groups, ties counted 0, the mean over the seeds."""
+    """Return (reward mode, rollouts kept) → Adv Std over all groups, ties counted 0, the mean over the seeds."""
     found: dict[tuple[str, str], list[float]] = {}
     for run in runs.get((world, "ours"), {}).values():
         for mode, kept in run.get("signals", {}).items():
@@ -159,7 +156,7 @@ def adv_std(runs: dict, world: str) -> dict[tuple[str, str], float]:
 
 
 def tie_table(runs: dict) -> list[str]:
-    """What keeping the best rollouts alone leaves of the advantages."""
+    """Tabulate what is left of the advantages where only the best rollouts are kept."""
     lines = ["| world | reward | all rollouts | best 5 | best 3 |", "| --- | --- | --- | --- | --- |"]
     for world in ("synthetic", "digits"):
         left = adv_std(runs, world)
@@ -170,7 +167,7 @@ def tie_table(runs: dict) -> list[str]:
 
 
 def correlations(runs: dict) -> dict[tuple[str, str], list[float]]:
-    """(metric, truth) → by seed, the rank correlation over the GRPO checkpoints of all rows."""
+    """Return (metric, truth) → by seed, the rank correlation over the GRPO checkpoints of all rows."""
     by_seed: dict[int, list[dict]] = {}
     for (world, _), seeds in runs.items():
         if world == "synthetic":
@@ -227,7 +224,7 @@ def digits_table(runs: dict) -> list[str]:
 
 
 def claims(runs: dict) -> list[str]:
-    """What is claimed, and whether these runs bear it out."""
+    """Tabulate the claims of the page, and whether these runs bear them out."""
     lines = ["| claim | measured | holds |", "| --- | --- | --- |"]
 
     def add(claim: str, measured: str, holds: bool) -> None:
@@ -283,7 +280,7 @@ def _shots(count: int) -> str:
 
 
 def gap_closed(runs: dict) -> list[str]:
-    """How much of the way from image+text similarity to the oracle each policy goes, on the digits."""
+    """Tabulate how much of the way from image+text similarity to the oracle each policy goes, on the digits."""
     lines = [f"| policy | {' | '.join(map(_shots, SHOTS))} |", "| --- |" + " --- |" * len(SHOTS)]
     ours = runs.get(("digits", "ours"), {})
     for row, key, label in (

@@ -1,4 +1,4 @@
-"""How long and in how much memory a dataset of OK-VQA's size loads, from the official files and from parquet.
+"""Measure the time and memory in which a dataset of OK-VQA's size loads, from the official files and from parquet.
 
     python scripts/bench_data.py [--train 9009] [--val 5046] [--image-kb 60]
 
@@ -43,7 +43,7 @@ print(len(data.train_examples), len(data.val_examples), f"{seconds:.1f}", sizes)
 
 
 def picture(kilobytes: int) -> bytes:
-    """A JPEG of about this size."""
+    """Return a JPEG of about this size."""
     import numpy as np
     from PIL import Image
 
@@ -57,7 +57,7 @@ def picture(kilobytes: int) -> bytes:
 
 
 def make(root: Path, counts: dict[str, int], content: bytes) -> None:
-    """Official files and parquet shards of the same questions; images differ in bytes after the picture's end."""
+    """Write official files and parquet shards of the same questions; images differ in bytes after the picture's end."""
     import datasets
 
     text = datasets.Value("string")

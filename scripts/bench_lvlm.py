@@ -93,7 +93,7 @@ def make_examples(folder: Path, count: int) -> list[Example]:
 
 
 def timed(device: torch.device, work) -> tuple[float, object]:
-    """Seconds of a call, the device's work included, and what it returned."""
+    """Return the seconds of a call, the device's work included, and what it returned."""
     wait(device)
     began = time.perf_counter()
     result = work()
@@ -102,13 +102,13 @@ def timed(device: torch.device, work) -> tuple[float, object]:
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done all it was given."""
+    """Wait until the device has done all it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def peak_gib(device: torch.device, reset: bool = False) -> float:
-    """Most memory allocated on a GPU since the last reset; 0 on a CPU."""
+    """Return the most memory allocated on a GPU since the last reset; 0 on a CPU."""
     if device.type != "cuda":
         return 0.0
     peak = torch.cuda.max_memory_allocated(device) / GIB
@@ -132,7 +132,7 @@ class Lineage:
         self.model = self.model.to(device).eval()
 
     def inputs(self, prompt):
-        """What the processor makes of a prompt."""
+        """Return what the processor makes of a prompt."""
         from qwen_vl_utils import process_vision_info
 
         budget = {"min_pixels": self.config.min_pixels, "max_pixels": self.config.max_pixels}
@@ -145,7 +145,7 @@ class Lineage:
 
     @torch.inference_mode()
     def generate(self, prompts, beams: int) -> list[str]:
-        """Answers, one after another."""
+        """Return the answers, made one after another."""
         answers = []
         for prompt in prompts:
             inputs = self.inputs(prompt)
@@ -156,7 +156,7 @@ class Lineage:
 
     @torch.inference_mode()
     def logits(self, prompt) -> torch.Tensor:
-        """Of the first new token."""
+        """Return the logits of the first new token."""
         return self.model(**self.inputs(prompt)).logits[0, -1].float()
 
 
@@ -226,7 +226,7 @@ def numerics(lineage: Lineage, lvlm: LocalLvlm, prompts) -> dict:
 
 
 def main() -> None:
-    """The two tables."""
+    """Print the two tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="", help="a directory or asset; empty: the 3B shape with random weights")
     parser.add_argument("--device", default="auto")

@@ -1,5 +1,5 @@
-"""How `lever rollout` scales with the processes of a torchrun job on this host, and whether it repeats itself: the
-digits, 1 process twice and N.
+"""Measure how `lever rollout` scales with the processes of a torchrun job on this host, and whether it repeats itself:
+the digits, 1 process twice and N.
 
     python scripts/bench_sharding.py                      # the shipped model; N: the GPUs of this host, else 2 on a CPU
     python scripts/bench_sharding.py --model 3b --limit 100
@@ -29,7 +29,7 @@ TINY = "asset:tiny-qwen2.5-vl"
 
 
 def run(folder: Path, processes: int, options: list[str]) -> dict:
-    """One `lever rollout` in a folder: processes, prompts, prompts/s while answering, seconds in all."""
+    """Run one `lever rollout` in a folder and return: processes, prompts, prompts/s while answering, seconds in all."""
     job = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     command = [sys.executable, *job, "-m", "lever_lm", "rollout", "--json", *options]
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
@@ -54,7 +54,7 @@ def run(folder: Path, processes: int, options: list[str]) -> dict:
 
 
 def with_features(folder: Path, source: Path) -> Path:
-    """A folder with the features of another, and nothing else."""
+    """Return a folder with the features of another, and nothing else."""
     for features in source.rglob("features_*.safetensors"):
         there = folder / features.relative_to(source)
         there.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""How fast the policy trains, beside a trainer shaped like the lineage's and an honest one of one query a step.
+"""Measure how fast the policy trains, beside a trainer shaped like the lineage's and an honest one of one query a step.
 
     python scripts/bench_training.py [--device cuda] [--threads 1 2] [--growth] [--markdown FILE]
 
@@ -91,12 +91,12 @@ class Lineage(nn.Module):
 
 
 def lineage_rce_loss(log_probs: Tensor, rewards: Tensor, temperature: float) -> Tensor:
-    """Both (G,) of one query → scalar."""
+    """Return the RCE loss of one query, a scalar; log-probs and rewards are (G,)."""
     return ((rewards / temperature).softmax(-1) * -log_probs).sum()
 
 
 def lineage_grpo_loss(log_probs: Tensor, old: Tensor, rewards: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """All (G,) of one query, G > 1 → the loss and the KL in it, scalars."""
+    """Return the GRPO loss of one query and the KL in it, scalars; all arguments are (G,), G > 1."""
     advantages = ((rewards - rewards.mean()) / rewards.std().clamp(min=0.1)).clamp(-5, 5)
     log_ratio = log_probs - old
     ratio = log_ratio.exp()
@@ -106,7 +106,7 @@ def lineage_grpo_loss(log_probs: Tensor, old: Tensor, rewards: Tensor, beta: flo
 
 
 def train_lineage(train: GroupTensors, val: GroupTensors, epochs: dict[str, int], clock: "Clock") -> None:
-    """Learning rates and the rest are the lineage's."""
+    """Train with the lineage's learning rates and its other settings."""
     policy = Lineage(train.queries.shape[1]).to(train.queries.device)
 
     def groups(data: GroupTensors, order: Tensor) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
@@ -169,7 +169,7 @@ def train_lineage(train: GroupTensors, val: GroupTensors, epochs: dict[str, int]
 def train_package(
     train: GroupTensors, val: GroupTensors, epochs: dict[str, int], clock: "Clock", batch_size: int | None = None
 ) -> None:
-    """The package's own loops as they come, `batch_size` apart."""
+    """Train with the package's own loops as they are, `batch_size` apart."""
     changes = {} if batch_size is None else {"batch_size": batch_size}
     rce_config = RceConfig(epochs=epochs["rce"], **changes)
     grpo_config = GrpoConfig(epochs=epochs["grpo"], **changes)
@@ -216,7 +216,7 @@ class Clock:
         self.parts, self.began = {}, time.perf_counter()
 
     def timed(self, part: str, function: Callable) -> Callable:
-        """The function, its seconds counted."""
+        """Return the function with its seconds counted."""
 
         def wrapper(*arguments):
             began = time.perf_counter()
@@ -227,7 +227,7 @@ class Clock:
         return wrapper
 
     def turn(self, phase: str) -> None:
-        """An epoch, or another piece of work, is done."""
+        """End an epoch or another piece of work."""
         if self.device == "cuda":
             torch.cuda.synchronize()
         self.parts = {"phase": phase, "seconds": time.perf_counter() - self.began, "old": 0, **self.parts}
@@ -243,7 +243,7 @@ def peak_memory(device: str) -> float:
 
 
 def work(contender: str, file: Path | None, size: tuple[int, int], arguments: argparse.Namespace) -> None:
-    """What a contender's process does."""
+    """Do the work of a contender's process."""
     torch.set_num_threads(arguments.threads[0])
     torch.manual_seed(0)
     sets = [GroupTensors(**parts) for parts in torch.load(file, weights_only=True)] if file else random_sets(*size)
@@ -333,7 +333,7 @@ Table = tuple[str, list[str], list[list[str]]]  # title, header, rows
 
 
 def compare(arguments: argparse.Namespace) -> Iterator[Table]:
-    """The contenders, a table for each number of threads."""
+    """Yield the contenders, a table for each number of threads."""
     total = f"{EPOCHS['rce']} + {EPOCHS['grpo']}"
     header = ["trainer", "RCE", "GRPO", "validation", "old", total, "×", "MiB"]
     with tempfile.TemporaryDirectory() as folder:
@@ -355,7 +355,7 @@ def compare(arguments: argparse.Namespace) -> Iterator[Table]:
 
 
 def growth(arguments: argparse.Namespace) -> Iterator[Table]:
-    """Ours at every size."""
+    """Yield the table of our trainer at every size."""
     rows, threads = [], arguments.threads[0]
     for queries, pool in GROWTH:
         options = [*passed_on(arguments), "--size", str(queries), str(pool)]
@@ -366,19 +366,19 @@ def growth(arguments: argparse.Namespace) -> Iterator[Table]:
 
 
 def passed_on(arguments: argparse.Namespace) -> list[str]:
-    """The options that a contender's process gets."""
+    """Return the options that a contender's process gets."""
     names = ("device", "rce_epochs", "grpo_epochs")
     return [word for name in names for word in ("--" + name.replace("_", "-"), str(getattr(arguments, name)))]
 
 
 def place(arguments: argparse.Namespace, threads: int) -> str:
-    """Where it ran, and how busy that was."""
+    """Return where the bench ran, and how busy the machine was."""
     where = torch.cuda.get_device_name() if arguments.device == "cuda" else f"{threads} of {os.cpu_count()} cores"
     return f"{where}, torch {torch.__version__}, load {os.getloadavg()[0]:.1f}"
 
 
 def markdown(title: str, header: list[str], rows: list[list[str]]) -> str:
-    """A table, with its title above."""
+    """Return a table in Markdown, with its title above."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join([title, "", *("| " + " | ".join(line) + " |" for line in lines), ""])
 

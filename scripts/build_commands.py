@@ -37,7 +37,7 @@ def place(argument) -> str:
 
 
 def table(options) -> list[str]:
-    """Options as rows, their help as it is."""
+    """Return options as rows of a table, with their help as it is."""
     rows = ["| option | |", "| --- | --- |"]
     for option in options:
         default = option.default
@@ -49,7 +49,7 @@ def table(options) -> list[str]:
 
 
 def commands(command, path: str = "lever"):
-    """(full name, command) of every command that does something."""
+    """Yield (full name, command) of every command that does something."""
     for name, inner in getattr(command, "commands", {}).items():
         if getattr(inner, "commands", None):
             yield from commands(inner, f"{path} {name}")
@@ -58,7 +58,7 @@ def commands(command, path: str = "lever"):
 
 
 def page() -> str:
-    """The whole page."""
+    """Return the whole page."""
     shared = {f.name for f in fields(Common)}
     found = list(commands(typer.main.get_command(app)))
     train = next(command for name, command in found if name == "lever train")

@@ -93,7 +93,8 @@ def mend(python: str, folder: Path) -> dict[str, str]:
 
 @contextmanager
 def vllm(python: str, dtype: str, folder: Path, log: Path) -> Iterator[str]:
-    """The URL of a vLLM with the shipped model, which is ended with the block. Raises LeverError where none starts."""
+    """Yield the URL of a vLLM with the shipped model, which is ended with the block. Raises LeverError where none
+    starts."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
     budget = {"size": {"shortest_edge": LvlmConfig.min_pixels, "longest_edge": LvlmConfig.max_pixels}}
@@ -134,8 +135,8 @@ def prompts(number: int) -> list[Prompt]:
 
 
 def lever(folder: Path, server: str) -> dict[str, bytes]:
-    """The files that the commands write, run in a folder of their own: rollouts from after `_meta`, which names the
-    model that answered, the converted checkpoint, predictions."""
+    """Return the files that the commands write, run in a folder of their own: rollouts from after `_meta`, which names
+    the model that answered, the converted checkpoint, predictions."""
     own = ("--device", "cpu", "--set", "lvlm.dtype=float32", "--server", server)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     folder.mkdir()
@@ -156,7 +157,7 @@ def lever(folder: Path, server: str) -> dict[str, bytes]:
 
 
 def other_files(ours: dict[str, bytes], theirs: dict[str, bytes]) -> list[str]:
-    """The names of files that are not equal."""
+    """Return the names of files that are not equal."""
     return [name for name in sorted({*ours, *theirs}) if ours.get(name) != theirs.get(name)]
 
 

@@ -1,4 +1,4 @@
-"""Do the tests notice a fault? One line of lever_lm is changed at a time, and the tests that should fail are run.
+"""Check that the tests notice faults: change one line of lever_lm at a time, and run the tests that should fail.
 
     python scripts/mutate.py [--only ID …] [--all-tests] [--timeout 600] [--json FILE]
 
@@ -30,7 +30,7 @@ _FAILED = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", re.MULTILINE)
 
 
 def read_faults(root: Path) -> list[dict]:
-    """The faults of a checkout. Raises ValueError where one is not what the docstring of this file says."""
+    """Return the faults of a checkout. Raises ValueError where one is not what the docstring of this file says."""
     faults = yaml.safe_load((root / FAULTS).read_text(encoding="utf-8"))
     for fault in faults:
         if list(fault) != KEYS or "\n" in fault["old"] + fault["new"] or fault["old"] == fault["new"]:
@@ -41,7 +41,8 @@ def read_faults(root: Path) -> list[dict]:
 
 
 def places(root: Path, faults: list[dict]) -> tuple[dict[str, Path], list[str]]:
-    """Fault's id → the file that it is put into; and what is wrong where there is no such file, or a test is gone."""
+    """Return fault's id → the file that it is put into; and what is wrong where there is no such file, or a test is
+    gone."""
     sources = {path: path.read_text(encoding="utf-8") for path in sorted((root / "lever_lm").rglob("*.py"))}
     found, wrong = {}, []
     for fault in faults:
@@ -57,7 +58,7 @@ def places(root: Path, faults: list[dict]) -> tuple[dict[str, Path], list[str]]:
 
 
 def test_files(root: Path, stems: list[str]) -> list[str]:
-    """The files of these stems, wherever they lie below tests."""
+    """Return the test files of these stems, wherever they lie below tests."""
     return [str(next((root / "tests").rglob(f"{stem}.py")).relative_to(root)) for stem in stems]
 
 

@@ -1,4 +1,4 @@
-"""Demonstrations for a folder of images and one question: what a policy picks, and the prompt that shows it.
+"""Pick demonstrations for a folder of images and one question, and print the prompt that shows them.
 
     python scripts/pick_for_my_images.py IMAGES "What is the French word for this digit?" --policy RUN
 

@@ -1,4 +1,4 @@
-"""The pictures of docs/images, taken of a report in headless Chromium.
+"""Take the pictures of docs/images of a report in headless Chromium.
 
     lever demo && python scripts/screenshots.py results/digits/model_cpk/demo/report.html
 
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def clip(page, first: str, last: str) -> Image.Image:
-    """The page from one element to another."""
+    """Return a picture of the page from one element to another."""
     top, bottom = (page.locator(one).first.bounding_box() for one in (first, last))
     height = bottom["y"] + bottom["height"] + 12 - top["y"]
     area = {"x": 0, "y": max(0, top["y"] - 4), "width": WIDTH, "height": height}
@@ -58,7 +58,7 @@ def read(png: bytes) -> Image.Image:
 
 
 def stacked(*images: Image.Image) -> Image.Image:
-    """One above the other."""
+    """Return the pictures one above the other."""
     whole = Image.new("RGB", (max(i.width for i in images), sum(i.height for i in images)))
     top = 0
     for image in images:
@@ -68,7 +68,7 @@ def stacked(*images: Image.Image) -> Image.Image:
 
 
 def save(image: Image.Image, path: Path) -> None:
-    """In 256 colours: a third of the bytes, and hardly a difference to the eye."""
+    """Save a picture in 256 colours: a third of the bytes, and hardly a difference to the eye."""
     colours = {"method": Image.Quantize.MAXCOVERAGE, "dither": Image.Dither.NONE}
     image.quantize(256, **colours).save(path, optimize=True)
     print(f"{path}: {path.stat().st_size / 1000:.0f} kB")

@@ -1,4 +1,4 @@
-"""Rollouts of a world whose reward is known, so that a policy can be judged by what it truly earns.
+"""Make rollouts of a world whose reward is known, so that a policy can be judged by what it truly earns.
 
     python scripts/synthetic.py --out DIR [--seed 0] [--queries 800] …
 
@@ -90,7 +90,8 @@ class Unseen(NamedTuple):
 
 
 def generate(world: World = World()) -> Data:
-    """All of a world: a rollout file's content, embeddings (N, D) float32, qids (Q,), truth (Q, K, K) float32."""
+    """Return all of a world: a rollout file's content, embeddings (N, D) float32, qids (Q,), truth (Q, K, K)
+    float32."""
     rng = np.random.default_rng(world.seed)
     space = _draw_space(world, rng)
     qids = np.sort(rng.choice(world.n_train, world.queries, replace=False))
@@ -170,7 +171,7 @@ def _query(row: int, answer: str) -> dict:
 
 
 def _propose(world: World, space: _Space, query: int, pool: ndarray, rng: np.random.Generator) -> list[dict]:
-    """The trajectories of one group, repeats among them: beams, samples, retrieval, random."""
+    """Return the trajectories of one group, repeats among them: beams, samples, retrieval, random."""
     logits = space.view[pool] @ space.view[query] / VIEW_TEMPERATURE
     similarity = space.embeddings[pool] @ space.embeddings[query]
     samples = [
@@ -227,7 +228,8 @@ def _retrieve(similarity: ndarray, count: int) -> list[dict]:
 
 
 def _distinct(trajectories: list[dict]) -> list[dict]:
-    """One trajectory for each set of picks, where the set first stood: that of the highest priority, else the first."""
+    """Return one trajectory for each set of picks, where the set first stood: that of the highest priority, else the
+    first."""
     kept: dict[frozenset[int], dict] = {}
     for trajectory in trajectories:
         rival = kept.setdefault(frozenset(trajectory["pointer"]), trajectory)
@@ -240,7 +242,7 @@ def _distinct(trajectories: list[dict]) -> list[dict]:
 
 
 def _answered(trajectory: dict, pool: ndarray, chance: ndarray, answer: str, rng: np.random.Generator) -> dict:
-    """What asking the model after this trajectory would have added to it; chance (K, K) of a right answer."""
+    """Return what the answer of the model after this trajectory adds to it; chance (K, K) of a right answer."""
     i, j = trajectory["pointer"]
     right = int(rng.random() < chance[i, j])
     if right:
@@ -277,8 +279,8 @@ def _softmax(logits: ndarray) -> ndarray:
 
 
 def unseen(world: World, data: Data, count: int = 1000) -> Unseen:
-    """More queries of a world that was generated, none of them among its own: neither trained nor selected on, only
-    judged. They may stand in the pools of the world's queries, as demonstrations.
+    """Return more queries of a world that was generated, none of them among its own: neither trained nor selected on,
+    only judged. They may stand in the pools of the world's queries, as demonstrations.
 
     Raises ValueError where fewer than `count` examples are left.
     """
@@ -299,8 +301,8 @@ def unseen(world: World, data: Data, count: int = 1000) -> Unseen:
 def true_rewards(
     policy: PointerSelector, queries: Tensor, candidates: Tensor, truth: ndarray | Tensor
 ) -> tuple[float, float]:
-    """Mean true reward of the policy that samples at temperature 1, exact over all K (K − 1) ordered pairs; and of its
-    greedy picks, as inference takes them.
+    """Return the mean true reward of the policy that samples at temperature 1, exact over all K (K − 1) ordered pairs;
+    and of its greedy picks, as inference takes them.
 
     queries (n, D), candidates (n, K, D), truth (n, K, K). Raises ValueError on a policy in training mode.
     """
@@ -330,7 +332,8 @@ def _ordered_pairs(size: int) -> Tensor:
 
 
 def summary(data: Data) -> dict:
-    """How a world turned out: counts, share of right answers, mean true reward of a random and of the best pair."""
+    """Return how a world turned out: counts, share of right answers, mean true reward of a random and of the best
+    pair."""
     right = [t["vqa_correct"] for entry in data.content.values() for t in entry["pointer_candidates"]]
     pairs = _ordered_pairs(data.truth.shape[-1])
     rewards = data.truth[:, pairs[:, 0], pairs[:, 1]].astype(np.float64)

@@ -10,13 +10,7 @@ from lever_lm import __version__
 from lever_lm.cli import completion, entrypoint
 from lever_lm.cli.config_command import config_app
 from lever_lm.cli.options import Common, command, emit, finite, parse_shots
-from lever_lm.cli.run_config import (
-    make_pipeline,
-    pipeline_of_run,
-    plan_only,
-    refuse_resuming,
-    run_without_pipeline,
-)
+from lever_lm.cli.run_config import make_pipeline, pipeline_of_run, plan_only, refuse_resuming, run_without_pipeline
 from lever_lm.config.schema import DataConfig
 from lever_lm.training.metrics import STRATEGIES
 from lever_lm.training.tensorboard import check_tracker
