@@ -120,16 +120,16 @@ class Pipeline(Stages):
 
         dataset_named: rl_data is of this dataset, also where it does not say so. Raises LeverError where another
         process is at work in the run's folder."""
-        if from_run is None:
-            with self.run.alone(self.say):
-                return self.train_here(rl_data, embeddings, overwrite, dataset_named)
-        original = RunFolder(from_run)
-        if original.path.resolve() == self.run.path.resolve():
-            raise UsageError(f"{from_run} cannot be repeated in itself: another --run-name or --run-dir")
-        own = {**own_files(original), **({"rl_data": rl_data} if rl_data else {})}
+        original = None if from_run is None else RunFolder(from_run)
+        if original is not None:
+            if original.path.resolve() == self.run.path.resolve():
+                raise UsageError(f"{from_run} cannot be repeated in itself: another --run-name or --run-dir")
+            own, dataset_named = own_files(original), dataset_named or rl_data is None
+            rl_data, embeddings = rl_data or own.get("rl_data"), embeddings or own.get("embeddings")
         with self.run.alone(self.say):
-            files = (own.get("rl_data"), embeddings or own.get("embeddings"))
-            trained = self.train_here(*files, overwrite, dataset_named or rl_data is None)
+            trained = self.train_here(rl_data, embeddings, overwrite, dataset_named)
+        if original is None:
+            return trained
         repeated = compare_runs(original, self.run, self.config)
         for line in verdict(repeated):
             self.screen.result(line)

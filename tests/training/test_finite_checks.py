@@ -483,7 +483,7 @@ def drawn(tmp_path_factory):
         }
     ),
 )
-@how(max_examples=25)
+@how(max_examples=15)
 def test_training_ends_finite_or_names_query_and_epoch(drawn, features, rewards, scales, rates, options):
     folder = drawn / "run"
     shutil.rmtree(folder, ignore_errors=True)

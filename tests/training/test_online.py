@@ -484,15 +484,3 @@ def test_a_policy_that_may_stop_trains_and_infers_and_is_not_converted(
     picks = [json.loads(line)["icds"] for line in lines]
     assert 1 <= min(map(len, picks)) < 4
     assert inferred.json["results"][0]["n"] == 8
-
-
-def test_a_gru_policy_trains_resumes_and_infers(lever, digits_folder):
-    gru = ["--set", "policy.state_update=gru", "--json"]
-    one = lever("train", *QUICK[:-1], "1", *gru)
-    assert one.status == 0, one.err
-    assert one.json["converted"] is None
-    more = lever("train", *QUICK, *gru)
-    assert "going on after grpo epoch 1" in more.err
-    inferred = lever("infer", *QUICK[:-4], *gru, "--shots", "2")
-    assert inferred.status == 0, inferred.err
-    assert inferred.json["results"][0]["n"] == 8

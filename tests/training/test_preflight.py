@@ -296,15 +296,15 @@ def test_a_plan_before_anything_is_there_is_an_upper_bound_and_writes_nothing(le
 
 def test_with_features_the_calls_are_counted_and_those_known_left_out(warm, lever):
     def calls() -> int:
-        plan = lever("rollout", "--limit", "24", "--seed", "7", "--dry-run", "--json").json
+        plan = lever("rollout", "--limit", "8", "--seed", "7", "--dry-run", "--json").json
         assert (plan["seconds"] > 0) == (plan["lvlm_calls"] > 0)
         assert all(stage["exact"] for stage in plan["stages"])
         return plan["lvlm_calls"]
 
     before, planned, files = answers_in(warm), calls(), files_in(warm)
     assert files_in(warm) == files
-    assert 0 < planned < 24 * 15
-    assert lever("rollout", "--limit", "24", "--seed", "7").status == 0
+    assert 0 < planned <= 8 * 15
+    assert lever("rollout", "--limit", "8", "--seed", "7").status == 0
     assert answers_in(warm) - before == planned
     assert calls() == 0
 
@@ -346,8 +346,7 @@ ROUNDS = ("grpo.online=true", "grpo.online_every=2", "grpo.online_samples=2")
 @pytest.mark.parametrize(
     "keys",
     [
-        ("rollout.infoscore=2", "rollout.infoscore_candidates=3", *BY_PROB),
-        ("rollout.infoscore=3", "rollout.distinct_orders=true", "policy.stop=true"),
+        ("rollout.infoscore=2", "rollout.infoscore_candidates=3", "rollout.distinct_orders=true", *BY_PROB),
         (*ROUNDS, *BY_PROB),
     ],
     ids=" ".join,

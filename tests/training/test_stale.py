@@ -3,10 +3,9 @@
 import json
 import os
 import shutil
-import time
 
 import pytest
-from helpers import answers_in, run_here, run_lever, small_digits
+from helpers import answers_in, run_here, small_digits
 from PIL import Image
 
 import lever_lm.data.embeddings
@@ -259,18 +258,3 @@ def test_results_of_another_inference_code_stand_in_no_table_with_these(world, m
     world("--shots", "2", command="infer")
     (metrics,) = world.folder.glob("results/small/inference/*/*/metrics.json")
     assert [row["shots"] for row in json.loads(metrics.read_text())["results"]] == [2]
-
-
-# ---------------------------------------------------------------------- across processes
-
-
-def test_a_change_is_seen_behind_the_back_of_the_digests_that_were_kept(world):
-    words = [*PLACES, *SMALL[:2], *SMALL[-2:]]
-    time.sleep(2.1)  # until the files have settled
-    world(command="rollout")
-    kept = json.loads((world.folder / "results/small/cache/digests.json").read_text())
-    assert str(first_image(world, "train")) in kept
-    swap(first_image(world, "train"))
-    done = run_lever("rollout", *words, cwd=world.folder)
-    assert done.status == 0, done.err
-    assert "rl_data_MixSampler_vlm.json is made again: the training data" in done.out
