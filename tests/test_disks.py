@@ -147,6 +147,7 @@ def test_a_run_whose_older_checkpoint_does_not_fit_is_sound_without_it(lab, benc
     assert_goes_on(lab, bench, "train", folder)
 
 
+@slow
 def test_a_line_of_metrics_that_a_full_disk_cuts_is_made_whole(lab, bench, disk, tmp_path):
     command, there = [*bench("train").command, "--grpo-epochs", "18"], 6  # epochs of the run that goes on
     reference, folder = tmp_path / "reference", disk("train")
@@ -165,6 +166,7 @@ def test_a_line_of_metrics_that_a_full_disk_cuts_is_made_whole(lab, bench, disk,
     assert differences(reference, lab.seen(folder)) == []
 
 
+@slow
 def test_a_message_that_does_not_fit_on_the_disk_changes_nothing_but_itself(lab, bench, disk):
     folder, when = disk("train"), bench("train").fault("stop", "open", "grpo_epoch1.pt")
     assert run_until_full(lab, bench("train").command, folder, when, err=Path("/dev/full")).status == 1
