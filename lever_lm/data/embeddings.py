@@ -268,10 +268,14 @@ def read_embeddings(path: Path) -> Tensor:
 def _read_matrix(path: Path) -> dict[str, Tensor] | np.ndarray:
     from safetensors.torch import load_file
 
-    open_regular(path, "the embeddings").close()
+    with open_regular(path, "the embeddings") as file:
+        start = file.read(12)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        header = int.from_bytes(start[8:12] if start[6:7] > b"\x01" else start[8:10], "little")
+        if header > path.stat().st_size:  # numpy makes room for all of it
+            raise ValueError(f"its header claims {header} bytes")
         # Mapped, an array cannot be larger than its file; an array of objects is refused, and what numpy warns of.
         with np.errstate(over="ignore"), warnings.catch_warnings():
             warnings.simplefilter("error")

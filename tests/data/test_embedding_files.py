@@ -185,6 +185,8 @@ def matrices(folder: Path) -> list[Path]:
 def test_embeddings_that_claim_more_than_they_hold_are_refused_and_nothing_is_allocated(tmp_path):
     files = matrices(tmp_path)
     (tmp_path / "long.safetensors").write_bytes(struct.pack("<Q", 2**62) + b"{}")
+    files.append(tmp_path / "long.npy")
+    files[-1].write_bytes(b"\x93NUMPY\x02\x00" + struct.pack("<I", 2**32 - 1) + b"{}")
     told, memory = read_in_little_memory(read_embeddings, files)
     assert [path.name for path, line in zip(files, told, strict=True) if not line.startswith("refused")] == []
     assert [path.name for path, line in zip(files, told, strict=True) if str(path) not in line] == []

@@ -14,7 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lever_lm.evaluation.report import phrasing as words
-from lever_lm.evaluation.report.curves import Series, accuracy_series, distinct_names, training_curves
+from lever_lm.evaluation.report.curves import Series, distinct_names, training_curves
 from lever_lm.evaluation.report.gallery import EACH, Gallery, Shown, pick_queries
 from lever_lm.evaluation.report.svg import line_chart, round_ticks
 from lever_lm.evaluation.results import Sample, read_metrics, read_samples
@@ -108,14 +108,6 @@ def test_a_strategy_marks_the_epoch_that_it_chooses_in_its_own_chart():
     assert [one.marks for one in curves["val_loss"]] == [{2: "val_loss"}] * 2
     assert [one.marks for one in curves["kl"]] == [{}, {}]  # no epoch is in range
     assert [one.colour for one in curves["beta"]] == ["run0", "run1"]
-
-
-def test_what_is_not_finite_is_not_drawn():
-    results = [
-        {"method": "grpo", "shots": 1, "accuracy": 0.5, "ci": [0.4, 0.6]},
-        {"method": "grpo", "shots": 2, "accuracy": float("nan"), "ci": [0.4, 0.6]},
-    ]
-    assert accuracy_series(results)[0].points == [(1, 50.0)]
 
 
 # ---------------------------------------------------------------------- sentences
