@@ -79,7 +79,7 @@ def _page(main: Evaluated, data: VqaData | None, others: list[Evaluated]) -> dic
         "groups": words.groups(rows),
         "warnings": words.warnings_of(rows),
         "columns": _EPOCHS,
-        "epochs": [[_cell(row.get(name)) for name in _EPOCHS] for row in rows[-_MOST:]],
+        "epochs": rows[-_MOST:],
         "left_out": max(0, len(rows) - _MOST),
         "config": _text(main.run.config),
         "environment": yaml.safe_dump(environment, sort_keys=False, allow_unicode=True),
@@ -155,12 +155,6 @@ def _by_shots(metrics: dict) -> dict:
         "by_method": methods,
         "learned_methods": [next((m for m in LEARNED if m in dict(methods)), "")],
     }
-
-
-def _cell(value) -> str:
-    if isinstance(value, float):
-        return f"{value:.5g}"
-    return "–" if value is None else str(value)
 
 
 def _text(path: Path) -> str:
