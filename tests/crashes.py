@@ -12,7 +12,6 @@ import ctypes
 import importlib
 import json
 import os
-import resource
 import subprocess
 import sys
 import threading
@@ -106,8 +105,6 @@ def _become(job: dict) -> NoReturn:
         os.close(opened)
     os.chdir(job["cwd"])
     os.environ.update(job["environment"])
-    if job["largest_file"] is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (job["largest_file"], job["largest_file"]))
     if job["unprivileged"]:
         _drop_capabilities()
     ctypes.CDLL(None).faults_arm()

@@ -113,12 +113,11 @@ class Lab:
         meanwhile: Callable[[], None] | None = None,
         unprivileged: bool = False,
         err: Path | None = None,
-        largest_file: int | None = None,
     ) -> Ended:
         """One command in the folder `cwd`. Prompts go to `asked` beside it, file events below `root` to `events`.
 
         meanwhile: what happens when a fault `stop` has stopped the command. unprivileged: as somebody who must heed
-        permissions, also where root runs the tests. err: where stderr goes. largest_file: bytes that a file may have.
+        permissions, also where root runs the tests. err: where stderr goes.
         """
         names = {name: cwd.with_name(f"{cwd.name}.{name}") for name in ("out", "err", "asked", "events")}
         names["events"].unlink(missing_ok=True)
@@ -127,7 +126,6 @@ class Lab:
         variables = {**fault.variables(), "FAULTS_ROOT": str(root), "FAULTS_LOG": str(names["events"])}
         job = {"arguments": arguments, "cwd": str(cwd), "environment": variables, "log": str(names["asked"])}
         job |= {"out": str(names["out"]), "err": str(err or names["err"]), "unprivileged": unprivileged}
-        job |= {"largest_file": largest_file}
         process = int(self._ask(job))
         if meanwhile and self._stops(process):
             meanwhile()

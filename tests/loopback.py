@@ -46,7 +46,7 @@ def models(*names: str, owner: str = "vllm") -> Reply:
 class Loopback:
     """A running server: its URL, and every request it got."""
 
-    def __init__(self, answer: Callable[[Request], Reply], port: int = 0):
+    def __init__(self, answer: Callable[[Request], Reply]):
         self.answer = answer
         self.requests: list[Request] = []
         outer = self
@@ -82,7 +82,7 @@ class Loopback:
             def handle_error(self, request, address):
                 pass
 
-        self._server = Server(("127.0.0.1", port), Handler)
+        self._server = Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
 
     @property

@@ -87,7 +87,7 @@ def numbered_prompts(tmp_path):
 
 
 def local_lvlm(style: str = "interleaved", path: str = TINY, **settings) -> LocalLvlm:
-    config = LvlmConfig(**{"path": str(path), "dtype": "float32", "batch_size": 16, **settings})
+    config = LvlmConfig(**{"path": str(path), "dtype": "float32", "batch_size": 8, **settings})
     return load_local(config, PromptConfig(style=style), "cpu")
 
 

@@ -33,7 +33,7 @@ MOMENTS = [
     ("demo", "kill after", "rename", "predictions_random_2shot.json", 0),
     pytest.param("infer", "term after", "rename", "/metrics.json", 0, marks=slow),
     pytest.param("demo", "torn", "write", "_v2format.ckpt", 0, marks=slow),
-    ("demo", "kill before", "rename", "report.html", 0),
+    pytest.param("demo", "kill before", "rename", "report.html", 0, marks=slow),
     pytest.param("online", "kill before", "unlink", "answers_tiny-qwen2_5-vl.sqlite-journal", -3, marks=slow),
 ]
 

@@ -147,6 +147,7 @@ def test_a_run_whose_older_checkpoint_does_not_fit_is_sound_without_it(lab, benc
     assert_goes_on(lab, bench, "train", folder)
 
 
+@slow
 def test_a_line_of_metrics_that_a_full_disk_cuts_is_made_whole(lab, bench, disk, tmp_path):
     command, there = [*bench("train").command, "--grpo-epochs", "18"], 6  # epochs of the run that goes on
     reference, folder = tmp_path / "reference", disk("train")
@@ -166,16 +167,6 @@ def test_a_line_of_metrics_that_a_full_disk_cuts_is_made_whole(lab, bench, disk,
 
 
 @slow
-def test_a_limit_on_the_size_of_files_is_a_full_disk_too(lab, bench, place):
-    folder = place("train")
-    for limit in (2_000, 20_000, 60_000, 100_000):
-        done = lab.run(bench("train").command, folder, largest_file=limit)
-        assert_refused(done, "cannot ", "results/digits")
-        assert broken(folder) == []
-        assert not list(folder.rglob(".tmp-*"))
-    assert_goes_on(lab, bench, "train", folder)
-
-
 def test_a_message_that_does_not_fit_on_the_disk_changes_nothing_but_itself(lab, bench, disk):
     folder, when = disk("train"), bench("train").fault("stop", "open", "grpo_epoch1.pt")
     assert run_until_full(lab, bench("train").command, folder, when, err=Path("/dev/full")).status == 1
@@ -287,16 +278,6 @@ def test_a_disk_that_fails_stops_with_one_message(lab, bench, place, kind, file,
     folder, fault = place("train"), bench("train").fault(error, kind, file, nth, sticky=True)
     assert_refused(lab.run(bench("train").command, folder, fault), named)
     assert broken(folder) == []
-    assert_goes_on(lab, bench, "train", folder)
-
-
-@slow
-@pytest.mark.parametrize("name", ["state.pt", "rl_data_", "config.yaml", "answers_"])
-def test_a_file_that_cannot_be_read_from_the_disk_is_named(lab, bench, place, name):
-    folder = place("train")
-    shutil.copytree(bench("train").reference, folder, dirs_exist_ok=True)
-    fault = Fault("EIO", 1, kind="read", path=name, sticky=True)
-    assert_refused(lab.run(bench("train").command, folder, fault), name)
     assert_goes_on(lab, bench, "train", folder)
 
 

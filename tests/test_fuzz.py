@@ -19,7 +19,6 @@ from fuzz.readers import READERS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lever_lm.cli.options import parse_shots
 from lever_lm.config.values import build, parse_set
 from lever_lm.lvlm.openai_server import log_prob_at_end
 from lever_lm.utils.errors import LeverError, UsageError
@@ -64,16 +63,6 @@ def test_a_text_is_yaml_or_is_refused_with_few_words(parts):
 @given(ANY_TEXT, TREES)
 def test_a_setting_is_taken_or_refused_as_usage(key, value):
     assert len(words_of(lambda text: build(parse_set(text)), f"{key}={json.dumps(value)}")) < 1000
-
-
-@given(st.text(st.sampled_from("0123456789,- x٣"), max_size=12))
-def test_numbers_of_shots_are_sorted_and_positive_or_refused(text):
-    try:
-        numbers = parse_shots(text)
-    except UsageError:
-        return
-    assert numbers == sorted(set(numbers))
-    assert numbers[0] >= 1
 
 
 TENSORS = st.builds(

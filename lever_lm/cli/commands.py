@@ -133,8 +133,6 @@ def best_ckpt(
     from lever_lm.utils.atomic_io import write_json
 
     check_strategy(strategy)
-    if common.dry_run:
-        plan_only(common, pipeline_of_run(common, run_dir=run_dir))
     run, _, screen = run_without_pipeline(common, run_dir)
     run = run if log is None or run_dir is not None else None
     history = read_history(run, log)
@@ -245,8 +243,6 @@ def status(
     from lever_lm.cli.status import gpus, run_status, runs_below
     from lever_lm.cli.status_views import status_lines, status_row
 
-    if common.dry_run:
-        plan_only(common, pipeline_of_run(common, run_dir=run_dir))
     run, layout, screen = run_without_pipeline(common, run_dir)
     if all_:
         result = {"runs": runs_below(common.results)}

@@ -81,7 +81,7 @@ def _view(common: Common, what: str | None, alone: bool = False) -> View:
             refuse_options(common, f"{what} brings its own config", "dataset", "lvlm", "sampler", "recipe", "config")
         run = Layer(str(path / "config.yaml"), to_dict(_run_config(RunFolder(path))))
         found = layers({}, None, [] if alone else sets, {} if alone else options, base=run)
-    elif path.exists() and not path.is_fifo():  # a pipe without a writer would be waited for
+    elif path.exists():
         refuse_options(common, f"{what} stands in the place of --config", "config")
         found = layers(names, file_layer(path), sets, options)
     else:

@@ -85,9 +85,11 @@ def pipeline_of_run(
 
 def run_without_pipeline(common: Common, run_dir: Path | None) -> tuple[RunFolder, Layout | None, Any]:
     """The run in `run_dir`, by default the one that the options name with the Layout that they give, and a Screen: for
-    a command that needs no pipeline, which would load torch."""
+    a command that needs no pipeline, which would load torch. With --dry-run the plan is shown instead."""
     from lever_lm.utils.console import Screen
 
+    if common.dry_run:
+        plan_only(common, pipeline_of_run(common, run_dir=run_dir))
     layout, folder = (None, run_dir) if run_dir is not None else _named_run(common)[2:]
     return RunFolder(folder), layout, Screen(to_stderr=common.json_, quiet=common.quiet, verbose=common.verbose)
 

@@ -170,21 +170,14 @@ def encode(encoder: "ClipEncoder", data: VqaData, split: str, track: Track) -> E
     image = of_image[[row[example.image] for example in examples]].contiguous()
     text = encoder.texts([example.question for example in examples], track, f"CLIP, {split}")
     for part, rows in (("image", image), ("text", text)):
-        _check_encoded(encoder.path, part, rows, examples)
+        bad = (~(rows.norm(dim=-1) > 0.5)).nonzero()  # NaN, infinite or zero
+        if len(bad):
+            question = examples[int(bad[0])].question_id
+            raise LeverError(
+                f"question {question}: {encoder.path} gives its {part} a feature that is zero, NaN or infinite, as in "
+                f"{len(bad)} of {len(rows)} questions: its weights may be broken (features.encoder)"
+            )
     return Embeddings(image, text)
-
-
-def _check_encoded(encoder: str, part: str, rows: Tensor, examples: Sequence[Example]) -> None:
-    """Raise LeverError at the first row that is not finite, or zero, and so no unit vector."""
-    bad = ~(rows.norm(dim=-1) > 0.5)  # true for NaN too
-    if bad.any():
-        first = int(bad.nonzero()[0])
-        what = "zero" if bool((rows[first] == 0).all()) else "NaN or infinite"
-        image = f" ({examples[first].image})" if part == "image" else ""
-        raise LeverError(
-            f"question {examples[first].question_id}: {encoder} gives its {part}{image} a feature that is {what}, as "
-            f"in {int(bad.sum())} of {len(rows)} questions: its weights may be broken (features.encoder)"
-        )
 
 
 def _opened(examples: Iterable[Example]) -> Iterator:
@@ -271,10 +264,14 @@ def read_embeddings(path: Path) -> Tensor:
 def _read_matrix(path: Path) -> dict[str, Tensor] | np.ndarray:
     from safetensors.torch import load_file
 
-    open_regular(path, "the embeddings").close()
+    with open_regular(path, "the embeddings") as file:
+        start = file.read(12)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        header = int.from_bytes(start[8:12] if start[6:7] > b"\x01" else start[8:10], "little")
+        if header > path.stat().st_size:  # numpy makes room for all of it
+            raise ValueError(f"its header claims {header} bytes")
         # Mapped, an array cannot be larger than its file; an array of objects is refused, and what numpy warns of.
         with np.errstate(over="ignore"), warnings.catch_warnings():
             warnings.simplefilter("error")

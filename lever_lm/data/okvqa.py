@@ -95,7 +95,7 @@ def _read_list(path: Path, key: str, digest, bad: BadExamples) -> dict[int, dict
         raise LeverError(f"cannot read {path}: {error.strerror or error}; set OKVQA_PATH (data.okvqa_path)") from error
     digest.update(content)
     try:
-        entries = list(enumerate(loads(content, nan=True, halves=True)[key]))  # what is wrong in one entry is its own
+        entries = list(enumerate(loads(content, nan=True)[key]))  # what is wrong in one entry is its own
     except (ValueError, KeyError, TypeError) as error:
         raise LeverError(
             f"{path} is not an official VQA file ({shown(str(error), 200)}): expected an object with a list '{key}' of "

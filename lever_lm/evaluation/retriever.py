@@ -131,7 +131,7 @@ class Retriever:
         the same pool and the same picks; never a demonstration with the query's own image. Raises LeverError for an
         image that cannot be read and for more shots than the pool has, ValueError for lists of different lengths.
         """
-        queries, one = self._queries(image, question)
+        queries, _, one = self._asked(image, question)
         if not queries:
             return []
         problem = self._problem(queries)
@@ -177,14 +177,17 @@ class Retriever:
         number = int(hashlib.sha256(f"{query.content} {query.question}".encode()).hexdigest()[:15], 16)
         return replace(query, question_id=number, image_id=_image_id(query.content))
 
-    def _queries(self, image, question) -> tuple[list[Example], bool]:
-        """Return the queries of `pick`, `prompt` or `answer`, and whether one was asked for, not a list."""
-        if not isinstance(image, (list, tuple)):
-            return [self.query(image, question)], True
-        questions = [None] * len(image) if question is None else question
-        if isinstance(questions, str) or len(questions) != len(image):
-            raise ValueError(f"{len(image)} images need a list of as many questions")
-        return [self.query(*pair) for pair in zip(image, questions, strict=True)], False
+    def _asked(self, image, question, picks=()) -> tuple[list[Example], list[list[Example]], bool]:
+        """Return the queries of `pick`, `prompt` or `answer`, the demonstrations of each, and whether one query was
+        asked for, not a list."""
+        one = not isinstance(image, (list, tuple))
+        if one:
+            image, question, picks = [image], [question], [picks]
+        question, picks = question or [None] * len(image), picks or [()] * len(image)
+        if isinstance(question, str) or not len(image) == len(question) == len(picks):
+            raise ValueError(f"{len(image)} images need lists of as many questions, and of as many lists of picks")
+        shown = [[pick.example if isinstance(pick, Pick) else pick for pick in part] for part in picks]
+        return [self.query(*pair) for pair in zip(image, question, strict=True)], shown, one
 
     # ------------------------------------------------------------------ showing
 
@@ -209,12 +212,8 @@ class Retriever:
         return answers[0] if one else answers
 
     def _prompts(self, image, question, picks) -> tuple[list[Prompt], bool]:
-        queries, one = self._queries(image, question)
-        shown = [picks] if one else picks or [()] * len(queries)
-        if len(shown) != len(queries):
-            raise ValueError(f"{len(queries)} queries need as many lists of picks, found {len(shown)}")
-        examples = [[pick.example if isinstance(pick, Pick) else pick for pick in part] for part in shown]
-        return [build_prompt(icds, q, self.config.prompt) for icds, q in zip(examples, queries, strict=True)], one
+        queries, shown, one = self._asked(image, question, picks)
+        return [build_prompt(icds, q, self.config.prompt) for icds, q in zip(shown, queries, strict=True)], one
 
     def _render(self, prompt: Prompt, form: str) -> list[dict] | str:
         style = self.config.prompt

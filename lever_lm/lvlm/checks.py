@@ -1,6 +1,7 @@
 """Checks of the LVLM before it is used: its files and processor, its server, the device's memory, answer lengths."""
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,18 +26,15 @@ def check_lvlm(config: LvlmConfig, *, scored: bool, wait: float, say: Callable[[
     """
     for url in config.servers:
         yield from _server(replace(config, server=url), scored, wait, say)
-    if not config.server:
-        yield _local(config.path)
-
-
-def _local(path: str) -> Check:
-    check = check_model("lvlm.path", path)
-    if check.status == "ok":
-        try:
-            load_processor(path, model_folder(path))
-        except MendableError as error:
-            return Check("lvlm.path", "missing", error.found, error.mend)
-    return check
+    if config.server:
+        return
+    check = check_model("lvlm.path", config.path)
+    try:
+        if check.status == "ok":
+            load_processor(config.path, model_folder(config.path))
+    except MendableError as error:
+        check = Check("lvlm.path", "missing", error.found, error.mend)
+    yield check
 
 
 def _server(config: LvlmConfig, scored: bool, wait: float, say: Callable[[str], None]) -> Iterator[Check]:
@@ -49,11 +47,11 @@ def _server(config: LvlmConfig, scored: bool, wait: float, say: Callable[[str], 
     if served.url != config.server:
         mended = f", where {config.server} has no list of models"
         say(f"server: {served.url} is asked{mended}")
-    if served.card:
-        yield Check("lvlm.server", "ok", f"{served.url} serves {config.path}{mended}")
-    else:
-        found = f"{served.url} is there and does not say what it serves{mended}"
-        yield Check("lvlm.server", "warning", found, f"the first question will tell whether it knows {config.path}")
+    status, does, mend = "ok", f"serves {config.path}", ""
+    if not served.card:
+        status, does = "warning", "is there and does not say what it serves"
+        mend = f"the first question will tell whether it knows {config.path}"
+    yield Check("lvlm.server", status, f"{served.url} {does}{mended}", mend)
     if scored and served.card.get("owned_by") != "vllm":
         found = f"reference answers are to be scored, and {config.server} does not say that it is vLLM, which can"
         mend = "rollout.gt_prob=false and rollout.infoscore=0, unless it can too"
@@ -70,12 +68,12 @@ def check_answer_lengths(config: LvlmConfig, answers: Sequence[str]) -> Iterator
         tokenizer = load_processor(config.path, folder).tokenizer
     except LeverError:  # a check of its own where the model runs here
         return
-    distinct = list(dict.fromkeys(answers))
-    lengths = dict(zip(distinct, map(len, tokenizer(distinct, add_special_tokens=False).input_ids), strict=True))
-    if longer := sum(lengths[answer] > config.max_new_tokens for answer in answers):
+    counts = Counter(answers)
+    lengths = [len(ids) for ids in tokenizer(list(counts), add_special_tokens=False).input_ids]
+    if longer := sum(n for n, length in zip(counts.values(), lengths, strict=True) if length > config.max_new_tokens):
         share = f"{longer / len(answers):.1%}, {longer} of {len(answers)}, each annotator's counted"
         found = f"reference answers of both splits that are longer than lvlm.max_new_tokens, {config.max_new_tokens}"
-        mend = f"--set lvlm.max_new_tokens={max(lengths.values())} for all"
+        mend = f"--set lvlm.max_new_tokens={max(lengths)} for all"
         yield Check("answer lengths", "warning", f"{found}: {share}", mend)
 
 
@@ -87,31 +85,25 @@ def check_device(name: str, lvlm: LvlmConfig | None) -> Iterator[Check]:
         yield Check("device", "missing", str(error), "--device cpu, or a machine with a GPU")
         return
     on_gpu, folder = device.type == "cuda", None if lvlm is None else model_folder(lvlm.path)
-    needed = memory_needed(lvlm, folder, on_gpu=on_gpu) if folder else {}
-    if on_gpu:
-        yield _gpu_memory(device, needed, bounded=bool(lvlm and lvlm.bank_memory))
+    parts = memory_needed(lvlm, folder, on_gpu=on_gpu) if folder else {}
+    if not on_gpu:
+        yield Check("device", "ok", f"{device}, {os.cpu_count()} cores")
+        if sum(parts.values()) > GIB:
+            found = f"no GPU for an LVLM of {parts['weights'] / GIB:.0f} GiB: days"
+            yield Check("device", "warning", found, "use a GPU")
         return
-    yield Check("device", "ok", f"{device}, {os.cpu_count()} cores")
-    if sum(needed.values()) > GIB:
-        found = f"no GPU for an LVLM of {needed['weights'] / GIB:.0f} GiB: days"
-        yield Check("device", "warning", found, "use a GPU")
-
-
-def _gpu_memory(device, parts: dict[str, float], *, bounded: bool) -> Check:
     import torch
 
-    needed = sum(parts.values())
-    free, total = torch.cuda.mem_get_info(device)
+    needed, (free, total) = sum(parts.values()), torch.cuda.mem_get_info(device)
     memory = f"{torch.cuda.get_device_name(device)}, {free / GIB:.0f} of {total / GIB:.0f} GiB free"
-    about = f"{memory}, about {needed / GIB:.1f} needed"
-    if parts:
-        listed = ", ".join(f"{what} {size / GIB:.1f}" for what, size in parts.items())
-        about += f" at the least: {listed}" + ("" if bounded else "; image features take of the rest")
+    listed = ", ".join(f"{what} {size / GIB:.1f}" for what, size in parts.items())
+    about = f"{memory}, about {needed / GIB:.1f} needed{f' at the least: {listed}' if parts else ''}"
+    status, mend = "ok", ""
     if needed > total:
-        return Check("GPU memory", "missing", about, "a larger GPU, or a smaller LVLM: --lvlm qwen2.5_vl_3B")
-    if needed > free:
-        return Check("GPU memory", "warning", about, "end other jobs on it (nvidia-smi), or CUDA_VISIBLE_DEVICES")
-    return Check("GPU memory", "ok", about)
+        status, mend = "missing", "a larger GPU, or a smaller LVLM: --lvlm qwen2.5_vl_3B"
+    elif needed > free:
+        status, mend = "warning", "end other jobs on it (nvidia-smi), or CUDA_VISIBLE_DEVICES"
+    yield Check("GPU memory", status, about, mend)
 
 
 def memory_needed(config: LvlmConfig, folder: Path, *, on_gpu: bool) -> dict[str, float]:

@@ -154,11 +154,11 @@ def _grids(path: Path) -> dict[str, Grid] | None:
         with _open(path) as file:
             grids = {digest: tuple(grid) for digest, grid in loads(file.metadata()["grids"]).items()}
             slices = {digest: file.get_slice(digest) for digest in file.keys()}  # noqa: SIM118 - not a dict
-            found = {digest: tuple(part.get_shape()) for digest, part in slices.items()}
-            sound = {part.get_dtype() for part in slices.values()} <= _FLOATS
-            sound &= all(len(grid) == 3 and all(type(n) is int and n > 0 for n in grid) for grid in grids.values())
-            (width,) = {shape[1:] for shape in found.values()}
-            expected = {digest: (prod(grid) // _PATCHES, *width) for digest, grid in grids.items()}
+            shapes = {digest: part.get_shape() for digest, part in slices.items()}
+            floats = all(part.get_dtype() in _FLOATS for part in slices.values())
+            ((width,),) = {tuple(shape[1:]) for shape in shapes.values()}
+            whole = all(len(grid) == 3 and all(type(n) is int and n > 0 for n in grid) for grid in grids.values())
+            expected = {digest: [prod(grid) // _PATCHES, width] for digest, grid in grids.items()}
     except (OSError, SafetensorError, TypeError, KeyError, ValueError, AttributeError):
         return None
-    return grids if sound and len(width) == 1 and found == expected else None
+    return grids if floats and whole and shapes == expected else None

@@ -11,10 +11,11 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 
 from lever_lm.config.schema import LvlmConfig, PromptConfig
-from lever_lm.lvlm.context_length import Room
-from lever_lm.lvlm.images import DataUrls
+from lever_lm.data import open_image
+from lever_lm.lvlm.images import TOKEN_EDGE, DataUrls, image_tokens
 from lever_lm.lvlm.openai_client import NO_LOG_PROBS, SCORING, SEE_LOG, TOO_LONG, ServerError, served_name
 from lever_lm.lvlm.openai_servers import Servers, check_server
 from lever_lm.lvlm.prompt import Prompt, holder, to_messages, wording
@@ -24,6 +25,7 @@ from lever_lm.utils.progress import unsaid
 from lever_lm.utils.transformers_compat import import_transformers
 
 _ROUNDS = 8  # prompts in a batch for each request under way: what a killed job may have to ask again
+_CHARACTERS = 6  # of text in a token: more than there are, so that no prompt is refused that fits
 _BROKEN_OFF = ("abort", "error", "content_filter")  # a finish_reason of these leaves half an answer
 _IMAGE_TOKEN, _END_OF_TURN = "<|image_pad|>", "<|im_end|>"
 
@@ -40,7 +42,10 @@ class ServerLvlm:
         self.config, self.prompt, self.say = config, prompt, say
         served = [check_server(replace(config, server=url), say, wait=config.wait) for url in config.servers]
         self.servers = [one.url for one in served]
-        self._urls, self._room = DataUrls(config), Room(config, prompt, served)
+        self._urls = DataUrls(config)
+        limits = [(one.card.get("max_model_len"), one.url) for one in served]
+        self._context = min((pair for pair in limits if type(pair[0]) is int and pair[0] > 0), default=None)
+        self._image_tokens = cache(lambda image: image_tokens(open_image(image), config))
         # Qwen's generation_config has a repetition penalty, which servers apply by default: it punishes what is copied
         # from a demonstration. The standard field clears it in `transformers serve`, the other sets it in vLLM and
         # SGLang.
@@ -60,7 +65,7 @@ class ServerLvlm:
         def request(i: int) -> dict:
             return {"messages": self._messages(prompts[i]), "max_tokens": self.config.max_new_tokens}
 
-        self._room.check(prompts)
+        self._check_room(prompts)
         return self._ask(len(prompts), request, lambda i, answer: self._text(prompts[i], answer))
 
     def answer_log_prob(self, prompts: Sequence[Prompt], answers: Sequence[str], *, end: bool = False) -> list[float]:
@@ -98,9 +103,27 @@ class ServerLvlm:
     def batches(self, prompts: Sequence[Prompt], answers: Sequence[str] | None = None) -> list[list[int]]:
         """See `Backend`: in the order of the prompts, as rollouts of one query share images. Raises LeverError for a
         prompt that the server has no room for, before any is asked."""
-        self._room.check(prompts)
+        self._check_room(prompts)
         size = _ROUNDS * self.config.concurrency * len(self.servers)
         return [list(range(start, min(start + size, len(prompts)))) for start in range(0, len(prompts), size)]
+
+    def _check_room(self, prompts: Sequence[Prompt]) -> None:
+        """Raise ServerError for a prompt that leaves the answer no room in the least `max_model_len` that a server
+        gives, as vLLM does. Image tokens are counted, the images being opened only where the largest would not fit;
+        texts are taken for a little shorter than they are: the server itself refuses what is too long by less."""
+        if self._context is None:
+            return
+        (most, url), written = self._context, self.config.max_new_tokens
+        room, largest = most - written, self.config.max_pixels // TOKEN_EDGE**2
+        for prompt in prompts:
+            parts = [part for turn in to_messages(prompt, self.prompt) for part in turn["content"]]
+            text, shown = sum(len(part.get("text", "")) for part in parts) // _CHARACTERS, len(prompt.images)
+            if text + largest * shown > room and (tokens := text + sum(map(self._image_tokens, prompt.images))) > room:
+                raise ServerError(
+                    f"question {prompt.query.question_id}: its prompt of {shown} images has at least {tokens} tokens, "
+                    f"and the server {url} has room for {room} beside an answer of {written}",
+                    TOO_LONG,
+                )
 
     # ------------------------------------------------------------------ asking
 

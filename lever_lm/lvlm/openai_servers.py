@@ -38,10 +38,12 @@ async def repeated(
             if error.kind not in ("down", "busy") or (number > retries and not waited_for):
                 times = f", {number} times" if number > 1 else ""
                 raise ServerError(f"{error.found}{times}", error.mend, error.kind) from error
+            pause = min(2 ** min(number - 1, 5) + random.random(), MAX_WAIT / 2)
             if waited_for:
                 say(f"{error.found}: waiting up to {wait:g} s for it (lvlm.wait)")
-            pause = min(2 ** (number - 1) + random.random(), LOOK if waited_for else MAX_WAIT / 2)
-            pause = pause if error.wait is None else min(error.wait, MAX_WAIT)
+                pause = min(pause, LOOK)
+            elif error.wait is not None:
+                pause = min(error.wait, MAX_WAIT)
         await _pause(pause)
 
 

@@ -1,6 +1,7 @@
 """From image files to the patches that a Qwen vision tower reads: decoded and resized ahead of it, on other cores."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,22 +15,6 @@ from lever_lm.utils.transformers_compat import first_line
 CHUNK = 16  # images that go through the vision tower together
 
 
-class _Chunks(torch.utils.data.Dataset):
-    """Chunk i of the images as (patches, grids), or the LeverError that one of them raised."""
-
-    def __init__(self, chunks: list[list[Image]], image_processor, config: LvlmConfig, dtype: torch.dtype):
-        self.chunks, self.image_processor, self.config, self.dtype = chunks, image_processor, config, dtype
-
-    def __len__(self) -> int:
-        return len(self.chunks)
-
-    def __getitem__(self, i: int):
-        try:
-            return patches(self.chunks[i], self.image_processor, self.config, self.dtype)
-        except LeverError as error:  # the loader would raise it with the worker's traceback as its text
-            return error
-
-
 def patches(images: Sequence[Image], image_processor, config: LvlmConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return the patches (ΣP, C) of all images one after another, and their grids (n, 3) in patches: time, height,
     width. Raises LeverError naming an image that cannot be read or shown."""
@@ -37,6 +22,15 @@ def patches(images: Sequence[Image], image_processor, config: LvlmConfig, dtype:
     resized = [fitted(open_image(image), config, factor) for image in images]
     made = image_processor(images=resized, return_tensors="pt")
     return made["pixel_values"].to(dtype), made["image_grid_thw"]
+
+
+def _made(chunk: list[Image], work: tuple):
+    """Return the `patches` of a chunk, or the LeverError that one of its images raised: the loader would raise it with
+    the worker's traceback as its text."""
+    try:
+        return patches(chunk, *work)
+    except LeverError as error:
+        return error
 
 
 def chunked(images: Sequence[Image]) -> list[list[Image]]:
@@ -53,8 +47,9 @@ def chunked_patches(
 
     chunks = chunked(images)
     loader = torch.utils.data.DataLoader(
-        _Chunks(chunks, image_processor, config, dtype),
+        chunks,
         batch_size=None,
+        collate_fn=partial(_made, work=(image_processor, config, dtype)),
         num_workers=min(workers, len(chunks)),
         pin_memory=pin,
         generator=torch.Generator(),  # the loader draws a seed, and not from the generator that a policy trains with
@@ -62,7 +57,7 @@ def chunked_patches(
     done = iter(loader)
     for chunk in chunks:
         try:
-            made = next(done)
+            ready = next(done)
         except RuntimeError as error:
             if not loader.num_workers:
                 raise
@@ -71,6 +66,6 @@ def chunked_patches(
                 f"a process that decodes images died ({first_line(error)}): more shared memory (docker run "
                 "--shm-size=8g), or --set lvlm.workers=0"
             ) from error
-        if isinstance(made, LeverError):
-            raise made
-        yield chunk, *made
+        if isinstance(ready, LeverError):
+            raise ready
+        yield chunk, *ready

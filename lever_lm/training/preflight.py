@@ -9,7 +9,7 @@ from lever_lm.data.embeddings import DEFAULT_WIDTH
 from lever_lm.data.okvqa import OFFICIAL_SIZES
 from lever_lm.lvlm.checks import check_answer_lengths, check_device, check_lvlm
 from lever_lm.training.run_dir import Layout
-from lever_lm.utils.checks import GIB, Check, check_model, check_packages, check_results, nearest_existing
+from lever_lm.utils.checks import GIB, Check, check_model, check_results, nearest_existing
 from lever_lm.utils.paths import ASSET_PREFIX
 from lever_lm.utils.progress import unsaid
 
@@ -40,7 +40,7 @@ def examine(
     """
     scored = bool(config.rollout.gt_prob or config.rollout.infoscore)
     files = list(check_files(config.data)) if "data" in needs else []
-    checks = [*check_packages(), *files] if count else [*files]
+    checks = [*files]
     if "encoder" in needs:
         checks.append(check_model("features.encoder", config.features.encoder))
     if "lvlm" in needs:

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 from lever_lm.utils.errors import LeverError
@@ -79,27 +78,3 @@ def nearest_existing(path: Path) -> Path:
     """Return the path, or the nearest folder above it that exists."""
     path = path.absolute()
     return path if os.path.exists(path) or path.parent == path else nearest_existing(path.parent)
-
-
-def check_packages() -> list[Check]:
-    """Check the installed versions against those that the package asks for; no check in a checkout that was never
-    installed."""
-    from packaging.requirements import Requirement
-
-    try:
-        wanted = [Requirement(text) for text in metadata.requires("lever-lm") or []]
-    except metadata.PackageNotFoundError:
-        return []
-    wrong = []
-    for requirement in wanted:
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
-            continue
-        try:
-            version = metadata.version(requirement.name)
-            if not requirement.specifier.contains(version, prereleases=True):
-                wrong.append(f"{requirement}, found {version}")
-        except metadata.PackageNotFoundError:
-            wrong.append(f"{requirement} is not installed")
-    if wrong:
-        return [Check("packages", "missing", "; ".join(wrong), "pip install -c constraints.txt -e .")]
-    return [Check("packages", "ok", f"{len(wanted)} requirements met")]

@@ -7,7 +7,6 @@ import errno
 import json
 import math
 import os
-import re
 import stat
 from collections import Counter
 from collections.abc import Iterator
@@ -49,9 +48,8 @@ def read_bytes(path: Path | str, limit: int | None = None, *, pipe: bool = False
 
 
 def read_json(path: Path | str, limit: int | None = FILE_LIMIT, *, nan: bool = False):
-    """Return the content of a JSON file; names of files in it may be of any bytes. Raises OSError, and ValueError as
-    `loads` does."""
-    return loads(read_bytes(path, limit), nan=nan, halves=True)
+    """Return the content of a JSON file. Raises OSError, and ValueError as `loads` does."""
+    return loads(read_bytes(path, limit), nan=nan)
 
 
 def read_object(path: Path | str, limit: int | None = FILE_LIMIT) -> dict:
@@ -94,20 +92,19 @@ def is_epoch(value) -> bool:
 # ---------------------------------------------------------------------- JSON
 
 
-def loads(content: bytes | str, *, nan: bool = False, halves: bool = False):
+def loads(content: bytes | str, *, nan: bool = False):
     """Return a JSON text as Python values; a byte order mark before it is passed over. Raises ValueError for what is no
-    JSON, a key that an object holds twice, numbers beyond 64 bits or a float, NaN and infinity, lone surrogates unless
-    `halves`, and deep nesting. With `nan`, NaN and infinity are read, and integers beyond 64 bits are infinite."""
+    JSON, a key that an object holds twice, numbers beyond 64 bits or a float, NaN and infinity, and deep nesting. With
+    `nan`, NaN and infinity are read, and integers beyond 64 bits as floats. Texts may hold half a character, as names
+    of files do that are of any bytes."""
     text = (content if isinstance(content, str) else content.decode("utf-8")).removeprefix("\ufeff")
     numbers = {"parse_int": _any_integer} if nan else {"parse_int": _integer, "parse_float": _float}
     try:
         value = json.loads(text, object_pairs_hook=_once, parse_constant=float if nan else _float, **numbers)
     except RecursionError:
         raise ValueError("its brackets are nested too deeply") from None
-    deep = len(text) <= FILE_LIMIT and text.count("[") + text.count("{") > _DEPTH
-    whole = not halves and ("\\ud" in text or "\\uD" in text)
-    if deep or whole:
-        _check_values(value, _DEPTH if deep else None, whole)
+    if len(text) <= FILE_LIMIT and text.count("[") + text.count("{") > _DEPTH:
+        _check_depth(value)
     return value
 
 
@@ -127,7 +124,7 @@ def _integer(text: str) -> int:
 
 
 def _any_integer(text: str) -> int | float:
-    return int(text) if len(text) <= _DIGITS else float("-inf" if text[0] == "-" else "inf")
+    return int(text) if len(text) <= _DIGITS else float(text)
 
 
 def _float(text: str) -> float:
@@ -136,21 +133,17 @@ def _float(text: str) -> float:
     return value
 
 
-def _check_values(value, depth: int | None, whole: bool) -> None:
-    """Raise ValueError for brackets within more than `depth` others, and where `whole` for half a character."""
-    level, deep = [value], 0
-    while level:
-        if depth is not None and deep > depth:
-            raise ValueError("its brackets are nested too deeply")
+def _check_depth(value) -> None:
+    """Raise ValueError for brackets within more than _DEPTH others."""
+    level = [value]
+    for _ in range(_DEPTH + 1):
         inner = []
         for item in level:
-            if isinstance(item, dict):
-                inner += [*item, *item.values()]
-            elif isinstance(item, list):
-                inner += item
-            elif whole and isinstance(item, str) and re.search("[\ud800-\udfff]", item):
-                raise ValueError(f"it holds half a character, {shown(item)}")
-        level, deep = inner, deep + 1
+            if isinstance(item, (dict, list)):
+                inner += item.values() if isinstance(item, dict) else item
+        level = inner
+    if level:
+        raise ValueError("its brackets are nested too deeply")
 
 
 # ---------------------------------------------------------------------- YAML

@@ -6,7 +6,6 @@ import pytest
 import yaml
 from helpers import RUN, files_in, run_lever
 
-from lever_lm.cli.commands import app
 from lever_lm.cli.config_command import flat
 from lever_lm.config.schema import Config, all_keys, key_docs, to_dict
 from lever_lm.config.values import build, configs_root
@@ -113,13 +112,6 @@ def test_what_cannot_be_shown_is_refused_in_one_line(lever, a_run):
 # ---------------------------------------------------------------------- diff
 
 
-def test_a_pipe_is_not_waited_for(tmp_path):
-    os.mkfifo(tmp_path / "pipe.yaml")
-    done = run_lever("config", "diff", "demo", "pipe.yaml", cwd=tmp_path, prefix=("timeout", "60"))
-    assert done.status == 2
-    assert "no config 'pipe.yaml': expected a run folder, a YAML file or a recipe" in done.err
-
-
 def test_two_runs_differ_where_their_configs_do(lever, a_run):
     values = yaml.safe_load((a_run / RUN / "config.yaml").read_text())
     other = a_run / "other"
@@ -210,11 +202,3 @@ def test_offers_within_this_process(runs, monkeypatch):
     assert values(completion.run_names) == []  # nothing is said to who is typing
     for name in values(completion.named("dataset")):
         assert os.path.isfile(configs_root() / "dataset" / f"{name}.yaml")
-
-
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_each_shell_has_its_script(capsys, monkeypatch, shell):
-    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
-    with pytest.raises(SystemExit, match="0"):
-        app(["--show-completion", shell], prog_name="lever")
-    assert "COMPLETE=complete_" + shell in capsys.readouterr().out

@@ -14,7 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lever_lm.evaluation.report import phrasing as words
-from lever_lm.evaluation.report.curves import Series, accuracy_series, distinct_names, training_curves
+from lever_lm.evaluation.report.curves import Series, distinct_names, training_curves
 from lever_lm.evaluation.report.gallery import EACH, Gallery, Shown, pick_queries
 from lever_lm.evaluation.report.svg import line_chart, round_ticks
 from lever_lm.evaluation.results import Sample, read_metrics, read_samples
@@ -108,14 +108,6 @@ def test_a_strategy_marks_the_epoch_that_it_chooses_in_its_own_chart():
     assert [one.marks for one in curves["val_loss"]] == [{2: "val_loss"}] * 2
     assert [one.marks for one in curves["kl"]] == [{}, {}]  # no epoch is in range
     assert [one.colour for one in curves["beta"]] == ["run0", "run1"]
-
-
-def test_what_is_not_finite_is_not_drawn():
-    results = [
-        {"method": "grpo", "shots": 1, "accuracy": 0.5, "ci": [0.4, 0.6]},
-        {"method": "grpo", "shots": 2, "accuracy": float("nan"), "ci": [0.4, 0.6]},
-    ]
-    assert accuracy_series(results)[0].points == [(1, 50.0)]
 
 
 # ---------------------------------------------------------------------- sentences
@@ -233,14 +225,6 @@ def samples_file(evaluated, folder=INFERENCE) -> Path:
     return path
 
 
-def change_samples(evaluated, change) -> Path:
-    """Change each line of a file of samples, given with its number."""
-    path = samples_file(evaluated)
-    rows = [{**json.loads(line), **change(i)} for i, line in enumerate(path.read_text().splitlines())]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 def test_a_card_has_what_the_policy_gave_each_pick_on_a_page_to_mail(evaluated, lever):
     page = page_of(lever)
     assert page_of(lever) == page
@@ -314,19 +298,9 @@ def test_runs_are_compared_query_by_query(compared_once, lever):
     assert "--compare" in refused.err
 
 
-def test_names_and_answers_of_strangers_are_text_on_the_page(evaluated, lever):
-    trap = "<img src=x onerror=alert(1)>\x1b[2J"
-    metrics = change_samples(evaluated, lambda i: {"answer": trap, "references": [trap]}).with_name("metrics.json")
-    content = json.loads(metrics.read_text())
-    metrics.write_text(json.dumps({**content, "checkpoint": trap}))
-    page = page_of(lever)
-    assert "<img src=x" not in page
-    assert "\x1b" not in page
-    assert html.escape("<img src=x onerror=alert(1)>") in page
-
-
 def test_samples_of_other_data_are_refused(evaluated, lever):
-    change_samples(evaluated, lambda i: {"question_id": i})
+    path = samples_file(evaluated)
+    path.write_text(re.sub('"question_id": ', '"question_id": 9', path.read_text()))
     done = lever("report")
     assert done.status == 1
     assert "--dataset" in done.err

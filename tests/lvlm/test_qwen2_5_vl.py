@@ -24,7 +24,7 @@ from lever_lm.utils.paths import asset_path
 from lever_lm.utils.transformers_compat import import_transformers
 
 STYLES = ("interleaved", "dialogue")
-PROMPTS = 24  # a setting: four of every number of shots
+PROMPTS = 18  # a setting: three of every number of shots
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_answers_are_those_of_plain_generate(prompts, style, beams):
     ours = local_lvlm(style, num_beams=beams)
     answers = ours.generate(prompts)
     assert answers == [plain_answer(ours, prompt, style, num_beams=beams) for prompt in prompts]
-    assert len(set(answers)) >= 8, "prompts that all get the same answer prove nothing"
+    assert len(set(answers)) >= 5, "prompts that all get the same answer prove nothing"
 
 
 @pytest.mark.parametrize("scored", [False, True])
@@ -62,7 +62,7 @@ def test_what_is_left_after_whole_batches_is_cut_as_before(prompts, scored):
     answers = [("three", "a blue circle of paper " * (1 + i % 7))[i % 2] for i in range(len(prompts))]
     work = (prompts, answers) if scored else (prompts,)
     batches = ours.batches(*work)
-    assert len(batches) > 4
+    assert len(batches) >= 4
     for gone in ({0}, {1, 3}, set(range(len(batches) - 1))):
         left = [i for k, batch in enumerate(batches) if k not in gone for i in sorted(batch)]
         again = ours.batches(*([part[i] for i in left] for part in work))
@@ -79,7 +79,7 @@ def test_the_batch_size_changes_no_answer(prompts, beams):
 def test_batches_hold_every_prompt_once_and_no_more_than_the_batch_size(lvlm, prompts):
     batches = lvlm.batches(prompts)
     assert sorted(i for batch in batches for i in batch) == list(range(len(prompts)))
-    assert max(map(len, batches)) <= 16
+    assert max(map(len, batches)) == 8
     shots = [len(prompts[i].icds) for batch in batches for i in batch]
     assert shots == sorted(shots, reverse=True), "prompts of one length belong together, the longest first"
 

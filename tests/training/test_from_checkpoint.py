@@ -280,9 +280,10 @@ def test_results_that_do_not_say_their_setting_are_left_out(there, tmp_path):
 
 
 def test_a_dry_run_names_the_folder_that_infer_writes(there, tmp_path):
-    for words in (("--seed", "4"), ("--icds", "icds.jsonl", "--limit", "5")):
+    changed = ("--ckpt", OWN / "rce_epoch1.pt", "--set", "prompt.order=first_pick_last")
+    for words in (changed, ("--icds", "icds.jsonl", "--limit", "5")):
         if "--icds" in words:
-            source = next((tmp_path / INFERENCE).glob("grpo*/icds.jsonl"))
+            source = next((tmp_path / INFERENCE).glob("rce*/icds.jsonl"))
             shutil.copy(source, tmp_path / "icds.jsonl")
         options = ("infer", "--run-name", NAME, "--shots", "1", "--limit", "5", *words, "--json")
         before = files_in(tmp_path)

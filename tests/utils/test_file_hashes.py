@@ -1,5 +1,6 @@
 """Digests of contents: read once, and again whenever a file may have changed."""
 
+import hashlib
 import json
 import os
 import time
@@ -115,6 +116,13 @@ def test_what_was_read_before_the_folder_was_there_is_written_later(tmp_path, fi
     (tmp_path / "cache").mkdir()
     known.of(files[:1])
     assert len(json.loads((tmp_path / "cache" / "digests.json").read_text())) == 2
+
+
+def test_a_digest_is_the_beginning_of_the_sha256(tmp_path):
+    (tmp_path / "abc").write_bytes(b"abc")
+    assert file_digest(tmp_path / "abc") == "ba7816bf8f01cfea"  # FIPS 180-2
+    (tmp_path / "large").write_bytes(b"x" * 3_000_000)
+    assert file_digest(tmp_path / "large") == hashlib.sha256(b"x" * 3_000_000).hexdigest()[:16]
 
 
 def test_a_missing_file_is_an_error_and_so_is_a_pipe(tmp_path):

@@ -27,7 +27,6 @@ from lever_lm.utils.terminal import shown
 _EPOCHS = ("phase", "epoch", *LOGGED, RECOMMENDED)
 _MOST = 200  # epochs in the table
 _LONGEST = 200  # characters of a value that differs
-_NOT_COMPARED = ("command", "last_command", "sources", "resumed_with")  # of env.json
 
 
 def write_report(
@@ -80,7 +79,7 @@ def _page(main: Evaluated, data: VqaData | None, others: list[Evaluated]) -> dic
         "groups": words.groups(rows),
         "warnings": words.warnings_of(rows),
         "columns": _EPOCHS,
-        "epochs": [[_cell(row.get(name)) for name in _EPOCHS] for row in rows[-_MOST:]],
+        "epochs": rows[-_MOST:],
         "left_out": max(0, len(rows) - _MOST),
         "config": _text(main.run.config),
         "environment": yaml.safe_dump(environment, sort_keys=False, allow_unicode=True),
@@ -158,12 +157,6 @@ def _by_shots(metrics: dict) -> dict:
     }
 
 
-def _cell(value) -> str:
-    if isinstance(value, float):
-        return f"{value:.5g}"
-    return "–" if value is None else str(value)
-
-
 def _text(path: Path) -> str:
     """Return the text of a run's config.yaml; nothing where it cannot be shown."""
     try:
@@ -176,14 +169,16 @@ def _text(path: Path) -> str:
 
 
 def _compared(ours: tuple[Evaluated, str], theirs: tuple[Evaluated, str]) -> dict:
-    """Return how another run differs, both with their names: config, environment, and the paired tests."""
-    (main, _), (other, name) = ours, theirs
-    left_out = dict.fromkeys(_NOT_COMPARED)
-    environments = [{**read_environment(one.run, CONFIG_LIMIT), **left_out} for one in (main, other)]
+    """Return how another run differs, both with their names: key and both values of the configs, as they would be
+    typed, and the paired tests."""
+
+    def plain(value) -> str:
+        return value[:_LONGEST] if isinstance(value, str) and value else shown(value, _LONGEST)
+
+    config = differing(*(_settings(one.run) for one, _ in (ours, theirs)))
     return {
-        "name": name,
-        "config": _differing(_settings(main.run), _settings(other.run)),
-        "environment": _differing(*environments),
+        "name": theirs[1],
+        "config": [(".".join(key), plain(here), plain(there)) for key, here, there in config],
         "tests": _tests(ours, theirs),
     }
 
@@ -194,15 +189,6 @@ def _settings(run: RunFolder) -> dict:
         return run.settings()
     except LeverError:
         return {}
-
-
-def _differing(ours: dict, theirs: dict) -> list[tuple[str, str, str]]:
-    """Return key and both values, as they would be typed, where two configs differ."""
-
-    def plain(value) -> str:
-        return value[:_LONGEST] if isinstance(value, str) and value else shown(value, _LONGEST)
-
-    return [(".".join(key), plain(here), plain(there)) for key, here, there in differing(ours, theirs)]
 
 
 def _tests(ours: tuple[Evaluated, str], theirs: tuple[Evaluated, str]) -> list[dict]:

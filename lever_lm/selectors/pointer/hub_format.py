@@ -128,7 +128,9 @@ def _read_config(folder: Path, named: str | Path) -> dict:
             raise ValueError(f"it holds a key {shown(unknown[0])}, which is none of a policy's")
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
-        raise LeverError(f"cannot read the checkpoint {named}: {CONFIG}: {why}; expected {_WHAT}") from error
+        raise LeverError(
+            f"cannot read the checkpoint {named}: Is a directory, with {CONFIG}: {why}; expected {_WHAT}"
+        ) from error
     return config
 
 
