@@ -4,16 +4,22 @@ A selector is a name of `selectors.SELECTORS`. A learnt one has a run of its own
 made by `lever train --selector NAME`; `rce` and `grpo` are phases of that run.
 """
 
+import contextlib
 import difflib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lever_lm.evaluation.evaluate import Outcome
+from lever_lm.evaluation.evaluate import Evaluation, Outcome
 from lever_lm.evaluation.statistics import holm, paired_test
 from lever_lm.selectors import ANY_POLICY, FROM_FILE, SELECTORS, SIMPLE
-from lever_lm.utils.errors import UsageError
+from lever_lm.selectors.pointer.checkpoint import own_config, read_checkpoint
+from lever_lm.training.find_checkpoint import find_checkpoint
+from lever_lm.training.metrics import PHASES, RECOMMENDED, STRATEGIES
+from lever_lm.training.run_dir import RunFolder
+from lever_lm.training.select_checkpoint import best_row
+from lever_lm.utils.errors import LeverError, UsageError
 from lever_lm.utils.terminal import shown
 
 ALL = "all"
@@ -53,10 +59,48 @@ def timed(choose: Callable[[], list]) -> tuple[list, float]:
     return made, time.perf_counter() - began
 
 
-def run_of(run: Path, name: str) -> Path:
-    """Return the folder of a learnt selector's run beside the run that the options name: `epr`, or `NAME_epr` beside a
-    run NAME of its own name."""
-    return run.with_name(name if run.name.startswith("v3_") or run.name == "demo" else f"{run.name}_{name}")
+# warmup → the selector that it makes
+WARMUPS = {"match": "answer_match", "epr": "epr", "lever_lm": "lever_lm", "fixed_set": "fixed_set"}
+
+
+def method_of(checkpoint: Path) -> str:
+    """Return the selector that a checkpoint is: by its phase, and of a warm-up by what that learnt from."""
+    phase = next((phase for phase in PHASES if checkpoint.stem.startswith(phase)), ANY_POLICY)
+    return WARMUPS.get(own_config(read_checkpoint(checkpoint)).get("warmup"), phase) if phase == "rce" else phase
+
+
+def checkpoint_of(run: RunFolder, name: str) -> Path | None:
+    """Return the checkpoint of a learnt selector: of `rce` and `grpo` the best by val_reward of that phase of the run,
+    of another one that of its own run; None where there is none. A run of its own is called after the selector, or
+    after the run and the selector."""
+    if name in PHASES:
+        row = best_row([row for row in run.rows() if row["phase"] == name], STRATEGIES[RECOMMENDED])
+        path = run.checkpoint(name, row["epoch"]) if row else None
+        return path if path and path.is_file() else None
+    for folder in (f"{run.path.name}_{name}", name):
+        with contextlib.suppress(LeverError):
+            return find_checkpoint(RunFolder(run.path.with_name(folder)), None, {})[0]
+    return None
+
+
+def missing(run: RunFolder, name: str) -> str:
+    """Return what makes the run of a learnt selector that is not there."""
+    if name in PHASES:
+        return f"{name}, of which {run.path} has no epoch"
+    return f"{name}, which has no run beside {run.path}: `lever train --selector {name}`, with the options of this run"
+
+
+def chooses_from(name: str, evaluation: Evaluation) -> str:
+    """Return from what a selector chooses."""
+    pool, total = SELECTORS[name].pool, len(evaluation.data.train_examples)
+    return f"pools of {evaluation.config.rollout.pool_size}" if pool else f"all {total:,}"
+
+
+def cost_of(name: str, checkpoint: Path, seconds: float, evaluation: Evaluation) -> Cost:
+    """Return the cost of the choices that a checkpoint made."""
+    calls = own_config(read_checkpoint(checkpoint)).get("lvlm_calls")
+    known = calls if isinstance(calls, int) and not isinstance(calls, bool) else None
+    return Cost(name, known, 0, seconds, chooses_from(name, evaluation))
 
 
 def arena_rows(outcomes: Sequence[Outcome], costs: Sequence[Cost]) -> list[dict]:

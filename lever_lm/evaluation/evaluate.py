@@ -3,16 +3,17 @@
 A choice is a list of training rows per query in pick order, best first; the prompt's order is prompt.build_prompt's.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 
 import numpy as np
+from torch import Tensor
 
 from lever_lm.config.schema import Config
 from lever_lm.data import Example, VqaData
-from lever_lm.data.embeddings import Embeddings, Features
+from lever_lm.data.embeddings import ClipEncoder, Embeddings, Features
 from lever_lm.data.pools import sample_pools
 from lever_lm.evaluation.statistics import bootstrap_interval, paired_test
 from lever_lm.lvlm import CachedLvlm, build_prompt
@@ -49,10 +50,17 @@ class Outcome:
 
 class Evaluation:
     """The evaluation queries of a config, to choose for (`problem`) and to answer (`run`). Without features there is no
-    problem: only choices from a file can be run then."""
+    problem: only choices from a file can be run then. lvlm: makes the LVLM, for a selector that asks it."""
 
-    def __init__(self, config: Config, data: VqaData, features: Features | None, track: Track = untracked):
-        self.config, self.data, self.features, self.track = config, data, features, track
+    def __init__(
+        self,
+        config: Config,
+        data: VqaData,
+        features: Features | None,
+        track: Track = untracked,
+        lvlm: Callable[[], CachedLvlm] | None = None,
+    ):
+        self.config, self.data, self.features, self.track, self._lvlm = config, data, features, track, lvlm
         total = len(data.val_examples)
         count = min(config.infer.num_queries or total, total)
         # A subset of a larger one, and in the order of the file.
@@ -63,7 +71,20 @@ class Evaluation:
     def problem(self) -> Problem:
         """The queries with their pools, features and what may be shown before them."""
         embeddings = (self.features.val.take(self.rows), self.features.train)
-        return problem_of(self.config, self.queries, self.data.train_examples, self.data.task, embeddings, self.track)
+        examples = (self.queries, self.data.train_examples, self.data.task)
+        problem = problem_of(self.config, *examples, embeddings, self.track)
+        return replace(problem, answer=self._answer, embed=self._embed)
+
+    def _answer(self, shown: Sequence[Sequence[int]]) -> list[str]:
+        """Return what the LVLM answers to each query after these training rows, first pick first."""
+        train, pairs = self.data.train_examples, zip(shown, self.queries, strict=True)
+        prompts = [build_prompt([train[row] for row in rows], query, self.config.prompt) for rows, query in pairs]
+        return self._lvlm().answer(prompts, "selection")
+
+    def _embed(self, texts: Sequence[str]) -> Tensor:
+        """Return unit text embeddings (n, D) by the encoder of the features."""
+        features = self.config.features
+        return ClipEncoder(features.encoder, self.config.device, features.batch_size).texts(texts, self.track)
 
     def select(self, name: str, shots: int) -> list[list[int]]:
         """Return the picks of a selector of the table."""

@@ -12,20 +12,29 @@ from pathlib import Path
 
 from lever_lm.data import VqaData, load_dataset
 from lever_lm.data.embeddings import encoder_fingerprint
+from lever_lm.evaluation.arena import (
+    Cost,
+    arena_rows,
+    checkpoint_of,
+    chooses_from,
+    cost_of,
+    method_of,
+    missing,
+    timed,
+)
 from lever_lm.evaluation.choices_file import read_icds
 from lever_lm.evaluation.evaluate import Evaluation, compare
 from lever_lm.evaluation.report.curves import Evaluated
 from lever_lm.evaluation.report.figures import check_plots, write_plots
 from lever_lm.evaluation.report.page import write_report
 from lever_lm.evaluation.results import evaluations, last_evaluation, write_results
-from lever_lm.selectors import ANY_POLICY, BASELINES, FROM_FILE, SELECTORS
+from lever_lm.selectors import BASELINES, FROM_FILE, SELECTORS
 from lever_lm.selectors.learned import choose
 from lever_lm.selectors.pointer.checkpoint import policy_digest
 from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.training.environment import command_line, recorded
 from lever_lm.training.find_checkpoint import find_checkpoint, load_for
 from lever_lm.training.from_checkpoint import change_lines, changes, changes_of_run
-from lever_lm.training.metrics import PHASES
 from lever_lm.training.pipeline import Pipeline
 from lever_lm.training.preflight import ALL
 from lever_lm.training.run_dir import LOCK, RunFolder, inference_folder, lvlm_name
@@ -53,30 +62,34 @@ def infer(
     ckpt: str | None = None,
     icds: Path | None = None,
     baselines: bool = False,
+    against: Sequence[str] = (),
+    named: bool = True,
 ) -> dict:
     """Answer the evaluation queries with a checkpoint's choices, or with those in the file `icds`, which need no
-    features without baselines; write and return results and paired tests."""
+    features without baselines; write and return results and paired tests. against: selectors that are set against it in
+    one table, with what each costs (arena.py); named: each is asked for, so that one without a checkpoint is an error."""
     most, say, path = max(shots), pipeline.screen.say, None
-    if icds is None or baselines:
+    if icds is None or baselines or against:
         _check_shots(pipeline, shots)
     if icds is None:
         path, why = find_checkpoint(pipeline.run, ckpt, dict(os.environ))
         pipeline.check(*ALL)
         say(f"checkpoint: {path} ({why})")
         policy = load_for(path, pipeline.config, say)
-        method = next((phase for phase in PHASES if path.stem.startswith(phase)), ANY_POLICY)
-        evaluation = _evaluation(pipeline)
-        chosen = _chosen_by(policy, evaluation, most, method, path)
+        evaluation, method = _evaluation(pipeline), method_of(path)
+        chosen, seconds = timed(lambda: _chosen_by(policy, evaluation, most, method, path))
+        costs = [cost_of(method, path, seconds, evaluation)]
         if policy.stop:
             mean = sum(map(len, chosen.picks)) / len(chosen.picks)
             say(f"the policy may stop early: it chose {mean:.2f} ICDs a query where {most} were allowed")
         facts = {"checkpoint": str(path), "why": why}
     else:
-        pipeline.check(*(ALL if baselines else ("data", "lvlm")))
+        pipeline.check(*(ALL if baselines or against else ("data", "lvlm")))
         evaluation = Evaluation(pipeline.config, pipeline.data, None)
         picks = read_icds(icds, evaluation.queries, pipeline.data.train_examples, most)
         chosen, facts = Chosen(FROM_FILE, picks, file_digest(icds)), {"icds": str(icds)}
-        if baselines:
+        costs = [Cost(FROM_FILE, None, 0, 0.0, "a file")]
+        if baselines or against:
             evaluation = _evaluation(pipeline)
     folder, changed = _destination(pipeline, pipeline.data, path, icds)
     for line in change_lines(changed):
@@ -84,8 +97,17 @@ def infer(
     if changed:
         say("these results stand apart from those of the run's own setting")
     choices = {name: evaluation.select(name, most) for name in BASELINES if baselines}
+    others: list[Chosen] = []
+    for name in against:
+        if name != chosen.method and (found := _contender(pipeline, evaluation, name, most, named)):
+            (picks, of_checkpoint), cost = found
+            choices[name] = picks
+            others += of_checkpoint
+            costs.append(cost)
     choices[chosen.method] = chosen.picks
-    metrics = _evaluate(pipeline, evaluation, choices, [chosen], shots, folder, {**facts, "changed": changed})
+    facts["changed"] = changed
+    table = costs if against else ()
+    metrics = _evaluate(pipeline, evaluation, choices, [*others, chosen], shots, folder, facts, table)
     say(f"predictions and metrics: {folder}")
     return {**metrics, "folder": str(folder)}
 
@@ -97,7 +119,27 @@ def _check_shots(pipeline: Pipeline, shots: Sequence[int]) -> None:
 
 
 def _evaluation(pipeline: Pipeline) -> Evaluation:
-    return Evaluation(pipeline.config, pipeline.data, pipeline.features, pipeline.screen.track)
+    return Evaluation(pipeline.config, pipeline.data, pipeline.features, pipeline.screen.track, lambda: pipeline.lvlm)
+
+
+def _contender(
+    pipeline: Pipeline, evaluation: Evaluation, name: str, shots: int, alone: bool
+) -> tuple[tuple[list[list[int]], list[Chosen]], Cost] | None:
+    """Return the picks of a selector of the table, with its checkpoint's, if it has one, as Chosen, and their cost. None
+    of a learnt one, which is said, where its run is not there and it is not named alone."""
+    one = SELECTORS[name]
+    if one.select is not None:
+        picks, seconds = timed(lambda: evaluation.select(name, shots))
+        return (picks, []), Cost(name, 0, one.calls, seconds, chooses_from(name, evaluation))
+    path = checkpoint_of(pipeline.run, name)
+    if path is None and alone:
+        raise LeverError(missing(pipeline.run, name))
+    if path is None:
+        pipeline.screen.say(f"left out: {missing(pipeline.run, name)}")
+        return None
+    policy = load_for(path, pipeline.config, pipeline.screen.say)
+    chosen, seconds = timed(lambda: _chosen_by(policy, evaluation, shots, name, path))
+    return (chosen.picks, [chosen]), cost_of(name, path, seconds, evaluation)
 
 
 def _chosen_by(policy: PointerSelector, evaluation: Evaluation, shots: int, method: str, path: Path) -> Chosen:
@@ -113,10 +155,11 @@ def _evaluate(
     shots: Sequence[int],
     folder: Path,
     facts: dict,
+    costs: Sequence[Cost] = (),
 ) -> dict:
     """Answer and score the choices of all methods, and add the results to those in the folder, in which processes take
     turns. chosen: those among the methods that are no baselines; the last is tested against all others, and its choices
-    are kept. facts: what else metrics.json says, whose content is returned."""
+    are kept. facts: what else metrics.json says, whose content is returned. costs: of the methods of `--against`."""
     config, ours = pipeline.config, chosen[-1].method
     outcomes = evaluation.run(choices, shots, pipeline.lvlm)
     pipeline.screen.detail(pipeline.lvlm.tally)
@@ -131,6 +174,7 @@ def _evaluate(
     facts = {
         **facts,
         "tests": compare(ours, outcomes),
+        **({"arena": arena_rows(outcomes, costs)} if costs else {}),
         "okvqa_stem": config.infer.okvqa_stem,
         "setting": "-".join((setting, *(one.digest for one in chosen))),
         "lvlm": lvlm_name(config.lvlm.path),

@@ -31,7 +31,7 @@ from lever_lm.training.metrics import RECOMMENDED
 from lever_lm.training.nan_debug import detecting
 from lever_lm.training.preflight import ALL, examine
 from lever_lm.training.rce import train_rce
-from lever_lm.training.rollouts.file_format import made_of, why_made_again
+from lever_lm.training.rollouts.file_format import made_of, rollout_calls, why_made_again
 from lever_lm.training.rollouts.generate import check_rows, make_rollouts, online_rewards, rollout_stamp
 from lever_lm.training.rollouts.propose import new_policy
 from lever_lm.training.run_dir import LOCK, Layout, RunFolder, inference_folder
@@ -161,7 +161,9 @@ class Pipeline(Stages):
             state_of(self.run, made_from, policy)  # a run that is refused stays as it was
         self.run.open(self.config, overwrite=overwrite)
         record(self.run, environment(self.config, inputs, source.made_of, source.files), self.say)
-        journal = self._journal({"policy": policy.shape, **source.made_for, "seed": self.config.seed}, made_from)
+        journal = self._journal(
+            {"policy": policy.shape, **source.made_for, "seed": self.config.seed, **self._cost(source)}, made_from
+        )
         torch.manual_seed(self.config.seed)
         if train is not None:
             train, val = train.to(device), val.to(device)
@@ -180,6 +182,13 @@ class Pipeline(Stages):
             self.say(f"not converted: {error}")
             converted = None
         return {"run": str(self.run.path), "recommended": recommended, "converted": converted}
+
+    def _cost(self, source: Source) -> dict:
+        """Return what a checkpoint says of what it learnt from: the warm-up, where it is not RCE, and the LVLM calls
+        that were made for it, where they are known; those of online rounds are not among them."""
+        calls = rollout_calls(source.rollouts) if source.rollouts else 0
+        own = {} if calls is None else {"lvlm_calls": calls}
+        return own if self.config.warmup == "rce" else {**own, "warmup": self.config.warmup}
 
     def _warm_up(self, policy: Policy, train: GroupTensors | None, val: GroupTensors | None, journal: Journal) -> None:
         """Train by the warm-up of the config: on the logged groups, or for `match` on the answers of the training
