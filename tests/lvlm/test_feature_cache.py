@@ -313,7 +313,8 @@ class Deadly:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_worker_that_is_killed_is_one_message(images):
+def test_a_worker_that_is_killed_is_one_message(images, monkeypatch):
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)  # seconds that the end waits for it
     made = chunked_patches(images, Deadly(), LvlmConfig(**SMALL), torch.float32, workers=2, pin=False)
     with pytest.raises(LeverError, match=r"shm-size.*lvlm\.workers=0") as caught:
         list(made)
