@@ -94,6 +94,12 @@ def in_place(kind: str, path: Path, trap: Path) -> None:
         torch.save(content, path)
 
 
+def test_a_pickle_that_names_a_second_protocol_is_refused_before_torch_warns_of_it(tmp_path):
+    archive(tmp_path / "two.pt", b"\x80\x02\x80\x05}.")
+    with pytest.raises(LeverError, match="protocol 2"):
+        load_torch(tmp_path / "two.pt")
+
+
 @pytest.mark.parametrize(
     "kind",
     ["pickle", "newer pickle", "legacy", "tar", "opcodes", "built", "metrics", "config", "policy"],
