@@ -15,3 +15,11 @@ def pytest_configure(config):
     torch.set_num_threads(1)
     # A shell without job control starts what runs in its background deaf to Ctrl-C, and children inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# Files that take longest, in this order: begun first, none of them is what the other processes wait for at the end.
+_LONG = ("test_docs", "test_distributed", "test_end_to_end", "test_commands", "test_seed_document", "test_crashes")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: _LONG.index(item.path.stem) if item.path.stem in _LONG else len(_LONG))

@@ -64,7 +64,7 @@ class Common:
     dry_run: bool = _switch("Show what would be done, and with which config.")
     json_: bool = _switch("The result as JSON on stdout; all else goes to stderr.")
     quiet: bool = _switch("Results and errors only; no warnings, no progress.", "--quiet", "-q")
-    verbose: bool = _switch("Also versions, paths, cache hits, and every warning of every epoch.", "--verbose", "-v")
+    verbose: bool = _switch("Also versions, paths and cache hits.", "--verbose", "-v")
     debug: bool = _switch("Show tracebacks.")
 
 

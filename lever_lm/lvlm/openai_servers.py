@@ -76,7 +76,7 @@ def check_server(config: LvlmConfig, say: Callable[[str], None] = unsaid, *, wai
     served = [str(card.get("id")) for card in listed]
     raise ServerError(
         f"the server {url} serves {one_line(', '.join(served))[:_NAMES]}, not {name}",
-        f"--set lvlm.path={one_line(served[0])} to ask that one, or --server URL of another",
+        f"--set lvlm.path={one_line(served[0])[:_NAMES]} to ask that one, or --server URL of another",
     )
 
 

@@ -12,6 +12,7 @@ _NUMBER = re.compile(r"[+-]?(?:(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?|inf
 _LOG_PART = 64 << 10  # bytes of a log that are looked at together
 _LONGEST_ROW = 1000  # characters
 _KEYS = {metric.column.heading: key for key, metric in METRICS.items() if metric.column}
+_HEADING = re.compile("|".join(map(re.escape, _KEYS)) + r"|\S+")  # known ones, with the blank in them, or a word
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ def read_log(path: Path) -> History:
                 tables, rows, columns = tables + 1, [], LOGGED
             elif tables and line.whole and len(line.text) <= _LONGEST_ROW:
                 if all(METRICS[key].column.heading in line.text for key in LOGGED):
-                    columns = re.split(r"\s{2,}", line.text.strip())[1:]
+                    columns = _HEADING.findall(line.text)[1:]
                 elif (row := _row(line.text, columns)) and line.ended:
                     rows.append(row)
                 elif row or (not line.ended and re.match(r"\s*\d+\s", line.text)):

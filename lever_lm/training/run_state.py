@@ -31,7 +31,8 @@ def state_of(run: RunFolder, inputs: dict[str, str], policy: PointerSelector | N
     than these, or, where a policy is given, its weights are not those of one of this shape."""
     state = load_torch(run.state)
     there = state.get("inputs")
-    changed = [name for name, value in inputs.items() if not isinstance(there, dict) or there.get(name) != value]
+    known = {name: value for name, value in there.items() if isinstance(value, str)} if isinstance(there, dict) else {}
+    changed = [name for name, value in inputs.items() if known.get(name) != value]
     if changed:
         raise LeverError(
             f"the {' and '.join(changed)} of the run in {run.path} have changed since it was begun; "

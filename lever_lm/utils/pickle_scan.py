@@ -112,6 +112,11 @@ class _DryRun(pickle._Unpickler):
     def load_setitems(self) -> None:
         self.set_items(self.pop_mark())
 
+    def load_proto(self) -> None:
+        """Take protocol 2 alone, wherever in a pickle it is named: torch warns of others."""
+        if self.read(1) != b"\x02":
+            raise Refused("it is not of pickle's protocol 2")
+
     def load_build(self) -> None:
         """Fill an array or its dtype; the metadata of a state_dict is left out."""
         state, target = self.stack.pop(), self.stack[-1]
@@ -141,6 +146,7 @@ _DryRun.dispatch |= {
     pickle.SETITEM[0]: _DryRun.load_setitem,
     pickle.SETITEMS[0]: _DryRun.load_setitems,
     pickle.BUILD[0]: _DryRun.load_build,
+    pickle.PROTO[0]: _DryRun.load_proto,
 }
 
 

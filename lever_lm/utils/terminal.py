@@ -4,8 +4,9 @@ import json
 import re
 import reprlib
 
-# C0 but tab and newline, DEL, C1, line and paragraph separators, bidi embeddings, overrides and isolates, surrogates.
-_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# C0 but tab and newline, DEL, C1, line and paragraph separators, bidi embeddings, overrides and isolates, surrogates,
+# the byte order mark.
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
 
 
 def printable(text: str) -> str:

@@ -255,22 +255,16 @@ def test_quiet_leaves_results_alone(trained, lever):
     assert "missing  lvlm.path: " in missing.out
 
 
-def test_verbose_adds_versions_paths_cache_hits_and_every_warning(trained, lever):
-    alarm = ("--set", "grpo.kl_beta=1000", "--set", "grpo.refresh_every=1", "--set", "grpo.lr=0.1")
+def test_verbose_adds_versions_paths_and_cache_hits(trained, lever):
     said = {}
     for name, options in (("plain", []), ("verbose", ["-v"])):
-        done = lever("train", *SMALL, "--run-name", name, *alarm, *options)
+        done = lever("train", *SMALL, "--run-name", name, *options)
         assert done.status == 0, done.err
-        said[name] = [line.replace(f"/{name}", "/NAME") for line in done.out.splitlines()]
-    more = "\n".join(set(said["verbose"]) - set(said["plain"]))
+        said[name] = {line.replace(f"/{name}", "/NAME") for line in done.out.splitlines()}
+    more = "\n".join(said["verbose"] - said["plain"])
     assert f"versions: torch {importlib.metadata.version('torch')}" in more
     assert "features: results/digits/cache/features_tiny-clip.safetensors (there)" in more
     assert "LVLM so far: 0 prompts asked, " in more
-    rows = [json.loads(line) for line in (trained / RUN.with_name("plain") / "metrics.jsonl").read_text().splitlines()]
-    kinds = [kind for row in rows for kind in row.get("warnings", {})]
-    plain, verbose = (sum("warning" in line for line in said[name]) for name in ("plain", "verbose"))
-    assert (plain, verbose) == (len(set(kinds)), len(kinds))
-    assert plain < verbose
 
 
 def test_rollout_makes_rollouts_alone(warm, lever):

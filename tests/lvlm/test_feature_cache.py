@@ -25,6 +25,7 @@ from lever_lm.lvlm.qwen_kernels import _align
 from lever_lm.utils.atomic_io import TEMPORARY_PREFIX
 from lever_lm.utils.distributed import Shards
 from lever_lm.utils.errors import LeverError
+from lever_lm.utils.transformers_compat import import_transformers
 
 TINY = "asset:tiny-qwen2.5-vl"
 MIB = 1 << 20
@@ -313,7 +314,9 @@ class Deadly:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_worker_that_is_killed_is_one_message(images):
+def test_a_worker_that_is_killed_is_one_message(images, monkeypatch):
+    import_transformers()  # qwen_vl_utils needs torchvision
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)  # seconds that the end waits for it
     made = chunked_patches(images, Deadly(), LvlmConfig(**SMALL), torch.float32, workers=2, pin=False)
     with pytest.raises(LeverError, match=r"shm-size.*lvlm\.workers=0") as caught:
         list(made)

@@ -409,6 +409,7 @@ def test_a_host_that_is_nowhere_is_said(host):
     [
         (models("Qwen/Qwen2.5-VL-7B-Instruct", "lora\x1b"), r"serves Qwen/\S+7B-Instruct, lora\\x1b, not tiny: .*7B"),
         (models(*(f"m{i}" for i in range(400))), "serves m0, m1, m2, .{188}, not tiny"),
+        (models("m" * 999), "serves m{200}, not tiny: --set lvlm.path=m{200} "),
         (Reply(401), "answered 401: set OPENAI_API_KEY to a key it accepts"),
     ],
 )

@@ -55,7 +55,7 @@ BROKEN_STATES = {
     "extra__old": [{"a": torch.ones(1)}, [1], "x"],
     "extra__reference": [{"a": torch.ones(1)}, [1], "x"],
     "extra__online": [[1], {}, {"sequences": 1}, {"sequences": 1, "rewards": 2, "mask": 3}, {"mask": torch.ones(2, 2)}],
-    "inputs": [None, [1], {"data": ["d"]}, "x"],
+    "inputs": [None, [1], {"data": ["d"]}, dict.fromkeys(INPUTS, torch.ones(2)), "x"],
 }
 
 

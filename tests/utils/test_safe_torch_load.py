@@ -94,8 +94,15 @@ def in_place(kind: str, path: Path, trap: Path) -> None:
         torch.save(content, path)
 
 
+def test_a_pickle_that_names_a_second_protocol_is_refused_before_torch_warns_of_it(tmp_path):
+    archive(tmp_path / "two.pt", b"\x80\x02\x80\x05}.")
+    with pytest.raises(LeverError, match="protocol 2"):
+        load_torch(tmp_path / "two.pt")
+
+
 @pytest.mark.parametrize(
-    "kind", ["pickle", "newer pickle", "legacy", "tar", "opcodes", "built", "metrics", "config", "policy"]
+    "kind",
+    ["pickle", "newer pickle", "legacy", "tar", "opcodes", "built", "metrics", "config", "policy"],
 )
 def test_code_in_a_torch_file_is_never_executed(tmp_path, kind):
     path, trap = tmp_path / "evil.pt", tmp_path / "executed"
