@@ -178,13 +178,17 @@ def infer(
     okvqa_stem: Annotated[
         bool, Option("--okvqa-stem", help="Reduce predictions as OK-VQA's `answer`s are, before scoring.")
     ] = False,
+    against: Annotated[
+        str | None, Option(help="Selectors set against it in one table, with their costs: all, or mmr,dpp,answer_match")
+    ] = None,
 ) -> None:
     """N-shot inference with a checkpoint, or with choices of your own, on the evaluation split; torchrun shares it."""
     numbers = parse_shots(shots)
     if icds is not None and ckpt is not None:
         raise UsageError("--icds and --ckpt both say what is shown: give one of them")
-    from lever_lm.cli.display import show_results
+    from lever_lm.cli.display import show_arena, show_results
     from lever_lm.evaluation import run as evaluation
+    from lever_lm.evaluation.arena import parse_names
     from lever_lm.training.find_checkpoint import find_checkpoint
 
     find = None if icds else lambda run, _: find_checkpoint(run, ckpt, dict(os.environ))
@@ -192,8 +196,41 @@ def infer(
     if common.dry_run:
         pipeline.inference = evaluation.planned_folder(pipeline, icds)
     plan_only(common, pipeline, "infer", shots=numbers, baselines=baselines)
-    result = evaluation.infer(pipeline, numbers, ckpt=ckpt, icds=icds, baselines=baselines)
-    show_results(pipeline.screen, result["results"], result["tests"], stemmed=result["okvqa_stem"])
+    rivals = {"against": parse_names(against), "named": "all" not in against.split(",")} if against else {}
+    result = evaluation.infer(pipeline, numbers, ckpt=ckpt, icds=icds, baselines=baselines, **rivals)
+    if against:
+        show_arena(pipeline.screen, result["arena"])
+    else:
+        show_results(pipeline.screen, result["results"], result["tests"], stemmed=result["okvqa_stem"])
+    emit(common, result)
+
+
+@command(app, "diagnose", one_process=True)
+def diagnose(
+    common: Common,
+    run_dir: RunDir = None,
+    shots: Annotated[int, Option(min=1, help="Number of demonstrations.")] = 4,
+    ckpt: Ckpt = None,
+    against: Annotated[
+        str | None, Option(help="Selectors whose picks are diagnosed too: img_text_sim,answer_match")
+    ] = None,
+) -> None:
+    """What a sceptic asks of the demonstrations: images, answers, order, copies, format; --lvlm: another LVLM too."""
+    from lever_lm.cli.display import show_findings
+    from lever_lm.evaluation import run as evaluation
+    from lever_lm.evaluation.arena import parse_names
+    from lever_lm.training.find_checkpoint import find_checkpoint
+
+    names = parse_names(against) if against else []
+    find = lambda run, _: find_checkpoint(run, ckpt, dict(os.environ))  # noqa: E731
+    other, common.lvlm = common.lvlm, None
+    pipeline = pipeline_of_run(common, run_dir=run_dir, find=find)
+    plan_only(common, pipeline)
+    if other is not None:
+        common.lvlm = other
+        other = pipeline_of_run(common, run_dir=run_dir, find=find)
+    result = evaluation.diagnose(pipeline, shots, against=names, other=other)
+    show_findings(pipeline.screen, result)
     emit(common, result)
 
 

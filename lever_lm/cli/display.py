@@ -34,6 +34,55 @@ def show_results(screen: Screen, results: list[dict], tests: list[dict], *, stem
             )
 
 
+def show_arena(screen: Screen, rows: list[dict]) -> None:
+    """Show the table of `--against`: a line a method, sorted; its costs, its accuracies, and at the most shots the
+    difference to the best simple selector with the p-value that is adjusted for all tests of the table."""
+    shots = sorted({row["shots"] for row in rows if row["shots"]}) or [0]
+    by_method: dict[str, dict[int, dict]] = {}
+    for row in rows:
+        by_method.setdefault(row["method"], {})[row["shots"]] = row
+    title = f"Official VQA accuracy on {rows[0]['n']} queries with 95 % intervals, sorted; calls are those of the LVLM"
+    header = ["method", "chooses from", "calls to train", "a query", "seconds", *map(count_shots, shots), "vs simple"]
+    lines = []
+    for method, found in by_method.items():
+        one, last = next(iter(found.values())), found.get(shots[-1], {})
+        calls = "?" if one["train_calls"] is None else f"{one['train_calls']:,}"
+        cells = [_cell(found[k]) if k in found else _cell(found[0]) if 0 in found else "" for k in shots]
+        gap = f"{last['difference']:+.3f}, p {last['p_holm']:.3f}" if "p_holm" in last else ""
+        costs = [one["chooses_from"], calls, str(one["query_calls"]), f"{one['seconds']:.1f}"]
+        lines.append([method, *costs, *cells, gap])
+    screen.table(title, header, lines)
+    simple = next((row["against"] for row in rows if "against" in row and row["shots"] == shots[-1]), None)
+    if simple:
+        screen.result(
+            f"vs simple: against {simple}, the best of those that learn nothing, at {count_shots(shots[-1])}; paired, "
+            "p adjusted for all tests of the table (Holm)"
+        )
+
+
+def show_findings(screen: Screen, result: dict) -> None:
+    """Show what `lever diagnose` found: a line a question, a column a method; then for the run's own what it says."""
+    methods = result["methods"]
+    keys = list(dict.fromkeys(row["key"] for rows in methods.values() for row in rows))
+    of = {(method, row["key"]): row for method, rows in methods.items() for row in rows}
+    labels = {row["key"]: row["label"] for rows in methods.values() for row in rows}
+
+    def cell(row: dict | None) -> str:
+        if row is None:
+            return ""
+        gap = f" ({row['test']['difference']:+.3f}{'*' if row['test']['p'] < 0.05 else ''})" if "test" in row else ""
+        return f"{row['value']:.3f}{gap}"
+
+    title = (
+        f"{result['n']} queries, {count_shots(result['shots'])}; in brackets: as chosen minus this; * p < 0.05, paired"
+    )
+    rows = [[labels[key], *(cell(of.get((method, key))) for method in methods)] for key in keys]
+    screen.table(title, ["", *methods], rows)
+    first = next(iter(methods))
+    for row in methods[first]:
+        screen.say(f"{row['label']}: {row['says']}")
+
+
 def _accuracies(row: dict) -> str:
     """`0.812 official, 0.830 with answers always normalised`, and against `raw_answer` where that is another number."""
     said = [f"{row['accuracy']:.3f} official"]

@@ -115,7 +115,8 @@ def arena_rows(outcomes: Sequence[Outcome], costs: Sequence[Cost]) -> list[dict]
     for one in outcomes:
         rivals = [other for other in outcomes if other.method in SIMPLE and other.shots == one.shots]
         best = max(rivals, key=lambda other: sum(other.scores), default=None)
-        row = {**vars(of[one.method]), "shots": one.shots, "accuracy": sum(one.scores) / len(one.scores)}
+        summary = one.summary()
+        row = {**vars(of[one.method]), **{key: summary[key] for key in ("shots", "accuracy", "ci", "n")}}
         if best is not None and best.method != one.method:
             row |= {"against": best.method, **paired_test(one.scores, best.scores)}
         rows.append(row)

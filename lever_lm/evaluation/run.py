@@ -23,6 +23,7 @@ from lever_lm.evaluation.arena import (
     timed,
 )
 from lever_lm.evaluation.choices_file import read_icds
+from lever_lm.evaluation.diagnose import Diagnosis
 from lever_lm.evaluation.evaluate import Evaluation, compare
 from lever_lm.evaluation.report.curves import Evaluated
 from lever_lm.evaluation.report.figures import check_plots, write_plots
@@ -38,10 +39,12 @@ from lever_lm.training.from_checkpoint import change_lines, changes, changes_of_
 from lever_lm.training.pipeline import Pipeline
 from lever_lm.training.preflight import ALL
 from lever_lm.training.run_dir import LOCK, RunFolder, inference_folder, lvlm_name
-from lever_lm.utils.atomic_io import file_digest
+from lever_lm.utils.atomic_io import file_digest, write_json
 from lever_lm.utils.errors import LeverError, UsageError
 from lever_lm.utils.fingerprint import CODE, fingerprint
 from lever_lm.utils.locks import alone
+
+DIAGNOSIS = "diagnosis.json"
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ def infer(
 ) -> dict:
     """Answer the evaluation queries with a checkpoint's choices, or with those in the file `icds`, which need no
     features without baselines; write and return results and paired tests. against: selectors that are set against it in
-    one table, with what each costs (arena.py); named: each is asked for, so that one without a checkpoint is an error."""
+    one table, with what each costs (arena.py); named: each is asked for by name, and must have its checkpoint."""
     most, say, path = max(shots), pipeline.screen.say, None
     if icds is None or baselines or against:
         _check_shots(pipeline, shots)
@@ -123,16 +126,16 @@ def _evaluation(pipeline: Pipeline) -> Evaluation:
 
 
 def _contender(
-    pipeline: Pipeline, evaluation: Evaluation, name: str, shots: int, alone: bool
+    pipeline: Pipeline, evaluation: Evaluation, name: str, shots: int, named: bool
 ) -> tuple[tuple[list[list[int]], list[Chosen]], Cost] | None:
-    """Return the picks of a selector of the table, with its checkpoint's, if it has one, as Chosen, and their cost. None
-    of a learnt one, which is said, where its run is not there and it is not named alone."""
+    """Return the picks of a selector of the table, with its checkpoint's, if it has one, as Chosen, and their cost.
+    None, which is said, where a learnt one has no run. Raises LeverError instead where it was named."""
     one = SELECTORS[name]
     if one.select is not None:
         picks, seconds = timed(lambda: evaluation.select(name, shots))
         return (picks, []), Cost(name, 0, one.calls, seconds, chooses_from(name, evaluation))
     path = checkpoint_of(pipeline.run, name)
-    if path is None and alone:
+    if path is None and named:
         raise LeverError(missing(pipeline.run, name))
     if path is None:
         pipeline.screen.say(f"left out: {missing(pipeline.run, name)}")
@@ -189,6 +192,32 @@ def _evaluate(
             return write_results(folder, *examples, outcomes, choices, ours, facts, reasons, pipeline.screen.say)
 
     return pipeline.shards.from_leader(write)
+
+
+def diagnose(pipeline: Pipeline, shots: int, *, against: Sequence[str] = (), other: Pipeline | None = None) -> dict:
+    """Ask what `Diagnosis` asks of the picks of the pipeline's checkpoint, and of those of the selectors `against`;
+    other: a pipeline whose LVLM is given the same picks. Writes diagnosis.json beside the checkpoint's predictions, and
+    returns its content: n, shots, and for each method its findings."""
+    _check_shots(pipeline, [shots])
+    path, why = pipeline.checkpoint
+    pipeline.check(*ALL)
+    pipeline.screen.say(f"checkpoint: {path} ({why})")
+    evaluation = _evaluation(pipeline)
+    method, policy = method_of(path), load_for(path, pipeline.config, pipeline.screen.say)
+    picks = {method: _chosen_by(policy, evaluation, shots, method, path).picks}
+    for name in against:
+        if name not in picks and (found := _contender(pipeline, evaluation, name, shots, True)):
+            picks[name] = found[0][0]
+    beside = (lvlm_name(other.config.lvlm.path), other.lvlm) if other else None
+    findings = {
+        name: [one.row() for one in Diagnosis(evaluation, pipeline.lvlm, rows, shots, beside).findings()]
+        for name, rows in picks.items()
+    }
+    folder, changed = _destination(pipeline, pipeline.data, path, None)
+    result = {"n": len(evaluation.queries), "shots": shots, "checkpoint": str(path), "methods": findings}
+    write_json(folder / DIAGNOSIS, {**result, "changed": changed})
+    pipeline.screen.say(f"diagnosis: {folder / DIAGNOSIS}")
+    return {**result, "folder": str(folder)}
 
 
 # ---------------------------------------------------------------------- where results go

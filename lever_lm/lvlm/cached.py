@@ -41,6 +41,7 @@ class CachedLvlm:
         self.model = model or fingerprint
         self.asked = 0  # prompts that went to the model in this process
         self.known = 0  # prompts answered from the cache
+        self.prompts = 0  # different prompts of all calls so far, asked now or known, by whichever process
 
     @property
     def backend(self) -> Backend:
@@ -106,6 +107,7 @@ class CachedLvlm:
         self.cache.collect()  # first what a killed job left
         known = self.cache.get(list(row_of))
         self.known += len(known)
+        self.prompts += len(row_of)
         if pending := {key: row for key, row in row_of.items() if key not in known}:
             self._ask(pending, ask, f"{what}: {len(pending)} prompts to ask, {len(known)} known", len(known), work)
             new = self.cache.get(list(pending))

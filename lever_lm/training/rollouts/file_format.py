@@ -184,6 +184,20 @@ def made_of(path: Path) -> dict | None:
     return meta if isinstance(meta, dict) and "fingerprint" in meta else {}
 
 
+def rollout_calls(path: Path) -> int | None:
+    """Return how many prompts were put to the LVLM for a rollout file: as it says, else one for each rollout; None
+    where it holds log-probs and does not say."""
+    content = read_rollouts(path)
+    meta = content.get("_meta")
+    said = meta.get("lvlm_calls") if isinstance(meta, dict) else None
+    if isinstance(said, int) and not isinstance(said, bool):
+        return said
+    entries = [entry.get("pointer_candidates") for key, entry in content.items() if is_query(key)]
+    rollouts = [one for group in entries if isinstance(group, list) for one in group if isinstance(one, dict)]
+    scored = any("vqa_gt_prob" in one or one.get("infoscore") is not None for one in rollouts)
+    return None if scored else len(rollouts)
+
+
 def why_made_again(made: dict, here: dict[str, str]) -> str:
     """Return which of the inputs that a file was `made_of` have changed, as a sentence; empty where it is up to date.
     here: what `rollout_stamp` says."""

@@ -87,6 +87,7 @@ def make_rollouts(
     here, shards = rollout_stamp(config, data, features.fingerprint, lvlm), lvlm.shards
     if shards.from_leader(lambda: _is_up_to_date(path, here, say)):
         return shards.from_leader(lambda: group_report(path))
+    before = lvlm.prompts
     proposals, train, task = propose_groups(config, data, features, lvlm.track), data.train_examples, TASKS[data.task]
     if config.rollout.infoscore:
         add_infoscore(proposals, config, train, lvlm)
@@ -98,7 +99,7 @@ def make_rollouts(
         scored = [trajectory_entry(proposed, pool, *answer) for proposed, *answer in answered]
         entries[row] = query_entry(row, query, task, pool, scored)
     if shards.leader:
-        write_rollouts(path, {**here, "n_train": len(train)}, entries)
+        write_rollouts(path, {**here, "n_train": len(train), "lvlm_calls": lvlm.prompts - before}, entries)
     return shards.from_leader(lambda: group_report(path))
 
 
