@@ -83,7 +83,8 @@ class Screen:
         rows = [[*row] for row in rows]
         self.result(title)  # a title of the table's would break at its width
         widths = [max(len(one_line(cell)) for cell in column) for column in zip(header, *rows, strict=True)]
-        if self.out.is_interactive and sum(widths) + 3 * len(widths) + 1 > self.out.width:
+        width = sum(widths) + 3 * len(widths) + 1
+        if self.out.is_interactive and width > self.out.width:
             for first, *others in rows:
                 named = [f"{name} {cell}" for name, cell in zip(header[1:], others, strict=True) if cell]
                 self.result(f"{first}: {', '.join(named)}")
@@ -93,7 +94,10 @@ class Screen:
             table.add_column(_text(name), justify="left" if i == 0 else "right", no_wrap=True)
         for row in rows:
             table.add_row(*map(_text, row))
+        edge = self.out.width
+        self.out.width = max(width, edge)  # a file has none, and a terminal is wide enough
         self.out.print(table)
+        self.out.width = edge
 
 
 class _Figures(ProgressColumn):

@@ -240,6 +240,7 @@ def to_v2(content: dict, path: str | Path, *, allow_truncate: bool = False) -> t
         raise LeverError(f"{path}: v2 cannot express a {type(policy).__name__}; use the v3 file as it is")
     shape = policy.shape
     beyond = [f"{option}={shape[option]}" for option, held in _IN_V2.items() if shape[option] not in held]
+    beyond += ["num_layers=0"] if not shape["num_layers"] else []
     if beyond:
         raise LeverError(f"{path}: v2 cannot express a policy with {', '.join(beyond)}; use the v3 file as it is")
     extra = [key for key in state if re.match(r"(cross_attn_layers|attn_norms)\.[1-9]", key)]
