@@ -33,6 +33,7 @@ def _is_number(value) -> bool:
 
 
 def is_share(value) -> bool:
+    """Return whether a value is a number from 0 to 1."""
     return is_finite(value) and 0 <= value <= 1
 
 
