@@ -25,6 +25,7 @@ from lever_lm.evaluation.arena import (
 from lever_lm.evaluation.choices_file import read_icds
 from lever_lm.evaluation.diagnose import Diagnosis
 from lever_lm.evaluation.evaluate import Evaluation, compare
+from lever_lm.evaluation.findings_files import DIAGNOSIS
 from lever_lm.evaluation.report.curves import Evaluated
 from lever_lm.evaluation.report.figures import check_plots, write_plots
 from lever_lm.evaluation.report.page import write_report
@@ -44,8 +45,6 @@ from lever_lm.utils.atomic_io import file_digest, write_json
 from lever_lm.utils.errors import LeverError, UsageError
 from lever_lm.utils.fingerprint import CODE, fingerprint
 from lever_lm.utils.locks import alone
-
-DIAGNOSIS = "diagnosis.json"
 
 
 @dataclass(frozen=True)
@@ -205,7 +204,8 @@ def diagnose(pipeline: Pipeline, shots: int, *, against: Sequence[str] = (), oth
     pipeline.screen.say(f"checkpoint: {path} ({why})")
     evaluation = _evaluation(pipeline)
     method, policy = method_of(path), load_for(path, pipeline.config, pipeline.screen.say)
-    picks = {method: _chosen_by(policy, evaluation, shots, method, path).picks}
+    chosen = _chosen_by(policy, evaluation, shots, method, path)
+    picks = {method: chosen.picks}
     for name in against:
         if name not in picks and (found := _contender(pipeline, evaluation, name, shots, True)):
             picks[name] = found[0][0]
@@ -216,7 +216,7 @@ def diagnose(pipeline: Pipeline, shots: int, *, against: Sequence[str] = (), oth
     }
     folder, changed = _destination(pipeline, pipeline.data, path, None)
     result = {"n": len(evaluation.queries), "shots": shots, "checkpoint": str(path), "methods": findings}
-    write_json(folder / DIAGNOSIS, {**result, "changed": changed})
+    write_json(folder / DIAGNOSIS, {**result, "changed": changed, "policies": {method: chosen.digest}})
     pipeline.screen.say(f"diagnosis: {folder / DIAGNOSIS}")
     return {**result, "folder": str(folder)}
 

@@ -1,18 +1,21 @@
 """Runs and their evaluations → one self-contained HTML page: what came out, what was chosen and how surely, how the
 policy was trained, and with what. No script and no address is in it: it can be mailed, and printed."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
 from lever_lm.data import VqaData
+from lever_lm.evaluation.findings_files import read_arena, read_diagnosis
+from lever_lm.evaluation.report import contenders
 from lever_lm.evaluation.report import phrasing as words
 from lever_lm.evaluation.report.curves import PHASES, Evaluated, Series, charts_of
 from lever_lm.evaluation.report.gallery import Gallery, pick_queries, read_shown
 from lever_lm.evaluation.report.seeds import OverSeeds, settings_of, shared_scores
 from lever_lm.evaluation.report.svg import line_chart
-from lever_lm.evaluation.results import is_finite, table
+from lever_lm.evaluation.results import is_finite, method_of, table
 from lever_lm.evaluation.statistics import paired_test
 from lever_lm.evaluation.templates import render
 from lever_lm.selectors import CONTRASTS, LEARNED
@@ -71,6 +74,7 @@ def _page(main: Evaluated, data: VqaData | None, others: list[Evaluated]) -> dic
         "nearest": metrics["order"] == "first_pick_last",
         "stale": _is_stale(main.run, metrics),
         **_chosen(main, data),
+        **_contenders(main),
         "phases": [
             (PHASES[phase], [_curve_chart(PHASES[phase], metric, lines) for metric, lines in of_phase.items()])
             for phase, of_phase in curves.items()
@@ -91,7 +95,7 @@ def _page(main: Evaluated, data: VqaData | None, others: list[Evaluated]) -> dic
 
 
 def _accuracy_chart(series: list[Series]) -> str:
-    room = 20 + min(150, 6 * max((len(one.label) for one in series), default=0))
+    room = 20 + min(150, 7 * max((len(one.label) for one in series), default=0))
     return line_chart(
         series,
         title="VQA accuracy in percent by number of demonstrations",
@@ -113,7 +117,7 @@ def _is_stale(run: RunFolder, metrics: dict) -> bool:
     """Return whether the policy that was evaluated is another than its checkpoint holds now, as after training anew."""
     path = run.path / Path(metrics["checkpoint"]).name
     digests = {digest for digest in metrics["policies"].values() if isinstance(digest, str)}
-    if not (digests and metrics["checkpoint"] and path.is_file()):
+    if not (digests and metrics["checkpoint"] and os.path.isfile(path)):  # the name may be no name of a file
         return False
     try:
         return policy_digest(load_policy(path)) not in digests
@@ -124,7 +128,7 @@ def _is_stale(run: RunFolder, metrics: dict) -> bool:
 def _chosen(main: Evaluated, data: VqaData | None) -> dict:
     """Return the sentence of the run, and what its policy chose."""
     metrics = main.metrics
-    found = read_shown(main.inference, metrics["results"]) if main.inference and data else None
+    found = read_shown(main.inference, metrics) if main.inference and data else None
     if found is None:
         return {"sentence": None, "learned": None, "labels": [], "cards": [], "counts": {}}
     lvlm = metrics["lvlm"] or main.run.lvlm() or "the LVLM"
@@ -146,6 +150,18 @@ def _chosen(main: Evaluated, data: VqaData | None) -> dict:
     }
 
 
+def _contenders(main: Evaluated) -> dict:
+    """Return the sections on other selectors, and on what the demonstrations do: None where nothing was asked."""
+    if main.inference is None:
+        return {"arena": None, "diagnosis": None, "diagnosis_is_stale": False}
+    found = read_diagnosis(main.inference, main.metrics)
+    return {
+        "arena": contenders.arena(read_arena(main.inference, main.metrics), method_of(main.metrics)),
+        "diagnosis": contenders.diagnosis(found),
+        "diagnosis_is_stale": found is not None and _is_stale(main.run, found),
+    }
+
+
 def _by_shots(metrics: dict) -> dict:
     """Return the results as a table of methods and shots, and the tests: at the most shots, and at others."""
     shots, methods = table(metrics["results"])
@@ -155,7 +171,7 @@ def _by_shots(metrics: dict) -> dict:
         "tests": parts if any(parts) else [],
         "columns_of_shots": shots,
         "by_method": methods,
-        "learned_methods": [next((m for m in LEARNED if m in dict(methods)), "")],
+        "learned_methods": [method_of(metrics)],
     }
 
 
