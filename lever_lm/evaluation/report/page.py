@@ -14,8 +14,9 @@ from lever_lm.evaluation.report import contenders
 from lever_lm.evaluation.report import phrasing as words
 from lever_lm.evaluation.report.curves import PHASES, Evaluated, Series, charts_of
 from lever_lm.evaluation.report.gallery import Gallery, pick_queries, read_shown
+from lever_lm.evaluation.report.seeds import OverSeeds, settings_of, shared_scores
 from lever_lm.evaluation.report.svg import line_chart
-from lever_lm.evaluation.results import is_finite, method_of, read_samples, samples_file, table
+from lever_lm.evaluation.results import is_finite, method_of, table
 from lever_lm.evaluation.statistics import paired_test
 from lever_lm.evaluation.templates import render
 from lever_lm.selectors import CONTRASTS, LEARNED, named
@@ -39,16 +40,17 @@ def write_report(
     data: VqaData | None,
     *,
     others: Sequence[Evaluated] = (),
+    seeds: OverSeeds | None = None,
     output: Path | None = None,
     command: str = "",
 ) -> Path:
     """Write the page of a run and return its path: `report.html` in the run folder, or `output`.
 
     inference: a folder that write_results filled over `data`; None for a run that was not evaluated. others: runs
-    that are laid over it. command: the command line that made the page. Raises LeverError for a run without metrics,
-    and for files that are not those of a run.
+    that are laid over it; seeds: what all of them make over seeds. command: the command line that made the page. Raises
+    LeverError for a run without metrics, and for files that are not those of a run.
     """
-    page = _page(Evaluated(run, inference), data, list(others))
+    page = _page(Evaluated(run, inference), data, list(others)) | _over_seeds(seeds or OverSeeds())
     text = render("report.html.j2", words.FILTERS, command=command, **page)
     try:
         write_text(output or run.report, text)
@@ -198,7 +200,7 @@ def _compared(ours: tuple[Evaluated, str], theirs: tuple[Evaluated, str]) -> dic
     def plain(value) -> str:
         return value[:_LONGEST] if isinstance(value, str) and value else shown(value, _LONGEST)
 
-    config = differing(*(_settings(one.run) for one, _ in (ours, theirs)))
+    config = differing(*(settings_of(one.run) for one, _ in (ours, theirs)))
     return {
         "name": theirs[1],
         "config": [(".".join(key), plain(here), plain(there)) for key, here, there in config],
@@ -206,12 +208,11 @@ def _compared(ours: tuple[Evaluated, str], theirs: tuple[Evaluated, str]) -> dic
     }
 
 
-def _settings(run: RunFolder) -> dict:
-    """Return the config of a run; {} where it has none, or none that can be read."""
-    try:
-        return run.settings()
-    except LeverError:
-        return {}
+def _over_seeds(found: OverSeeds) -> dict:
+    """Return what the page shows of runs over seeds, its table as that of `_by_shots`."""
+    shots, methods = table(found.rows)
+    n = sorted({row["n"] for row in found.rows})
+    return {"seeds": found, "seed_shots": shots, "seed_methods": methods, "seed_queries": [n[0], n[-1]] if n else []}
 
 
 def _tests(ours: tuple[Evaluated, str], theirs: tuple[Evaluated, str]) -> list[dict]:
@@ -221,10 +222,8 @@ def _tests(ours: tuple[Evaluated, str], theirs: tuple[Evaluated, str]) -> list[d
     tests = []
     for method, shots in sorted(done[0] & done[1]):
         if method in LEARNED:
-            one, two = (read_samples(samples_file(run.inference, method, shots)) for run in runs)
-            both = [i for i in one if i in two and one[i].references == two[i].references]
-            if both:
-                scores = [[samples[i].accuracy for i in both] for samples in (one, two)]
+            scores = shared_scores([run.inference for run in runs], method, shots)
+            if scores[0]:
                 told = {"method": f"{method} of {names[0]}", "against": f"{method} of {names[1]}", "shots": shots}
-                tests.append({**told, **paired_test(*scores), "n": len(both)})
+                tests.append({**told, **paired_test(*scores), "n": len(scores[0])})
     return tests
