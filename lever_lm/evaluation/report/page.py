@@ -110,7 +110,7 @@ def _accuracy_chart(series: list[Series]) -> str:
 
 def _title(phase: str, run: RunFolder) -> str:
     """Return what a phase of a run is called: a warm-up that is not RCE, by the selector that it makes."""
-    made = WARMUPS.get(str(_settings(run).get("warmup")))
+    made = WARMUPS.get(str(settings_of(run).get("warmup")))
     return f"Warm-up: {named(made)}" if phase == "rce" and made else PHASES[phase]
 
 
