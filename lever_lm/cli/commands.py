@@ -349,7 +349,7 @@ def report(
             metavar="RUN_DIR", help="One run folder, with --compare several.", autocompletion=completion.run_folders
         ),
     ] = None,
-    compare: Annotated[bool, Option("--compare", help="Lay the further runs over the first.")] = False,
+    compare: Annotated[bool, Option("--compare", help="Lay the further runs over the first; seeds: as one.")] = False,
     output: Annotated[Path | None, Option(help="Where to, in place of report.html in the run folder.")] = None,
     png: Annotated[Path | None, Option(metavar="DIR", help="Also its charts as PNG and PDF for papers.")] = None,
 ) -> None:
@@ -359,9 +359,12 @@ def report(
         raise UsageError(f"{len(others) + 1} run folders make one page only with --compare")
     pipeline = pipeline_of_run(common, run_dir=first)
     plan_only(common, pipeline)
+    from lever_lm.cli.display import show_seeds
     from lever_lm.evaluation.run import report as make_report
 
     result = make_report(pipeline, others, output, png)
+    if result.get("seeds"):
+        show_seeds(pipeline.screen, result["seeds"])
     pipeline.screen.result(f"report: {result['report']}")
     for figure in result.get("figures", ()):
         pipeline.screen.result(f"figure: {figure}")

@@ -31,6 +31,7 @@ from lever_lm.evaluation.findings_files import DIAGNOSIS
 from lever_lm.evaluation.report.curves import Evaluated
 from lever_lm.evaluation.report.figures import check_plots, write_plots
 from lever_lm.evaluation.report.page import write_report
+from lever_lm.evaluation.report.seeds import over_seeds
 from lever_lm.evaluation.results import evaluations, last_evaluation, write_results
 from lever_lm.selectors import BASELINES, FROM_FILE, SELECTORS
 from lever_lm.selectors.learned import choose
@@ -323,7 +324,8 @@ def _learned(pipeline: Pipeline, chosen: dict[str, Chosen]) -> dict:
 def report(
     pipeline: Pipeline, others: Sequence[Path] = (), output: Path | None = None, figures: Path | None = None
 ) -> dict:
-    """Write the page of the run and of others laid over it, each from its last evaluation; its charts in `figures`."""
+    """Write the page of the run and of others laid over it, each from its last evaluation; its charts in `figures`.
+    Returns report, figures where they are asked for, and seeds: with others, the rows of `over_seeds`."""
     if figures is not None:
         check_plots(figures)
     main = Evaluated(pipeline.run, last_evaluation(pipeline.inference))
@@ -338,8 +340,14 @@ def report(
         )
     beside = [Evaluated(RunFolder(path), last_evaluation(inference_folder(path))) for path in others]
     data = None if main.inference is None else pipeline.data
-    page = write_report(pipeline.run, main.inference, data, others=beside, output=output, command=command_line())
-    made = {"report": str(page)}
+    found = over_seeds([main, *beside], pipeline.screen.track)
+    if found.seeds:
+        pipeline.screen.say(f"the runs differ in their seed alone: {', '.join(map(str, found.seeds))}")
+    for note in found.notes:
+        pipeline.screen.say(note)
+    laid_over = {"others": beside, "seeds": found}
+    page = write_report(pipeline.run, main.inference, data, **laid_over, output=output, command=command_line())
+    made = {"report": str(page), **({"seeds": found.rows} if beside else {})}
     if figures is not None:
         made["figures"] = [str(path) for path in write_plots([main, *beside], figures)]
     return made

@@ -8,16 +8,18 @@ from pathlib import Path
 import yaml
 
 from lever_lm.data import VqaData
+from lever_lm.evaluation.arena import WARMUPS
 from lever_lm.evaluation.findings_files import read_arena, read_diagnosis
 from lever_lm.evaluation.report import contenders
 from lever_lm.evaluation.report import phrasing as words
 from lever_lm.evaluation.report.curves import PHASES, Evaluated, Series, charts_of
 from lever_lm.evaluation.report.gallery import Gallery, pick_queries, read_shown
+from lever_lm.evaluation.report.seeds import OverSeeds, settings_of, shared_scores
 from lever_lm.evaluation.report.svg import line_chart
-from lever_lm.evaluation.results import is_finite, method_of, read_samples, samples_file, table
+from lever_lm.evaluation.results import is_finite, method_of, table
 from lever_lm.evaluation.statistics import paired_test
 from lever_lm.evaluation.templates import render
-from lever_lm.selectors import CONTRASTS, LEARNED
+from lever_lm.selectors import CONTRASTS, LEARNED, named
 from lever_lm.selectors.pointer.checkpoint import load_policy, policy_digest
 from lever_lm.training.environment import read_environment, typed_again
 from lever_lm.training.metrics import LOGGED, METRICS, RECOMMENDED
@@ -38,16 +40,17 @@ def write_report(
     data: VqaData | None,
     *,
     others: Sequence[Evaluated] = (),
+    seeds: OverSeeds | None = None,
     output: Path | None = None,
     command: str = "",
 ) -> Path:
     """Write the page of a run and return its path: `report.html` in the run folder, or `output`.
 
     inference: a folder that write_results filled over `data`; None for a run that was not evaluated. others: runs
-    that are laid over it. command: the command line that made the page. Raises LeverError for a run without metrics,
-    and for files that are not those of a run.
+    that are laid over it; seeds: what all of them make over seeds. command: the command line that made the page. Raises
+    LeverError for a run without metrics, and for files that are not those of a run.
     """
-    page = _page(Evaluated(run, inference), data, list(others))
+    page = _page(Evaluated(run, inference), data, list(others)) | _over_seeds(seeds or OverSeeds())
     text = render("report.html.j2", words.FILTERS, command=command, **page)
     try:
         write_text(output or run.report, text)
@@ -74,8 +77,8 @@ def _page(main: Evaluated, data: VqaData | None, others: list[Evaluated]) -> dic
         **_chosen(main, data),
         **_contenders(main),
         "phases": [
-            (PHASES[phase], [_curve_chart(PHASES[phase], metric, lines) for metric, lines in of_phase.items()])
-            for phase, of_phase in curves.items()
+            (title, [_curve_chart(title, metric, lines) for metric, lines in of_phase.items()])
+            for title, of_phase in ((_title(phase, main.run), of_phase) for phase, of_phase in curves.items())
         ],
         "strategies": words.strategies(judged),
         "source": history.source if history else "",
@@ -103,6 +106,12 @@ def _accuracy_chart(series: list[Series]) -> str:
         size=(270 + room, 290),
         labels=room,
     )
+
+
+def _title(phase: str, run: RunFolder) -> str:
+    """Return what a phase of a run is called: a warm-up that is not RCE, by the selector that it makes."""
+    made = WARMUPS.get(str(settings_of(run).get("warmup")))
+    return f"Warm-up: {named(made)}" if phase == "rce" and made else PHASES[phase]
 
 
 def _curve_chart(phase: str, metric: str, series: list[Series]) -> tuple[str, str]:
@@ -191,7 +200,7 @@ def _compared(ours: tuple[Evaluated, str], theirs: tuple[Evaluated, str]) -> dic
     def plain(value) -> str:
         return value[:_LONGEST] if isinstance(value, str) and value else shown(value, _LONGEST)
 
-    config = differing(*(_settings(one.run) for one, _ in (ours, theirs)))
+    config = differing(*(settings_of(one.run) for one, _ in (ours, theirs)))
     return {
         "name": theirs[1],
         "config": [(".".join(key), plain(here), plain(there)) for key, here, there in config],
@@ -199,12 +208,11 @@ def _compared(ours: tuple[Evaluated, str], theirs: tuple[Evaluated, str]) -> dic
     }
 
 
-def _settings(run: RunFolder) -> dict:
-    """Return the config of a run; {} where it has none, or none that can be read."""
-    try:
-        return run.settings()
-    except LeverError:
-        return {}
+def _over_seeds(found: OverSeeds) -> dict:
+    """Return what the page shows of runs over seeds, its table as that of `_by_shots`."""
+    shots, methods = table(found.rows)
+    n = sorted({row["n"] for row in found.rows})
+    return {"seeds": found, "seed_shots": shots, "seed_methods": methods, "seed_queries": [n[0], n[-1]] if n else []}
 
 
 def _tests(ours: tuple[Evaluated, str], theirs: tuple[Evaluated, str]) -> list[dict]:
@@ -214,10 +222,8 @@ def _tests(ours: tuple[Evaluated, str], theirs: tuple[Evaluated, str]) -> list[d
     tests = []
     for method, shots in sorted(done[0] & done[1]):
         if method in LEARNED:
-            one, two = (read_samples(samples_file(run.inference, method, shots)) for run in runs)
-            both = [i for i in one if i in two and one[i].references == two[i].references]
-            if both:
-                scores = [[samples[i].accuracy for i in both] for samples in (one, two)]
+            scores = shared_scores([run.inference for run in runs], method, shots)
+            if scores[0]:
                 told = {"method": f"{method} of {names[0]}", "against": f"{method} of {names[1]}", "shots": shots}
-                tests.append({**told, **paired_test(*scores), "n": len(both)})
+                tests.append({**told, **paired_test(*scores), "n": len(scores[0])})
     return tests
