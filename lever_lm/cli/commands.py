@@ -303,7 +303,7 @@ def export(
     ckpt: Annotated[str | None, Option(help="A path, best, or latest")] = None,
     license_: Annotated[str, Option("--license", help="Of the weights, as the hub names it.")] = "apache-2.0",
 ) -> None:
-    """A checkpoint as a folder to share: model.safetensors, config.json and a model card. `--ckpt DIR` takes it."""
+    """A checkpoint as a folder to share: weights, config, model card, picks and prompts. `--ckpt DIR` takes it."""
     where = where or []
     if len(where) > 2 or not (where or common.dry_run):
         raise UsageError(f"export takes [RUN_DIR] DIR, found {len(where)} folders: `lever export policy`")
@@ -315,7 +315,9 @@ def export(
     named = len(where) == 2 or common.run_name
     path, why = find_checkpoint(pipeline.run, ckpt, {} if named else dict(os.environ))
     pipeline.screen.say(f"checkpoint: {path} ({why})")
-    result = write(path, why, where[-1], license_=license_, overwrite=common.overwrite)
+    result = write(path, why, where[-1], data=lambda: pipeline.data, license_=license_, overwrite=common.overwrite)
+    for name, reason in result["left_out"].items():
+        pipeline.screen.say(f"left out: {name}: {reason}")
     if not result["evaluated"]:
         pipeline.screen.say("no results of this checkpoint were found: `lever infer --baselines`, then export it again")
     pipeline.screen.result(f"exported: {result['folder']} (to share it: hf upload OWNER/NAME {result['folder']})")
@@ -348,7 +350,7 @@ def report(
             metavar="RUN_DIR", help="One run folder, with --compare several.", autocompletion=completion.run_folders
         ),
     ] = None,
-    compare: Annotated[bool, Option("--compare", help="Lay the further runs over the first.")] = False,
+    compare: Annotated[bool, Option("--compare", help="Lay the further runs over the first; seeds: as one.")] = False,
     output: Annotated[Path | None, Option(help="Where to, in place of report.html in the run folder.")] = None,
     png: Annotated[Path | None, Option(metavar="DIR", help="Also its charts as PNG and PDF for papers.")] = None,
 ) -> None:
@@ -358,9 +360,12 @@ def report(
         raise UsageError(f"{len(others) + 1} run folders make one page only with --compare")
     pipeline = pipeline_of_run(common, run_dir=first)
     plan_only(common, pipeline)
+    from lever_lm.cli.display import show_seeds
     from lever_lm.evaluation.run import report as make_report
 
     result = make_report(pipeline, others, output, png)
+    if result.get("seeds"):
+        show_seeds(pipeline.screen, result["seeds"])
     pipeline.screen.result(f"report: {result['report']}")
     for figure in result.get("figures", ()):
         pipeline.screen.result(f"figure: {figure}")

@@ -56,8 +56,19 @@ def show_arena(screen: Screen, rows: list[dict]) -> None:
     if simple:
         screen.result(
             f"vs simple: against {simple}, the best of those that learn nothing, at {count_shots(shots[-1])}; paired, "
-            "p adjusted for all tests of the table (Holm)"
+            f"p adjusted for all {sum('p_holm' in row for row in rows)} tests of these methods, at all shots (Holm)"
         )
+
+
+def show_seeds(screen: Screen, rows: list[dict]) -> None:
+    """Show what runs of several seeds reach together, a line for each method and number of shots."""
+    title = f"Official VQA accuracy over {rows[0]['seeds']} seeds, with 95 % intervals over seeds and queries"
+    header = ["method", "shots", "mean", "interval", "std over seeds", "queries"]
+    lines = []
+    for row in rows:
+        numbers = [f"{row['mean']:.3f}", f"[{row['low']:.3f}, {row['high']:.3f}]", f"{row['seed_std']:.3f}"]
+        lines.append([row["method"], str(row["shots"]), *numbers, f"{row['n']:,}"])
+    screen.table(title, header, lines)
 
 
 def show_findings(screen: Screen, result: dict) -> None:

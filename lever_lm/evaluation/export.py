@@ -1,7 +1,10 @@
-"""`lever export`: a checkpoint as a folder to share: model.safetensors, config.json, and README.md, the model card with
-the hub's metadata (templates/model_card.md.j2). What comes from files is text on the card, no markup."""
+"""`lever export`: a checkpoint as a folder to share: model.safetensors, config.json, README.md, the model card with the
+hub's metadata (templates/model_card.md.j2), and the kit of reproduction.py. What comes from files is text on the card,
+no markup."""
 
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -9,11 +12,13 @@ import yaml
 from lever_lm import __version__
 from lever_lm.config.schema import Config, to_dict
 from lever_lm.config.values import build
+from lever_lm.data import VqaData, load_dataset
+from lever_lm.evaluation.reproduction import reproduction_kit
 from lever_lm.evaluation.results import evaluations, read_metrics, table
 from lever_lm.evaluation.templates import render
 from lever_lm.selectors import CONTRASTS, ZERO_SHOT
 from lever_lm.selectors.pointer.checkpoint import load_policy, own_config, policy_digest, read_checkpoint
-from lever_lm.selectors.pointer.hub_format import CARD, CONFIG, WEIGHTS, is_exported, setting_of, write_exported
+from lever_lm.selectors.pointer.hub_format import CARD, CONFIG, KIT, WEIGHTS, is_exported, setting_of, write_exported
 from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.training.environment import PACKAGES, recorded
 from lever_lm.training.run_dir import RunFolder, inference_folder
@@ -34,12 +39,21 @@ _DATA_LICENSES = {
 }
 
 
-def export(checkpoint: Path, why: str, folder: Path, *, license_: str = "apache-2.0", overwrite: bool = False) -> dict:
-    """Write a checkpoint into `folder` to be shared: the same bytes for the same run. Return what was written.
+def export(
+    checkpoint: Path,
+    why: str,
+    folder: Path,
+    *,
+    data: Callable[[], VqaData] | None = None,
+    license_: str = "apache-2.0",
+    overwrite: bool = False,
+) -> dict:
+    """Write a checkpoint into `folder` to be shared: the same bytes for the same run. Return what was written, and what
+    of the kit was `left_out`, file → why.
 
     why: the reason for this checkpoint. The run that it lies in says what it was trained with; else that is not known.
-    Raises LeverError where the folder holds something else, unless `overwrite`, and for a checkpoint that cannot be
-    loaded; UsageError for a license that is no name.
+    data: loads the dataset, by default from where the run had it. Raises LeverError where the folder holds something
+    else, unless `overwrite`, and for a checkpoint that cannot be loaded; UsageError for a license that is no name.
     """
     if not _LICENSE.fullmatch(license_):
         raise UsageError(
@@ -47,7 +61,7 @@ def export(checkpoint: Path, why: str, folder: Path, *, license_: str = "apache-
         )
     if not checkpoint.is_file():
         raise LeverError(f"{checkpoint} is an exported policy already: copy its folder")
-    _check_folder(folder, overwrite)
+    _check_folder(folder, checkpoint, overwrite)
     run, content, policy = RunFolder(checkpoint.parent), read_checkpoint(checkpoint), load_policy(checkpoint)
     config = build(run.values()) if run.config.is_file() else None
     own, setting = own_config(content), setting_of(to_dict(config)) if config else {}
@@ -68,26 +82,34 @@ def export(checkpoint: Path, why: str, folder: Path, *, license_: str = "apache-
         "packages": _texts(recorded(run, "packages"), PACKAGES),
         "results": [row for row in evaluated["results"] if row["method"] == evaluated["method"]] if evaluated else [],
     }
-    card = _card(folder.resolve().name, license_, config if known else None, config, shared, evaluated)
+    kit, left_out = {}, {}
+    if config is not None:
+        data, stamp = data or partial(load_dataset, config.data), recorded(run, "fingerprints").get("data")
+        kit, left_out = reproduction_kit(config, known, evaluated, data, stamp)
+    card = _card(folder.resolve().name, license_, config if known else None, config, shared, evaluated, kit)
     return {
         "folder": str(folder),
-        "files": write_exported(folder, policy.state_dict(), shared, card),
+        "files": write_exported(folder, policy.state_dict(), shared, card, kit),
+        "left_out": left_out,
         "checkpoint": str(checkpoint),
         "why": why,
         "evaluated": bool(evaluated),
     }
 
 
-def _check_folder(folder: Path, overwrite: bool) -> None:
-    """Raise LeverError where a folder holds anything but what an export wrote, or could not finish writing."""
+def _check_folder(folder: Path, checkpoint: Path, overwrite: bool) -> None:
+    """Raise LeverError where a folder holds anything but what an export wrote, or could not finish writing; and always
+    where it is that of a run, whose own config.yaml would be replaced."""
     if folder.exists() and not folder.is_dir():
         raise LeverError(f"{folder} is a file: choose another DIR")
+    if RunFolder(folder).state.is_file() or folder.resolve() == checkpoint.parent.resolve():
+        raise LeverError(f"{folder} is the folder of a run: choose another DIR")
     names = {path.name for path in folder.iterdir() if not path.name.startswith(".")} if folder.is_dir() else set()
-    unfinished = WEIGHTS in names and names <= {WEIGHTS, CARD}
+    unfinished = WEIGHTS in names and names <= {WEIGHTS, CARD, *KIT}
     if names and not (overwrite or unfinished or is_exported(folder)):
         raise LeverError(
             f"{folder} is not empty, and holds no earlier export: choose another DIR, or write into it with "
-            f"--overwrite ({WEIGHTS}, {CONFIG} and {CARD} are replaced)"
+            f"--overwrite ({', '.join((WEIGHTS, CONFIG, CARD, *KIT))} are replaced)"
         )
 
 
@@ -98,8 +120,8 @@ def _texts(values: dict, names: tuple[str, ...]) -> dict[str, str]:
 
 def _evaluated(run: RunFolder, policy: PointerSelector) -> dict | None:
     """Return the last evaluation of a policy with baselines, else the last, under the setting that it was trained in:
-    what read_metrics says, and its method; None where there is none. It is told by its weights: a file's name outlives
-    what was in it."""
+    what read_metrics says, its folder and its method; None where there is none. It is told by its weights: a file's
+    name outlives what was in it."""
     digest = policy_digest(policy)
     for folder in evaluations(inference_folder(run.path)):
         try:
@@ -108,7 +130,7 @@ def _evaluated(run: RunFolder, policy: PointerSelector) -> dict | None:
             continue
         for row in found["results"]:
             if found["policies"].get(row["method"]) == digest:
-                return {**found, "method": row["method"]}
+                return {**found, "folder": folder, "method": row["method"]}
     return None
 
 
@@ -121,10 +143,16 @@ def markdown(value) -> str:
 
 
 def _card(
-    name: str, license_: str, known: Config | None, config: Config | None, shared: dict, evaluated: dict | None
+    name: str,
+    license_: str,
+    known: Config | None,
+    config: Config | None,
+    shared: dict,
+    evaluated: dict | None,
+    kit: dict[str, str],
 ) -> str:
     """Return the text of README.md. known: the config of the run where dataset and encoder are its own, too; else
-    rollouts and features were the maker's own. shared: the content of config.json."""
+    rollouts and features were the maker's own. shared: the content of config.json. kit: the further files."""
     front: dict = {"license": license_, "library_name": "lever_lm", "tags": list(TAGS)}
     ours, shots, methods, tests = "", [], [], []
     if known:
@@ -156,6 +184,7 @@ def _card(
         shots=shots,
         methods=methods,
         tests=tests,
+        kit=kit,
     )
     return text.rstrip() + "\n"
 

@@ -9,15 +9,15 @@ from pathlib import Path
 from lever_lm.data import Example
 from lever_lm.evaluation.choices_file import write_icds
 from lever_lm.evaluation.evaluate import Outcome
-from lever_lm.selectors import RANDOM
+from lever_lm.selectors import BASELINES, LEARNED, RANDOM
 from lever_lm.utils.atomic_io import write_json, write_text
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.safe_parse import LINE_LIMIT, Line, lines, loads, open_file, read_object
 from lever_lm.utils.terminal import shown
 
 LARGEST = 1e300  # of what is drawn: differences stay finite
-_MOST = 2000  # results of an evaluation, and tests: ours have some ten methods at some ten numbers of shots
-_METRICS = "metrics.json"
+MOST = 2000  # results of an evaluation, and tests: ours have some ten methods at some ten numbers of shots
+METRICS = "metrics.json"
 
 
 def is_finite(value) -> bool:
@@ -32,17 +32,18 @@ def _is_number(value) -> bool:
     return type(value) in (int, float)
 
 
-def _is_share(value) -> bool:
+def is_share(value) -> bool:
+    """Return whether a value is a number from 0 to 1."""
     return is_finite(value) and 0 <= value <= 1
 
 
-def _is_method(value) -> bool:
+def is_method(value) -> bool:
     """Return whether a value can be the name of a method: files are called by it."""
     return type(value) is str and Path(value).name == value and "\0" not in value
 
 
 _SCORES = ("accuracy", "raw_accuracy", "normalized_accuracy")
-_RESULT = {"method": _is_method, "shots": int, **dict.fromkeys(_SCORES, _is_number), "n": int}
+_RESULT = {"method": is_method, "shots": int, **dict.fromkeys(_SCORES, _is_number), "n": int}
 _RESULT |= {"ci": (_is_number, _is_number)}
 _TEST = {"method": str, "against": str, "shots": int}
 _TEST |= dict.fromkeys(("difference", "low", "high", "p"), _is_number)
@@ -50,18 +51,18 @@ _READ = {"results": [_RESULT], "tests": [_TEST], "policies": dict, "okvqa_stem":
 _READ |= {"checkpoint": str, "lvlm": str, "order": str}
 NOTHING = {"results": [], "tests": [], "policies": {}, "okvqa_stem": False, "checkpoint": "", "lvlm": "", "order": ""}
 _SAMPLE = {"question_id": int, "answer": str, "accuracy": is_finite, "references": [str], "icds": [int]}
-_SAMPLE |= {"probabilities": [_is_share], "considered": [(int, _is_share)]}
+_SAMPLE |= {"probabilities": [is_share], "considered": [(int, is_share)]}
 
 
-def _fits(value, kind) -> bool:
+def fits(value, kind) -> bool:
     """Return whether a JSON value is of a kind: a type, a predicate, [kind] for a list of any length, (kind, …) for a
     list of just these, or a dict for an object with these names, and maybe others."""
     if isinstance(kind, dict):
-        return type(value) is dict and all(name in value and _fits(value[name], kind[name]) for name in kind)
+        return type(value) is dict and all(name in value and fits(value[name], kind[name]) for name in kind)
     if isinstance(kind, list):
-        return type(value) is list and all(_fits(part, kind[0]) for part in value)
+        return type(value) is list and all(fits(part, kind[0]) for part in value)
     if isinstance(kind, tuple):
-        return type(value) is list and len(value) == len(kind) and all(map(_fits, value, kind))
+        return type(value) is list and len(value) == len(kind) and all(map(fits, value, kind))
     return type(value) is kind if isinstance(kind, type) else kind(value)
 
 
@@ -94,7 +95,7 @@ def write_results(
         lines_of_json = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples)
         write_text(samples_file(folder, outcome.method, outcome.shots), lines_of_json)
     write_icds(folder / "icds.jsonl", queries, train, choices[ours])
-    return _write_metrics(folder / _METRICS, [outcome.summary() for outcome in outcomes], facts, say)
+    return _write_metrics(folder / METRICS, [outcome.summary() for outcome in outcomes], facts, say)
 
 
 def evaluations(folder: Path, *, own: bool = True) -> list[Path]:
@@ -102,13 +103,13 @@ def evaluations(folder: Path, *, own: bool = True) -> list[Path]:
     or where not `own`, the others. Those with random demonstrations to compare with come first, then the newest."""
 
     def is_own(one: Path) -> bool:
-        found = read_object(one / _METRICS)  # what cannot be read is left to `read_metrics` to refuse
+        found = read_object(one / METRICS)  # what cannot be read is left to `read_metrics` to refuse
         return not found or found.get("changed") == {}
 
     def rank(one: Path) -> tuple[bool, float]:
-        return any(one.glob(f"samples_{RANDOM}_*.jsonl")), (one / _METRICS).stat().st_mtime
+        return any(one.glob(f"samples_{RANDOM}_*.jsonl")), (one / METRICS).stat().st_mtime
 
-    found = [one for one in (folder, *folder.glob("*/")) if (one / _METRICS).is_file() and is_own(one) == own]
+    found = [one for one in (folder, *folder.glob("*/")) if (one / METRICS).is_file() and is_own(one) == own]
     return sorted(found, key=rank, reverse=True)
 
 
@@ -139,21 +140,29 @@ def _others(rows, kind: dict, new: list[dict], names: Sequence[str]) -> list[dic
     """Return the sound ones among `rows` that differ from all new ones in some of the named values."""
     replaced = [[row[name] for name in names] for row in new]
     rows = rows if isinstance(rows, list) else []
-    return [row for row in rows if _fits(row, kind) and [row[name] for name in names] not in replaced]
+    return [row for row in rows if fits(row, kind) and [row[name] for name in names] not in replaced]
 
 
 def read_metrics(folder: Path) -> dict:
     """Return what the metrics.json in a folder says: results, tests, policies (method → digest), checkpoint,
     okvqa_stem, lvlm, and order (of the prompt), as NOTHING has them where it does not say. Raises LeverError where
     there are no results."""
-    path = folder / _METRICS
+    path = folder / METRICS
     found = NOTHING | read_object(path)
-    if not (_fits(found, _READ) and found["results"] and max(len(found["results"]), len(found["tests"])) <= _MOST):
+    if not (fits(found, _READ) and found["results"] and max(len(found["results"]), len(found["tests"])) <= MOST):
         raise LeverError(
-            f"{path} holds no results of `lever infer`, or more than {_MOST:,}: run `lever infer --baselines` or "
+            f"{path} holds no results of `lever infer`, or more than {MOST:,}: run `lever infer --baselines` or "
             "`lever demo` first"
         )
     return found
+
+
+def method_of(metrics: dict) -> str | None:
+    """Return the method whose evaluation read_metrics returned: the one that its newest tests are of, else the last
+    checkpoint's, else the first learned one; None where only baselines were run."""
+    there = {row["method"] for row in metrics["results"]} - {*BASELINES}
+    told = (*(test["method"] for test in reversed(metrics["tests"])), *reversed(metrics["policies"]), *LEARNED)
+    return next((method for method in told if method in there), None)
 
 
 def table(results: Sequence[dict]) -> tuple[list[int], list[tuple[str, list[dict | None]]]]:
@@ -214,7 +223,7 @@ def read_samples(path: Path) -> dict[int, Sample]:
 def _sample(line: Line, path: Path) -> Sample:
     try:
         row = {"probabilities": [], "considered": [], **loads(line.text)}
-        if not _fits(row, _SAMPLE) or len(row["probabilities"]) not in (0, len(row["icds"])):
+        if not fits(row, _SAMPLE) or len(row["probabilities"]) not in (0, len(row["icds"])):
             raise TypeError("a part of another type")
     except (ValueError, TypeError) as error:
         raise LeverError(

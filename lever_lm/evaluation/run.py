@@ -25,9 +25,11 @@ from lever_lm.evaluation.arena import (
 from lever_lm.evaluation.choices_file import read_icds
 from lever_lm.evaluation.diagnose import Diagnosis
 from lever_lm.evaluation.evaluate import Evaluation, compare
+from lever_lm.evaluation.findings_files import DIAGNOSIS
 from lever_lm.evaluation.report.curves import Evaluated
 from lever_lm.evaluation.report.figures import check_plots, write_plots
 from lever_lm.evaluation.report.page import write_report
+from lever_lm.evaluation.report.seeds import over_seeds
 from lever_lm.evaluation.results import evaluations, last_evaluation, write_results
 from lever_lm.selectors import BASELINES, FROM_FILE, SELECTORS
 from lever_lm.selectors.learned import choose
@@ -43,8 +45,6 @@ from lever_lm.utils.atomic_io import file_digest, write_json
 from lever_lm.utils.errors import LeverError, UsageError
 from lever_lm.utils.fingerprint import CODE, fingerprint
 from lever_lm.utils.locks import alone
-
-DIAGNOSIS = "diagnosis.json"
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,8 @@ def diagnose(pipeline: Pipeline, shots: int, *, against: Sequence[str] = (), oth
     pipeline.screen.say(f"checkpoint: {path} ({why})")
     evaluation = _evaluation(pipeline)
     method, policy = method_of(path), load_for(path, pipeline.config, pipeline.screen.say)
-    picks = {method: _chosen_by(policy, evaluation, shots, method, path).picks}
+    chosen = _chosen_by(policy, evaluation, shots, method, path)
+    picks = {method: chosen.picks}
     for name in against:
         if name not in picks and (found := _contender(pipeline, evaluation, name, shots, True)):
             picks[name] = found[0][0]
@@ -215,7 +216,7 @@ def diagnose(pipeline: Pipeline, shots: int, *, against: Sequence[str] = (), oth
     }
     folder, changed = _destination(pipeline, pipeline.data, path, None)
     result = {"n": len(evaluation.queries), "shots": shots, "checkpoint": str(path), "methods": findings}
-    write_json(folder / DIAGNOSIS, {**result, "changed": changed})
+    write_json(folder / DIAGNOSIS, {**result, "changed": changed, "policies": {method: chosen.digest}})
     pipeline.screen.say(f"diagnosis: {folder / DIAGNOSIS}")
     return {**result, "folder": str(folder)}
 
@@ -320,7 +321,8 @@ def _learned(pipeline: Pipeline, chosen: dict[str, Chosen]) -> dict:
 def report(
     pipeline: Pipeline, others: Sequence[Path] = (), output: Path | None = None, figures: Path | None = None
 ) -> dict:
-    """Write the page of the run and of others laid over it, each from its last evaluation; its charts in `figures`."""
+    """Write the page of the run and of others laid over it, each from its last evaluation; its charts in `figures`.
+    Returns report, figures where they are asked for, and seeds: with others, the rows of `over_seeds`."""
     if figures is not None:
         check_plots(figures)
     main = Evaluated(pipeline.run, last_evaluation(pipeline.inference))
@@ -335,8 +337,14 @@ def report(
         )
     beside = [Evaluated(RunFolder(path), last_evaluation(inference_folder(path))) for path in others]
     data = None if main.inference is None else pipeline.data
-    page = write_report(pipeline.run, main.inference, data, others=beside, output=output, command=command_line())
-    made = {"report": str(page)}
+    found = over_seeds([main, *beside], pipeline.screen.track)
+    if found.seeds:
+        pipeline.screen.say(f"the runs differ in their seed alone: {', '.join(map(str, found.seeds))}")
+    for note in found.notes:
+        pipeline.screen.say(note)
+    laid_over = {"others": beside, "seeds": found}
+    page = write_report(pipeline.run, main.inference, data, **laid_over, output=output, command=command_line())
+    made = {"report": str(page), **({"seeds": found.rows} if beside else {})}
     if figures is not None:
         made["figures"] = [str(path) for path in write_plots([main, *beside], figures)]
     return made

@@ -67,19 +67,21 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def interval_over_seeds(scores: Sequence[Sequence[float]], *, level: float = 0.95, seed: int = 0) -> dict[str, float]:
-    """Return the mean of several runs over the same queries, and its intervals: `low` and `high` over resampled queries
-    and seeds both, `seed_std` the standard deviation over the seeds.
+    """Return the mean of several runs over the same queries, its interval over seeds and queries, `low` and `high`, and
+    `seed_std`, the standard deviation of the runs' means.
 
-    scores: (seeds, Q). Each of 2,000 resamples draws seeds with replacement, and queries with replacement. Raises
-    ValueError where the runs have other numbers of queries. Source: Efron & Tibshirani, §8.3 (two-sample structures).
+    scores: (seeds, Q). Each of 2,000 resamples draws seeds with replacement, and for all of them the same queries with
+    replacement. Where seeds differ more than queries do, few of them make the interval too narrow: of three it reaches
+    from the least mean to the greatest, which holds the truth three times in four. Raises ValueError where the runs
+    have other numbers of queries, or none. Source: Owen, The pigeonhole bootstrap, Annals of Applied Statistics 1
+    (2007).
     """
     table = np.asarray(scores, dtype=np.float64)
     if table.ndim != 2 or table.size == 0:
         raise ValueError("scores of several seeds must be of the same queries, at least one")
     rng, (seeds, queries) = np.random.default_rng(seed), table.shape
-    means = [
-        table[rng.integers(0, seeds, seeds)][:, rng.integers(0, queries, queries)].mean() for _ in range(RESAMPLES)
-    ]
+    shares = (rng.integers(0, seeds, (RESAMPLES, seeds, 1)) == np.arange(seeds)).mean(1)  # of each seed in a resample
+    means = [(share @ table)[rng.integers(0, queries, queries)].mean() for share in shares]
     tail = (1 - level) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
     spread = float(table.mean(1).std(ddof=1)) if seeds > 1 else 0.0

@@ -38,8 +38,12 @@ def build_prompt(picks: Sequence[Example], query: Example, config: PromptConfig)
     By default the first pick stands nearest the query: the model trusts that place most, and a policy that never sees
     its earlier picks cannot learn to put its best last.
     """
-    icds = tuple(reversed(picks)) if config.order == "first_pick_last" else tuple(picks)
-    return Prompt(icds, query)
+    return Prompt(tuple(in_prompt_order(picks, config)), query)
+
+
+def in_prompt_order(picks: Sequence, config: PromptConfig) -> list:
+    """Return picks, first pick first, in the order in which they stand in the prompt."""
+    return list(reversed(picks)) if config.order == "first_pick_last" else list(picks)
 
 
 def wording(config: PromptConfig) -> dict:

@@ -11,11 +11,12 @@ import yaml
 from helpers import CHECKOUT, INFERENCE, RUN, files_in
 from policies import logits, saved
 
-from lever_lm import load_policy
+from lever_lm import Retriever, load_policy
 from lever_lm.config.schema import Config, DataConfig, FeatureConfig, LvlmConfig, to_dict
+from lever_lm.evaluation import reproduction
 from lever_lm.evaluation.export import export, markdown
 from lever_lm.selectors.pointer.checkpoint import read_checkpoint, save_torch
-from lever_lm.selectors.pointer.hub_format import setting_of
+from lever_lm.selectors.pointer.hub_format import KIT, setting_of
 from lever_lm.utils.errors import LeverError, UsageError
 
 NAMES = {"model.safetensors", "config.json", "README.md"}
@@ -147,8 +148,6 @@ def test_infer_and_convert_take_the_folder(trained, lever):
 
 def test_a_strangers_setting_names_no_server_and_no_file_here(trained, lever):
     """What is shared is used with keys of a short list: a stranger's folder cannot have images sent anywhere."""
-    from lever_lm.evaluation.retriever import Retriever
-
     assert lever("export", RUN, "shared").status == 0
     path = trained / "shared/config.json"
     shared = json.loads(path.read_text())
@@ -183,8 +182,11 @@ def test_paths_of_this_machine_are_not_shared(tmp_path):
     assert "server" not in setting["lvlm"]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
     export(saved(tmp_path / "grpo_epoch5.pt"), "named", tmp_path / "shared")
-    for name in ("config.json", "README.md"):
+    for name in ("config.json", "README.md", "config.yaml"):
         assert str(tmp_path) not in (tmp_path / "shared" / name).read_text()
+    shared = (tmp_path / "shared/config.yaml").read_text()
+    assert "# Left out, as they name folders of one machine: data.okvqa_path.\n" in shared
+    assert not re.search("/home/me|8000|allow_remote|device", shared)
     assert front_matter(tmp_path / "shared")["base_model"] == ["Qwen/Qwen2.5-VL-3B-Instruct"]
     assert "see the dataset's own terms" in (tmp_path / "shared/README.md").read_text()
 
@@ -222,6 +224,93 @@ def test_a_folder_whose_name_is_markup_makes_a_sound_card(tmp_path):
 # ---------------------------------------------------------------------- where to
 
 
+def test_the_kit_is_of_the_evaluation_on_the_card_and_evaluates_to_the_same_numbers(evaluated, lever):
+    assert lever("export", RUN, "shared").status == 0
+    assert lever("export", RUN, "again").status == 0
+    assert {path.name for path in (evaluated / "shared").iterdir()} == NAMES | set(KIT)
+    for name in KIT:
+        assert (evaluated / "shared" / name).read_bytes() == (evaluated / "again" / name).read_bytes()
+        assert f"| `{name}` |" in (evaluated / "shared/README.md").read_text()
+    picks = [json.loads(line) for line in (evaluated / "shared/picks.jsonl").read_text().splitlines()]
+    samples = next((evaluated / INFERENCE).glob("*/samples_grpo_2shot.jsonl"))
+    rows = [json.loads(line) for line in samples.read_text().splitlines()]
+    assert [(one["question_id"], one["icds"]) for one in picks] == [(row["question_id"], row["icds"]) for row in rows]
+    assert all(one["in_prompt_order"] == one["icds"][::-1] for one in picks)
+    done = lever("infer", "--icds", "shared/picks.jsonl", "--limit", "24", "--shots", "1,2", "--json")
+    assert done.status == 0, done.err
+    ours = json.loads((evaluated / "shared/config.json").read_text())["results"]
+    assert [row["accuracy"] for row in done.json["results"]] == [row["accuracy"] for row in ours]
+
+
+def test_the_prompts_are_those_of_the_first_ten_queries_as_pick_prints_them(evaluated, lever):
+    assert lever("export", RUN, "shared").status == 0
+    parts = re.split(r"^=== (.*) ===\n", (evaluated / "shared/prompts.txt").read_text(), flags=re.MULTILINE)[1:]
+    picks = [json.loads(line) for line in (evaluated / "shared/picks.jsonl").read_text().splitlines()][:10]
+    assert parts[::2] == [
+        f"question {one['question_id']}; ICDs in the order of the prompt: {', '.join(map(str, one['in_prompt_order']))}"
+        for one in picks
+    ]
+    retriever = Retriever(RUN)
+    examples = {example.question_id: example for example in retriever.examples}
+    queries = {example.question_id: example for example in retriever.stages.data.val_examples}
+    for one, text in zip(picks, parts[1::2], strict=True):
+        shown = [examples[icd] for icd in one["icds"]]
+        assert text.strip() == retriever.prompt(queries[one["question_id"]], picks=shown, form="text").strip()
+
+
+def test_the_configs_of_run_and_export_are_one(trained, lever):
+    assert lever("export", RUN, "shared").status == 0
+    found = lever("config", "diff", "shared/config.yaml", RUN).out
+    assert found.splitlines()[1:] == ["infer.num_queries: 0 → 24"], "what belongs to one command is left out"
+    again = lever("train", "--config", "shared/config.yaml", "--run-name", "again", "--dry-run", "--json")
+    assert again.status == 0, again.err
+
+
+def test_what_the_kit_lacks_is_said_and_an_earlier_one_is_gone(evaluated, lever, monkeypatch):
+    assert lever("export", RUN, "shared").status == 0
+    monkeypatch.setattr(reproduction, "model_folder", lambda path: None)
+    done = lever("export", RUN, "shared", "--json")
+    assert list(done.json["left_out"]) == ["prompts.txt"]
+    assert "left out: prompts.txt: the processor of asset:tiny-qwen2.5-vl is not on this machine" in done.err
+    assert {path.name for path in (evaluated / "shared").iterdir()} == NAMES | {"picks.jsonl", "config.yaml"}
+    monkeypatch.undo()
+    monkeypatch.chdir(evaluated)
+    recorded = json.loads((evaluated / RUN / "env.json").read_text())
+    recorded["fingerprints"]["data"] = "0" * 16
+    (evaluated / RUN / "env.json").write_text(json.dumps(recorded))
+    assert (
+        "those of the run '0000000000000000'"
+        in lever("export", RUN, "shared", "--json").json["left_out"]["prompts.txt"]
+    )
+    samples = next((evaluated / INFERENCE).glob("*/samples_grpo_2shot.jsonl"))
+    samples.write_text("".join(samples.read_text().splitlines(keepends=True)[1:]))
+    done = lever("export", RUN, "shared", "--json")
+    assert done.json["left_out"].keys() == {"picks.jsonl", "prompts.txt"}
+    assert "run `lever infer` again" in done.json["left_out"]["picks.jsonl"]
+    samples.unlink()
+    assert "cannot read" in lever("export", RUN, "shared", "--json").json["left_out"]["picks.jsonl"]
+    assert {path.name for path in (evaluated / "shared").iterdir()} == NAMES | {"config.yaml"}
+
+
+def test_a_run_is_no_place_to_export_to(trained, lever):
+    before = files_in(trained / RUN)
+    done = lever("export", RUN, RUN, "--overwrite")
+    assert (done.status, files_in(trained / RUN)) == (1, before)
+    assert "is the folder of a run: choose another DIR" in done.err
+
+
+def test_a_folder_with_further_files_loads_as_before(trained, lever):
+    assert lever("export", RUN, "shared").status == 0
+    (trained / "shared/config.yaml").write_text("lvlm: {server: 'http://elsewhere.example'}\n")
+    for name in ("picks.jsonl", "prompts.txt", "more.pt"):
+        (trained / "shared" / name).write_bytes(b"\0 no such thing")
+    assert Retriever("shared").config.lvlm.server == ""
+    named = json.loads((trained / "shared/config.json").read_text())
+    assert torch.equal(
+        logits(load_policy(trained / "shared")), logits(load_policy(RUN / f"{named['phase']}_epoch{named['epoch']}.pt"))
+    )
+
+
 def test_what_is_there_is_not_overwritten_unasked(trained, lever):
     (trained / "own").mkdir()
     (trained / "own/config.json").write_text('{"architectures": []}')
@@ -246,7 +335,7 @@ def test_arguments_of_export(trained, lever, monkeypatch):
     for words in ((RUN, "shared"), ("shared", "--run-name", RUN.name)):
         assert lever("export", *words, "--json").json["why"] == "best by val_reward"
     monkeypatch.delenv("LEVER_LM_CHECKPOINT_PATH")
-    assert {path.name for path in (trained / "alone").iterdir()} == NAMES
+    assert {path.name for path in (trained / "alone").iterdir()} == NAMES | {"config.yaml"}
     for ckpt, epoch in (("latest", 4), (RUN / "grpo_epoch1.pt", 1)):
         done = lever("export", RUN, "alone", "--overwrite", "--json", "--ckpt", ckpt)
         assert done.json["checkpoint"] == f"{RUN}/grpo_epoch{epoch}.pt"

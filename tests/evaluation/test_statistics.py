@@ -2,11 +2,13 @@
 
 import itertools
 import math
+import time
 
 import numpy as np
 import pytest
 
-from lever_lm.evaluation.statistics import bootstrap_interval, paired_test
+from lever_lm.evaluation import statistics
+from lever_lm.evaluation.statistics import bootstrap_interval, holm, interval_over_seeds, paired_test
 
 
 def test_scores_without_spread_have_an_interval_of_no_width():
@@ -90,3 +92,109 @@ def test_swapping_the_methods_turns_the_difference_and_keeps_the_p_value():
     assert one["difference"] == pytest.approx(-other["difference"])
     assert one["p"] == other["p"]
     assert one["low"] < one["difference"] < one["high"]
+
+
+# ---------------------------------------------------------------------- many tests
+
+
+def lists_of_p_values():
+    """250 lists of up to 30, a third of them with many ties and values at the ends."""
+    rng = np.random.default_rng(0)
+    for case in range(250):
+        values = rng.random(rng.integers(1, 31)) ** rng.integers(1, 6)
+        yield list(np.round(values, 1) if case % 3 == 0 else values)
+
+
+def test_holm_is_its_formula_taken_literally():
+    for values in lists_of_p_values():
+        ranked, m = sorted(values), len(values)
+        adjusted = [min(1.0, max((m - i) * ranked[i] for i in range(k + 1))) for k in range(m)]
+        of = dict(zip(ranked, adjusted, strict=True))  # of equal ones the last, whose adjusted value is the largest
+        assert holm(values) == pytest.approx([of[p] for p in values])
+    assert holm([]) == []
+
+
+def test_holm_rejects_what_stepping_down_rejects():
+    for values in lists_of_p_values():
+        for alpha in (0.01, 0.05, 0.2):
+            rejected, left = set(), sorted(range(len(values)), key=values.__getitem__)
+            while left and values[left[0]] * len(left) <= alpha:
+                rejected.add(left.pop(0))
+            assert {i for i, p in enumerate(holm(values)) if p <= alpha} == rejected
+
+
+def test_holm_of_tests_that_are_all_null_rarely_finds_one():
+    rng = np.random.default_rng(0)
+    found = np.mean([min(holm(rng.random(20))) <= 0.05 for _ in range(2000)])
+    assert found == pytest.approx(0.05, abs=0.015)  # unadjusted it would be 64 %
+
+
+# ---------------------------------------------------------------------- several seeds
+
+
+def slow_means(scores, seed):
+    """The means of the resamples, with a loop over everything that is summed."""
+    rng, total = np.random.default_rng(seed), len(scores) * len(scores[0])
+    drawn = rng.integers(0, len(scores), (statistics.RESAMPLES, len(scores), 1))[..., 0]
+    for rows in drawn:
+        columns = rng.integers(0, len(scores[0]), len(scores[0]))
+        yield sum(scores[row][column] for row in rows for column in columns) / total
+
+
+def test_an_interval_over_seeds_is_that_of_means_summed_one_by_one(monkeypatch):
+    monkeypatch.setattr(statistics, "RESAMPLES", 40)
+    rng = np.random.default_rng(0)
+    for case in range(200):
+        scores = rng.random((rng.integers(1, 6), rng.integers(1, 13)))
+        found, means = interval_over_seeds(scores, seed=case), list(slow_means(scores.tolist(), case))
+        by_seed = [sum(row) / len(row) for row in scores.tolist()]
+        middle = sum(by_seed) / len(by_seed)
+        spread = math.sqrt(sum((one - middle) ** 2 for one in by_seed) / (len(by_seed) - 1)) if by_seed[1:] else 0.0
+        expected = [middle, *np.quantile(means, [0.025, 0.975]), spread]
+        assert [found[name] for name in ("mean", "low", "high", "seed_std")] == pytest.approx(expected)
+
+
+def test_an_interval_of_two_seeds_and_queries_is_that_of_their_sixteen_resamples():
+    scores, twice = [[0.0, 0.2], [0.5, 1.0]], [(0, 0), (0, 1), (1, 0), (1, 1)]
+    means = [np.mean([scores[s][q] for s in rows for q in columns]) for rows in twice for columns in twice]
+    found = interval_over_seeds(scores, level=0.6)
+    low, high = np.quantile(means, [0.2, 0.8], method="inverted_cdf")
+    assert (found["low"], found["high"]) == (pytest.approx(low), pytest.approx(high))
+
+
+def test_equal_seeds_add_nothing_to_the_interval_of_the_queries():
+    scores = np.random.default_rng(0).random(300)
+    found = interval_over_seeds([scores] * 4)
+    assert (found["low"], found["high"]) == pytest.approx(bootstrap_interval(scores, seed=1), abs=0.004)
+    assert found["seed_std"] == pytest.approx(0)
+
+
+def coverage(seeds, noise, monkeypatch):
+    """How often the interval holds the truth, 0, where seeds differ by 1 and queries by `noise`."""
+    monkeypatch.setattr(statistics, "RESAMPLES", 200)
+    rng, hits = np.random.default_rng(0), 0
+    for case in range(250):
+        scores = rng.normal(0, 1, (seeds, 1)) + rng.normal(0, noise, 30)
+        found = interval_over_seeds(scores, seed=case)
+        hits += found["low"] - 1e-9 <= 0 <= found["high"] + 1e-9
+    return hits / 250
+
+
+def test_three_seeds_that_differ_more_than_queries_make_an_interval_that_is_too_narrow(monkeypatch):
+    # All three lie on one side of the truth with a probability of 2 / 2³.
+    assert coverage(3, 0.0, monkeypatch) == pytest.approx(0.75, abs=0.06)
+    assert coverage(3, 20.0, monkeypatch) == pytest.approx(0.94, abs=0.03)
+
+
+def test_scores_over_seeds_must_be_of_the_same_queries():
+    for scores in ([], [[]], [0.5], [[0.5, 1.0], [0.5]]):
+        with pytest.raises(ValueError):
+            interval_over_seeds(scores)
+
+
+def test_an_interval_over_five_seeds_of_a_whole_split_takes_less_than_a_second():
+    scores = np.random.default_rng(0).random((5, 5046))
+    interval_over_seeds(scores[:, :10])
+    began = time.process_time()
+    interval_over_seeds(scores)
+    assert time.process_time() - began < 1

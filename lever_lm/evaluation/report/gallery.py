@@ -3,7 +3,6 @@ chosen and how surely; and how often each method shows an answer that would be r
 
 import base64
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
@@ -12,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from lever_lm.data import Example, Image, VqaData, open_image
-from lever_lm.evaluation.results import Sample, read_samples, samples_file
-from lever_lm.selectors import CONTRASTS, LEARNED, RANDOM, ZERO_SHOT
+from lever_lm.evaluation.results import Sample, method_of, read_samples, samples_file
+from lever_lm.selectors import CONTRASTS, RANDOM, ZERO_SHOT
 from lever_lm.tasks import TASKS
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.terminal import shown
@@ -37,14 +36,16 @@ class Shown:
         return self.samples[self.method]
 
 
-def read_shown(inference: Path, results: Sequence[dict]) -> Shown | None:
-    """Return the learned method of an evaluation at the most shots at which random demonstrations were shown too, and
-    what else was run there; None where only baselines were. Raises LeverError where samples cannot be read."""
-    learned = [row for row in results if row["method"] in LEARNED]
-    if not learned:
+def read_shown(inference: Path, metrics: dict) -> Shown | None:
+    """Return the method of an evaluation, by `method_of`, at the most shots at which random demonstrations were shown
+    too, and what else was run there; None where only baselines were. metrics: of read_metrics. Raises LeverError where
+    samples cannot be read."""
+    results, ours = metrics["results"], method_of(metrics)
+    if ours is None:
         return None
     beside = {row["shots"] for row in results if row["method"] == RANDOM}
-    chosen = min(learned, key=lambda row: (LEARNED.index(row["method"]), row["shots"] not in beside, -row["shots"]))
+    own = [row for row in results if row["method"] == ours]
+    chosen = min(own, key=lambda row: (row["shots"] not in beside, -row["shots"]))
     samples = {}
     for method in dict.fromkeys(row["method"] for row in results if row["shots"] in (chosen["shots"], 0)):
         shots = 0 if method == ZERO_SHOT else chosen["shots"]

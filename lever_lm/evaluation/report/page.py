@@ -1,17 +1,21 @@
 """Runs and their evaluations → one self-contained HTML page: what came out, what was chosen and how surely, how the
 policy was trained, and with what. No script and no address is in it: it can be mailed, and printed."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
 from lever_lm.data import VqaData
+from lever_lm.evaluation.findings_files import read_arena, read_diagnosis
+from lever_lm.evaluation.report import contenders
 from lever_lm.evaluation.report import phrasing as words
 from lever_lm.evaluation.report.curves import PHASES, Evaluated, Series, charts_of
 from lever_lm.evaluation.report.gallery import Gallery, pick_queries, read_shown
+from lever_lm.evaluation.report.seeds import OverSeeds, settings_of, shared_scores
 from lever_lm.evaluation.report.svg import line_chart
-from lever_lm.evaluation.results import is_finite, read_samples, samples_file, table
+from lever_lm.evaluation.results import is_finite, method_of, table
 from lever_lm.evaluation.statistics import paired_test
 from lever_lm.evaluation.templates import render
 from lever_lm.selectors import CONTRASTS, LEARNED
@@ -35,16 +39,17 @@ def write_report(
     data: VqaData | None,
     *,
     others: Sequence[Evaluated] = (),
+    seeds: OverSeeds | None = None,
     output: Path | None = None,
     command: str = "",
 ) -> Path:
     """Write the page of a run and return its path: `report.html` in the run folder, or `output`.
 
     inference: a folder that write_results filled over `data`; None for a run that was not evaluated. others: runs
-    that are laid over it. command: the command line that made the page. Raises LeverError for a run without metrics,
-    and for files that are not those of a run.
+    that are laid over it; seeds: what all of them make over seeds. command: the command line that made the page. Raises
+    LeverError for a run without metrics, and for files that are not those of a run.
     """
-    page = _page(Evaluated(run, inference), data, list(others))
+    page = _page(Evaluated(run, inference), data, list(others)) | _over_seeds(seeds or OverSeeds())
     text = render("report.html.j2", words.FILTERS, command=command, **page)
     try:
         write_text(output or run.report, text)
@@ -69,6 +74,7 @@ def _page(main: Evaluated, data: VqaData | None, others: list[Evaluated]) -> dic
         "nearest": metrics["order"] == "first_pick_last",
         "stale": _is_stale(main.run, metrics),
         **_chosen(main, data),
+        **_contenders(main),
         "phases": [
             (PHASES[phase], [_curve_chart(PHASES[phase], metric, lines) for metric, lines in of_phase.items()])
             for phase, of_phase in curves.items()
@@ -89,7 +95,7 @@ def _page(main: Evaluated, data: VqaData | None, others: list[Evaluated]) -> dic
 
 
 def _accuracy_chart(series: list[Series]) -> str:
-    room = 20 + min(150, 6 * max((len(one.label) for one in series), default=0))
+    room = 20 + min(150, 7 * max((len(one.label) for one in series), default=0))
     return line_chart(
         series,
         title="VQA accuracy in percent by number of demonstrations",
@@ -111,7 +117,7 @@ def _is_stale(run: RunFolder, metrics: dict) -> bool:
     """Return whether the policy that was evaluated is another than its checkpoint holds now, as after training anew."""
     path = run.path / Path(metrics["checkpoint"]).name
     digests = {digest for digest in metrics["policies"].values() if isinstance(digest, str)}
-    if not (digests and metrics["checkpoint"] and path.is_file()):
+    if not (digests and metrics["checkpoint"] and os.path.isfile(path)):  # the name may be no name of a file
         return False
     try:
         return policy_digest(load_policy(path)) not in digests
@@ -122,7 +128,7 @@ def _is_stale(run: RunFolder, metrics: dict) -> bool:
 def _chosen(main: Evaluated, data: VqaData | None) -> dict:
     """Return the sentence of the run, and what its policy chose."""
     metrics = main.metrics
-    found = read_shown(main.inference, metrics["results"]) if main.inference and data else None
+    found = read_shown(main.inference, metrics) if main.inference and data else None
     if found is None:
         return {"sentence": None, "learned": None, "labels": [], "cards": [], "counts": {}}
     lvlm = metrics["lvlm"] or main.run.lvlm() or "the LVLM"
@@ -144,6 +150,18 @@ def _chosen(main: Evaluated, data: VqaData | None) -> dict:
     }
 
 
+def _contenders(main: Evaluated) -> dict:
+    """Return the sections on other selectors, and on what the demonstrations do: None where nothing was asked."""
+    if main.inference is None:
+        return {"arena": None, "diagnosis": None, "diagnosis_is_stale": False}
+    found = read_diagnosis(main.inference, main.metrics)
+    return {
+        "arena": contenders.arena(read_arena(main.inference, main.metrics), method_of(main.metrics)),
+        "diagnosis": contenders.diagnosis(found),
+        "diagnosis_is_stale": found is not None and _is_stale(main.run, found),
+    }
+
+
 def _by_shots(metrics: dict) -> dict:
     """Return the results as a table of methods and shots, and the tests: at the most shots, and at others."""
     shots, methods = table(metrics["results"])
@@ -153,7 +171,7 @@ def _by_shots(metrics: dict) -> dict:
         "tests": parts if any(parts) else [],
         "columns_of_shots": shots,
         "by_method": methods,
-        "learned_methods": [next((m for m in LEARNED if m in dict(methods)), "")],
+        "learned_methods": [method_of(metrics)],
     }
 
 
@@ -175,7 +193,7 @@ def _compared(ours: tuple[Evaluated, str], theirs: tuple[Evaluated, str]) -> dic
     def plain(value) -> str:
         return value[:_LONGEST] if isinstance(value, str) and value else shown(value, _LONGEST)
 
-    config = differing(*(_settings(one.run) for one, _ in (ours, theirs)))
+    config = differing(*(settings_of(one.run) for one, _ in (ours, theirs)))
     return {
         "name": theirs[1],
         "config": [(".".join(key), plain(here), plain(there)) for key, here, there in config],
@@ -183,12 +201,11 @@ def _compared(ours: tuple[Evaluated, str], theirs: tuple[Evaluated, str]) -> dic
     }
 
 
-def _settings(run: RunFolder) -> dict:
-    """Return the config of a run; {} where it has none, or none that can be read."""
-    try:
-        return run.settings()
-    except LeverError:
-        return {}
+def _over_seeds(found: OverSeeds) -> dict:
+    """Return what the page shows of runs over seeds, its table as that of `_by_shots`."""
+    shots, methods = table(found.rows)
+    n = sorted({row["n"] for row in found.rows})
+    return {"seeds": found, "seed_shots": shots, "seed_methods": methods, "seed_queries": [n[0], n[-1]] if n else []}
 
 
 def _tests(ours: tuple[Evaluated, str], theirs: tuple[Evaluated, str]) -> list[dict]:
@@ -198,10 +215,8 @@ def _tests(ours: tuple[Evaluated, str], theirs: tuple[Evaluated, str]) -> list[d
     tests = []
     for method, shots in sorted(done[0] & done[1]):
         if method in LEARNED:
-            one, two = (read_samples(samples_file(run.inference, method, shots)) for run in runs)
-            both = [i for i in one if i in two and one[i].references == two[i].references]
-            if both:
-                scores = [[samples[i].accuracy for i in both] for samples in (one, two)]
+            scores = shared_scores([run.inference for run in runs], method, shots)
+            if scores[0]:
                 told = {"method": f"{method} of {names[0]}", "against": f"{method} of {names[1]}", "shots": shots}
-                tests.append({**told, **paired_test(*scores), "n": len(both)})
+                tests.append({**told, **paired_test(*scores), "n": len(scores[0])})
     return tests

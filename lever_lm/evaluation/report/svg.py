@@ -1,9 +1,10 @@
-"""Line charts as inline SVG: what stands where; the markup is in templates/chart.svg.j2. Colours are classes of the
-page's style, so that they follow light and dark; every point has its value as a tooltip, and the whole chart its
+"""Charts as inline SVG: what stands where; the markup is in templates/chart.svg.j2 and dots.svg.j2. Colours are classes
+of the page's style, so that they follow light and dark; every point has its value as a tooltip, and the whole chart its
 summary for readers who cannot see it."""
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -13,6 +14,8 @@ from lever_lm.evaluation.templates import render
 _LEFT, _TOP, _BOTTOM = 42, 20, 36
 _LABEL = 13  # units between two labels at the right
 _DOTS = 200  # of a line, about: more stand on each other
+_ROW = 20  # units between the rows of a dot chart
+_LONGEST = 24  # characters of a name at the left
 
 
 def line_chart(
@@ -52,6 +55,52 @@ def line_chart(
         ticks=[(x_of(x), f"{x:g}") for x in ticks or _whole_ticks(xs) if min(xs) <= x <= max(xs)],
         lines=lines,
         names=list(zip(by_end, _apart([line["end"] for line in by_end], bottom + 4), strict=True)) if labels else [],
+    )
+
+
+@dataclass(frozen=True)
+class Dot:
+    """One row of a dot chart. colour: a class of the page's style. strong: the row that the page is about."""
+
+    label: str
+    colour: str
+    value: float
+    low: float
+    high: float
+    strong: bool = False
+
+
+def dot_chart(
+    dots: Sequence[Dot], *, title: str, across: str, show: Callable[[float], str], mark: float | None = None
+) -> str:
+    """Return an SVG with a row for each dot, in their order: its name, its interval as a whisker, and its value as
+    `show` writes it. `across` names the numbers; at `mark` stands a dashed line."""
+    left = 12 + 7 * min(_LONGEST, max(len(dot.label) for dot in dots))
+    width, right, bottom = left + 300, left + 255, 10 + _ROW * len(dots)
+    values = [value for dot in dots for value in (dot.value, dot.low, dot.high)]
+    levels = round_ticks(min(values), max(values), 5)
+    x_of = _scale([*values, *levels], left, right)
+    return render(
+        "dots.svg.j2",
+        {},
+        size=(width, bottom + _BOTTOM),
+        title=title,
+        across=across,
+        left=left,
+        right=right,
+        bottom=bottom,
+        levels=[(x_of(level), f"{level:g}") for level in levels],
+        mark=None if mark is None else x_of(mark),
+        rows=[
+            {
+                "dot": dot,
+                "y": 10 + _ROW * i + _ROW // 2,
+                "name": dot.label if len(dot.label) <= _LONGEST else f"{dot.label[: _LONGEST - 1]}…",
+                "places": [x_of(value) for value in (dot.value, dot.low, dot.high)],
+                "said": [show(value) for value in (dot.value, dot.low, dot.high)],
+            }
+            for i, dot in enumerate(dots)
+        ],
     )
 
 

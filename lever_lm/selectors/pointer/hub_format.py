@@ -2,11 +2,13 @@
 
 config.json says of the policy what a checkpoint does (shape, encoder, features, dataset, seed, phase, epoch), and in
 `setting` the config keys that it is used with. Only keys of SETTING are taken from there, and of the paths only those
-that mean the same on every machine: a downloaded folder names no file of this machine, and no server.
+that mean the same on every machine: a downloaded folder names no file of this machine, and no server. The files of KIT
+are for people: nothing is read from them.
 """
 
 import os
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -22,6 +24,7 @@ from lever_lm.utils.terminal import shown
 FORMAT, VERSION = "lever_lm/policy", 1
 CONFIG, WEIGHTS = POLICY_FILES
 CARD = "README.md"
+KIT = PICKS, PROMPTS, RUN_CONFIG = ("picks.jsonl", "prompts.txt", "config.yaml")
 _CONFIG_LIMIT = 1 << 20  # bytes
 _WEIGHTS_LIMIT = 1 << 30
 _LONGEST_ID = 96  # characters of a hub id
@@ -38,19 +41,20 @@ _EVERYWHERE = rf"{ASSET_PREFIX}[\w-][\w.-]*|{HUB_PREFIX}[\w-][\w.-]*/[\w-][\w.-]
 _MODELS = {("features", "encoder"), ("lvlm", "path")}
 
 
-def setting_of(values: dict) -> dict:
-    """Return what is shared of nested config values: the keys of SETTING. A folder of this machine is left out; of a
-    model's folder the name stays, as that of the model to look for."""
+def setting_of(values: dict, keys: Sequence[tuple[str, ...]] = SETTING) -> dict:
+    """Return what is shared of nested config values: these keys. A folder of this machine is left out; of a model's
+    folder the name stays, as that of the model to look for."""
     kept: dict = {}
-    for section, name in SETTING:
-        there = values.get(section)
-        value = _shareable((section, name), there.get(name)) if isinstance(there, dict) else None
+    for key in keys:
+        *section, name = key
+        there = values.get(section[0]) if section else values
+        value = _shareable(key, there.get(name)) if isinstance(there, dict) else None
         if value is not None:
-            kept.setdefault(section, {})[name] = value
+            (kept.setdefault(section[0], {}) if section else kept)[name] = value
     return kept
 
 
-def _shareable(key: tuple[str, str], value):
+def _shareable(key: tuple[str, ...], value):
     """Return a config value as it means the same on every machine; None where it does not."""
     if key == ("data", "file_prefix"):
         return None if "/" in str(value) else value
@@ -85,15 +89,20 @@ def policy_folder(path: str | Path) -> Path | None:
     return None
 
 
-def write_exported(folder: Path, weights: dict[str, torch.Tensor], config: dict, card: str) -> list[str]:
-    """Write a shared policy; config: the content of config.json. Returns the files' paths."""
+def write_exported(
+    folder: Path, weights: dict[str, torch.Tensor], config: dict, card: str, kit: Mapping[str, str]
+) -> list[str]:
+    """Write a shared policy; config: the content of config.json; kit: names of KIT → their texts, the others are
+    removed. Returns the files' paths."""
     # The config is what makes the folder a policy: it is removed first and written last, so that a killed export leaves
     # no mixture of two policies.
-    remove(folder / CONFIG)
+    for name in (CONFIG, *KIT):
+        remove(folder / name)
     write_tensors(folder / WEIGHTS, {name: t.contiguous() for name, t in weights.items()}, {"format": "pt"})
-    write_text(folder / CARD, card)
+    for name, text in {CARD: card, **kit}.items():
+        write_text(folder / name, text)
     write_json(folder / CONFIG, {"format": FORMAT, "format_version": VERSION, **config})
-    return [str(folder / name) for name in (WEIGHTS, CONFIG, CARD)]
+    return [str(folder / name) for name in (WEIGHTS, CONFIG, CARD, *kit)]
 
 
 def read_exported(folder: Path, named: str | Path) -> dict:
