@@ -16,7 +16,7 @@ from lever_lm.training.run_dir import RunFolder
 from lever_lm.utils.safe_torch_load import load_torch
 
 TRAIN, VAL = 60, 10
-RUNS, INFERENCE = "results/small/model_cpk", "results/small/inference"
+RUNS = "results/small/model_cpk"
 WORLD = ("--set", "data.name=small", "--set", "data.okvqa_path=world", "--set", "rollout.pool_size=12", "--limit", "10")
 TINY = ("--set", "policy.hidden_dim=16")
 EPOCHS = {"answer_match": 3, "epr": 2, "lever_lm": 2, "fixed_set": 1}
@@ -105,10 +105,7 @@ def test_a_checkpoint_says_how_many_prompts_were_put_for_it(arena_once, name):
         return
     content = read_rollouts(rollouts(arena_once, name))
     shown = {
-        (key, *one["pointer_pos"])
-        for key, entry in content.items()
-        if key.isdigit()
-        for one in entry["pointer_candidates"]
+        (key, *one["pointer"]) for key, entry in content.items() if key.isdigit() for one in entry["pointer_candidates"]
     }
     assert own["lvlm_calls"] == content["_meta"]["lvlm_calls"]
     if name == "lever_lm":  # the search has asked, too
@@ -138,11 +135,14 @@ def test_a_run_that_is_killed_goes_on_to_the_same_weights(arena, name, monkeypat
 
 
 @pytest.mark.parametrize("name", ["answer_match", "epr", "lever_lm"])
-def test_more_epochs_go_on_where_the_run_ended(arena, name):
-    before = weights(arena, name, EPOCHS[name])
-    done(train(name, epochs=EPOCHS[name] + 1), arena)
-    same(weights(arena, name, EPOCHS[name]), before)
-    assert len(RunFolder(arena / RUNS / name).rows()) == EPOCHS[name] + 1
+def test_another_number_of_epochs_is_another_run(arena, name):
+    before = files_in(arena / RUNS / name)
+    refused = run_here(*train(name, epochs=EPOCHS[name] + 1), cwd=arena)
+    assert refused.status == 1
+    assert f"rce.epochs: {EPOCHS[name]} there, {EPOCHS[name] + 1} here" in refused.err
+    assert files_in(arena / RUNS / name) == before
+    done(train(name, "--run-name", "longer", epochs=EPOCHS[name] + 1), arena)
+    same(weights(arena, name, 1), weights(arena, "longer", 1))
 
 
 def test_a_fixed_set_is_one_epoch(arena):
@@ -156,7 +156,9 @@ def test_a_fixed_set_is_one_epoch(arena):
 @pytest.mark.parametrize("name", EPOCHS)
 def test_a_run_is_repeated(arena, name):
     command = ("train", "--from-run", f"{RUNS}/{name}", "--run-name", "again")
-    assert done(command, arena).json["repeated"]["same"]
+    repeated = done(command, arena).json["repeated"]
+    assert repeated["identical"]
+    assert repeated["epochs"] == EPOCHS[name]
     same(weights(arena, "again", EPOCHS[name]), weights(arena, name, EPOCHS[name]))
 
 
@@ -225,7 +227,7 @@ def test_all_selectors_stand_in_one_table_and_nothing_is_asked_twice(arena):
 
     assert without_seconds(rows) == without_seconds(again.json["arena"])
     assert {row["method"] for row in rows} == set(SELECTORS) - {"policy", "icds"}
-    kept = json.loads((arena / INFERENCE / "main/grpo_epoch2/metrics.json").read_text())
+    kept = json.loads((arena / first.json["folder"] / "metrics.json").read_text())
     assert without_seconds(kept["arena"]) == without_seconds(rows)
     calls = {row["method"]: row["train_calls"] for row in rows}
     for name in ("epr", "lever_lm", "fixed_set", "main"):
@@ -261,11 +263,8 @@ def test_names_alone_baselines_beside_them_and_neither(arena):
 
 def test_choices_of_ones_own_stand_beside_the_selectors(arena):
     first = table(arena, "--against", "epr")
-    lines = (arena / INFERENCE / "main/grpo_epoch2/icds.jsonl").read_text().splitlines()
-    picks = {str(row["question_id"]): row["icds"]["epr"] for row in map(json.loads, lines)} if lines else {}
-    assert picks
-    (arena / "own.json").write_text(json.dumps(picks))
-    found = table(arena, "--icds", "own.json", "--against", "epr,mmr")
+    shutil.copy2(arena / first.json["folder"] / "samples_epr_2shot.jsonl", arena / "own.jsonl")
+    found = table(arena, "--icds", "own.jsonl", "--against", "epr,mmr")
     rows = {(row["method"], row["shots"]): row for row in found.json["arena"]}
     assert rows["icds", 2]["accuracy"] == rows["epr", 2]["accuracy"]
     assert rows["icds", 2]["chooses_from"] == "a file"
@@ -355,7 +354,6 @@ def test_a_plan_of_a_table_is_never_less_than_what_is_asked(arena):
 
 
 def test_a_diagnosis_on_the_command_line(arena):
-    shutil.copytree(arena / RUNS / "main", arena / "other_lvlm", ignore=lambda *_: ["state.pt"])
     command = ("diagnose", "--run-name", "main", "--limit", "6", "--shots", "2", "--against", "epr,img_text_sim")
     first = done(command, arena)
     known = known_answers(arena)
@@ -370,7 +368,7 @@ def test_a_diagnosis_on_the_command_line(arena):
         for key in ("zero_shot", "images_removed", "reversed", "most_picked"):
             difference = of["picks"]["value"] - of[key]["value"]
             assert of[key]["test"]["difference"] == pytest.approx(difference)
-    kept = json.loads((arena / INFERENCE / "main/grpo_epoch2/diagnosis.json").read_text())
+    kept = json.loads((arena / found["folder"] / "diagnosis.json").read_text())
     assert kept["methods"] == found["methods"]
     spoken = run_here(*command, cwd=arena).out
     assert all(row["says"] in " ".join(spoken.split()) for row in found["methods"]["grpo"])
@@ -380,14 +378,15 @@ def test_a_diagnosis_of_one_shot_and_with_a_second_lvlm(arena):
     from lever_lm.utils.paths import asset_path
 
     shutil.copytree(asset_path("asset:tiny-qwen2.5-vl"), arena / "second")
-    (arena / "second.yaml").write_text("lvlm:\n  path: second\n")
-    command = ("diagnose", f"{RUNS}/fixed_set", "--limit", "5", "--shots", "1", "--lvlm", "second.yaml")
+    config = arena / RUNS / "fixed_set/config.yaml"
+    config.write_text(config.read_text().replace("path: asset:tiny-qwen2.5-vl", "path: second"))
+    command = ("diagnose", f"{RUNS}/fixed_set", "--limit", "5", "--shots", "1", "--lvlm", "tiny_qwen2.5_vl")
     (rows,) = done(command, arena).json["methods"].values()
     of = {row["key"]: row for row in rows}
     assert not {"reversed", "order_sensitivity"} & of.keys()
-    assert of["other_lvlm"]["value"] == of["picks"]["value"]  # it is a copy of the first
+    assert of["other_lvlm"]["value"] == of["picks"]["value"]  # the first is a copy of it
     assert of["other_lvlm"]["parts"]["zero_shot"] == of["zero_shot"]["value"]
-    assert of["other_lvlm"]["parts"]["lvlm"] == "second"
+    assert of["other_lvlm"]["parts"]["lvlm"] == "tiny-qwen2_5-vl"
 
 
 def test_a_plan_of_a_diagnosis_writes_nothing(arena):
@@ -395,13 +394,3 @@ def test_a_plan_of_a_diagnosis_writes_nothing(arena):
     plan = done(("diagnose", "--run-name", "main", "--dry-run"), arena).json
     assert plan["config"]["data"]["name"] == "small"
     assert files_in(arena) == before
-
-
-@pytest.mark.parametrize("command", [("train", "--selector", "epr"), ("diagnose",)])
-def test_what_is_the_work_of_one_process_is_refused_under_torchrun(lever, tmp_path, monkeypatch, command):
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
-        monkeypatch.setenv(name, value)
-    refused = lever(*command)
-    assert refused.status == 2
-    assert "torchrun" in refused.err
-    assert files_in(tmp_path) == {}
