@@ -121,6 +121,7 @@ QUICK = [
     "metrics",
     "best",
     "results",
+    "diagnosis",
     "index",
     "official",
     "environment-file",

@@ -152,6 +152,14 @@ def test_broken_parts_are_refused_with_the_file_and_what_to_run_and_texts_are_no
     assert "lever diagnose" in done.err
 
 
+def test_a_warm_up_is_called_by_the_selector_that_it_makes(contested, lever):
+    config = contested / RUN / "config.yaml"
+    for warmup, title in (("rce", "RCE warm-up"), ("match", "Warm-up: answer match")):
+        config.write_text(re.sub(r"^warmup: .*$", f"warmup: {warmup}", config.read_text(), flags=re.M))
+        assert lever("report").status == 0
+        assert f"<h3>{title}</h3>" in (contested / RUN / "report.html").read_text(encoding="utf-8")
+
+
 # ---------------------------------------------------------------------- read by value
 
 ROW = {"method": "mmr", "train_calls": None, "query_calls": 0, "seconds": 0.1, "chooses_from": "all 9", "shots": 2}

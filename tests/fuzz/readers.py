@@ -24,6 +24,7 @@ from lever_lm.config.schema import Config, to_dict
 from lever_lm.config.values import build, merge
 from lever_lm.data import Example, StoredImage, VqaData
 from lever_lm.evaluation.choices_file import read_icds
+from lever_lm.evaluation.findings_files import DIAGNOSIS
 from lever_lm.evaluation.report import phrasing
 from lever_lm.evaluation.report.curves import training_curves
 from lever_lm.evaluation.report.page import _curve_chart, write_report
@@ -367,7 +368,10 @@ class _Inference:
             "high": 0.2,
             "p": 0.04,
         }
-        self.results = dumped({"results": [self.result], "tests": [test], "checkpoint": "x.pt", "setting": "s"})
+        cost = {"train_calls": None, "query_calls": 1, "seconds": 0.5, "chooses_from": "<b>what"}
+        arena = [{**self.result, **cost}, {**self.result, **cost, **test, "method": "rce", "p_holm": 0.08}]
+        facts = {"tests": [test], "arena": arena, "checkpoint": "x.pt", "setting": "s"}
+        self.results = dumped({"results": [self.result], **facts})
         self.results_file = self.folder / "metrics.json"
         self.results_file.write_bytes(self.results)
 
@@ -391,6 +395,19 @@ def results_file(folder: Path) -> Target:
 
     known = [DEEP, b"{}", b'{"results":[]}', b'{"results":{}}']
     return Target([made.results], spoil_json, to_file(made.results_file, read), known)
+
+
+@reader("diagnosis")
+def diagnosis_file(folder: Path) -> Target:
+    """An inference's diagnosis.json, as the report reads it."""
+    made = _Inference(folder)
+    test = {"difference": 0.1, "low": 0.0, "high": 0.2, "p": 0.04}
+    rows = [{"key": "picks", "label": "<b>what", "value": 0.5, "says": "<b>what", "interval": [0.25, 0.75]}]
+    rows.append({**rows[0], "key": "zero_shot", "test": test, "parts": {"rate": 0.5}})
+    methods = {"grpo": rows, "<b>what": rows}
+    seed = {"n": 2, "shots": 2, "checkpoint": "x.pt", "policies": {"grpo": "0" * 16}, "methods": methods}
+    known = [DEEP, b"{}", dumped({**seed, "methods": {f"m{i}": rows for i in range(5000)}})]
+    return Target([dumped(seed)], spoil_json, to_file(made.folder / DIAGNOSIS, made.report), known)
 
 
 @reader("samples")

@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from lever_lm.data import VqaData
+from lever_lm.evaluation.arena import WARMUPS
 from lever_lm.evaluation.findings_files import read_arena, read_diagnosis
 from lever_lm.evaluation.report import contenders
 from lever_lm.evaluation.report import phrasing as words
@@ -18,7 +19,7 @@ from lever_lm.evaluation.report.svg import line_chart
 from lever_lm.evaluation.results import is_finite, method_of, table
 from lever_lm.evaluation.statistics import paired_test
 from lever_lm.evaluation.templates import render
-from lever_lm.selectors import CONTRASTS, LEARNED
+from lever_lm.selectors import CONTRASTS, LEARNED, named
 from lever_lm.selectors.pointer.checkpoint import load_policy, policy_digest
 from lever_lm.training.environment import read_environment, typed_again
 from lever_lm.training.metrics import LOGGED, METRICS, RECOMMENDED
@@ -76,8 +77,8 @@ def _page(main: Evaluated, data: VqaData | None, others: list[Evaluated]) -> dic
         **_chosen(main, data),
         **_contenders(main),
         "phases": [
-            (PHASES[phase], [_curve_chart(PHASES[phase], metric, lines) for metric, lines in of_phase.items()])
-            for phase, of_phase in curves.items()
+            (title, [_curve_chart(title, metric, lines) for metric, lines in of_phase.items()])
+            for title, of_phase in ((_title(phase, main.run), of_phase) for phase, of_phase in curves.items())
         ],
         "strategies": words.strategies(judged),
         "source": history.source if history else "",
@@ -105,6 +106,12 @@ def _accuracy_chart(series: list[Series]) -> str:
         size=(270 + room, 290),
         labels=room,
     )
+
+
+def _title(phase: str, run: RunFolder) -> str:
+    """Return what a phase of a run is called: a warm-up that is not RCE, by the selector that it makes."""
+    made = WARMUPS.get(str(settings_of(run).get("warmup")))
+    return f"Warm-up: {named(made)}" if phase == "rce" and made else PHASES[phase]
 
 
 def _curve_chart(phase: str, metric: str, series: list[Series]) -> tuple[str, str]:
