@@ -52,7 +52,7 @@ def test_a_file_and_an_exported_folder_give_the_same_picks_to_the_bit(tmp_path, 
     else:
         path = tmp_path / "shared"
         path.mkdir()
-        write_exported(path, policy.state_dict(), {"policy": policy.shape, "phase": "rce", "epoch": 1}, "")
+        write_exported(path, policy.state_dict(), {"policy": policy.shape, "phase": "rce", "epoch": 1}, "", {})
     loaded = load_policy(path)
     assert type(loaded) is type(policy)
     assert loaded.shape == policy.shape
