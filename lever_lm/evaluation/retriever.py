@@ -91,6 +91,8 @@ class Retriever:
             stages = Stages(config, layout, screen.say, screen.track)
         self.stages, self.config = stages, stages.config
         self.policy = load_for(self.checkpoint, self.config, stages.say)
+        if examples is not None and not isinstance(self.policy, PointerSelector):
+            raise UsageError(f"{checkpoint} chooses among the training split that it was made of: leave examples= out")
         self._own = None if examples is None else _own_examples(examples)
 
     # ------------------------------------------------------------------ what there is
