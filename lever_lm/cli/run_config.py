@@ -8,6 +8,7 @@ from typer import Exit
 
 from lever_lm.cli.options import Common, emit, named_yamls, nested, option_values
 from lever_lm.config.load import Layer, file_layer, layers
+from lever_lm.training.metrics import PHASES
 from lever_lm.training.run_dir import Layout, RunFolder
 from lever_lm.utils.errors import LeverError, UsageError
 
@@ -29,6 +30,7 @@ def make_pipeline(
     """
     _check_run_name(common.run_name)
     run_name, sets, options = common.run_name, common.set_ or [], _options(common, flags)
+    _check_selector(selector)
     if from_run is None:
         made = layers({**named_yamls(common), "selector": selector}, file_layer(common.config), sets, options)
         run_name = run_name or selector
@@ -145,6 +147,18 @@ def _pipeline(common: Common, made, run_name: str | None, run_dir: Path | None, 
 def _check_run_name(name: str | None) -> None:
     if name is not None and (name.startswith(".") or Path(name).name != name):
         raise UsageError(f"--run-name takes a folder name, found {name!r}")
+
+
+def _check_selector(name: str | None) -> None:
+    """Raise UsageError for a selector of the table that has no training of its own."""
+    if name in PHASES:
+        raise UsageError(f"--selector {name}: `lever train` trains rce, then grpo, by itself: leave --selector out")
+    from lever_lm.selectors import SELECTORS  # loads torch
+
+    if name in SELECTORS and SELECTORS[name].kind not in ("learnt", "file"):
+        raise UsageError(
+            f"--selector {name}: it learns nothing, so there is nothing to train: `lever infer --against {name}`"
+        )
 
 
 def refuse_options(common: Common, why: str, *names: str) -> None:

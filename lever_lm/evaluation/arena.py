@@ -6,17 +6,25 @@ made by `lever train --selector NAME`; `rce` and `grpo` are phases of that run.
 
 import contextlib
 import difflib
+import json
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
+from lever_lm.config.load import layers
+from lever_lm.config.schema import Config, to_dict
+from lever_lm.config.values import configs_root
 from lever_lm.evaluation.evaluate import Evaluation, Outcome
 from lever_lm.evaluation.statistics import holm, paired_test
 from lever_lm.selectors import ANY_POLICY, FROM_FILE, SELECTORS, SIMPLE
 from lever_lm.selectors.pointer.checkpoint import own_config, read_checkpoint
+from lever_lm.selectors.pointer.hub_format import SETTING
 from lever_lm.training.find_checkpoint import find_checkpoint
 from lever_lm.training.metrics import PHASES, RECOMMENDED, STRATEGIES
+from lever_lm.training.pipeline import Pipeline
 from lever_lm.training.run_dir import RunFolder
 from lever_lm.training.select_checkpoint import best_row
 from lever_lm.utils.errors import LeverError, UsageError
@@ -65,8 +73,11 @@ WARMUPS = {"match": "answer_match", "epr": "epr", "lever_lm": "lever_lm", "fixed
 
 def method_of(checkpoint: Path) -> str:
     """Return the selector that a checkpoint is: by its phase, and of a warm-up by what that learnt from."""
+    own = own_config(read_checkpoint(checkpoint))
+    if isinstance(own.get("policy"), dict) and "vocabulary" in own["policy"]:  # also in an exported folder
+        return "lever_lm" if "d_model" in own["policy"] else "fixed_set"
     phase = next((phase for phase in PHASES if checkpoint.stem.startswith(phase)), ANY_POLICY)
-    return WARMUPS.get(own_config(read_checkpoint(checkpoint)).get("warmup"), phase) if phase == "rce" else phase
+    return WARMUPS.get(own.get("warmup"), phase) if phase == "rce" else phase
 
 
 def checkpoint_of(run: RunFolder, name: str) -> Path | None:
@@ -76,18 +87,59 @@ def checkpoint_of(run: RunFolder, name: str) -> Path | None:
     if name in PHASES:
         row = best_row([row for row in run.rows() if row["phase"] == name], STRATEGIES[RECOMMENDED])
         path = run.checkpoint(name, row["epoch"]) if row else None
-        return path if path and path.is_file() else None
+        return path if path and path.is_file() and method_of(path) == name else None
     for folder in (f"{run.path.name}_{name}", name):
         with contextlib.suppress(LeverError):
             return find_checkpoint(RunFolder(run.path.with_name(folder)), None, {})[0]
     return None
 
 
-def missing(run: RunFolder, name: str) -> str:
-    """Return what makes the run of a learnt selector that is not there."""
+def missing(pipeline: Pipeline, name: str) -> str:
+    """Return that a learnt selector has no run, and the command that makes it."""
+    run = pipeline.run.path
     if name in PHASES:
-        return f"{name}, of which {run.path} has no epoch"
-    return f"{name}, which has no run beside {run.path}: `lever train --selector {name}`, with the options of this run"
+        return f"{name}, of which {run} has no epoch: --run-name NAME of a run that `lever train` made with it"
+    return f"{name}, which has no run beside {run}: `{training_command(pipeline, name)}`"
+
+
+def training_command(pipeline: Pipeline, name: str) -> str:
+    """Return the command that trains a learnt selector beside a run, on the same data, features, pools and LVLM: the
+    named YAMLs that are nearest to the config, and what of it they do not say."""
+    here, run = to_dict(pipeline.config), pipeline.run.path
+    stems = [sorted(file.stem for file in (configs_root() / kind).glob("*.yaml")) for kind in ("dataset", "lvlm")]
+    found = []
+    for dataset, lvlm in product(*stems):
+        made = to_dict(layers({"dataset": dataset, "lvlm": lvlm, "selector": name}, None, [], {}).config())
+        found.append((dataset, lvlm, [key for key in SETTING if made[key[0]][key[1]] != here[key[0]][key[1]]]))
+    dataset, lvlm, others = min(found, key=lambda one: len(one[2]))
+    words = ["lever", "train", "--selector", name, "--dataset", dataset, "--lvlm", lvlm]
+    words += [f"--set={'.'.join(key)}={json.dumps(here[key[0]][key[1]], ensure_ascii=False)}" for key in others]
+    for option, value, default in (
+        ("--server", here["lvlm"]["server"], ""),
+        ("--seed", str(here["seed"]), "0"),
+        ("--results", str(pipeline.layout.dataset.parent), "results"),
+        ("--run-dir", str(run.with_name(name)), str(pipeline.layout.run.with_name(name))),
+    ):
+        words += [option, value] if value != default else []
+    return shlex.join(words)
+
+
+def check_runs(pipeline: Pipeline, names: Sequence[str]) -> None:
+    """Raise LeverError where a learnt selector has no run, with the command that makes it."""
+    for name in names:
+        if SELECTORS[name].select is None and checkpoint_of(pipeline.run, name) is None:
+            raise LeverError(f"--against {missing(pipeline, name)}")
+
+
+def check_shots(config: Config, shots: Sequence[int], names: Sequence[str]) -> None:
+    """Raise UsageError for more shots than a pool holds, where one of these selectors chooses from pools."""
+    size, most = config.rollout.pool_size, max(shots)
+    pooled = [name for name in dict.fromkeys(names) if SELECTORS[name].pool]
+    if pooled and most > size:
+        raise UsageError(
+            f"--shots {most} exceeds rollout.pool_size {size}, from which {', '.join(pooled)} would choose: lower "
+            "--shots, or leave out what chooses from pools"
+        )
 
 
 def chooses_from(name: str, evaluation: Evaluation) -> str:

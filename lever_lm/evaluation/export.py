@@ -18,7 +18,16 @@ from lever_lm.evaluation.results import evaluations, read_metrics, table
 from lever_lm.evaluation.templates import render
 from lever_lm.selectors import CONTRASTS, ZERO_SHOT
 from lever_lm.selectors.pointer.checkpoint import load_policy, own_config, policy_digest, read_checkpoint
-from lever_lm.selectors.pointer.hub_format import CARD, CONFIG, KIT, WEIGHTS, is_exported, setting_of, write_exported
+from lever_lm.selectors.pointer.hub_format import (
+    CARD,
+    CONFIG,
+    KIT,
+    OF_POLICY,
+    WEIGHTS,
+    is_exported,
+    setting_of,
+    write_exported,
+)
 from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.training.environment import PACKAGES, recorded
 from lever_lm.training.run_dir import RunFolder, inference_folder
@@ -73,7 +82,7 @@ def export(
     shared = {
         "lever_lm": __version__,
         "policy": policy.shape,
-        **{name: own[name] for name in ("encoder", "features", "embeddings", "dataset", "seed") if name in own},
+        **{name: own[name] for name in OF_POLICY[1:] if name in own},
         "phase": "rce" if content.get("phase") == "rce" else "grpo",
         "epoch": content["epoch"] + 1 if is_epoch(content.get("epoch")) else None,  # from 1, as in file names
         "chosen": re.split("[;:]", why)[0],  # what follows advises the run's owner

@@ -26,6 +26,7 @@ from lever_lm.lvlm import Prompt, build_prompt
 from lever_lm.lvlm.processor import load_processor
 from lever_lm.lvlm.prompt import to_messages
 from lever_lm.selectors.learned import choose
+from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.selectors.problem import Problem
 from lever_lm.training.find_checkpoint import load_for, locate
 from lever_lm.training.from_checkpoint import config_beside, results_beside
@@ -89,6 +90,8 @@ class Retriever:
             stages = Stages(config, layout, screen.say, screen.track)
         self.stages, self.config = stages, stages.config
         self.policy = load_for(self.checkpoint, self.config, stages.say)
+        if examples is not None and not isinstance(self.policy, PointerSelector):
+            raise UsageError(f"{checkpoint} chooses among the training split that it was made of: leave examples= out")
         self._own = None if examples is None else _own_examples(examples)
 
     # ------------------------------------------------------------------ what there is

@@ -15,6 +15,8 @@ from lever_lm.data.embeddings import encoder_fingerprint
 from lever_lm.evaluation.arena import (
     Cost,
     arena_rows,
+    check_runs,
+    check_shots,
     checkpoint_of,
     chooses_from,
     cost_of,
@@ -38,6 +40,7 @@ from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.training.environment import command_line, recorded
 from lever_lm.training.find_checkpoint import find_checkpoint, load_for
 from lever_lm.training.from_checkpoint import change_lines, changes, changes_of_run
+from lever_lm.training.metrics import PHASES
 from lever_lm.training.pipeline import Pipeline
 from lever_lm.training.preflight import ALL
 from lever_lm.training.run_dir import LOCK, RunFolder, inference_folder, lvlm_name
@@ -72,14 +75,17 @@ def infer(
     features without baselines; write and return results and paired tests. against: selectors that are set against it in
     one table, with what each costs (arena.py); named: each is asked for by name, and must have its checkpoint."""
     most, say, path = max(shots), pipeline.screen.say, None
-    if icds is None or baselines or against:
-        _check_shots(pipeline, shots)
+    methods = [*(BASELINES if baselines else ()), *against]
     if icds is None:
         path, why = find_checkpoint(pipeline.run, ckpt, dict(os.environ))
+        methods.append(method_of(path))
+    check_shots(pipeline.config, shots, methods)
+    check_runs(pipeline, against if named else ())
+    if icds is None:
         pipeline.check(*ALL)
         say(f"checkpoint: {path} ({why})")
         policy = load_for(path, pipeline.config, say)
-        evaluation, method = _evaluation(pipeline), method_of(path)
+        evaluation, method = _evaluation(pipeline, shots), method_of(path)
         chosen, seconds = timed(lambda: _chosen_by(policy, evaluation, most, method, path))
         costs = [cost_of(method, path, seconds, evaluation)]
         if policy.stop:
@@ -93,7 +99,7 @@ def infer(
         chosen, facts = Chosen(FROM_FILE, picks, file_digest(icds)), {"icds": str(icds)}
         costs = [Cost(FROM_FILE, None, 0, 0.0, "a file")]
         if baselines or against:
-            evaluation = _evaluation(pipeline)
+            evaluation = _evaluation(pipeline, shots)
     folder, changed = _destination(pipeline, pipeline.data, path, icds)
     for line in change_lines(changed):
         say(line)
@@ -102,7 +108,7 @@ def infer(
     choices = {name: evaluation.select(name, most) for name in BASELINES if baselines}
     others: list[Chosen] = []
     for name in against:
-        if name != chosen.method and (found := _contender(pipeline, evaluation, name, most, named)):
+        if name != chosen.method and (found := _contender(pipeline, evaluation, name, most)):
             (picks, of_checkpoint), cost = found
             choices[name] = picks
             others += of_checkpoint
@@ -115,30 +121,26 @@ def infer(
     return {**metrics, "folder": str(folder)}
 
 
-def _check_shots(pipeline: Pipeline, shots: Sequence[int]) -> None:
-    size = pipeline.config.rollout.pool_size
-    if max(shots) > size:
-        raise UsageError(f"--shots {max(shots)} exceeds rollout.pool_size {size}")
-
-
-def _evaluation(pipeline: Pipeline) -> Evaluation:
+def _evaluation(pipeline: Pipeline, shots: Sequence[int]) -> Evaluation:
+    """Return the evaluation of a pipeline. Raises UsageError for more shots than there are training examples."""
+    total = len(pipeline.data.train_examples)
+    if max(shots) > total:
+        raise UsageError(f"--shots {max(shots)} exceeds the training split, which has {total} examples: lower --shots")
     return Evaluation(pipeline.config, pipeline.data, pipeline.features, pipeline.screen.track, lambda: pipeline.lvlm)
 
 
 def _contender(
-    pipeline: Pipeline, evaluation: Evaluation, name: str, shots: int, named: bool
+    pipeline: Pipeline, evaluation: Evaluation, name: str, shots: int
 ) -> tuple[tuple[list[list[int]], list[Chosen]], Cost] | None:
     """Return the picks of a selector of the table, with its checkpoint's, if it has one, as Chosen, and their cost.
-    None, which is said, where a learnt one has no run. Raises LeverError instead where it was named."""
+    None, which is said, where a learnt one has no run."""
     one = SELECTORS[name]
     if one.select is not None:
         picks, seconds = timed(lambda: evaluation.select(name, shots))
         return (picks, []), Cost(name, 0, one.calls, seconds, chooses_from(name, evaluation))
     path = checkpoint_of(pipeline.run, name)
-    if path is None and named:
-        raise LeverError(missing(pipeline.run, name))
     if path is None:
-        pipeline.screen.say(f"left out: {missing(pipeline.run, name)}")
+        pipeline.screen.say(f"left out: {missing(pipeline, name)}")
         return None
     policy = load_for(path, pipeline.config, pipeline.screen.say)
     chosen, seconds = timed(lambda: _chosen_by(policy, evaluation, shots, name, path))
@@ -198,16 +200,17 @@ def diagnose(pipeline: Pipeline, shots: int, *, against: Sequence[str] = (), oth
     """Ask what `Diagnosis` asks of the picks of the pipeline's checkpoint, and of those of the selectors `against`;
     other: a pipeline whose LVLM is given the same picks. Writes diagnosis.json beside the checkpoint's predictions, and
     returns its content: n, shots, and for each method its findings."""
-    _check_shots(pipeline, [shots])
     path, why = pipeline.checkpoint
+    check_shots(pipeline.config, [shots], [method_of(path), *against])
+    check_runs(pipeline, against)
     pipeline.check(*ALL)
     pipeline.screen.say(f"checkpoint: {path} ({why})")
-    evaluation = _evaluation(pipeline)
+    evaluation = _evaluation(pipeline, [shots])
     method, policy = method_of(path), load_for(path, pipeline.config, pipeline.screen.say)
     chosen = _chosen_by(policy, evaluation, shots, method, path)
     picks = {method: chosen.picks}
     for name in against:
-        if name not in picks and (found := _contender(pipeline, evaluation, name, shots, True)):
+        if name not in picks and (found := _contender(pipeline, evaluation, name, shots)):
             picks[name] = found[0][0]
     beside = (lvlm_name(other.config.lvlm.path), other.lvlm) if other else None
     findings = {
@@ -269,11 +272,11 @@ def _destination(
 
 def demo(pipeline: Pipeline, shots: Sequence[int], *, overwrite: bool = False) -> dict:
     """Train, run every method on the same evaluation queries, and write the report: everything on one page."""
-    _check_shots(pipeline, shots)
+    check_shots(pipeline.config, shots, PHASES)
     most, say = max(shots), pipeline.screen.say
     with pipeline.run.alone(say):
         trained = pipeline.train_here(None, None, overwrite)
-        best, evaluation = Path(trained["recommended"]["checkpoint"]), _evaluation(pipeline)
+        best, evaluation = Path(trained["recommended"]["checkpoint"]), _evaluation(pipeline, shots)
         policies = {"rce": pipeline.run.checkpoint("rce", pipeline.config.rce.epochs), "grpo": best}
         chosen = {
             method: _chosen_by(load_for(path, pipeline.config, say), evaluation, most, method, path)

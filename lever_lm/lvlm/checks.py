@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from lever_lm.config.schema import LvlmConfig
-from lever_lm.lvlm.openai_client import ServerError
-from lever_lm.lvlm.openai_servers import check_server
+from lever_lm.lvlm.openai_client import NO_LOG_PROBS, ServerError
+from lever_lm.lvlm.openai_servers import check_server, scores_prompts
 from lever_lm.lvlm.processor import load_processor
 from lever_lm.utils.checks import GIB, Check, check_model
 from lever_lm.utils.device import resolve_device
@@ -53,9 +53,13 @@ def _server(config: LvlmConfig, scored: bool, wait: float, say: Callable[[str], 
         mend = f"the first question will tell whether it knows {config.path}"
     yield Check("lvlm.server", status, f"{served.url} {does}{mended}", mend)
     if scored and served.card.get("owned_by") != "vllm":
-        found = f"reference answers are to be scored, and {config.server} does not say that it is vLLM, which can"
-        mend = "rollout.gt_prob=false and rollout.infoscore=0, unless it can too"
-        yield Check("log-probs", "warning", found, mend)
+        can = scores_prompts(config, served.url)
+        if can is False:
+            yield Check("log-probs", "missing", f"reference answers are to be scored by {config.server}", NO_LOG_PROBS)
+        elif can is None:
+            found = f"reference answers are to be scored, and {config.server} does not say that it is vLLM, which can"
+            mend = "rollout.gt_prob=false and rollout.infoscore=0, unless it can too"
+            yield Check("log-probs", "warning", found, mend)
 
 
 def check_answer_lengths(config: LvlmConfig, answers: Sequence[str]) -> Iterator[Check]:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import functools
+import json
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -11,7 +12,7 @@ from typing import NamedTuple, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 from lever_lm.config.schema import LvlmConfig
-from lever_lm.lvlm.openai_client import FIRST_CONTACT, IS_IT, Client, ServerError, served_name
+from lever_lm.lvlm.openai_client import FIRST_CONTACT, IS_IT, NO_LOG_PROBS, SCORING, Client, ServerError, served_name
 from lever_lm.utils.progress import unsaid
 from lever_lm.utils.terminal import one_line
 
@@ -102,6 +103,22 @@ async def _listed(config: LvlmConfig) -> tuple[str, list[dict]]:
     if failure is not None and whole != url:
         raise ServerError(f"{failure.found}, and {whole} has no list of models either", IS_IT) from failure
     return url, []
+
+
+def scores_prompts(config: LvlmConfig, url: str) -> bool | None:
+    """Return whether a server gives log-probs of a prompt's tokens, by one short question; None where it fails for
+    another reason, which the work itself will show."""
+    turns = [{"role": "user", "content": "1 + 1 ="}, {"role": "assistant", "content": "2"}]
+    body = {"model": served_name(config.path), "messages": turns, "temperature": 0, "max_tokens": 1, **SCORING}
+
+    async def ask() -> dict:
+        async with Client(config, url, timeout=min(FIRST_CONTACT, config.timeout)) as client:
+            return await client.complete(json.dumps(body).encode())
+
+    try:
+        return bool(asyncio.run(ask()).get("prompt_logprobs"))
+    except ServerError as error:
+        return False if error.mend == NO_LOG_PROBS else None
 
 
 # ---------------------------------------------------------------------- the work

@@ -1,18 +1,21 @@
 """The same demonstrations for every query: those whose presence in logged rollouts raised the reward most."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from lever_lm.data import Example
 from lever_lm.selectors.problem import Problem
 from lever_lm.utils.errors import LeverError
+from lever_lm.utils.fingerprint import fingerprint
 
 
 class FixedSet(nn.Module):
     """A score for each of N training examples; the best that a query may be shown are shown to it."""
 
     stop = False
+    split = ""  # `split_of` the training split, where a checkpoint says it
 
     def __init__(self, vocabulary: int):
         super().__init__()
@@ -25,7 +28,7 @@ class FixedSet(nn.Module):
 
     def choose(self, problem: Problem, shots: int) -> Iterator[list[int]]:
         """Yield for each query the `shots` rows of largest score, the lower row of equals, less what it may not see."""
-        check_vocabulary("the fixed set", len(self.scores), problem)
+        check_vocabulary("the fixed set", len(self.scores), self.split, problem)
         order = self.scores.argsort(descending=True, stable=True).tolist()
         for query in problem.queries:
             withheld = problem.candidates.withheld(query)
@@ -33,12 +36,19 @@ class FixedSet(nn.Module):
             yield [row for row, _ in zip(free, range(shots), strict=False)]
 
 
-def check_vocabulary(what: str, size: int, problem: Problem) -> None:
+def split_of(train: Sequence[Example]) -> str:
+    """Return a fingerprint of the questions of a training split in their order."""
+    return fingerprint([example.question_id for example in train])
+
+
+def check_vocabulary(what: str, size: int, split: str, problem: Problem) -> None:
     """Raise LeverError where a selector that knows its examples by their rows is of another training split."""
-    if size != len(problem.train):
+    there = len(problem.train)
+    if size != there or (split and split != split_of(problem.train)):
+        found = f"there are {there} here" if size != there else f"the {there} here are others or in another order"
         raise LeverError(
-            f"{what} was made of a training split of {size} examples, and there are {len(problem.train)} here: it "
-            "chooses among those alone (--dataset)"
+            f"{what} was made of a training split of {size} examples, and {found}: it chooses among its own alone "
+            "(--dataset, data.train_path)"
         )
 
 

@@ -24,6 +24,7 @@ class LeverLM(nn.Module):
     """A GPT-2 of `num_layers` layers × `hidden_dim`, over `vocabulary` examples with features of `d_model` numbers."""
 
     stop = False
+    split = ""  # `split_of` the training split, where a checkpoint says it
 
     def __init__(self, d_model: int, vocabulary: int, hidden_dim: int = 512, num_layers: int = 2, num_heads: int = 8):
         super().__init__()
@@ -60,7 +61,7 @@ class LeverLM(nn.Module):
     def choose(self, problem: Problem, shots: int) -> Iterator[list[int]]:
         """Yield the picks of each query in turn, from the whole training split. Raises LeverError where that is another
         one than the model was trained with."""
-        check_vocabulary("Lever-LM", self.vocabulary, problem)
+        check_vocabulary("Lever-LM", self.vocabulary, self.split, problem)
         queries, icds = problem.features
         if queries.shape[1] != self.d_model:
             raise LeverError(
@@ -74,6 +75,11 @@ class LeverLM(nn.Module):
             allowed = torch.ones(len(asked), len(icds), dtype=torch.bool)
             for free, query in zip(allowed, asked, strict=True):
                 free[list(problem.candidates.withheld(query))] = False
+                if int(free.sum()) < shots:
+                    raise LeverError(
+                        f"question {query.question_id} may be shown {int(free.sum())} training examples, not {shots}: "
+                        "lower --shots"
+                    )
             yield from self.select(queries[start : start + _CHUNK], icds, shots, allowed).tolist()
 
     @torch.no_grad()

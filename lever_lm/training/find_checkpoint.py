@@ -150,6 +150,8 @@ def load_for(path: Path, config: Config, say: Callable[[str], None] = warnings.w
                 f"{path} was trained on the {key} {shown(str(there), 200)} and would be given {here!r}: pass the same "
                 "--features and --dataset (features.encoder) as in training"
             )
+    if not isinstance(policy, PointerSelector) and isinstance(split := own.get("train_split"), str):
+        policy.split = split
     if (embeddings := own.get("embeddings")) is not None:
         say(
             f"warning: {path} was trained on features of your own, {shown(str(embeddings), 200)}, and is given those "

@@ -17,6 +17,8 @@ from lever_lm.training.stages import Stages
 from lever_lm.utils.atomic_io import file_digest
 from lever_lm.utils.errors import LeverError, UsageError
 
+_OWN = "leave --rl-data out, and `lever train --selector {}` makes such rollouts"
+
 
 @dataclass(frozen=True)
 class Source:
@@ -90,6 +92,21 @@ def read_source(source: Source, config: Config, say: Callable[[str], None]) -> t
     return to_tensors(train, source.queries, source.icds), to_tensors(val, source.queries, source.icds)
 
 
+def check_kind(warmup: str, groups: GroupTensors, path: Path | None) -> None:
+    """Raise LeverError for rollouts that a warm-up cannot learn from."""
+    shown = (groups.sequences >= 0).sum(-1)[groups.mask]  # demonstrations of each rollout
+    if warmup == "epr" and bool((shown != 1).any()):
+        raise LeverError(
+            f"{path}: warmup=epr learns from demonstrations that are shown alone, and these rollouts show up to "
+            f"{int(shown.max())}: {_OWN.format(warmup)}"
+        )
+    if warmup == "lever_lm" and len(shown.unique()) > 1:
+        raise LeverError(
+            f"{path}: warmup=lever_lm learns from sequences of one length, and these rollouts show {int(shown.min())} "
+            f"to {int(shown.max())} demonstrations: {_OWN.format(warmup)}"
+        )
+
+
 def _check_groups(read: RolloutFile, train: int, val: int, config: Config) -> None:
     """Raise LeverError where a split is left without groups, or where no group's rewards differ."""
     path, groups, dropped = read.path, read.groups, read.counts["dropped"]
@@ -97,6 +114,11 @@ def _check_groups(read: RolloutFile, train: int, val: int, config: Config) -> No
     if not read.counts["judged"]:
         because = because or " (no rollout has a vqa_correct or vqa_acc_score)"
     if not (train and val):
+        if config.warmup == "lever_lm" and dropped and not groups:
+            raise LeverError(
+                f"{path}: warmup=lever_lm learns from the sequences of an InfoScore search, and none of these "
+                f"{dropped} rollouts is one: {_OWN.format(config.warmup)}"
+            )
         raise LeverError(
             f"{path}: {train} training and {val} validation groups are left after filtering; both are needed{because}. "
             "Raise rollout.num_queries (--limit), relax reward.require_positive and reward.skip_fallback, or choose a "

@@ -12,6 +12,7 @@ import torch
 from lever_lm.config.schema import Config
 from lever_lm.data import load_dataset
 from lever_lm.data.embeddings import features_fingerprint
+from lever_lm.selectors.fixed_set import split_of
 from lever_lm.selectors.pointer.checkpoint import Policy
 from lever_lm.training.batches import GroupTensors
 from lever_lm.training.convert import convert
@@ -21,6 +22,7 @@ from lever_lm.training.find_checkpoint import find_checkpoint
 from lever_lm.training.grpo import train_grpo
 from lever_lm.training.inputs import (
     Source,
+    check_kind,
     check_own_features,
     check_scores,
     read_source,
@@ -151,6 +153,8 @@ class Pipeline(Stages):
             self._check_inputs(rl_data, embeddings)
         source = self._source(rl_data, embeddings, dataset_named)
         train, val = read_source(source, self.config, self.say) if source.rollouts else (None, None)
+        for groups in filter(None, (train, val)):
+            check_kind(self.config.warmup, groups, source.rollouts)
         device = resolve_device(self.config.device)
         initial = new_policy(self.config, source.icds.shape[1])
         policy = new_learner(self.config, source.icds.shape[1], len(source.icds)).to(device)
@@ -184,10 +188,13 @@ class Pipeline(Stages):
         return {"run": str(self.run.path), "recommended": recommended, "converted": converted}
 
     def _cost(self, source: Source) -> dict:
-        """Return what a checkpoint says of what it learnt from: the warm-up, where it is not RCE, and the LVLM calls
-        that were made for it, where they are known; those of online rounds are not among them."""
+        """Return what a checkpoint says of what it learnt from: the warm-up, where it is not RCE, the LVLM calls that
+        were made for it, where they are known, without those of online rounds, and the training split whose examples
+        alone it can choose."""
         calls = rollout_calls(source.rollouts) if source.rollouts else 0
         own = {} if calls is None else {"lvlm_calls": calls}
+        if self.config.warmup in _NO_POINTER and "encoder" in source.made_for:
+            own["train_split"] = split_of(self.data.train_examples)
         return own if self.config.warmup == "rce" else {**own, "warmup": self.config.warmup}
 
     def _warm_up(self, policy: Policy, train: GroupTensors | None, val: GroupTensors | None, journal: Journal) -> None:
@@ -197,11 +204,6 @@ class Pipeline(Stages):
         if name in _NO_POINTER:
             _NO_POINTER[name](policy, train, val, config, journal)
         elif name != "match":
-            if name == "epr" and train.sequences.shape[2] != 1:
-                raise LeverError(
-                    "warmup=epr learns from demonstrations shown alone, and these rollouts show more: `lever train "
-                    "--selector epr` makes such rollouts"
-                )
             train_rce(policy, train, val, config, journal, warmup=name)
         else:
             groups, device = MatchGroups(self.config, self.data, self.features), resolve_device(self.config.device)

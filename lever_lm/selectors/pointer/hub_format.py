@@ -29,8 +29,8 @@ _CONFIG_LIMIT = 1 << 20  # bytes
 _WEIGHTS_LIMIT = 1 << 30
 _LONGEST_ID = 96  # characters of a hub id
 # Keys that a checkpoint has in its config, too.
-_OF_POLICY = ("policy", "encoder", "features", "embeddings", "dataset", "seed")
-_KEYS = {"format", "format_version", "lever_lm", *_OF_POLICY, "phase", "epoch", "chosen"}
+OF_POLICY = ("policy", "encoder", "features", "embeddings", "dataset", "seed", "train_split")
+_KEYS = {"format", "format_version", "lever_lm", *OF_POLICY, "phase", "epoch", "chosen"}
 _KEYS |= {"setting", "fingerprints", "packages", "results"}
 _WHAT = "a policy as `lever export` writes it"
 # What of a config a policy is used with, whoever uses it.
@@ -118,7 +118,7 @@ def read_exported(folder: Path, named: str | Path) -> dict:
         "model_state_dict": _read_weights(folder / WEIGHTS, named),
         "kl_beta": 0.0,
         "metrics": {},
-        "config": {name: config[name] for name in _OF_POLICY if name in config},
+        "config": {name: config[name] for name in OF_POLICY if name in config},
         "setting": config["setting"] if isinstance(config.get("setting"), dict) else {},
     }
 
