@@ -7,6 +7,7 @@ the right names. The rest, commands of others, is checked as OTHERS says. Nothin
 import ast
 import contextlib
 import functools
+import inspect
 import io
 import json
 import os
@@ -47,6 +48,8 @@ STANDS_FOR = {
     r"diff DIR DIR$": f"diff {DEMO} {RUN}",
     r"--icds (FILE|文件)": "--icds icds.jsonl",
     r"…/grpo_epoch25\.pt|\bX\.pt": f"{DEMO}/grpo_epoch15.pt",
+    r"--selector NAME": "--selector fixed_set",
+    r"--against NAME(S|,NAME)": "--against mmr,dpp",
     r"lvlm\.path=DIR": "lvlm.path=model",
     r"okvqa_path=DIR": "okvqa_path=data",
     r"--results DIR": "--results elsewhere",
@@ -127,10 +130,12 @@ def words_of(command: str) -> list[str]:
     if words[:1] == ["demo"]:
         return [*words, *HELD, "--shots", "4"]
     training = {"--limit": "24", "--rce-epochs": "2", "--grpo-epochs": "4"}  # as helpers.SMALL: what is there is kept
-    held = {"infer": {"--limit": "4"}, "rollout": {"--limit": "24"}, "train": training}
+    held = {"infer": {"--limit": "4"}, "diagnose": {"--limit": "4"}, "rollout": {"--limit": "24"}, "train": training}
     missing = held.get(words[0], {})
     if "--config" in words or "--from-run" in words or "--rl-data" in words:
         missing = {}
+    elif "--selector" in words:
+        missing = {"--limit": "8", "--rce-epochs": "1"}
     elif words[0] == "train" and "--run-name" in words:
         missing = {"--limit": "8", "--rce-epochs": "1", "--grpo-epochs": "1"}
     return [*words, *(word for pair in missing.items() if pair[0] not in words for word in pair)]
@@ -512,6 +517,28 @@ def test_the_readme_is_short_and_begins_with_what_it_is():
 def test_the_page_of_commands_is_up_to_date(script):
     made = script("build_commands").page()
     assert made == pages.text_of("docs/commands.md"), "run: python scripts/build_commands.py"
+
+
+def test_the_page_of_selectors_has_every_name_and_from_where_it_chooses():
+    from lever_lm.selectors import ANY_POLICY, FROM_FILE, SELECTORS, ZERO_SHOT
+
+    rows = re.findall(r"^\| `(\w+)` \|.* \| (all|pool|none) \| ", pages.text_of("docs/selectors.md"), re.MULTILINE)
+    place = {True: "pool", False: "all"}
+    known = {name: place[one.pool] for name, one in SELECTORS.items() if name not in (ANY_POLICY, FROM_FILE)}
+    assert dict(rows) == known | {ZERO_SHOT: "none"}
+    assert len(rows) == len(known)
+
+
+def test_the_page_of_selectors_has_their_constants():
+    from lever_lm.selectors import diverse, lever_lm, mmices
+    from lever_lm.selectors.fixed_set import presence_scores
+    from lever_lm.training.losses import epr_loss
+
+    assert (diverse.MMR_WEIGHT, diverse.DPP_SCALE, diverse.DPP_NEAR, mmices.NEAR) == (0.5, 0.1, 100, 200)
+    sizes = inspect.signature(lever_lm.LeverLM).parameters
+    assert (sizes["num_layers"].default, sizes["hidden_dim"].default) == (2, 512)
+    assert inspect.signature(presence_scores).parameters["prior"].default == 4
+    assert [inspect.signature(epr_loss).parameters[name].default for name in ("top", "bottom")] == [5, 5]
 
 
 def test_the_glossary_names_files_and_keys_that_are_there():

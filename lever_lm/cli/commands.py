@@ -195,8 +195,9 @@ def infer(
     pipeline = pipeline_of_run(common, {"infer.okvqa_stem": okvqa_stem or None}, find=find)
     if common.dry_run:
         pipeline.inference = evaluation.planned_folder(pipeline, icds)
-    plan_only(common, pipeline, "infer", shots=numbers, baselines=baselines)
-    rivals = {"against": parse_names(against), "named": "all" not in against.split(",")} if against else {}
+    names = parse_names(against) if against else []
+    plan_only(common, pipeline, "infer", shots=numbers, baselines=baselines, against=names)
+    rivals = {"against": names, "named": "all" not in against.split(",")} if against else {}
     result = evaluation.infer(pipeline, numbers, ckpt=ckpt, icds=icds, baselines=baselines, **rivals)
     if against:
         show_arena(pipeline.screen, result["arena"])

@@ -12,7 +12,7 @@ from lever_lm.data import VqaData, load_dataset
 from lever_lm.data.embeddings import Features, cached_features
 from lever_lm.data.okvqa import OFFICIAL_SIZES
 from lever_lm.lvlm import CachedLvlm, load_lvlm
-from lever_lm.selectors import BASELINES
+from lever_lm.selectors import BASELINES, SELECTORS, ZERO_SHOT
 from lever_lm.tasks import TASKS
 from lever_lm.training.environment import own_files
 from lever_lm.training.preflight import ALL, disk_needed, examine, group_size
@@ -38,13 +38,15 @@ def show_plan(
     from_run: Path | None = None,
     shots: Sequence[int] = (),
     baselines: bool = False,
+    against: Sequence[str] = (),
 ) -> dict:
     """Show and return the config and the paths of a command; for `rollout`, `train`, `infer` and `demo` also their
     stages and what is missing for them.
 
     rl_data, embeddings: rollouts and features of the user's own, else those of the run `from_run`, so that none are
-    made. shots, baselines: the numbers of demonstrations that are evaluated, and whether the baselines are, too. LVLM
-    calls are counted against the cache where data, features and model are here, else bounded from above.
+    made. shots, baselines, against: the numbers of demonstrations that are evaluated, whether the baselines are, too,
+    and which selectors. LVLM calls are counted against the cache where data, features and model are here, else bounded
+    from above.
     """
     DIGESTS.keep_in(None)
     config, layout, screen = pipeline.config, pipeline.layout, pipeline.screen
@@ -55,9 +57,11 @@ def show_plan(
         return plan
     files = own_files(RunFolder(from_run)) if from_run is not None else {}
     rl_data, embeddings = rl_data or files.get("rl_data"), embeddings or files.get("embeddings")
-    needs = ALL if rl_data is None or config.grpo.online else () if embeddings else ("data", "encoder")
+    asks = command not in ("train", "demo") or config.needs_rollouts
+    needs = () if embeddings else ("data", "encoder")
+    needs = ALL if asks and (rl_data is None or config.grpo.online) else needs
     missing = [check for check in examine(config, layout, needs) if check.status != "ok"]
-    if command != "infer" and rl_data is None and made_of(layout.rollouts) == {}:
+    if command != "infer" and asks and rl_data is None and made_of(layout.rollouts) == {}:
         rl_data = layout.rollouts
     planner, stages = _Planner(config, layout), []
     if rl_data is None or not (embeddings or layout.exported.is_file()):
@@ -65,13 +69,15 @@ def show_plan(
         stages.append(Stage("features", made, str(layout.features)))
     if rl_data is not None:
         stages.append(Stage("rollouts", "there, not of `lever rollout`: taken as it is", str(rl_data)))
-    elif command != "infer":
+    elif command != "infer" and asks:
         stages.append(planner.rollouts())
     if command in ("train", "demo"):
         stages += planner.training(pipeline.run, rl_data)
     if shots:
         learned = 2 if command == "demo" else 1
-        answers = learned * len(shots) + baselines * (1 + (len(BASELINES) - 1) * len(shots))  # zero-shot has one
+        others = dict.fromkeys([*(BASELINES if baselines else ()), *against])
+        answers = learned * len(shots) + sum(1 if name == ZERO_SHOT else len(shots) for name in others)
+        answers += sum(SELECTORS[name].calls for name in others)
         stages.append(planner.inference(answers, pipeline.inference))
     times, calls = [stage.seconds for stage in stages], sum(stage.lvlm_calls for stage in stages)
     total = Stage("in all", "", "", calls, all(stage.exact for stage in stages), None if None in times else sum(times))
@@ -86,7 +92,7 @@ def show_plan(
 def show_places(pipeline) -> dict[str, str]:
     """Say and return the path of what each stage of a pipeline makes, and say whether it is there."""
     layout = pipeline.layout
-    made = {"features": layout.features, "rollouts": layout.rollouts}
+    made = {"features": layout.features} | ({"rollouts": layout.rollouts} if pipeline.config.needs_rollouts else {})
     made |= {"run": pipeline.run.path, "inference": pipeline.inference}
     for name, path in made.items():
         pipeline.screen.say(f"{name}: {path} ({'there' if path.exists() else 'to be made'})")
@@ -163,7 +169,8 @@ class _Planner:
         for phase, config in (("rce", self.config.rce), ("grpo", self.config.grpo)):
             done = sum(row["phase"] == phase for row in rows)
             left = max(0, config.epochs - done)
-            stages.append(Stage(phase, f"{done} of {config.epochs} epochs there", str(run.path)))
+            name = self.config.warmup if phase == "rce" else phase
+            stages.append(Stage(name, f"{done} of {config.epochs} epochs there", str(run.path)))
         if online.online and left:
             rounds = sum((epoch - 1) % online.online_every == 0 for epoch in range(done + 1, online.epochs + 1))
             queries = query_ids(read_rollouts(rl_data), self.config.reward.max_groups) if rl_data else self.rows()

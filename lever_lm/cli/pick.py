@@ -28,7 +28,8 @@ def the_query(
 
 def pick_for(retriever: Retriever, query: Example, shots: int, *, answer: bool, prompt: bool) -> dict:
     """Return the picks for a query, as `--json` has them; with the LVLM's answer and the prompt where asked for."""
-    picks, pool, sampler = retriever.pick(query, shots=shots), retriever.pool(query), retriever.config.sampler.name
+    picks, pool = retriever.pick(query, shots=shots), retriever.pool(query)
+    sampler = retriever.config.sampler.name if retriever.from_pools else None
     result = {
         "query": {**_described(query), "question_id": query.question_id if query.answers else None},
         "icds": [_row(pick) for pick in picks],
@@ -52,21 +53,24 @@ def _described(example: Example) -> dict:
 
 
 def _row(pick: Pick) -> dict:
-    numbers = {name: round(getattr(pick, name), 6) for name in ("probability", "image_similarity", "text_similarity")}
-    return {**numbers, **_described(pick.example), "answer": pick.example.answer}
+    numbers = {name: getattr(pick, name) for name in ("probability", "image_similarity", "text_similarity")}
+    rounded = {name: None if value is None else round(value, 6) for name, value in numbers.items()}
+    return {**rounded, **_described(pick.example), "answer": pick.example.answer}
 
 
 def show_picks(screen: Screen, result: dict, source: str) -> None:
     """Show the result of `pick_for` on the terminal."""
-    query, pool = result["query"], result["pool"]
+    query, pool, icds = result["query"], result["pool"], result["icds"]
     screen.result(f"query: {query['question']} ({source}; {query['image']})")
-    screen.say(
-        f"chosen from a pool of {pool['size']} ({pool['sampler']}, of {pool['examples']} examples), the first pick "
-        "first; p: its probability when it was picked; image, question: their cosine to the query's"
-    )
-    for place, icd in enumerate(result["icds"], 1):
+    among = f"a pool of {pool['size']} ({pool['sampler']}, of {pool['examples']} examples)"
+    if pool["sampler"] is None:
+        among = f"all {pool['size']} examples that the query may be shown"
+    sure = "p: its probability when it was picked; " if any(icd["probability"] is not None for icd in icds) else ""
+    screen.say(f"chosen from {among}, the first pick first; {sure}image, question: their cosine to the query's")
+    for place, icd in enumerate(icds, 1):
         alike = f"image {icd['image_similarity']:+.2f}, question {icd['text_similarity']:+.2f}"
-        screen.result(f"{place:>3}. p {icd['probability']:.3f}; {alike}: {icd['question']} → {icd['answer']}")
+        sure = "" if icd["probability"] is None else f"p {icd['probability']:.3f}; "
+        screen.result(f"{place:>3}. {sure}{alike}: {icd['question']} → {icd['answer']}")
         screen.say(f"     question {icd['question_id']}, {icd['image']}")
     for line in result.get("prompt", "").splitlines():
         screen.result(f"  | {line}")

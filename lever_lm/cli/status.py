@@ -69,6 +69,7 @@ def run_status(run: RunFolder, layout: Layout | None = None) -> dict:
         "phase": phase if any(done.values()) or run.config.is_file() else "rollouts",
         "epoch": done[counted],
         "epochs": wanted[counted],
+        "warmup": config.warmup if config else "rce",
         "phases": {name: {"done": done[name], "of": wanted[name]} for name in PHASES},
         "checkpoint": _latest(run),
         "epoch_time": times[counted],

@@ -16,10 +16,10 @@ def status_lines(status: dict) -> list[str]:
     last = status["checkpoint"]
     facts = {
         "why": _why(status),
-        "training": ", then ".join(map(_count, status["phases"], status["phases"].values())),
+        "training": ", then ".join(_count(_phase(status, name), n) for name, n in status["phases"].items()),
         "checkpoint": f"{Path(last['path']).name}, {duration(last['age'])} old" if last else "none yet",
         "time": _time_line(status),
-        "last epoch": _numbers(status["metrics"] or {}),
+        "last epoch": _numbers(status, status["metrics"] or {}),
         "best": ", ".join(f"{k} {v['value']:.4f} in epoch {v['epoch']}" for k, v in status["best"].items()),
         "LVLM": f"{status['answers']:,} answers in the cache" if status["answers"] is not None else "",
         "GPU": _gpus_line(status),
@@ -33,7 +33,7 @@ def status_row(status: dict) -> str:
     """The state of a run on one line, its name last: nothing need be cut."""
     *_, dataset, _, name = Path(status["run"]).resolve().parts
     epochs = f"{status['epoch']}/{'?' if status['epochs'] is None else status['epochs']}"
-    phase = f"{status['phase'].upper()} " if status["phase"] in PHASES else ""
+    phase = f"{_phase(status, status['phase'])} " if status["phase"] in PHASES else ""
     left = f"{duration(status['seconds_left'])} left" if status["seconds_left"] else ""
     best = status["best"].get(RECOMMENDED)
     reward = f"{RECOMMENDED} {best['value']:.4f}" if best else ""
@@ -49,9 +49,14 @@ def _why(status: dict) -> str:
     return f"{who(process)} since {since}{command}"
 
 
+def _phase(status: dict, phase: str) -> str:
+    """Return the name of a phase; that of the warm-up is what it learns from."""
+    return (status["warmup"] if phase == "rce" else phase).upper()
+
+
 def _count(phase: str, count: dict) -> str:
     of = "" if count["of"] is None else f" of {count['of']}"
-    return f"{phase.upper()} {count['done']}{of} epochs"
+    return f"{phase} {count['done']}{of} epochs"
 
 
 def _time_line(status: dict) -> str:
@@ -64,9 +69,9 @@ def _time_line(status: dict) -> str:
     return ", ".join(parts)
 
 
-def _numbers(row: dict) -> str:
+def _numbers(status: dict, row: dict) -> str:
     values = [f"{name} {row[name]:.4f}" for name in metrics_on("status") if isinstance(row.get(name), (int, float))]
-    return f"{row['phase'].upper()} {row['epoch']}: {', '.join(values)}" if values else ""
+    return f"{_phase(status, row['phase'])} {row['epoch']}: {', '.join(values)}" if values else ""
 
 
 def _gpus_line(status: dict) -> str:

@@ -332,12 +332,19 @@ class Config:
             raise UsageError("nothing to train: rce.epochs and grpo.epochs are both 0 (--rce-epochs, --grpo-epochs)")
         if self.warmup in ("lever_lm", "fixed_set") and self.grpo.epochs:
             raise UsageError(f"warmup={self.warmup} makes no policy that GRPO could train: --grpo-epochs 0")
+        if self.warmup == "fixed_set" and self.rce.epochs != 1:
+            raise UsageError("warmup=fixed_set is one epoch, in which examples are counted: --rce-epochs 1")
         if self.warmup == "epr" and self.rollout.shots != 1:
             raise UsageError("warmup=epr learns from demonstrations shown alone: --set rollout.shots=1")
         if self.warmup == "lever_lm" and self.reward.mode != "infoscore":
             raise UsageError("warmup=lever_lm learns from InfoScore's sequences: --set reward.mode=infoscore")
         if self.grpo.online and self.reward.mode == "infoscore":
             raise UsageError("grpo.online searches no rollouts, and reward.mode=infoscore can score no others")
+
+    @property
+    def needs_rollouts(self) -> bool:
+        """Whether anything is learnt from answers of the LVLM."""
+        return self.warmup != "match" or self.grpo.epochs > 0
 
 
 def to_dict(config) -> dict:

@@ -46,10 +46,11 @@ FORMS = ("transformers", "openai", "text")
 @dataclass(frozen=True)
 class Pick:
     """A demonstration that the policy chose. probability: of this pick among what was left of the pool when it was
-    made. image_similarity, text_similarity: cosines of its image and question to the query's, by the encoder."""
+    made; None of a selector that has none. image_similarity, text_similarity: cosines of its image and question to the
+    query's, by the encoder."""
 
     example: Example
-    probability: float
+    probability: float | None
     image_similarity: float
     text_similarity: float
 
@@ -126,6 +127,11 @@ class Retriever:
 
     # ------------------------------------------------------------------ choosing
 
+    @property
+    def from_pools(self) -> bool:
+        """Whether demonstrations are chosen from a pool of the sampler's, or from all examples."""
+        return isinstance(self.policy, PointerSelector)
+
     def pick(self, image, question=None, *, shots: int = 4) -> list[Pick] | list[list[Pick]]:
         """Return the demonstrations for a question about an image, the first pick first: `shots` of them, fewer where
         the policy may stop and did. Lists of N images and N questions give N such lists.
@@ -143,7 +149,7 @@ class Retriever:
         picks = [
             [
                 Pick(self.examples[row], sure, float(train.image[row] @ image), float(train.text[row] @ text))
-                for row, sure in zip(rows, why["probabilities"], strict=True)
+                for row, sure in zip(rows, why.get("probabilities") or [None] * len(rows), strict=True)
             ]
             for rows, why, image, text in zip(chosen, reasons, asked.image, asked.text, strict=True)
         ]
@@ -151,8 +157,8 @@ class Retriever:
 
     def pool(self, image, question=None) -> list[Example]:
         """Return the examples that one query's demonstrations are chosen from; arguments as of `query`."""
-        (rows,) = self._problem([self.query(image, question)]).pools
-        return [self.examples[row] for row in rows]
+        (query,) = self._problem([self.query(image, question)])
+        return [self.examples[row] for row in (query.pool if self.from_pools else query.allowed)]
 
     def _problem(self, queries: list[Example]) -> Problem:
         embeddings = (self._of_queries(queries), self._embeddings)

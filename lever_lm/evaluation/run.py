@@ -105,6 +105,8 @@ def infer(
         say(line)
     if changed:
         say("these results stand apart from those of the run's own setting")
+    if against and baselines:  # all in one table
+        against, baselines = [name for name in SELECTORS if name in (*against, *BASELINES)], False
     choices = {name: evaluation.select(name, most) for name in BASELINES if baselines}
     others: list[Chosen] = []
     for name in against:

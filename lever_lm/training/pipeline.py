@@ -223,23 +223,18 @@ class Pipeline(Stages):
             self.say(f"the run has {journal.done('grpo')} GRPO epochs already: nothing is left to train")
         return journal
 
-    @property
-    def _asks(self) -> bool:
-        """Whether anything is learnt from rollouts."""
-        return self.config.warmup != "match" or self.config.grpo.epochs > 0
-
     def _check_inputs(self, rl_data: Path | None, embeddings: Path | None) -> None:
         """Raise LeverError where the run that is there was begun on other data, features or answers, before anything is
         made for it or asked."""
         if embeddings is not None or self.layout.exported.is_file() or not self.run.state.is_file():
             return
-        self.check(*(ALL if rl_data is None and self._asks else ("data", "encoder")))
+        self.check(*(ALL if rl_data is None and self.config.needs_rollouts else ("data", "encoder")))
         fetch_model(self.config.features.encoder, "features.encoder")
         data = load_dataset(self.config.data)
         features = features_fingerprint(data, self.config.features)
         state_of(self.run, {"features": features})
         path = self.layout.rollouts
-        if not self._asks:
+        if not self.config.needs_rollouts:
             return
         made = made_of(path) if rl_data is None else None
         if made and (why := why_made_again(made, rollout_stamp(self.config, data, features, self.lvlm))):
@@ -259,14 +254,16 @@ class Pipeline(Stages):
     def _source(self, rl_data: Path | None, embeddings: Path | None, dataset_named: bool) -> Source:
         """Return rollouts and features to train on: made here; or the rollouts that are there, with the features in a
         file, those that Lever-Plus exported, or those of the dataset whose rows the rollouts name."""
+        if self.config.warmup == "match" and embeddings is not None:
+            raise UsageError("warmup=match compares answers of the dataset: leave --embeddings out")
+        if not self.config.needs_rollouts:
+            if rl_data is not None:
+                raise UsageError("warmup=match learns from no rollouts: leave --rl-data out, or give --grpo-epochs")
+            self.check("data", "encoder")
+            return replace(source_of_dataset(self, self.layout.rollouts), rollouts=None, files={})
         if rl_data is None and made_of(self.layout.rollouts) == {}:
             rl_data, dataset_named = self.layout.rollouts, True
             self.say(f"rollouts: {rl_data} was not made by `lever rollout` and is taken as it is")
-        if self.config.warmup == "match" and embeddings is not None:
-            raise UsageError("warmup=match compares answers of the dataset: leave --embeddings out")
-        if not self._asks:
-            self.check("data", "encoder")
-            return replace(source_of_dataset(self, self.layout.rollouts), rollouts=None, files={})
         if rl_data is None:
             if embeddings is not None:
                 raise UsageError("--embeddings belongs to rollouts of your own: name them with --rl-data FILE")

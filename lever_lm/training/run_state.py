@@ -32,7 +32,9 @@ def state_of(run: RunFolder, inputs: dict[str, str], policy: PointerSelector | N
     state = load_torch(run.state)
     there = state.get("inputs")
     known = {name: value for name, value in there.items() if isinstance(value, str)} if isinstance(there, dict) else {}
-    changed = [name for name, value in inputs.items() if known.get(name) != value]
+    # A run that was begun on answers alone (warmup=match) may be given rollouts later, for GRPO.
+    late = {"rollouts"} - known.keys() if known else set()
+    changed = [name for name, value in inputs.items() if known.get(name) != value and name not in late]
     if changed:
         raise LeverError(
             f"the {' and '.join(changed)} of the run in {run.path} have changed since it was begun; "

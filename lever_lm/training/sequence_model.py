@@ -73,7 +73,7 @@ def train_fixed_set(
     """Score every training example by its presence in the rollouts: one epoch, in which nothing is drawn."""
     optimizer = torch.optim.SGD(model.parameters(), lr=config.lr)
     journal.restore("rce", model, optimizer)
-    for epoch in journal.epochs("rce", min(1, config.epochs)):
+    for epoch in journal.epochs("rce", config.epochs):
         began = time.perf_counter()
         total = len(train.icds)
         model.scores.copy_(presence_scores(shown_rows(train), train.rewards, train.mask, total))

@@ -77,9 +77,8 @@ class MatchGroups:
         if val is not None:
             held_out = sorted(val.query_ids)
         else:
-            held_out = sorted(
-                split_ids(query_rows(self.config.rollout.num_queries, len(self.train), self.config.seed))[1]
-            )
+            rows = sorted(query_rows(self.config.rollout.num_queries, len(self.train), self.config.seed))
+            held_out = sorted(split_ids(rows[: self.config.reward.max_groups or None])[1])
         return sorted({*range(len(self.train))} - {*held_out}), held_out
 
     def draw(self, rows: list[int], epoch: int) -> GroupTensors:

@@ -33,6 +33,7 @@ def values(config) -> dict:
 def test_the_names_users_bring_are_there():
     names = "dataset/digits dataset/okvqa_local lvlm/qwen2.5_vl_3B lvlm/qwen2.5_vl_7B recipe/classic"
     names += " sampler/rand_sampler sampler/text_sim_sampler sampler/img_sim_sampler sampler/mix_sampler"
+    names += " selector/answer_match selector/epr selector/lever_lm selector/fixed_set"
     assert set(names.split()) <= {f"{path.parent.name}/{path.stem}" for path in YAMLS}
 
 

@@ -34,6 +34,8 @@ from lever_lm.lvlm.answer_cache import AnswerCache
 from lever_lm.lvlm.feature_cache import FeatureCache
 from lever_lm.lvlm.openai_server import ServerLvlm
 from lever_lm.lvlm.openai_servers import check_server
+from lever_lm.selectors.fixed_set import FixedSet
+from lever_lm.selectors.lever_lm import LeverLM
 from lever_lm.selectors.pointer.checkpoint import load_policy, own_config, save_torch, to_v2, to_v3, v3_content
 from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.training.find_checkpoint import locate
@@ -53,14 +55,20 @@ def _policy(**options) -> PointerSelector:
 
 
 def _v3(**options) -> dict:
+    return _v3_of(_policy(**options))
+
+
+def _v3_of(policy) -> dict:
     about = {"metrics": {"val_loss": 1.5, "kl": 0.04}, "config": {"encoder": "tiny@1"}}
-    return v3_content(_policy(**options), epoch=2, phase="grpo", kl_beta=0.1, **about)
+    return v3_content(policy, epoch=2, phase="grpo", kl_beta=0.1, **about)
 
 
 def _checkpoints() -> list[bytes]:
     ours = _v3()
     theirs = {key: value for key, value in ours.items() if key not in ("config", "format")}
-    return [saved(ours), saved(theirs), saved(to_v2(ours, "x")[0]), saved(_v3(num_layers=2, state_update="gru"))]
+    others = [saved(_v3_of(one)) for one in (LeverLM(6, 3, hidden_dim=8, num_layers=1, num_heads=2), FixedSet(3))]
+    layers = saved(_v3(num_layers=2, state_update="gru"))
+    return [saved(ours), saved(theirs), saved(to_v2(ours, "x")[0]), layers, *others]
 
 
 @reader("checkpoint")
@@ -72,7 +80,11 @@ def checkpoint(folder: Path) -> Target:
         policy = load_policy(path)
         own_config(load_torch(path))
         with torch.no_grad():
-            policy.select(torch.ones(1, policy.d_model), torch.ones(1, 3, policy.d_model), 2)
+            if isinstance(policy, LeverLM):
+                some = torch.ones(1, policy.vocabulary, dtype=torch.bool)
+                policy.select(torch.ones(1, policy.d_model), torch.ones(policy.vocabulary, policy.d_model), 1, some)
+            elif not isinstance(policy, FixedSet):
+                policy.select(torch.ones(1, policy.d_model), torch.ones(1, 3, policy.d_model), 2)
 
     return Target(_checkpoints(), spoil_torch, to_file(path, read), harmful_torch())
 

@@ -150,7 +150,7 @@ def test_only_the_leader_talks(monkeypatch, capsys, rank_1):
 
 
 def test_what_one_process_does_is_refused_under_torchrun(lever, monkeypatch, tmp_path, rank_1):
-    for command in ("train", "demo", "best-ckpt", "convert", "report"):
+    for command in ("train", "demo", "best-ckpt", "convert", "report", "diagnose"):
         refused = lever(command)
         assert refused.status == 2
         assert refused.err.startswith("[rank 1] lever: ")

@@ -120,12 +120,13 @@ def policy_of(content: dict, path: str | Path, num_heads: int = 1) -> Policy:
     kind = _kind_of(state)
     shape = infer_shape(state, num_heads, path) if kind is PointerSelector else _shape_of(kind, state, path)
     if claimed is not None:
-        shape = _checked_shape(claimed, shape, path)
+        shape = _checked_shape(claimed, shape, path, kind)
     try:
         # Nothing is allocated for what the weights do not fit. A GPT-2 has tensors beside its weights.
-        with torch.device("cpu" if kind is LeverLM else "meta"):
-            policy = kind(**shape)
-        policy.load_state_dict({name: tensor.float().clone() for name, tensor in state.items()}, assign=True)
+        for device in ("meta", "cpu") if kind is LeverLM else ("meta",):
+            with torch.device(device):
+                policy = kind(**shape)
+            policy.load_state_dict({name: tensor.float().clone() for name, tensor in state.items()}, assign=True)
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         why = " ".join(str(error).split())[:300]
         raise LeverError(f"{path} does not hold the weights of a {kind.__name__}: {why}") from error
@@ -161,7 +162,7 @@ def _shape_of(kind: type[Policy], state: dict[str, Tensor], path: str | Path) ->
     return {**sizes, "num_layers": len(layers)}
 
 
-def _checked_shape(claimed, found: dict, path: str | Path) -> dict:
+def _checked_shape(claimed, found: dict, path: str | Path, kind: type[Policy]) -> dict:
     """The shape that was found in the weights, with what a file's config adds. LeverError where the two differ."""
     for name, value in claimed.items() if isinstance(claimed, dict) else [("policy", claimed)]:
         if name in _UNSEEN:
@@ -171,7 +172,7 @@ def _checked_shape(claimed, found: dict, path: str | Path) -> dict:
             fits = type(value) is type(found.get(name)) and value == found[name]
         if not fits:
             claim = f"{shown(name)}={shown(value)}"
-            raise LeverError(f"{path} does not hold the weights of a PointerSelector with {claim}, as its config says")
+            raise LeverError(f"{path} does not hold the weights of a {kind.__name__} with {claim}, as its config says")
     return {**found, **claimed}
 
 
