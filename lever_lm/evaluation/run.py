@@ -75,19 +75,18 @@ def infer(
     features without baselines; write and return results and paired tests. against: selectors that are set against it in
     one table, with what each costs (arena.py); named: each is asked for by name, and must have its checkpoint."""
     most, say, path = max(shots), pipeline.screen.say, None
-    methods = [*(BASELINES if baselines else ()), *against]
     if icds is None:
         path, why = find_checkpoint(pipeline.run, ckpt, dict(os.environ))
-        methods.append(method_of(path))
-    check_shots(pipeline.config, shots, methods)
-    check_runs(pipeline, against if named else ())
+    ours = FROM_FILE if path is None else method_of(path)
+    check_shots(pipeline.config, shots, [ours, *(BASELINES if baselines else ()), *against])
+    check_runs(pipeline, [name for name in against if named and name != ours])
     if icds is None:
         pipeline.check(*ALL)
         say(f"checkpoint: {path} ({why})")
         policy = load_for(path, pipeline.config, say)
-        evaluation, method = _evaluation(pipeline, shots), method_of(path)
-        chosen, seconds = timed(lambda: _chosen_by(policy, evaluation, most, method, path))
-        costs = [cost_of(method, path, seconds, evaluation)]
+        evaluation = _evaluation(pipeline, shots)
+        chosen, seconds = timed(lambda: _chosen_by(policy, evaluation, most, ours, path))
+        costs = [cost_of(ours, path, seconds, evaluation)]
         if policy.stop:
             mean = sum(map(len, chosen.picks)) / len(chosen.picks)
             say(f"the policy may stop early: it chose {mean:.2f} ICDs a query where {most} were allowed")
@@ -204,7 +203,7 @@ def diagnose(pipeline: Pipeline, shots: int, *, against: Sequence[str] = (), oth
     returns its content: n, shots, and for each method its findings."""
     path, why = pipeline.checkpoint
     check_shots(pipeline.config, [shots], [method_of(path), *against])
-    check_runs(pipeline, against)
+    check_runs(pipeline, [name for name in against if name != method_of(path)])
     pipeline.check(*ALL)
     pipeline.screen.say(f"checkpoint: {path} ({why})")
     evaluation = _evaluation(pipeline, [shots])

@@ -57,6 +57,9 @@ def test_the_command_that_is_given_makes_what_was_missing(trained, lever):
     assert lever(*command[1:], "--limit", "24").status == 0
     done = lever("infer", "--against", "fixed_set", "--limit", "5", "--shots", "1", "--json")
     assert [row["method"] for row in done.json["arena"]].count("fixed_set") == 1
+    (trained / RUN).with_name("fixed_set").rename(trained / RUN.with_name("other"))
+    own = lever("infer", "--run-name", "other", "--against", "fixed_set,mmr", "--limit", "5", "--shots", "1", "--json")
+    assert {row["method"] for row in own.json["arena"]} == {"fixed_set", "mmr"}, "its own is no other"
 
 
 def test_the_command_has_the_options_of_the_run_as_far_as_they_are_needed(trained, lever):
