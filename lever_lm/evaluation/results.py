@@ -122,12 +122,18 @@ def last_evaluation(folder: Path) -> Path | None:
 
 
 def _write_metrics(path: Path, results: list[dict], facts: dict, say: Callable[[str], None]) -> dict:
-    """Write results and tests to those of the same setting that are there; new ones replace their like."""
+    """Write results and tests to those of the same setting that are there; new ones replace their like, and all of a
+    method whose policy is another now. The table of `--against` stays until there is a new one."""
     earlier, tests = read_object(path), facts.get("tests", [])
     rows = earlier.get("results")
     if earlier.get("setting") == facts.get("setting"):
-        results = _others(rows, _RESULT, results, ("method", "shots")) + results
-        tests = _others(earlier.get("tests"), _TEST, tests, ("method", "against", "shots")) + tests
+        before, policies = ({**part} if type(part := each.get("policies")) is dict else {} for each in (earlier, facts))
+        other = {method for method in before if policies.get(method, before[method]) != before[method]}
+        results = _others(rows, _RESULT, results, ("method", "shots"), other) + results
+        tests = _others(earlier.get("tests"), _TEST, tests, ("method", "against", "shots"), other) + tests
+        kept = {"arena": earlier["arena"]} if "arena" in earlier and not other else {}
+        others = {method: digest for method, digest in before.items() if method not in policies}
+        facts = {**kept, **facts, "policies": others | policies}
     elif isinstance(rows, list) and rows:
         others = "results of other queries, other data, another policy or version"
         say(f"{path.parent}: {len(rows)} {others} are replaced")
@@ -136,11 +142,18 @@ def _write_metrics(path: Path, results: list[dict], facts: dict, say: Callable[[
     return metrics
 
 
-def _others(rows, kind: dict, new: list[dict], names: Sequence[str]) -> list[dict]:
-    """Return the sound ones among `rows` that differ from all new ones in some of the named values."""
+def _others(rows, kind: dict, new: list[dict], names: Sequence[str], without: set[str]) -> list[dict]:
+    """Return the sound ones among `rows` that differ from all new ones in some of the named values, and name no method
+    of `without`."""
     replaced = [[row[name] for name in names] for row in new]
     rows = rows if isinstance(rows, list) else []
-    return [row for row in rows if fits(row, kind) and [row[name] for name in names] not in replaced]
+    return [
+        row
+        for row in rows
+        if fits(row, kind)
+        and [row[name] for name in names] not in replaced
+        and without.isdisjoint(row[name] for name in names)
+    ]
 
 
 def read_metrics(folder: Path) -> dict:

@@ -183,7 +183,7 @@ def _evaluate(
         "tests": compare(ours, outcomes),
         **({"arena": arena_rows(outcomes, costs)} if costs else {}),
         "okvqa_stem": config.infer.okvqa_stem,
-        "setting": "-".join((setting, *(one.digest for one in chosen))),
+        "setting": f"{setting}-{chosen[-1].digest}",
         "lvlm": lvlm_name(config.lvlm.path),
         "order": config.prompt.order,
         "policies": {one.method: one.digest for one in chosen if one.reasons is not None},

@@ -84,5 +84,6 @@ def interval_over_seeds(scores: Sequence[Sequence[float]], *, level: float = 0.9
     means = [(share @ table)[rng.integers(0, queries, queries)].mean() for share in shares]
     tail = (1 - level) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
-    spread = float(table.mean(1).std(ddof=1)) if seeds > 1 else 0.0
+    with np.errstate(over="ignore"):
+        spread = float(table.mean(1).std(ddof=1)) if seeds > 1 else 0.0
     return {"mean": float(table.mean()), "low": float(low), "high": float(high), "seed_std": spread}

@@ -2,10 +2,12 @@
 
 import pytest
 
+from lever_lm.cli.display import show_arena
 from lever_lm.evaluation.arena import Cost, arena_rows, parse_names
 from lever_lm.evaluation.evaluate import Outcome
 from lever_lm.evaluation.statistics import holm, paired_test
 from lever_lm.selectors import SELECTORS
+from lever_lm.utils.console import Screen
 from lever_lm.utils.errors import UsageError
 
 
@@ -26,7 +28,7 @@ def test_a_name_that_is_none_is_refused_with_the_nearest(text, said):
         parse_names(text)
 
 
-def test_each_method_is_tested_against_the_best_simple_one_at_its_shots_and_p_is_adjusted_over_the_table():
+def test_each_method_is_tested_against_the_best_simple_one_at_its_shots_and_p_is_adjusted_over_the_table(capsys):
     outcomes = [
         outcome("random", [0.0] * 20),
         outcome("mmr", [1.0, 0.0] * 10),
@@ -53,6 +55,8 @@ def test_each_method_is_tested_against_the_best_simple_one_at_its_shots_and_p_is
     tested = [row for row in rows.values() if "p" in row]
     assert [row["p_holm"] for row in tested] == holm([row["p"] for row in tested])
     assert "p_holm" not in rows["mmr", 1]
+    show_arena(Screen(), list(rows.values()))
+    assert f"adjusted for all {len(tested)} tests of these methods, at all shots" in capsys.readouterr().out
 
 
 def test_the_table_is_sorted_by_the_accuracy_at_the_most_shots():

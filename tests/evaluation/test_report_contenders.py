@@ -12,10 +12,11 @@ from helpers import INFERENCE, RUN, run_here
 from lever_lm.evaluation.findings_files import read_arena, read_diagnosis
 from lever_lm.evaluation.report import contenders
 from lever_lm.evaluation.report.svg import Dot, dot_chart
-from lever_lm.evaluation.results import NOTHING, method_of
+from lever_lm.evaluation.results import NOTHING, _write_metrics, method_of
 from lever_lm.utils.errors import LeverError
 
 QUERIES = 12
+TEST = {"method": "grpo", "against": "random", "shots": 1, "difference": 0.1, "low": 0.0, "high": 0.2, "p": 0.2}
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +151,31 @@ def test_broken_parts_are_refused_with_the_file_and_what_to_run_and_texts_are_no
     assert done.status == 1
     assert "diagnosis.json" in done.err
     assert "lever diagnose" in done.err
+
+
+def test_the_table_stays_after_an_inference_without_one_and_goes_with_a_policy_of_it(contested, tmp_path):
+    (path,) = (contested / INFERENCE).glob("grpo*/metrics.json")
+    before = json.loads(path.read_text())
+    done = run_here("infer", "--shots", "3", "--limit", QUERIES, cwd=contested)
+    assert done.status == 0, done.err
+    assert "replaced" not in done.err
+    after = json.loads(path.read_text())
+    assert after["arena"] == before["arena"]
+    assert after["policies"] == before["policies"]
+    assert after["results"][:-1] == before["results"]
+    assert (after["results"][-1]["method"], after["results"][-1]["shots"]) == ("grpo", 3)
+
+    path = tmp_path / "metrics.json"
+    result = {"method": "epr", "shots": 1, "accuracy": 0.5, "raw_accuracy": 0.5, "normalized_accuracy": 0.5, "n": 1}
+    result |= {"ci": [0.0, 1.0]}
+    facts = {"setting": "s", "arena": [], "policies": {"epr": "a", "grpo": "b"}, "tests": [{**TEST, "against": "epr"}]}
+    _write_metrics(path, [result, {**result, "method": "random"}], facts, str)
+    again = {"setting": "s", "policies": {"epr": "c", "grpo": "b"}, "tests": []}
+    written = _write_metrics(path, [{**result, "shots": 2}], again, str)
+    assert [(row["method"], row["shots"]) for row in written["results"]] == [("random", 1), ("epr", 2)]
+    assert written["tests"] == []
+    assert "arena" not in written
+    assert list(written["policies"].items()) == [("epr", "c"), ("grpo", "b")]
 
 
 def test_a_warm_up_is_called_by_the_selector_that_it_makes(contested, lever):

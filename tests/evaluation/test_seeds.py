@@ -119,6 +119,12 @@ def test_methods_that_some_run_lacks_are_left_out(seeded):
     assert {"grpo", "zero_shot", "oracle"} < methods
 
 
+def test_scores_beyond_what_can_be_drawn_make_no_row(seeded):
+    path = evaluation_of(RUNS[1]) / "samples_grpo_1shot.jsonl"
+    write_rows(path, [row | {"accuracy": 9e299} for row in rows_of(path)])
+    assert ("grpo", 1) not in [(row["method"], row["shots"]) for row in found().rows]
+
+
 def test_what_the_interval_does_not_hold_is_said(seeded):
     notes = " ".join(found().notes)
     assert "the same rollouts" in notes  # the runs are copies

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lever_lm.config.schema import keys_of
 from lever_lm.evaluation.report.curves import Evaluated, distinct_names
-from lever_lm.evaluation.results import read_samples, samples_file
+from lever_lm.evaluation.results import is_finite, read_samples, samples_file
 from lever_lm.evaluation.statistics import interval_over_seeds
 from lever_lm.selectors import named
 from lever_lm.training.environment import recorded
@@ -42,9 +42,9 @@ def over_seeds(runs: Sequence[Evaluated], track: Track = untracked) -> OverSeeds
     rows, cells = [], _in_all(runs)
     for method, shots in track(Work(cells, "results", after=WORTH_A_WORD), "samples", len(cells)):
         scores = shared_scores([one.inference for one in runs], method, shots)
-        if scores[0]:
-            row = {"method": method, "shots": shots, "seeds": len(runs), "n": len(scores[0])}
-            rows.append(row | interval_over_seeds(scores))
+        found = interval_over_seeds(scores) if scores[0] else {}
+        if found and all(map(is_finite, found.values())):
+            rows.append({"method": method, "shots": shots, "seeds": len(runs), "n": len(scores[0]), **found})
     if not rows:
         return OverSeeds(notes=[f"no table over seeds: no result of the same method and queries in all; {_ALL}"])
     return OverSeeds(seeds, rows, _notes(runs, rows))
