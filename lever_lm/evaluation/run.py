@@ -32,7 +32,7 @@ from lever_lm.evaluation.report.curves import Evaluated
 from lever_lm.evaluation.report.figures import check_plots, write_plots
 from lever_lm.evaluation.report.page import write_report
 from lever_lm.evaluation.report.seeds import over_seeds
-from lever_lm.evaluation.results import evaluations, write_results
+from lever_lm.evaluation.results import evaluations, last_evaluation, write_results
 from lever_lm.selectors import BASELINES, FROM_FILE, SELECTORS
 from lever_lm.selectors.learned import choose
 from lever_lm.selectors.pointer.checkpoint import policy_digest
