@@ -1,5 +1,7 @@
 """What the tests of several packages need of an LVLM: a backend that counts, and the library's own way to answer."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import track
@@ -93,23 +95,32 @@ def local_lvlm(style: str = "interleaved", path: str = TINY, **settings) -> Loca
 
 def conversation(prompt, style: str) -> list[dict]:
     """The conversation of a prompt, images in it, as a user of the library would write it."""
-    texts = [f"Question: {example.question} Short answer:" for example in (*prompt.icds, prompt.query)]
-    pictures = [{"type": "image", "image": f"file://{path}"} for path in prompt.images]
+    texts = [f"Question: {example.question} Short answer:" for example in prompt.icds]
+    texts.append(prompt.query.question if prompt.bare else f"Question: {prompt.query.question} Short answer:")
+    pictures = [
+        [] if example.image is None else [{"type": "image", "image": f"file://{example.image}"}]
+        for example in (*prompt.icds, prompt.query)
+    ]
     system = {"role": "system", "content": [{"type": "text", "text": PromptConfig.system}]}
     if style == "interleaved":
         content = []
         for picture, text, icd in zip(pictures[:-1], texts[:-1], prompt.icds, strict=True):
-            content += [picture, {"type": "text", "text": f"{text} {icd.answer}\n"}]
+            content += [*picture, {"type": "text", "text": f"{text} {icd.answer}\n"}]
         return [
             system,
-            {"role": "user", "content": [*content, pictures[-1], {"type": "text", "text": texts[-1]}]},
+            {"role": "user", "content": [*content, *pictures[-1], {"type": "text", "text": texts[-1]}]},
         ]
     turns = [system]
     for picture, text, icd in zip(pictures, texts, (*prompt.icds, None), strict=True):
-        turns.append({"role": "user", "content": [picture, {"type": "text", "text": text}]})
+        turns.append({"role": "user", "content": [*picture, {"type": "text", "text": text}]})
         if icd is not None:
             turns.append({"role": "assistant", "content": [{"type": "text", "text": icd.answer}]})
     return turns
+
+
+def without_images(prompt: Prompt) -> Prompt:
+    """The prompt with the images of its demonstrations left out."""
+    return replace(prompt, icds=tuple(replace(icd, image=None) for icd in prompt.icds))
 
 
 def plain_inputs(lvlm: LocalLvlm, prompt, style: str):

@@ -18,6 +18,13 @@ def _resampled_means(values: np.ndarray, seed: int) -> np.ndarray:
     return np.concatenate(blocks)
 
 
+def _middle(means: Sequence[float], level: float) -> tuple[float, float]:
+    """Return the ends of the share `level` of means that lies in their middle."""
+    tail = (1 - level) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return float(low), float(high)
+
+
 def bootstrap_interval(values: Sequence[float], *, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
     """Return the percentile bootstrap interval of the mean over 2,000 resamples of the queries.
 
@@ -27,9 +34,7 @@ def bootstrap_interval(values: Sequence[float], *, level: float = 0.95, seed: in
     scores = np.asarray(values, dtype=np.float64)
     if scores.size == 0:
         raise ValueError("no scores to take an interval of")
-    tail = (1 - level) / 2
-    low, high = np.quantile(_resampled_means(scores, seed), [tail, 1 - tail])
-    return float(low), float(high)
+    return _middle(_resampled_means(scores, seed), level)
 
 
 def paired_test(ours: Sequence[float], theirs: Sequence[float], *, seed: int = 0) -> dict[str, float]:
@@ -82,8 +87,7 @@ def interval_over_seeds(scores: Sequence[Sequence[float]], *, level: float = 0.9
     rng, (seeds, queries) = np.random.default_rng(seed), table.shape
     shares = (rng.integers(0, seeds, (RESAMPLES, seeds, 1)) == np.arange(seeds)).mean(1)  # of each seed in a resample
     means = [(share @ table)[rng.integers(0, queries, queries)].mean() for share in shares]
-    tail = (1 - level) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
+    low, high = _middle(means, level)
     with np.errstate(over="ignore"):
         spread = float(table.mean(1).std(ddof=1)) if seeds > 1 else 0.0
-    return {"mean": float(table.mean()), "low": float(low), "high": float(high), "seed_std": spread}
+    return {"mean": float(table.mean()), "low": low, "high": high, "seed_std": spread}

@@ -71,7 +71,7 @@ def to_messages(prompt: Prompt, config: PromptConfig, show: Callable[[Image], di
         image = [] if example.image is None else [show(example.image)]
         text = f"{before}{example.question}{between}"
         if after is None:
-            text = example.question if prompt.bare else text.rstrip()
+            text = example.question if prompt.bare and example is prompt.query else text.rstrip()
         return [*image, _text(text + (after or ""))]
 
     messages = [{"role": "system", "content": [_text(config.system)]}]

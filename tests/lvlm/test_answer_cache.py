@@ -99,8 +99,10 @@ def test_the_batches_of_log_probs_know_the_answers(file, prompts):
         lambda p: dataclasses.replace(p, icds=()),
         lambda p: dataclasses.replace(p, icds=p.icds * 2),
         lambda p: dataclasses.replace(p, icds=p.icds[::-1]),
+        lambda p: with_icd(p, image=None),
+        lambda p: dataclasses.replace(p, bare=True),
     ],
-    ids=["question", "icd question", "icd answer", "image", "icd image", "no icd", "icd twice", "order"],
+    ids=["question", "icd question", "icd answer", "image", "icd image", "no icd", "twice", "order", "blind", "bare"],
 )
 def test_a_changed_prompt_is_asked_anew(file, prompts, change):
     prompt = dataclasses.replace(prompts[0], icds=(prompts[0].icds[0], prompts[1].icds[0]))
@@ -108,6 +110,18 @@ def test_a_changed_prompt_is_asked_anew(file, prompts, change):
     backend = Counting()
     opened(file, backend).generate([change(prompt)])
     assert len(backend.asked) == 1
+
+
+def test_what_earlier_versions_asked_is_still_known(file, prompts):
+    """The keys are those that 0.1 wrote."""
+    lvlm = opened(file, Counting())
+    lvlm.generate(prompts[:1])
+    lvlm.answer_log_prob(prompts[:1], ["yes"], end=True)
+    keys = [
+        "70c65b276c2d790143ee7f5e6ec0a4ea051614ba69acbff78c3203f48d57417b",
+        "02830793bc3d9732a0b606c9cade695fb7a50d11a21b1aa395c7f40ee06350b2",
+    ]
+    assert set(lvlm.cache.get(keys)) == set(keys)
 
 
 def test_an_image_of_other_content_under_the_same_path_is_asked_anew(file, prompts, tmp_path):

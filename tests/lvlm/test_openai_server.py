@@ -20,6 +20,7 @@ import PIL.Image
 import pytest
 from helpers import CHECKOUT, answers_in, clean_environment, track
 from loopback import Loopback, Reply, TinyChat, models, said
+from lvlm_helpers import without_images
 
 from lever_lm.config.schema import LvlmConfig, PromptConfig
 from lever_lm.lvlm import build_prompt, load_lvlm
@@ -169,6 +170,21 @@ def test_a_request_holds_the_conversation_and_asks_greedily(serve, prompts):
     assert system == {"role": "system", "content": "You are a helpful assistant."}
     assert [part["type"] for part in user["content"]] == ["image_url", "text"] * 3
     assert user["content"][1]["text"].endswith(f"Short answer: {prompt.icds[0].answer}\n")
+
+
+@pytest.mark.parametrize("style", ["interleaved", "dialogue"])
+def test_prompts_without_images_of_demonstrations_and_bare_ones_are_sent_as_they_are(tiny, serve, prompts, style):
+    some = [prompt for prompt in prompts if len(prompt.icds) == 2]
+    changed = [*map(without_images, some), *(dataclasses.replace(prompt, icds=(), bare=True) for prompt in some)]
+    assert make(tiny.url, style).generate(changed) == local(style).generate(changed)
+    server = serve(lambda request: said("three"))
+    make(server.url, style).generate([changed[0]])
+    make(server.url, style).generate([changed[-1]])
+    blind, bare = (body["messages"][1:] for body in server.asked)
+    images = [part for turn in blind if isinstance(turn["content"], list) for part in turn["content"]]
+    assert sum(part["type"] == "image_url" for part in images) == 1
+    ((image, text),) = (turn["content"] for turn in bare)
+    assert (image["type"], text["text"]) == ("image_url", changed[-1].query.question)
 
 
 @pytest.mark.parametrize("kind", ["CMYK", "turned", "see-through", "large"])

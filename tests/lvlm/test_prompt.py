@@ -67,6 +67,27 @@ def test_without_demonstrations_only_the_question_is_asked(processor, style):
     )
 
 
+def test_a_demonstration_without_an_image_is_text_alone(processor):
+    blind = dataclasses.replace(FIRST, image=None)
+    assert build_prompt([blind, SECOND], QUERY, PromptConfig()).images == ["2.jpg", "9.jpg"]
+    assert rendered(processor, [blind, SECOND]) == rendered(processor, [FIRST, SECOND]).replace(
+        f"{VISION}Question: what digit", "Question: what digit"
+    )
+    assert "<|im_start|>user\nQuestion: what digit is it? Short answer:<|im_end|>" in rendered(
+        processor, [blind, SECOND], style="dialogue"
+    )
+
+
+@pytest.mark.parametrize("style", ["interleaved", "dialogue"])
+def test_a_bare_prompt_asks_the_question_alone(processor, style):
+    config = PromptConfig(system="Be brief.", style=style)
+    prompt = dataclasses.replace(build_prompt([], QUERY, config), bare=True)
+    text = processor.apply_chat_template(to_messages(prompt, config), tokenize=False, add_generation_prompt=True)
+    assert text == rendered(processor, [], style=style).replace(
+        "Question: which comes next? Short answer:", "which comes next?"
+    )
+
+
 def test_the_demonstrated_answer_is_the_commonest_of_the_annotators(processor):
     split = dataclasses.replace(FIRST, answers=("two", "four", "four", "two", "four", "one"))
     assert "Short answer: four\n" in rendered(processor, [split])

@@ -9,7 +9,7 @@ import shutil
 import PIL.Image
 import pytest
 import torch
-from lvlm_helpers import local_lvlm, plain_answer, plain_log_prob, plain_tokens
+from lvlm_helpers import local_lvlm, plain_answer, plain_inputs, plain_log_prob, plain_tokens, without_images
 from models import SPOILT, TINY, copied, edited
 from torch.nn import functional as F
 
@@ -54,6 +54,26 @@ def test_answers_are_those_of_plain_generate(prompts, style, beams):
     answers = ours.generate(prompts)
     assert answers == [plain_answer(ours, prompt, style, num_beams=beams) for prompt in prompts]
     assert len(set(answers)) >= 5, "prompts that all get the same answer prove nothing"
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_prompts_without_images_of_demonstrations_and_bare_ones_are_answered_as_by_plain_generate(prompts, style):
+    ours = local_lvlm(style)
+    some = [prompt for prompt in prompts if prompt.icds]
+    mixed = [dataclasses.replace(p, icds=(*p.icds[1:], *without_images(p).icds[:1])) for p in some]
+    changed = [*map(without_images, some), *mixed, *(dataclasses.replace(p, bare=True) for p in prompts)]
+    assert ours.generate(changed) == [plain_answer(ours, prompt, style) for prompt in changed]
+    assert ours.generate(changed) != ours.generate([*some, *some, *prompts])
+    scored = ours.answer_log_prob(changed[:4], ["three"] * 4)
+    assert scored == pytest.approx([plain_log_prob(ours, p, "three", style) for p in changed[:4]], abs=1e-4)
+    for prompt, shown in (
+        (some[0], len(some[0].icds) + 1),
+        (without_images(some[0]), 1),
+        (mixed[0], len(some[0].icds)),
+    ):
+        assert len(prompt.images) == shown
+        counted = int((plain_inputs(ours, prompt, style)["input_ids"] == ours.family.image_token_id).sum())
+        assert counted == sum(map(ours.family.vision.tokens, prompt.images))
 
 
 @pytest.mark.parametrize("scored", [False, True])

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from lever_lm.selectors.fixed_set import FixedSet, presence_scores
+from lever_lm.selectors.fixed_set import FixedSet, presence_scores, split_of
+from lever_lm.utils.errors import LeverError
 
 
 def test_an_examples_score_is_its_mean_gain_over_the_group_drawn_toward_nothing():
@@ -34,3 +35,13 @@ def test_every_query_gets_the_best_that_it_may_be_shown(digits_problem):
     assert picks[0] == [3, 9, 20]
     assert all(chosen == [7, 3, 9] for chosen in picks[1:])
     assert fixed.shape == {"vocabulary": len(train)}
+
+
+def test_another_training_split_is_refused_whatever_its_size(digits_problem):
+    train = digits_problem.train
+    fixed = FixedSet(len(train))
+    fixed.split = split_of(train)
+    assert len(list(fixed.choose(digits_problem, 2))) == 20
+    for others, told in ((train[:-1], "there are 2503 here"), ((train[1], train[0], *train[2:]), "in another order")):
+        with pytest.raises(LeverError, match=rf"{told}.*--dataset"):
+            next(fixed.choose(dataclasses.replace(digits_problem, train=others), 2))

@@ -1,9 +1,13 @@
 """Lever-LM: a language model over the training examples."""
 
+import dataclasses
+
 import pytest
 import torch
 
+from lever_lm.selectors.fixed_set import split_of
 from lever_lm.selectors.lever_lm import LeverLM
+from lever_lm.utils.errors import LeverError
 
 
 @pytest.fixture(scope="module")
@@ -52,3 +56,19 @@ def test_it_picks_the_likeliest_example_that_may_be_shown_and_is_not_shown_yet(m
         last = model.logits(query[row : row + 1], icds, torch.tensor([chosen[:3]]))[0, -1]
         free = [i for i in range(9) if allowed[row, i] and i not in chosen[:3]]
         assert chosen[3] == max(free, key=lambda i: float(last[i].detach()))
+
+
+def test_it_is_refused_where_it_cannot_choose(digits_problem):
+    width, total = digits_problem.features[1].shape[1], 12
+    few = dataclasses.replace(
+        digits_problem,
+        train=digits_problem.train[:total],
+        features=(digits_problem.features[0], torch.ones(total, width)),
+    )
+    model = LeverLM(d_model=width, vocabulary=total, hidden_dim=16, num_layers=1, num_heads=2).eval()
+    model.split = split_of(few.train)
+    assert all(len(set(picks)) == 11 for picks in model.choose(few, 11))
+    with pytest.raises(LeverError, match="12 training examples, not 13: lower --shots"):
+        next(model.choose(few, 13))
+    with pytest.raises(LeverError, match=r"in another order.*--dataset"):
+        next(model.choose(dataclasses.replace(few, train=few.train[::-1]), 2))
