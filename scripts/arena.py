@@ -1,5 +1,5 @@
-"""Every selector in one table, over several seeds, and the diagnostics of three of them: the tables of docs/selectors.md
-and docs/is-it-real.md.
+"""Every selector in one table over several seeds, and the diagnostics of three of them: the tables of
+docs/selectors.md and docs/is-it-real.md.
 
     python scripts/arena.py FOLDER [--seeds 0,1,2] [--shots 1,2,4] [--limit N] [--infoscore-candidates 16]
 

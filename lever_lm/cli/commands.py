@@ -56,7 +56,7 @@ def demo(
     pipeline = make_pipeline(common, {"rce.epochs": rce_epochs, "grpo.epochs": grpo_epochs, "keep": keep})
     plan_only(common, pipeline, "demo", shots=numbers, baselines=True)
     from lever_lm.cli.display import show_results
-    from lever_lm.evaluation.run import demo as run_demo
+    from lever_lm.evaluation.demo import demo as run_demo
 
     refuse_resuming(common, pipeline)
     pipeline.detect_anomaly, pipeline.tracker = detect_anomaly, tracker

@@ -19,7 +19,7 @@ from lever_lm.config.schema import Config, to_dict
 from lever_lm.config.values import configs_root
 from lever_lm.evaluation.evaluate import Evaluation, Outcome
 from lever_lm.evaluation.statistics import holm, paired_test
-from lever_lm.selectors import ANY_POLICY, FROM_FILE, SELECTORS, SIMPLE
+from lever_lm.selectors import ANY_POLICY, FROM_FILE, SELECTORS, SIMPLE, ZERO_SHOT
 from lever_lm.selectors.pointer.checkpoint import own_config, read_checkpoint
 from lever_lm.selectors.pointer.hub_format import SETTING
 from lever_lm.training.find_checkpoint import find_checkpoint
@@ -144,6 +144,8 @@ def check_shots(config: Config, shots: Sequence[int], names: Sequence[str]) -> N
 
 def chooses_from(name: str, evaluation: Evaluation) -> str:
     """Return from what a selector chooses."""
+    if name == ZERO_SHOT:
+        return "nothing"
     pool, total = SELECTORS[name].pool, len(evaluation.data.train_examples)
     return f"pools of {evaluation.config.rollout.pool_size}" if pool else f"all {total:,}"
 

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from lever_lm.evaluation.results import METRICS, MOST, fits, is_method, is_share
+from lever_lm.evaluation.results import METRICS_FILE, MOST, fits, is_method, is_share
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.safe_parse import read_object
 
@@ -36,6 +36,12 @@ _FINDING = {"key": str, "label": str, "value": _is_score, "says": str}
 _DIAGNOSIS = {"n": _is_count, "shots": _is_count, "checkpoint": str, "policies": dict, "methods": dict}
 
 
+def own_folder(folder: Path, metrics: dict) -> Path:
+    """Return where the checkpoint that was evaluated in a folder has its own evaluations, where that is another: the
+    demo's results lie one above."""
+    return folder / Path(metrics["checkpoint"]).stem
+
+
 def read_arena(folder: Path, metrics: dict) -> list[dict]:
     """Return the rows of `lever infer --against` in what read_metrics returned of a folder, [] where there are none.
     Raises LeverError where they are none of ours, or some are of the same method and shots."""
@@ -43,8 +49,8 @@ def read_arena(folder: Path, metrics: dict) -> list[dict]:
     sound = fits(rows, [lambda row: fits(row, _CONTENDER) and ("against" not in row or fits(row, _TESTED))])
     if not (sound and _are_few([(row["method"], row["shots"]) for row in rows])):
         raise LeverError(
-            f"{folder / METRICS}: its `arena` is no table of `lever infer --against`: run `lever infer --against all` "
-            "again"
+            f"{folder / METRICS_FILE}: its `arena` is no table of `lever infer --against`: run `lever infer "
+            "--against all` again"
         )
     return rows
 
@@ -52,8 +58,8 @@ def read_arena(folder: Path, metrics: dict) -> list[dict]:
 def read_diagnosis(folder: Path, metrics: dict) -> dict | None:
     """Return what `lever diagnose` found of the checkpoint that was evaluated in a folder: n, shots, checkpoint,
     policies and methods (name → rows); None where it was not asked. Raises LeverError where a part is none of ours."""
-    own = folder / Path(metrics["checkpoint"]).stem  # the demo's results lie one above
-    path = next((one / DIAGNOSIS for one in (folder, own) if os.path.exists(one / DIAGNOSIS)), None)
+    folders = (folder, own_folder(folder, metrics))
+    path = next((one / DIAGNOSIS for one in folders if os.path.exists(one / DIAGNOSIS)), None)
     if path is None:
         return None
     found = {"policies": {}} | read_object(path)

@@ -17,7 +17,7 @@ from lever_lm.utils.terminal import shown
 
 LARGEST = 1e300  # of what is drawn: differences stay finite
 MOST = 2000  # results of an evaluation, and tests: ours have some ten methods at some ten numbers of shots
-METRICS = "metrics.json"
+METRICS_FILE = "metrics.json"
 
 
 def is_finite(value) -> bool:
@@ -95,7 +95,7 @@ def write_results(
         lines_of_json = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in samples)
         write_text(samples_file(folder, outcome.method, outcome.shots), lines_of_json)
     write_icds(folder / "icds.jsonl", queries, train, choices[ours])
-    return _write_metrics(folder / METRICS, [outcome.summary() for outcome in outcomes], facts, say)
+    return _write_metrics(folder / METRICS_FILE, [outcome.summary() for outcome in outcomes], facts, say)
 
 
 def evaluations(folder: Path, *, own: bool = True) -> list[Path]:
@@ -103,13 +103,13 @@ def evaluations(folder: Path, *, own: bool = True) -> list[Path]:
     or where not `own`, the others. Those with random demonstrations to compare with come first, then the newest."""
 
     def is_own(one: Path) -> bool:
-        found = read_object(one / METRICS)  # what cannot be read is left to `read_metrics` to refuse
+        found = read_object(one / METRICS_FILE)  # what cannot be read is left to `read_metrics` to refuse
         return not found or found.get("changed") == {}
 
     def rank(one: Path) -> tuple[bool, float]:
-        return any(one.glob(f"samples_{RANDOM}_*.jsonl")), (one / METRICS).stat().st_mtime
+        return any(one.glob(f"samples_{RANDOM}_*.jsonl")), (one / METRICS_FILE).stat().st_mtime
 
-    found = [one for one in (folder, *folder.glob("*/")) if (one / METRICS).is_file() and is_own(one) == own]
+    found = [one for one in (folder, *folder.glob("*/")) if (one / METRICS_FILE).is_file() and is_own(one) == own]
     return sorted(found, key=rank, reverse=True)
 
 
@@ -160,7 +160,7 @@ def read_metrics(folder: Path) -> dict:
     """Return what the metrics.json in a folder says: results, tests, policies (method → digest), checkpoint,
     okvqa_stem, lvlm, and order (of the prompt), as NOTHING has them where it does not say. Raises LeverError where
     there are no results."""
-    path = folder / METRICS
+    path = folder / METRICS_FILE
     found = NOTHING | read_object(path)
     if not (fits(found, _READ) and found["results"] and max(len(found["results"]), len(found["tests"])) <= MOST):
         raise LeverError(

@@ -1,5 +1,5 @@
-"""What comes after training: the choices of a policy or of a file are answered and scored beside the baselines; the
-demo, which is all of it; and the page of a run.
+"""What comes after training: the choices of a policy or of a file are answered and scored beside those of other
+selectors, and asked what a sceptic asks; and the page of a run.
 
 Under torchrun `infer` is a call of the whole job, as Pipeline.rollouts is.
 """
@@ -40,7 +40,6 @@ from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.training.environment import command_line, recorded
 from lever_lm.training.find_checkpoint import find_checkpoint, load_for
 from lever_lm.training.from_checkpoint import change_lines, changes, changes_of_run
-from lever_lm.training.metrics import PHASES
 from lever_lm.training.pipeline import Pipeline
 from lever_lm.training.preflight import ALL
 from lever_lm.training.run_dir import LOCK, RunFolder, inference_folder, lvlm_name
@@ -84,8 +83,8 @@ def infer(
         pipeline.check(*ALL)
         say(f"checkpoint: {path} ({why})")
         policy = load_for(path, pipeline.config, say)
-        evaluation = _evaluation(pipeline, shots)
-        chosen, seconds = timed(lambda: _chosen_by(policy, evaluation, most, ours, path))
+        evaluation = evaluation_of(pipeline, shots)
+        chosen, seconds = timed(lambda: chosen_by(policy, evaluation, most, ours, path))
         costs = [cost_of(ours, path, seconds, evaluation)]
         if policy.stop:
             mean = sum(map(len, chosen.picks)) / len(chosen.picks)
@@ -98,7 +97,7 @@ def infer(
         chosen, facts = Chosen(FROM_FILE, picks, file_digest(icds)), {"icds": str(icds)}
         costs = [Cost(FROM_FILE, None, 0, 0.0, "a file")]
         if baselines or against:
-            evaluation = _evaluation(pipeline, shots)
+            evaluation = evaluation_of(pipeline, shots)
     folder, changed = _destination(pipeline, pipeline.data, path, icds)
     for line in change_lines(changed):
         say(line)
@@ -117,12 +116,12 @@ def infer(
     choices[chosen.method] = chosen.picks
     facts["changed"] = changed
     table = costs if against else ()
-    metrics = _evaluate(pipeline, evaluation, choices, [*others, chosen], shots, folder, facts, table)
+    metrics = evaluate_methods(pipeline, evaluation, choices, [*others, chosen], shots, folder, facts, table)
     say(f"predictions and metrics: {folder}")
     return {**metrics, "folder": str(folder)}
 
 
-def _evaluation(pipeline: Pipeline, shots: Sequence[int]) -> Evaluation:
+def evaluation_of(pipeline: Pipeline, shots: Sequence[int]) -> Evaluation:
     """Return the evaluation of a pipeline. Raises UsageError for more shots than there are training examples."""
     total = len(pipeline.data.train_examples)
     if max(shots) > total:
@@ -144,16 +143,17 @@ def _contender(
         pipeline.screen.say(f"left out: {missing(pipeline, name)}")
         return None
     policy = load_for(path, pipeline.config, pipeline.screen.say)
-    chosen, seconds = timed(lambda: _chosen_by(policy, evaluation, shots, name, path))
+    chosen, seconds = timed(lambda: chosen_by(policy, evaluation, shots, name, path))
     return (chosen.picks, [chosen]), cost_of(name, path, seconds, evaluation)
 
 
-def _chosen_by(policy: PointerSelector, evaluation: Evaluation, shots: int, method: str, path: Path) -> Chosen:
+def chosen_by(policy: PointerSelector, evaluation: Evaluation, shots: int, method: str, path: Path) -> Chosen:
+    """Return the picks of a checkpoint's policy as those of a method."""
     picks, reasons = choose(policy, evaluation.problem, shots, path)
     return Chosen(method, picks, policy_digest(policy), reasons)
 
 
-def _evaluate(
+def evaluate_methods(
     pipeline: Pipeline,
     evaluation: Evaluation,
     choices: dict[str, list[list[int]]],
@@ -206,9 +206,9 @@ def diagnose(pipeline: Pipeline, shots: int, *, against: Sequence[str] = (), oth
     check_runs(pipeline, [name for name in against if name != method_of(path)])
     pipeline.check(*ALL)
     pipeline.screen.say(f"checkpoint: {path} ({why})")
-    evaluation = _evaluation(pipeline, [shots])
+    evaluation = evaluation_of(pipeline, [shots])
     method, policy = method_of(path), load_for(path, pipeline.config, pipeline.screen.say)
-    chosen = _chosen_by(policy, evaluation, shots, method, path)
+    chosen = chosen_by(policy, evaluation, shots, method, path)
     picks = {method: chosen.picks}
     for name in against:
         if name not in picks and (found := _contender(pipeline, evaluation, name, shots)):
@@ -266,57 +266,6 @@ def _destination(
     apart = f"_with_{lvlm_name(config.lvlm.path)}" if with_lvlm else ""
     apart += f"_changed_{fingerprint(others)[:8]}" if others else ""
     return folder.with_name(folder.name + apart), changed
-
-
-# ---------------------------------------------------------------------- the demo
-
-
-def demo(pipeline: Pipeline, shots: Sequence[int], *, overwrite: bool = False) -> dict:
-    """Train, run every method on the same evaluation queries, and write the report: everything on one page."""
-    check_shots(pipeline.config, shots, PHASES)
-    most, say = max(shots), pipeline.screen.say
-    with pipeline.run.alone(say):
-        trained = pipeline.train_here(None, None, overwrite)
-        best, evaluation = Path(trained["recommended"]["checkpoint"]), _evaluation(pipeline, shots)
-        policies = {"rce": pipeline.run.checkpoint("rce", pipeline.config.rce.epochs), "grpo": best}
-        chosen = {
-            method: _chosen_by(load_for(path, pipeline.config, say), evaluation, most, method, path)
-            for method, path in policies.items()
-        }
-        choices = {
-            name: chosen[name].picks if name in chosen else evaluation.select(name, most)
-            for name in SELECTORS
-            if name in chosen or name in BASELINES
-        }
-        facts = {"checkpoint": str(best), "learned": _learned(pipeline, chosen), "changed": {}}
-        metrics = _evaluate(pipeline, evaluation, choices, list(chosen.values()), shots, pipeline.inference, facts)
-        if pipeline.tracking is not None:
-            pipeline.tracking.results(metrics["results"])
-        page = write_report(pipeline.run, pipeline.inference, pipeline.data, command=command_line())
-        return {
-            "table": metrics["results"],
-            "report": str(page),
-            "tests": metrics["tests"],
-            "learned": metrics["learned"],
-            "recommended": trained["recommended"],
-            "run": str(pipeline.run.path),
-        }
-
-
-def _learned(pipeline: Pipeline, chosen: dict[str, Chosen]) -> dict:
-    """Return what GRPO changed after RCE: the share of queries with another first pick, and val_reward."""
-    pairs = list(zip(chosen["grpo"].picks, chosen["rce"].picks, strict=True))
-    rows = pipeline.run.rows()
-    learned = {
-        "first_picks_changed": sum(ours[0] != theirs[0] for ours, theirs in pairs) / len(pairs),
-        "val_reward_rce": [row for row in rows if row["phase"] == "rce"][-1]["val_reward"],
-        "val_reward_grpo": max(row["val_reward"] for row in rows if row["phase"] == "grpo"),
-    }
-    pipeline.screen.say(
-        f"GRPO changed the first pick of {learned['first_picks_changed']:.0%} of the queries; validation reward "
-        f"{learned['val_reward_rce']:.3f} after RCE, {learned['val_reward_grpo']:.3f} after GRPO"
-    )
-    return learned
 
 
 # ---------------------------------------------------------------------- the page

@@ -74,7 +74,7 @@ BASELINES = tuple(name for name, one in SELECTORS.items() if one.kind == "baseli
 SIMPLE = tuple(name for name, one in SELECTORS.items() if one.simple and name != ZERO_SHOT)
 LEARNED = ("grpo", ANY_POLICY, "rce", FROM_FILE)  # the page shows the first of them that was evaluated
 CONTRASTS = (RANDOM, "img_text_sim")  # the page and the model card set the learned one against these
-RIVALS = ("img_text_sim", "rce")  # the terminal prints the paired tests against these
+RIVALS = ("img_text_sim", "answer_match", "rce")  # the terminal prints the paired tests against these
 
 
 def named(method: str) -> str:

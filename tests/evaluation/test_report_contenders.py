@@ -114,6 +114,26 @@ def test_a_diagnosis_has_a_row_for_each_question_and_says_what_it_means_of_the_f
     assert "trained again since" in section((contested / RUN / "report.html").read_text(encoding="utf-8"), "diagnosis")
 
 
+def test_a_page_of_the_demos_results_has_both_from_the_checkpoints_own_folder(contested, lever):
+    (own,) = (contested / INFERENCE).glob("grpo*/")
+    for path in own.glob("*.json*"):
+        if path.name != "diagnosis.json":
+            shutil.copy(path, contested / INFERENCE)
+    above = contested / INFERENCE / "metrics.json"
+    above.write_text(json.dumps({**json.loads(above.read_text()), "arena": []}).replace('"arena": [], ', ""))
+    for path in own.glob("samples_random_*"):
+        path.unlink()
+    done = lever("report")
+    assert f"results: {INFERENCE} (" in done.out
+    page = (contested / RUN / "report.html").read_text(encoding="utf-8")
+    assert "mmr" in section(page, "arena")
+    assert "as chosen" in section(page, "diagnosis")
+    assert "trained again since" not in page
+    shutil.copy(contested / RUN / "rce_epoch1.pt", contested / RUN / f"{own.name}.pt")
+    assert lever("report").status == 0
+    assert "trained again since" in section((contested / RUN / "report.html").read_text(encoding="utf-8"), "arena")
+
+
 def test_without_either_the_page_has_neither_section(contested, lever):
     changed(contested, "metrics", lambda metrics: metrics.pop("arena"))
     (path,) = (contested / INFERENCE).glob("grpo*/diagnosis.json")

@@ -9,14 +9,14 @@ import yaml
 
 from lever_lm.data import VqaData
 from lever_lm.evaluation.arena import WARMUPS
-from lever_lm.evaluation.findings_files import read_arena, read_diagnosis
+from lever_lm.evaluation.findings_files import own_folder, read_arena, read_diagnosis
 from lever_lm.evaluation.report import contenders
 from lever_lm.evaluation.report import phrasing as words
 from lever_lm.evaluation.report.curves import PHASES, Evaluated, Series, charts_of
 from lever_lm.evaluation.report.gallery import Gallery, pick_queries, read_shown
 from lever_lm.evaluation.report.seeds import OverSeeds, settings_of, shared_scores
 from lever_lm.evaluation.report.svg import line_chart
-from lever_lm.evaluation.results import is_finite, method_of, table
+from lever_lm.evaluation.results import METRICS_FILE, is_finite, method_of, read_metrics, table
 from lever_lm.evaluation.statistics import paired_test
 from lever_lm.evaluation.templates import render
 from lever_lm.selectors import CONTRASTS, LEARNED, named
@@ -160,10 +160,14 @@ def _chosen(main: Evaluated, data: VqaData | None) -> dict:
 def _contenders(main: Evaluated) -> dict:
     """Return the sections on other selectors, and on what the demonstrations do: None where nothing was asked."""
     if main.inference is None:
-        return {"arena": None, "diagnosis": None, "diagnosis_is_stale": False}
-    found = read_diagnosis(main.inference, main.metrics)
+        return {"arena": None, "arena_is_stale": False, "diagnosis": None, "diagnosis_is_stale": False}
+    folder, metrics = main.inference, main.metrics
+    own, found = own_folder(folder, metrics), read_diagnosis(folder, metrics)
+    if "arena" not in metrics and os.path.isfile(own / METRICS_FILE):
+        folder, metrics = own, read_metrics(own)
     return {
-        "arena": contenders.arena(read_arena(main.inference, main.metrics), method_of(main.metrics)),
+        "arena": contenders.arena(read_arena(folder, metrics), method_of(metrics)),
+        "arena_is_stale": folder == own and _is_stale(main.run, metrics),
         "diagnosis": contenders.diagnosis(found),
         "diagnosis_is_stale": found is not None and _is_stale(main.run, found),
     }
