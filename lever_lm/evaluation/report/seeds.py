@@ -71,10 +71,11 @@ def _hindrance(runs: Sequence[Evaluated], settings: list[dict], seeds: list) -> 
     """Return why runs of several seeds make no table; "" where they do."""
     names = distinct_names([one.run.path for one in runs])
     found = [key for other in settings[1:] for key, *_ in differing(settings[0], other) if key not in _ALIKE]
+    keys = list(dict.fromkeys(map(".".join, found)))
     if unread := [name for name, one in zip(names, settings, strict=True) if type(one.get("seed")) is not int]:
         return f"{unread[0]} has no config.yaml that names its seed"
-    if found:
-        return f"the configs differ in {', '.join(dict.fromkeys(map('.'.join, found)))} too"
+    if keys:
+        return f"the configs differ in {', '.join(keys[:5])} too{f', and {len(keys) - 5} more keys' * (len(keys) > 5)}"
     if twice := [name for i, name in enumerate(names) if seeds[i] in seeds[:i]]:
         return f"{twice[0]} has the seed of a run before it; leave one of them out"
     if absent := [one.run.path.name for one in runs if not one.metrics["results"]]:
