@@ -51,15 +51,9 @@ def run_seed(folder: Path, seed: int, options: argparse.Namespace) -> None:
     (folder / "diagnosis.json").write_text(lever(folder, "diagnose", "--shots", most, "--against", DIAGNOSED, *used))
 
 
-def scores_of(folder: Path, found: dict, method: str, shots: int) -> list[float]:
-    """Return the accuracy of every query, in the order of their ids."""
-    path = folder / found["folder"] / f"samples_{method}_{shots}shot.jsonl"
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [row["accuracy"] for row in sorted(rows, key=lambda row: row["question_id"])]
-
-
 def arena_table(folders: list[Path]) -> list[str]:
     """Return the table of all methods as lines of Markdown, the best at the most shots first."""
+    from lever_lm.evaluation.report.seeds import shared_scores
     from lever_lm.evaluation.statistics import interval_over_seeds
 
     tables = [json.loads((folder / "arena.json").read_text()) for folder in folders]
@@ -70,8 +64,8 @@ def arena_table(folders: list[Path]) -> list[str]:
         cells, means = [], []
         for k in shots:
             count = k if any(row["method"] == method and row["shots"] == k for row in first) else 0
-            scores = [scores_of(f, t, method, count) for f, t in zip(folders, tables, strict=True)]
-            found = interval_over_seeds(scores)
+            places = [folder / table["folder"] for folder, table in zip(folders, tables, strict=True)]
+            found = interval_over_seeds(shared_scores(places, method, count))
             means.append(found["mean"])
             spread = f" ± {found['seed_std']:.3f}" if len(folders) > 1 else ""
             cells.append(f"{found['mean']:.3f}{spread} [{found['low']:.3f}, {found['high']:.3f}]")

@@ -81,7 +81,8 @@ def show_findings(screen: Screen, result: dict) -> None:
     def cell(row: dict | None) -> str:
         if row is None:
             return ""
-        gap = f" ({row['test']['difference']:+.3f}{'*' if row['test']['p'] < 0.05 else ''})" if "test" in row else ""
+        test = row.get("test") if row["key"] != "other_lvlm" else None  # that one is against its own zero-shot
+        gap = f" ({test['difference']:+.3f}{'*' if test['p'] < 0.05 else ''})" if test else ""
         return f"{row['value']:.3f}{gap}"
 
     title = (

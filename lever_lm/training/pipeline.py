@@ -35,7 +35,6 @@ from lever_lm.training.preflight import ALL, examine
 from lever_lm.training.rce import train_rce
 from lever_lm.training.rollouts.file_format import made_of, rollout_calls, why_made_again
 from lever_lm.training.rollouts.generate import check_rows, make_rollouts, online_rewards, rollout_stamp
-from lever_lm.training.rollouts.propose import new_policy
 from lever_lm.training.run_dir import LOCK, Layout, RunFolder, inference_folder
 from lever_lm.training.run_state import Journal, state_of
 from lever_lm.training.select_checkpoint import choose, read_history, worth_keeping
@@ -156,7 +155,7 @@ class Pipeline(Stages):
         for groups in filter(None, (train, val)):
             check_kind(self.config.warmup, groups, source.rollouts)
         device = resolve_device(self.config.device)
-        initial = new_policy(self.config, source.icds.shape[1])
+        initial = new_learner(self.config, source.icds.shape[1], len(source.icds))
         policy = new_learner(self.config, source.icds.shape[1], len(source.icds)).to(device)
         inputs = {"rollouts": file_digest(source.rollouts)} if source.rollouts else {}
         inputs["features"] = source.stamp
