@@ -92,7 +92,7 @@ class Retriever:
         self.stages, self.config = stages, stages.config
         self.policy = load_for(self.checkpoint, self.config, stages.say)
         if examples is not None and not isinstance(self.policy, PointerSelector):
-            raise UsageError(f"{checkpoint} chooses among the training split that it was made of: leave examples= out")
+            raise UsageError(f"{checkpoint} takes only the training split that it was made of: leave examples= out")
         self._own = None if examples is None else _own_examples(examples)
 
     # ------------------------------------------------------------------ what there is
