@@ -1,6 +1,7 @@
 """The same demonstrations for every query: those whose presence in logged rollouts raised the reward most."""
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ class FixedSet(nn.Module):
         for query in problem.queries:
             withheld = problem.candidates.withheld(query)
             free = (row for row in order if row not in withheld)
-            yield [row for row, _ in zip(free, range(shots), strict=False)]
+            yield list(islice(free, shots))
 
 
 def split_of(train: Sequence[Example]) -> str:

@@ -110,7 +110,7 @@ def sample_sequence(rows_by_digit: list[list[int]], known: set[Cell], rng: rando
     for shot in range(num_shots):
         if rng.random() > RELIABILITY[num_shots - 1 - shot]:
             answers[shot] = rng.choice([a for a in range(10) if a != answers[shot]])
-    same_type = [a for (t, _), a in zip(cells[:-1], answers, strict=False) if t == cells[-1][0]]
+    same_type = [a for (t, _), a in zip(cells[:-1], answers[:-1], strict=True) if t == cells[-1][0]]
     if same_type and rng.random() < LAST_ANSWER_RATE:
         answers[-1] = same_type[-1]
     images: list[int] = []

@@ -119,7 +119,9 @@ def _line(one: Series, x_of: Callable, y_of: Callable, show: Callable[[float], s
         "places": places,
         "ends": [show(one.points[i][1]) for i in (0, -1)[: len(places)]],
         "end": places[-1][1],
-        "whiskers": [(x, *map(y_of, ends)) for (x, _), ends in zip(places, one.intervals, strict=False)],
+        "whiskers": [
+            (x, *map(y_of, ends)) for (x, _), ends in zip(places if one.intervals else (), one.intervals, strict=True)
+        ],
         "dots": [
             {"x": x, "y": y, "at": f"{at:g}", "value": show(value), "chosen": one.marks.get(at)}
             for i, ((x, y), (at, value)) in enumerate(zip(places, one.points, strict=True))
