@@ -3,7 +3,10 @@
 digits  a knowledge-VQA world in OK-VQA's file layout; seconds; needs scikit-learn (for the images only)
 clip    tiny-clip, a real CLIPModel trained on those digits; about a minute on one CPU core
 lvlm    tiny-qwen2.5-vl, a real Qwen2_5_VLForConditionalGeneration that copies from its demonstrations; minutes on a GPU
-check   measures both models of --out as they stand, through `from_pretrained` and `generate`
+sets, sets-clip, sets-lvlm
+        the same of the world in which the set of demonstrations matters: digits_sets, which asks about the images of
+        digits, tiny-clip-sets and tiny-qwen2.5-vl-sets
+check   measures the models of --out as they stand, through `from_pretrained` and `generate`
 """
 
 import argparse
@@ -15,9 +18,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the package's compat.py, also where the package is not installed
 
 
+ALL = ("digits", "clip", "lvlm", "sets", "sets-clip", "sets-lvlm")
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", default="all", choices=["digits", "clip", "lvlm", "all", "check"])
+    parser.add_argument("what", nargs="?", default="all", choices=[*ALL, "all", "check"])
     parser.add_argument("--out", type=Path, default=ROOT / "lever_lm" / "assets", help="folder of the assets")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="LVLM only: where it is trained")
     parser.add_argument("--steps", type=int, help="training steps of the one model named (default: the recipe's)")
@@ -25,41 +31,51 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=256, help="LVLM only; under 128 it does not learn")
     parser.add_argument("--workers", type=int, default=4, help="LVLM only: processes that make training batches")
     args = parser.parse_args()
-    if args.what not in ("clip", "lvlm") and args.steps is not None:
-        parser.error("--steps belongs to one model: name `clip` or `lvlm`")
+    if args.steps is not None and not args.what.endswith(("clip", "lvlm")):
+        parser.error("--steps belongs to one model: name `clip`, `lvlm`, `sets-clip` or `sets-lvlm`")
     return args
 
 
+def check(args: argparse.Namespace) -> dict:
+    from assets_src import lvlm_check, tiny_clip
+    from assets_src.lvlm_sequences import codes_world, digits_world
+
+    found = {}
+    for end, world, texts in (("", digits_world(), tiny_clip.DIGITS), ("-sets", codes_world(), tiny_clip.CODES)):
+        found[f"tiny-clip{end}"] = tiny_clip.check(args.out / f"tiny-clip{end}", texts)
+        found[f"tiny-qwen2.5-vl{end}"] = lvlm_check.check(args.out / f"tiny-qwen2.5-vl{end}", world, device=args.device)
+    return found
+
+
 def build(what: str, args: argparse.Namespace) -> dict:
+    if what == "check":
+        return check(args)
+    steps = {} if args.steps is None else {"steps": args.steps}
     if what == "digits":
         from assets_src import world
 
         return world.build(args.out / "digits", seed=args.seed)
-    if what == "check":
-        from assets_src import lvlm_check, tiny_clip
+    if what == "sets":
+        from assets_src import sets_world
 
-        lvlm = lvlm_check.check(args.out / "tiny-qwen2.5-vl", device=args.device)
-        return {"tiny-clip": tiny_clip.check(args.out / "tiny-clip"), "tiny-qwen2.5-vl": lvlm}
-    steps = {} if args.steps is None else {"steps": args.steps}
-    if what == "clip":
+        return sets_world.build(args.out / "digits_sets", seed=args.seed)
+    if what.endswith("clip"):
         from assets_src import tiny_clip
 
-        return tiny_clip.build(args.out / "tiny-clip", seed=args.seed, **steps)
-    from assets_src import lvlm_training
+        name, texts = ("tiny-clip", tiny_clip.DIGITS) if what == "clip" else ("tiny-clip-sets", tiny_clip.CODES)
+        return tiny_clip.build(args.out / name, texts, seed=args.seed, **steps)
+    from assets_src import lvlm_check, lvlm_training
+    from assets_src.lvlm_sequences import codes_world, digits_world
 
-    return lvlm_training.build(
-        args.out / "tiny-qwen2.5-vl",
-        seed=args.seed,
-        device=args.device,
-        batch_size=args.batch_size,
-        workers=args.workers,
-        **steps,
-    )
+    name, asked = ("tiny-qwen2.5-vl", digits_world()) if what == "lvlm" else ("tiny-qwen2.5-vl-sets", codes_world())
+    options = {"seed": args.seed, "device": args.device, "batch_size": args.batch_size, "workers": args.workers}
+    summary = lvlm_training.build(args.out / name, asked, **options, **steps)
+    return {**summary, "accuracy": lvlm_check.check(args.out / name, asked, count=100, device=args.device)}
 
 
 def main() -> None:
     args = parse_args()
-    for what in ("digits", "clip", "lvlm") if args.what == "all" else (args.what,):
+    for what in ALL if args.what == "all" else (args.what,):
         print(json.dumps({what: build(what, args)}, indent=1), flush=True)
 
 

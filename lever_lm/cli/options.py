@@ -13,6 +13,7 @@ import typer
 
 from lever_lm.cli import completion
 from lever_lm.cli.completion import named
+from lever_lm.config.load import named_yaml
 from lever_lm.config.values import dotted, merge
 from lever_lm.utils.distributed import Shards
 from lever_lm.utils.errors import UsageError
@@ -153,9 +154,11 @@ def parse_shots(text: str) -> list[int]:
 
 
 def named_yamls(common: Common) -> dict[str, str | None]:
-    """Kind → the name of its YAML in configs/, the default dataset and LVLM where none is named; None for no YAML."""
-    defaults = {"dataset": common.dataset or DEFAULT_DATASET, "lvlm": common.lvlm or DEFAULT_LVLM}
-    return {**defaults, "sampler": common.sampler, "recipe": common.recipe}
+    """Kind → the name of its YAML in configs/, the default dataset where none is named, and the default LVLM unless the
+    dataset brings its own; None for no YAML."""
+    dataset = common.dataset or DEFAULT_DATASET
+    lvlm = common.lvlm or (None if "lvlm" in named_yaml("dataset", dataset) else DEFAULT_LVLM)
+    return {"dataset": dataset, "lvlm": lvlm, "sampler": common.sampler, "recipe": common.recipe}
 
 
 def nested(values: dict[str, Any]) -> dict:

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+from assets_src import codes
 from assets_src.digit_images import load_digits, smudge, split_by_image
-from assets_src.knowledge import NUM_TRAIN_PARAPHRASES, QUESTION_TYPES, TYPE_NAMES
+from assets_src.knowledge import NUM_TRAIN_PARAPHRASES, TYPE_NAMES
 from assets_src.lvlm_model import encode_images, hidden_states, patchify
 from assets_src.lvlm_processor import STYLES, chat_messages
-from assets_src.lvlm_sequences import Cell, Encoder, Sequence, collate
+from assets_src.lvlm_sequences import CODE_NOISE, Cell, Encoder, Sequence, World, collate, sample_codes
 from lever_lm.utils.transformers_compat import import_transformers
 
 HELD_OUT = NUM_TRAIN_PARAPHRASES
@@ -62,22 +63,65 @@ def sample_sequences(condition, rows: dict[str, list[list[int]]], style: str, co
     return sequences
 
 
-def _texts(sequence: Sequence) -> tuple[list[tuple[str, str]], str, str]:
+CODE_SHOTS = {
+    "nothing": "",
+    "one of the style": "s",
+    "one of the digit": "d",
+    "two of the style": "ss",
+    "two of the digit": "dd",
+    "style and digit": "sd",
+    "digit and style": "ds",
+    "two of each": "sdsd",
+    "three of the style, one of the digit": "sssd",
+    "three of each": "sdsdsd",
+    "one of each among four": "nsdn",
+    "four of neither": "nnnn",
+}
+
+
+def code_conditions() -> dict[str, tuple[str, float]]:
+    """name -> (what each shot shares with the query: style, digit or neither; how often a syllable of it is wrong)."""
+    noises = {"": 0.0, f", {CODE_NOISE:.0%} wrong": CODE_NOISE}
+    return {name + text: (shots, noise) for name, shots in CODE_SHOTS.items() for text, noise in noises.items()}
+
+
+def sample_code_sequences(condition, rows: dict[str, list[list[int]]], style: str, count: int, seed: str):
+    shots, noise = condition
+    rng = random.Random(seed)
+    first, second = codes.world_code(seed=1)
+    sequences = []
+    for _ in range(count):
+        query = (rng.randrange(codes.NUM_STYLES), rng.randrange(10))
+        styles = [t for t in range(codes.NUM_STYLES) if t != query[0]]
+        digits = [d for d in range(10) if d != query[1]]
+        cells = [
+            (query[0] if shot == "s" else rng.choice(styles), query[1] if shot == "d" else rng.choice(digits))
+            for shot in shots
+        ] + [query]
+        answers = [codes.answer_index(first[t], second[d]) for t, d in cells]
+        answers[:-1] = [codes.misled(answer, noise, second, rng) for answer in answers[:-1]]
+        images = [rng.choice(rows["train"][digit]) for _, digit in cells[:-1]] + [rng.choice(rows["val"][query[1]])]
+        sequences.append(Sequence(style, cells, [rng.randrange(codes.NUM_WORDINGS) for _ in cells], answers, images))
+    return sequences
+
+
+def _texts(sequence: Sequence, world: World) -> tuple[list[tuple[str, str]], str, str]:
     """Shots as (question, answer), the query's question, the right answer."""
-    types = [QUESTION_TYPES[TYPE_NAMES[t]] for t, _ in sequence.cells]
-    questions = [t.paraphrases[p] for t, p in zip(types, sequence.paraphrases, strict=True)]
-    answers = [t.answers[a] for t, a in zip(types, sequence.answers, strict=True)]
+    asked = zip(sequence.cells, sequence.paraphrases, strict=True)
+    questions = [world.questions[t][wording] for (t, _), wording in asked]
+    answers = [world.answers[t][a] for (t, _), a in zip(sequence.cells, sequence.answers, strict=True)]
     return list(zip(questions[:-1], answers[:-1], strict=True)), questions[-1], answers[-1]
 
 
 @torch.inference_mode()
-def generate_answers(model, processor, sequences: list[Sequence], pictures: list[Image.Image]) -> list[str]:
+def generate_answers(
+    model, processor, world: World, encoder: Encoder, sequences: list[Sequence], pictures: list[Image.Image]
+) -> list[str]:
     """Greedy answers through the library alone; also asserts that our pre-tokenised prompts equal the processor's."""
-    encoder = Encoder(processor.tokenizer)
     answers = []
     for begin in range(0, len(sequences), BATCH_SIZE):
         part = sequences[begin : begin + BATCH_SIZE]
-        chats = [chat_messages(*_texts(s)[:2], s.style) for s in part]
+        chats = [chat_messages(*_texts(s, world)[:2], s.style) for s in part]
         prompts = [processor.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in chats]
         images = [[pictures[row] for row in s.images] for s in part]
         inputs = processor(text=prompts, images=images, padding=True, return_tensors="pt").to(model.device)
@@ -92,9 +136,9 @@ def generate_answers(model, processor, sequences: list[Sequence], pictures: list
 
 
 @torch.inference_mode()
-def fast_first_words(model, tokenizer, sequences: list[Sequence], greys: np.ndarray) -> list[str]:
+def fast_first_words(model, tokenizer, encoder: Encoder, sequences: list[Sequence], greys: np.ndarray) -> list[str]:
     """The first greedy token of each answer by the training path (lvlm_model.py)."""
-    batch = collate(sequences, Encoder(tokenizer)).to(model.device)
+    batch = collate(sequences, encoder).to(model.device)
     used = sorted({row for s in sequences for row in s.images})
     place = {row: i for i, row in enumerate(used)}
     image_rows = torch.tensor([place[row] for s in sequences for row in s.images], device=model.device)
@@ -106,7 +150,7 @@ def fast_first_words(model, tokenizer, sequences: list[Sequence], greys: np.ndar
     return [tokenizer.decode([token]).strip() for token in model.lm_head(states[before_answer]).argmax(-1).tolist()]
 
 
-def check(folder: Path, count: int = 200, device: str = "cpu", smudged: bool = False) -> dict[str, float]:
+def check(folder: Path, world: World, count: int = 200, device: str = "cpu", smudged: bool = False) -> dict[str, float]:
     """Accuracy by condition and style; `agreement` is how often library and training path begin with the same word."""
     import_transformers()
     from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
@@ -119,14 +163,15 @@ def check(folder: Path, count: int = 200, device: str = "cpu", smudged: bool = F
     pictures = [Image.fromarray(grey).convert("RGB") for grey in greys]
     splits = dict(zip(("train", "val"), split_by_image(labels), strict=True))
     rows = {name: [[r for r in split if labels[r] == d] for d in range(10)] for name, split in splits.items()}
-    result = {}
-    agreements = []
-    for name, condition in conditions().items():
+    encoder, result, agreements = Encoder(processor.tokenizer, world), {}, []
+    of_codes = world.sample is sample_codes
+    sampled = sample_code_sequences if of_codes else sample_sequences
+    for name, condition in (code_conditions() if of_codes else conditions()).items():
         for style in STYLES:
-            sequences = sample_sequences(condition, rows, style, count, seed=f"{name}-{style}")
-            answers = generate_answers(model, processor, sequences, pictures)
-            right = [answer == _texts(s)[2] for answer, s in zip(answers, sequences, strict=True)]
+            sequences = sampled(condition, rows, style, count, seed=f"{name}-{style}")
+            answers = generate_answers(model, processor, world, encoder, sequences, pictures)
+            right = [answer == _texts(s, world)[2] for answer, s in zip(answers, sequences, strict=True)]
             result[f"{style}: {name}"] = float(np.mean(right))
-            firsts = fast_first_words(model, processor.tokenizer, sequences, greys)
+            firsts = fast_first_words(model, processor.tokenizer, encoder, sequences, greys)
             agreements += [answer.startswith(first) for answer, first in zip(answers, firsts, strict=True)]
     return {**result, "agreement": float(np.mean(agreements))}

@@ -6,6 +6,7 @@ The prompt styles are those of `lever_lm`: "interleaved", one user turn that hol
 
 import json
 
+from assets_src import codes
 from assets_src.digit_images import IMAGE_SIZE
 from assets_src.knowledge import DIGIT_WORDS, QUESTION_TYPES
 
@@ -22,6 +23,7 @@ SPECIAL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
+_CHAT_CORPUS = ["system\nYou are a helpful assistant.", "user\n", "assistant\n", "Describe the image."] * 20
 CHAT_TEMPLATE = r"""
 {%- macro turn(role, content) -%}
     {{- '<|im_start|>' + role + '\n' -}}
@@ -71,7 +73,16 @@ def chat_messages(shots: list[tuple[str, str]], question: str, style: str) -> li
     return [*messages, {"role": "user", "content": segment(question_text(question))}]
 
 
-def _tokenizer_corpus() -> list[str]:
+def codes_corpus() -> list[str]:
+    """The same for the sister world, with every style and every syllable as one token, after a blank and without."""
+    corpus = [question_text(w.format(style)) for w in codes.WORDINGS for style in codes.STYLES]
+    for syllable in (*codes.FIRST, *codes.SECOND):
+        corpus += [f" {syllable} {syllable}\n", f"{syllable} {syllable}"] * 40
+    corpus += [f" {style}" for style in codes.STYLES] * 40
+    return corpus + _CHAT_CORPUS
+
+
+def digits_corpus() -> list[str]:
     """Text whose pieces BPE should merge: answers weigh more than questions, so that every answer word is one token."""
     corpus = []
     for question_type in QUESTION_TYPES.values():
@@ -79,13 +90,13 @@ def _tokenizer_corpus() -> list[str]:
         for digit, answer in enumerate(question_type.answers):
             for text in [answer] * 4 + list(question_type.synonyms.get(digit, ())):
                 corpus += [f" {text}\n", text, f"answer: {text}"] * 4
-    corpus += ["system\nYou are a helpful assistant.", "user\n", "assistant\n", "Describe the image."] * 20
+    corpus += _CHAT_CORPUS
     for word in (*DIGIT_WORDS, "yes", "no"):
         corpus += [word, " " + word] * 3
     return corpus
 
 
-def build_tokenizer():
+def build_tokenizer(corpus: list[str]):
     """A Qwen2 tokenizer (byte-level BPE, Qwen's own pre-tokenisation and special tokens) of 1,024 entries."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import Qwen2Tokenizer
@@ -104,7 +115,7 @@ def build_tokenizer():
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE - len(SPECIAL_TOKENS), initial_alphabet=alphabet, show_progress=False
     )
-    bpe.train_from_iterator(_tokenizer_corpus(), trainer)
+    bpe.train_from_iterator(corpus, trainer)
     learned = json.loads(bpe.to_str())["model"]
     return Qwen2Tokenizer(
         vocab=learned["vocab"],
@@ -118,7 +129,7 @@ def build_tokenizer():
     )
 
 
-def build_processor():
+def build_processor(corpus: list[str]):
     """The real Qwen2.5-VL processor around the tiny tokenizer; needs `import_transformers()` before."""
     from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessorPil, Qwen2VLVideoProcessor
 
@@ -126,7 +137,7 @@ def build_processor():
     pixels = {"shortest_edge": IMAGE_SIZE**2, "longest_edge": 1280 * (PATCH_SIZE * MERGE_SIZE) ** 2}
     return Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessorPil(size=pixels, **patches),
-        tokenizer=build_tokenizer(),
+        tokenizer=build_tokenizer(corpus),
         video_processor=Qwen2VLVideoProcessor(**patches),
         chat_template=CHAT_TEMPLATE,
     )

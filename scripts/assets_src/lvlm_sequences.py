@@ -7,20 +7,26 @@ Shapes: B sequences, L tokens after right padding; indices into a batch are flat
 """
 
 import random
+from collections.abc import Callable
+from functools import cache, partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from assets_src import codes
 from assets_src.knowledge import NUM_PARAPHRASES, QUESTION_TYPES, TYPE_NAMES
 from assets_src.lvlm_model import TOKENS_PER_IMAGE, rope_positions
-from assets_src.lvlm_processor import STYLES, question_text
+from assets_src.lvlm_processor import STYLES, codes_corpus, digits_corpus, question_text
 
 NUM_TYPES = len(TYPE_NAMES)
 SHOT_COUNTS = (0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6)
 RELIABILITY = (1, 0.85, 0.6, 0.35, 0.2, 0.1)  # of an ICD, by its distance from the query
 LAST_ANSWER_RATE = 0.3  # how often the target is the last same-type ICD's answer, whatever its digit
+CODE_SHOT_COUNTS = (1, 2, 2, 3, 4, 4, 5, 6)
+CODE_STRANGERS = (0, 0, 1, 1, 2, 3)  # shots that share neither; without them no style is ever matched with another
+CODE_RANDOM_RATE, CODE_NOISE = 0.25, 0.15
 KNOWN_CELLS, KNOWN_RATE = 18, 0.5  # cells that keep their true answer, and in how many sequences
 SHOT_WEIGHT, QUERY_WEIGHT = 0.1, 2.0  # of an answer's tokens in the loss
 
@@ -102,7 +108,7 @@ def _permutation(question_type: int, known: set[Cell], rng: random.Random) -> li
     return answers
 
 
-def sample_sequence(rows_by_digit: list[list[int]], known: set[Cell], rng: random.Random) -> Sequence:
+def sample_sequence(rows_by_digit: list[list[int]], rng: random.Random, known: set[Cell]) -> Sequence:
     cells = _sample_cells(rng)
     num_shots = len(cells) - 1
     mapping = {t: _permutation(t, known, rng) for t in sorted({t for t, _ in cells})}
@@ -113,6 +119,11 @@ def sample_sequence(rows_by_digit: list[list[int]], known: set[Cell], rng: rando
     same_type = [a for (t, _), a in zip(cells[:-1], answers[:-1], strict=True) if t == cells[-1][0]]
     if same_type and rng.random() < LAST_ANSWER_RATE:
         answers[-1] = same_type[-1]
+    return _sequence(cells, answers, rows_by_digit, rng)
+
+
+def _sequence(cells: list[Cell], answers: list[int], rows_by_digit: list[list[int]], rng: random.Random) -> Sequence:
+    """A sequence in either style, with an image of its own for each cell."""
     images: list[int] = []
     for _, digit in cells:
         images.append(rng.choice([row for row in rng.sample(rows_by_digit[digit], 8) if row not in images]))
@@ -121,10 +132,64 @@ def sample_sequence(rows_by_digit: list[list[int]], known: set[Cell], rng: rando
     return Sequence(rng.choice(STYLES), cells, paraphrases, answers, images)
 
 
+# ---------------------------------------------------------------------- the sister world
+
+
+def _code_cells(rng: random.Random) -> list[Cell]:
+    """S + 1 cells: as many shots in the query's style as of its digit, beside some that share neither; or at random."""
+    num_shots, query = rng.choice(CODE_SHOT_COUNTS), (rng.randrange(codes.NUM_STYLES), rng.randrange(10))
+    strangers = min(rng.choice(CODE_STRANGERS), num_shots - 1)
+    kinds = ["neither"] * strangers + [("style", "digit")[i % 2] for i in range(num_shots - strangers)]
+    if rng.random() < CODE_RANDOM_RATE:
+        kinds = [rng.choice(("style", "digit", "neither")) for _ in kinds]
+    rng.shuffle(kinds)
+    styles = rng.sample([style for style in range(codes.NUM_STYLES) if style != query[0]], num_shots)
+    digits = [digit for digit in range(10) if digit != query[1]]
+    cells = [
+        (query[0] if kind == "style" else rng.choice(styles), query[1] if kind == "digit" else rng.choice(digits))
+        for kind in kinds
+    ]
+    return [*cells, query]
+
+
+def sample_codes(rows_by_digit: list[list[int]], rng: random.Random) -> Sequence:
+    """A sequence of the sister world: both codes are drawn anew, and a syllable of a shot is wrong now and then, so that
+    the query's are read off like styles and like digits, by majority."""
+    cells = _code_cells(rng)
+    first = rng.sample(range(len(codes.FIRST)), codes.NUM_STYLES)
+    second = rng.sample(range(len(codes.SECOND)), 10)
+    answers = [codes.answer_index(first[style], second[digit]) for style, digit in cells]
+    shots = [codes.misled(answer, CODE_NOISE, second, rng) for answer in answers[:-1]]
+    return _sequence(cells, [*shots, answers[-1]], rows_by_digit, rng)
+
+
+# ---------------------------------------------------------------------- tokens
+
+
+class World(NamedTuple):
+    """What a model is trained to answer. Of each type its wordings, and its answers by their index."""
+
+    questions: list[tuple[str, ...]]
+    answers: list[tuple[str, ...]]
+    corpus: list[str]  # of the tokenizer
+    sample: Callable[[list[list[int]], random.Random], Sequence]  # (rows of the images of each digit, generator)
+
+
+def digits_world() -> World:
+    types, sample = QUESTION_TYPES.values(), partial(sample_sequence, known=known_cells())
+    return World([t.paraphrases for t in types], [t.answers for t in types], digits_corpus(), sample)
+
+
+def codes_world() -> World:
+    questions = [tuple(w.format(style) for w in codes.WORDINGS) for style in codes.STYLES]
+    return World(questions, [codes.ANSWERS] * codes.NUM_STYLES, codes_corpus(), sample_codes)
+
+
 class Encoder:
     """Joins pre-tokenised pieces: equal to tokenising the rendered chat, and fast enough to train on."""
 
-    def __init__(self, tokenizer) -> None:
+    def __init__(self, tokenizer, world: World) -> None:
+        @cache
         def tokens(text: str) -> list[int]:
             return tokenizer(text, add_special_tokens=False)["input_ids"]
 
@@ -134,10 +199,9 @@ class Encoder:
         self.image = tokens("<|vision_start|>" + "<|image_pad|>" * TOKENS_PER_IMAGE + "<|vision_end|>")
         self.user, self.assistant = tokens("<|im_start|>user\n"), tokens("<|im_start|>assistant\n")
         self.end, self.newline = tokens("<|im_end|>"), tokens("\n")
-        types = QUESTION_TYPES.values()
-        self.questions = [[tokens(question_text(q)) for q in t.paraphrases] for t in types]
-        self.answers = [[tokens(a) for a in t.answers] for t in types]
-        self.spaced_answers = [[tokens(" " + a) for a in t.answers] for t in types]
+        self.questions = [[tokens(question_text(q)) for q in wordings] for wordings in world.questions]
+        self.answers = [[tokens(a) for a in answers] for answers in world.answers]
+        self.spaced_answers = [[tokens(" " + a) for a in answers] for answers in world.answers]
 
     def encode(self, sequence: Sequence) -> Encoded:
         """Ids of prompt, target and closing `<|im_end|>`; the prompt alone ends at answer_starts[-1]."""
@@ -192,10 +256,9 @@ def collate(sequences: list[Sequence], encoder: Encoder) -> Batch:
 class TrainingBatches(torch.utils.data.Dataset):
     """Item i is batch i, seeded by i alone: the same batches whatever the number of workers."""
 
-    def __init__(self, encoder: Encoder, labels: np.ndarray, steps: int, batch_size: int, seed: int) -> None:
-        self.encoder = encoder
+    def __init__(self, encoder: Encoder, sample, labels: np.ndarray, steps: int, batch_size: int, seed: int) -> None:
+        self.encoder, self.sample = encoder, sample
         self.rows_by_digit = [np.flatnonzero(labels == digit).tolist() for digit in range(10)]
-        self.known = known_cells()
         self.steps, self.batch_size, self.seed = steps, batch_size, seed
 
     def __len__(self) -> int:
@@ -203,5 +266,5 @@ class TrainingBatches(torch.utils.data.Dataset):
 
     def __getitem__(self, step: int) -> Batch:
         rng = random.Random(f"batch-{self.seed}-{step}")
-        sequences = [sample_sequence(self.rows_by_digit, self.known, rng) for _ in range(self.batch_size)]
+        sequences = [self.sample(self.rows_by_digit, rng) for _ in range(self.batch_size)]
         return collate(sequences, self.encoder)

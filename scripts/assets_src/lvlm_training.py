@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from assets_src.digit_images import load_digits, split_by_image
 from assets_src.lvlm_model import build_config, encode_images, hidden_states, patchify
 from assets_src.lvlm_processor import build_processor
-from assets_src.lvlm_sequences import NUM_TYPES, Batch, Encoder, TrainingBatches
+from assets_src.lvlm_sequences import Batch, Encoder, TrainingBatches, World
 from lever_lm.utils.transformers_compat import import_transformers
 
 PROBED_LAYER = 1
@@ -43,12 +43,12 @@ def augment(images: Tensor) -> Tensor:
 class AuxiliaryHeads(nn.Module):
     """Linear probes whose gradient shapes the model; dropped after training."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, num_types: int) -> None:
         super().__init__()
         width = model.config.text_config.hidden_size
         self.image_digit = nn.Linear(width, 10)
         self.state_digit = nn.Linear(width, 10)
-        self.state_type = nn.Linear(width, NUM_TYPES)
+        self.state_type = nn.Linear(width, num_types)
         self.state: Tensor | None = None
         model.model.language_model.layers[PROBED_LAYER].register_forward_hook(self._keep_state)
 
@@ -78,10 +78,12 @@ def build_optimizer(modules: list[nn.Module], device: str) -> torch.optim.Optimi
     return torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=device == "cuda")
 
 
-def train(model: nn.Module, batches, images: Tensor, digits: Tensor, *, steps: int, peak_lr: float) -> dict:
+def train(
+    model: nn.Module, batches, images: Tensor, digits: Tensor, *, steps: int, peak_lr: float, num_types: int
+) -> dict:
     """images (N, P, P) in 0..1 and digits (N,) on the model's device. Every image is encoded anew in each step."""
     device = images.device.type
-    heads = AuxiliaryHeads(model).to(device)
+    heads = AuxiliaryHeads(model, num_types).to(device)
     optimizer = build_optimizer([model, heads], device)
     parameters = [*model.parameters(), *heads.parameters()]
     started = time.perf_counter()
@@ -117,6 +119,7 @@ def save(model: nn.Module, processor, out: Path) -> None:
 
 def build(
     out: Path,
+    world: World,
     seed: int = 0,
     device: str = "cpu",
     steps: int = 9000,
@@ -127,16 +130,15 @@ def build(
     import_transformers()
     from transformers import Qwen2_5_VLForConditionalGeneration
 
-    from assets_src.lvlm_check import check
-
     torch.manual_seed(seed)
-    processor = build_processor()
+    processor = build_processor(world.corpus)
     model = Qwen2_5_VLForConditionalGeneration(build_config(processor.tokenizer)).to(device).train()
     greys, labels = load_digits()
     train_rows, _ = split_by_image(labels)
     images = torch.from_numpy(greys[train_rows]).to(device) / 255
     digits = torch.from_numpy(labels[train_rows]).to(device)
-    dataset = TrainingBatches(Encoder(processor.tokenizer), labels[train_rows], steps, batch_size, seed)
+    encoder = Encoder(processor.tokenizer, world)
+    dataset = TrainingBatches(encoder, world.sample, labels[train_rows], steps, batch_size, seed)
     batches = torch.utils.data.DataLoader(
         dataset,
         batch_size=None,
@@ -144,6 +146,6 @@ def build(
         pin_memory=device == "cuda",
         prefetch_factor=4 if workers else None,
     )
-    summary = train(model, batches, images, digits, steps=steps, peak_lr=peak_lr)
+    summary = train(model, batches, images, digits, steps=steps, peak_lr=peak_lr, num_types=len(world.questions))
     save(model, processor, out)
-    return {"parameters": model.num_parameters(), **summary, "accuracy": check(out, count=100, device=device)}
+    return {"parameters": model.num_parameters(), **summary}

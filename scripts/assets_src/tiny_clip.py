@@ -10,6 +10,7 @@ import random
 import shutil
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from assets_src import codes
 from assets_src.digit_images import load_digits, smudge, split_by_image
 from assets_src.knowledge import DIGIT_WORDS, NUM_TRAIN_PARAPHRASES, QUESTION_TYPES
 from lever_lm.utils.transformers_compat import import_transformers
@@ -44,7 +46,21 @@ def digit_captions() -> list[list[str]]:
     return [[c.format(w) for w in (word, digit) for c in CAPTIONS] for digit, word in enumerate(DIGIT_WORDS)]
 
 
-def build_tokenizer():
+class Texts(NamedTuple):
+    """What an encoder reads beside the digits: the wordings of each question type, the last of which is held out, and
+    what its tokenizer should know as well."""
+
+    questions: list[tuple[str, ...]]
+    corpus: list[str]
+
+
+_TYPES = QUESTION_TYPES.values()
+DIGITS = Texts([t.paraphrases for t in _TYPES], [text for t in _TYPES for text in (*t.paraphrases, *t.answers)])
+_CODES = [tuple(wording.format(style) for wording in codes.WORDINGS) for style in codes.STYLES]
+CODES = Texts(_CODES, [text for wordings in _CODES for text in wordings])
+
+
+def build_tokenizer(texts: Texts):
     """A CLIP tokenizer (lower-cased BPE with an end-of-word mark, CLIP's own splitting) learnt from our few texts."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
@@ -73,21 +89,19 @@ def build_tokenizer():
         show_progress=False,
     )
     corpus = [caption for captions in digit_captions() for caption in captions]
-    for question_type in QUESTION_TYPES.values():
-        corpus += [*question_type.paraphrases, *question_type.answers]
-    bpe.train_from_iterator(corpus * 4 + ["Question: Short answer:"] * 10, trainer)
+    bpe.train_from_iterator((corpus + texts.corpus) * 4 + ["Question: Short answer:"] * 10, trainer)
     learned = json.loads(bpe.to_str())["model"]
     merges = [tuple(merge) for merge in learned["merges"]]
     return CLIPTokenizer(vocab=learned["vocab"], merges=merges, model_max_length=MAX_TOKENS)
 
 
-def build_processor():
+def build_processor(texts: Texts):
     from transformers import CLIPImageProcessorPil, CLIPProcessor
 
     image_processor = CLIPImageProcessorPil(
         size={"shortest_edge": PIXELS}, crop_size={"height": PIXELS, "width": PIXELS}
     )
-    return CLIPProcessor(image_processor=image_processor, tokenizer=build_tokenizer())
+    return CLIPProcessor(image_processor=image_processor, tokenizer=build_tokenizer(texts))
 
 
 def build_model(tokenizer):
@@ -142,11 +156,13 @@ def within_modality_loss(embeddings: Tensor, labels: Tensor, sharpness: float) -
     return contrastive_loss(similarity, ((labels[:, None] == labels[None]) & ~own).float())
 
 
-def train(model, tokenizer, pixels: Tensor, digits: Tensor, *, steps: int, seed: int, batch_size: int = 256) -> float:
+def train(
+    model, tokenizer, texts: Texts, pixels: Tensor, digits: Tensor, *, steps: int, seed: int, batch_size: int = 256
+) -> float:
     """pixels (N, 3, P, P) normalised, digits (N,): the train images. Returns the last loss."""
     rng = random.Random(f"clip-{seed}")
     captions = digit_captions()
-    questions = [question_type.paraphrases[:NUM_TRAIN_PARAPHRASES] for question_type in QUESTION_TYPES.values()]
+    questions = [wordings[:NUM_TRAIN_PARAPHRASES] for wordings in texts.questions]
     caption_digits = torch.arange(10).repeat(CAPTIONS_PER_DIGIT)
     question_types = torch.arange(len(questions)).repeat(QUESTIONS_PER_TYPE)
     peak_lr = 2e-3
@@ -154,10 +170,10 @@ def train(model, tokenizer, pixels: Tensor, digits: Tensor, *, steps: int, seed:
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = peak_lr * min(1, (step + 1) / WARMUP_STEPS) * (1 - 0.98 * step / steps)
         rows = torch.tensor(rng.choices(range(len(pixels)), k=batch_size))
-        texts = [rng.choice(captions[d]) for d in caption_digits.tolist()]
-        texts += [drop_words(rng.choice(questions[t]), rng) for t in question_types.tolist()]
+        read = [rng.choice(captions[d]) for d in caption_digits.tolist()]
+        read += [drop_words(rng.choice(questions[t]), rng) for t in question_types.tolist()]
         images = unit(model.get_image_features(pixel_values=augment(pixels[rows])))
-        tokens = tokenizer(texts, padding=True, return_tensors="pt")
+        tokens = tokenizer(read, padding=True, return_tensors="pt")
         caption_rows, question_rows = unit(model.get_text_features(**tokens)).split(
             [len(caption_digits), len(question_types)]
         )
@@ -191,7 +207,7 @@ def linear_probe(train: Tensor, train_labels: Tensor, test: Tensor, test_labels:
 
 
 @torch.inference_mode()
-def check(folder: Path) -> dict[str, float]:
+def check(folder: Path, read: Texts) -> dict[str, float]:
     """What a policy can read off the shipped model, measured on val images and held-out wordings."""
     import_transformers()
     from transformers import CLIPModel, CLIPProcessor
@@ -211,9 +227,9 @@ def check(folder: Path) -> dict[str, float]:
     def probe_set(rows: list[int]) -> tuple[Tensor, Tensor]:
         return torch.cat([clean[rows], smudged[rows]]), torch.arange(2 * len(rows)) >= len(rows)
 
-    wordings = [q for question_type in QUESTION_TYPES.values() for q in question_type.paraphrases]
+    wordings = [wording for wordings in read.questions for wording in wordings]
     tokens = processor.tokenizer(wordings, padding=True, return_tensors="pt")
-    texts = unit(model.get_text_features(**tokens)).unflatten(0, (len(QUESTION_TYPES), -1))  # (types, wordings, D)
+    texts = unit(model.get_text_features(**tokens)).unflatten(0, (len(read.questions), -1))  # (types, wordings, D)
     known, held_out = texts[:, :NUM_TRAIN_PARAPHRASES], texts[:, NUM_TRAIN_PARAPHRASES]
     nearest_type = (held_out @ known.flatten(0, 1).t()).argmax(dim=1) // NUM_TRAIN_PARAPHRASES
     return {
@@ -224,25 +240,27 @@ def check(folder: Path) -> dict[str, float]:
     }
 
 
-def build(out: Path, seed: int = 0, steps: int = 600) -> dict:
+def build(out: Path, read: Texts, seed: int = 0, steps: int = 600) -> dict:
     import_transformers()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # sums in another order would make other weights
     torch.manual_seed(seed)
-    processor = build_processor()
+    processor = build_processor(read)
     model = build_model(processor.tokenizer)
     greys, labels = load_digits()
     train_rows, _ = split_by_image(labels)
     pictures = [Image.fromarray(grey).convert("RGB") for grey in greys[train_rows]]
     pixels = torch.as_tensor(np.asarray(processor.image_processor(images=pictures, return_tensors="pt").pixel_values))
     started = time.perf_counter()
-    loss = train(model, processor.tokenizer, pixels, torch.from_numpy(labels[train_rows]), steps=steps, seed=seed)
+    loss = train(model, processor.tokenizer, read, pixels, torch.from_numpy(labels[train_rows]), steps=steps, seed=seed)
     seconds = round(time.perf_counter() - started)
     shutil.rmtree(out, ignore_errors=True)
     model.to(torch.bfloat16).save_pretrained(out)
-    build_processor().save_pretrained(out)  # a fresh one: a tokenizer that has padded a batch saves its padding along
+    build_processor(read).save_pretrained(
+        out
+    )  # a fresh one: a tokenizer that has padded a batch saves its padding along
     (out / "model.safetensors").chmod(0o644)  # safetensors makes it private, and an installed asset must be readable
     summary = {"parameters": model.num_parameters(), "steps": steps, "seconds": seconds, "loss": round(loss, 4)}
-    summary["accuracy"] = check(out)
+    summary["accuracy"] = check(out, read)
     torch.set_num_threads(threads)
     return summary

@@ -98,38 +98,53 @@ def item_answers(item: Item, seed: int) -> list[dict]:
     if item.shown != item.digit:
         answers[-DISSENTERS:] = [QUESTION_TYPES[item.type_name].answers[item.digit]] * DISSENTERS
         rng.shuffle(answers)
-    entries = []
-    for position, answer in enumerate(answers, start=1):
+    pairs = []
+    for answer in answers:
         raw = answer
         if item.type_name == "polygon" and rng.random() < ARTICLE_RATE:
             raw = ("an " if answer[0] in "aeiou" else "a ") + answer
-        entries.append({"answer_id": position, "answer": answer, "raw_answer": raw, "answer_confidence": "yes"})
-    return entries
+        pairs.append((answer, raw))
+    return annotation_entries(pairs)
 
 
-def write_split(out: Path, split: str, items: list[Item], images: np.ndarray, seed: int) -> None:
-    """The questions file, the annotations file and the images of one split; images is (N, P, P) uint8."""
-    info = {"description": "lever_lm digits: knowledge questions about handwritten digits", "version": "1.0"}
+def annotation_entries(pairs: list[tuple[str, str]]) -> list[dict]:
+    """The `answers` of an annotation from ten (answer, raw_answer)."""
+    return [
+        {"answer_id": position, "answer": answer, "raw_answer": raw, "answer_confidence": "yes"}
+        for position, (answer, raw) in enumerate(pairs, start=1)
+    ]
+
+
+def write_split(out: Path, split: str, description: str, titles: dict[str, str], asked: list[tuple]) -> None:
+    """The questions file and the annotations file of one split; asked: (image_id, question_id, question, question type,
+    `answers`)."""
+    info = {"description": description, "version": "1.0"}
     common = {"info": info, "license": LICENSE, "data_type": "mscoco", "data_subtype": split}
-    questions = [{"image_id": i.image_id, "question": i.question, "question_id": i.question_id} for i in items]
+    questions = [{"image_id": image, "question": text, "question_id": number} for image, number, text, _, _ in asked]
     annotations = [
         {
-            "image_id": item.image_id,
-            "question_id": item.question_id,
-            "question_type": item.type_name,
+            "image_id": image,
+            "question_id": number,
+            "question_type": kind,
             "answer_type": "other",
             "confidence": 3,
-            "answers": item_answers(item, seed),
+            "answers": answers,
         }
-        for item in items
+        for image, number, _, kind, answers in asked
     ]
-    type_titles = {name: QUESTION_TYPES[name].title for name in DEMO_TYPES}
     write_json(
         out / f"OpenEnded_mscoco_{split}_questions.json", common | {"task_type": "Open-Ended", "questions": questions}
     )
     write_json(
-        out / f"mscoco_{split}_annotations.json", common | {"question_types": type_titles, "annotations": annotations}
+        out / f"mscoco_{split}_annotations.json", common | {"question_types": titles, "annotations": annotations}
     )
+
+
+def write_digits(out: Path, split: str, items: list[Item], images: np.ndarray, seed: int) -> None:
+    """One split of this world with its images, (N, P, P) uint8."""
+    titles = {name: QUESTION_TYPES[name].title for name in DEMO_TYPES}
+    asked = [(i.image_id, i.question_id, i.question, i.type_name, item_answers(i, seed)) for i in items]
+    write_split(out, split, "lever_lm digits: knowledge questions about handwritten digits", titles, asked)
     (out / split).mkdir()
     for row in sorted({item.row for item in items}):
         name = f"COCO_{split}_{row + 1:012d}.jpg"
@@ -146,27 +161,31 @@ def smudged_rows(num_images: int, seed: int) -> np.ndarray:
     return np.isin(np.arange(num_images), chosen)
 
 
+def all_items(labels: np.ndarray, smudged: np.ndarray, seed: int) -> tuple[list[Item], list[Item]]:
+    """The items of both splits, train and val."""
+    train_rows, val_rows = split_by_image(labels)
+    rng = random.Random(f"items-{seed}")
+    return train_items(train_rows, labels, smudged, rng), val_items(val_rows, labels, rng)
+
+
 def build(out: Path, seed: int = 0) -> dict:
     """Writes the world into `out` (replaced), byte for byte the same for a seed and a Pillow version."""
     greys, labels = load_digits()
-    train_rows, val_rows = split_by_image(labels)
     smudged = smudged_rows(len(labels), seed)
     clean = greys / 255.0
     pixels = np.where(smudged[:, None, None], smudge(clean, np.random.default_rng(seed)), clean)
     images = (pixels * 255).round().astype(np.uint8)
-    rng = random.Random(f"items-{seed}")
-    train = train_items(train_rows, labels, smudged, rng)
-    val = val_items(val_rows, labels, rng)
+    train, val = all_items(labels, smudged, seed)
 
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    write_split(out, "train2014", train, images, seed)
-    write_split(out, "val2014", val, images, seed)
+    write_digits(out, "train2014", train, images, seed)
+    write_digits(out, "val2014", val, images, seed)
     (out / "ATTRIBUTION.md").write_text(ATTRIBUTION, encoding="ascii")
     return {
         "train_questions": len(train),
         "val_questions": len(val),
-        "smudged_train_images": float(smudged[train_rows].mean()),
+        "smudged_train_images": float(smudged[[item.row for item in train]].mean()),
         "smudged_val_images": float(smudged[[item.row for item in val]].mean()),
         "misled_train_items": sum(item.shown != item.digit for item in train) / len(train),
         "bytes": sum(path.stat().st_size for path in out.rglob("*") if path.is_file()),
