@@ -88,7 +88,7 @@ def config_of(world: str, row: str, seed: int) -> Config:
     """Return the config of a row: ours or classic, and what the row changes."""
     values = named_yaml("dataset", "digits") if world == "digits" else {}
     if world == "digits":
-        values = merge(values, named_yaml("lvlm", "tiny_qwen2.5_vl"))
+        values = merge(values, {**named_yaml("lvlm", "tiny_qwen2.5_vl"), "warmup": "rce"})
     if row == CLASSIC:
         values = merge(values, read_yaml(configs_root() / "recipe" / "classic.yaml"))
     for key, value in ROWS[world][row].items():

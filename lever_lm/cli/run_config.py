@@ -8,6 +8,7 @@ from typer import Exit
 
 from lever_lm.cli.options import Common, emit, named_yamls, nested, option_values
 from lever_lm.config.load import Layer, file_layer, layers
+from lever_lm.config.schema import Config
 from lever_lm.training.metrics import PHASES
 from lever_lm.training.run_dir import Layout, RunFolder
 from lever_lm.utils.errors import LeverError, UsageError
@@ -21,18 +22,26 @@ def make_pipeline(
     run_dir: Path | None = None,
     from_run: Path | None = None,
     selector: str | None = None,
+    *,
+    own_features: bool = False,
 ):
     """The pipeline of a command line that makes something: named YAMLs < --config < environment < --set < flags. The
     config of the run folder `from_run` stands in the place of the first two.
 
     flags: dotted config keys that the command's own options set, None for an option that is not given. selector: the
-    name of a YAML in configs/selector, over the recipe; its run has that name unless it is given another.
+    name of a YAML in configs/selector, over the recipe; its run has that name unless it is given another. own_features:
+    the features are a file of the user's own, whose examples have no answers that a warm-up of the dataset's YAML could
+    match.
     """
     _check_run_name(common.run_name)
     run_name, sets, options = common.run_name, common.set_ or [], _options(common, flags)
     _check_selector(selector)
     if from_run is None:
         made = layers({**named_yamls(common), "selector": selector}, file_layer(common.config), sets, options)
+        if own_features:
+            places = [place for place, layer in enumerate(made.found) if "warmup" in layer.values]
+            if places and made.found[places[-1]].source.startswith("configs/dataset/"):
+                made.found.insert(places[-1] + 1, Layer("--embeddings", {"warmup": Config.warmup}))
         run_name = run_name or selector
     else:
         from lever_lm.training.environment import config_of

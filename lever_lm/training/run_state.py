@@ -15,7 +15,7 @@ from torch import Tensor
 from lever_lm.selectors.pointer.checkpoint import new_of_shape, save_torch, v3_content
 from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.training.finite_checks import At, not_finite
-from lever_lm.training.metrics import PHASES, metrics_on, table_header, table_row
+from lever_lm.training.metrics import PHASES, metrics_on, table_header, table_of, table_row
 from lever_lm.training.run_dir import RunFolder
 from lever_lm.training.tensorboard import TensorBoard
 from lever_lm.utils.atomic_io import append_line, remove, write_text
@@ -159,7 +159,7 @@ class Journal:
         self._track, self.tracker = track, tracker
         self.rows: list[dict] = []
         self.state: dict | None = None
-        self._heading: str | None = None  # the phase whose table this process has opened on the screen
+        self._heading: tuple[str, str] | None = None  # the table that this process has opened on the screen
         self._warned: set[str] = set()
 
     def resume(self) -> None:
@@ -187,19 +187,20 @@ class Journal:
         phase = row["phase"]
         new = {kind: text for kind, text in row.get("warnings", {}).items() if kind not in self._warned}
         self._warned |= new.keys()
-        opens = place == 0 or self.rows[place - 1]["phase"] != phase
+        opens = place == 0 or table_of(self.rows[place - 1]) != table_of(row)
         lines = [table_row(row), *(f"warning: {phase} epoch {row['epoch']}: {text}" for text in new.values())]
-        return table_header(phase) if opens else [], lines
+        return table_header(*table_of(row)) if opens else [], lines
 
     def done(self, phase: str) -> int:
         """Return the number of epochs of a phase that are finished."""
         return sum(row["phase"] == phase for row in self.rows)
 
-    def epochs(self, phase: str, last: int) -> Iterable[int]:
-        """Yield the numbers of a phase's epochs that are left up to `last`, under a progress bar with the metrics."""
+    def epochs(self, phase: str, last: int, name: str = "") -> Iterable[int]:
+        """Yield the numbers of a phase's epochs that are left up to `last`, under a progress bar with the metrics;
+        name: what the bar calls the phase."""
         done = self.done(phase)
         left = Work(range(done + 1, last + 1), "epochs", done=done, now=self._latest, after=BETWEEN_LINES)
-        return self._track(left, phase.upper(), last) if done < last else ()
+        return self._track(left, (name or phase).upper(), last) if done < last else ()
 
     def _latest(self) -> str:
         """Return the last epoch in a few numbers."""
@@ -225,7 +226,7 @@ class Journal:
     def commit(self, row: dict, policy: PointerSelector, optimizer: torch.optim.Optimizer, extra: dict) -> None:
         """Record a finished epoch: state, then checkpoint, then the metrics and log lines. Raises LeverError when a
         metric, weight or moment is not finite, before anything is written."""
-        at = At(row["phase"], row["epoch"])
+        at = At(row["phase"], row["epoch"], warmup=table_of(row)[1])
         if name := not_finite(row):
             raise at.stop(f"{name} is {row.get(name, 'not finite')}")
         tensors = {"weight": policy.state_dict(), "optimizer": optimizer.state_dict()["state"], "extra": extra}
@@ -249,9 +250,10 @@ class Journal:
         append_line(self.run.log, "\n".join([*heading, *lines]))
         if self.tracker is not None:
             self.tracker.add(row)
-        for line in (table_header(row["phase"]) if self._heading != row["phase"] else []) + lines:
+        table = table_of(row)
+        for line in (table_header(*table) if self._heading != table else []) + lines:
             self.say(line)
-        self._heading = row["phase"]
+        self._heading = table
         self._prune()
 
     def _prune(self) -> None:
