@@ -35,9 +35,9 @@ def status_row(status: dict) -> str:
     epochs = f"{status['epoch']}/{'?' if status['epochs'] is None else status['epochs']}"
     phase = f"{_phase(status, status['phase'])} " if status["phase"] in PHASES else ""
     left = f"{duration(status['seconds_left'])} left" if status["seconds_left"] else ""
-    name = recommended_by([status["best"]])
-    best = status["best"].get(name)
-    reward = f"{name} {best['value']:.4f}" if best else ""
+    strategy = recommended_by([status["best"]])
+    best = status["best"].get(strategy)
+    reward = f"{strategy} {best['value']:.4f}" if best else ""
     return f"{status['state']:<9}  {phase + epochs:<16}  {left:<13}  {reward:<17}  {dataset}/{name}"
 
 

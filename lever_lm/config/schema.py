@@ -51,13 +51,17 @@ class Section:
 
     def __post_init__(self):
         for one in fields(self):
-            key, value, takes = f"{self.section}.{one.name}", getattr(self, one.name), one.metadata["takes"]
-            if takes in _RANGES:
-                words, holds = _RANGES[takes]
-                if not all(map(holds, value if isinstance(value, tuple) else [value])):
-                    raise UsageError(f"{key} must {words}, found {value}")
-            elif takes and value not in takes.split(" | "):
-                raise UsageError(f"{key} is {shown(value)}: expected one of {takes.replace(' |', ',')}")
+            _check(f"{self.section}.{one.name}", getattr(self, one.name), one.metadata["takes"])
+
+
+def _check(key: str, value, takes: str) -> None:
+    """Raise UsageError where a key does not take a value."""
+    if takes in _RANGES:
+        words, holds = _RANGES[takes]
+        if not all(map(holds, value if isinstance(value, tuple) else [value])):
+            raise UsageError(f"{key} must {words}, found {value}")
+    elif takes and value not in takes.split(" | "):
+        raise UsageError(f"{key} is {shown(value)}: expected one of {takes.replace(' |', ',')}")
 
 
 @dataclass(frozen=True)
@@ -333,6 +337,8 @@ class Config:
     def __post_init__(self):
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"seed must lie between 0 and 2**63 - 1, found {self.seed} (--seed)")
+        for one in fields(self):
+            _check(one.name, getattr(self, one.name), one.metadata.get("takes", ""))
         if self.keep < 0:
             raise UsageError(f"keep must not be negative, found {self.keep} (--keep)")
         if self.rce.epochs + self.grpo.epochs == 0:

@@ -82,8 +82,8 @@ _ALL = (
     Metric("reward", "mean reward of the rollouts", "health status"),
     Metric("reward_std", "spread of rewards in a group", "health"),
     Metric("val_reward", "val_reward (expected)", _SHOWN, None, _largest, "largest validation reward"),
-    Metric(MEASURED, "val_accuracy (greedy picks)", _SHOWN, None, _largest, "largest validation accuracy"),
     Metric("val_top_reward", "val_top_reward (first choice)", "curve", None, _largest, "largest such reward"),
+    Metric(MEASURED, "val_accuracy (greedy picks)", _SHOWN, None, _largest, "largest validation accuracy"),
 )
 # How the line after an epoch's row tells a metric.
 _BRIEF = {

@@ -168,7 +168,9 @@ class Pipeline(Stages):
         record(self.run, environment(self.config, inputs, source.made_of, source.files), self.say)
         also, asked = self._measure(val, source)
         own = {"policy": policy.shape, **source.made_for, "seed": self.config.seed, **self._cost(source, asked)}
-        journal = self._journal(own, made_from)
+        # Answer match asks nothing, whatever the rollouts cost that GRPO learns from after it.
+        of_phase = {"rce": {"lvlm_calls": asked}} if self.config.warmup == "match" else {}
+        journal = self._journal(own, made_from, of_phase)
         torch.manual_seed(self.config.seed)
         if train is not None:
             train, val = train.to(device), val.to(device)
@@ -267,10 +269,11 @@ class Pipeline(Stages):
         how = {"drawn": lambda epoch: groups.draw(rows, epoch).to(device), "epochs": epochs, "also": measured}
         train_rce(policy, first, judged, self.config.rce, journal, warmup="match", **how)
 
-    def _journal(self, own: dict, inputs: dict[str, str]) -> Journal:
-        """Return the journal of the run, up to date; own: what its checkpoints carry."""
+    def _journal(self, own: dict, inputs: dict[str, str], of_phase: dict[str, dict]) -> Journal:
+        """Return the journal of the run, up to date; own: what its checkpoints carry, of_phase: those of one phase."""
         keep = partial(worth_keeping, self.run, latest=self.config.keep) if self.config.keep else None
-        journal = Journal(self.run, own, inputs, self.say, keep, track=self.track, tracker=self.tracking)
+        shown = {"track": self.track, "tracker": self.tracking}
+        journal = Journal(self.run, own, inputs, self.say, keep, of_phase=of_phase, **shown)
         journal.resume()
         if journal.done("grpo") > self.config.grpo.epochs:
             self.say(f"the run has {journal.done('grpo')} GRPO epochs already: nothing is left to train")

@@ -139,7 +139,7 @@ def _is_round(online) -> bool:
 class Journal:
     """Records the epochs of one run.
 
-    config: what its checkpoints carry. inputs: fingerprints of its data, which a resumed run must find unchanged. keep:
+    config: what its checkpoints carry; of_phase: what those of a phase carry in its place. inputs: fingerprints of its data, which a resumed run must find unchanged. keep:
     rows so far → the checkpoints to keep; all without it. say: is told every epoch; track: shows how far a phase is;
     tracker: is told every row.
     """
@@ -154,8 +154,10 @@ class Journal:
         *,
         track: Track = untracked,
         tracker: TensorBoard | None = None,
+        of_phase: dict[str, dict] | None = None,
     ):
         self.run, self.config, self.inputs, self.say, self.keep = run, config, inputs, say, keep
+        self.of_phase = of_phase or {}
         self._track, self.tracker = track, tracker
         self.rows: list[dict] = []
         self.state: dict | None = None
@@ -271,7 +273,8 @@ class Journal:
             return
         metrics = {name: value for name, value in row.items() if name not in ("phase", "epoch")}
         place = {"epoch": row["epoch"] - 1, "phase": row["phase"]}
-        save_torch(path, v3_content(policy, **place, kl_beta=row.get("beta", 0.0), metrics=metrics, config=self.config))
+        config = {**self.config, **self.of_phase.get(row["phase"], {})}
+        save_torch(path, v3_content(policy, **place, kl_beta=row.get("beta", 0.0), metrics=metrics, config=config))
 
 
 def _get_rng() -> dict[str, Tensor]:
