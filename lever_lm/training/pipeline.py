@@ -13,7 +13,6 @@ from lever_lm.config.schema import Config
 from lever_lm.data import load_dataset
 from lever_lm.data.embeddings import features_fingerprint
 from lever_lm.selectors.fixed_set import split_of
-from lever_lm.selectors.pointer.checkpoint import Policy
 from lever_lm.training.answer_validation import answer_accuracy, validation_calls
 from lever_lm.training.batches import GroupTensors
 from lever_lm.training.convert import convert
@@ -33,16 +32,15 @@ from lever_lm.training.inputs import (
 from lever_lm.training.metrics import recommended_by
 from lever_lm.training.nan_debug import detecting
 from lever_lm.training.preflight import ALL, examine
-from lever_lm.training.rce import train_rce
+from lever_lm.training.rce import NO_POINTER, warm_up
 from lever_lm.training.rollouts.file_format import made_of, rollout_calls, why_made_again
 from lever_lm.training.rollouts.generate import check_rows, make_rollouts, online_rewards, rollout_stamp
 from lever_lm.training.run_dir import LOCK, Layout, RunFolder, inference_folder
 from lever_lm.training.run_state import Journal, state_of
 from lever_lm.training.select_checkpoint import choose, read_history, worth_keeping
-from lever_lm.training.sequence_model import train_fixed_set, train_lever_lm
 from lever_lm.training.stages import Stages
 from lever_lm.training.tensorboard import TRACKERS, TensorBoard
-from lever_lm.training.validation import Validate, validate
+from lever_lm.training.validation import Validate
 from lever_lm.training.warmup import MatchGroups, match_hint, new_learner
 from lever_lm.utils.atomic_io import file_digest
 from lever_lm.utils.checks import require
@@ -52,8 +50,6 @@ from lever_lm.utils.errors import LeverError, UsageError
 from lever_lm.utils.fingerprint import CODE
 from lever_lm.utils.hub import fetch_model
 from lever_lm.utils.locks import alone
-
-_NO_POINTER = {"lever_lm": train_lever_lm, "fixed_set": train_fixed_set}
 
 
 class Pipeline(Stages):
@@ -166,7 +162,7 @@ class Pipeline(Stages):
             state_of(self.run, made_from, policy)  # a run that is refused stays as it was
         self.run.open(self.config, overwrite=overwrite)
         record(self.run, environment(self.config, inputs, source.made_of, source.files), self.say)
-        also, asked = self._measure(val, source)
+        also, asked = self._measure(val)
         own = {"policy": policy.shape, **source.made_for, "seed": self.config.seed, **self._cost(source, asked)}
         # Answer match asks nothing, whatever the rollouts cost that GRPO learns from after it.
         of_phase = {"rce": {"lvlm_calls": asked}} if self.config.warmup == "match" else {}
@@ -181,7 +177,8 @@ class Pipeline(Stages):
             answer = online_rewards(self.config, self.data, train.rows, train.pools, self.lvlm)
         grpo = {"val_temperature": self.config.rce.temperature_end, "answer": answer, "also": also}
         with detecting(policy, self.say) if self.detect_anomaly else contextlib.nullcontext():
-            self._warm_up(policy, train, val, journal, source, also)
+            matches = self._matches if "match" in self.config.warmups else None
+            warm_up(policy, train, val, self.config, journal, matches=matches, rl_data=rl_data, also=also)
             if train is not None:
                 train_grpo(policy, initial, train, val, self.config.grpo, journal, **grpo)
         recommended = self.recommend()
@@ -198,7 +195,7 @@ class Pipeline(Stages):
         and the training split whose examples alone it can choose."""
         calls = rollout_calls(source.rollouts) if source.rollouts else 0
         own = {} if calls is None else {"lvlm_calls": calls + asked}
-        if self.config.warmup in _NO_POINTER and "encoder" in source.made_for:
+        if self.config.warmup in NO_POINTER and "encoder" in source.made_for:
             own["train_split"] = split_of(self.data.train_examples)
         return own if self.config.warmup == "rce" else {**own, "warmup": self.config.warmup}
 
@@ -206,68 +203,20 @@ class Pipeline(Stages):
     def _matches(self) -> MatchGroups:
         return MatchGroups(self.config, self.data, self.features)
 
-    def _tell_matches(self, rollouts: Path | None) -> None:
-        """Say how dense matches are where the warm-up learns from them, before anything is asked or trained. rollouts:
-        the file of the user's own. Raises LeverError where there is none."""
+    def _tell_matches(self, rl_data: Path | None = None) -> None:
+        """Say how dense matches are where the warm-up learns from them, before anything is asked or trained. rl_data:
+        a rollout file of the user's own. Raises LeverError where there is no match."""
         if "match" in self.config.warmups and self.config.rce.epochs:
-            self.say(self._matches.density(self._matches.split(rollouts)[0]))
+            self.say(self._matches.density(self._matches.split(rl_data)[0]))
 
-    def _measure(self, val: GroupTensors | None, source: Source) -> tuple[Validate | None, int]:
+    def _measure(self, val: GroupTensors | None) -> tuple[Validate | None, int]:
         """Return what measures an epoch by the LVLM's answers, None where nothing does, and the calls of all epochs."""
         if self.config.validate_on == "rollouts":
             return None, 0
         if val is None:  # the queries and pools that rollouts would have
-            val = self._matches.all(self._matches.split(source.rollouts)[1], 0)
+            val = self._matches.all(self._matches.split()[1], 0)
         val = val.to(resolve_device(self.config.device))
         return answer_accuracy(self.config, self.data, val, self.lvlm), validation_calls(self.config, len(val))
-
-    def _warm_up(
-        self,
-        policy: Policy,
-        train: GroupTensors | None,
-        val: GroupTensors | None,
-        journal: Journal,
-        source: Source,
-        also: Validate | None,
-    ) -> None:
-        """Train by the warm-up of the config: on the logged groups, or for `match` on the answers of the training
-        split, without the queries that GRPO is validated by. Of two losses the first has the first half of the epochs,
-        the odd one included."""
-        config, losses = self.config.rce, self.config.warmups
-        if losses[0] in _NO_POINTER:
-            _NO_POINTER[losses[0]](policy, train, val, config, journal)
-            return
-        last, parts = config.epochs, {}
-        for name in reversed(losses):
-            first = 1 if name == losses[0] else (last + 1) // 2 + 1
-            parts[name], last = range(first, last + 1), first - 1
-        for name in losses:
-            if name == "match" and parts[name]:
-                self._warm_up_by_matches(policy, val, journal, source, also, parts[name])
-            elif name != "match":
-                train_rce(policy, train, val, config, journal, warmup=name, epochs=parts[name], also=also)
-
-    def _warm_up_by_matches(
-        self,
-        policy: Policy,
-        val: GroupTensors | None,
-        journal: Journal,
-        source: Source,
-        also: Validate | None,
-        epochs: range,
-    ) -> None:
-        """Train by answer match. What GRPO is validated by validates it too: val_reward is that of the logged groups,
-        where there are any."""
-        groups, device = self._matches, resolve_device(self.config.device)
-        rows, held_out = groups.split(source.rollouts)
-        first, judged = groups.draw(rows, 0).to(device), groups.held_out(held_out).to(device)
-
-        def measured(policy: Policy, at) -> dict[str, float]:
-            found = validate(policy, val, self.config.rce.temperature_end, at) if val is not None else {}
-            return {k: v for k, v in found.items() if k != "val_loss"} | (also(policy, at) if also else {})
-
-        how = {"drawn": lambda epoch: groups.draw(rows, epoch).to(device), "epochs": epochs, "also": measured}
-        train_rce(policy, first, judged, self.config.rce, journal, warmup="match", **how)
 
     def _journal(self, own: dict, inputs: dict[str, str], of_phase: dict[str, dict]) -> Journal:
         """Return the journal of the run, up to date; own: what its checkpoints carry, of_phase: those of one phase."""
@@ -317,7 +266,7 @@ class Pipeline(Stages):
             if rl_data is not None:
                 raise UsageError("warmup=match learns from no rollouts: leave --rl-data out, or give --grpo-epochs")
             self.check(*(ALL if self.config.asks else ("data", "encoder")))
-            self._tell_matches(None)
+            self._tell_matches()
             return replace(source_of_dataset(self, self.layout.rollouts), rollouts=None, files={})
         if rl_data is None and made_of(self.layout.rollouts) == {}:
             rl_data, dataset_named = self.layout.rollouts, True
@@ -327,7 +276,7 @@ class Pipeline(Stages):
                 raise UsageError("--embeddings belongs to rollouts of your own: name them with --rl-data FILE")
             check_scores(self.config)
             self.check(*ALL)
-            self._tell_matches(None)
+            self._tell_matches()
             self.rollouts()
             return source_of_dataset(self, None)
         if embeddings is None and self.layout.exported.is_file():

@@ -1,4 +1,4 @@
-"""The warm-up's loop: supervised epochs on groups, by reward-weighted cross-entropy (RCE) or another loss of warmup.py.
+"""The warm-up: supervised epochs on groups, by reward-weighted cross-entropy (RCE) or other losses of warmup.py.
 
 B queries in a batch, K candidates, G rollouts, S shots. Source of RCE: Lever-Plus.
 """
@@ -6,10 +6,12 @@ B queries in a batch, K candidates, G rollouts, S shots. Source of RCE: Lever-Pl
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
-from lever_lm.config.schema import RceConfig
+from lever_lm.config.schema import Config, RceConfig
+from lever_lm.selectors.pointer.checkpoint import Policy
 from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.training.batches import GroupTensors
 from lever_lm.training.finite_checks import At
@@ -17,8 +19,68 @@ from lever_lm.training.losses import rce_temperature
 from lever_lm.training.optimizer_step import means, optimizer_step, timing
 from lever_lm.training.rewards import tied_groups
 from lever_lm.training.run_state import Journal
+from lever_lm.training.sequence_model import train_fixed_set, train_lever_lm
 from lever_lm.training.validation import Validate, validate
-from lever_lm.training.warmup import WARMUP_LOSSES
+from lever_lm.training.warmup import WARMUP_LOSSES, MatchGroups
+
+NO_POINTER = {"lever_lm": train_lever_lm, "fixed_set": train_fixed_set}
+
+
+def warm_up(
+    policy: Policy,
+    train: GroupTensors | None,
+    val: GroupTensors | None,
+    config: Config,
+    journal: Journal,
+    *,
+    matches: MatchGroups | None = None,
+    rl_data: Path | None = None,
+    also: Validate | None = None,
+) -> None:
+    """Train by the losses of the config's warm-up, one after the other: on the logged groups `train`, or for `match` on
+    the answers of the training split, without the queries that GRPO is validated by.
+
+    matches: its groups; rl_data: the rollout file, if it is the user's own; also: as of train_rce.
+    """
+    if config.warmup in NO_POINTER:
+        NO_POINTER[config.warmup](policy, train, val, config.rce, journal)
+        return
+    for name, epochs in shared_epochs(config.warmups, config.rce.epochs).items():
+        how = {"warmup": name, "epochs": epochs}
+        if name == "match" and epochs:
+            _match(policy, val, config, journal, matches, rl_data, also, **how)
+        elif epochs:
+            train_rce(policy, train, val, config.rce, journal, also=also, **how)
+
+
+def shared_epochs(losses: tuple[str, ...], epochs: int) -> dict[str, range]:
+    """Return the epochs of each loss of a warm-up, of one loss or of two: the first has the first half, and the odd
+    one."""
+    cut = epochs if len(losses) == 1 else (epochs + 1) // 2
+    return dict(zip(losses, (range(1, cut + 1), range(cut + 1, epochs + 1)), strict=False))
+
+
+def _match(
+    policy: PointerSelector,
+    val: GroupTensors | None,
+    config: Config,
+    journal: Journal,
+    matches: MatchGroups,
+    rl_data: Path | None,
+    also: Validate | None,
+    **how,
+) -> None:
+    """Train by answer match. val_reward is that of the logged groups where there are any, as GRPO's is."""
+    device = next(policy.parameters()).device
+    rows, held_out = matches.split(rl_data)
+
+    def measured(policy: PointerSelector, at: At) -> dict[str, float]:
+        found = validate(policy, val, config.rce.temperature_end, at) if val is not None else {}
+        return {name: value for name, value in found.items() if name != "val_loss"} | (also(policy, at) if also else {})
+
+    first, judged = matches.draw(rows, 0).to(device), matches.held_out(held_out).to(device)
+    drawn = lambda epoch: matches.draw(rows, epoch).to(device)  # noqa: E731
+    train_rce(policy, first, judged, config.rce, journal, drawn=drawn, also=measured, **how)
 
 
 def train_rce(

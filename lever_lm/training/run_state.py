@@ -139,9 +139,9 @@ def _is_round(online) -> bool:
 class Journal:
     """Records the epochs of one run.
 
-    config: what its checkpoints carry; of_phase: what those of a phase carry in its place. inputs: fingerprints of its data, which a resumed run must find unchanged. keep:
-    rows so far → the checkpoints to keep; all without it. say: is told every epoch; track: shows how far a phase is;
-    tracker: is told every row.
+    config: what its checkpoints carry; of_phase: what those of a phase carry in its place. inputs: fingerprints of its
+    data, which a resumed run must find unchanged. keep: rows so far → the checkpoints to keep; all without it. say: is
+    told every epoch; track: shows how far a phase is; tracker: is told every row.
     """
 
     def __init__(
