@@ -1,11 +1,12 @@
 """Which metric to select a checkpoint by: rank correlations of val_reward and val_accuracy with held-out accuracy.
 
-    python scripts/selection.py FOLDER [--dataset digits] [--seeds 5] [--run NAME …] [--shots 2] [--every 2] [--set KEY=VALUE]
+    python scripts/selection.py FOLDER [--dataset digits] [--seeds 5] [--run NAME …] [--shots 2] [--every 3]
+        [--set KEY=VALUE …]
 
 For each seed and run of RUNS: `lever train --validate-on answers`, then the accuracy on the evaluation split of every
-second checkpoint of GRPO and of the warm-up's last. Each leaves one JSON file in FOLDER; what is there is not made again. Ends
-with a Markdown table: Spearman's ρ over the checkpoints of a run, and over those of all runs of a seed, means over the
-seeds with 95 % intervals; and what the checkpoint that a metric picks loses against the best one.
+third checkpoint of GRPO and of the last one of the warm-up. Each leaves one JSON file in FOLDER; what is there is not
+made again. Ends with a Markdown table: Spearman's ρ over the checkpoints of a run, and over those of all runs of a
+seed, means over the seeds with 95 % intervals; and what the checkpoint that a metric picks lacks against the best one.
 """
 
 import argparse
@@ -36,8 +37,9 @@ RUNS = {
     "online": {"warmup": "rce", "grpo": {"online": True}},
     "classic": read_yaml(configs_root() / "recipe" / "classic.yaml"),
 }
-METRICS = (RECOMMENDED, MEASURED, "val_top_reward", "val_loss")
-EPOCHS = {"rce": {"epochs": 10}, "grpo": {"epochs": 30}}
+METRICS = (RECOMMENDED, MEASURED, "val_top_reward")
+ALL = "all runs of a seed"
+EPOCHS = {"rce": {"epochs": 10}, "grpo": {"epochs": 15}}
 
 
 def config_of(dataset: str, run: str, seed: int, sets: list[str]) -> Config:
@@ -86,28 +88,17 @@ def mean(values: list[float]) -> str:
 
 def table(found: dict[tuple[str, int], list[dict]]) -> list[str]:
     """Return the table of the runs {(name, seed): rows} as lines of Markdown."""
-    lines = [
-        "| run | " + " | ".join(f"ρ {m}" for m in METRICS) + " | " + " | ".join(f"lost by {m}" for m in METRICS) + " |"
-    ]
-    lines.append("| --- |" + " ---: |" * 2 * len(METRICS))
+    columns = [f"{what} {metric}" for what in ("ρ", "lost by") for metric in METRICS]
+    lines = [f"| run | {' | '.join(columns)} |", "| --- |" + " ---: |" * len(columns)]
     names, seeds = (list(dict.fromkeys(key[part] for key in found)) for part in (0, 1))
-    for name in [*names, "all runs of a seed"]:
+    for name in [*names, ALL]:
         groups = [
-            [
-                row
-                for key, rows in found.items()
-                if key[1] == seed and name in (key[0], "all runs of a seed")
-                for row in rows
-            ]
+            [row for key, rows in found.items() if key[1] == seed and name in (key[0], ALL) for row in rows]
             for seed in seeds
         ]
-        # The loss of a warm-up is another one than that of GRPO's rows, and the runs' are, too: ranked within GRPO.
-        rho = {
-            m: [spearman(scored(rows, m), [row["accuracy"] for row in rows]) for rows in groups if rows]
-            for m in METRICS
-        }
-        losses = {m: [lost(rows, m) for rows in groups if rows] for m in METRICS}
-        cells = [mean(rho[m]) for m in METRICS] + [f"{np.mean(losses[m]):.3f}" for m in METRICS]
+        truth = [[row["accuracy"] for row in rows] for rows in groups]
+        cells = [mean([spearman(scored(rows, m), t) for rows, t in zip(groups, truth, strict=True)]) for m in METRICS]
+        cells += [f"{np.mean([lost(rows, m) for rows in groups]):.3f}" for m in METRICS]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
@@ -120,7 +111,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--run", choices=RUNS, action="append", help="these only")
     parser.add_argument("--shots", type=int, default=2)
-    parser.add_argument("--every", type=int, default=2, help="judge each N-th checkpoint of GRPO")
+    parser.add_argument("--every", type=int, default=3, help="judge each N-th checkpoint of GRPO")
     parser.add_argument("--set", dest="sets", action="append", default=[], metavar="KEY=VALUE")
     options = parser.parse_args()
     torch.set_num_threads(1)
