@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
+from ablate import BY_RCE
 from ablation_report import spearman
 
 from lever_lm.config.schema import Config
@@ -32,9 +33,9 @@ from lever_lm.utils.console import Screen
 
 # Good runs and a bad one, so that there is something to tell apart.
 RUNS = {
-    "rce": {"warmup": "rce"},
+    "rce": BY_RCE,
     "match": {"warmup": "match"},
-    "online": {"warmup": "rce", "grpo": {"online": True}},
+    "online": merge(BY_RCE, {"grpo": {"online": True}}),
     "classic": read_yaml(configs_root() / "recipe" / "classic.yaml"),
 }
 METRICS = (RECOMMENDED, MEASURED, "val_top_reward")
