@@ -19,7 +19,7 @@ from lever_lm.utils.safe_torch_load import load_torch
 RUN = "results/small/model_cpk/run"
 ROLLOUTS = "results/small/generated_data/rl_data_MixSampler_tiny-qwen2_5-vl_run.json"
 WORLD = ("data.name=small", "data.okvqa_path=world", "rollout.pool_size=12", "rollout.num_queries=10")
-SETS = tuple(word for item in (*WORLD, "policy.hidden_dim=16") for word in ("--set", item))
+SETS = ("--dataset", "digits", *(word for item in (*WORLD, "policy.hidden_dim=16") for word in ("--set", item)))
 EPOCHS = ("--rce-epochs", "3", "--grpo-epochs", "2")
 CHAIN = ("train", *SETS, *EPOCHS, "--run-name", "run", "--set", "warmup=match+rce")
 ANSWERED = ("train", *SETS, *EPOCHS, "--run-name", "run", "--validate-on", "answers")
@@ -212,6 +212,8 @@ def test_match_then_epr_is_a_run(world):
         (("--selector", "lever_lm"), "lever_lm"),
         (("--recipe", "classic", "--set", "warmup=match"), "match"),
         (("--rl-data", "rl.json", "--embeddings", "features.pt"), "rce"),
+        (("--set", "data.okvqa_path=elsewhere"), "rce"),
+        (("--set", "data.okvqa_path=elsewhere", "--dataset", "digits"), "match"),
     ],
 )
 def test_the_digits_begin_with_answer_match_and_what_names_another_warm_up_has_it(named, warmup, tmp_path):
