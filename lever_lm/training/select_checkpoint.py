@@ -15,7 +15,6 @@ from lever_lm.training.metrics import (
     RECOMMENDED,
     STRATEGIES,
     Metric,
-    recommended_by,
     table_of,
 )
 from lever_lm.training.metrics_file import metrics_rows
@@ -81,7 +80,7 @@ def choose(history: History, name: str, run: RunFolder | None) -> dict:
     others = {
         other: (best["epoch"] if (best := best_row(history.rows, STRATEGIES[other])) else None)
         for other in STRATEGIES
-        if other != name and other in (*(key for key in STRATEGIES if key != MEASURED), recommended_by(history.rows))
+        if other != name
     }
     why = strategy.why
     if row is None and kept:

@@ -158,7 +158,7 @@ def test_validation_by_answers_is_the_score_of_the_greedy_picks_and_chooses_and_
 def test_a_run_without_it_is_recommended_by_its_reward_and_the_strategy_names_the_option(world):
     found = done(("train", *SETS, *EPOCHS, "--run-name", "run"), world).json
     assert found["recommended"]["strategy"] == "val_reward"
-    assert "val_accuracy" not in found["recommended"]["others"]
+    assert found["recommended"]["others"]["val_accuracy"] is None
     refused = run_here("best-ckpt", RUN, "--strategy", "val_accuracy", cwd=world)
     assert refused.status == 1
     assert "lever train --validate-on answers" in refused.err
