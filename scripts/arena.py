@@ -41,7 +41,9 @@ def run_seed(folder: Path, seed: int, options: argparse.Namespace) -> None:
     """Train and evaluate everything with one seed."""
     folder.mkdir(parents=True, exist_ok=True)
     common = ["--seed", str(seed), "--quiet", *(["--limit", str(options.limit)] if options.limit else [])]
-    lever(folder, "train", "--recipe", "demo", "--run-name", RUN, *common)
+    # The digits' own warm-up, and the β after it, are those of answer match, which has its run.
+    rce = ["--set", "warmup=rce", "--set", "grpo.kl_beta=0.1", "--rce-epochs", "10"]
+    lever(folder, "train", "--recipe", "demo", "--run-name", RUN, *rce, *common)
     for name, more in LEARNT.items():
         more = [word.format(candidates=options.infoscore_candidates) for word in more]
         lever(folder, "train", "--selector", name, *more, *common)

@@ -27,7 +27,7 @@ EPOCHS = 9  # enough of them that a kill after the third comes before the end
 TRAIN = ("train", *LIMIT, "--rce-epochs", "2", "--set", "grpo.refresh_every=2", "--grpo-epochs", str(EPOCHS))
 TIMES = ("epoch_time", "step_time")
 COLUMNS = "Epoch Train Loss Val Loss PPO Loss KL Adv Std Adv Max Beta"
-METHODS = ("zero_shot", "random", "text_sim", "img_sim", "img_text_sim", "answer_match", "rce", "grpo", "oracle")
+METHODS = ("zero_shot", "random", "text_sim", "img_sim", "img_text_sim", "answer_match", "grpo", "oracle")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -25,8 +25,11 @@ app = Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-RceEpochs = Annotated[int | None, Option(min=0, help="Epochs of RCE warm-up.")]
+RceEpochs = Annotated[int | None, Option(min=0, help="Epochs of the warm-up.")]
 GrpoEpochs = Annotated[int | None, Option(min=0, help="Epochs of GRPO; raising it continues a finished run.")]
+ValidateOn = Annotated[
+    str | None, Option(help="rollouts, or answers: also ask the LVLM after each epoch, and recommend by what is right.")
+]
 Keep = Annotated[int | None, Option(min=1, help="Keep N checkpoints of a phase and each strategy's best; else all.")]
 DetectAnomaly = Annotated[bool, Option("--detect-anomaly", help="Name the module and operation of a NaN; slower.")]
 Tracker = Annotated[
@@ -72,6 +75,7 @@ def train(
     rce_epochs: RceEpochs = None,
     grpo_epochs: GrpoEpochs = None,
     keep: Keep = None,
+    validate_on: ValidateOn = None,
     rl_data: Annotated[
         Path | None, Option(help="Train on this rollout file; with --embeddings, no dataset and no LVLM.")
     ] = None,
@@ -93,12 +97,12 @@ def train(
         ),
     ] = None,
 ) -> None:
-    """Features, pools and rollouts where missing; then RCE and GRPO; then the recommended checkpoint is converted."""
+    """Features, pools and rollouts where missing; warm-up and GRPO; then the recommended checkpoint is converted."""
     check_tracker(tracker)
     if embeddings is not None and (common.features or any(key.startswith("features.") for key in common.set_ or [])):
         raise UsageError("--embeddings are the features: leave --features and features.* out")
-    flags = {"rce.epochs": rce_epochs, "grpo.epochs": grpo_epochs, "keep": keep}
-    pipeline = make_pipeline(common, flags, run_dir, from_run, selector)
+    flags = {"rce.epochs": rce_epochs, "grpo.epochs": grpo_epochs, "keep": keep, "validate_on": validate_on}
+    pipeline = make_pipeline(common, flags, run_dir, from_run, selector, own_features=embeddings is not None)
     if rl_data is None and from_run is None and (path := os.environ.get("RL_DATA_PATH", "").strip()):
         pipeline.screen.say(f"from the environment: RL_DATA_PATH={path}")
         rl_data = Path(path)

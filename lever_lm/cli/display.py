@@ -1,7 +1,7 @@
 """Results and choices as a person reads them on the terminal."""
 
 from lever_lm.training.log_parser import History
-from lever_lm.training.metrics import LOGGED, STRATEGIES, table_header, table_row
+from lever_lm.training.metrics import LOGGED, STRATEGIES, table_header, table_of, table_row
 from lever_lm.utils.console import Screen
 
 _ACROSS = 3
@@ -119,7 +119,7 @@ def show_choice(screen: Screen, history: History, answer: dict, show_all: bool) 
     for note in history.notes:
         screen.say(f"note: {note}")
     if show_all:
-        marker, names, rule = table_header(history.phase)
+        marker, names, rule = table_header(*table_of({"phase": history.phase, **history.rows[-1]}))
         metric = STRATEGIES[answer["strategy"]].key
         beside = "" if metric in LOGGED else metric  # a strategy of ours has no column in the table that scripts parse
         width = len(beside) + 2 if beside else 0

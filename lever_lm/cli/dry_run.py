@@ -14,6 +14,7 @@ from lever_lm.data.okvqa import OFFICIAL_SIZES
 from lever_lm.lvlm import CachedLvlm, load_lvlm
 from lever_lm.selectors import BASELINES, SELECTORS, ZERO_SHOT
 from lever_lm.tasks import TASKS
+from lever_lm.training.answer_validation import MOST
 from lever_lm.training.environment import own_files
 from lever_lm.training.preflight import ALL, disk_needed, examine, group_size
 from lever_lm.training.rollouts.file_format import made_of, query_ids, read_rollouts, split_ids, why_made_again
@@ -59,7 +60,8 @@ def show_plan(
     rl_data, embeddings = rl_data or files.get("rl_data"), embeddings or files.get("embeddings")
     asks = command not in ("train", "demo") or config.needs_rollouts
     needs = () if embeddings else ("data", "encoder")
-    needs = ALL if asks and (rl_data is None or config.grpo.online) else needs
+    answered = command in ("train", "demo") and config.validate_on == "answers"
+    needs = ALL if answered or (asks and (rl_data is None or config.grpo.online)) else needs
     missing = [check for check in examine(config, layout, needs) if check.status != "ok"]
     if command != "infer" and asks and rl_data is None and made_of(layout.rollouts) == {}:
         rl_data = layout.rollouts
@@ -74,7 +76,7 @@ def show_plan(
     if command in ("train", "demo"):
         stages += planner.training(pipeline.run, rl_data)
     if shots:
-        learned = 2 if command == "demo" else 1
+        learned = 1 if command != "demo" else 2 if "match" in config.warmups else 3
         others = dict.fromkeys([*(BASELINES if baselines else ()), *against])
         answers = learned * len(shots) + sum(1 if name == ZERO_SHOT else len(shots) for name in others)
         answers += sum(SELECTORS[name].calls for name in others)
@@ -165,19 +167,28 @@ class _Planner:
         return len(rows) + sum(known) + _REFERENCES * (len(rows) - len(known))
 
     def training(self, run: RunFolder, rl_data: Path | None) -> list[Stage]:
-        stages, rows, online = [], run.rows(), self.config.grpo
+        stages, rows, online, missing = [], run.rows(), self.config.grpo, 0
         for phase, config in (("rce", self.config.rce), ("grpo", self.config.grpo)):
             done = sum(row["phase"] == phase for row in rows)
             left = max(0, config.epochs - done)
+            missing += left
             name = self.config.warmup if phase == "rce" else phase
             stages.append(Stage(name, f"{done} of {config.epochs} epochs there", str(run.path)))
         if online.online and left:
             rounds = sum((epoch - 1) % online.online_every == 0 for epoch in range(done + 1, online.epochs + 1))
-            queries = query_ids(read_rollouts(rl_data), self.config.reward.max_groups) if rl_data else self.rows()
+            queries = self._queries(rl_data)
             scored = "gtprob" in self.config.reward.mode
             calls = rounds * online.online_samples * self._calls(sorted(split_ids(queries)[0]), scored)
             stages.append(Stage("online rollouts", f"{rounds} rounds", "", calls, False, self._seconds(calls)))
+        if self.config.validate_on == "answers" and missing:
+            calls = missing * min(MOST, len(split_ids(self._queries(rl_data))[1]))
+            stages.append(Stage("validation", f"{missing} epochs", "", calls, False, self._seconds(calls)))
         return stages
+
+    def _queries(self, rl_data: Path | None) -> list[int]:
+        """The queries of the rollouts, of a file of the user's own or as they are drawn."""
+        most = self.config.reward.max_groups
+        return query_ids(read_rollouts(rl_data), most) if rl_data else self.rows()[: most or None]
 
     def inference(self, answers: int, folder: Path) -> Stage:
         calls = answers * min(self.config.infer.num_queries or self.queries, self.queries)

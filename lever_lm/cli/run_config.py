@@ -8,6 +8,7 @@ from typer import Exit
 
 from lever_lm.cli.options import Common, emit, named_yamls, nested, option_values
 from lever_lm.config.load import Layer, file_layer, layers
+from lever_lm.config.schema import Config, DataConfig
 from lever_lm.training.metrics import PHASES
 from lever_lm.training.run_dir import Layout, RunFolder
 from lever_lm.utils.errors import LeverError, UsageError
@@ -21,18 +22,24 @@ def make_pipeline(
     run_dir: Path | None = None,
     from_run: Path | None = None,
     selector: str | None = None,
+    *,
+    own_features: bool = False,
 ):
     """The pipeline of a command line that makes something: named YAMLs < --config < environment < --set < flags. The
     config of the run folder `from_run` stands in the place of the first two.
 
     flags: dotted config keys that the command's own options set, None for an option that is not given. selector: the
-    name of a YAML in configs/selector, over the recipe; its run has that name unless it is given another.
+    name of a YAML in configs/selector, over the recipe; its run has that name unless it is given another. own_features:
+    the features are a file of the user's own.
     """
     _check_run_name(common.run_name)
     run_name, sets, options = common.run_name, common.set_ or [], _options(common, flags)
     _check_selector(selector)
     if from_run is None:
         made = layers({**named_yamls(common), "selector": selector}, file_layer(common.config), sets, options)
+        own_data = common.dataset is None and made.config().data.okvqa_path != DataConfig.okvqa_path
+        if own_features or own_data:
+            _own_warmup(made.found, "--embeddings" if own_features else "data.okvqa_path")
         run_name = run_name or selector
     else:
         from lever_lm.training.environment import config_of
@@ -43,6 +50,14 @@ def make_pipeline(
         made = layers({}, None, sets, options, base=Layer("base", config_of(RunFolder(from_run))))
         run_name = run_name or f"{from_run.resolve().name}_repeat"
     return _pipeline(common, made, run_name, run_dir)
+
+
+def _own_warmup(found: list[Layer], why: str) -> None:
+    """Put the default warm-up over that of a dataset's YAML where the data are others than the YAML's: what pays there
+    need not pay here, and features of the user's own have no answers to match. why: what says so."""
+    places = [place for place, layer in enumerate(found) if "warmup" in layer.values]
+    if places and found[places[-1]].source.startswith("configs/dataset/"):
+        found.insert(places[-1] + 1, Layer(why, {"warmup": Config.warmup}))
 
 
 def pipeline_of_run(

@@ -15,7 +15,7 @@ from lever_lm.config.schema import Config
 from lever_lm.config.values import build
 from lever_lm.training.environment import read_environment, typed_again
 from lever_lm.training.log_parser import read_log
-from lever_lm.training.metrics import PHASES, RECOMMENDED, STRATEGIES
+from lever_lm.training.metrics import PHASES, STRATEGIES, recommended_by, table_of
 from lever_lm.training.metrics_file import metrics_rows
 from lever_lm.training.run_dir import LOCK, Layout, RunFolder
 from lever_lm.training.select_checkpoint import best_row, epochs_since_best
@@ -113,7 +113,8 @@ def _state(
     config: Config | None, done: dict, left: dict, process: dict | None, working: bool, early: bool
 ) -> tuple[str, str]:
     """Return the state, and what it was concluded from."""
-    missing = ", ".join(f"{count} {name.upper()} epochs" for name, count in left.items() if count)
+    called = {"rce": config.warmup if config else "rce"}
+    missing = ", ".join(f"{count} {called.get(name, name).upper()} epochs" for name, count in left.items() if count)
     if working:
         return "running", "a process is at work in it"
     if process:
@@ -164,7 +165,8 @@ def _best(rows: list[dict]) -> dict:
     """Metric → the best epoch so far and its value, among the epochs that are chosen from."""
     phase = PHASES[any(row["phase"] == "grpo" for row in rows)]
     of_phase = [row for row in rows if row["phase"] == phase]
-    best = {name: best_row(of_phase, STRATEGIES[name]) for name in (RECOMMENDED, "val_loss")}
+    of_phase = [row for row in of_phase if table_of(row) == table_of(of_phase[-1])]
+    best = {name: best_row(of_phase, STRATEGIES[name]) for name in (recommended_by(of_phase), "val_loss")}
     return {n: {"phase": phase, "epoch": row["epoch"], "value": row[n]} for n, row in best.items() if row}
 
 

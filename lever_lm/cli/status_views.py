@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 from lever_lm.cli.status import who
-from lever_lm.training.metrics import PHASES, RECOMMENDED, metrics_on
+from lever_lm.training.metrics import PHASES, metrics_on, recommended_by
 from lever_lm.utils.progress import duration
 
 _YEAR = 365 * 24 * 3600  # seconds; what ends later has no date
@@ -35,8 +35,9 @@ def status_row(status: dict) -> str:
     epochs = f"{status['epoch']}/{'?' if status['epochs'] is None else status['epochs']}"
     phase = f"{_phase(status, status['phase'])} " if status["phase"] in PHASES else ""
     left = f"{duration(status['seconds_left'])} left" if status["seconds_left"] else ""
-    best = status["best"].get(RECOMMENDED)
-    reward = f"{RECOMMENDED} {best['value']:.4f}" if best else ""
+    strategy = recommended_by([status["best"]])
+    best = status["best"].get(strategy)
+    reward = f"{strategy} {best['value']:.4f}" if best else ""
     return f"{status['state']:<9}  {phase + epochs:<16}  {left:<13}  {reward:<17}  {dataset}/{name}"
 
 

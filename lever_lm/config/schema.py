@@ -51,13 +51,17 @@ class Section:
 
     def __post_init__(self):
         for one in fields(self):
-            key, value, takes = f"{self.section}.{one.name}", getattr(self, one.name), one.metadata["takes"]
-            if takes in _RANGES:
-                words, holds = _RANGES[takes]
-                if not all(map(holds, value if isinstance(value, tuple) else [value])):
-                    raise UsageError(f"{key} must {words}, found {value}")
-            elif takes and value not in takes.split(" | "):
-                raise UsageError(f"{key} is {shown(value)}: expected one of {takes.replace(' |', ',')}")
+            _check(f"{self.section}.{one.name}", getattr(self, one.name), one.metadata["takes"])
+
+
+def _check(key: str, value, takes: str) -> None:
+    """Raise UsageError where a key does not take a value."""
+    if takes in _RANGES:
+        words, holds = _RANGES[takes]
+        if not all(map(holds, value if isinstance(value, tuple) else [value])):
+            raise UsageError(f"{key} must {words}, found {value}")
+    elif takes and value not in takes.split(" | "):
+        raise UsageError(f"{key} is {shown(value)}: expected one of {takes.replace(' |', ',')}")
 
 
 @dataclass(frozen=True)
@@ -318,7 +322,14 @@ class Config:
     rce: RceConfig = field(default_factory=RceConfig)
     grpo: GrpoConfig = field(default_factory=GrpoConfig)
     infer: InferConfig = field(default_factory=InferConfig)
-    warmup: str = setting("rce", "what the epochs before GRPO learn from", "rce | match | epr | lever_lm | fixed_set")
+    warmup: str = setting(
+        "rce",
+        "what the epochs before GRPO learn from; a+b: the first half from a, the rest from b",
+        "rce | match | match+rce | match+epr | epr | lever_lm | fixed_set",
+    )
+    validate_on: str = setting(
+        "rollouts", "answers: after each epoch the LVLM also answers after the policy's own picks", "rollouts | answers"
+    )
     seed: int = setting(0, "seed of every draw")
     device: str = command("auto", "auto: the first GPU if there is one, else the CPU")
     keep: int = command(0, "checkpoints to keep: the latest of each phase, and the best of every strategy; 0: all")
@@ -326,6 +337,8 @@ class Config:
     def __post_init__(self):
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"seed must lie between 0 and 2**63 - 1, found {self.seed} (--seed)")
+        for one in fields(self):
+            _check(one.name, getattr(self, one.name), one.metadata.get("takes", ""))
         if self.keep < 0:
             raise UsageError(f"keep must not be negative, found {self.keep} (--keep)")
         if self.rce.epochs + self.grpo.epochs == 0:
@@ -334,12 +347,26 @@ class Config:
             raise UsageError(f"warmup={self.warmup} makes no policy that GRPO could train: --grpo-epochs 0")
         if self.warmup == "fixed_set" and self.rce.epochs != 1:
             raise UsageError("warmup=fixed_set is one epoch, in which examples are counted: --rce-epochs 1")
-        if self.warmup == "epr" and self.rollout.shots != 1:
-            raise UsageError("warmup=epr learns from demonstrations shown alone: --set rollout.shots=1")
+        if "epr" in self.warmups and self.rollout.shots != 1:
+            raise UsageError(f"warmup={self.warmup} learns from demonstrations shown alone: --set rollout.shots=1")
+        if 0 < self.rce.epochs < len(self.warmups):
+            raise UsageError(f"warmup={self.warmup} needs an epoch of each: --rce-epochs {len(self.warmups)}")
+        if self.validate_on == "answers" and self.warmup in ("lever_lm", "fixed_set"):
+            raise UsageError(f"warmup={self.warmup} makes no policy whose picks are answered: --validate-on rollouts")
         if self.warmup == "lever_lm" and self.reward.mode != "infoscore":
             raise UsageError("warmup=lever_lm learns from InfoScore's sequences: --set reward.mode=infoscore")
         if self.grpo.online and self.reward.mode == "infoscore":
             raise UsageError("grpo.online searches no rollouts, and reward.mode=infoscore can score no others")
+
+    @property
+    def warmups(self) -> tuple[str, ...]:
+        """The losses of the warm-up, in their order."""
+        return tuple(self.warmup.split("+"))
+
+    @property
+    def asks(self) -> bool:
+        """Whether training asks the LVLM anything, for rollouts or for validation."""
+        return self.needs_rollouts or self.validate_on == "answers"
 
     @property
     def needs_rollouts(self) -> bool:

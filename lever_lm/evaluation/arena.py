@@ -23,7 +23,7 @@ from lever_lm.selectors import ANY_POLICY, FROM_FILE, SELECTORS, SIMPLE, ZERO_SH
 from lever_lm.selectors.pointer.checkpoint import own_config, read_checkpoint
 from lever_lm.selectors.pointer.hub_format import SETTING
 from lever_lm.training.find_checkpoint import find_checkpoint
-from lever_lm.training.metrics import PHASES, RECOMMENDED, STRATEGIES
+from lever_lm.training.metrics import PHASES, STRATEGIES, recommended_by, table_of
 from lever_lm.training.pipeline import Pipeline
 from lever_lm.training.run_dir import RunFolder
 from lever_lm.training.select_checkpoint import best_row
@@ -77,17 +77,27 @@ def method_of(checkpoint: Path) -> str:
     if isinstance(own.get("policy"), dict) and "vocabulary" in own["policy"]:  # also in an exported folder
         return "lever_lm" if "d_model" in own["policy"] else "fixed_set"
     phase = next((phase for phase in PHASES if checkpoint.stem.startswith(phase)), ANY_POLICY)
-    return WARMUPS.get(own.get("warmup"), phase) if phase == "rce" else phase
+    return made_by(own.get("warmup")) if phase == "rce" else phase
+
+
+def made_by(warmup) -> str:
+    """Return the selector that a warm-up makes, as a checkpoint or a row names it: that of its last loss."""
+    return WARMUPS.get(warmup.split("+")[-1], "rce") if isinstance(warmup, str) else "rce"
 
 
 def checkpoint_of(run: RunFolder, name: str) -> Path | None:
-    """Return the checkpoint of a learnt selector: of `rce` and `grpo` the best by val_reward of that phase of the run,
-    of another one that of its own run; None where there is none. A run of its own is called after the selector, or
-    after the run and the selector."""
+    """Return the checkpoint of a learnt selector: of `grpo`, and of the warm-up of the run if it is this one, the best
+    of that phase as it is recommended; of another one that of its own run; None where there is none. A run of its own
+    is called after the selector, or after the run and the selector."""
+    phase = name if name in PHASES else "rce"
+    rows = [row for row in run.rows() if row["phase"] == phase]
+    rows = [row for row in rows if table_of(row) == table_of(rows[-1])]
+    row = best_row(rows, STRATEGIES[recommended_by(rows)])
+    path = run.checkpoint(phase, row["epoch"]) if row else None
+    if path and path.is_file() and method_of(path) == name:
+        return path
     if name in PHASES:
-        row = best_row([row for row in run.rows() if row["phase"] == name], STRATEGIES[RECOMMENDED])
-        path = run.checkpoint(name, row["epoch"]) if row else None
-        return path if path and path.is_file() and method_of(path) == name else None
+        return None
     for folder in (f"{run.path.name}_{name}", name):
         with contextlib.suppress(LeverError):
             return find_checkpoint(RunFolder(run.path.with_name(folder)), None, {})[0]

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lever_lm.evaluation.arena import check_shots
+from lever_lm.evaluation.arena import check_shots, method_of
 from lever_lm.evaluation.report.page import write_report
 from lever_lm.evaluation.run import Chosen, chosen_by, evaluate_methods, evaluation_of
-from lever_lm.selectors import BASELINES, SELECTORS
+from lever_lm.selectors import BASELINES, SELECTORS, named
 from lever_lm.training.environment import command_line
 from lever_lm.training.find_checkpoint import load_for
 from lever_lm.training.metrics import PHASES
@@ -23,11 +23,11 @@ def demo(pipeline: Pipeline, shots: Sequence[int], *, overwrite: bool = False) -
         pipeline.check(*ALL)
         if not overwrite:
             pipeline.run.check(pipeline.config)
-        matched = _answer_match(pipeline, overwrite)
+        beside = {} if "match" in pipeline.config.warmups else {"answer_match": _answer_match(pipeline, overwrite)}
         trained = pipeline.train_here(None, None, overwrite)
         best, evaluation = Path(trained["recommended"]["checkpoint"]), evaluation_of(pipeline, shots)
-        rce = pipeline.run.checkpoint("rce", pipeline.config.rce.epochs)
-        policies = {"answer_match": matched, "rce": rce, "grpo": best}
+        warm = pipeline.run.checkpoint("rce", pipeline.config.rce.epochs)
+        policies = {**beside, method_of(warm): warm, "grpo": best}
         chosen = {
             method: chosen_by(load_for(path, pipeline.config, say), evaluation, most, method, path)
             for method, path in policies.items()
@@ -37,7 +37,7 @@ def demo(pipeline: Pipeline, shots: Sequence[int], *, overwrite: bool = False) -
             for name in SELECTORS
             if name in chosen or name in BASELINES
         }
-        facts = {"checkpoint": str(best), "learned": _learned(pipeline, chosen), "changed": {}}
+        facts = {"checkpoint": str(best), "learned": _learned(pipeline, chosen, method_of(warm)), "changed": {}}
         metrics = evaluate_methods(
             pipeline, evaluation, choices, list(chosen.values()), shots, pipeline.inference, facts
         )
@@ -64,9 +64,9 @@ def _answer_match(pipeline: Pipeline, overwrite: bool) -> Path:
     return Path(other.train(overwrite=overwrite)["recommended"]["checkpoint"])
 
 
-def _learned(pipeline: Pipeline, chosen: dict[str, Chosen]) -> dict:
-    """Return what GRPO changed after RCE: the share of queries with another first pick, and val_reward."""
-    pairs = list(zip(chosen["grpo"].picks, chosen["rce"].picks, strict=True))
+def _learned(pipeline: Pipeline, chosen: dict[str, Chosen], warmup: str) -> dict:
+    """Return what GRPO changed after the warm-up: the share of queries with another first pick, and val_reward."""
+    pairs = list(zip(chosen["grpo"].picks, chosen[warmup].picks, strict=True))
     rows = pipeline.run.rows()
     learned = {
         "first_picks_changed": sum(ours[0] != theirs[0] for ours, theirs in pairs) / len(pairs),
@@ -75,6 +75,7 @@ def _learned(pipeline: Pipeline, chosen: dict[str, Chosen]) -> dict:
     }
     pipeline.screen.say(
         f"GRPO changed the first pick of {learned['first_picks_changed']:.0%} of the queries; validation reward "
-        f"{learned['val_reward_rce']:.3f} after RCE, {learned['val_reward_grpo']:.3f} after GRPO"
+        f"{learned['val_reward_rce']:.3f} after the warm-up ({named(warmup)}), {learned['val_reward_grpo']:.3f} after "
+        "GRPO"
     )
     return learned

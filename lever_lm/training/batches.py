@@ -92,6 +92,12 @@ class GroupTensors:
             index = torch.cat([index + start for start in range(0, len(self), queries)])
             yield index, self.batch(index)
 
+    def only(self, kept: Tensor) -> "GroupTensors":
+        """Return the groups where `kept` (n,) is True."""
+        names = ("rows", "pools", "pool_mask", "sequences", "mask", "rewards", "numbers")
+        parts = {name: getattr(self, name) for name in names}
+        return replace(self, **{name: part[kept] for name, part in parts.items() if part is not None})
+
     def with_rollouts(self, sequences: Tensor, mask: Tensor, rewards: Tensor) -> "GroupTensors":
         """Return the same queries and pools with other rollouts, which are in no file."""
         numbers = torch.full_like(mask, -1, dtype=torch.long)

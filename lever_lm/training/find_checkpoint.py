@@ -12,7 +12,7 @@ from lever_lm.selectors.pointer.checkpoint import own_config, policy_of, read_ch
 from lever_lm.selectors.pointer.hub_format import is_exported, policy_folder, setting_of
 from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.training.environment import recorded
-from lever_lm.training.metrics import RECOMMENDED, STRATEGIES
+from lever_lm.training.metrics import RECOMMENDED, STRATEGIES, recommended_by
 from lever_lm.training.run_dir import Layout, RunFolder, v2_name
 from lever_lm.training.select_checkpoint import best_row, broken, read_best, read_history
 from lever_lm.utils.errors import LeverError
@@ -44,7 +44,7 @@ def find_checkpoint(run: RunFolder, wanted: str | None, environ: dict) -> tuple[
             return path, why
         gone = f"; {run.best.name} names {one_line(path.name)}, which is gone: `lever best-ckpt` chooses again"
     history = read_history(run, None)
-    strategy = RECOMMENDED if any(RECOMMENDED in row for row in history.rows) else "val_loss"
+    strategy = recommended_by(history.rows) if any(RECOMMENDED in row for row in history.rows) else "val_loss"
     row = best_row(history.rows, STRATEGIES[strategy])
     if row is None:
         raise LeverError(f"no epoch of {run.path} has a finite {strategy}; name one: --ckpt PATH")

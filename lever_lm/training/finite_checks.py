@@ -32,14 +32,15 @@ class NotFinite(LeverError):
 
 @dataclass(frozen=True)
 class At:
-    """A place in a run: phase (rce, grpo), epoch from 1, and what part of it."""
+    """A place in a run: phase (rce, grpo), epoch from 1, what part of it, and the warm-up where that is not RCE."""
 
     phase: str
     epoch: int
     part: str = ""
+    warmup: str = ""
 
     def __str__(self) -> str:
-        return f"{self.phase.upper()} epoch {self.epoch}{', ' if self.part else ''}{self.part}"
+        return f"{(self.warmup or self.phase).upper()} epoch {self.epoch}{', ' if self.part else ''}{self.part}"
 
     def stop(self, cause: str, mend: str = "") -> NotFinite:
         """The error that ends the run here."""

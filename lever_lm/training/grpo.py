@@ -26,7 +26,7 @@ from lever_lm.training.rewards import group_advantage, group_mean_std
 from lever_lm.training.rollouts.online import Answer, explore, mix, online_statistics
 from lever_lm.training.run_state import Journal
 from lever_lm.training.select_checkpoint import epochs_since_best
-from lever_lm.training.validation import alarms, group_report, group_statistics, validate
+from lever_lm.training.validation import Validate, alarms, group_report, group_statistics, validate
 
 _BACKBONE = ("input_proj", "query_proj", "cand_proj")
 
@@ -55,11 +55,13 @@ def train_grpo(
     *,
     val_temperature: float = 0.5,
     answer: Answer | None = None,
+    also: Validate | None = None,
 ) -> None:
     """Train the policy for the epochs that are left.
 
     initial: the policy before RCE (grpo.anchor=init starts there). val_temperature: that of the RCE loss reported as
-    val_loss. answer: sequences (n, G, S) for the n training queries → their rewards (n, G); grpo.online needs it.
+    val_loss. answer: sequences (n, G, S) for the n training queries → their rewards (n, G); grpo.online needs it. also:
+    policy, place → further metrics of an epoch.
     """
     optimizer = torch.optim.AdamW(_trained(policy, config), lr=config.lr, weight_decay=config.weight_decay)
     state = _state(journal.restore("grpo", policy, optimizer), policy if config.anchor == "rce" else initial, config)
@@ -98,6 +100,7 @@ def train_grpo(
                 state.beta = adapt_kl_beta(state.beta, history[-1].get("kl", math.nan))
         row = {"phase": "grpo", "epoch": epoch, "beta": state.beta, "lr": optimizer.param_groups[0]["lr"]}
         row |= means(history) | validate(learner, replace(val, **features), val_temperature, at("validation"))
+        row |= also(policy, at("validation")) if also else {}
         row |= group_statistics(data.rewards, data.mask, advantages) | online_statistics(state.online)
         row |= timing(began, len(history))
         row |= alarms(row, config)

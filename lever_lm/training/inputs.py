@@ -52,6 +52,11 @@ def check_own_features(config: Config, embeddings: Path, say: Callable[[str], No
             f"grpo.online asks the LVLM about examples of the dataset, and features of your own ({embeddings}) "
             "name none: leave --embeddings out where the rollouts are of this dataset, or grpo.online=false"
         )
+    if config.validate_on == "answers":
+        raise UsageError(
+            f"validate_on=answers asks the LVLM about examples of the dataset, and features of your own ({embeddings}) "
+            "name none: --validate-on rollouts"
+        )
     if config.features.name != FeatureConfig.name:
         name = config.features.name
         say(f"warning: the features are those of {embeddings}: features.name {name} has no effect")

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 HEADINGS = {"rce": "阶段2：RCE预热", "grpo": "阶段3：GRPO训练"}
 PHASES, GRPO_MARKER = tuple(HEADINGS), HEADINGS["grpo"]
 KL_RANGE, KL_TARGET = (0.01, 0.1), 0.05
-RECOMMENDED = "val_reward"  # the strategy by which `train` and `demo` recommend a checkpoint
+RECOMMENDED = "val_reward"  # the strategy by which `train` and `demo` recommend a checkpoint,
+MEASURED = "val_accuracy"  # and the one by which they do where it was measured (validate_on=answers)
 # The seed's columns of the GRPO table: older logs have these alone.
 LOGGED = ("train_loss", "val_loss", "ppo_loss", "kl", "adv_std", "adv_max", "beta")
 TIMES = ("epoch_time", "step_time")  # keys of a row that differ between two equal runs
@@ -82,6 +83,7 @@ _ALL = (
     Metric("reward_std", "spread of rewards in a group", "health"),
     Metric("val_reward", "val_reward (expected)", _SHOWN, None, _largest, "largest validation reward"),
     Metric("val_top_reward", "val_top_reward (first choice)", "curve", None, _largest, "largest such reward"),
+    Metric(MEASURED, "val_accuracy (greedy picks)", _SHOWN, None, _largest, "largest validation accuracy"),
 )
 # How the line after an epoch's row tells a metric.
 _BRIEF = {
@@ -90,9 +92,15 @@ _BRIEF = {
     "entropy": "entropy {:.2f}",
     "grad_norm": "gradient norm {:.2g}",
     "val_reward": "val_reward {:.4f}",
+    MEASURED: "val_accuracy {:.4f}",
 }
 METRICS: dict[str, Metric] = {metric.key: metric for metric in _ALL}
 STRATEGIES: dict[str, Metric] = {metric.key: metric for metric in _ALL if metric.score is not None}
+
+
+def recommended_by(rows: list[dict]) -> str:
+    """Return the strategy by which one of these epochs is recommended: val_accuracy where it was measured."""
+    return MEASURED if any(MEASURED in row for row in rows) else RECOMMENDED
 
 
 def metrics_on(place: str) -> dict[str, Metric]:
@@ -107,10 +115,17 @@ def table_columns(phase: str) -> dict[str, Column]:
     }
 
 
-def table_header(phase: str) -> list[str]:
-    """Return marker line, column names and rule of a phase's table."""
+def table_of(row: dict) -> tuple[str, str]:
+    """Return the phase of a row and its warm-up, "" for RCE and for GRPO: together they name its table in the log."""
+    warmup = row.get("warmup")
+    return row["phase"], warmup if isinstance(warmup, str) else ""
+
+
+def table_header(phase: str, warmup: str = "") -> list[str]:
+    """Return marker line, column names and rule of a phase's table; warmup: the one of the table, where not RCE."""
     names = "".join(f" {column.heading:>{column.width}}" for column in table_columns(phase).values())
-    return [HEADINGS[phase], f"{'Epoch':>6}{names}", "-" * (6 + len(names))]
+    heading = HEADINGS[phase].replace("RCE", warmup.upper()) if warmup else HEADINGS[phase]
+    return [heading, f"{'Epoch':>6}{names}", "-" * (6 + len(names))]
 
 
 def table_row(row: dict) -> str:

@@ -13,7 +13,7 @@ from lever_lm.config.schema import Config
 from lever_lm.data import load_dataset
 from lever_lm.data.embeddings import features_fingerprint
 from lever_lm.selectors.fixed_set import split_of
-from lever_lm.selectors.pointer.checkpoint import Policy
+from lever_lm.training.answer_validation import answer_accuracy, validation_calls
 from lever_lm.training.batches import GroupTensors
 from lever_lm.training.convert import convert
 from lever_lm.training.environment import compare as compare_runs
@@ -29,19 +29,19 @@ from lever_lm.training.inputs import (
     source_of_dataset,
     source_of_file,
 )
-from lever_lm.training.metrics import RECOMMENDED
+from lever_lm.training.metrics import recommended_by
 from lever_lm.training.nan_debug import detecting
 from lever_lm.training.preflight import ALL, examine
-from lever_lm.training.rce import train_rce
+from lever_lm.training.rce import NO_POINTER, warm_up
 from lever_lm.training.rollouts.file_format import made_of, rollout_calls, why_made_again
 from lever_lm.training.rollouts.generate import check_rows, make_rollouts, online_rewards, rollout_stamp
 from lever_lm.training.run_dir import LOCK, Layout, RunFolder, inference_folder
 from lever_lm.training.run_state import Journal, state_of
 from lever_lm.training.select_checkpoint import choose, read_history, worth_keeping
-from lever_lm.training.sequence_model import train_fixed_set, train_lever_lm
 from lever_lm.training.stages import Stages
 from lever_lm.training.tensorboard import TRACKERS, TensorBoard
-from lever_lm.training.warmup import MatchGroups, new_learner
+from lever_lm.training.validation import Validate
+from lever_lm.training.warmup import MatchGroups, match_hint, new_learner
 from lever_lm.utils.atomic_io import file_digest
 from lever_lm.utils.checks import require
 from lever_lm.utils.console import Screen
@@ -50,8 +50,6 @@ from lever_lm.utils.errors import LeverError, UsageError
 from lever_lm.utils.fingerprint import CODE
 from lever_lm.utils.hub import fetch_model
 from lever_lm.utils.locks import alone
-
-_NO_POINTER = {"lever_lm": train_lever_lm, "fixed_set": train_fixed_set}
 
 
 class Pipeline(Stages):
@@ -153,7 +151,7 @@ class Pipeline(Stages):
         source = self._source(rl_data, embeddings, dataset_named)
         train, val = read_source(source, self.config, self.say) if source.rollouts else (None, None)
         for groups in filter(None, (train, val)):
-            check_kind(self.config.warmup, groups, source.rollouts)
+            check_kind(self.config.warmups[-1], groups, source.rollouts)
         device = resolve_device(self.config.device)
         initial = new_learner(self.config, source.icds.shape[1], len(source.icds))
         policy = new_learner(self.config, source.icds.shape[1], len(source.icds)).to(device)
@@ -164,18 +162,23 @@ class Pipeline(Stages):
             state_of(self.run, made_from, policy)  # a run that is refused stays as it was
         self.run.open(self.config, overwrite=overwrite)
         record(self.run, environment(self.config, inputs, source.made_of, source.files), self.say)
-        journal = self._journal(
-            {"policy": policy.shape, **source.made_for, "seed": self.config.seed, **self._cost(source)}, made_from
-        )
+        also, asked = self._measure(val)
+        own = {"policy": policy.shape, **source.made_for, "seed": self.config.seed, **self._cost(source, asked)}
+        # Answer match asks nothing, whatever the rollouts cost that GRPO learns from after it.
+        of_phase = {"rce": {"lvlm_calls": asked}} if self.config.warmup == "match" else {}
+        journal = self._journal(own, made_from, of_phase)
         torch.manual_seed(self.config.seed)
         if train is not None:
             train, val = train.to(device), val.to(device)
+            if self.config.warmup == "rce" and self.config.rce.epochs and "encoder" in source.made_for:
+                self.say(match_hint(train, self.data))
         answer = None
         if self.config.grpo.online:
             answer = online_rewards(self.config, self.data, train.rows, train.pools, self.lvlm)
-        grpo = {"val_temperature": self.config.rce.temperature_end, "answer": answer}
+        grpo = {"val_temperature": self.config.rce.temperature_end, "answer": answer, "also": also}
         with detecting(policy, self.say) if self.detect_anomaly else contextlib.nullcontext():
-            self._warm_up(policy, train, val, journal)
+            matches = self._matches if "match" in self.config.warmups else None
+            warm_up(policy, train, val, self.config, journal, matches=matches, rl_data=rl_data, also=also)
             if train is not None:
                 train_grpo(policy, initial, train, val, self.config.grpo, journal, **grpo)
         recommended = self.recommend()
@@ -186,37 +189,40 @@ class Pipeline(Stages):
             converted = None
         return {"run": str(self.run.path), "recommended": recommended, "converted": converted}
 
-    def _cost(self, source: Source) -> dict:
+    def _cost(self, source: Source, asked: int) -> dict:
         """Return what a checkpoint says of what it learnt from: the warm-up, where it is not RCE, the LVLM calls that
-        were made for it, where they are known, without those of online rounds, and the training split whose examples
-        alone it can choose."""
+        were made for it, where they are known, with those `asked` for validation and without those of online rounds,
+        and the training split whose examples alone it can choose."""
         calls = rollout_calls(source.rollouts) if source.rollouts else 0
-        own = {} if calls is None else {"lvlm_calls": calls}
-        if self.config.warmup in _NO_POINTER and "encoder" in source.made_for:
+        own = {} if calls is None else {"lvlm_calls": calls + asked}
+        if self.config.warmup in NO_POINTER and "encoder" in source.made_for:
             own["train_split"] = split_of(self.data.train_examples)
         return own if self.config.warmup == "rce" else {**own, "warmup": self.config.warmup}
 
-    def _warm_up(self, policy: Policy, train: GroupTensors | None, val: GroupTensors | None, journal: Journal) -> None:
-        """Train by the warm-up of the config: on the logged groups, or for `match` on the answers of the training
-        split, without the queries that GRPO is validated by."""
-        config, name = self.config.rce, self.config.warmup
-        if name in _NO_POINTER:
-            _NO_POINTER[name](policy, train, val, config, journal)
-        elif name != "match":
-            train_rce(policy, train, val, config, journal, warmup=name)
-        else:
-            groups, device = MatchGroups(self.config, self.data, self.features), resolve_device(self.config.device)
-            rows, held_out = groups.split(val)
-            share, matches = groups.density(rows)
-            self.say(f"matches: {share:.0%} of the training queries have one in their pool, {matches:.1f} on average")
-            first, judged = groups.draw(rows, 0).to(device), groups.draw(held_out, 0).to(device)
-            drawn = lambda epoch: groups.draw(rows, epoch).to(device)  # noqa: E731
-            train_rce(policy, first, judged, config, journal, warmup=name, drawn=drawn)
+    @cached_property
+    def _matches(self) -> MatchGroups:
+        return MatchGroups(self.config, self.data, self.features)
 
-    def _journal(self, own: dict, inputs: dict[str, str]) -> Journal:
-        """Return the journal of the run, up to date; own: what its checkpoints carry."""
+    def _tell_matches(self, rl_data: Path | None = None) -> None:
+        """Say how dense matches are where the warm-up learns from them, before anything is asked or trained. rl_data:
+        a rollout file of the user's own. Raises LeverError where there is no match."""
+        if "match" in self.config.warmups and self.config.rce.epochs:
+            self.say(self._matches.density(self._matches.split(rl_data)[0]))
+
+    def _measure(self, val: GroupTensors | None) -> tuple[Validate | None, int]:
+        """Return what measures an epoch by the LVLM's answers, None where nothing does, and the calls of all epochs."""
+        if self.config.validate_on == "rollouts":
+            return None, 0
+        if val is None:  # the queries and pools that rollouts would have
+            val = self._matches.all(self._matches.split()[1], 0)
+        val = val.to(resolve_device(self.config.device))
+        return answer_accuracy(self.config, self.data, val, self.lvlm), validation_calls(self.config, len(val))
+
+    def _journal(self, own: dict, inputs: dict[str, str], of_phase: dict[str, dict]) -> Journal:
+        """Return the journal of the run, up to date; own: what its checkpoints carry, of_phase: those of one phase."""
         keep = partial(worth_keeping, self.run, latest=self.config.keep) if self.config.keep else None
-        journal = Journal(self.run, own, inputs, self.say, keep, track=self.track, tracker=self.tracking)
+        shown = {"track": self.track, "tracker": self.tracking}
+        journal = Journal(self.run, own, inputs, self.say, keep, of_phase=of_phase, **shown)
         journal.resume()
         if journal.done("grpo") > self.config.grpo.epochs:
             self.say(f"the run has {journal.done('grpo')} GRPO epochs already: nothing is left to train")
@@ -227,7 +233,8 @@ class Pipeline(Stages):
         made for it or asked."""
         if embeddings is not None or self.layout.exported.is_file() or not self.run.state.is_file():
             return
-        self.check(*(ALL if rl_data is None and self.config.needs_rollouts else ("data", "encoder")))
+        asks = self.config.asks if rl_data is None else self.config.validate_on == "answers"
+        self.check(*(ALL if asks else ("data", "encoder")))
         fetch_model(self.config.features.encoder, "features.encoder")
         data = load_dataset(self.config.data)
         features = features_fingerprint(data, self.config.features)
@@ -253,12 +260,13 @@ class Pipeline(Stages):
     def _source(self, rl_data: Path | None, embeddings: Path | None, dataset_named: bool) -> Source:
         """Return rollouts and features to train on: made here; or the rollouts that are there, with the features in a
         file, those that Lever-Plus exported, or those of the dataset whose rows the rollouts name."""
-        if self.config.warmup == "match" and embeddings is not None:
-            raise UsageError("warmup=match compares answers of the dataset: leave --embeddings out")
+        if "match" in self.config.warmups and embeddings is not None:
+            raise UsageError(f"warmup={self.config.warmup} compares answers of the dataset: leave --embeddings out")
         if not self.config.needs_rollouts:
             if rl_data is not None:
                 raise UsageError("warmup=match learns from no rollouts: leave --rl-data out, or give --grpo-epochs")
-            self.check("data", "encoder")
+            self.check(*(ALL if self.config.asks else ("data", "encoder")))
+            self._tell_matches()
             return replace(source_of_dataset(self, self.layout.rollouts), rollouts=None, files={})
         if rl_data is None and made_of(self.layout.rollouts) == {}:
             rl_data, dataset_named = self.layout.rollouts, True
@@ -267,22 +275,33 @@ class Pipeline(Stages):
             if embeddings is not None:
                 raise UsageError("--embeddings belongs to rollouts of your own: name them with --rl-data FILE")
             check_scores(self.config)
+            self.check(*ALL)
+            self._tell_matches()
             self.rollouts()
             return source_of_dataset(self, None)
         if embeddings is None and self.layout.exported.is_file():
             embeddings = self.layout.exported
             self.say(f"features: {embeddings}, as exported by Lever-Plus")
+            if "match" in self.config.warmups:
+                raise UsageError(
+                    f"warmup={self.config.warmup} compares answers of the dataset, and {embeddings} are features of "
+                    "Lever-Plus's own: --set warmup=rce, or move that file"
+                )
         if embeddings is not None:
             check_own_features(self.config, embeddings, self.say)
             self.check()
             return source_of_file(rl_data, embeddings, self.config.data.name if dataset_named else None)
-        self.check(*(ALL if self.config.grpo.online else ("data", "encoder")))
+        asks = self.config.grpo.online or self.config.validate_on == "answers"
+        self.check(*(ALL if asks else ("data", "encoder")))
         check_rows(rl_data, self.data.train_examples, named=dataset_named)
+        self._tell_matches(rl_data)
         return source_of_dataset(self, rl_data)
 
     def recommend(self) -> dict:
-        """Return the checkpoint that `train` and `demo` recommend: the best by val_reward."""
-        answer = choose(read_history(self.run, None), RECOMMENDED, self.run)
+        """Return the checkpoint that `train` and `demo` recommend: the best by val_accuracy where it was measured, else
+        by val_reward."""
+        history = read_history(self.run, None)
+        answer = choose(history, recommended_by(history.rows), self.run)
         if answer["epoch"] is None:
             raise LeverError(f"no checkpoint of {self.run.path} can be recommended: {answer['why']}")
         self.screen.result(f"recommended: {answer['checkpoint']} ({answer['why']})")

@@ -15,7 +15,7 @@ from torch import Tensor
 from lever_lm.selectors.pointer.checkpoint import new_of_shape, save_torch, v3_content
 from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.training.finite_checks import At, not_finite
-from lever_lm.training.metrics import PHASES, metrics_on, table_header, table_row
+from lever_lm.training.metrics import PHASES, metrics_on, table_header, table_of, table_row
 from lever_lm.training.run_dir import RunFolder
 from lever_lm.training.tensorboard import TensorBoard
 from lever_lm.utils.atomic_io import append_line, remove, write_text
@@ -139,9 +139,9 @@ def _is_round(online) -> bool:
 class Journal:
     """Records the epochs of one run.
 
-    config: what its checkpoints carry. inputs: fingerprints of its data, which a resumed run must find unchanged. keep:
-    rows so far → the checkpoints to keep; all without it. say: is told every epoch; track: shows how far a phase is;
-    tracker: is told every row.
+    config: what its checkpoints carry; of_phase: what those of a phase carry in its place. inputs: fingerprints of its
+    data, which a resumed run must find unchanged. keep: rows so far → the checkpoints to keep; all without it. say: is
+    told every epoch; track: shows how far a phase is; tracker: is told every row.
     """
 
     def __init__(
@@ -154,12 +154,14 @@ class Journal:
         *,
         track: Track = untracked,
         tracker: TensorBoard | None = None,
+        of_phase: dict[str, dict] | None = None,
     ):
         self.run, self.config, self.inputs, self.say, self.keep = run, config, inputs, say, keep
+        self.of_phase = of_phase or {}
         self._track, self.tracker = track, tracker
         self.rows: list[dict] = []
         self.state: dict | None = None
-        self._heading: str | None = None  # the phase whose table this process has opened on the screen
+        self._heading: tuple[str, str] | None = None  # the table that this process has opened on the screen
         self._warned: set[str] = set()
 
     def resume(self) -> None:
@@ -187,19 +189,20 @@ class Journal:
         phase = row["phase"]
         new = {kind: text for kind, text in row.get("warnings", {}).items() if kind not in self._warned}
         self._warned |= new.keys()
-        opens = place == 0 or self.rows[place - 1]["phase"] != phase
+        opens = place == 0 or table_of(self.rows[place - 1]) != table_of(row)
         lines = [table_row(row), *(f"warning: {phase} epoch {row['epoch']}: {text}" for text in new.values())]
-        return table_header(phase) if opens else [], lines
+        return table_header(*table_of(row)) if opens else [], lines
 
     def done(self, phase: str) -> int:
         """Return the number of epochs of a phase that are finished."""
         return sum(row["phase"] == phase for row in self.rows)
 
-    def epochs(self, phase: str, last: int) -> Iterable[int]:
-        """Yield the numbers of a phase's epochs that are left up to `last`, under a progress bar with the metrics."""
+    def epochs(self, phase: str, last: int, name: str = "") -> Iterable[int]:
+        """Yield the numbers of a phase's epochs that are left up to `last`, under a progress bar with the metrics;
+        name: what the bar calls the phase."""
         done = self.done(phase)
         left = Work(range(done + 1, last + 1), "epochs", done=done, now=self._latest, after=BETWEEN_LINES)
-        return self._track(left, phase.upper(), last) if done < last else ()
+        return self._track(left, (name or phase).upper(), last) if done < last else ()
 
     def _latest(self) -> str:
         """Return the last epoch in a few numbers."""
@@ -225,7 +228,7 @@ class Journal:
     def commit(self, row: dict, policy: PointerSelector, optimizer: torch.optim.Optimizer, extra: dict) -> None:
         """Record a finished epoch: state, then checkpoint, then the metrics and log lines. Raises LeverError when a
         metric, weight or moment is not finite, before anything is written."""
-        at = At(row["phase"], row["epoch"])
+        at = At(row["phase"], row["epoch"], warmup=table_of(row)[1])
         if name := not_finite(row):
             raise at.stop(f"{name} is {row.get(name, 'not finite')}")
         tensors = {"weight": policy.state_dict(), "optimizer": optimizer.state_dict()["state"], "extra": extra}
@@ -249,9 +252,10 @@ class Journal:
         append_line(self.run.log, "\n".join([*heading, *lines]))
         if self.tracker is not None:
             self.tracker.add(row)
-        for line in (table_header(row["phase"]) if self._heading != row["phase"] else []) + lines:
+        table = table_of(row)
+        for line in (table_header(*table) if self._heading != table else []) + lines:
             self.say(line)
-        self._heading = row["phase"]
+        self._heading = table
         self._prune()
 
     def _prune(self) -> None:
@@ -269,7 +273,8 @@ class Journal:
             return
         metrics = {name: value for name, value in row.items() if name not in ("phase", "epoch")}
         place = {"epoch": row["epoch"] - 1, "phase": row["phase"]}
-        save_torch(path, v3_content(policy, **place, kl_beta=row.get("beta", 0.0), metrics=metrics, config=self.config))
+        config = {**self.config, **self.of_phase.get(row["phase"], {})}
+        save_torch(path, v3_content(policy, **place, kl_beta=row.get("beta", 0.0), metrics=metrics, config=config))
 
 
 def _get_rng() -> dict[str, Tensor]:

@@ -6,7 +6,17 @@ import os
 from pathlib import Path
 
 from lever_lm.training.log_parser import History, read_log
-from lever_lm.training.metrics import KL_RANGE, KL_TARGET, LOGGED, PHASES, RECOMMENDED, STRATEGIES, Metric
+from lever_lm.training.metrics import (
+    KL_RANGE,
+    KL_TARGET,
+    LOGGED,
+    MEASURED,
+    PHASES,
+    RECOMMENDED,
+    STRATEGIES,
+    Metric,
+    table_of,
+)
 from lever_lm.training.metrics_file import metrics_rows
 from lever_lm.training.run_dir import RunFolder
 from lever_lm.utils.errors import LeverError, UsageError
@@ -81,6 +91,8 @@ def choose(history: History, name: str, run: RunFolder | None) -> dict:
         )
     elif row is None:
         why = f"no epoch has a finite {strategy.key} and no broken number in {history.source}. Try another --strategy"
+        if name == MEASURED:
+            why += ", or measure it: lever train --validate-on answers"
     return {
         "strategy": name,
         "epoch": row["epoch"] if row else None,
@@ -156,9 +168,11 @@ def read_history(run: RunFolder | None, log: Path | None) -> History:
 
 
 def _one_phase(rows: list[dict], source: str, notes: list[str]) -> History:
-    """Keep the GRPO rows; the RCE rows where there was no GRPO."""
+    """Keep the GRPO rows; those of the warm-up where there was no GRPO, of several warm-ups those of the last: numbers
+    of different losses do not compare."""
     phase = "grpo" if any(row["phase"] == "grpo" for row in rows) else "rce"
-    return History([row for row in rows if row["phase"] == phase], source, phase, notes)
+    rows = [row for row in rows if row["phase"] == phase]
+    return History([row for row in rows if table_of(row) == table_of(rows[-1])], source, phase, notes)
 
 
 def _checkpoint_metrics(run: RunFolder) -> list[dict]:

@@ -4,6 +4,7 @@ n groups, G rollouts per group. Metrics are plain floats; their names are those 
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from lever_lm.training.losses import epr_loss, match_loss, rce_loss
 from lever_lm.training.metrics import brief
 from lever_lm.training.rewards import group_mean_std, tied_groups
 
+# (policy, place in the run) → metrics
+Validate = Callable[[PointerSelector, At], dict[str, float]]
 # warmup → its loss of log-probs, rewards and mask (B, G), and the temperature
 _LOSSES = {
     "rce": rce_loss,

@@ -6,6 +6,7 @@ rce.batch_size: a checkpoint `rce_epochN.pt` is that of the warm-up, whichever i
 
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ from lever_lm.tasks import TASKS
 from lever_lm.training.batches import Batch, GroupTensors
 from lever_lm.training.losses import epr_loss, match_loss, rce_loss
 from lever_lm.training.rewards import normalize_group
-from lever_lm.training.rollouts.file_format import split_ids
+from lever_lm.training.rollouts.file_format import query_ids, read_rollouts, split_ids
 from lever_lm.training.rollouts.propose import new_policy, query_rows
 from lever_lm.utils.errors import LeverError
 
@@ -71,19 +72,39 @@ class MatchGroups:
         self._score = cache(lambda answer, row: task.score(answer, self.train[row]))
         self._matrices = features.queries("train", config.features), features.icds(config.features)
 
-    def split(self, val: GroupTensors | None) -> tuple[list[int], list[int]]:
-        """Return the rows of the queries that are learnt from, and of those held out: the queries of the validation
-        groups, or where there are no rollouts those that would be."""
-        if val is not None:
-            held_out = sorted(val.query_ids)
+    def split(self, rollouts: Path | None = None) -> tuple[list[int], list[int]]:
+        """Return the rows of the queries that are learnt from, and of those held out: by the split of the queries of a
+        rollout file, or of one that would be made. What is held out of the rollouts is the validation; all other
+        training examples are learnt from, with reward.max_groups (--limit) those of the rollouts alone."""
+        most = self.config.reward.max_groups
+        if rollouts is None:
+            rows = query_rows(self.config.rollout.num_queries, len(self.train), self.config.seed)[: most or None]
         else:
-            rows = sorted(query_rows(self.config.rollout.num_queries, len(self.train), self.config.seed))
-            held_out = sorted(split_ids(rows[: self.config.reward.max_groups or None])[1])
-        return sorted({*range(len(self.train))} - {*held_out}), held_out
+            rows = query_ids(read_rollouts(rollouts), most)
+        learnt, held_out = map(sorted, split_ids(rows))
+        return learnt if most else sorted({*range(len(self.train))} - {*held_out}), held_out
 
     def draw(self, rows: list[int], epoch: int) -> GroupTensors:
         """Return the groups of the queries in these rows with the pools of an epoch, which are other ones each time.
         Queries without a match are left out. Raises LeverError where none has any."""
+        groups = self.all(rows, epoch)
+        kept = (groups.rewards > 0).any(-1)
+        if not kept.any():
+            raise LeverError(
+                f"no candidate of {len(rows)} training queries has an answer that is right for its query, so there is "
+                "nothing to match: warmup=rce (--set warmup=rce)"
+            )
+        return groups.only(kept)
+
+    def held_out(self, rows: list[int]) -> GroupTensors:
+        """Return the groups that judge an epoch, with the pools of epoch 0, which the rollouts of these queries have:
+        of the queries with a match, of all where none has any."""
+        groups = self.all(rows, 0)
+        kept = (groups.rewards > 0).any(-1)
+        return groups.only(kept) if kept.any() else groups
+
+    def all(self, rows: list[int], epoch: int) -> GroupTensors:
+        """Return the groups of all queries in these rows with the pools of an epoch."""
         seed, size = self.config.seed + _FRESH * epoch, self.config.rollout.pool_size
         queries = [self.train[row] for row in rows]
         embeddings = self.features.train.take(rows), self.features.train
@@ -93,28 +114,48 @@ class MatchGroups:
             [self._score(self.train[icd].answer, row) for icd in pool] for row, pool in zip(rows, pools, strict=True)
         ]
         scores = torch.tensor([[*row, *[0.0] * (longest - len(row))] for row in found])
-        kept = (scores > 0).any(-1)
-        if not kept.any():
-            raise LeverError(
-                f"no candidate of {len(rows)} training queries has an answer that is right for its query, so there is "
-                "nothing to match: warmup=rce (--set warmup=rce)"
-            )
-        mask = torch.tensor([[True] * len(pool) + [False] * (longest - len(pool)) for pool in pools])[kept]
+        mask = torch.tensor([[True] * len(pool) + [False] * (longest - len(pool)) for pool in pools])
         return GroupTensors(
             queries=self._matrices[0],
             icds=self._matrices[1],
-            rows=torch.tensor(rows)[kept],
-            pools=torch.tensor([[*pool, *[0] * (longest - len(pool))] for pool in pools])[kept],
+            rows=torch.tensor(rows),
+            pools=torch.tensor([[*pool, *[0] * (longest - len(pool))] for pool in pools]),
             pool_mask=None if mask.all() else mask,
-            sequences=torch.arange(longest).expand(int(kept.sum()), -1).unsqueeze(-1).clone(),
+            sequences=torch.arange(longest).expand(len(rows), -1).unsqueeze(-1).clone(),
             mask=mask,
-            rewards=scores[kept],
+            rewards=scores,
         )
 
-    def density(self, rows: list[int]) -> tuple[float, float]:
-        """Return the share of queries whose pool holds a match, and the mean number of matches in a pool of theirs."""
-        groups = self.draw(rows, 0)
-        return len(groups) / len(rows), float((groups.rewards > 0).sum(-1).float().mean())
+    def density(self, rows: list[int]) -> str:
+        """Return the share of queries whose pool holds a match, and the mean number of matches in a pool of theirs, in
+        words. Raises LeverError where none has any."""
+        matches = (self.draw(rows, 0).rewards > 0).sum(-1).tolist()
+        return density_line([*matches, *[0] * (len(rows) - len(matches))])
+
+
+_PAYS = 0.5  # share of queries with a match from which answer match is worth a try
+
+
+def match_hint(groups: GroupTensors, data: VqaData, most: int = 256) -> str:
+    """Return the density of matches in the pools of logged groups, of the first `most` of them, and where answer match
+    would pay the option."""
+    train, task = data.train_examples, TASKS[data.task]
+    rows, pools = groups.rows[:most].tolist(), groups.pools[:most].tolist()
+    real = groups.pool_mask[:most].tolist() if groups.pool_mask is not None else [[True] * len(pool) for pool in pools]
+    counts = [
+        sum(task.score(train[icd].answer, train[row]) > 0 for icd, there in zip(pool, mask, strict=True) if there)
+        for row, pool, mask in zip(rows, pools, real, strict=True)
+    ]
+    told = density_line(counts)
+    if sum(map(bool, counts)) < _PAYS * len(counts):
+        return told
+    return f"{told}: --set warmup=match learns from these before GRPO, and asks the LVLM nothing"
+
+
+def density_line(counts: list[int]) -> str:
+    """Return what is told of the numbers of matches in the pools of training queries."""
+    share, some = sum(map(bool, counts)) / len(counts), max(1, sum(map(bool, counts)))
+    return f"matches: {share:.0%} of the training queries have one in their pool, {sum(counts) / some:.1f} on average"
 
 
 # ---------------------------------------------------------------------- from a config to what learns
@@ -130,6 +171,6 @@ def new_learner(config: Config, d_model: int, vocabulary: int) -> Policy:
             return LeverLM(d_model, vocabulary)
         if config.warmup == "fixed_set":
             return FixedSet(vocabulary)
-        if config.warmup == "epr":
+        if "epr" in config.warmups:
             return PointerSelector(d_model=d_model, **{**vars(config.policy), "num_layers": 0})
     return new_policy(config, d_model)

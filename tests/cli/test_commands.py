@@ -368,7 +368,7 @@ def test_best_ckpt_answers_in_json_with_the_keys_of_the_spec(trained, lever):
     expected |= {"checkpoint": str(RUN / f"grpo_epoch{best['epoch']}.pt")}
     assert {key: answer[key] for key in expected} == expected
     assert answer["metrics"]["val_loss"] == best["val_loss"]
-    assert set(answer["others"]) == {"ppo_loss", "kl", "adv_std", "val_reward", "val_top_reward"}
+    assert set(answer["others"]) == {"ppo_loss", "kl", "adv_std", "val_reward", "val_top_reward", "val_accuracy"}
     assert json.loads((trained / RUN / "best.json").read_text()) == answer
 
 

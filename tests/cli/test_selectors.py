@@ -30,7 +30,8 @@ MATCH = ("--set", "warmup=match", "--rce-epochs", "2", "--grpo-epochs", "2", "--
 def train(name: str, *options, epochs: int | None = None) -> tuple:
     """The command that trains a selector in the small world; `main` is the run of RCE and GRPO."""
     if name == "main":
-        return ("train", *WORLD, *TINY, "--rce-epochs", 1, "--grpo-epochs", 2, "--run-name", "main", *options)
+        rce = ("--set", "warmup=rce", "--rce-epochs", 1)
+        return ("train", *WORLD, *TINY, *rce, "--grpo-epochs", 2, "--run-name", "main", *options)
     count = EPOCHS[name] if epochs is None else epochs
     return ("train", "--selector", name, *WORLD, *TINY, *OWN.get(name, ()), "--rce-epochs", count, *options)
 
@@ -189,7 +190,7 @@ def test_answer_match_then_grpo_goes_on_and_is_validated_on_queries_that_it_did_
     monkeypatch.setattr(
         MatchGroups, "draw", lambda self, rows, epoch: drawn.append((epoch, rows)) or draw(self, rows, epoch)
     )
-    command = ("train", *WORLD, *TINY, *MATCH)
+    command = ("train", *WORLD[:-2], "--set", "rollout.num_queries=10", *TINY, *MATCH)
     done(command, arena)
     run = RunFolder(arena / RUNS / "both")
     assert [(row["phase"], row["epoch"]) for row in run.rows()] == [("rce", 1), ("rce", 2), ("grpo", 1), ("grpo", 2)]
@@ -198,6 +199,7 @@ def test_answer_match_then_grpo_goes_on_and_is_validated_on_queries_that_it_did_
     assert held_out
     assert not held_out & learnt
     assert learnt | held_out == set(range(TRAIN))
+    assert {load_torch(run.checkpoint("rce", epoch))["config"]["lvlm_calls"] for epoch in (1, 2)} == {0}
     last = load_torch(run.checkpoint("grpo", 2))
     assert last["config"]["lvlm_calls"] == read_rollouts(rollouts(arena, "both"))["_meta"]["lvlm_calls"] > 0
     shutil.copytree(run.path, arena / "kept")

@@ -161,7 +161,7 @@ def test_a_run_on_another_host_is_said_to_be_there(trained, lever, monkeypatch):
     (trained / RUN / LOCK).touch()
     out = lever("status", RUN).out
     assert "process 7 on node7 since 20" in out
-    assert ": lever train\n  training    RCE 2 of 2 epochs, then GRPO 4 of 4 epochs\n" in out
+    assert ": lever train\n  training    MATCH 2 of 2 epochs, then GRPO 4 of 4 epochs\n" in out
     assert "  GPU         none on this host; the run is on node7\n" in out
 
 

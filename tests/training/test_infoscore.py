@@ -282,7 +282,7 @@ def test_a_rollout_file_with_infoscores_is_planned_made_and_loaded(lever, digits
 
 def test_rce_learns_from_what_infoscore_found_alone(lever, digits_folder):
     command = ["train", *SMALL, *NO_OTHERS, *SEARCH, "--set", "reward.mode=infoscore", "--json"]
-    done = lever(*command, "--rce-epochs", "2", "--grpo-epochs", "0")
+    done = lever(*command, "--set", "warmup=rce", "--rce-epochs", "2", "--grpo-epochs", "0")
     assert done.status == 0, done.err
     assert done.json["recommended"]["phase"] == "rce"
     assert [len(group) for group in entries_in(digits_folder).values()] == [1] * 8

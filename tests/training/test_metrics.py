@@ -51,6 +51,6 @@ def test_the_columns_of_the_tables_are_those_that_scripts_parse():
 
 
 def test_every_strategy_says_what_it_looks_for_and_every_shown_metric_has_a_title():
-    assert list(STRATEGIES) == ["val_loss", "ppo_loss", "kl", "adv_std", "val_reward", "val_top_reward"]
+    assert list(STRATEGIES) == ["val_loss", "ppo_loss", "kl", "adv_std", "val_reward", "val_top_reward", "val_accuracy"]
     assert all(metric.why for metric in STRATEGIES.values())
     assert all(metric.title for metric in METRICS.values() if metric.on)

@@ -315,7 +315,7 @@ def test_a_finished_run_leaves_nothing_to_do(trained, lever):
     assert states == {
         "features": "there",
         "rollouts": "there",
-        "rce": "2 of 2 epochs there",
+        "match": "2 of 2 epochs there",
         "grpo": "4 of 4 epochs there",
     }
     assert plan["lvlm_calls"] == plan["seconds"] == 0
@@ -388,5 +388,5 @@ def test_a_plan_over_rollouts_and_features_of_ones_own_makes_neither(lever, tmp_
     assert [stage["name"] for stage in repeated["stages"]] == ["rollouts", "rce", "grpo"]
     assert repeated["lvlm_calls"] == 0
     without = lever("train", *files[:2], "--dry-run", "--json").json
-    assert [stage["name"] for stage in without["stages"]] == ["features", "rollouts", "rce", "grpo"]
+    assert [stage["name"] for stage in without["stages"]] == ["features", "rollouts", "match", "grpo"]
     assert plan["lvlm_calls"] == without["lvlm_calls"] == 0

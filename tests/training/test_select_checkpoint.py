@@ -114,7 +114,7 @@ def test_every_strategy(tmp_path, strategy, metric, values, epoch):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_first_of_equal_epochs_wins(tmp_path, strategy):
-    run = run_with(tmp_path, [row(i, val_reward=1.0, val_top_reward=1.0) for i in (1, 2, 3)])
+    run = run_with(tmp_path, [row(i, val_reward=1.0, val_top_reward=1.0, val_accuracy=1.0) for i in (1, 2, 3)])
     assert pick(read_history(run, None), strategy) == 1
 
 
@@ -166,7 +166,9 @@ def test_rows_that_are_not_finite_are_excluded_and_said_so(tmp_path):
 def test_an_epoch_that_broke_is_chosen_by_no_strategy(tmp_path, broken, number, source):
     """Epoch 2 is the best by every metric, but for one number."""
     best = {"val_loss": 0.1, "ppo_loss": -9.0, "kl": 0.05, "adv_std": 9.0, "val_reward": 9.0, "val_top_reward": 9.0}
+    best["val_accuracy"] = 9.0
     usual = {"val_loss": 1.0, "ppo_loss": 0.0, "kl": 0.03, "adv_std": 1.0, "val_reward": 1.0, "val_top_reward": 1.0}
+    usual["val_accuracy"] = 1.0
     rows = [row(1, **usual), row(2, **{**best, broken: number}), row(3, **{**usual, "val_loss": 0.5})]
     if source == "log":
         run, history = None, read_log(write_log(tmp_path, log_text(rows)))
@@ -177,7 +179,7 @@ def test_an_epoch_that_broke_is_chosen_by_no_strategy(tmp_path, broken, number, 
                 save_torch(run.checkpoint("grpo", one["epoch"]), {"metrics": one})
             run.metrics.unlink()
         history = read_history(run, None)
-    by_log = ("val_reward", "val_top_reward") if source == "log" else ()
+    by_log = ("val_reward", "val_top_reward", "val_accuracy") if source == "log" else ()
     for name in STRATEGIES.keys() - by_log:
         answer = choose(history, name, run)
         assert answer["epoch"] == (3 if name == "val_loss" else 1)

@@ -8,7 +8,7 @@ from pathlib import Path
 from lever_lm.evaluation.results import NOTHING, is_finite, read_metrics
 from lever_lm.selectors import LEARNED, SELECTORS, ZERO_SHOT
 from lever_lm.training.log_parser import History
-from lever_lm.training.metrics import STRATEGIES, metrics_on
+from lever_lm.training.metrics import STRATEGIES, metrics_on, table_of
 from lever_lm.training.run_dir import RunFolder
 from lever_lm.training.select_checkpoint import best_row, read_history
 from lever_lm.utils.errors import LeverError
@@ -111,9 +111,12 @@ def training_curves(runs: Sequence[tuple[str, list[dict]]]) -> Curves:
                 points = [(row["epoch"], row[metric]) for row in rows if is_finite(row.get(metric))]
                 # A run with GRPO is chosen from there alone.
                 chosen_from = phase == "grpo" or all(row["phase"] == "rce" for row in all_rows)
-                best = best_row(rows, STRATEGIES[metric]) if metric in STRATEGIES and chosen_from else None
+                last = [row for row in rows if table_of(row) == table_of(rows[-1])]  # of one loss
+                best = best_row(last, STRATEGIES[metric]) if metric in STRATEGIES and chosen_from else None
                 if len(points) > 1:
                     marks = {best["epoch"]: metric} if best else {}
-                    line = Series(name, f"run{i % RUN_COLOURS}", points, marks=marks)
+                    warmups = dict.fromkeys(table_of(row)[1] or "rce" for row in rows if phase == "rce")
+                    of = f" ({'+'.join(warmups)})" if any(loss != "rce" for loss in warmups) else ""
+                    line = Series(f"{name}{of}", f"run{i % RUN_COLOURS}", points, marks=marks)
                     curves.setdefault(phase, {}).setdefault(metric, []).append(line)
     return curves

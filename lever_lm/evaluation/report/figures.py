@@ -13,7 +13,7 @@ from pathlib import Path
 import lever_lm
 from lever_lm.evaluation.report.curves import Evaluated, Series, charts_of
 from lever_lm.selectors import SELECTORS
-from lever_lm.training.metrics import METRICS, RECOMMENDED
+from lever_lm.training.metrics import MEASURED, METRICS, RECOMMENDED
 from lever_lm.utils.atomic_io import atomic_file
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.terminal import one_line
@@ -113,7 +113,8 @@ def _training(curves: dict[str, list[Series]]):
     rows = -(-len(curves) // columns)
     names = list(dict.fromkeys(one.label for series in curves.values() for one in series))
     figure = Figure(figsize=(PAGE * columns / _PANELS, 1.45 * rows + 0.3), layout="constrained")
-    chosen = [x for one in curves.get(RECOMMENDED, ()) for x in one.marks] if len(names) == 1 else []
+    strategy = MEASURED if MEASURED in curves else RECOMMENDED
+    chosen = [x for one in curves.get(strategy, ()) for x in one.marks] if len(names) == 1 else []
     for number, (metric, series) in enumerate(curves.items(), 1):
         axes = figure.add_subplot(rows, columns, number)
         for one in series:
@@ -123,7 +124,7 @@ def _training(curves: dict[str, list[Series]]):
                 colours = {"facecolors": "white", "edgecolors": look["color"]}
                 axes.scatter(*ring, s=22, zorder=3, **colours, label="chosen by this metric")
         for x in chosen:
-            axes.axvline(x, color=_GREY, linewidth=0.7, linestyle=(0, (1, 1)), label=f"chosen by {RECOMMENDED}")
+            axes.axvline(x, color=_GREY, linewidth=0.7, linestyle=(0, (1, 1)), label=f"chosen by {strategy}")
         axes.set(xlabel="epoch", ylabel=METRICS[metric].label)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(4))

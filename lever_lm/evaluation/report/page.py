@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from lever_lm.data import VqaData
-from lever_lm.evaluation.arena import WARMUPS
+from lever_lm.evaluation.arena import WARMUPS, made_by
 from lever_lm.evaluation.findings_files import own_folder, read_arena, read_diagnosis
 from lever_lm.evaluation.report import contenders
 from lever_lm.evaluation.report import phrasing as words
@@ -22,14 +22,14 @@ from lever_lm.evaluation.templates import render
 from lever_lm.selectors import CONTRASTS, LEARNED, named
 from lever_lm.selectors.pointer.checkpoint import load_policy, policy_digest
 from lever_lm.training.environment import read_environment, typed_again
-from lever_lm.training.metrics import LOGGED, METRICS, RECOMMENDED
+from lever_lm.training.metrics import LOGGED, MEASURED, METRICS, RECOMMENDED, recommended_by
 from lever_lm.training.run_dir import RunFolder, differing
 from lever_lm.utils.atomic_io import write_text
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.safe_parse import CONFIG_LIMIT, read_bytes
 from lever_lm.utils.terminal import shown
 
-_EPOCHS = ("phase", "epoch", *LOGGED, RECOMMENDED)
+_EPOCHS = ("phase", "epoch", *LOGGED, RECOMMENDED, MEASURED)
 _MOST = 200  # epochs in the table
 _LONGEST = 200  # characters of a value that differs
 
@@ -85,7 +85,7 @@ def _page(main: Evaluated, data: VqaData | None, others: list[Evaluated]) -> dic
         "health": words.health(rows),
         "groups": words.groups(rows),
         "warnings": words.warnings_of(rows),
-        "columns": _EPOCHS,
+        "columns": [key for key in _EPOCHS if key != MEASURED or recommended_by(rows) == MEASURED],
         "epochs": rows[-_MOST:],
         "left_out": max(0, len(rows) - _MOST),
         "config": _text(main.run.config),
@@ -109,9 +109,11 @@ def _accuracy_chart(series: list[Series]) -> str:
 
 
 def _title(phase: str, run: RunFolder) -> str:
-    """Return what a phase of a run is called: a warm-up that is not RCE, by the selector that it makes."""
-    made = WARMUPS.get(str(settings_of(run).get("warmup")))
-    return f"Warm-up: {named(made)}" if phase == "rce" and made else PHASES[phase]
+    """Return what a phase of a run is called: a warm-up that is not RCE, by the selectors that its losses make."""
+    losses = str(settings_of(run).get("warmup")).split("+")
+    if phase != "rce" or not any(loss in WARMUPS for loss in losses):
+        return PHASES[phase]
+    return f"Warm-up: {', then '.join(named(made_by(loss)) for loss in losses)}"
 
 
 def _curve_chart(phase: str, metric: str, series: list[Series]) -> tuple[str, str]:
