@@ -136,12 +136,13 @@ def values_of(run: RunFolder) -> dict:
 
 
 def _without(values: dict, keys: Iterable[tuple[str, ...]], above: tuple[str, ...] = ()) -> dict:
-    """Return nested values without some keys."""
-    left = {}
-    for name, value in values.items():
-        if (key := (*above, name)) not in keys:
-            left[name] = _without(value, keys, key) if isinstance(value, dict) else value
-    return left
+    """Return nested values without some keys, and without sections that hold no other."""
+    left = {
+        name: _without(value, keys, (*above, name)) if isinstance(value, dict) else value
+        for name, value in values.items()
+        if (*above, name) not in keys
+    }
+    return {name: value for name, value in left.items() if value != {}}
 
 
 def load_for(path: Path, config: Config, say: Callable[[str], None] = warnings.warn) -> PointerSelector:
