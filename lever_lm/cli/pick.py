@@ -29,7 +29,8 @@ def the_query(
 def pick_for(retriever: Retriever, query: Example, shots: int, *, answer: bool, prompt: bool) -> dict:
     """Return the picks for a query, as `--json` has them; with the LVLM's answer and the prompt where asked for."""
     picks, pool = retriever.pick(query, shots=shots), retriever.pool(query)
-    sampler = retriever.config.sampler.name if retriever.from_pools else None
+    by = retriever.config.sampler.name if retriever.config.infer.pool_size else "the nearest by image and text"
+    sampler = by if retriever.from_pools else None
     result = {
         "query": {**_described(query), "question_id": query.question_id if query.answers else None},
         "icds": [_row(pick) for pick in picks],

@@ -1,5 +1,6 @@
 """From the options of a command to the pipeline that it works with: one that makes something new, or that of a run."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from typer import Exit
 
 from lever_lm.cli.options import Common, emit, named_yamls, nested, option_values
-from lever_lm.config.load import Layer, file_layer, layers
+from lever_lm.config.load import Layer, Layers, file_layer, layers
 from lever_lm.config.schema import Config, DataConfig
 from lever_lm.training.metrics import PHASES
 from lever_lm.training.run_dir import Layout, RunFolder
@@ -49,6 +50,8 @@ def make_pipeline(
         refuse_options(common, "--from-run brings its own config", *_KINDS, "config")
         made = layers({}, None, sets, options, base=Layer("base", config_of(RunFolder(from_run))))
         run_name = run_name or f"{from_run.resolve().name}_repeat"
+    if not common.overwrite:
+        made = _going_on(made, RunFolder(run_dir or Layout(made.config(), common.results, run_name).run))
     return _pipeline(common, made, run_name, run_dir)
 
 
@@ -58,6 +61,17 @@ def _own_warmup(found: list[Layer], why: str) -> None:
     places = [place for place, layer in enumerate(found) if "warmup" in layer.values]
     if places and found[places[-1]].source.startswith("configs/dataset/"):
         found.insert(places[-1] + 1, Layer(why, {"warmup": Config.warmup}))
+
+
+def _going_on(made: Layers, run: RunFolder) -> Layers:
+    """Return the layers of a command that goes on with the run in a folder, if there is one: the size of its pools at
+    inference stays unless a layer names another, so that a run of 0.1 goes on as well."""
+    with contextlib.suppress(LeverError):  # `RunFolder.check` refuses what cannot be read
+        infer = run.settings()["infer"] if run.config.is_file() else None
+        if isinstance(infer, dict):
+            own = Layer("the run", {"infer": {"pool_size": infer["pool_size"]}})
+            return made._replace(found=[own, *made.found])
+    return made
 
 
 def pipeline_of_run(

@@ -101,7 +101,7 @@ class FeatureConfig(Section, section="features"):
 
 @dataclass(frozen=True)
 class SamplerConfig(Section, section="sampler"):
-    """How the pool of a query is drawn from the training examples (its size is rollout.pool_size)."""
+    """How the pool of a query is drawn from the training examples (its size: rollout.pool_size, infer.pool_size)."""
 
     name: str = answers("rand_sampler", "or text_sim_sampler, img_sim_sampler; mix_sampler: 1/2, 1/4, 1/4 of the three")
 
@@ -190,7 +190,7 @@ class RolloutConfig(Section, section="rollout"):
     """The rollouts of a query: how many queries, how large a pool, how many sequences of each kind."""
 
     num_queries: int = setting(5000, "training examples that get a group; all of them if there are fewer", "> 0")
-    pool_size: int = answers(64, "candidates of a query", "> 0")
+    pool_size: int = setting(64, "candidates of a query in training; of an evaluation: infer.pool_size", "> 0")
     shots: int = setting(2, "demonstrations of a rollout", "> 0")
     beam: int = setting(2, "beams of the initial policy", ">= 0")
     sample: int = setting(3, "samples of the initial policy, at each temperature", ">= 0")
@@ -301,8 +301,9 @@ class GrpoConfig(Section, section="grpo"):
 
 @dataclass(frozen=True)
 class InferConfig(Section, section="infer"):
-    """The queries of an evaluation, and how predictions are scored."""
+    """The queries of an evaluation, what is chosen from, and how predictions are scored."""
 
+    pool_size: int = answers(256, "candidates of a query at inference; 0: of all the nearest, at most 1,024", ">= 0")
     num_queries: int = command(0, "queries that are answered; 0: all of the evaluation split")
     okvqa_stem: bool = command(False, "reduce predictions as OK-VQA reduced its `answer`s, before they are scored")
 

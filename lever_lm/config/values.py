@@ -91,6 +91,15 @@ def merge(base: dict, update: dict) -> dict:
     return merged
 
 
+def with_measured_pool(values: dict) -> dict:
+    """Return stored config values with the pools that their run was measured with. 0.1 stored no infer.pool_size, and
+    chose from pools of rollout.pool_size."""
+    rollout, infer = values.get("rollout"), values.get("infer", {})
+    if not (isinstance(rollout, dict) and "pool_size" in rollout and isinstance(infer, dict)) or "pool_size" in infer:
+        return values
+    return merge(values, dotted("infer.pool_size", rollout["pool_size"]))
+
+
 def dotted(key: str, value) -> dict:
     """Return `a.b`, v as {"a": {"b": v}}."""
     for part in reversed(key.split(".")):

@@ -60,10 +60,9 @@ def _official_files(config: DataConfig, split: str) -> Iterator[Check]:
         yield Check(f"{split} images", "missing", found, mend)
 
 
-def check_examples(config: DataConfig, answers: list[str]) -> Iterator[Check]:
-    """Count the examples of each split that can be used and those that cannot. Images are looked up, not decoded. The
-    reference answers of those that can be used are added to `answers`."""
-    splits = {}
+def check_examples(config: DataConfig, splits: dict[str, list[Example]]) -> Iterator[Check]:
+    """Count the examples of each split that can be used and those that cannot. Images are looked up, not decoded. Those
+    that can be used are added to `splits`."""
     for split, expected in zip(SPLITS, OFFICIAL_SIZES.get(config.name, (None, None)), strict=True):
         bad = BadExamples(skip=True)
         try:
@@ -73,7 +72,6 @@ def check_examples(config: DataConfig, answers: list[str]) -> Iterator[Check]:
             yield Check(f"{split} examples", "missing", found, mend or "replace the file")
             continue
         splits[split] = examples
-        answers += [answer for example in examples for answer in example.answers]
         found = f"{len(examples)} usable"
         if bad.problems:
             status = "warning" if config.skip_bad_examples and examples else "missing"

@@ -22,6 +22,7 @@ from lever_lm.utils.progress import WORTH_A_WORD, Track, Work, untracked
 # Breaks ties of repeated questions; far under any difference that means something.
 _JITTER = 1e-6
 _CHUNK = 512
+NEAREST = 1024  # candidates of a pool that is to hold the whole split: a policy's cost grows with the pool
 
 
 def query_rng(seed: int, query: Example) -> np.random.Generator:
@@ -31,10 +32,13 @@ def query_rng(seed: int, query: Example) -> np.random.Generator:
 
 class Candidates:
     """The training examples that may be shown before a query. Equal content is one image, whatever its ids say; an
-    equal `image_id` is one image, too. Raises LeverError for an image that cannot be read."""
+    equal `image_id` is one image, too. Raises LeverError for an image that cannot be read.
 
-    def __init__(self, train: Sequence[Example]):
-        self._images = [(example.image_id, example.content) for example in train]
+    by_content: False goes by ids alone and reads no image, for an estimate."""
+
+    def __init__(self, train: Sequence[Example], *, by_content: bool = True):
+        self._by_content = by_content
+        self._images = [self._names(example) for example in train]
         self._about: dict[int | str, list[int]] = defaultdict(list)  # image_id or content → rows
         self._asked: dict[int, list[int]] = defaultdict(list)  # question_id → rows
         for row, example in enumerate(train):
@@ -42,10 +46,13 @@ class Candidates:
             for name in self._images[row]:
                 self._about[name].append(row)
 
+    def _names(self, example: Example) -> tuple[int | str, ...]:
+        return (example.image_id, example.content) if self._by_content else (example.image_id,)
+
     def withheld(self, query: Example) -> set[int]:
         """Return the rows of `train` that may not stand before this query: the question itself, all on its image."""
         own: set[int] = set()
-        names = [query.image_id, query.content]
+        names = [*self._names(query)]
         for name in names:  # grows on the way: each row may know the image by another name
             for row in self._about.get(name, ()):
                 if row not in own:
@@ -117,6 +124,11 @@ def _mixed(draw: Draw) -> list[int]:
     return by_text + draw.nearest("img", (draw.size + 1) // 4, exclude=by_text)
 
 
+def _nearest_by_both(draw: Draw) -> list[int]:
+    """The whole split through a similarity prefilter: the nearest by image and text."""
+    return nearest(draw.similarity("img") + draw.similarity("text"), draw.rows, draw.size, draw.rng)
+
+
 # A sampler returns the rows that it wants in the pool; `sample_pools` fills the rest at random, and shuffles.
 SAMPLERS: dict[str, Callable[[Draw], list[int]]] = {
     "rand_sampler": lambda draw: [],
@@ -124,6 +136,14 @@ SAMPLERS: dict[str, Callable[[Draw], list[int]]] = {
     "img_sim_sampler": lambda draw: draw.nearest("img", draw.size),
     "mix_sampler": _mixed,
 }
+
+
+NEEDS_NO_FEATURES = ("rand_sampler",)
+
+
+def pool_bound(size: int) -> int:
+    """Return how many candidates a pool of infer.pool_size holds at most."""
+    return size or NEAREST
 
 
 def check_sampler(config: SamplerConfig) -> None:
@@ -136,18 +156,21 @@ def sample_pools(
     config: SamplerConfig,
     queries: Sequence[Example],
     train: Sequence[Example],
-    embeddings: tuple[Embeddings, Embeddings],
+    embeddings: tuple[Embeddings, Embeddings] | None,
     *,
     size: int,
     seed: int,
+    candidates: Candidates | None = None,
     track: Track = untracked,
 ) -> list[list[int]]:
     """Return the pool of each query, as rows of `train`; smaller than `size` only where fewer examples are allowed.
+    size 0: the NEAREST examples by image and text, whatever the sampler.
 
-    embeddings: of (queries, train), row for row.
+    embeddings: of (queries, train), row for row; None for a sampler of NEEDS_NO_FEATURES. candidates: of `train`.
     """
     check_sampler(config)
-    candidates, pools = Candidates(train), []
+    sampler = SAMPLERS[config.name] if size else _nearest_by_both
+    candidates, size, pools = candidates or Candidates(train), pool_bound(size), []
 
     @lru_cache(maxsize=2)  # images and texts of one chunk
     def chunk(part: str, start: int) -> np.ndarray:
@@ -159,7 +182,7 @@ def sample_pools(
         if rows.size == 0:
             raise LeverError(f"question {query.question_id}: no training example is left to show before it")
         draw = Draw(rows, size, rng, lambda part, i=i: chunk(part, i - i % _CHUNK)[i % _CHUNK])
-        pool = SAMPLERS[config.name](draw)
+        pool = sampler(draw)
         rest = np.setdiff1d(rows, pool, assume_unique=True) if pool else rows
         pool += rng.permutation(rest)[: size - len(pool)].tolist()
         pools.append([pool[i] for i in rng.permutation(len(pool))])

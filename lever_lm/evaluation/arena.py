@@ -17,6 +17,7 @@ from pathlib import Path
 from lever_lm.config.load import layers
 from lever_lm.config.schema import Config, to_dict
 from lever_lm.config.values import configs_root
+from lever_lm.data.pools import pool_bound
 from lever_lm.evaluation.evaluate import Evaluation, Outcome
 from lever_lm.evaluation.statistics import holm, paired_test
 from lever_lm.selectors import ANY_POLICY, FROM_FILE, SELECTORS, SIMPLE, ZERO_SHOT
@@ -31,6 +32,7 @@ from lever_lm.utils.errors import LeverError, UsageError
 from lever_lm.utils.terminal import shown
 
 ALL = "all"
+_OF_RIVAL = [*SETTING, ("rollout", "pool_size")]  # keys that a run beside another one shares with it
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ def training_command(pipeline: Pipeline, name: str) -> str:
     found = []
     for dataset, lvlm in product(*stems):
         made = to_dict(layers({"dataset": dataset, "lvlm": lvlm, "selector": name}, None, [], {}).config())
-        found.append((dataset, lvlm, [key for key in SETTING if made[key[0]][key[1]] != here[key[0]][key[1]]]))
+        found.append((dataset, lvlm, [key for key in _OF_RIVAL if made[key[0]][key[1]] != here[key[0]][key[1]]]))
     dataset, lvlm, others = min(found, key=lambda one: len(one[2]))
     words = ["lever", "train", "--selector", name, "--dataset", dataset, "--lvlm", lvlm]
     words += [f"--set={'.'.join(key)}={json.dumps(here[key[0]][key[1]], ensure_ascii=False)}" for key in others]
@@ -143,12 +145,13 @@ def check_runs(pipeline: Pipeline, names: Sequence[str]) -> None:
 
 def check_shots(config: Config, shots: Sequence[int], names: Sequence[str]) -> None:
     """Raise UsageError for more shots than a pool holds, where one of these selectors chooses from pools."""
-    size, most = config.rollout.pool_size, max(shots)
+    size, most = pool_bound(config.infer.pool_size), max(shots)
     pooled = [name for name in dict.fromkeys(names) if SELECTORS[name].pool]
     if pooled and most > size:
         raise UsageError(
-            f"--shots {most} exceeds rollout.pool_size {size}, from which {', '.join(pooled)} would choose: lower "
-            "--shots, or leave out what chooses from pools"
+            f"--shots {most} exceeds the {size:,} candidates of infer.pool_size {config.infer.pool_size}, from which "
+            f"{', '.join(pooled)} would choose: lower --shots, raise infer.pool_size, or leave out what chooses from "
+            "pools"
         )
 
 
@@ -156,8 +159,10 @@ def chooses_from(name: str, evaluation: Evaluation) -> str:
     """Return from what a selector chooses."""
     if name == ZERO_SHOT:
         return "nothing"
-    pool, total = SELECTORS[name].pool, len(evaluation.data.train_examples)
-    return f"pools of {evaluation.config.rollout.pool_size}" if pool else f"all {total:,}"
+    size, total = evaluation.config.infer.pool_size, len(evaluation.data.train_examples)
+    if not SELECTORS[name].pool:
+        return f"all {total:,}"
+    return f"pools of {size:,}" if size else f"the nearest {min(pool_bound(size), total):,}"
 
 
 def cost_of(name: str, checkpoint: Path, seconds: float, evaluation: Evaluation) -> Cost:

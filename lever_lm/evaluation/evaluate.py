@@ -18,6 +18,7 @@ from lever_lm.data.pools import sample_pools
 from lever_lm.evaluation.statistics import bootstrap_interval, paired_test
 from lever_lm.lvlm import CachedLvlm, build_prompt
 from lever_lm.selectors import ZERO_SHOT, select
+from lever_lm.selectors.pool_recall import pool_recalls
 from lever_lm.selectors.problem import Problem
 from lever_lm.tasks import TASKS
 from lever_lm.utils.progress import Track, untracked
@@ -75,6 +76,11 @@ class Evaluation:
         problem = problem_of(self.config, *examples, embeddings, self.track)
         return replace(problem, answer=self._answer, embed=self._embed)
 
+    def pool_recall(self) -> dict[int, float]:
+        """Return the recall of the pools of training and of inference, as `pool_recalls` does."""
+        embeddings = (self.features.val.take(self.rows), self.features.train)
+        return pool_recalls(self.config, self.queries, self.data.train_examples, TASKS[self.data.task], embeddings)
+
     def _answer(self, shown: Sequence[Sequence[int]]) -> list[str]:
         """Return what the LVLM answers to each query after these training rows, first pick first."""
         train, pairs = self.data.train_examples, zip(shown, self.queries, strict=True)
@@ -120,7 +126,7 @@ def problem_of(
     track: Track = untracked,
 ) -> Problem:
     """Return queries with the pools and features that a config asks for. embeddings: of (queries, train)."""
-    size, seed = config.rollout.pool_size, config.seed
+    size, seed = config.infer.pool_size, config.seed
     pools = sample_pools(config.sampler, queries, train, embeddings, size=size, seed=seed, track=track)
     of_query, of_icd = config.features.parts()
     features = (embeddings[0].combine(of_query), embeddings[1].combine(of_icd))

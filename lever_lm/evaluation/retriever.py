@@ -7,7 +7,7 @@
     messages = retriever.prompt("x.jpg", "Which number is written here?", picks)
 
 `retriever.answer(...)`, with the same arguments as `prompt`, asks the LVLM. Picks are chosen as for an evaluation
-query: by the policy, from a pool that the sampler draws from the training split.
+query: by the policy, from a pool of infer.pool_size examples that the sampler draws from the training split.
 """
 
 import hashlib
@@ -59,8 +59,8 @@ class Retriever:
     """A policy with all it needs to choose demonstrations for any image and question.
 
     checkpoint: a run folder (its chosen checkpoint, as for `lever infer`), a checkpoint file, a folder of `lever
-    export`, or a hub id OWNER/NAME. Dataset, encoder, features, sampler, pool size, prompt and LVLM are those of the
-    config beside it; these change them:
+    export`, or a hub id OWNER/NAME. Dataset, encoder, features, sampler, size of the pools (infer.pool_size), prompt
+    and LVLM are those of the config beside it; these change them:
     examples: demonstrations of your own in place of the training split, as `Example`s or (image, question, answer);
     picks number them (`question_id`) from 0 in this order.
     dataset, lvlm: names of YAMLs in configs/. sets: config keys as for --set, `["features.encoder=DIR", "device=cpu"]`.

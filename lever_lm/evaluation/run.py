@@ -37,6 +37,7 @@ from lever_lm.selectors import BASELINES, FROM_FILE, SELECTORS
 from lever_lm.selectors.learned import choose
 from lever_lm.selectors.pointer.checkpoint import policy_digest
 from lever_lm.selectors.pointer.model import PointerSelector
+from lever_lm.selectors.pool_recall import recall_in_words
 from lever_lm.training.environment import command_line, recorded
 from lever_lm.training.find_checkpoint import find_checkpoint, load_for
 from lever_lm.training.from_checkpoint import change_lines, changes, changes_of_run
@@ -175,8 +176,13 @@ def evaluate_methods(
         encoder_fingerprint(config.features.encoder),
         config.features.name,
         pipeline.lvlm.fingerprint,
-        *(config.sampler, config.rollout.pool_size, config.seed, config.infer, config.prompt.cut, CODE["inference"]),
+        *(config.sampler, config.seed, config.infer, config.prompt.cut, CODE["inference"]),
     )
+    if any(SELECTORS[method].pool for method in choices if method in SELECTORS):
+        recalls = evaluation.pool_recall()
+        facts = {**facts, "pool_recall": {str(size): share for size, share in recalls.items()}}
+        if recalls:
+            pipeline.screen.say(f"pools: {recall_in_words(config, recalls)}")
     facts = {
         **facts,
         "tests": compare(ours, outcomes),

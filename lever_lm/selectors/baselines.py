@@ -42,6 +42,7 @@ def oracle(problem: Problem, shots: int) -> Iterator[list[int]]:
     similarity of image and text."""
     rows = similarity_rows(*problem.embeddings, SAME_PARTS)
     for query, scores in zip(problem, rows, strict=True):
-        right = [problem.task.score(problem.train[row].answer, query.example) for row in query.pool]
-        scores[query.pool] += _ABOVE * np.array(right)
+        answers = [problem.train[row].answer for row in query.pool]
+        right = {answer: problem.task.score(answer, query.example) for answer in dict.fromkeys(answers)}
+        scores[query.pool] += _ABOVE * np.array([right[answer] for answer in answers])
         yield nearest(scores, np.array(query.pool), shots, query.rng)

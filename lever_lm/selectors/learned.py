@@ -12,7 +12,7 @@ from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.selectors.problem import Problem
 from lever_lm.utils.errors import LeverError
 
-_CHUNK = 256
+_CHUNK, _CANDIDATES = 256, 16_384  # queries and candidates at a time: at most 48 MiB of features of D = 768
 _CONSIDERED = 8  # candidates for the first place that are kept with a sample
 
 
@@ -41,7 +41,7 @@ def choose(
         try:
             places = policy.select(*chunk, shots, mask)
         except ValueError as error:
-            raise LeverError(f"{error}: lower --shots or raise rollout.pool_size") from error
+            raise LeverError(f"{error}: lower --shots or raise infer.pool_size") from error
         logits = policy.logits(*chunk, places, mask)  # (B, S, K), and one more with a stop
         finite = torch.isfinite(logits).all(-1)
         if not finite.all():
@@ -72,8 +72,9 @@ def _chunks(problem: Problem) -> Iterator[tuple[list[list[int]], tuple[Tensor, T
     """Yield the queries some at a time: their pools, the features (B, D) and (B, K, D), and the mask (B, K) of the
     candidates that are real."""
     (queries, icds), size = problem.features, max(map(len, problem.pools))
-    for start in range(0, len(queries), _CHUNK):
-        pools = problem.pools[start : start + _CHUNK]
+    step = max(1, min(_CHUNK, _CANDIDATES // size))
+    for start in range(0, len(queries), step):
+        pools = problem.pools[start : start + step]
         rows = torch.tensor([pool + [0] * (size - len(pool)) for pool in pools])
         mask = torch.tensor([[True] * len(pool) + [False] * (size - len(pool)) for pool in pools])
-        yield pools, (queries[start : start + _CHUNK], icds[rows]), mask
+        yield pools, (queries[start : start + step], icds[rows]), mask

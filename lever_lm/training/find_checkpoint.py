@@ -3,10 +3,11 @@
 import contextlib
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from lever_lm.config.schema import Config
+from lever_lm.config.schema import Config, keys_of
+from lever_lm.config.values import with_measured_pool
 from lever_lm.data.embeddings import encoder_fingerprint, same_encoder
 from lever_lm.selectors.pointer.checkpoint import own_config, policy_of, read_checkpoint
 from lever_lm.selectors.pointer.hub_format import is_exported, policy_folder, setting_of
@@ -19,7 +20,6 @@ from lever_lm.utils.errors import LeverError
 from lever_lm.utils.terminal import one_line, shown
 
 VARIABLE = "LEVER_LM_CHECKPOINT_PATH"
-_OF_A_COMMAND = ("device", "infer", "keep")  # sections of a run's config that say nothing of how it was trained
 
 
 def find_checkpoint(run: RunFolder, wanted: str | None, environ: dict) -> tuple[Path, str]:
@@ -123,7 +123,8 @@ def locate(checkpoint: str | Path) -> tuple[Path, str, dict]:
     if policy_folder(path) is None:
         raise LeverError(f"no checkpoint {path}: expected a run folder, a checkpoint, an exported folder or OWNER/NAME")
     content = read_checkpoint(path)
-    return path, "as named", {**setting_of(content["setting"]), "seed": own_config(content).get("seed", 0)}
+    setting = setting_of(with_measured_pool(content["setting"]))
+    return path, "as named", {**setting, "seed": own_config(content).get("seed", 0)}
 
 
 def values_of(run: RunFolder) -> dict:
@@ -131,7 +132,17 @@ def values_of(run: RunFolder) -> dict:
     has no config, or learned from features of the user's own, of which its config says nothing."""
     if not run.config.is_file() or "embeddings" in recorded(run, "sources"):
         return {}
-    return {key: value for key, value in run.values().items() if key not in _OF_A_COMMAND}
+    return _without(run.values(), keys_of("command"))
+
+
+def _without(values: dict, keys: Iterable[tuple[str, ...]], above: tuple[str, ...] = ()) -> dict:
+    """Return nested values without some keys, and without sections that hold no other."""
+    left = {
+        name: _without(value, keys, (*above, name)) if isinstance(value, dict) else value
+        for name, value in values.items()
+        if (*above, name) not in keys
+    }
+    return {name: value for name, value in left.items() if value != {}}
 
 
 def load_for(path: Path, config: Config, say: Callable[[str], None] = warnings.warn) -> PointerSelector:

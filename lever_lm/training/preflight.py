@@ -1,15 +1,21 @@
 """The checks of a command: each stage that it needs says what it lacks, before any model is loaded."""
 
+import contextlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from lever_lm.config.schema import Config
+from lever_lm.data import Example, load_dataset
 from lever_lm.data.checks import check_examples, check_files
-from lever_lm.data.embeddings import DEFAULT_WIDTH
+from lever_lm.data.embeddings import DEFAULT_WIDTH, cached_features
 from lever_lm.data.okvqa import OFFICIAL_SIZES
+from lever_lm.data.pools import NEEDS_NO_FEATURES, Candidates
 from lever_lm.lvlm.checks import check_answer_lengths, check_device, check_lvlm
+from lever_lm.selectors.pool_recall import pool_recalls, recall_in_words
+from lever_lm.tasks import TASKS
 from lever_lm.training.run_dir import Layout
 from lever_lm.utils.checks import GIB, Check, check_model, check_results, nearest_existing
+from lever_lm.utils.errors import LeverError
 from lever_lm.utils.paths import ASSET_PREFIX
 from lever_lm.utils.progress import unsaid
 
@@ -48,11 +54,35 @@ def examine(
     if count:
         checks += _models_of_digits(config)
         if files and all(check.status == "ok" for check in files):
-            answers: list[str] = []
-            checks += check_examples(config.data, answers)
+            splits: dict[str, list[Example]] = {}
+            checks += check_examples(config.data, splits)
+            answers = [answer for examples in splits.values() for example in examples for answer in example.answers]
             checks += check_answer_lengths(config.lvlm, answers)
+            if all(splits.get(split) for split in ("train", "val")):
+                checks += _check_pools(config, layout, splits)
     checks += check_device(config.device, config.lvlm if "lvlm" in needs and not config.lvlm.server else None)
     return [*checks, check_results(layout.dataset), _disk(config, layout, checks)]
+
+
+def _check_pools(config: Config, layout: Layout, splits: dict[str, Sequence[Example]]) -> Iterator[Check]:
+    """Tell the recall of the pools: from the data alone where they are drawn at random, else from the features in the
+    cache. No image is read for it, so that pools go by the ids of images."""
+    train, val, embeddings = splits["train"], splits["val"], None
+    if config.sampler.name not in NEEDS_NO_FEATURES or not config.infer.pool_size:
+        features = None
+        if layout.features.is_file():
+            with contextlib.suppress(LeverError):  # told by the other checks
+                data = load_dataset(config.data)
+                features = cached_features(data, config.features, layout.features)
+        if features is None:
+            found = f"drawn by features that are not in {layout.features} yet"
+            yield Check("pools", "ok", f"{found}; `lever infer` tells how many hold a right answer")
+            return
+        train, val, embeddings = data.train_examples, data.val_examples, (features.val, features.train)
+    task, candidates = TASKS[config.data.task], Candidates(train, by_content=False)
+    recalls = pool_recalls(config, val, train, task, embeddings, candidates)
+    if recalls:
+        yield Check("pools", "ok", recall_in_words(config, recalls))
 
 
 def _models_of_digits(config: Config) -> Iterator[Check]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from lever_lm.config.schema import Config, keys_of, to_dict
-from lever_lm.config.values import typed
+from lever_lm.config.values import typed, with_measured_pool
 from lever_lm.training.metrics import PHASES
 from lever_lm.training.metrics_file import metrics_rows
 from lever_lm.utils.atomic_io import remove, sweep, write_text
@@ -65,7 +65,7 @@ def inference_folder(run_dir: Path) -> Path:
 # ---------------------------------------------------------------------- runs
 
 # Settings that may change when a run goes on: they do not change what is already there.
-_FREE = {("infer",), *keys_of("command", "length", "speed", "place")} - {("data", "train_path")}
+_FREE = {*keys_of("command", "length", "speed", "place")} - {("data", "train_path")}
 
 
 class RunFolder:
@@ -154,12 +154,13 @@ class RunFolder:
         return _with_defaults(self.values(), to_dict(Config()))
 
     def values(self) -> dict:
-        """Read the nested values of the run's config.yaml. Raises LeverError where it cannot be read."""
+        """Read the nested values of the run's config.yaml, with its pools. Raises LeverError where it cannot be
+        read."""
         try:
             there = typed(load_yaml(read_bytes(self.config, CONFIG_LIMIT)))
         except (OSError, ValueError) as error:
             raise LeverError(f"cannot read {self.config}: {error}; --overwrite starts over") from error
-        return there if isinstance(there, dict) else {}
+        return with_measured_pool(there) if isinstance(there, dict) else {}
 
     def lvlm(self) -> str | None:
         """Return the name of the LVLM whose answers the run learned from: by its config, else by the folder's name."""

@@ -153,8 +153,8 @@ def test_an_empty_folder_has_nothing_to_offer_and_stays_empty(lever, tmp_path, c
 @pytest.mark.parametrize("command", [["infer", "--ckpt", str(RUN / "grpo_epoch1.pt")], ["demo", *SMALL[:4]]])
 def test_more_shots_than_the_pool_holds_are_refused_before_any_work(trained, lever, command):
     before = files_in(trained)
-    done = lever(*command, "--shots", "1,65", "--json")
-    assert_refused(done, done.status or 1, "--shots", "rollout.pool_size")
+    done = lever(*command, "--shots", "1,257", "--json")
+    assert_refused(done, done.status or 1, "--shots 257", "infer.pool_size 256")
     assert done.status in (1, 2)
     assert files_in(trained) == before
 

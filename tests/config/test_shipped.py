@@ -67,6 +67,7 @@ def test_the_defaults_are_those_that_the_pages_name():
         "grpo.batch_size": 64, "rce.epochs": 5, "rce.batch_size": 64, "rce.temperature_start": 2.0,
         "rce.temperature_end": 0.5, "policy.state_update": "none", "policy.scorer": "dot", "policy.diversity": "none",
         "policy.stop": False, "rollout.infoscore": 0, "rollout.pool_size": 64, "rollout.num_queries": 5000,
+        "infer.pool_size": 256,
         "rollout.shots": 2,
         "reward.mode": "hard_plus_soft",
         "reward.missing": "refuse", "lvlm.bank_disk": 64.0, "lvlm.batch_tokens": 65536, "lvlm.concurrency": 32,

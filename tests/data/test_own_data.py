@@ -86,6 +86,6 @@ def test_pools_of_the_large_data_sets_are_random_and_of_the_official_size(datase
 
 def test_the_numbers_of_official_questions_are_those_the_doctor_expects(tmp_path):
     build_official(tmp_path, train=6, val=6)
-    said = [check.found for check in check_examples(DataConfig("okvqa", str(tmp_path), str(tmp_path)), [])]
+    said = [check.found for check in check_examples(DataConfig("okvqa", str(tmp_path), str(tmp_path)), {})]
     assert [number for number in ("9009", "5046") if not any(number in line for line in said)] == []
     assert "9,009 and 5,046 questions" in pages.text_of("docs/okvqa.md")

@@ -269,7 +269,7 @@ def test_doctor_names_the_training_questions_that_are_in_the_evaluation_split_to
     rows = parquet_rows(official, "val")
     write_parquet(tmp_path / "train.parquet", rows)
     config = DataConfig("mine", str(parquet), str(official), train_path=str(tmp_path), skip_bad_examples=skip)
-    *_, told = check_examples(config, [])
+    *_, told = check_examples(config, {})
     assert (told.what, told.status) == ("splits", "warning" if skip else "missing")
     assert "12 of 12 training questions are in the evaluation split, too" in told.found
 

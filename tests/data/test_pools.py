@@ -1,5 +1,7 @@
 """Pools: never the query or its image, the right shares, and the same whatever is asked around them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ import torch.nn.functional as F
 from lever_lm.config.schema import SamplerConfig
 from lever_lm.data import Example, StoredImage
 from lever_lm.data.embeddings import Embeddings
-from lever_lm.data.pools import SAMPLERS, Candidates, nearest, sample_pools, similarity_rows
+from lever_lm.data.pools import NEAREST, SAMPLERS, Candidates, nearest, pool_bound, sample_pools, similarity_rows
 from lever_lm.utils.errors import LeverError, UsageError
 
 TRAIN = 60
@@ -114,6 +116,30 @@ def test_similarity_samplers_take_the_nearest(name, part, train):
     matrix = getattr(train[1], part)
     for query, pool in zip(train[0], pools(name, train), strict=True):
         assert set(pool) == set(ranked(matrix @ matrix[query.question_id], others(train[0], query))[:16])
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_whole_split_is_the_nearest_by_image_and_text_up_to_a_bound_whatever_the_sampler(name, train, monkeypatch):
+    items, features = train
+    assert pool_bound(0) == NEAREST == 1024
+    for query, pool in zip(items, pools(name, train, size=0), strict=True):
+        assert sorted(pool) == others(items, query), "all of them where there are fewer"
+    monkeypatch.setattr("lever_lm.data.pools.NEAREST", 7)
+    similar = features.image @ features.image.T + features.text @ features.text.T
+    for query, pool in zip(items, pools(name, train, size=0), strict=True):
+        assert set(pool) == set(ranked(similar[query.question_id], others(items, query))[:7])
+
+
+def test_random_pools_need_no_features_and_by_ids_no_image(train):
+    items, drawn = train[0], pools("rand_sampler", train)
+    assert sample_pools(SamplerConfig("rand_sampler"), items, items, None, size=16, seed=0) == drawn
+    gone = [replace(item, image="/gone.jpg") for item in items]
+    candidates = Candidates(gone, by_content=False)
+    assert (
+        sample_pools(SamplerConfig("rand_sampler"), gone, gone, None, size=16, seed=0, candidates=candidates) == drawn
+    )
+    with pytest.raises(LeverError, match=r"/gone\.jpg"):
+        Candidates(gone)
 
 
 @pytest.mark.parametrize(

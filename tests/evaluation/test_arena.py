@@ -1,10 +1,12 @@
 """The table of `lever infer --against`: which selectors are asked for, and what its tests are."""
 
+from dataclasses import replace
+
 import pytest
 
 from lever_lm.cli.display import show_arena
-from lever_lm.evaluation.arena import Cost, arena_rows, parse_names
-from lever_lm.evaluation.evaluate import Outcome
+from lever_lm.evaluation.arena import Cost, arena_rows, check_shots, chooses_from, parse_names
+from lever_lm.evaluation.evaluate import Evaluation, Outcome
 from lever_lm.evaluation.statistics import holm, paired_test
 from lever_lm.selectors import SELECTORS
 from lever_lm.utils.console import Screen
@@ -73,3 +75,24 @@ def test_the_table_is_sorted_by_the_accuracy_at_the_most_shots():
         ("a", 1),
         ("a", 4),
     ]
+
+
+@pytest.mark.parametrize(("size", "said"), [(256, "pools of 256"), (0, "the nearest 1,024")])
+def test_the_table_says_from_what_a_selector_chooses(digits_config, digits, digits_features, size, said):
+    config = replace(digits_config, infer=replace(digits_config.infer, pool_size=size, num_queries=3))
+    evaluation = Evaluation(config, digits, digits_features)
+    assert chooses_from("grpo", evaluation) == chooses_from("oracle", evaluation) == said
+    assert chooses_from("mmices", evaluation) == "all 2,504"
+    assert {len(pool) for pool in evaluation.problem.pools} == {size or 1024}
+    small = replace(digits, train_examples=digits.train_examples[:300])
+    assert chooses_from("grpo", Evaluation(config, small, None)) == (said if size else "the nearest 300")
+
+
+@pytest.mark.parametrize(("size", "most"), [(4, 4), (0, 1024)])
+def test_more_shots_than_a_pool_holds_are_refused_by_the_option(digits_config, size, most):
+    config = replace(digits_config, infer=replace(digits_config.infer, pool_size=size))
+    check_shots(config, [1, most], ["oracle"])
+    check_shots(config, [2000], ["random", "fixed_set"])
+    said = rf"--shots {most + 1} exceeds the {most:,} candidates of infer\.pool_size {size}, from which oracle would"
+    with pytest.raises(UsageError, match=said):
+        check_shots(config, [1, most + 1], ["random", "oracle"])

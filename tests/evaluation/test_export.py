@@ -201,7 +201,7 @@ def test_a_checkpoint_of_unknown_origin_claims_no_dataset(tmp_path, in_a_run):
     config = json.loads((tmp_path / "shared/config.json").read_text())
     assert {"encoder", "dataset"}.isdisjoint(config)
     assert {"data", "features"}.isdisjoint(config["setting"])
-    assert config["setting"].get("rollout") == ({"pool_size": 64} if in_a_run else None)
+    assert config["setting"].get("infer") == ({"pool_size": 256} if in_a_run else None)
     assert bool(config["setting"]) == in_a_run
     assert "datasets" not in front_matter(tmp_path / "shared")
     text = (tmp_path / "shared/README.md").read_text()

@@ -215,8 +215,8 @@ def test_arguments_that_do_not_fit_are_refused(retriever, tmp_path):
     (tmp_path / "none.jpg").write_text("no image")
     with pytest.raises(LeverError, match=r"cannot decode the image .*none\.jpg: it is none of JPEG"):
         retriever.pick(tmp_path / "none.jpg", QUESTION)
-    with pytest.raises(LeverError, match="lower --shots"):
-        retriever.pick(IMAGE, QUESTION, shots=65)
+    with pytest.raises(LeverError, match=r"257 shots from a pool of 256 .*: lower --shots or raise infer\.pool_size"):
+        retriever.pick(IMAGE, QUESTION, shots=257)
 
 
 # ---------------------------------------------------------------------- which policy
@@ -226,8 +226,8 @@ def test_a_run_and_its_checkpoint_are_found_with_the_config_beside_them(home, re
     assert retriever.checkpoint.parent == home / RUN
     assert "best by val_reward" in retriever.why
     assert retriever.stages.layout.features == home / "results/digits/cache/features_tiny-clip.safetensors"
-    named = Retriever(retriever.checkpoint, results=home / "results", sets=["rollout.pool_size=9", "seed=4"])
-    assert (named.config.rollout.pool_size, named.config.seed) == (9, 4)
+    named = Retriever(retriever.checkpoint, results=home / "results", sets=["infer.pool_size=9", "seed=4"])
+    assert (named.config.infer.pool_size, named.config.seed) == (9, 4)
     assert named.config.sampler == retriever.config.sampler
     assert len(named.pick(IMAGE, QUESTION, shots=9)) == 9
 

@@ -33,7 +33,7 @@ def problem(digits_config, digits, digits_features):
 
 @pytest.fixture(scope="module")
 def ragged(problem):
-    """The problem with pools of 64 and of 9 candidates in turn."""
+    """The problem with pools of 256 and of 9 candidates in turn."""
     return dataclasses.replace(problem, pools=[p if i % 2 else p[:9] for i, p in enumerate(problem.pools)])
 
 
@@ -152,9 +152,17 @@ def test_choices_are_the_greedy_picks_of_each_query_alone_whatever_the_other_poo
     assert choose(policy, ragged, 1)[0] == [chosen[:1] for chosen in alone]
 
 
+def test_large_pools_are_looked_at_a_few_queries_at_a_time_and_the_picks_are_the_same(problem, policy, monkeypatch):
+    every, sizes, select_ = choose(policy, problem, 3)[0], [], policy.select
+    monkeypatch.setattr("lever_lm.selectors.learned._CANDIDATES", 3 * 256 + 1)
+    monkeypatch.setattr(policy, "select", lambda q, c, *rest: sizes.append(c.shape[:2]) or select_(q, c, *rest))
+    assert choose(policy, problem, 3)[0] == every
+    assert set(sizes) == {(3, 256), (QUERIES % 3, 256)}
+
+
 def test_more_shots_than_the_pool_holds_and_features_of_another_width_are_refused(problem, policy):
-    with pytest.raises(LeverError, match=r"--shots.*rollout\.pool_size"):
-        choose(policy, problem, 65)
+    with pytest.raises(LeverError, match=r"257 shots .*--shots.*infer\.pool_size"):
+        choose(policy, problem, 257)
     with pytest.raises(LeverError, match="96 dimensions, these have 64"):
         choose(PointerSelector(d_model=96, hidden_dim=32), problem, 1)
 

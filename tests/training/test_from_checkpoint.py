@@ -20,7 +20,7 @@ OWN = RUN.with_name(NAME)
 INFERENCE = Path("results/digits/inference") / NAME
 # A setting that differs from the defaults of a command in everything that changes a choice or a prompt.
 SETTING = ("--sampler", "text_sim_sampler", "--seed", "3", "--features", "query_img_icd_img_text")
-SETTING += ("--set", "rollout.pool_size=20", "--set", "prompt.order=first_pick_first", "--set", "lvlm.max_new_tokens=4")
+SETTING += ("--set", "infer.pool_size=20", "--set", "prompt.order=first_pick_first", "--set", "lvlm.max_new_tokens=4")
 FEW = ("--shots", "2", "--limit", "8", "--json")
 
 
@@ -60,7 +60,7 @@ def test_infer_pick_and_retriever_agree_query_by_query_under_the_runs_own_settin
     assert result["changed"] == {}
     retriever = Retriever(tmp_path / OWN)
     config = retriever.config
-    assert (config.sampler.name, config.rollout.pool_size, config.seed) == ("text_sim_sampler", 20, 3)
+    assert (config.sampler.name, config.infer.pool_size, config.seed) == ("text_sim_sampler", 20, 3)
     assert (config.prompt.order, config.features.name) == ("first_pick_first", "query_img_icd_img_text")
     assert config.lvlm.max_new_tokens == 4
     by_id = {query.question_id: query for query in retriever.stages.data.val_examples}
@@ -131,6 +131,49 @@ def test_a_run_is_found_by_its_name_whatever_its_dataset(there, tmp_path):
     assert "is a run of 2 datasets" in refused.err
 
 
+def test_a_run_and_an_exported_folder_of_0_1_keep_the_pools_that_they_were_measured_with(there, tmp_path):
+    """0.1 had one size, rollout.pool_size, and stored no other."""
+    path = tmp_path / OWN / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    assert config["rollout"]["pool_size"] == 64
+    assert config["infer"].pop("pool_size") == 20
+    config["rollout"]["pool_size"] = 12
+    path.write_text(yaml.safe_dump(config))
+    assert there("export", OWN, "shared", "--ckpt", "latest").status == 0
+    shared = json.loads((tmp_path / "shared/config.json").read_text())
+    assert shared["setting"].pop("infer") == {"pool_size": 12}
+    shared["setting"]["rollout"] = {"pool_size": 12}
+    (tmp_path / "shared/config.json").write_text(json.dumps(shared))
+    for words in (("--run-name", NAME), ("--ckpt", "shared")):
+        told = done_json(there("pick", *words, "--no-answer", "--json"))
+        assert (told["pool"]["size"], told["changed"]) == (12, {})
+        result = done_json(there("infer", *words, *FEW))
+        assert (result["changed"], list(result["pool_recall"])) == (
+            {},
+            ["12"] if "shared" not in words else ["64", "12"],
+        )
+    done = there("infer", "--run-name", NAME, "--set", "infer.pool_size=256", *FEW)
+    assert done_json(done)["changed"] == {"infer.pool_size": {"run": 12, "here": 256}}
+    assert "infer.pool_size: 12 in the run, 256 here" in done.err
+    assert "_changed_" in done.json["folder"]
+
+
+def test_training_that_goes_on_leaves_the_pools_of_inference_as_they_are(there, tmp_path):
+    path = tmp_path / OWN / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    config["rollout"]["pool_size"], words = 64, ("train", "--run-name", NAME, *SETTING[:6], *SETTING[8:])
+    words += ("--limit", "16", "--rce-epochs", "1", "--grpo-epochs", "3")
+    for stored in (20, None):  # by this version, and by 0.1
+        config["infer"] = {"num_queries": 16} | ({"pool_size": stored} if stored else {})
+        path.write_text(yaml.safe_dump(config))
+        assert done_json(there(*words, "--dry-run", "--json"))["config"]["infer"]["pool_size"] == (stored or 64)
+        refused = there(*words, "--set", "infer.pool_size=30")
+        assert refused.status == 1
+        assert f"infer.pool_size: {stored or 64} there, 30 here" in refused.err
+    assert there(*words).status == 0
+    assert yaml.safe_load(path.read_text())["infer"]["pool_size"] == 64
+
+
 def test_a_checkpoint_of_lever_plus_goes_by_the_commands_options(there, tmp_path):
     (tmp_path / OWN / "config.yaml").unlink()
     words = ("--ckpt", OWN / "grpo_epoch2.pt", "--features", "query_img_icd_img_text", "--no-answer", "--json")
@@ -172,14 +215,14 @@ def test_what_is_changed_is_named_and_stands_apart(there, tmp_path):
 
 
 def test_what_the_run_has_already_changes_nothing(there, tmp_path):
-    (tmp_path / "same.yaml").write_text("rollout: {pool_size: 20}\n")
+    (tmp_path / "same.yaml").write_text("infer: {pool_size: 20}\n")
     named = ("--dataset", "digits", "--lvlm", "tiny_qwen2.5_vl", "--sampler", "text_sim_sampler", "--recipe", "demo")
     keys = ("--device", "cpu", "--set", "lvlm.batch_size=3", "--config", "same.yaml")
     keys += ("--set", f"lvlm.path={asset_path('asset:tiny-qwen2.5-vl')}")
     for words in (named, keys):
         plan = done_json(there("infer", "--run-name", NAME, *words, "--dry-run", "--json"))
         config = plan["config"]
-        assert (config["sampler"]["name"], config["rollout"]["pool_size"]) == ("text_sim_sampler", 20)
+        assert (config["sampler"]["name"], config["infer"]["pool_size"]) == ("text_sim_sampler", 20)
         assert (config["seed"], config["lvlm"]["max_new_tokens"]) == (3, 4)
         assert plan["paths"]["inference"].rpartition("/")[0] == str(INFERENCE)
         assert "changed" not in plan["paths"]["inference"]

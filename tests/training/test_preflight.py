@@ -55,6 +55,29 @@ def test_nothing_is_missing_for_the_embedded_data(lever, tmp_path):
     assert files_in(tmp_path) == {}
 
 
+def test_the_recall_of_the_pools_is_told_from_what_is_there(trained, lever):
+    """Random pools need the data alone, others the features in the cache. As `infer` tells it of the same queries."""
+
+    def told(*words):
+        (found,) = (check for check in lever("doctor", *words, "--json").json["checks"] if check["what"] == "pools")
+        assert found["status"] == "ok"
+        return found["found"]
+
+    result = lever("infer", "--shots", "1", "--json")
+    shares = result.json["pool_recall"]
+    assert list(shares) == ["64", "256"]
+    assert 0.9 < shares["64"] < shares["256"]
+    parts = f"{shares['64']:.1%} of those of 64 (rollout.pool_size), in {shares['256']:.1%} of those of 256"
+    assert told() == f"a right answer is in {parts} (infer.pool_size)"
+    assert f"pools: {told()}\n" in result.err
+    assert "in 100.0% of those of the nearest 1,024 (infer.pool_size)" in told("--set", "infer.pool_size=0")
+    shutil.rmtree(trained / "results/digits/cache")
+    assert "not in results/digits/cache/features_tiny-clip.safetensors yet; `lever infer` tells" in told()
+    assert "not in" in told("--sampler", "rand_sampler", "--set", "infer.pool_size=0")
+    both = ("--set", "rollout.pool_size=1", "--set", "rollout.shots=1", "--set", "infer.pool_size=2504")
+    assert told("--sampler", "rand_sampler", *both).endswith("in 100.0% of those of 2504 (infer.pool_size)")
+
+
 def test_an_empty_machine_lacks_everything_and_each_line_says_what_mends_it(lever, tmp_path):
     done = lever("doctor", *REAL, "--json")
     assert done.status == 1
@@ -307,6 +330,17 @@ def test_with_features_the_calls_are_counted_and_those_known_left_out(warm, leve
     assert lever("rollout", "--limit", "8", "--seed", "7").status == 0
     assert answers_in(warm) - before == planned
     assert calls() == 0
+
+
+def test_larger_pools_at_inference_cost_no_call_of_the_lvlm_in_the_plan_of_any_selector(trained, lever):
+    """The oracle and the learnt ones rank a pool by answers and features that are there."""
+
+    def calls(size):
+        words = ("--against", "all", "--baselines", "--shots", "1,2", "--set", f"infer.pool_size={size}")
+        return lever("infer", "--limit", "10", *words, "--dry-run", "--json").json["lvlm_calls"]
+
+    # pseudo_answer asks once a query, from the whole split; no other asks while it chooses.
+    assert calls(64) == calls(256) == calls(0)
 
 
 def test_a_finished_run_leaves_nothing_to_do(trained, lever):

@@ -130,6 +130,7 @@ def test_what_does_not_change_the_run_is_free(tmp_path, change):
         {"prompt__style": "dialogue"},
         {"sampler__name": "mix_sampler"},
         {"rollout__pool_size": 32},
+        {"infer__pool_size": 64},
         {"seed": 1},
     ],
     ids=str,
@@ -145,11 +146,21 @@ def test_an_option_that_an_older_version_lacked_had_its_default_and_one_that_it_
     run = RunFolder(tmp_path)
     content = to_dict(config())
     content["grpo"]["retired"] = 1
-    del content["grpo"]["lr"], content["infer"]
+    del content["grpo"]["lr"], content["infer"]["num_queries"]
     run.config.write_text(yaml.safe_dump(content), encoding="utf-8")
     assert run.differences(config()) == ["grpo.retired: '1' there, None here"]
     there = f"grpo.lr: {Config().grpo.lr} there, 0.5 here"
     assert run.differences(config(grpo={"lr": 0.5})) == [there, "grpo.retired: '1' there, None here"]
+
+
+def test_a_run_that_stored_no_pool_of_inference_had_that_of_its_rollouts(tmp_path):
+    run = RunFolder(tmp_path)
+    content = to_dict(config(rollout__pool_size=40))
+    del content["infer"]
+    run.config.write_text(yaml.safe_dump(content), encoding="utf-8")
+    assert run.values()["infer"] == {"pool_size": 40}
+    assert run.differences(config(rollout__pool_size=40)) == ["infer.pool_size: 40 there, 256 here"]
+    assert run.differences(config(rollout__pool_size=40, infer__pool_size=40)) == []
 
 
 def test_overwriting_removes_the_old_run_and_nothing_else(tmp_path):

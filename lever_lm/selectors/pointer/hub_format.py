@@ -34,7 +34,7 @@ _KEYS = {"format", "format_version", "lever_lm", *OF_POLICY, "phase", "epoch", "
 _KEYS |= {"setting", "fingerprints", "packages", "results"}
 _WHAT = "a policy as `lever export` writes it"
 # What of a config a policy is used with, whoever uses it.
-_SECTIONS = ("data", "features", "sampler", "rollout", "prompt", "lvlm")  # in the order of the file
+_SECTIONS = ("data", "features", "sampler", "infer", "prompt", "lvlm")  # in the order of the file
 SETTING = sorted(keys_of("answers", "place"), key=lambda key: _SECTIONS.index(key[0]))
 PLACES = set(keys_of("place"))
 _EVERYWHERE = rf"{ASSET_PREFIX}[\w-][\w.-]*|{HUB_PREFIX}[\w-][\w.-]*/[\w-][\w.-]*"  # no way out of the assets
