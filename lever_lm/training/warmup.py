@@ -69,7 +69,7 @@ class MatchGroups:
         self.config, self.train, self.features = config, data.train_examples, features
         task = TASKS[data.task]
         self._score = cache(lambda answer, row: task.score(answer, self.train[row]))
-        self._matrices = features.queries("train", config.features), features.icds(config.features)
+        self._matrices = features.learnt_from(config.features)
 
     def split(self, val: GroupTensors | None) -> tuple[list[int], list[int]]:
         """Return the rows of the queries that are learnt from, and of those held out: the queries of the validation
@@ -130,6 +130,6 @@ def new_learner(config: Config, d_model: int, vocabulary: int) -> Policy:
             return LeverLM(d_model, vocabulary)
         if config.warmup == "fixed_set":
             return FixedSet(vocabulary)
-        if config.warmup == "epr":
-            return PointerSelector(d_model=d_model, **{**vars(config.policy), "num_layers": 0})
-    return new_policy(config, d_model)
+    columns = len(config.policy.candidate_features)
+    shape = {"num_layers": 0} if config.warmup == "epr" else {}
+    return new_policy(config, d_model - columns, columns, **shape)
