@@ -231,7 +231,7 @@ class RewardConfig(Section, section="reward"):
 
 @dataclass(frozen=True)
 class PolicyConfig(Section, section="policy"):
-    """Shape of the PointerSelector; its input size is that of the features."""
+    """Shape of the PointerSelector; its input size is that of the features with `candidate_features`."""
 
     hidden_dim: int = setting(256, "size of projected queries and candidates", "> 0")
     num_layers: int = setting(1, "layers of cross-attention", "> 0")
@@ -242,6 +242,7 @@ class PolicyConfig(Section, section="policy"):
     scorer: str = setting("dot", "how the state scores a candidate: dot, additive, bilinear")
     diversity: str = setting("none", "mmr: likeness to what was picked costs, by a learnt weight")
     stop: bool = setting(False, "the policy may end a sequence early, after its first pick")
+    candidate_features: tuple[str, ...] = answers((), "what it is told of a candidate: agreement, consistency")
 
 
 @dataclass(frozen=True)

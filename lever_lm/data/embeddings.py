@@ -54,13 +54,15 @@ class Embeddings:
 
 @dataclass(frozen=True)
 class Features:
-    """Embeddings of both splits, and what they were made with and of: encoder, setting (`name`), data."""
+    """Embeddings of both splits, and what they were made with and of: encoder, setting (`name`), data. columns (N, F):
+    what a policy is told of the training examples beside them, see selectors/candidate_features.py."""
 
     train: Embeddings
     val: Embeddings
     encoder: str
     name: str
     fingerprint: str
+    columns: Tensor | None = None
 
     def queries(self, split: str, config: FeatureConfig) -> Tensor:
         """Return the features (N, D) of a split's examples as queries."""
@@ -69,6 +71,19 @@ class Features:
     def icds(self, config: FeatureConfig) -> Tensor:
         """Return the features (N, D) of the training examples as ICDs."""
         return self.train.combine(config.parts()[1])
+
+    def learnt_from(self, config: FeatureConfig) -> tuple[Tensor, Tensor]:
+        """Return the features of the training examples as queries and as ICDs, as a policy sees them."""
+        return with_columns((self.queries("train", config), self.icds(config)), self.columns)
+
+
+def with_columns(features: tuple[Tensor, Tensor], columns: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return features of queries (Q, D) and ICDs (N, D) as a policy sees them: the ICDs with their columns (N, F), the
+    queries with zeros there, (Q, D + F) and (N, D + F)."""
+    if columns is None:
+        return features
+    queries, icds = features
+    return F.pad(queries, (0, columns.shape[1])), torch.cat([icds, columns], 1)
 
 
 def compute_features(

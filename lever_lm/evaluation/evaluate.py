@@ -73,7 +73,7 @@ class Evaluation:
         """The queries with their pools, features and what may be shown before them."""
         embeddings = (self.features.val.take(self.rows), self.features.train)
         examples = (self.queries, self.data.train_examples, self.data.task)
-        problem = problem_of(self.config, *examples, embeddings, self.track)
+        problem = problem_of(self.config, *examples, embeddings, self.features.columns, self.track)
         return replace(problem, answer=self._answer, embed=self._embed)
 
     def pool_recall(self) -> dict[int, float]:
@@ -123,14 +123,16 @@ def problem_of(
     train: Sequence[Example],
     task: str,
     embeddings: tuple[Embeddings, Embeddings],
+    columns: Tensor | None = None,
     track: Track = untracked,
 ) -> Problem:
-    """Return queries with the pools and features that a config asks for. embeddings: of (queries, train)."""
+    """Return queries with the pools and features that a config asks for. embeddings: of (queries, train);
+    columns: what its policy is told of `train` beside them."""
     size, seed = config.infer.pool_size, config.seed
     pools = sample_pools(config.sampler, queries, train, embeddings, size=size, seed=seed, track=track)
     of_query, of_icd = config.features.parts()
     features = (embeddings[0].combine(of_query), embeddings[1].combine(of_icd))
-    return Problem(queries, train, embeddings, features, pools, seed, TASKS[task])
+    return Problem(queries, train, embeddings, features, pools, seed, TASKS[task], columns=columns)
 
 
 def compare(ours: str, outcomes: Sequence[Outcome]) -> list[dict]:

@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from torch import Tensor
+
 from lever_lm.data import Example, VqaData, image_digest, image_digests, open_image
 from lever_lm.data.embeddings import ClipEncoder, Embeddings, encode
 from lever_lm.data.image_decode import Undecodable, decoded
@@ -25,9 +27,11 @@ from lever_lm.evaluation.evaluate import problem_of
 from lever_lm.lvlm import Prompt, build_prompt
 from lever_lm.lvlm.processor import load_processor
 from lever_lm.lvlm.prompt import to_messages
+from lever_lm.selectors.candidate_features import Labelled, candidate_columns
 from lever_lm.selectors.learned import choose
 from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.selectors.problem import Problem
+from lever_lm.tasks import TASKS
 from lever_lm.training.find_checkpoint import load_for, locate
 from lever_lm.training.from_checkpoint import config_beside, results_beside
 from lever_lm.training.run_dir import Layout
@@ -108,6 +112,14 @@ class Retriever:
         return self.stages.features.train if self._own is None else self._encode(self.examples)
 
     @cached_property
+    def _columns(self) -> Tensor | None:
+        """What the policy is told of `examples` beside their embeddings."""
+        if self._own is None:
+            return self.stages.features.columns
+        labelled = Labelled(self._own, self._embeddings, TASKS[VqaData.task], self.stages.track)
+        return candidate_columns(self.config.policy.candidate_features, labelled)
+
+    @cached_property
     def _encoder(self) -> ClipEncoder:
         features = self.config.features
         return ClipEncoder(features.encoder, self.config.device, features.batch_size)
@@ -163,7 +175,7 @@ class Retriever:
     def _problem(self, queries: list[Example]) -> Problem:
         embeddings = (self._of_queries(queries), self._embeddings)
         task = self.stages.data.task if self._own is None else VqaData.task
-        return problem_of(self.config, queries, self.examples, task, embeddings)
+        return problem_of(self.config, queries, self.examples, task, embeddings, self._columns)
 
     def query(self, image: str | Path | Example, question: str | None = None) -> Example:
         """Return the query that an image and a question make, without answers. Its number, and so its pool, follows

@@ -29,7 +29,7 @@ def choose(
     """
     if isinstance(policy, FixedSet | LeverLM):
         return list(policy.choose(problem, shots)), [{} for _ in problem.queries]
-    width = problem.features[1].shape[1]
+    width = problem.policy_features[1].shape[1]
     if policy.d_model != width:
         raise LeverError(
             f"the policy expects features of {policy.d_model} dimensions, these have {width}: set "
@@ -71,7 +71,7 @@ def choose(
 def _chunks(problem: Problem) -> Iterator[tuple[list[list[int]], tuple[Tensor, Tensor], Tensor]]:
     """Yield the queries some at a time: their pools, the features (B, D) and (B, K, D), and the mask (B, K) of the
     candidates that are real."""
-    (queries, icds), size = problem.features, max(map(len, problem.pools))
+    (queries, icds), size = problem.policy_features, max(map(len, problem.pools))
     step = max(1, min(_CHUNK, _CANDIDATES // size))
     for start in range(0, len(queries), step):
         pools = problem.pools[start : start + step]

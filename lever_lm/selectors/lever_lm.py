@@ -62,7 +62,7 @@ class LeverLM(nn.Module):
         """Yield the picks of each query in turn, from the whole training split. Raises LeverError where that is another
         one than the model was trained with."""
         check_vocabulary("Lever-LM", self.vocabulary, self.split, problem)
-        queries, icds = problem.features
+        queries, icds = problem.policy_features
         if queries.shape[1] != self.d_model:
             raise LeverError(
                 f"Lever-LM expects features of {self.d_model} dimensions, these have {queries.shape[1]}: set "

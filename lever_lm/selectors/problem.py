@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from lever_lm.data import Example
-from lever_lm.data.embeddings import Embeddings
+from lever_lm.data.embeddings import Embeddings, with_columns
 from lever_lm.data.pools import Candidates, query_rng
 from lever_lm.tasks import Task
 
@@ -30,8 +30,9 @@ class Query:
 
 @dataclass(frozen=True)
 class Problem:
-    """Queries to choose demonstrations for. embeddings: of (queries, train), row for row. features: (Q, D) and (N, D),
-    as a policy sees queries and ICDs. pools: the candidates of each query, rows of `train`. task: how answers score.
+    """Queries to choose demonstrations for. embeddings: of (queries, train), row for row. features: (Q, D) and (N, D)
+    of queries and ICDs; columns (N, F): what a policy is told of the ICDs beside them. pools: the candidates of each
+    query, rows of `train`. task: how answers score.
 
     answer: rows shown to each query → what the LVLM answers; embed: n texts → unit text embeddings (n, D). Both for a
     selector that asks while it chooses.
@@ -46,11 +47,17 @@ class Problem:
     task: Task
     answer: Callable[[list[list[int]]], list[str]] | None = None
     embed: Callable[[Sequence[str]], Tensor] | None = None
+    columns: Tensor | None = None
 
     @cached_property
     def candidates(self) -> Candidates:
         """The training split as what may be shown before a query."""
         return Candidates(self.train)
+
+    @cached_property
+    def policy_features(self) -> tuple[Tensor, Tensor]:
+        """Features of queries and ICDs with the columns, as a learnt selector sees them."""
+        return with_columns(self.features, self.columns)
 
     def __iter__(self) -> Iterator[Query]:
         for example, pool in zip(self.queries, self.pools, strict=True):

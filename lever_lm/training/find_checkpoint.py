@@ -161,6 +161,12 @@ def load_for(path: Path, config: Config, say: Callable[[str], None] = warnings.w
                 f"{path} was trained on the {key} {shown(str(there), 200)} and would be given {here!r}: pass the same "
                 "--features and --dataset (features.encoder) as in training"
             )
+    here, there = list(config.policy.candidate_features), own.get("candidate_features", [])
+    if there != here:
+        raise LeverError(
+            f"{path} was trained with policy.candidate_features={shown(there, 200)} and would be given {here}: "
+            "pass the same as in training (--set policy.candidate_features=[…])"
+        )
     if not isinstance(policy, PointerSelector) and isinstance(split := own.get("train_split"), str):
         policy.split = split
     if (embeddings := own.get("embeddings")) is not None:

@@ -32,7 +32,7 @@ class Source:
     queries: Tensor
     icds: Tensor
     stamp: str
-    made_for: dict[str, str]
+    made_for: dict[str, str | list[str]]
     made_of: dict[str, str]
     files: dict[str, str]
 
@@ -57,6 +57,12 @@ def check_own_features(config: Config, embeddings: Path, say: Callable[[str], No
             f"validate_on=answers asks the LVLM about examples of the dataset, and features of your own ({embeddings}) "
             "name none: --validate-on rollouts"
         )
+    if names := config.policy.candidate_features:
+        raise UsageError(
+            f"policy.candidate_features ({', '.join(names)}) tells of examples of the dataset, and features of your "
+            f"own ({embeddings}) name none: leave --embeddings out where the rollouts are of this dataset, or "
+            "--set policy.candidate_features=[]"
+        )
     if config.features.name != FeatureConfig.name:
         name = config.features.name
         say(f"warning: the features are those of {embeddings}: features.name {name} has no effect")
@@ -75,8 +81,10 @@ def source_of_dataset(stages: Stages, rl_data: Path | None) -> Source:
     """Return rollouts with the features of the dataset; rl_data: a file of the user's own in place of the one that is
     made."""
     features, config = stages.features, stages.config
-    queries, icds = features.queries("train", config.features), features.icds(config.features)
+    queries, icds = features.learnt_from(config.features)
     made_for = {"encoder": features.encoder, "features": features.name, "dataset": config.data.name}
+    if names := config.policy.candidate_features:
+        made_for["candidate_features"] = list(names)
     made_of = {"data": stages.data.fingerprint, "encoder": features.encoder}
     if rl_data is None:
         made_of["lvlm"] = stages.lvlm.fingerprint

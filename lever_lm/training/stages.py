@@ -1,6 +1,7 @@
 """Data, features and LVLM of one config: what every command and the Python API work with, made when first needed."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 
 from lever_lm.config.schema import Config
@@ -8,7 +9,8 @@ from lever_lm.data import VqaData, load_dataset
 from lever_lm.data.embeddings import Features, compute_features
 from lever_lm.data.pools import check_sampler
 from lever_lm.lvlm import CachedLvlm, check_pixel_budget, load_lvlm
-from lever_lm.tasks import check_task
+from lever_lm.selectors.candidate_features import Labelled, candidate_columns, check_candidate_features
+from lever_lm.tasks import TASKS, check_task
 from lever_lm.training.losses import LOSSES
 from lever_lm.training.rollouts.propose import new_policy
 from lever_lm.training.rollouts.scores import check_reward_mode
@@ -45,12 +47,16 @@ class Stages:
 
     @cached_property
     def features(self) -> Features:
-        """CLIP features of both splits."""
-        data = self.data
+        """CLIP features of both splits, and the columns of policy.candidate_features."""
+        data, names = self.data, self.config.policy.candidate_features
         with self.shards.leader_first():
-            return compute_features(
+            features = compute_features(
                 data, self.config.features, self.layout.features, self.config.device, self.track, self.say
             )
+        if not names:
+            return features
+        labelled = Labelled(data.train_examples, features.train, TASKS[data.task], self.track)
+        return replace(features, columns=candidate_columns(names, labelled))
 
     @cached_property
     def lvlm(self) -> CachedLvlm:
@@ -74,5 +80,6 @@ def check_names(config: Config) -> None:
     if config.grpo.loss not in LOSSES:
         raise UsageError(f"unknown loss {shown(config.grpo.loss)}: one of {', '.join(LOSSES)} (grpo.loss)")
     new_policy(config, config.policy.hidden_dim)
+    check_candidate_features(config.policy.candidate_features)
     check_device_name(config.device)
     check_pixel_budget(config.lvlm)

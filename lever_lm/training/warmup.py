@@ -70,7 +70,7 @@ class MatchGroups:
         self.config, self.train, self.features = config, data.train_examples, features
         task = TASKS[data.task]
         self._score = cache(lambda answer, row: task.score(answer, self.train[row]))
-        self._matrices = features.queries("train", config.features), features.icds(config.features)
+        self._matrices = features.learnt_from(config.features)
 
     def split(self, rollouts: Path | None = None) -> tuple[list[int], list[int]]:
         """Return the rows of the queries that are learnt from, and of those held out: by the split of the queries of a
@@ -171,6 +171,6 @@ def new_learner(config: Config, d_model: int, vocabulary: int) -> Policy:
             return LeverLM(d_model, vocabulary)
         if config.warmup == "fixed_set":
             return FixedSet(vocabulary)
-        if "epr" in config.warmups:
-            return PointerSelector(d_model=d_model, **{**vars(config.policy), "num_layers": 0})
-    return new_policy(config, d_model)
+    columns = len(config.policy.candidate_features)
+    shape = {"num_layers": 0} if "epr" in config.warmups else {}
+    return new_policy(config, d_model - columns, columns, **shape)

@@ -110,7 +110,11 @@ def test_the_public_functions_have_the_defaults_of_the_config():
             (function, defaults.reward, {f"{name}_weight": f"{name}_weight" for name in ("hard", "soft", "rel")})
             for function in (reward, load_groups)
         ),
-        (PointerSelector, defaults.policy, {key: key for key in to_dict(defaults.policy)}),
+        (
+            PointerSelector,
+            defaults.policy,
+            {key: key for key in to_dict(defaults.policy) if key != "candidate_features"},
+        ),
     ]:
         found = inspect.signature(function).parameters
         assert {name: found[name].default for name in names} == {name: getattr(section, names[name]) for name in names}

@@ -241,6 +241,8 @@ def to_v2(content: dict, path: str | Path, *, allow_truncate: bool = False) -> t
         raise LeverError(f"{path}: v2 cannot express a {type(policy).__name__}; use the v3 file as it is")
     shape = policy.shape
     beyond = [f"{option}={shape[option]}" for option, held in _IN_V2.items() if shape[option] not in held]
+    if names := own_config(content).get("candidate_features"):
+        beyond.append(f"policy.candidate_features={shown(names)}")
     beyond += ["num_layers=0"] if not shape["num_layers"] else []
     if beyond:
         raise LeverError(f"{path}: v2 cannot express a policy with {', '.join(beyond)}; use the v3 file as it is")

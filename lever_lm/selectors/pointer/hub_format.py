@@ -29,12 +29,12 @@ _CONFIG_LIMIT = 1 << 20  # bytes
 _WEIGHTS_LIMIT = 1 << 30
 _LONGEST_ID = 96  # characters of a hub id
 # Keys that a checkpoint has in its config, too.
-OF_POLICY = ("policy", "encoder", "features", "embeddings", "dataset", "seed", "train_split")
+OF_POLICY = ("policy", "encoder", "features", "embeddings", "dataset", "seed", "train_split", "candidate_features")
 _KEYS = {"format", "format_version", "lever_lm", *OF_POLICY, "phase", "epoch", "chosen"}
 _KEYS |= {"setting", "fingerprints", "packages", "results"}
 _WHAT = "a policy as `lever export` writes it"
 # What of a config a policy is used with, whoever uses it.
-_SECTIONS = ("data", "features", "sampler", "infer", "prompt", "lvlm")  # in the order of the file
+_SECTIONS = ("data", "features", "sampler", "policy", "infer", "prompt", "lvlm")  # in the order of the file
 SETTING = sorted(keys_of("answers", "place"), key=lambda key: _SECTIONS.index(key[0]))
 PLACES = set(keys_of("place"))
 _EVERYWHERE = rf"{ASSET_PREFIX}[\w-][\w.-]*|{HUB_PREFIX}[\w-][\w.-]*/[\w-][\w.-]*"  # no way out of the assets

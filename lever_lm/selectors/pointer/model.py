@@ -63,6 +63,19 @@ class PointerSelector(Encoder):
                 noise = 0.01 * torch.randn(self.hidden_dim, self.hidden_dim)
                 projection.weight.copy_(torch.eye(self.hidden_dim) + noise)
 
+    def widened(self, columns: int) -> "PointerSelector":
+        """Return a copy for features with more columns, to which it gives no weight: it chooses as this policy does.
+        Raises ValueError where D becomes H, for which there is no W_in."""
+        if self.d_model + columns == self.hidden_dim:
+            raise ValueError(
+                f"hidden_dim {self.hidden_dim} is the size of the features with {columns} candidate_features, which "
+                "needs another one"
+            )
+        wide = PointerSelector(**{**self.shape, "d_model": self.d_model + columns})
+        entry = torch.eye(self.hidden_dim) if self.input_proj is None else self.input_proj.weight
+        wide.load_state_dict({**self.state_dict(), "input_proj.weight": F.pad(entry.detach(), (0, columns))})
+        return wide
+
     @property
     def shape(self) -> dict:
         """The constructor's arguments, as a checkpoint carries them."""

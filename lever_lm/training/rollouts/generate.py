@@ -36,6 +36,8 @@ from lever_lm.utils.terminal import shown
 
 def rollout_stamp(config: Config, data: VqaData, features: str, lvlm: CachedLvlm) -> dict[str, str]:
     """Return the fingerprints of everything that a rollout file depends on; features: that of the features."""
+    # They come from the untrained policy, which gives the columns of candidate_features no weight.
+    policy = {name: value for name, value in vars(config.policy).items() if name != "candidate_features"}
     return stamp(
         "rollouts",
         training_data=data.stamp("train"),
@@ -44,7 +46,7 @@ def rollout_stamp(config: Config, data: VqaData, features: str, lvlm: CachedLvlm
         LVLM=lvlm.model,
         prompt=config.prompt,
         rollout_setting=config.rollout,
-        policy=config.policy,
+        policy=policy,
         seed=config.seed,
     )
 

@@ -25,13 +25,17 @@ from lever_lm.utils.progress import WORTH_A_WORD, Track, Work, untracked
 _SPARE = 4
 
 
-def new_policy(config: Config, d_model: int) -> PointerSelector:
-    """Return the untrained policy of a config: the same weights for the same seed, whatever was drawn before. Raises
-    UsageError for a shape that cannot be."""
+def new_policy(config: Config, d_model: int, columns: int = 0, **changed) -> PointerSelector:
+    """Return the untrained policy of a config for features of `d_model` numbers and `columns` of candidate_features
+    after them: the same weights for the same seed, whatever was drawn before. Columns have no weight yet, so that
+    rollouts are proposed without them. changed: arguments in place of the config's. Raises UsageError for a shape that
+    cannot be."""
+    shape = {name: value for name, value in vars(config.policy).items() if name != "candidate_features"}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         try:
-            return PointerSelector(d_model=d_model, **vars(config.policy))
+            policy = PointerSelector(d_model=d_model, **{**shape, **changed})
+            return policy.widened(columns) if columns else policy
         except ValueError as error:
             raise UsageError(f"policy: {error}") from error
 
