@@ -8,6 +8,12 @@ accuracy of the shipped LVLM on its 500 evaluation queries. A row changes the na
 it starts from the same data and weights, and so, where it changes GRPO alone, from the same RCE policy.
 Each run leaves one JSON file in RESULTS/ablation/; a run whose file is there is not made again. Writes
 RESULTS/ablation.md and RESULTS/ablation.png.
+
+    python scripts/ablate.py --curve [--seeds 5] [--jobs 2] [--queries 75 150 …] [--groups 4 8 15] [--probe 0 3]
+                             [--training rce …] [--dataset digits] [--lvlm tiny_qwen2.5_vl] [--set KEY=VALUE …]
+
+Accuracy against LVLM calls, on a dataset and with any --set: see ablation_curve.py. Runs go to
+RESULTS/ablation/curve_DATASET/, table and figure to curve_DATASET.md, .json and .png beside it.
 """
 
 import argparse
@@ -17,6 +23,7 @@ import shutil
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import ablation_curve
 import ablation_report
 import synthetic
 import torch
@@ -215,12 +222,16 @@ def main() -> None:
     parser.add_argument("--world", choices=ROWS, action="append", help="one of them only")
     parser.add_argument("--only", action="append", metavar="ROW", help="these rows only")
     parser.add_argument("--results", type=Path, default=Path("results"))
+    ablation_curve.add_options(parser)
     arguments = parser.parse_args()
     known = {row for rows in ROWS.values() for row in rows}
     if unknown := set(arguments.only or ()) - known:
         parser.error(f"unknown row {unknown.pop()!r}; one of {', '.join(sorted(known))}")
     worlds = arguments.world or list(ROWS)
     with ProcessPoolExecutor(arguments.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        if arguments.curve:
+            print(ablation_curve.run(arguments, pool))
+            return
         waiting = []
         for seed in range(arguments.seeds):
             for world in worlds:

@@ -149,7 +149,7 @@ class _Planner:
             if not (rollout.gt_prob or rollout.infoscore):  # else the calls hang on answers and scores
                 proposals = propose_groups(self.config, self.data, self.known)
                 prompts = proposals.prompts(self.config, self.data.train_examples)
-                calls, exact = self.lvlm.unknown(prompts) if self.lvlm else len(prompts), True
+                calls, exact = self.lvlm.unknown(prompts) if self.lvlm else len(prompts), not rollout.probe
         state = "to be made again" if path.is_file() else "to be made"
         return Stage("rollouts", state, str(path), calls, exact, self._seconds(calls))
 

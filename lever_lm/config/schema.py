@@ -200,6 +200,7 @@ class RolloutConfig(Section, section="rollout"):
     infoscore: int = setting(0, "rollouts by a beam search for the gain in the reference's log-prob; costly", ">= 0")
     infoscore_candidates: int = setting(0, "candidates that this search tries at each step; 0: all", ">= 0")
     distinct_orders: bool = setting(False, "the same ICDs in another order are another rollout, not a duplicate")
+    probe: int = setting(0, "rollouts of a query that are asked first, the rest only if these differ; 0: no", ">= 0")
     gt_prob: bool = setting(False, "also score P(reference answers), which the reward modes with gtprob need")
     gt_prob_end: bool = setting(True, "of answers that end there, so that 1 has no share in 10; no: that begin so")
 
@@ -209,6 +210,10 @@ class RolloutConfig(Section, section="rollout"):
             raise UsageError("no rollout of any kind is asked for: rollout.beam, sample, retrieval, random, infoscore")
         if 0 < (few := self.infoscore_candidates) < self.shots:
             raise UsageError(f"rollout.infoscore_candidates {few} are too few for rollout.shots {self.shots}")
+        if self.probe == 1:
+            raise UsageError("rollout.probe compares answers: 2 or more of them, or 0 to ask all at once")
+        if self.probe and self.infoscore:
+            raise UsageError("rollout.infoscore asks about each query before any probe: not with rollout.probe")
         if self.num_queries < 2:
             raise UsageError("rollout.num_queries (--limit) must be 2 or more: one to learn from, one to judge by")
         if self.pool_size < self.shots:

@@ -5,13 +5,13 @@ n queries, K pool, G rollouts per query, S shots. What is proposed: propose.py, 
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lever_lm.config.schema import Config
+from lever_lm.config.schema import Config, RolloutConfig
 from lever_lm.data import Example, VqaData
 from lever_lm.data.embeddings import Features
 from lever_lm.lvlm import CachedLvlm, Prompt, build_prompt, cut_answer
@@ -27,7 +27,7 @@ from lever_lm.training.rollouts.file_format import (
     write_rollouts,
 )
 from lever_lm.training.rollouts.infoscore import add_infoscore
-from lever_lm.training.rollouts.propose import propose_groups
+from lever_lm.training.rollouts.propose import Proposals, evenly, propose_groups
 from lever_lm.training.rollouts.scores import score_entry, trajectory_reward
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.fingerprint import stamp
@@ -45,10 +45,15 @@ def rollout_stamp(config: Config, data: VqaData, features: str, lvlm: CachedLvlm
         sampler=config.sampler,
         LVLM=lvlm.model,
         prompt=config.prompt,
-        rollout_setting=config.rollout,
+        rollout_setting=_setting(config.rollout),
         policy=policy,
         seed=config.seed,
     )
+
+
+def _setting(rollout: RolloutConfig) -> dict:
+    """Return the options of the rollouts; those that came later only where they are in use, so that older files stay."""
+    return {name: value for name, value in vars(rollout).items() if value or name != "probe"}
 
 
 def check_rows(path: Path, train: Sequence[Example], *, named: bool = True) -> None:
@@ -93,12 +98,11 @@ def make_rollouts(
     proposals, train, task = propose_groups(config, data, features, lvlm.track), data.train_examples, TASKS[data.task]
     if config.rollout.infoscore:
         add_infoscore(proposals, config, train, lvlm)
-    asked = _ask(proposals.prompts(config, train), config, task, lvlm, "rollouts", config.rollout.gt_prob)
+    answers = _answer_groups(proposals, config, train, task, lvlm, say)
     entries = {}
-    by_query = (proposals.rows, proposals.queries, proposals.pools, proposals.groups)
-    for row, query, pool, group in zip(*by_query, strict=True):
-        answered = [(proposed, *next(asked)) for proposed in group]
-        scored = [trajectory_entry(proposed, pool, *answer) for proposed, *answer in answered]
+    by_query = (proposals.rows, proposals.queries, proposals.pools, proposals.groups, answers)
+    for row, query, pool, group, answered in zip(*by_query, strict=True):
+        scored = [trajectory_entry(group[place], pool, *answered[place]) for place in sorted(answered)]
         entries[row] = query_entry(row, query, task, pool, scored)
     if shards.leader:
         write_rollouts(path, {**here, "n_train": len(train), "lvlm_calls": lvlm.prompts - before}, entries)
@@ -141,6 +145,44 @@ def online_rewards(
 
 
 # ---------------------------------------------------------------------- scoring
+
+
+def _answer_groups(
+    proposals: Proposals,
+    config: Config,
+    train: Sequence[Example],
+    task: Task,
+    lvlm: CachedLvlm,
+    say: Callable[[str], None],
+) -> list[dict[int, tuple[str, str, dict]]]:
+    """Return for each group the answered rollouts, by place in the group, as `_ask` yields them: with rollout.probe so
+    many, evenly apart, and the others only where the accuracies of these differ."""
+    probe, groups = config.rollout.probe, proposals.groups
+    answers: list[dict[int, tuple[str, str, dict]]] = [{} for _ in groups]
+
+    def ask(places: list[list[int]], what: str) -> None:
+        asked = _ask(proposals.prompts(config, train, places), config, task, lvlm, what, config.rollout.gt_prob)
+        for answered, chosen in zip(answers, places, strict=True):
+            answered |= {place: next(asked) for place in chosen}
+
+    if probe:
+        ask([evenly(len(group), probe) for group in groups], "probes")
+    goes_on = [not answered or not tied(scores for _, _, scores in answered.values()) for answered in answers]
+    if probe and lvlm.shards.leader:
+        say(f"probes: {goes_on.count(False)} of {len(groups)} groups tied in {probe}, not asked further (rollout.probe)")
+    ask(
+        [
+            [place for place in range(len(group)) if more and place not in answered]
+            for group, answered, more in zip(groups, answers, goes_on, strict=True)
+        ],
+        "rollouts",
+    )
+    return answers
+
+
+def tied(scored: Iterable[dict]) -> bool:
+    """Return whether these scores have one accuracy."""
+    return len({scores["vqa_acc_score"] for scores in scored}) == 1
 
 
 def _ask(

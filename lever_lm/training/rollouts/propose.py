@@ -55,13 +55,22 @@ class Proposals:
     pools: list[list[int]]
     groups: list[list[dict]]
 
-    def prompts(self, config: Config, train: Sequence[Example]) -> list[Prompt]:
-        """Return the prompts to be answered, group by group."""
+    def prompts(
+        self, config: Config, train: Sequence[Example], places: Sequence[Sequence[int]] | None = None
+    ) -> list[Prompt]:
+        """Return the prompts to be answered, group by group; places: of which rollouts of each group, all if None."""
+        places = [range(len(group)) for group in self.groups] if places is None else places
         return [
-            build_prompt([train[pool[i]] for i in trajectory["pointer"]], query, config.prompt)
-            for query, pool, group in zip(self.queries, self.pools, self.groups, strict=True)
-            for trajectory in group
+            build_prompt([train[pool[i]] for i in group[place]["pointer"]], query, config.prompt)
+            for query, pool, group, chosen in zip(self.queries, self.pools, self.groups, places, strict=True)
+            for place in chosen
         ]
+
+
+def evenly(total: int, count: int) -> list[int]:
+    """Return `count` of `total` places, evenly apart, or all of them: a group lists its kinds one after the other, so
+    that each kind keeps its share."""
+    return [(2 * i + 1) * total // (2 * count) for i in range(count)] if count < total else list(range(total))
 
 
 def propose_groups(config: Config, data: VqaData, features: Features, track: Track = untracked) -> Proposals:
