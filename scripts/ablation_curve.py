@@ -2,9 +2,10 @@
 
 Every number is a mean over seeds; a difference is taken seed by seed, with Student's 95 % interval over the seeds.
 Calls are the different prompts that were put to the LVLM to train, validation queries among them, those of online
-rounds too. The largest rollout file of a seed is asked once: its first queries (`query_rows` of fewer are a subset), and
-of each group so many rollouts, evenly apart in the file's order, which is by kind, so that beams, similarity, samples
-and random sequences keep their shares. A probe is what rollout.probe does. GRPO is its epoch of the largest val_reward.
+rounds too. The largest rollout file of a seed is asked once: smaller settings are part of it, the queries that `lever
+rollout --limit` would take, and of each group so many rollouts, evenly apart in the file's order, which is by kind, so
+that beams, similarity, samples and random sequences keep their shares. A probe is what rollout.probe does. GRPO is its
+epoch of the largest val_reward.
 """
 
 import json
@@ -267,9 +268,7 @@ def cheapest(rows: list[dict]) -> list[str]:
     lines = []
     for curve in dict.fromkeys(row["curve"] for row in rows):
         same = [
-            row
-            for row in rows
-            if row["curve"] == curve and (row["against reference@1"] or (-np.inf,))[0] >= -WITHIN
+            row for row in rows if row["curve"] == curve and (row["against reference@1"] or (-np.inf,))[0] >= -WITHIN
         ]
         for row in sorted(same, key=lambda row: row["calls"])[:1]:
             probe = f", probe {row['probe']}" if row["probe"] else ""
@@ -286,7 +285,8 @@ def write(folder: Path) -> Path:
     rows, page = summary(points), folder.with_suffix(".md")
     write_json(folder.with_suffix(".json"), rows)
     name, queries, group, _ = REFERENCE
-    text = f"# Accuracy against LVLM calls\n\nMade by `python scripts/ablate.py --curve`.\n\n{__doc__.split(chr(10), 2)[2]}"
+    text = "# Accuracy against LVLM calls\n\nMade by `python scripts/ablate.py --curve`.\n\n"
+    text += __doc__.split("\n\n", 1)[1]
     text += f"The reference is {name} on {queries} queries with groups of {group}, all asked at once.\n\n"
     text += f"![accuracy against calls]({folder.name}.png)\n\n" + "\n".join(table(rows)) + "\n"
     if found := cheapest(rows):

@@ -1,9 +1,13 @@
 """The ablation's own arithmetic: what it says of runs is computed here by hand."""
 
+import argparse
 import json
 import math
 
 import pytest
+from helpers import ROLLOUTS
+
+from lever_lm.utils.errors import UsageError
 
 
 @pytest.fixture
@@ -121,3 +125,133 @@ def test_classic_is_the_recipe(ablate):
 def test_the_ablation_is_as_large_as_the_page_says(ablate):
     assert ablate.synthetic.World().queries == 800
     assert (ablate.UNSEEN, ablate.SHOTS) == (1000, [1, 2, 4])
+
+
+# ---------------------------------------------------------------------- accuracy against calls
+
+
+@pytest.fixture
+def curve(script):
+    return script("ablation_curve")
+
+
+def options(curve, *words):
+    parser = argparse.ArgumentParser()
+    curve.add_options(parser)
+    parser.add_argument("--seeds", type=int, default=5)
+    return parser.parse_args(words)
+
+
+def test_the_curve_is_as_large_as_it_says(curve):
+    cells = curve.cells_of(options(curve))
+    # 5 seeds, 5 numbers of queries, 3 sizes of groups with and without a probe, 3 trainings
+    assert len(cells) == len(set(cells)) == 5 * 5 * 3 * 2 * 3
+    assert (cells[0].queries, cells[0].group, cells[-1].queries, cells[-1].group) == (1200, 15, 75, 4)
+    small = curve.cells_of(options(curve, "--seeds", "1", "--groups", "3", "4", "--probe", "3", "--training", "rce"))
+    assert {(cell.group, cell.probe, cell.training) for cell in small} == {(4, 3, "rce")}  # a probe below the group
+
+
+def test_a_smaller_setting_is_part_of_the_largest(curve):
+    def entry(scores):
+        return {"candidate_pool_ids": [7, 8], "pointer_candidates": [{"vqa_acc_score": score} for score in scores]}
+
+    content = {"3": entry([1, 0, 1, 1, 1, 1]), "5": entry([0, 1, 0, 0, 0, 1]), "9": entry([0] * 6), "_meta": {}}
+    found = curve.subset(content, [3, 5], group=6, probe=0)
+    assert found == {"_meta": {"lvlm_calls": 12}, "3": content["3"], "5": content["5"]}
+    # places 1, 3 and 5 of each; then 0 and 2 of these
+    found = curve.subset(content, [3, 5], group=3, probe=0)
+    assert found == {"_meta": {"lvlm_calls": 6}, "3": entry([0, 1, 1]), "5": entry([1, 0, 1])}
+    found = curve.subset(content, [3, 9], group=3, probe=2)
+    assert found == {"_meta": {"lvlm_calls": 5}, "3": entry([0, 1, 1]), "9": entry([0, 0])}
+
+
+def test_a_subset_with_a_probe_is_the_file_that_rollout_makes(curve, lever, digits_folder):
+    file = digits_folder / ROLLOUTS
+    done = lever("rollout", "--limit", "8", "--set", "rollout.pool_size=16")
+    assert done.status == 0, done.err
+    content = json.loads(file.read_text())
+    rows = curve.query_rows(6, 2504, 0)
+    expected = curve.subset(content, rows, group=15, probe=4)
+    done = lever("rollout", "--limit", "6", "--set", "rollout.pool_size=16", "--set", "rollout.probe=4", "--json")
+    made = json.loads(file.read_text())
+    assert done.json["rollouts"] == made["_meta"]["lvlm_calls"] == expected["_meta"]["lvlm_calls"]
+    assert {**made, "_meta": None} == {**expected, "_meta": None}
+    sizes = {len(made[str(row)]["pointer_candidates"]) for row in rows}
+    assert 4 in sizes
+    assert max(sizes) > 12
+
+
+def test_calls_are_different_prompts(curve, numbered_prompts):
+    class Model:
+        def generate(self, prompts, what):
+            return [what] * len(prompts)
+
+    model, first = Model(), numbered_prompts[:2]
+    calls = curve.counted(model, {curve.identity(first[0])})
+    assert calls() == 1
+    assert model.generate(numbered_prompts[:3], "online") == ["online"] * 3
+    model.generate(numbered_prompts[1:5], "online")
+    assert calls() == 5
+
+
+def written_curve(folder, curve):
+    """Two seeds of the reference and of a cheaper setting, whose GRPO is .016 below on one of them; and match."""
+    folder.mkdir()
+    for seed in range(2):
+        for training, queries, group, probe, lower in (
+            ("rce", 600, 15, 0, 0.0),
+            ("rce", 300, 15, 4, 0.016 if seed else 0.0),
+            ("match", 150, 15, 0, -0.1 - 0.02 * seed),
+        ):
+            grpo = 0.8 + 0.01 * seed - lower
+            run = {"queries": queries, "group": group, "probe": probe, "training": training, "seed": seed, "untied": 90}
+            run |= {"calls": queries * group - 10 * seed, "made_of": "x"}
+            run["accuracy"] = {"rce@1": grpo - 0.1, "rce@2": 0.5, "grpo@1": grpo, "grpo@2": grpo}
+            curve.Cell(queries, group, probe, training, seed).file(folder).write_text(json.dumps(run))
+
+
+def test_the_curve_has_paired_differences_to_the_reference_and_to_the_warm_up(curve, report, tmp_path):
+    folder = tmp_path / "curve_digits"
+    written_curve(folder, curve)
+    rows = {(row["curve"], row["queries"]): row for row in curve.summary(curve.load(folder))}
+    assert list(rows) == [("RCE", 300), ("RCE", 600), ("RCE → GRPO", 300), ("RCE → GRPO", 600), ("match → GRPO", 150)]
+    cheap, match = rows["RCE → GRPO", 300], rows["match → GRPO", 150]
+    assert cheap["calls"] == 4495
+    assert cheap["accuracy@1"] == pytest.approx(report.interval([0.8, 0.794]))
+    assert cheap["against reference@1"] == pytest.approx(report.interval([0.0, -0.016]))
+    assert cheap["against warm-up@1"] == pytest.approx((0.1, 0.1, 0.1))
+    assert match["against reference@1"] == pytest.approx(report.interval([0.1, 0.12]))
+    assert rows["RCE", 300]["against warm-up@1"] is None
+    assert rows["RCE", 300]["against reference@1"][0] == pytest.approx(-0.108)
+
+    page = curve.write(folder).read_text(encoding="utf-8")
+    spread = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*report.interval([0.1, 0.12]))
+    assert f"| match → GRPO | 150 | 15 | off | 2,245 | 90 | 0.915 | {spread} | +0.100 [+0.100, +0.100] |" in page
+    assert "| RCE → GRPO | 300 | 15 | 4 | 4,495 | 90 | 0.797 | -0.008 " in page
+    assert "- RCE → GRPO: 4,495 calls (300 queries, groups of 15, probe 4), 0.797 at 1 shot" in page
+    assert "- match → GRPO: 2,245 calls (150 queries, groups of 15), 0.915 at 1 shot" in page
+    assert "- RCE:" not in page
+    assert len(json.loads(folder.with_suffix(".json").read_text())) == 5
+    assert folder.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_a_cell_is_trained_judged_and_not_made_again(curve, tmp_path, capsys):
+    small = ("--seeds", "1", "--queries", "6", "8", "--groups", "5", "--probe", "2", "--training", "online")
+    quick = ("rce.epochs=1", "grpo.epochs=2", "infer.num_queries=10", "rollout.pool_size=16")
+    words = (*small, *(word for key in quick for word in ("--set", key)))
+    arguments = options(curve, *words)
+    folder, work = tmp_path / "runs", tmp_path / "work"
+    assert curve.prepare(arguments, 0, work).startswith("seed 0: 8 groups, ")
+    large, cell = curve.cells_of(arguments)
+    assert (large.queries, cell.queries) == (8, 6)
+    assert curve.train(arguments, cell, folder, work).startswith("0_online_6_5_2: ")
+    found = json.loads(cell.file(folder).read_text())
+    assert set(found["accuracy"]) == {"rce@1", "rce@2", "grpo@1", "grpo@2"}
+    content = json.loads(next(work.rglob("rl_data*.json")).read_text())
+    logged = curve.subset(content, curve.query_rows(6, 2504, 0), 5, 2)["_meta"]["lvlm_calls"]
+    # a round of 4 samples for each of the 4 training queries, of which some repeat
+    assert logged < found["calls"] <= logged + 16
+    assert [path.name for path in work.iterdir()] == ["seed_0"]
+    assert curve.train(arguments, cell, folder, work) == "0_online_6_5_2: there"
+    with pytest.raises(UsageError, match="--results"):
+        curve.train(options(curve, *words, "--set", "grpo.epochs=3"), cell, folder, work)

@@ -33,6 +33,8 @@ CACHE = Path("results/digits/cache")
 # Answers, log-probs and a search that hangs on the log-probs before; many batches.
 ROLLOUT = ("rollout", "--limit", "4", "--set", "rollout.gt_prob=true", "--set", "rollout.infoscore=1")
 ROLLOUT = (*ROLLOUT, "--set", "rollout.infoscore_candidates=4", "--set", "lvlm.batch_size=16")
+PROBED = ("rollout", "--limit", "8", "--set", "rollout.probe=3", "--seed", "1")  # in two steps
+PROBED = (*PROBED, "--run-name", "probed")
 ANSWERS = ("rollout", "--limit", "8", "--set", "lvlm.batch_size=16")  # answers alone
 INFER = ("infer", "--limit", "8", "--shots", "2", "--baselines")
 
@@ -274,17 +276,20 @@ def test_rollouts_and_inference_of_two_processes_are_those_of_one(lever, trained
     two = tmp_path_factory.mktemp("two")
     shutil.copytree(trained / "results", two / "results")
     (two / "commands.py").write_text(COMMANDS)
-    alone = [lever(*words, "--json") for words in (ROLLOUT, INFER)]
-    assert [done.status for done in alone] == [0, 0], alone[0].err + alone[1].err
-    done = torchrun("commands.py", json.dumps([[*ROLLOUT, "--json"], [*INFER, "--json"]]), cwd=two)
+    alone = [lever(*words, "--json") for words in (ROLLOUT, PROBED, INFER)]
+    assert [done.status for done in alone] == [0, 0, 0], "".join(done.err for done in alone)
+    commands = [[*words, "--json"] for words in (ROLLOUT, PROBED, INFER)]
+    done = torchrun("commands.py", json.dumps(commands), cwd=two)
     assert done.status == 0, done.err
-    assert done.out == alone[0].out + alone[1].out, "a line each, of the leader"
-    made = {name for name in files_in(trained) if name.startswith(str(INFERENCE))} | {str(ROLLOUTS)}
-    assert len(made) == 2 * 7 + 2 + 1
+    assert done.out == "".join(one.out for one in alone), "a line each, of the leader"
+    made = {name for name in files_in(trained) if name.startswith(str(INFERENCE))}
+    made |= {str(ROLLOUTS), str(ROLLOUTS.with_stem(f"{ROLLOUTS.stem}_probed"))}
+    assert len(made) == 2 * 7 + 2 + 2
     assert all((two / name).read_bytes() == (trained / name).read_bytes() for name in made)
     assert made_in(two) - {"commands.py"} == made_in(trained)
     assert answers_in(two) == answers_in(trained)
-    assert done.err.count("data: digits") == 2
+    assert done.err.count("data: digits") == 3
+    assert done.err.count("(rollout.probe)") == alone[1].err.count("(rollout.probe)") == 1
     assert "the share of rank 0 of 2" in done.err
     assert "Warning" not in done.err
 

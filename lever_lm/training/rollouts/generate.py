@@ -52,7 +52,7 @@ def rollout_stamp(config: Config, data: VqaData, features: str, lvlm: CachedLvlm
 
 
 def _setting(rollout: RolloutConfig) -> dict:
-    """Return the options of the rollouts; those that came later only where they are in use, so that older files stay."""
+    """Return the options of the rollouts, without a probe as files of before there was one have them."""
     return {name: value for name, value in vars(rollout).items() if value or name != "probe"}
 
 
@@ -169,7 +169,9 @@ def _answer_groups(
         ask([evenly(len(group), probe) for group in groups], "probes")
     goes_on = [not answered or not tied(scores for _, _, scores in answered.values()) for answered in answers]
     if probe and lvlm.shards.leader:
-        say(f"probes: {goes_on.count(False)} of {len(groups)} groups tied in {probe}, not asked further (rollout.probe)")
+        say(
+            f"probes: {goes_on.count(False)} of {len(groups)} groups tied in {probe}, not asked further (rollout.probe)"
+        )
     ask(
         [
             [place for place in range(len(group)) if more and place not in answered]
