@@ -55,7 +55,9 @@ def named(kind: str) -> Complete:
 
 
 _PARTS = ("img", "text", "img_text")
-features = _offered(lambda ctx: _bare(f"query_{query}_icd_{icd}" for query in _PARTS for icd in _PARTS))
+features = _offered(
+    lambda ctx: _bare(f"query_{q}_icd_{icd}{a}" for q in _PARTS for icd in _PARTS for a in ("", "_ans"))
+)
 set_keys = _offered(lambda ctx: ((f"{key}=", key_docs().get(key, "")) for key in all_keys()))
 run_folders = _offered(lambda ctx: _bare(_runs(ctx)))
 run_names = _offered(lambda ctx: _bare(sorted({path.name for path in _runs(ctx)})))

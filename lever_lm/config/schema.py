@@ -91,10 +91,10 @@ class FeatureConfig(Section, section="features"):
         self.parts()
 
     def parts(self) -> tuple[frozenset[str], frozenset[str]]:
-        """Return what (queries, ICDs) are encoded by, as sets of `img` and `text`."""
-        match = re.fullmatch("query_(img|text|img_text)_icd_(img|text|img_text)", self.name)
+        """Return what (queries, ICDs) are encoded by, as sets of `img`, `text` and, of ICDs, `ans`."""
+        match = re.fullmatch("query_(img|text|img_text)_icd_((?:img|text|img_text)(?:_ans)?)", self.name)
         if match is None:
-            expected = "expected query_X_icd_Y with X and Y of img, text, img_text (--features)"
+            expected = "expected query_X_icd_Y or query_X_icd_Y_ans with X and Y of img, text, img_text (--features)"
             raise UsageError(f"unknown features {shown(self.name)}: {expected}")
         return frozenset(match[1].split("_")), frozenset(match[2].split("_"))
 

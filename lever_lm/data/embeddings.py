@@ -34,18 +34,19 @@ _SPLITS = {"train": "training", "val": "evaluation"}
 
 @dataclass(frozen=True)
 class Embeddings:
-    """One split: image (N, D) and text (N, D)."""
+    """One split: image (N, D) and text (N, D); answer (N, D), that of the shown answers, where it is asked for."""
 
     image: Tensor
     text: Tensor
+    answer: Tensor | None = None
 
     def take(self, rows) -> "Embeddings":
         """Return the embeddings of some rows, a slice or a list."""
-        return Embeddings(self.image[rows], self.text[rows])
+        return Embeddings(self.image[rows], self.text[rows], None if self.answer is None else self.answer[rows])
 
     def part(self, name: str) -> Tensor:
-        """Return the embeddings (N, D) of the images (`img`) or of the questions (`text`)."""
-        return {"img": self.image, "text": self.text}[name]
+        """Return the embeddings (N, D) of the images (`img`), the questions (`text`) or the shown answers (`ans`)."""
+        return {"img": self.image, "text": self.text, "ans": self.answer}[name]
 
     def combine(self, parts: frozenset[str]) -> Tensor:
         """Return the feature of each example, (N, D): the normalised sum of the embeddings that `parts` names."""
@@ -97,8 +98,13 @@ def compute_features(
         say(f"{path} is made again: {changes(why)}")
     if len(kept) < len(_SPLITS):
         encoder = loaded(track, "loading CLIP", lambda: ClipEncoder(config.encoder, device, config.batch_size))
-        kept |= {split: encode(encoder, data, split, track) for split in _SPLITS if split not in kept}
-        tensors = {f"{split}_{part}": rows for split, both in kept.items() for part, rows in vars(both).items()}
+        kept |= {
+            split: encode(encoder, data, split, track, _answers(config, split))
+            for split in _SPLITS
+            if split not in kept
+        }
+        named = ((f"{split}_{part}", rows) for split, found in kept.items() for part, rows in vars(found).items())
+        tensors = {name: rows for name, rows in named if rows is not None}
         header = {split: json.dumps(_stamp(data, config, split)) for split in _SPLITS}
         write_tensors(path, tensors, {**header, "encoder": config.encoder})
     return _features(kept, data, config)
@@ -141,6 +147,11 @@ def same_encoder(one: str, other: str) -> bool:
     return one.split("@")[1:] == other.split("@")[1:]
 
 
+def _answers(config: FeatureConfig, split: str) -> bool:
+    """Return whether the features of a split are made of its answers, too: those of ICDs alone can be."""
+    return split == "train" and "ans" in config.parts()[1]
+
+
 def _read_cache(path: Path, data: VqaData, config: FeatureConfig) -> tuple[dict[str, Embeddings], list[str]]:
     """Return the splits that the cache file holds for this data and encoder, and the inputs that have changed since the
     others were made. A file that is missing or broken is made again without a message."""
@@ -156,7 +167,10 @@ def _read_cache(path: Path, data: VqaData, config: FeatureConfig) -> tuple[dict[
                 here, there = _stamp(data, config, split), loads(header.get(split, "null"))
                 if there == here:
                     # Copies: a file that is cut while it is mapped would take the process with it.
-                    rows = Embeddings(*(file.get_tensor(f"{split}_{part}").clone() for part in ("image", "text")))
+                    parts = ("image", "text", "answer") if _answers(config, split) else ("image", "text")
+                    if not {f"{split}_{part}" for part in parts} <= {*file.keys()}:
+                        continue  # made when answers were no features
+                    rows = Embeddings(*(file.get_tensor(f"{split}_{part}").clone() for part in parts))
                     if _fits(rows, len(data.examples(split))):
                         kept[split] = rows
                 else:
@@ -170,13 +184,14 @@ def _read_cache(path: Path, data: VqaData, config: FeatureConfig) -> tuple[dict[
 
 def _fits(rows: Embeddings, count: int) -> bool:
     """Return whether stored rows can be the embeddings of so many examples."""
-    image, text = rows.image, rows.text
-    sound = image.dtype == text.dtype == torch.float32 and image.shape == text.shape and image.ndim == 2
-    return sound and len(image) == count and bool(image.isfinite().all() and text.isfinite().all())
+    parts = [part for part in vars(rows).values() if part is not None]
+    sound = all(part.dtype == torch.float32 and part.shape == rows.image.shape for part in parts)
+    return sound and rows.image.ndim == 2 and len(rows.image) == count and all(bool(p.isfinite().all()) for p in parts)
 
 
-def encode(encoder: "ClipEncoder", data: VqaData, split: str, track: Track) -> Embeddings:
-    """Return the embeddings of a split's examples. Raises LeverError at one that is no unit vector."""
+def encode(encoder: "ClipEncoder", data: VqaData, split: str, track: Track, answers: bool = False) -> Embeddings:
+    """Return the embeddings of a split's examples, with `answers` those of their shown answers, too. Raises LeverError
+    at one that is no unit vector."""
     examples = data.examples(split)
     asked = {example.image: example for example in reversed(examples)}  # each image and its first question
     row = {image: i for i, image in enumerate(asked)}
@@ -184,7 +199,10 @@ def encode(encoder: "ClipEncoder", data: VqaData, split: str, track: Track) -> E
     of_image = encoder.images(_opened(track(images, f"CLIP, {split}: {len(asked)} images", len(asked))))
     image = of_image[[row[example.image] for example in examples]].contiguous()
     text = encoder.texts([example.question for example in examples], track, f"CLIP, {split}")
-    for part, rows in (("image", image), ("text", text)):
+    answer = encoder.texts([example.answer for example in examples], track, f"CLIP, {split}") if answers else None
+    for part, rows in (("image", image), ("text", text), ("answer", answer)):
+        if rows is None:
+            continue
         bad = (~(rows.norm(dim=-1) > 0.5)).nonzero()  # NaN, infinite or zero
         if len(bad):
             question = examples[int(bad[0])].question_id
@@ -192,7 +210,7 @@ def encode(encoder: "ClipEncoder", data: VqaData, split: str, track: Track) -> E
                 f"question {question}: {encoder.path} gives its {part} a feature that is zero, NaN or infinite, as in "
                 f"{len(bad)} of {len(rows)} questions: its weights may be broken (features.encoder)"
             )
-    return Embeddings(image, text)
+    return Embeddings(image, text, answer)
 
 
 def _opened(examples: Iterable[Example]) -> Iterator:

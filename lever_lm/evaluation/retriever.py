@@ -126,7 +126,9 @@ class Retriever:
 
     def _encode(self, examples: Sequence[Example]) -> Embeddings:
         data = VqaData("own", tuple(examples), (), "")
-        return encode(self._encoder, data, "train", self.stages.track if self._own is examples else untracked)
+        own = self._own is examples
+        track = self.stages.track if own else untracked
+        return encode(self._encoder, data, "train", track, own and "ans" in self.config.features.parts()[1])
 
     def _of_queries(self, queries: Sequence[Example]) -> Embeddings:
         """Return embeddings: of the cache where all queries are evaluation examples of the dataset, else made anew."""

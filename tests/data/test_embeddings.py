@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from lever_lm.config.schema import DataConfig, FeatureConfig
 from lever_lm.data import load_dataset
-from lever_lm.data.embeddings import compute_features
+from lever_lm.data.embeddings import ClipEncoder, cached_features, compute_features
 from lever_lm.utils.errors import LeverError, UsageError
 from lever_lm.utils.paths import asset_path
 from lever_lm.utils.transformers_compat import import_transformers
@@ -69,7 +69,38 @@ def test_a_feature_is_the_normalised_sum_of_the_embeddings_its_name_lists(digits
     torch.testing.assert_close(digits_features.icds(config), expected(digits_features.train, icd))
 
 
-@pytest.mark.parametrize("name", ["query_img", "query_audio_icd_text", "img_text", "query_text_img_icd_text", ""])
+def test_the_answers_of_icds_are_part_of_the_sum_where_the_name_says_so(
+    digits, digits_features, features_file, tmp_path
+):
+    """A file that was made without answers gets them, and serves both names then."""
+    path, config = tmp_path / "f.safetensors", dataclasses.replace(CLIP, name="query_img_text_icd_img_text_ans")
+    shutil.copy(features_file, path)
+    assert cached_features(digits, config, path) is None
+    noted = []
+    made = compute_features(digits, config, path, "cpu", lambda work, what, total: noted.append(what) or work)
+    assert not any("val" in what for what in noted), "the evaluation split is kept"
+    train = digits_features.train
+    answers = ClipEncoder(CLIP.encoder, "cpu", 64).texts([example.answer for example in digits.train_examples])
+    total = train.image + train.text + answers
+    torch.testing.assert_close(made.icds(config), total / total.norm(dim=-1, keepdim=True))
+    torch.testing.assert_close(made.queries("val", config), digits_features.queries("val", CLIP))
+    assert torch.equal(cached_features(digits, config, path).icds(config), made.icds(config))
+    assert torch.equal(cached_features(digits, CLIP, path).icds(CLIP), digits_features.icds(CLIP))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "query_img",
+        "query_ans_icd_img",
+        "query_img_ans_icd_img",
+        "query_img_icd_ans",
+        "query_audio_icd_text",
+        "img_text",
+        "query_text_img_icd_text",
+        "",
+    ],
+)
 def test_an_unknown_features_name_is_a_usage_error(name):
     with pytest.raises(UsageError, match="--features"):
         FeatureConfig(name=name)
