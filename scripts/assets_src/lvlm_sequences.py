@@ -153,8 +153,8 @@ def _code_cells(rng: random.Random) -> list[Cell]:
 
 
 def sample_codes(rows_by_digit: list[list[int]], rng: random.Random) -> Sequence:
-    """A sequence of the sister world: both codes are drawn anew, and a syllable of a shot is wrong now and then, so that
-    the query's are read off like styles and like digits, by majority."""
+    """A sequence of the sister world: both codes are drawn anew, and a syllable of a shot is wrong now and then, so
+    that the query's are read off like styles and like digits, by majority."""
     cells = _code_cells(rng)
     first = rng.sample(range(len(codes.FIRST)), codes.NUM_STYLES)
     second = rng.sample(range(len(codes.SECOND)), 10)

@@ -24,9 +24,9 @@ TRAIN_WORDINGS = codes.NUM_WORDINGS - 1
 DESCRIPTION = "lever_lm digits_sets: words of two syllables, of a style and of a handwritten digit"
 ATTRIBUTION = """# Attribution
 
-Questions and annotators' answers are ours and made by a program (`scripts/build_assets.py sets`); some answers are wrong
-on purpose. They are about the images of `digits`, whose ATTRIBUTION.md says where these come from, and are under CC BY
-4.0 as well.
+Questions and annotators' answers are ours and made by a program (`scripts/build_assets.py sets`); some answers are
+wrong on purpose. They are about the images of `digits`, whose ATTRIBUTION.md says where these come from, and are under
+CC BY 4.0 as well.
 """
 
 
