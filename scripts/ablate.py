@@ -28,7 +28,7 @@ import ablation_report
 import synthetic
 import torch
 
-from lever_lm.config.schema import Config, GrpoConfig
+from lever_lm.config.schema import Config
 from lever_lm.config.values import build, configs_root, dotted, merge, named_yaml, read_yaml
 from lever_lm.evaluation.evaluate import Evaluation
 from lever_lm.selectors import BASELINES
@@ -87,7 +87,7 @@ DIGITS_ROWS = {
 }
 ROWS = {"synthetic": SYNTHETIC_ROWS, "digits": DIGITS_ROWS}
 MOSTLY_RANDOM = {"beams": 0, "retrieval": 1, "samples_per_temp": 0, "random": 13}
-BY_RCE = {"warmup": "rce", "grpo": {"kl_beta": GrpoConfig.kl_beta}}
+BY_RCE = {"warmup": "rce"}
 UNSEEN = 1000
 SHOTS = [1, 2, 4]
 
@@ -96,7 +96,7 @@ def config_of(world: str, row: str, seed: int) -> Config:
     """Return the config of a row: ours or classic, and what the row changes."""
     values = named_yaml("dataset", "digits") if world == "digits" else {}
     if world == "digits":
-        # The YAML's own warm-up and β are for answer match; the rows are about RCE and what GRPO adds to it.
+        # The YAML's own warm-up is answer match; the rows are about RCE and what GRPO adds to it.
         values = merge(values, {**named_yaml("lvlm", "tiny_qwen2.5_vl"), **BY_RCE})
     if row == CLASSIC:
         values = merge(values, read_yaml(configs_root() / "recipe" / "classic.yaml"))

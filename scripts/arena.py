@@ -42,7 +42,7 @@ def run_seed(folder: Path, seed: int, options: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     common = ["--seed", str(seed), "--quiet", *(["--limit", str(options.limit)] if options.limit else [])]
     # The digits' own warm-up, and the β after it, are those of answer match, which has its run.
-    rce = ["--set", "warmup=rce", "--set", "grpo.kl_beta=0.1", "--rce-epochs", "10"]
+    rce = ["--set", "warmup=rce", "--rce-epochs", "10"]
     lever(folder, "train", "--recipe", "demo", "--run-name", RUN, *rce, *common)
     for name, more in LEARNT.items():
         more = [word.format(candidates=options.infoscore_candidates) for word in more]
