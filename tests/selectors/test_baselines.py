@@ -13,6 +13,7 @@ from lever_lm.selectors.learned import choose
 from lever_lm.selectors.pointer.checkpoint import load_policy, save_torch, to_v2, v3_content
 from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.tasks.vqa_metrics import vqa_accuracy
+from lever_lm.training.rollouts.propose import new_policy
 from lever_lm.utils.errors import LeverError
 
 QUERIES = 40
@@ -39,8 +40,7 @@ def ragged(problem):
 
 @pytest.fixture(scope="module")
 def policy(digits_config):
-    torch.manual_seed(3)
-    return PointerSelector(d_model=64, **vars(digits_config.policy)).eval()
+    return new_policy(dataclasses.replace(digits_config, seed=3), 64).eval()
 
 
 # ---------------------------------------------------------------------- the table

@@ -43,9 +43,9 @@ def world(trained_small, lever, tmp_path, monkeypatch):
     encoded, asked = [], []
     encode, generate = lever_lm.data.embeddings.encode, LocalLvlm.generate
 
-    def counted_encode(encoder, data, split, track):
+    def counted_encode(encoder, data, split, *options):
         encoded.append(split)
-        return encode(encoder, data, split, track)
+        return encode(encoder, data, split, *options)
 
     def counted_generate(self, prompts):
         asked.extend(prompts)
