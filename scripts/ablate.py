@@ -3,9 +3,9 @@
     python scripts/ablate.py [--seeds 5] [--jobs 2] [--world synthetic] [--only ROW …] [--results results]
 
 synthetic: scripts/synthetic.py, the 800 queries of its rollout file to train and select on, 1,000 unseen ones to judge
-by: the exact true reward of the sampling policy and of its greedy picks. digits: the shipped world, judged by the
-accuracy of the shipped LVLM on its 500 evaluation queries. A row changes the named options of ours and nothing else;
-it starts from the same data and weights, and so, where it changes GRPO alone, from the same RCE policy.
+by: the exact true reward of the sampling policy and of its greedy picks. digits, digits_sets: the shipped worlds,
+judged by the accuracy of their LVLM on 500 evaluation queries. A row changes the named options of ours and nothing
+else; it starts from the same data and weights, and so, where it changes GRPO alone, from the same RCE policy.
 Each run leaves one JSON file in RESULTS/ablation/; a run whose file is there is not made again. Writes
 RESULTS/ablation.md and RESULTS/ablation.png.
 
@@ -85,7 +85,15 @@ DIGITS_ROWS = {
         "grpo.epochs": 0,
     },
 }
-ROWS = {"synthetic": SYNTHETIC_ROWS, "digits": DIGITS_ROWS}
+SETS_ROWS = {
+    "ours": {},
+    "stateless": {"policy.state_update": "none"},
+    "gate": {"policy.state_update": "gate"},
+    "mmr": {"policy.state_update": "none", "policy.diversity": "mmr"},
+    "online": {"grpo.online": True},
+    "rollouts of 4": {"rollout.shots": 4},
+}
+ROWS = {"synthetic": SYNTHETIC_ROWS, "digits": DIGITS_ROWS, "digits_sets": SETS_ROWS}
 MOSTLY_RANDOM = {"beams": 0, "retrieval": 1, "samples_per_temp": 0, "random": 13}
 BY_RCE = {"warmup": "rce"}
 UNSEEN = 1000
@@ -94,7 +102,7 @@ SHOTS = [1, 2, 4]
 
 def config_of(world: str, row: str, seed: int) -> Config:
     """Return the config of a row: ours or classic, and what the row changes."""
-    values = named_yaml("dataset", "digits") if world == "digits" else {}
+    values = {} if world == "synthetic" else named_yaml("dataset", world)
     if world == "digits":
         # The YAML's own warm-up is answer match; the rows are about RCE and what GRPO adds to it.
         values = merge(values, {**named_yaml("lvlm", "tiny_qwen2.5_vl"), **BY_RCE})
@@ -145,13 +153,13 @@ def judge(policy: PointerSelector, embeddings: torch.Tensor, unseen: synthetic.U
     return {"true_reward": expected, "true_greedy": greedy}
 
 
-# ---------------------------------------------------------------------- digits
+# ---------------------------------------------------------------------- digits, digits_sets
 
 
-def run_digits(row: str, seed: int, folder: Path, results: Path) -> dict:
+def run_dataset(world: str, row: str, seed: int, folder: Path, results: Path) -> dict:
     """Train a row and answer the evaluation queries with RCE's last policy, GRPO's last, and the one of the largest
     val_reward; beside ours also with the baselines."""
-    config = config_of("digits", row, seed)
+    config = config_of(world, row, seed)
     pipeline = Pipeline(config, Screen(quiet=True), results=results, run_dir=folder)
     pipeline.train()
     rows = pipeline.run.rows()
@@ -162,7 +170,9 @@ def run_digits(row: str, seed: int, folder: Path, results: Path) -> dict:
         policies["grpo_last"] = pipeline.run.checkpoint("grpo", len(of_grpo))
         policies["grpo_best"] = pipeline.run.checkpoint("grpo", best)
     evaluation = Evaluation(config, pipeline.data, pipeline.features)
-    choices = {name: choose(load_for(path, config), evaluation.problem, max(SHOTS)) for name, path in policies.items()}
+    choices = {
+        name: choose(load_for(path, config), evaluation.problem, max(SHOTS))[0] for name, path in policies.items()
+    }
     if row == "ours":
         choices = {**{name: evaluation.select(name, max(SHOTS)) for name in BASELINES}, **choices}
     outcomes = evaluation.run(choices, SHOTS, pipeline.lvlm)
@@ -202,7 +212,7 @@ def one_run(world: str, row: str, seed: int, results: Path) -> str:
     if world == "synthetic":
         outcome = run_synthetic(row, seed, folder)
     else:
-        outcome = run_digits(row, seed, folder, folder.parent / "results")
+        outcome = run_dataset(world, row, seed, folder, folder.parent / "results")
     write_json(path, {"world": world, "row": row, "seed": seed, **outcome})
     shutil.rmtree(folder, ignore_errors=True)
     return f"{world}, seed {seed}, {row}: done"
