@@ -92,6 +92,18 @@ SETS_ROWS = {
     "mmr": {"policy.state_update": "none", "policy.diversity": "mmr"},
     "online": {"grpo.online": True},
     "rollouts of 4": {"rollout.shots": 4},
+    "answer match": {"warmup": "match", "rce.epochs": 20, "grpo.epochs": 0},
+    "epr": {
+        "warmup": "epr",
+        "rollout.shots": 1,
+        "rollout.beam": 0,
+        "rollout.sample": 0,
+        "rollout.retrieval": 10,
+        "rollout.random": 40,
+        "rce.epochs": 20,
+        "grpo.epochs": 0,
+    },
+    "mmr, online": {"policy.state_update": "none", "policy.diversity": "mmr", "grpo.online": True},
 }
 ROWS = {"synthetic": SYNTHETIC_ROWS, "digits": DIGITS_ROWS, "digits_sets": SETS_ROWS}
 MOSTLY_RANDOM = {"beams": 0, "retrieval": 1, "samples_per_temp": 0, "random": 13}
