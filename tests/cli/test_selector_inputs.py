@@ -29,8 +29,8 @@ from lever_lm.utils.paths import asset_path
         (("diagnose", "--against", "grpo_"), 2, "did you mean 'grpo'?"),
         (("infer", "--against", "epr,mmr"), 1, "`lever train --selector epr --dataset digits"),
         (("diagnose", "--against", "lever_lm"), 1, "`lever train --selector lever_lm --dataset digits"),
-        (("infer", "--shots", "99", "--against", "mmr"), 2, "from which grpo would choose"),
-        (("diagnose", "--shots", "99"), 2, "from which grpo would choose"),
+        (("infer", "--shots", "299", "--against", "mmr"), 2, "from which grpo would choose"),
+        (("diagnose", "--shots", "299"), 2, "from which grpo would choose"),
         (
             ("train", "--selector", "epr", "--rl-data", ROLLOUTS),
             1,
