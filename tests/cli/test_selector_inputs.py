@@ -29,8 +29,8 @@ from lever_lm.utils.paths import asset_path
         (("diagnose", "--against", "grpo_"), 2, "did you mean 'grpo'?"),
         (("infer", "--against", "epr,mmr"), 1, "`lever train --selector epr --dataset digits"),
         (("diagnose", "--against", "lever_lm"), 1, "`lever train --selector lever_lm --dataset digits"),
-        (("infer", "--shots", "99", "--against", "mmr"), 2, "from which grpo would choose"),
-        (("diagnose", "--shots", "99"), 2, "from which grpo would choose"),
+        (("infer", "--shots", "299", "--against", "mmr"), 2, "from which grpo would choose"),
+        (("diagnose", "--shots", "299"), 2, "from which grpo would choose"),
         (
             ("train", "--selector", "epr", "--rl-data", ROLLOUTS),
             1,
@@ -64,7 +64,16 @@ def test_the_command_that_is_given_makes_what_was_missing(trained, lever):
 
 def test_the_command_has_the_options_of_the_run_as_far_as_they_are_needed(trained, lever):
     own = ("--sampler", "text_sim_sampler", "--seed", "3", "--set", "prompt.template=Q {question}: A {answer}")
-    own += ("--set", "rollout.pool_size=9", "--features", "query_img_icd_text", "--lvlm", "tiny_qwen2.5_vl")
+    own += (
+        "--set",
+        "rollout.pool_size=9",
+        "--set",
+        "infer.pool_size=30",
+        "--features",
+        "query_img_icd_text",
+        "--lvlm",
+        "tiny_qwen2.5_vl",
+    )
     missing = lever("infer", *own, "--ckpt", RUN / "grpo_epoch4.pt", "--against", "epr", "--results", "elsewhere")
     assert missing.status == 1, missing.err
     command = shlex.split(re.search("`(lever train .*)`", missing.err)[1])
@@ -72,13 +81,14 @@ def test_the_command_has_the_options_of_the_run_as_far_as_they_are_needed(traine
     planned = lever(*command[1:], "--dry-run", "--json").json["config"]
     here = lever("infer", *own, "--ckpt", RUN / "grpo_epoch4.pt", "--dry-run", "--json").json["config"]
     assert planned["warmup"] == "epr"
+    assert (planned["rollout"]["pool_size"], planned["infer"]["pool_size"]) == (9, 30)
     for section, name in SETTING:
         assert planned[section][name] == here[section][name], name
     assert planned["seed"] == here["seed"] == 3
 
 
 def test_only_what_chooses_from_pools_is_bound_by_their_size(trained, lever):
-    small = ("--limit", "24", "--set", "rollout.pool_size=8", "--run-name", "fixed_set")
+    small = ("--limit", "24", "--set", "infer.pool_size=8", "--run-name", "fixed_set")
     assert lever("train", "--selector", "fixed_set", *small).status == 0
     fixed = ("infer", "--run-name", "fixed_set", "--limit", "2", "--shots", "9")
     done = lever(*fixed, "--against", "mmr,random", "--json")

@@ -275,7 +275,7 @@ def test_pick_shows_what_is_shown_why_and_the_answer(in_home, retriever):
     assert done.json["query"] == {"question_id": None, "question": QUESTION, "image": "x.jpg"}
     assert done.json["why"] == "best by val_reward"
     assert done.json["checkpoint"] == f"{RUN}/{retriever.checkpoint.name}"
-    assert done.json["pool"] == {"size": 64, "sampler": "mix_sampler", "examples": len(retriever.examples)}
+    assert done.json["pool"] == {"size": 256, "sampler": "mix_sampler", "examples": len(retriever.examples)}
     assert done.json["prompt"].count("<|image_pad|>") == 4
     assert "references" not in done.json
     shown = in_home("pick", "--image", "x.jpg", "--question", QUESTION, "--shots", "3", "--quiet").out
