@@ -189,7 +189,7 @@ def run_dataset(world: str, row: str, seed: int, folder: Path, results: Path) ->
         choices = {**{name: evaluation.select(name, max(SHOTS)) for name in BASELINES}, **choices}
     outcomes = evaluation.run(choices, SHOTS, pipeline.lvlm)
     accuracy = {f"{outcome.method}@{outcome.shots}": outcome.summary()["accuracy"] for outcome in outcomes}
-    signal = signals(pipeline.layout.rollouts)
+    signal = signals(pipeline.layout.rollouts) if config.needs_rollouts else {}
     return {"rows": rows, "accuracy": accuracy, "asked": pipeline.lvlm.asked, "signals": signal}
 
 

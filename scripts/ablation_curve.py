@@ -283,7 +283,7 @@ def write(folder: Path) -> Path:
     """Write FOLDER.md, .json and .png beside the folder of the runs; returns the page's path."""
     points = load(folder)
     rows, page = summary(points), folder.with_suffix(".md")
-    write_json(folder.with_suffix(".json"), rows)
+    write_json(folder.with_suffix(".json"), list(map(_without_nan, rows)))
     name, queries, group, _ = REFERENCE
     text = "# Accuracy against LVLM calls\n\nMade by `python scripts/ablate.py --curve`.\n\n"
     text += __doc__.split("\n\n", 1)[1]
@@ -294,6 +294,12 @@ def write(folder: Path) -> Path:
     page.write_text(text, encoding="utf-8")
     chart(folder.with_suffix(".png"), rows)
     return page
+
+
+def _without_nan(row: dict) -> dict:
+    """Return a row as JSON holds it: a single seed has no interval."""
+    lists = {key: value for key, value in row.items() if isinstance(value, tuple)}
+    return row | {key: [None if np.isnan(bound) else bound for bound in value] for key, value in lists.items()}
 
 
 def lines_of(rows: list[dict], curve: str) -> Iterator[tuple[int, int, list[dict]]]:
@@ -339,6 +345,8 @@ def chart(path: Path, rows: list[dict]) -> None:
         axis.set_xlabel("LVLM calls")
     for axis in axes[:, 0]:
         axis.set_ylabel("accuracy")
+    means = [row[f"accuracy@{k}"][0] for row in rows for k in SHOTS]
+    axes[0, 0].set_ylim(min(means) - 0.05, max(means) + 0.05)  # of two seeds the intervals would fill the figure
     axes[0, 0].legend(fontsize="small")
     figure.savefig(path, dpi=110)
     plt.close(figure)

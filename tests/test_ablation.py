@@ -232,6 +232,11 @@ def test_the_curve_has_paired_differences_to_the_reference_and_to_the_warm_up(cu
     assert "- match → GRPO: 2,245 calls (150 queries, groups of 15), 0.915 at 1 shot" in page
     assert "- RCE:" not in page
     assert len(json.loads(folder.with_suffix(".json").read_text())) == 5
+
+    for path in folder.glob("1_*.json"):
+        path.unlink()
+    curve.write(folder)  # a single seed has no interval
+    assert json.loads(folder.with_suffix(".json").read_text())[-1]["accuracy@1"] == [pytest.approx(0.9), None, None]
     assert folder.with_suffix(".png").stat().st_size > 10_000
 
 
