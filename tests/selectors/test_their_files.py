@@ -201,7 +201,7 @@ def test_rollouts_made_elsewhere_are_taken_as_they_are_and_it_says_so(theirs, le
 def test_exported_query_embeddings_are_its_features(theirs, warm, lever, digits):
     matrix = torch.randn(len(digits.train_examples), 12, generator=torch.Generator().manual_seed(0))
     torch.save(matrix, warm / "results/digits/cache/query_embeddings.pt")
-    done = lever("train", *QUICK)
+    done = lever("train", "--set", "warmup=rce", *QUICK)
     assert done.status == 0, done.err
     assert "query_embeddings.pt, as exported by Lever-Plus" in done.err
     assert load_policy(done.json["recommended"]["checkpoint"]).d_model == 12
