@@ -7,7 +7,7 @@ import yaml
 from helpers import RUN, files_in, run_lever
 
 from lever_lm.cli.config_command import flat
-from lever_lm.config.schema import Config, all_keys, key_docs, to_dict
+from lever_lm.config.schema import Config, FeatureConfig, all_keys, key_docs, to_dict
 from lever_lm.config.values import build, configs_root
 from lever_lm.training.select_checkpoint import STRATEGIES
 
@@ -189,8 +189,8 @@ def test_offers_within_this_process(runs, monkeypatch):
 
     assert values(completion.strategies) == list(STRATEGIES)
     assert values(completion.trackers) == ["tensorboard"]
-    assert len(values(completion.features)) == 9
-    assert values(completion.features, "query_text_icd_t") == ["query_text_icd_text"]
+    assert len({FeatureConfig(name=name).parts() for name in values(completion.features)}) == 18
+    assert values(completion.features, "query_text_icd_t") == ["query_text_icd_text", "query_text_icd_text_ans"]
     assert values(completion.set_keys) == [f"{key}=" for key in all_keys()]
     assert dict(completion.set_keys(context, "grpo.top_k"))["grpo.top_k="] == key_docs()["grpo.top_k"]
     assert {"demo", "classic", "results/digits/model_cpk/first"} <= set(values(completion.configs))
