@@ -6,6 +6,8 @@ lvlm    tiny-qwen2.5-vl, a real Qwen2_5_VLForConditionalGeneration that copies f
 sets, sets-clip, sets-lvlm
         the same of the world in which the set of demonstrations matters: digits_sets, which asks about the images of
         digits, tiny-clip-sets and tiny-qwen2.5-vl-sets
+clip-answers
+        tiny-clip-answers: tiny-clip, with the answers among the captions of their digit; is not shipped
 check   measures the models of --out as they stand, through `from_pretrained` and `generate`
 """
 
@@ -23,7 +25,7 @@ ALL = ("digits", "clip", "lvlm", "sets", "sets-clip", "sets-lvlm")
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", default="all", choices=[*ALL, "all", "check"])
+    parser.add_argument("what", nargs="?", default="all", choices=[*ALL, "clip-answers", "all", "check"])
     parser.add_argument("--out", type=Path, default=ROOT / "lever_lm" / "assets", help="folder of the assets")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="LVLM only: where it is trained")
     parser.add_argument("--steps", type=int, help="training steps of the one model named (default: the recipe's)")
@@ -31,8 +33,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=256, help="LVLM only; under 128 it does not learn")
     parser.add_argument("--workers", type=int, default=4, help="LVLM only: processes that make training batches")
     args = parser.parse_args()
-    if args.steps is not None and not args.what.endswith(("clip", "lvlm")):
-        parser.error("--steps belongs to one model: name `clip`, `lvlm`, `sets-clip` or `sets-lvlm`")
+    if args.steps is not None and args.what in ("digits", "sets", "all", "check"):
+        parser.error("--steps belongs to one model: name it")
     return args
 
 
@@ -59,10 +61,11 @@ def build(what: str, args: argparse.Namespace) -> dict:
         from assets_src import sets_world
 
         return sets_world.build(args.out / "digits_sets", seed=args.seed)
-    if what.endswith("clip"):
+    if "clip" in what:
         from assets_src import tiny_clip
 
-        name, texts = ("tiny-clip", tiny_clip.DIGITS) if what == "clip" else ("tiny-clip-sets", tiny_clip.CODES)
+        name = {"clip": "tiny-clip", "clip-answers": "tiny-clip-answers", "sets-clip": "tiny-clip-sets"}[what]
+        texts = {"clip": tiny_clip.DIGITS, "clip-answers": tiny_clip.ANSWERS, "sets-clip": tiny_clip.CODES}[what]
         return tiny_clip.build(args.out / name, texts, seed=args.seed, **steps)
     from assets_src import lvlm_check, lvlm_training
     from assets_src.lvlm_sequences import codes_world, digits_world

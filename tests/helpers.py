@@ -74,6 +74,13 @@ def run_here(*arguments, cwd: Path) -> Done:
     return Done(status, out.getvalue(), err.getvalue())
 
 
+def done(command, cwd: Path) -> Done:
+    """A command line in this process with --json that has to end well."""
+    found = run_here(*command, "--json", cwd=cwd)
+    assert found.status == 0, found.err
+    return found
+
+
 def files_in(folder: Path) -> dict[str, tuple[int, int]]:
     """Every file below a folder with its size and time of change."""
     found = sorted(path for path in folder.rglob("*") if path.is_file())

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
@@ -10,6 +10,11 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
+from lever_lm.config.load import resolve
+from lever_lm.data import load_dataset
+from lever_lm.lvlm import build_prompt, cut_answer
+from lever_lm.lvlm.backend import load_local
+from lever_lm.tasks import TASKS
 from lever_lm.utils.paths import PACKAGE, asset_path
 from lever_lm.utils.transformers_compat import import_transformers
 
@@ -146,3 +151,81 @@ def test_two_of_five_images_are_smudged(digits, split):
 def test_the_tutorials_query_is_smudged_and_of_its_picks_all_but_the_first():
     assert is_smudged("val", 10)
     assert [is_smudged("train", image) for image in (1227, 945, 720, 935)] == [False, True, True, True]
+
+
+# ---------------------------------------------------------------------- digits_sets
+
+
+def sets_split(split) -> dict[int, tuple[str, list[str]]]:
+    """question_id → (style, the ten answers) of digits_sets."""
+    content = json.loads((ASSETS / f"digits_sets/mscoco_{split}2014_annotations.json").read_text())["annotations"]
+    return {a["question_id"]: (a["question_type"], [answer["answer"] for answer in a["answers"]]) for a in content}
+
+
+def sets_code() -> tuple[dict[str, str], dict[int, tuple[str, str]]]:
+    """The first syllable of each style, which most of all its answers have; and question_id → (style, second syllable)
+    of the evaluation, whose labels are right."""
+    written, asked = defaultdict(Counter), {}
+    for style, answers in (*sets_split("train").values(), *sets_split("val").values()):
+        written[style].update(answer.split()[0] for answer in answers)
+    for number, (style, answers) in sets_split("val").items():
+        asked[number] = (style, Counter(answers).most_common(1)[0][0].split()[1])
+    return {style: counts.most_common(1)[0][0] for style, counts in written.items()}, asked
+
+
+def test_the_sister_world_is_at_most_6_mb_and_asks_about_the_images_of_digits(digits):
+    folders = ("digits_sets", "tiny-clip-sets", "tiny-qwen2.5-vl-sets")
+    sizes = [path.stat().st_size for name in folders for path in (ASSETS / name).iterdir()]
+    assert sum(sizes) <= 6 * MEGABYTE
+    data = load_dataset(resolve({"dataset": "digits_sets"}, None, [], {})[0].data)
+    assert (len(data.train_examples), len(data.val_examples)) == (800, 500)
+    for ours, theirs in ((data.train_examples, digits.train_examples), (data.val_examples, digits.val_examples)):
+        assert {e.image for e in ours} <= {e.image for e in theirs}
+
+
+def test_no_training_example_of_the_sister_world_shares_style_and_digit_with_another_or_with_a_query():
+    firsts, asked = sets_code()
+    assert len(set(firsts.values())) == len(firsts) == 100
+    assert len({second for _, second in asked.values()}) == 10
+    options = []
+    for style, answers in sets_split("train").values():
+        # Where most annotators are misled, two others give the right word; a slip is seldom made by two alike.
+        given = [(count, word.split()) for word, count in Counter(answers).items() if count > 1]
+        options.append((style, [second for _, (first, second) in sorted(given) if first == firsts[style]]))
+    taken = set(asked.values())
+    for style, seconds in sorted(options, key=lambda option: len(option[1])):  # what can be one digit only comes first
+        free = [second for second in seconds if (style, second) not in taken]
+        assert free
+        taken.add((style, free[0]))
+    assert len(options) == 800
+
+
+def test_the_sister_world_answers_a_pair_and_nothing_less():
+    """One demonstration of the style and one of the digit are right for most of 40 queries, either alone for few."""
+    config = resolve({"dataset": "digits_sets"}, None, [], {})[0]
+    data, (firsts, asked), styles = load_dataset(config.data), sets_code(), sets_split("train")
+    of_style, of_digit = {}, {}
+    for example in data.train_examples:
+        style, (first, second) = styles[example.question_id][0], example.answer.split()
+        if example.answers.count(example.answer) > 8:  # no annotator was misled
+            assert first == firsts[style]
+            of_style[style] = of_digit[second] = example
+    queries = [query for query in data.val_examples if asked[query.question_id][0] in of_style][:40]
+    shown = {"pair": [], "style": [], "digit": []}
+    for query in queries:
+        style, second = asked[query.question_id]
+        pair = (of_style[style], of_digit[second])
+        for name, icds in (("pair", pair), ("style", pair[:1]), ("digit", pair[1:])):
+            shown[name].append(build_prompt(icds, query, config.prompt))
+    lvlm, right = load_local(config.lvlm, config.prompt, "cpu"), {}
+    for name, prompts in shown.items():
+        scores = zip(map(cut_answer, lvlm.generate(prompts)), queries, strict=True)
+        right[name] = np.mean([TASKS["vqa"].score(text, query) for text, query in scores])
+    assert right["pair"] > 0.9
+    assert max(right["style"], right["digit"]) < 0.1
+
+
+def test_a_dataset_that_brings_its_own_lvlm_is_answered_by_it_unless_another_is_named(lever):
+    for options, path in (((), "asset:tiny-qwen2.5-vl-sets"), (("--lvlm", "tiny_qwen2.5_vl"), "asset:tiny-qwen2.5-vl")):
+        shown = lever("config", "show", "--json", "--dataset", "digits_sets", *options)
+        assert shown.json["config"]["lvlm"]["path"] == path

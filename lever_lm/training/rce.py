@@ -56,8 +56,8 @@ def warm_up(
 def shared_epochs(losses: tuple[str, ...], epochs: int) -> dict[str, range]:
     """Return the epochs of each loss of a warm-up, of one loss or of two: the first has the first half, and the odd
     one."""
-    cut = epochs if len(losses) == 1 else (epochs + 1) // 2
-    return dict(zip(losses, (range(1, cut + 1), range(cut + 1, epochs + 1)), strict=False))
+    ends = [epochs] if len(losses) == 1 else [(epochs + 1) // 2, epochs]
+    return {loss: range(begin + 1, end + 1) for loss, begin, end in zip(losses, [0, *ends[:-1]], ends, strict=True)}
 
 
 def _match(

@@ -41,23 +41,31 @@ WORD_DROPOUT = 0.3  # without it a wording that was not trained on is often take
 WARMUP_STEPS = 50
 
 
-def digit_captions() -> list[list[str]]:
-    """For each digit its captions, with the word and with the numeral."""
-    return [[c.format(w) for w in (word, digit) for c in CAPTIONS] for digit, word in enumerate(DIGIT_WORDS)]
-
-
 class Texts(NamedTuple):
-    """What an encoder reads beside the digits: the wordings of each question type, the last of which is held out, and
-    what its tokenizer should know as well."""
+    """What an encoder reads beside the digits: the wordings of each question type, the last of which is held out, what
+    its tokenizer should know as well, and of each digit what else is a caption of it."""
 
     questions: list[tuple[str, ...]]
     corpus: list[str]
+    captions: tuple[tuple[str, ...], ...] = ((),) * 10
+
+    @property
+    def captions_per_digit(self) -> int:
+        """In a batch; more where there are more to see."""
+        return CAPTIONS_PER_DIGIT * (2 if any(self.captions) else 1)
 
 
 _TYPES = QUESTION_TYPES.values()
 DIGITS = Texts([t.paraphrases for t in _TYPES], [text for t in _TYPES for text in (*t.paraphrases, *t.answers)])
+ANSWERS = DIGITS._replace(captions=tuple(tuple(t.answers[digit] for t in _TYPES) for digit in range(10)))
 _CODES = [tuple(wording.format(style) for wording in codes.WORDINGS) for style in codes.STYLES]
 CODES = Texts(_CODES, [text for wordings in _CODES for text in wordings])
+
+
+def digit_captions(texts: Texts) -> list[list[str]]:
+    """For each digit its captions: with the word, with the numeral, and those of its own."""
+    named = enumerate(DIGIT_WORDS)
+    return [[*(c.format(w) for w in (word, d) for c in CAPTIONS), *texts.captions[d]] for d, word in named]
 
 
 def build_tokenizer(texts: Texts):
@@ -88,7 +96,7 @@ def build_tokenizer(texts: Texts):
         special_tokens=fixed_tokens,
         show_progress=False,
     )
-    corpus = [caption for captions in digit_captions() for caption in captions]
+    corpus = [caption for captions in digit_captions(texts) for caption in captions]
     bpe.train_from_iterator((corpus + texts.corpus) * 4 + ["Question: Short answer:"] * 10, trainer)
     learned = json.loads(bpe.to_str())["model"]
     merges = [tuple(merge) for merge in learned["merges"]]
@@ -161,9 +169,9 @@ def train(
 ) -> float:
     """pixels (N, 3, P, P) normalised, digits (N,): the train images. Returns the last loss."""
     rng = random.Random(f"clip-{seed}")
-    captions = digit_captions()
+    captions = digit_captions(texts)
     questions = [wordings[:NUM_TRAIN_PARAPHRASES] for wordings in texts.questions]
-    caption_digits = torch.arange(10).repeat(CAPTIONS_PER_DIGIT)
+    caption_digits = torch.arange(10).repeat(texts.captions_per_digit)
     question_types = torch.arange(len(questions)).repeat(QUESTIONS_PER_TYPE)
     peak_lr = 2e-3
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak_lr, weight_decay=0.05)

@@ -7,7 +7,7 @@ import sqlite3
 import pytest
 import torch
 import yaml
-from helpers import Done, files_in, run_here, small_digits
+from helpers import done, files_in, run_here, small_digits
 
 from lever_lm.selectors import SELECTORS
 from lever_lm.training.rollouts.file_format import read_rollouts, split_ids
@@ -35,12 +35,6 @@ def train(name: str, *options, epochs: int | None = None) -> tuple:
         return ("train", *WORLD, *TINY, *rce, "--grpo-epochs", 2, "--run-name", "main", *options)
     count = EPOCHS[name] if epochs is None else epochs
     return ("train", "--selector", name, *WORLD, *TINY, *OWN.get(name, ()), "--rce-epochs", count, *options)
-
-
-def done(command, cwd) -> Done:
-    found = run_here(*command, "--json", cwd=cwd)
-    assert found.status == 0, found.err
-    return found
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import run_here, small_digits
+from helpers import done, run_here, small_digits
 
 from lever_lm.config.load import resolve
 from lever_lm.lvlm import build_prompt
@@ -23,12 +23,6 @@ SETS = ("--dataset", "digits", *(word for item in (*WORLD, "policy.hidden_dim=16
 EPOCHS = ("--rce-epochs", "3", "--grpo-epochs", "2")
 CHAIN = ("train", *SETS, *EPOCHS, "--run-name", "run", "--set", "warmup=match+rce")
 ANSWERED = ("train", *SETS, *EPOCHS, "--run-name", "run", "--validate-on", "answers")
-
-
-def done(command, cwd):
-    found = run_here(*command, "--json", cwd=cwd)
-    assert found.status == 0, found.err
-    return found
 
 
 @pytest.fixture(scope="module")
