@@ -2,6 +2,7 @@
 docs/selectors.md and docs/is-it-real.md.
 
     python scripts/arena.py FOLDER [--seeds 0,1,2] [--shots 1,2,4] [--limit N] [--infoscore-candidates 16]
+                                   [--set infer.pool_size=64 …]
 
 For each seed, in FOLDER/seedN: the demo's training, then every learnt selector (`lever train --selector NAME`), then
 `lever infer --against all` and `lever diagnose`. What is there is not made again. Ends with two Markdown tables: means
@@ -41,7 +42,8 @@ def run_seed(folder: Path, seed: int, options: argparse.Namespace) -> None:
     """Train and evaluate everything with one seed."""
     folder.mkdir(parents=True, exist_ok=True)
     common = ["--seed", str(seed), "--quiet", *(["--limit", str(options.limit)] if options.limit else [])]
-    # The digits' own warm-up, and the β after it, are those of answer match, which has its run.
+    common += [word for item in options.set for word in ("--set", item)]
+    # The digits' own warm-up is answer match, which has a run to itself.
     rce = ["--set", "warmup=rce", "--rce-epochs", "10"]
     lever(folder, "train", "--recipe", "demo", "--run-name", RUN, *rce, *common)
     for name, more in LEARNT.items():
@@ -101,6 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a config key, of all runs")
     parser.add_argument("--shots", default="1,2,4")
     parser.add_argument("--limit", type=int, help="queries, for a quick look")
     parser.add_argument(
