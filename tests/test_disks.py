@@ -203,7 +203,7 @@ def test_a_colleagues_results_folder_that_may_only_be_read_is_read(lab, trained,
         path.chmod(0o555 if path.is_dir() else 0o444)
     try:
         for words, said in (
-            (("pick", "--no-answer"), "chosen from a pool of 64"),
+            (("pick", "--no-answer"), "chosen from a pool of 256"),
             (("status",), "finished"),
             (("report", "--output", "page.html"), "report: page.html"),
             (("best-ckpt",), f"warning: the choice is not kept: cannot write {RUN / 'best.json'}: Permission denied"),

@@ -17,8 +17,8 @@ from lever_lm.utils.safe_torch_load import load_torch
 
 TRAIN, VAL = 60, 10
 RUNS = "results/small/model_cpk"
-WORLD = ("--set", "data.name=small", "--set", "data.okvqa_path=world", "--set", "rollout.pool_size=12", "--limit", "10")
-WORLD += ("--set", "infer.pool_size=12")
+WORLD = ("--set", "data.name=small", "--set", "data.okvqa_path=world", "--set", "rollout.pool_size=12")
+WORLD += ("--set", "infer.pool_size=12", "--limit", "10")
 TINY = ("--set", "policy.hidden_dim=16")
 EPOCHS = {"answer_match": 3, "epr": 2, "lever_lm": 2, "fixed_set": 1}
 OWN = {
