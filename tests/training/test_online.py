@@ -478,7 +478,9 @@ def test_a_policy_that_may_stop_trains_and_infers_and_is_not_converted(
     toward = torch.nn.functional.normalize(state.mean(0), dim=-1)
     content["model_state_dict"]["stop_embedding"] = middling + toward
     torch.save(content, "stopping.pt")
-    inferred = lever("infer", *QUICK[:-4], *stop, "--ckpt", "stopping.pt", "--shots", "4", "--set", "infer.pool_size=16", "--json")
+    inferred = lever(
+        "infer", *QUICK[:-4], *stop, "--ckpt", "stopping.pt", "--shots", "4", "--set", "infer.pool_size=16", "--json"
+    )
     assert inferred.status == 0, inferred.err
     lines = (Path(inferred.json["folder"]) / "icds.jsonl").read_text().splitlines()
     picks = [json.loads(line)["icds"] for line in lines]
