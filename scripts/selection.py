@@ -1,7 +1,7 @@
 """Which metric to select a checkpoint by: rank correlations of val_reward and val_accuracy with held-out accuracy.
 
     python scripts/selection.py FOLDER [--dataset digits] [--seeds 5] [--run NAME …] [--shots 2] [--every 3]
-        [--set KEY=VALUE …]
+        [--jobs 2] [--set KEY=VALUE …]
 
 For each seed and run of RUNS: `lever train --validate-on answers`, then the accuracy on the evaluation split of every
 third checkpoint of GRPO and of the last one of the warm-up. Each leaves one JSON file in FOLDER; what is there is not
@@ -12,6 +12,8 @@ seed, means over the seeds with 95 % intervals; and what the checkpoint that a m
 import argparse
 import json
 import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -51,9 +53,26 @@ def config_of(dataset: str, run: str, seed: int, sets: list[str]) -> Config:
     return build({**values, "seed": seed, "device": "cpu", "validate_on": "answers"})
 
 
-def judged(config: Config, folder: Path, name: str, every: int, shots: int) -> list[dict]:
+def run_file(options: argparse.Namespace, name: str, seed: int) -> Path:
+    """Return the file of a run."""
+    return options.folder / options.dataset / f"{name}_{seed}.json"
+
+
+def make(options: argparse.Namespace, name: str, seed: int) -> Path:
+    """Train and judge a run unless its file is there."""
+    path = run_file(options, name, seed)
+    if not path.is_file():
+        torch.set_num_threads(1)
+        config = config_of(options.dataset, name, seed, options.sets)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"rows": judged(config, path.with_suffix(""), options.every, options.shots)})
+    return path
+
+
+def judged(config: Config, folder: Path, every: int, shots: int) -> list[dict]:
     """Train a run and return the rows of the checkpoints that are judged, each with its held-out `accuracy`."""
-    pipeline = Pipeline(config, Screen(quiet=True), results=folder / "results", run_name=name)
+    name = folder.name
+    pipeline = Pipeline(config, Screen(quiet=True), results=folder, run_name=name)
     pipeline.train()
     rows = pipeline.run.rows()
     last = [row for row in rows if row["phase"] == "rce"][-1:]
@@ -114,19 +133,13 @@ def main() -> None:
     parser.add_argument("--shots", type=int, default=2)
     parser.add_argument("--every", type=int, default=3, help="judge each N-th checkpoint of GRPO")
     parser.add_argument("--set", dest="sets", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    found = {}
-    for seed in range(options.seeds):
-        for name in options.run or RUNS:
-            path = options.folder / options.dataset / f"{name}_{seed}.json"
-            if not path.is_file():
-                config = config_of(options.dataset, name, seed, options.sets)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                rows = judged(config, options.folder, f"{name}_{seed}", options.every, options.shots)
-                write_json(path, {"rows": rows})
-                print(path, file=sys.stderr, flush=True)
-            found[name, seed] = json.loads(path.read_text())["rows"]
+    wanted = [(name, seed) for seed in range(options.seeds) for name in options.run or RUNS]
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        for job in as_completed([pool.submit(make, options, name, seed) for name, seed in wanted]):
+            print(job.result(), file=sys.stderr, flush=True)
+    found = {key: json.loads(run_file(options, *key).read_text(encoding="utf-8"))["rows"] for key in wanted}
     print("\n".join(table(found)))
 
 

@@ -207,6 +207,7 @@ def written_curve(folder, curve):
             run = {"queries": queries, "group": group, "probe": probe, "training": training, "seed": seed, "untied": 90}
             run |= {"calls": queries * group - 10 * seed, "made_of": "x"}
             run["accuracy"] = {"rce@1": grpo - 0.1, "rce@2": 0.5, "grpo@1": grpo, "grpo@2": grpo}
+            run["accuracy"] |= {f"0.1 {name}": value - 0.05 for name, value in run["accuracy"].items()}
             curve.Cell(queries, group, probe, training, seed).file(folder).write_text(json.dumps(run))
 
 
@@ -218,16 +219,17 @@ def test_the_curve_has_paired_differences_to_the_reference_and_to_the_warm_up(cu
     cheap, match = rows["RCE → GRPO", 300], rows["match → GRPO", 150]
     assert cheap["calls"] == 4495
     assert cheap["accuracy@1"] == pytest.approx(report.interval([0.8, 0.794]))
-    assert cheap["against reference@1"] == pytest.approx(report.interval([0.0, -0.016]))
+    assert cheap["against reference@1"] == pytest.approx(report.interval([0.05, 0.034]))
     assert cheap["against warm-up@1"] == pytest.approx((0.1, 0.1, 0.1))
-    assert match["against reference@1"] == pytest.approx(report.interval([0.1, 0.12]))
+    assert match["against reference@1"] == pytest.approx(report.interval([0.15, 0.17]))
     assert rows["RCE", 300]["against warm-up@1"] is None
-    assert rows["RCE", 300]["against reference@1"][0] == pytest.approx(-0.108)
+    assert rows["RCE", 300]["against reference@1"][0] == pytest.approx(-0.058)
 
     page = curve.write(folder).read_text(encoding="utf-8")
-    spread = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*report.interval([0.1, 0.12]))
+    spread = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*report.interval([0.15, 0.17]))
+    assert "as in 0.1: 0.755 at 1 shot, 0.755 at 2 shots.\n" in page
     assert f"| match → GRPO | 150 | 15 | off | 2,245 | 90 | 0.915 | {spread} | +0.100 [+0.100, +0.100] |" in page
-    assert "| RCE → GRPO | 300 | 15 | 4 | 4,495 | 90 | 0.797 | -0.008 " in page
+    assert "| RCE → GRPO | 300 | 15 | 4 | 4,495 | 90 | 0.797 | +0.042 " in page
     assert "- RCE → GRPO: 4,495 calls (300 queries, groups of 15, probe 4), 0.797 at 1 shot" in page
     assert "- match → GRPO: 2,245 calls (150 queries, groups of 15), 0.915 at 1 shot" in page
     assert "- RCE:" not in page
@@ -251,7 +253,8 @@ def test_a_cell_is_trained_judged_and_not_made_again(curve, tmp_path, capsys):
     assert (large.queries, cell.queries) == (8, 6)
     assert curve.train(arguments, cell, folder, work).startswith("0_online_6_5_2: ")
     found = json.loads(cell.file(folder).read_text())
-    assert set(found["accuracy"]) == {"rce@1", "rce@2", "grpo@1", "grpo@2"}
+    judged = {"rce@1", "rce@2", "grpo@1", "grpo@2"}
+    assert set(found["accuracy"]) == judged | {f"0.1 {name}" for name in judged}
     content = json.loads(next(work.rglob("rl_data*.json")).read_text())
     logged = curve.subset(content, curve.query_rows(6, 2504, 0), 5, 2)["_meta"]["lvlm_calls"]
     # a round of 4 samples for each of the 4 training queries, of which some repeat
