@@ -51,6 +51,7 @@ CURVES = {
 }
 # What the digits asked in 0.1, which at inference looked at the pools of the rollouts: the difference is against this.
 REFERENCE = ("RCE → GRPO", 600, 15, 0)
+WIDE = {"beam": 2, "sample": 3, "retrieval": 2, "random": 5}  # the package's default, a group of 15
 SHOTS = [1, 2]
 WITHIN = 0.01  # of the reference's accuracy at 1 shot: what counts as the same
 
@@ -101,9 +102,11 @@ def cells_of(arguments: Namespace) -> list[Cell]:
 
 def config_of(arguments: Namespace, seed: int, training: dict) -> Config:
     """Return the config of a dataset and LVLM, with --set and the keys of a training over it."""
-    values = merge(named_yaml("dataset", arguments.dataset), named_yaml("lvlm", arguments.lvlm))
+    values = merge(
+        named_yaml("lvlm", arguments.lvlm), named_yaml("dataset", arguments.dataset)
+    )  # which may name its own
     changes = [*map(parse_set, arguments.set), *(dotted(key, value) for key, value in training.items())]
-    rollouts = {"num_queries": max(arguments.queries), "probe": 0}
+    rollouts = {"num_queries": max(arguments.queries), "probe": 0, **WIDE}
     return build({**reduce(merge, [*changes, {"rollout": rollouts}], values), "seed": seed, "device": "cpu"})
 
 
@@ -182,8 +185,8 @@ def train(arguments: Namespace, cell: Cell, folder: Path, work: Path) -> str:
 
 
 def accuracies(pipeline: Pipeline) -> dict[str, float]:
-    """Return `phase@shots` → the accuracy of the warm-up's last policy and of GRPO's of the largest val_reward; and with
-    `0.1 ` before it that from pools as large as those of the rollouts."""
+    """Return `phase@shots` → the accuracy of the warm-up's last policy and of GRPO's of the largest val_reward, each
+    again as `0.1 phase@shots` from pools as large as those of the rollouts."""
     rows = pipeline.run.rows()
     grpo = [row for row in rows if row["phase"] == "grpo"]
     epochs = {"rce": len(rows) - len(grpo), "grpo": max(grpo, key=lambda row: row["val_reward"])["epoch"]}

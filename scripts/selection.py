@@ -36,9 +36,9 @@ from lever_lm.utils.console import Screen
 # Good runs and a bad one, so that there is something to tell apart.
 RUNS = {
     "rce": BY_RCE,
-    "match": {"warmup": "match"},
+    "match": merge(BY_RCE, {"warmup": "match"}),
     "online": merge(BY_RCE, {"grpo": {"online": True}}),
-    "classic": read_yaml(configs_root() / "recipe" / "classic.yaml"),
+    "classic": merge(BY_RCE, read_yaml(configs_root() / "recipe" / "classic.yaml")),
 }
 METRICS = (RECOMMENDED, MEASURED, "val_top_reward")
 ALL = "all runs of a seed"
@@ -47,7 +47,7 @@ EPOCHS = {"rce": {"epochs": 10}, "grpo": {"epochs": 15}}
 
 def config_of(dataset: str, run: str, seed: int, sets: list[str]) -> Config:
     """Return the config of a run."""
-    values = merge(named_yaml("dataset", dataset), named_yaml("lvlm", "tiny_qwen2.5_vl"))
+    values = merge(named_yaml("lvlm", "tiny_qwen2.5_vl"), named_yaml("dataset", dataset))  # which may name its own LVLM
     for more in (EPOCHS, RUNS[run], *map(parse_set, sets)):
         values = merge(values, more)
     return build({**values, "seed": seed, "device": "cpu", "validate_on": "answers"})

@@ -64,7 +64,8 @@ WARMUP_LOSSES: dict[str, WarmupLoss] = {"rce": _rce, "match": _match, "epr": _ep
 
 class MatchGroups:
     """Groups for the warm-up `match`: of each query every candidate alone, rewarded by what its own answer scores for
-    the query. No LVLM is asked. Queries are rows of the training split, their pools drawn by the sampler."""
+    the query. No LVLM is asked. Queries are rows of the training split, their pools as large as those of an
+    evaluation."""
 
     def __init__(self, config: Config, data: VqaData, features: Features):
         self.config, self.train, self.features = config, data.train_examples, features
@@ -97,15 +98,15 @@ class MatchGroups:
         return groups.only(kept)
 
     def held_out(self, rows: list[int]) -> GroupTensors:
-        """Return the groups that judge an epoch, with the pools of epoch 0, which the rollouts of these queries have:
-        of the queries with a match, of all where none has any."""
+        """Return the groups that judge an epoch, with the pools of epoch 0: of the queries with a match, of all where
+        none has any."""
         groups = self.all(rows, 0)
         kept = (groups.rewards > 0).any(-1)
         return groups.only(kept) if kept.any() else groups
 
     def all(self, rows: list[int], epoch: int) -> GroupTensors:
         """Return the groups of all queries in these rows with the pools of an epoch."""
-        seed, size = self.config.seed + _FRESH * epoch, self.config.rollout.pool_size
+        seed, size = self.config.seed + _FRESH * epoch, self.config.infer.pool_size
         queries = [self.train[row] for row in rows]
         embeddings = self.features.train.take(rows), self.features.train
         pools = sample_pools(self.config.sampler, queries, self.train, embeddings, size=size, seed=seed)
