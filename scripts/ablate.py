@@ -79,9 +79,9 @@ DIGITS_ROWS = {
     "mostly random rollouts": {"rollout.beam": 0, "rollout.sample": 0, "rollout.retrieval": 1, "rollout.random": 12},
     "online": {"grpo.online": True},
     "online alone": {"grpo.online": True, "grpo.online_ratio": 1.0},
-    "sparse matches": {"warmup": "match"},
-    "sparse matches, pools of 64": {"warmup": "match", "infer.pool_size": 64},
-    "sparse matches, online": {"warmup": "match", "grpo.online": True},
+    "sparse matches": {"warmup": "match", "infer.pool_size": 256},
+    "sparse matches, pools of 64": {"warmup": "match"},
+    "sparse matches, online": {"warmup": "match", "infer.pool_size": 256, "grpo.online": True},
     "InfoScore, RCE alone": {
         "rollout.beam": 0,
         "rollout.sample": 0,
@@ -131,7 +131,7 @@ def config_of(world: str, row: str, seed: int) -> Config:
     """Return the config of a row: ours or classic, and what the row changes."""
     values = {} if world == "synthetic" else named_yaml("dataset", world)
     if world == "digits":
-        values = merge(values, {**named_yaml("lvlm", "tiny_qwen2.5_vl"), **BY_RCE})
+        values = merge(values, {**named_yaml("lvlm", "tiny_qwen2.5_vl"), **BY_RCE, "infer": {"pool_size": 64}})
     if row == CLASSIC:
         values = merge(values, read_yaml(configs_root() / "recipe" / "classic.yaml"))
     for key, value in ROWS[world][row].items():

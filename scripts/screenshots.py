@@ -1,6 +1,7 @@
 """Take the pictures of docs/images of a report in headless Chromium.
 
     lever demo && python scripts/screenshots.py results/digits/model_cpk/demo/report.html
+    python scripts/screenshots.py REPORT --cards digits_sets      # the first three queries alone
 
 Needs Chromium on the path (or CHROMIUM=PATH) and playwright, which the `dev` extra installs.
 """
@@ -22,6 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("report", type=Path)
     parser.add_argument("--to", type=Path, default=IMAGES)
+    parser.add_argument("--cards", metavar="NAME", help="the first three queries alone, as NAME.png")
     options = parser.parse_args()
     from playwright.sync_api import sync_playwright
 
@@ -31,6 +33,9 @@ def main() -> None:
         browser = playwright.chromium.launch(executable_path=found, args=list(FLAGS))
         page = browser.new_page(viewport={"width": WIDTH, "height": 900})
         page.goto(options.report.resolve().as_uri())
+        if options.cards:
+            save(clip(page, ".card", ".card:nth-child(3)"), options.to / f"{options.cards}.png")
+            return
         head, cards = clip(page, "body", "#accuracy ~ .pair"), clip(page, ".card", ".card:nth-child(2)")
         save(stacked(head, cards), options.to / "report.png")
         save(clip(page, "#choices", ".card:nth-child(2)"), options.to / "gallery.png")

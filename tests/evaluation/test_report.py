@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from lever_lm.evaluation.report import phrasing as words
 from lever_lm.evaluation.report.curves import Series, distinct_names, training_curves
 from lever_lm.evaluation.report.gallery import EACH, Gallery, Shown, pick_queries
+from lever_lm.evaluation.report.page import _free
 from lever_lm.evaluation.report.svg import line_chart, round_ticks
 from lever_lm.evaluation.results import Sample, read_metrics, read_samples
 from lever_lm.evaluation.statistics import paired_test
@@ -110,6 +111,15 @@ def test_a_strategy_marks_the_epoch_that_it_chooses_in_its_own_chart():
     assert [one.colour for one in curves["beta"]] == ["run0", "run1"]
 
 
+def test_the_temperature_of_rce_is_drawn_of_rce_alone():
+    rows = [{"phase": "rce", "epoch": i, "train_loss": 1 / i, "temperature": 2 / i} for i in (1, 2, 3, 4)]
+    assert training_curves([("one", rows)])["rce"].keys() == {"train_loss", "temperature"}
+    matched = [{**row, "warmup": "match"} for row in rows]
+    assert training_curves([("one", matched)])["rce"].keys() == {"train_loss"}
+    (both,) = training_curves([("one", [*matched[:2], *rows[2:]])])["rce"]["temperature"]
+    assert [x for x, _ in both.points] == [3, 4]
+
+
 # ---------------------------------------------------------------------- sentences
 
 
@@ -149,12 +159,27 @@ def test_a_test_is_said_with_its_direction_and_interval(change, sentence):
 def test_the_run_is_said_in_one_sentence():
     ours = {"method": "grpo", "shots": 4, "accuracy": 0.786, "n": 1500}
     unsure = {**TEST, "against": "img_text_sim", "p": 0.296}
-    assert said("in_one_sentence", ours, [TEST, unsure], "Qwen") == (
+    assert said("in_one_sentence", ours, [TEST, unsure], "img_text_sim", "Qwen") == (
         "With 4 demonstrations chosen by GRPO, Qwen reaches a VQA accuracy of 78.6 % on 1,500 queries: +16.0 points "
-        "[+12.0, +19.8] against random demonstrations and not to be told apart from image and text similarity."
+        "[+12.0, +19.8] against random demonstrations and not to be told apart from image and text similarity, the "
+        "best without an LVLM call."
     )
-    alone = said("in_one_sentence", {**ours, "method": "icds", "shots": 1}, [], "Qwen")
+    matched = {**TEST, "against": "answer_match", "difference": -0.02, "low": -0.03, "high": -0.01}
+    assert said("in_one_sentence", ours, [TEST, unsure, matched], "answer_match", "Qwen").endswith(
+        "against random demonstrations, not to be told apart from image and text similarity and −2.0 points "
+        "[−3.0, −1.0] against answer match, the best without an LVLM call."
+    )
+    alone = said("in_one_sentence", {**ours, "method": "icds", "shots": 1}, [], None, "Qwen")
     assert alone == "With 1 demonstration from a file, Qwen reaches a VQA accuracy of 78.6 % on 1,500 queries."
+
+
+def test_the_best_that_is_free_knows_no_reference_and_asks_no_lvlm():
+    of = {"random": 0.3, "img_text_sim": 0.6, "dpp": 0.7, "pseudo_answer": 0.8, "grpo": 0.9, "oracle": 1.0}
+    rows = [{"method": method, "shots": 2, "accuracy": accuracy} for method, accuracy in of.items()]
+    assert _free({"results": rows}, 2) == "dpp"
+    rows += [{"method": "answer_match", "shots": shots, "accuracy": 0.75} for shots in (1, 2)]
+    assert _free({"results": rows}, 2) == _free({"results": rows}, 1) == "answer_match"
+    assert _free({"results": rows}, 4) is None
 
 
 def test_a_strategy_whose_metric_never_moves_says_so():

@@ -108,7 +108,9 @@ def training_curves(runs: Sequence[tuple[str, list[dict]]]) -> Curves:
         for metric in metrics_on("curve"):
             for i, (name, all_rows) in enumerate(runs):
                 rows = [row for row in all_rows if row["phase"] == phase]
-                points = [(row["epoch"], row[metric]) for row in rows if is_finite(row.get(metric))]
+                of_rce = metric == "temperature"  # the weights of no other warm-up have one
+                shown = [row for row in rows if is_finite(row.get(metric)) and not (of_rce and table_of(row)[1])]
+                points = [(row["epoch"], row[metric]) for row in shown]
                 # A run with GRPO is chosen from there alone.
                 chosen_from = phase == "grpo" or all(row["phase"] == "rce" for row in all_rows)
                 last = [row for row in rows if table_of(row) == table_of(rows[-1])]  # of one loss

@@ -19,7 +19,7 @@ from lever_lm.evaluation.report.svg import line_chart
 from lever_lm.evaluation.results import METRICS_FILE, is_finite, method_of, read_metrics, table
 from lever_lm.evaluation.statistics import paired_test
 from lever_lm.evaluation.templates import render
-from lever_lm.selectors import CONTRASTS, LEARNED, named
+from lever_lm.selectors import CONTRASTS, LEARNED, SIMPLE, named
 from lever_lm.selectors.pointer.checkpoint import load_policy, policy_digest
 from lever_lm.training.environment import read_environment, typed_again
 from lever_lm.training.metrics import LOGGED, MEASURED, METRICS, RECOMMENDED, recommended_by
@@ -148,15 +148,22 @@ def _chosen(main: Evaluated, data: VqaData | None) -> dict:
         [row for row in metrics[name] if (row["method"], row["shots"]) == (found.method, found.shots)]
         for name in ("results", "tests")
     )
-    tests = {test["against"]: test for test in tests}
+    tests, free = {test["against"]: test for test in tests}, _free(metrics, found.shots)
+    against = dict.fromkeys((*CONTRASTS, free))
     return {
-        "sentence": (results[0], [tests[name] for name in CONTRASTS if name in tests], lvlm),
+        "sentence": (results[0], [tests[name] for name in against if name in tests], free, lvlm),
         "learned": found.method in first
         and (first[found.method], [first[name] for name in reversed(CONTRASTS) if name in first]),
         "labels": labels,
         "cards": [gallery.card(question_id, kind) for kind, ids in chosen.items() for question_id in ids],
         "counts": {kind: (len(chosen[kind]), number) for kind, number in counts.items()},
     }
+
+
+def _free(metrics: dict, shots: int) -> str | None:
+    """Return the best of the evaluated methods that ask the LVLM nothing and are not shown the references."""
+    rows = [row for row in metrics["results"] if row["method"] in (*SIMPLE, "answer_match") and row["shots"] == shots]
+    return max(rows, key=lambda row: row["accuracy"])["method"] if rows else None
 
 
 def _contenders(main: Evaluated) -> dict:
