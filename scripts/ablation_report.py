@@ -61,6 +61,8 @@ def spearman(one: list[float], other: list[float]) -> float:
 
 
 def _spread(values: list[float], digits: int = 3, sign: bool = True) -> str:
+    if not values:
+        return ""
     mean, low, high = interval(values)
     form = f"{'+' if sign else ''}.{digits}f"
     return f"{mean:{form}} [{low:{form}}, {high:{form}}]"
@@ -185,6 +187,8 @@ def correlations(runs: dict) -> dict[tuple[str, str], list[float]]:
 def correlation_table(runs: dict) -> list[str]:
     """Each selection metric against true reward, over all rows, and within ours."""
     pooled = correlations(runs)
+    if not any(pooled.values()):
+        return []
     within = correlations({key: seeds for key, seeds in runs.items() if key == ("synthetic", "ours")})
     lines = [
         "| metric | with expected reward, all rows | with greedy reward, all rows | expected, within ours | greedy, "
@@ -197,23 +201,25 @@ def correlation_table(runs: dict) -> list[str]:
     return lines
 
 
-def digits_table(runs: dict) -> list[str]:
-    """Accuracy by row and number of shots; GRPO is its epoch of the largest val_reward."""
+def accuracy_table(runs: dict, world: str, most: int) -> list[str]:
+    """Accuracy by row and number of shots; GRPO is its epoch of the largest val_reward. most: the shots that the
+    difference is of."""
     shots = " | ".join(_shots(k) for k in SHOTS)
-    lines = [f"| row | policy | {shots} | − RCE of ours, 1 shot |", "| --- | --- |" + " --- |" * (len(SHOTS) + 1)]
-    ours = runs.get(("digits", "ours"), {})
+    lines = [f"| row | policy | {shots} | − RCE of ours, {_shots(most)} |"]
+    lines.append("| --- | --- |" + " --- |" * (len(SHOTS) + 1))
+    ours = runs.get((world, "ours"), {})
 
     def line(row: str, policy: str, seeds: dict, label: str) -> None:
         cells = [f"{np.mean([run['accuracy'][f'{policy}@{k}'] for run in seeds.values()]):.3f}" for k in SHOTS]
         shared = [seed for seed in seeds if seed in ours]
-        gaps = [seeds[seed]["accuracy"][f"{policy}@1"] - ours[seed]["accuracy"]["rce@1"] for seed in shared]
+        gaps = [seeds[seed]["accuracy"][f"{policy}@{most}"] - ours[seed]["accuracy"][f"rce@{most}"] for seed in shared]
         lines.append(f"| {row} | {label} | {' | '.join(cells)} | {_spread(gaps)} |")
 
     for policy in ("random", "text_sim", "img_sim", "img_text_sim", "oracle"):
         if ours:
             line("baseline", policy, ours, policy)
-    for (world, row), seeds in runs.items():
-        if world == "digits":
+    for (where, row), seeds in runs.items():
+        if where == world:
             for policy, label in (("rce", "RCE"), ("grpo_last", "GRPO, last"), ("grpo_best", "GRPO, by val_reward")):
                 if all(f"{policy}@1" in run["accuracy"] for run in seeds.values()):
                     line(row, policy, seeds, label)
@@ -221,6 +227,31 @@ def digits_table(runs: dict) -> list[str]:
 
 
 # ---------------------------------------------------------------------- claims
+
+
+def _sets(row: str, policy: str = "grpo_best") -> tuple[str, str, str]:
+    return "digits_sets", row, policy
+
+
+def _sparse(row: str) -> tuple:
+    return tuple(("digits", row, policy) for policy in ("grpo_best", "rce"))
+
+
+# What is claimed of pairs of policies, and with how many shots: of the epochs of the largest val_reward.
+CONTRASTS = [
+    ("digits sets: GRPO above its RCE", (_sets("ours"), _sets("ours", "rce")), (2, 4)),
+    ("digits sets: online above offline", (_sets("online"), _sets("ours")), (2, 4)),
+    ("digits sets: GRPO above answer match", (_sets("ours"), _sets("answer match", "rce")), (2, 4)),
+    ("digits sets: GRPO above epr", (_sets("ours"), _sets("epr", "rce")), (2, 4)),
+    ("digits sets: GRPO above image and text similarity", (_sets("ours"), _sets("ours", "img_text_sim")), (2, 4)),
+    ("digits sets: gru above no state", (_sets("ours"), _sets("stateless")), (2, 4)),
+    ("digits sets: mmr above no state", (_sets("mmr"), _sets("stateless")), (2, 4)),
+    ("digits sets: gate above no state", (_sets("gate"), _sets("stateless")), (2, 4)),
+    ("digits sets, online: gate above no state", (_sets("gate, online"), _sets("stateless, online")), (2, 4)),
+    ("sparse matches: GRPO above match", _sparse("sparse matches"), (1, 2, 4)),
+    ("sparse matches, pools of 64: GRPO above match", _sparse("sparse matches, pools of 64"), (1, 2, 4)),
+    ("sparse matches, online: GRPO above match", _sparse("sparse matches, online"), (1, 2, 4)),
+]
 
 
 def claims(runs: dict) -> list[str]:
@@ -272,7 +303,23 @@ def claims(runs: dict) -> list[str]:
             key = f"grpo_best@{k}"
             gap = [run["accuracy"][key] - ours[seed]["accuracy"][key] for seed, run in online.items()]
             add(f"digits, {_shots(k)}: {row} above offline", _spread(gap), interval(gap)[1] > 0)
+    for claim, (one, other), counts in CONTRASTS:
+        for k in counts:
+            if gap := contrast(runs, one, other, k):
+                add(f"{claim}, {_shots(k)}", _spread(gap), interval(gap)[1] > 0)
     return lines
+
+
+def contrast(runs: dict, one: tuple[str, str, str], other: tuple[str, str, str], shots: int) -> list[float]:
+    """Return by how much one (world, row, policy) is more accurate than another, seed by seed."""
+    first, second = (runs.get(key[:2], {}) for key in (one, other))
+    names = [f"{key[2]}@{shots}" for key in (one, other)]
+    pairs = [
+        [run["accuracy"].get(name) for run, name in zip((first[s], second[s]), names, strict=True)]
+        for s in first
+        if s in second
+    ]
+    return [a - b for a, b in pairs if a is not None is not b]
 
 
 def _shots(count: int) -> str:
@@ -320,7 +367,8 @@ def write(results: Path, rows: dict[str, dict]) -> Path:
         "Synthetic: expected true reward of the sampling policy, unseen queries": synthetic_table(runs, "true_reward"),
         "Synthetic: true reward of the greedy picks, unseen queries": synthetic_table(runs, "true_greedy"),
         "Which metric to select by: rank correlation with true reward over checkpoints": correlation_table(runs),
-        "Digits: accuracy on the 500 evaluation queries": digits_table(runs),
+        "Digits: accuracy on the 500 evaluation queries": accuracy_table(runs, "digits", 1),
+        "Digits sets: accuracy on the 500 evaluation queries": accuracy_table(runs, "digits_sets", 2),
         "Digits: share of the gap from image+text similarity to the oracle that is closed": gap_closed(runs),
         "Adv Std: what keeping the best rollouts alone leaves, ties counted 0": tie_table(runs),
         "What the groups had to teach": signal_table(runs),
@@ -328,6 +376,8 @@ def write(results: Path, rows: dict[str, dict]) -> Path:
     text = f"# Ablation\n\nMade by `python scripts/ablate.py`; {' or '.join(map(str, counts))} seeds a row.\n\n"
     text += __doc__.split("\n\n", 1)[1].strip() + "\n\n![gains](ablation.png)\n"
     for title, lines in parts.items():
+        if len(lines) < 3:  # a table without a row
+            continue
         text += f"\n## {title}\n\n" + "\n".join(lines) + "\n"
     page = results / "ablation.md"
     page.write_text(text, encoding="utf-8")

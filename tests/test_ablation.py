@@ -7,6 +7,7 @@ import math
 import pytest
 from helpers import ROLLOUTS
 
+from lever_lm.training.warmup import MatchGroups
 from lever_lm.utils.errors import UsageError
 
 
@@ -125,6 +126,50 @@ def test_classic_is_the_recipe(ablate):
 def test_the_ablation_is_as_large_as_the_page_says(ablate):
     assert ablate.synthetic.World().queries == 800
     assert (ablate.UNSEEN, ablate.SHOTS) == (1000, [1, 2, 4])
+
+
+def test_a_claim_about_two_rows_is_paired_by_seed(report, tmp_path):
+    (tmp_path / "ablation").mkdir()
+    found = {
+        "stateless": {0: 0.3, 1: 0.2, 2: 0.28},
+        "mmr": {0: 0.7, 1: 0.65, 2: 0.69, 3: 0.1},
+        "gate": {0: 0.1, 1: 0.2},
+    }
+    for row, seeds in found.items():
+        for seed, accuracy in seeds.items():
+            run = {"world": "digits_sets", "row": row, "seed": seed, "rows": []}
+            run["accuracy"] = {f"grpo_best@{k}": accuracy for k in (1, 2, 4)}
+            report.run_file(tmp_path, "digits_sets", row, seed).write_text(json.dumps(run))
+    runs = report.load(tmp_path, {"digits_sets": found})
+    pairs = ("digits_sets", "mmr", "grpo_best"), ("digits_sets", "stateless", "grpo_best")
+    assert report.contrast(runs, *pairs, 2) == pytest.approx([0.4, 0.45, 0.41])
+    assert report.contrast(runs, pairs[0], ("digits_sets", "stateless", "rce"), 2) == []
+    lines = report.claims(runs)
+    spread = "+0.420 [{:+.3f}, {:+.3f}]".format(*report.interval([0.4, 0.45, 0.41])[1:])
+    assert f"| digits sets: mmr above no state, 2 shots | {spread} | yes |" in lines
+    assert any(
+        line.startswith("| digits sets: gate above no state, 2 shots | -0.100 [") and "**no**" in line for line in lines
+    )
+    assert not any("gru" in line for line in lines)
+    page = report.write(tmp_path, {"digits_sets": found}).read_text()
+    assert "## Digits sets" in page
+    assert "## Digits: " not in page
+
+
+def test_of_sparse_matches_the_same_are_hidden_in_every_epoch(ablate, digits_config, digits, digits_features):
+    groups, rows = MatchGroups(digits_config, digits, digits_features), list(range(60))
+    left = {}
+    for epoch in range(4):
+        everything = groups.all(rows, epoch)
+        with ablate.hidden(0.85):
+            some = groups.all(rows, epoch)
+        assert some.pools.tolist() == everything.pools.tolist()
+        for row, pool, seen, there in zip(rows, some.pools.tolist(), some.rewards, everything.rewards, strict=True):
+            for candidate, one, other in zip(pool, seen.tolist(), there.tolist(), strict=True):
+                if other:
+                    assert one in (0, other)
+                    assert left.setdefault((row, candidate), one) == one
+    assert sum(map(bool, left.values())) / len(left) == pytest.approx(0.15, abs=0.02)
 
 
 # ---------------------------------------------------------------------- accuracy against calls

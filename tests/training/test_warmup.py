@@ -82,6 +82,7 @@ def test_the_groups_of_answer_match_are_every_candidate_alone_by_the_score_of_it
     rows = [3, 40, 77, 200]
     one, other, again = groups.draw(rows, 1), groups.draw(rows, 2), groups.draw(rows, 1)
     assert one.pools.tolist() == again.pools.tolist() != other.pools.tolist()
+    assert one.pools.shape[1] == digits_config.infer.pool_size > digits_config.rollout.pool_size
     for place, row in enumerate(one.rows.tolist()):
         query = digits.train_examples[row]
         for candidate, sequence, reward in zip(
