@@ -121,7 +121,7 @@ SETS_ROWS = {
 ROWS = {"synthetic": SYNTHETIC_ROWS, "digits": DIGITS_ROWS, "digits_sets": SETS_ROWS}
 MOSTLY_RANDOM = {"beams": 0, "retrieval": 1, "samples_per_temp": 0, "random": 13}
 # The digits' own YAML begins with answer match and asks little; the rows are about RCE and what GRPO adds to it.
-BY_RCE = {"warmup": "rce", "rollout": {"num_queries": 600, **ablation_curve.WIDE}}
+BY_RCE = {"warmup": "rce", "rollout": {"num_queries": 600}}
 HIDDEN = 0.85  # share of the matches that the rows `sparse matches` do not see
 UNSEEN = 1000
 SHOTS = [1, 2, 4]

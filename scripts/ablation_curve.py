@@ -51,7 +51,6 @@ CURVES = {
 }
 # What the digits asked in 0.1, which at inference looked at the pools of the rollouts: the difference is against this.
 REFERENCE = ("RCE → GRPO", 600, 15, 0)
-WIDE = {"beam": 2, "sample": 3, "retrieval": 2, "random": 5}  # the package's default, a group of 15
 SHOTS = [1, 2]
 WITHIN = 0.01  # of the reference's accuracy at 1 shot: what counts as the same
 
@@ -106,7 +105,7 @@ def config_of(arguments: Namespace, seed: int, training: dict) -> Config:
         named_yaml("lvlm", arguments.lvlm), named_yaml("dataset", arguments.dataset)
     )  # which may name its own
     changes = [*map(parse_set, arguments.set), *(dotted(key, value) for key, value in training.items())]
-    rollouts = {"num_queries": max(arguments.queries), "probe": 0, **WIDE}
+    rollouts = {"num_queries": max(arguments.queries), "probe": 0}
     return build({**reduce(merge, [*changes, {"rollout": rollouts}], values), "seed": seed, "device": "cpu"})
 
 

@@ -78,7 +78,7 @@ def test_the_defaults_are_those_that_the_pages_name():
     of_lvlms = {name: resolve({"lvlm": name}, None, [], {})[0].lvlm.num_beams for name in LVLMS}
     assert of_lvlms == {"qwen2.5_vl_3B": 3, "qwen2.5_vl_3B_classic": 3, "qwen2.5_vl_3B_server": 1}
     digits, okvqa, vqav2 = (resolve({"dataset": n}, None, [], {})[0] for n in ("digits", "okvqa_local", "vqav2_local"))
-    assert (digits.rollout.num_queries, digits.rollout.shots, digits.sampler.name) == (600, 2, "mix_sampler")
+    assert (digits.rollout.num_queries, digits.rollout.shots, digits.sampler.name) == (300, 2, "mix_sampler")
     assert (okvqa.sampler.name, vqav2.sampler.name) == ("rand_sampler", "rand_sampler")
 
 
