@@ -34,7 +34,8 @@ def setting(default, help: str, takes: str = "", *, role: str = "training"):
     `machine`, what answers depend on by rounding alone; `speed`, what changes no result; `length`, what may change
     when a run goes on; `command`, what belongs to one command; `training`, the others.
     """
-    return field(default=default, metadata={"help": help, "takes": takes, "role": role})
+    start = {"default_factory": default.copy} if isinstance(default, dict) else {"default": default}
+    return field(**start, metadata={"help": help, "takes": takes, "role": role})
 
 
 answers, place, machine = (partial(setting, role=role) for role in ("answers", "place", "machine"))
@@ -125,11 +126,16 @@ class PromptConfig(Section, section="prompt"):
             raise UsageError(f"prompt.template must hold {{question}} once and end with {{answer}}, found {found}")
 
 
+_FAMILIES = "auto | qwen2_5_vl | qwen3_vl | generic"
+
+
 @dataclass(frozen=True)
 class LvlmConfig(Section, section="lvlm"):
     """The frozen vision-language model and how it answers."""
 
     path: str = answers("Qwen/Qwen2.5-VL-3B-Instruct", "hub id, directory, or asset:NAME")
+    family: str = machine("auto", "auto: by its config.json; generic: the library's own generate", _FAMILIES)
+    processor: dict = answers({}, "options of its processor, as max_patches: 1 for one tile an image; lvlm.processor.X")
     dtype: str = machine("auto", "bfloat16 on a GPU, float32 on a CPU", "auto | float32 | bfloat16 | float16")
     attention: str = machine("auto", "auto: the library's choice", "auto | sdpa | eager | flash_attention_2")
     batch_size: int = speed(64, "prompts in a batch, at most", "> 0")

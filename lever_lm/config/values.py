@@ -23,6 +23,7 @@ from lever_lm.utils.terminal import one_line, shown
 LONGEST = 100  # characters of a name
 _LONGEST_TEXT = 1 << 14  # bytes
 _DECIMAL = re.compile(r"[-+]?(0|[1-9][0-9_]{0,24})")
+OPTION = object  # the type of what stands in a mapping that is no section: any
 FLAGS = {**dict.fromkeys(("true", "yes", "on"), True), **dict.fromkeys(("false", "no", "off"), False)}
 
 # ---------------------------------------------------------------------- files and --set
@@ -66,7 +67,7 @@ def parse_set(item: str) -> dict:
     key = key.strip()
     kind, parts = Config, key.split(".")
     for i, part in enumerate(parts, 1):
-        kind = _types(kind).get(part)
+        kind = OPTION if kind is dict else _types(kind).get(part)
         if kind is None:
             _refuse_key(".".join(parts[:i]))
     try:
@@ -138,6 +139,8 @@ def _cast(kind, value, key: str):
     if typing.get_origin(kind) is tuple:
         values = value if isinstance(value, (list, tuple)) else [value]
         return tuple(_cast(typing.get_args(kind)[0], item, key) for item in values)
+    if kind is dict and isinstance(value, dict):
+        return {name: _option(one, f"{key}.{name}") for name, one in value.items()}
     is_text = isinstance(value, str)
     is_number = type(value) in (int, float)
     if kind is str and (is_text or is_number):
@@ -157,10 +160,21 @@ def _cast(kind, value, key: str):
     raise UsageError(f"{key} must be of type {kind.__name__}, found {shown(value)}")
 
 
+def _option(value, key: str):
+    """Return the value of an option whose type nobody said: a text that reads as a flag or a number is one."""
+    if isinstance(value, str):
+        for kind in (bool, int, float):
+            with contextlib.suppress(UsageError):
+                return _cast(kind, value, key)
+    if value is not None and type(value) not in (str, bool, int, float):
+        raise UsageError(f"{key} must be a flag, a number or a text, found {shown(value)}")
+    return value
+
+
 def typed(values, kind=Config):
     """Return nested values as YAML and JSON hold them, read by the types of their keys; as they are where they are of
     none or of another."""
-    if isinstance(values, dict):
+    if isinstance(values, dict) and kind is not dict:
         types = _types(kind)
         return {key: typed(value, types.get(key)) for key, value in values.items()}
     try:

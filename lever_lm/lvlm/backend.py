@@ -11,9 +11,11 @@ from typing import Protocol
 from lever_lm.config.schema import LvlmConfig, PromptConfig
 from lever_lm.lvlm.prompt import Prompt
 from lever_lm.utils.distributed import Shards
+from lever_lm.utils.errors import LeverError
 from lever_lm.utils.hub import fetch_model
 from lever_lm.utils.progress import Track, untracked
 from lever_lm.utils.safe_parse import read_object
+from lever_lm.utils.terminal import shown
 
 
 class Backend(Protocol):
@@ -32,15 +34,33 @@ class Backend(Protocol):
         that of the token that ends the turn after them. Raises LeverError for an empty answer."""
 
 
-def _qwen2_5_vl(config: LvlmConfig, prompt: PromptConfig, *where) -> Backend:
-    from lever_lm.lvlm.local import LocalLvlm
+def _qwen2_5_vl():
     from lever_lm.lvlm.qwen2_5_vl import Qwen2_5_VL
 
-    return LocalLvlm(Qwen2_5_VL(config, prompt, *where), config, prompt)
+    return Qwen2_5_VL
 
 
-# model_type of a model's config.json → (config, prompt, device, folder of image features, track, shards) → its backend.
-FAMILIES: dict[str, Callable[..., Backend]] = {"qwen2_5_vl": _qwen2_5_vl}
+def _qwen3_vl():
+    from lever_lm.lvlm.qwen3_vl import Qwen3VL
+
+    return Qwen3VL
+
+
+def _generic():
+    from lever_lm.lvlm.generic import Generic
+
+    return Generic
+
+
+# A name of lvlm.family → the class of it: (config, prompt, device, folder of image features, track, shards) → a Family.
+FAMILIES: dict[str, Callable[[], type]] = {"qwen2_5_vl": _qwen2_5_vl, "qwen3_vl": _qwen3_vl, "generic": _generic}
+# model_type of a model's config.json → its family, where that is not `generic`.
+FAST = {
+    "qwen2_vl": "qwen2_5_vl",
+    "qwen2_5_vl": "qwen2_5_vl",
+    "qwen3_vl": "qwen3_vl",
+    "qwen3_vl_moe": "qwen3_vl",
+}
 
 
 def load_local(
@@ -55,6 +75,21 @@ def load_local(
     """Return the backend of a model's directory or hub id, of the family that its config.json names. Image features go
     to `folder`, where it is given, and stay there for the next command. Raises LeverError where the model cannot be
     loaded."""
+    from lever_lm.lvlm.local import LocalLvlm
+
+    family = FAMILIES[family_of(config)]()
+    return LocalLvlm(family(config, prompt, device, folder, track, shards), config, prompt)
+
+
+def family_of(config: LvlmConfig) -> str:
+    """Return the family that a model is of. Raises LeverError where lvlm.family names a fast path that does not know
+    it: its answers would be of another model."""
     described = fetch_model(config.path, "--lvlm, lvlm.path") / "config.json"
-    family = read_object(described).get("model_type") if described.is_file() else None
-    return FAMILIES.get(family, _qwen2_5_vl)(config, prompt, device, folder, track, shards)
+    kind = read_object(described).get("model_type") if described.is_file() else None
+    own = FAST.get(kind, "generic")
+    if config.family not in ("auto", "generic", own):
+        raise LeverError(
+            f"lvlm.family={config.family} does not know the model_type {shown(kind)} of {config.path}: "
+            f"--set lvlm.family=auto, which is {own}"
+        )
+    return own if config.family == "auto" else config.family

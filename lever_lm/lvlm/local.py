@@ -5,9 +5,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from lever_lm.config.schema import LvlmConfig, PromptConfig, keys_of
-from lever_lm.lvlm.decoding import NotFinite, Prefilled, beam_search, greedy
+from lever_lm.lvlm.decoding import NotFinite, Process
 from lever_lm.lvlm.processor import load_processor
 from lever_lm.lvlm.prompt import Prompt, wording
 from lever_lm.utils.device import resolve_device
@@ -32,10 +33,11 @@ class Family(Protocol):
     vision: Any
     device: torch.device
     dtype: torch.dtype
-    pad: int
 
-    def prefill(self, prompts: Sequence[Prompt]) -> Prefilled:
-        """Run prompts, whose images have been seen, through the language model."""
+    def write(self, prompts: Sequence[Prompt], eos: Tensor, process: Process | None) -> Tensor:
+        """Return the tokens of the model's answers to prompts whose images have been seen: (B, T) int64, at most
+        lvlm.max_new_tokens, each up to one of `eos` (E,), by lvlm.num_beams beams. process: changes the scores of each
+        step. Raises decoding.NotFinite."""
 
     def score(self, prompts: Sequence[Prompt], targets: Sequence[list[int]]) -> list[float]:
         """Return the log-prob of each target (token ids) after its prompt."""
@@ -77,14 +79,8 @@ class LocalLvlm:
         return self._in_batches(prompts, targets, score)
 
     def _write(self, batch: list[Prompt], _: list[None]) -> list[str]:
-        prefilled = self.family.prefill(batch)
-        common = (self.config.max_new_tokens, self.eos, self.family.pad)
         try:
-            if self.config.num_beams == 1:
-                tokens = greedy(prefilled, *common, self._process)
-            else:
-                penalty = self.config.length_penalty
-                tokens = beam_search(prefilled, self.config.num_beams, *common, penalty, self._process)
+            tokens = self.family.write(batch, self.eos, self._process)
         except NotFinite as error:
             raise self._broken(batch[error.places[0]], "logits") from error
         return self.family.tokenizer.batch_decode(tokens, skip_special_tokens=True)
@@ -161,19 +157,18 @@ class LocalLvlm:
 # ---------------------------------------------------------------------- loading
 
 
-def load_model(config: LvlmConfig, class_name: str, device: torch.device, dtype: torch.dtype):
-    """Return the processor and the model, of a class of `transformers`, of `lvlm.path`. Raises LeverError where they
-    cannot be loaded."""
-    transformers = import_transformers()
+def load_model(config: LvlmConfig, device: torch.device, dtype: torch.dtype):
+    """Return the processor and the model of `lvlm.path`. Raises LeverError where they cannot be loaded."""
+    loader = import_transformers().AutoModelForImageTextToText
     where = fetch_model(config.path, "--lvlm, lvlm.path")
     processor = load_processor(config.path, where)
     attention = {} if config.attention == "auto" else {"attn_implementation": config.attention}
     try:
-        model = load_whole(getattr(transformers, class_name), str(where), dtype, **attention)
+        model = load_whole(loader, str(where), dtype, **attention)
     except Exception as error:  # the library can fail in any way on a directory that is not such a model
         raise LeverError(
             f"cannot load the LVLM {config.path}: {first_line(error)} (--lvlm, lvlm.path: a cached hub id or a "
-            "directory of a Qwen2.5-VL)"
+            "directory of a vision-language model of transformers)"
         ) from error
     return processor, model.to(device)
 

@@ -1,17 +1,18 @@
-"""Qwen2.5-VL: every distinct image through the vision tower once, its features shared between prompts.
+"""Qwen2-VL and Qwen2.5-VL: every distinct image through the vision tower once, its features shared between prompts.
 
 B prompts, L prompt length, H hidden. What is the library's stays the library's: chat template, vision tower, rotary
 positions, language model, cache.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lever_lm.config.schema import LvlmConfig, PromptConfig
-from lever_lm.lvlm.decoding import Prefilled, float32_logits, repeatable_attention
+from lever_lm.lvlm.decoding import Prefilled, Process, beam_search, float32_logits, greedy, repeatable_attention
 from lever_lm.lvlm.local import dtype_of, load_model
 from lever_lm.lvlm.prompt import Prompt, holder, to_messages
 from lever_lm.lvlm.qwen_kernels import compile_parts, speed_up_vision
@@ -25,15 +26,29 @@ IMAGE_TOKEN = "<|image_pad|>"
 _SCORED = 512  # tokens of answers that go through the vocabulary-wide head at once: 1 GiB of a vocabulary of 150,000
 
 
+@dataclass
+class Inputs:
+    """Prompts, each followed by its target, padded on the right: ids and mask (B, L), lengths (B,), embeddings
+    (B, L, H), positions (3, B, L). more: what else the language model is given of the images."""
+
+    ids: Tensor
+    mask: Tensor
+    lengths: Tensor
+    embeddings: Tensor
+    positions: Tensor
+    more: dict
+
+
 class Qwen2_5_VL:
-    """The `local.Family` of a Qwen2.5-VL directory or hub id. `folder`: of the image features on disk."""
+    """The `local.Family` of a directory or hub id of a Qwen2-VL or Qwen2.5-VL. `folder`: of the image features on
+    disk."""
 
     def __init__(
         self, config: LvlmConfig, prompt: PromptConfig, device: str, folder: Path | None, track: Track, shards: Shards
     ):
         self.config, self.prompt, self.device = config, prompt, resolve_device(device)
         self.dtype = dtype_of(config, self.device)
-        self.processor, self.model = load_model(config, "Qwen2_5_VLForConditionalGeneration", self.device, self.dtype)
+        self.processor, self.model = load_model(config, self.device, self.dtype)
         if self.device.type == "cuda" and self.dtype != torch.float32 and config.attention == "auto":
             speed_up_vision(self.model.model.visual)
         if config.compile and self.device.type == "cuda":
@@ -45,12 +60,19 @@ class Qwen2_5_VL:
         self.image_token_id = self.model.config.image_token_id
         self.vision = Vision(self.model, image_processor, config, folder, track, shards)
 
+    def write(self, prompts: Sequence[Prompt], eos: Tensor, process: Process | None) -> Tensor:
+        """See `local.Family`."""
+        prefilled, common = self.prefill(prompts), (self.config.max_new_tokens, eos, self.pad)
+        if self.config.num_beams == 1:
+            return greedy(prefilled, *common, process)
+        return beam_search(prefilled, self.config.num_beams, *common, self.config.length_penalty, process)
+
     def prefill(self, prompts: Sequence[Prompt]) -> Prefilled:
-        """See `local.Family`. Padding stands on the right, where no token of a prompt looks: attention needs no mask
-        but the causal one, and so takes its fast kernel."""
-        ids, mask, lengths, embeddings, positions = self._inputs(prompts, [()] * len(prompts))
+        """Run prompts through the language model. Padding stands on the right, where no token of a prompt looks:
+        attention needs no mask but the causal one, and so takes its fast kernel."""
+        given = self._inputs(prompts, [()] * len(prompts))
         decoder, head = self.model.model.language_model, self.model.lm_head
-        out = decoder(inputs_embeds=embeddings, position_ids=positions, use_cache=True)
+        out = decoder(inputs_embeds=given.embeddings, position_ids=given.positions, use_cache=True, **given.more)
         cache = out.past_key_values
 
         def step(tokens: Tensor, position: Tensor, mask: Tensor) -> Tensor:
@@ -64,19 +86,20 @@ class Qwen2_5_VL:
                 )
             return float32_logits(head, out.last_hidden_state[:, -1])
 
-        last = out.last_hidden_state[torch.arange(len(prompts), device=self.device), lengths - 1]
-        following = positions.masked_fill(mask == 0, 0).amax((0, 2)) + 1
+        ids, mask = given.ids, given.mask
+        last = out.last_hidden_state[torch.arange(len(prompts), device=self.device), given.lengths - 1]
+        following = given.positions.masked_fill(mask == 0, 0).amax((0, 2)) + 1
         return Prefilled(float32_logits(head, last), cache, mask, following, step, ids.where(mask == 1, ids[:, :1]))
 
     def score(self, prompts: Sequence[Prompt], targets: Sequence[list[int]]) -> list[float]:
         """See `local.Family`. Only the places before the targets' tokens go through the vocabulary-wide head, some at a
         time."""
-        ids, _, lengths, embeddings, positions = self._inputs(prompts, targets)
-        decoder = self.model.model.language_model
-        hidden = decoder(inputs_embeds=embeddings, position_ids=positions, use_cache=False).last_hidden_state
-        counts = [len(target) for target in targets]
+        given = self._inputs(prompts, targets)
+        decoder, shown = self.model.model.language_model, {"inputs_embeds": given.embeddings, **given.more}
+        hidden = decoder(position_ids=given.positions, use_cache=False, **shown).last_hidden_state
+        counts, ids = [len(target) for target in targets], given.ids
         place = torch.arange(ids.shape[1], device=self.device)
-        ends = lengths[:, None]
+        ends = given.lengths[:, None]
         starts = ends - torch.tensor(counts, device=self.device)[:, None]
         rows, places = ((place < ends) & (place >= starts)).nonzero().T
         before, wanted = hidden[rows, places - 1].split(_SCORED), ids[rows, places].split(_SCORED)
@@ -84,9 +107,7 @@ class Qwen2_5_VL:
         of_tokens = [-loss(float32_logits(head, h), w, reduction="none") for h, w in zip(before, wanted, strict=True)]
         return [float(part.sum()) for part in torch.cat(of_tokens).cpu().split(counts)]
 
-    def _inputs(self, prompts: Sequence[Prompt], targets: Sequence[Sequence[int]]):
-        """Return prompts, each followed by its target, padded on the right: ids and mask (B, L), lengths (B,),
-        embeddings (B, L, H), positions (3, B, L)."""
+    def _inputs(self, prompts: Sequence[Prompt], targets: Sequence[Sequence[int]]) -> Inputs:
         rows = [[*self.token_ids(prompt), *target] for prompt, target in zip(prompts, targets, strict=True)]
         self._check_context(prompts, rows)
         images = [image for prompt in prompts for image in prompt.images]
@@ -109,8 +130,14 @@ class Qwen2_5_VL:
             tensor.to(self.device) for tensor in (ids, mask.long(), lengths, is_image, positions)
         )
         embeddings = self.model.get_input_embeddings()(ids)
-        embeddings = embeddings.masked_scatter(is_image[..., None], features.to(embeddings.dtype))
-        return ids, mask, lengths, embeddings, positions
+        features, more = self._shown(features.to(embeddings.dtype), is_image)
+        embeddings = embeddings.masked_scatter(is_image[..., None], features)
+        return Inputs(ids, mask, lengths, embeddings, positions, more)
+
+    def _shown(self, features: Tensor, is_image: Tensor) -> tuple[Tensor, dict]:
+        """Return what of the features (ΣT, ·) stands at the places of the images, (ΣT, H), and what else the language
+        model is given. is_image: (B, L)."""
+        return features, {}
 
     def token_ids(self, prompt: Prompt) -> list[int]:
         """Return the prompt in the model's own chat template, with as many image tokens as its images have features."""

@@ -1,4 +1,4 @@
-"""The library's Qwen2.5-VL on a GPU, faster: the same layers, other kernels.
+"""The library's Qwen2-VL to Qwen3-VL on a GPU, faster: the same layers, other kernels.
 
 Attention of the vision tower runs over all windows of all images in one kernel. The library calls attention once for
 each window unless the implementation's name holds `flash`: 18 images a second on an H200, over 100 this way. The kernel
@@ -14,13 +14,14 @@ _ALIGNED = 8  # bf16 matrix products are fast where every side is a multiple of 
 
 
 def speed_up_vision(visual) -> None:
-    """Make a Qwen2.5-VL vision tower on a GPU, in half precision, take the fast ways. What it computes is the same."""
+    """Make a vision tower of Qwen on a GPU, in half precision, take the fast ways. What it computes is the same."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, _varlen)
     visual.config._attn_implementation = NAME
     for block in visual.blocks:
-        _align(block.mlp)
+        if hasattr(block.mlp, "gate_proj"):
+            _align(block.mlp)
 
 
 def compile_parts(model) -> None:

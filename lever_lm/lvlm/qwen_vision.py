@@ -1,6 +1,7 @@
-"""Images through the vision tower of a Qwen2.5-VL, each of them once.
+"""Images through the vision tower of a Qwen, each of them once.
 
-T tokens of an image, H hidden size of the language model.
+T tokens of an image, W numbers of each: the hidden size of the language model, and as many again for each layer of the
+tower that is shown to it as well.
 """
 
 import math
@@ -24,7 +25,7 @@ _WORKERS = 8
 
 
 class Vision:
-    """The vision side of a Qwen2.5-VL, with its feature cache in `folder`. Images are shown within the config's budget
+    """The vision side of a Qwen, with its feature cache in `folder`. Images are shown within the config's budget
     of pixels. Raises LeverError naming an image that cannot be decoded or does not fit into memory."""
 
     def __init__(self, model, image_processor, config: LvlmConfig, folder: Path | None, track: Track, shards: Shards):
@@ -38,7 +39,7 @@ class Vision:
         return math.prod(self.cache.grid(image)) // self.image_processor.merge_size**2
 
     def features(self, images: Sequence[Image]) -> list[Tensor]:
-        """Return (T, H) of each image: from the cache, or made again where the cache has no whole features of it."""
+        """Return (T, W) of each image: from the cache, or made again where the cache has no whole features of it."""
         found = {image: self.cache.get(image, self.model.device) for image in dict.fromkeys(images)}
         gone = [image for image, f in found.items() if f is None or len(f) != self.tokens(image)]
         for chunk in chunked(gone):
@@ -110,14 +111,15 @@ class Vision:
             middle = int(grids[:half].prod(-1).sum())
             first = self._tower(images[:half], pixels[:middle], grids[:half])
             return first + self._tower(images[half:], pixels[middle:], grids[half:])
-        features = output if isinstance(output, (tuple, list)) else output.pooler_output
+        layers = [output.pooler_output, *(getattr(output, "deepstack_features", None) or ())]
+        features = [torch.cat(of_image, -1) for of_image in zip(*layers, strict=True)]
         expected = (grids.prod(-1) // self.image_processor.merge_size**2).tolist()
         if [len(feature) for feature in features] != expected:
             raise LeverError(
                 f"the image {images[0]} and those after it: the vision tower gave {[len(f) for f in features]} tokens, "
                 f"the grids promise {expected}"
             )
-        return [feature.clone() for feature in features]  # views would keep the whole chunk
+        return features
 
     def _memory(self) -> int:
         """Return the bytes of the device that the cache may take: as set, or a quarter of what is free."""
