@@ -441,7 +441,9 @@ def write_family(name: str, folder: Path, seed: int = 0) -> Path:
                 inputs = weights.shape[1] if weights.ndim == 3 else weights[0].numel()
                 weights.normal_(0, SPREAD / inputs**0.5, generator=draw)
     ends = [tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(list(parts.ends))]
-    model.generation_config = library.GenerationConfig(eos_token_id=ends, do_sample=True, top_k=5)
+    model.generation_config = library.GenerationConfig(
+        eos_token_id=ends, do_sample=True, temperature=0.7, repetition_penalty=1.5, no_repeat_ngram_size=1
+    )
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder

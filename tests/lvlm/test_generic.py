@@ -17,7 +17,9 @@ from lever_lm.data import Example, open_image
 from lever_lm.lvlm import build_prompt
 from lever_lm.lvlm.backend import load_local
 from lever_lm.lvlm.checks import check_lvlm
+from lever_lm.lvlm.decoding import NotFinite
 from lever_lm.lvlm.families import family_of
+from lever_lm.lvlm.generic import Watch
 from lever_lm.lvlm.local import local_fingerprint
 from lever_lm.utils.errors import LeverError, UsageError
 from lever_lm.utils.transformers_compat import import_transformers
@@ -383,6 +385,27 @@ def test_log_probs_that_are_not_finite_name_the_question(models, prompts):
     )
     with pytest.raises(LeverError, match=r"question \d+: .* gives its prompt log-probs that are NaN or infinite"):
         ours.answer_log_prob(prompts, ["three"] * len(prompts))
+
+
+def test_a_penalty_sees_a_token_of_the_prompt_in_place_of_padding():
+    """Where the padding is the token that ends an answer, that one would be punished."""
+    ids, mask, seen = torch.tensor([[0, 0, 7], [4, 5, 6]]), torch.tensor([[0, 0, 1], [1, 1, 1]]), []
+    watch = Watch(ids, mask, 2, torch.tensor([0]), lambda written, scores: seen.append(written.tolist()) or scores)
+    written = torch.tensor([[1], [2], [3], [4]])
+    watch(torch.cat([ids.repeat_interleave(2, 0), written], 1), torch.zeros(4, 9))
+    assert seen == [[[7, 7, 7, 1], [7, 7, 7, 2], [4, 5, 6, 3], [4, 5, 6, 4]]]
+
+
+def test_what_comes_after_the_end_of_an_answer_does_not_count():
+    ids, scores = torch.tensor([[4, 5], [4, 6], [4, 7]]), torch.zeros(3, 9)
+    watch = Watch(ids, torch.ones_like(ids), 1, torch.tensor([0]), None)
+    scores[1, 3] = -math.inf  # a token that cannot come is no fault
+    watch(ids, scores)
+    watch.check()
+    watch(torch.cat([ids, torch.tensor([[0], [1], [2]])], 1), scores.index_fill(0, torch.tensor([0, 2]), math.nan))
+    with pytest.raises(NotFinite) as caught:
+        watch.check()
+    assert caught.value.places == [2]
 
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "internvl", "idefics3", "llava_onevision", "gemma3"])
