@@ -101,10 +101,11 @@ def _run_config(run: RunFolder) -> Config:
 
 
 def flat(values: dict, prefix: str = "") -> dict:
-    """Nested values as dotted key → value."""
+    """Nested values as dotted key → value; a mapping that is the value of a key stays whole."""
     found: dict = {}
     for key, value in values.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        name, section = f"{prefix}{key}", isinstance(value, dict) and f"{prefix}{key}" not in all_keys()
+        found |= flat(value, f"{name}.") if section else {name: value}
     return found
 
 

@@ -66,6 +66,17 @@ def test_each_value_says_what_set_it_last(lever, tmp_path, monkeypatch):
     assert "grpo.epochs" not in changed
 
 
+def test_options_of_a_processor_are_one_value(lever, tmp_path):
+    size = {"lvlm.processor": {"size": {"longest_edge": 512}}}
+    sets = ("--set", "lvlm.processor.size.longest_edge=512")
+    assert "  processor: {size: {longest_edge: 512}}  # --set; default {}\n" in lever("config", "show", *sets).out
+    (tmp_path / "own.yaml").write_text(lever("config", "show", *sets).out)
+    found = lever("config", "diff", "own.yaml", "--json").json["differences"]
+    assert {key: pair["a"] for key, pair in found.items()} == size
+    assert found["lvlm.processor"]["b"] == {}
+    assert lever("config", "diff", "own.yaml", *sets, "--json").json["identical"]
+
+
 def test_a_run_folder_shows_its_own_config_whatever_the_environment(lever, a_run, monkeypatch):
     monkeypatch.setenv("RCE_EPOCHS", "17")
     shown = lever("config", "show", str(RUN), "--json").json
