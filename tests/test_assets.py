@@ -150,7 +150,7 @@ def test_two_of_five_images_are_smudged(digits, split):
 
 def test_the_tutorials_query_is_smudged_and_its_picks_are_not():
     assert is_smudged("val", 10)
-    assert [is_smudged("train", image) for image in (1575, 684, 1227, 556)] == [False] * 4
+    assert [is_smudged("train", image) for image in (1227, 556, 93, 684)] == [False] * 4
 
 
 # ---------------------------------------------------------------------- digits_sets
