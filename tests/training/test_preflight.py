@@ -12,7 +12,7 @@ from official import build_official, image_path, read_official
 
 from lever_lm.config.load import resolve
 from lever_lm.config.schema import LvlmConfig
-from lever_lm.data.embeddings import ClipEncoder
+from lever_lm.data.encoder import FeatureEncoder
 from lever_lm.lvlm.checks import check_device, memory_needed
 from lever_lm.utils.checks import GIB
 from lever_lm.utils.errors import LeverError
@@ -178,7 +178,7 @@ def test_an_encoder_without_a_part_of_its_processor_is_named(lever, tmp_path, na
     found = missing(lever("doctor", "--set", f"features.encoder={tmp_path / 'clip'}", "--json"))
     assert f"lacks {usual}" in found["features.encoder"]["found"]
     with pytest.raises(LeverError, match=f"lacks {usual}: fetch these files again"):
-        ClipEncoder(str(tmp_path / "clip"), "cpu", 8)
+        FeatureEncoder(str(tmp_path / "clip"), "cpu", 8)
 
 
 def test_reference_answers_that_are_too_long_to_write_are_counted(lever, official):
