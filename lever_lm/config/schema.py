@@ -115,7 +115,7 @@ class PromptConfig(Section, section="prompt"):
     template: str = answers("Question: {question} Short answer: {answer}", "of an ICD; a query's ends before {answer}")
     separator: str = answers("\n", "text between one ICD and the next image, within one turn")
     order: str = answers("first_pick_last", "where the first pick stands", "first_pick_last | first_pick_first")
-    system: str = answers("You are a helpful assistant.", "text of the system turn")
+    system: str = answers("You are a helpful assistant.", "text of the system turn; empty: no such turn")
     cut: str = answers("turn", "an answer ends at line, comma, turn; classic: at Short in Shorts too", "turn | classic")
 
     def __post_init__(self):
@@ -135,7 +135,7 @@ class LvlmConfig(Section, section="lvlm"):
 
     path: str = answers("Qwen/Qwen2.5-VL-3B-Instruct", "hub id, directory, or asset:NAME")
     family: str = machine("auto", "auto: by its config.json; generic: the library's own generate", _FAMILIES)
-    processor: dict = answers({}, "options of its processor, as max_patches: 1 for one tile an image; lvlm.processor.X")
+    processor: dict = answers({}, "generic: options of its processor; max_patches: 1 is one tile an image")
     dtype: str = machine("auto", "bfloat16 on a GPU, float32 on a CPU", "auto | float32 | bfloat16 | float16")
     attention: str = machine("auto", "auto: the library's choice", "auto | sdpa | eager | flash_attention_2")
     batch_size: int = speed(64, "prompts in a batch, at most", "> 0")
@@ -162,6 +162,8 @@ class LvlmConfig(Section, section="lvlm"):
         super().__post_init__()
         if self.min_pixels > self.max_pixels:
             raise UsageError(f"lvlm.min_pixels {self.min_pixels} exceeds lvlm.max_pixels {self.max_pixels}")
+        if self.server and self.processor:
+            raise UsageError("lvlm.processor is of a model in this process: a server has options of its own, drop it")
         for url in self.server.split(",") if self.server else ():
             _check_server(url.strip())
         for key, value in (("num_beams", 1), ("eos", "model")):

@@ -67,7 +67,7 @@ def parse_set(item: str) -> dict:
     key = key.strip()
     kind, parts = Config, key.split(".")
     for i, part in enumerate(parts, 1):
-        kind = OPTION if kind is dict else _types(kind).get(part)
+        kind = OPTION if kind in (dict, OPTION) else _types(kind).get(part)
         if kind is None:
             _refuse_key(".".join(parts[:i]))
     try:
@@ -83,12 +83,13 @@ def parse_set(item: str) -> dict:
 # ---------------------------------------------------------------------- nested values
 
 
-def merge(base: dict, update: dict) -> dict:
-    """Return `update` over `base`, section by section; neither is changed."""
+def merge(base: dict, update: dict, *, within: bool = False) -> dict:
+    """Return `update` over `base`, section by section; neither is changed. within: they are parts of a section, of
+    which an empty mapping takes the place of another."""
     merged = dict(base)
     for key, value in update.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = merge(merged[key], value) if both else value
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict) and (value or not within)
+        merged[key] = merge(merged[key], value, within=True) if both else value
     return merged
 
 
@@ -161,13 +162,18 @@ def _cast(kind, value, key: str):
 
 
 def _option(value, key: str):
-    """Return the value of an option whose type nobody said: a text that reads as a flag or a number is one."""
+    """Return the value of an option whose type nobody said: a text that reads as a flag or a number is one; of a
+    mapping or a list, each that stands in it."""
+    if isinstance(value, dict):
+        return {str(name): _option(one, f"{key}.{name}") for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_option(one, key) for one in value]
     if isinstance(value, str):
         for kind in (bool, int, float):
             with contextlib.suppress(UsageError):
                 return _cast(kind, value, key)
     if value is not None and type(value) not in (str, bool, int, float):
-        raise UsageError(f"{key} must be a flag, a number or a text, found {shown(value)}")
+        raise UsageError(f"{key} must be a flag, a number, a text, or a mapping or list of these, found {shown(value)}")
     return value
 
 

@@ -10,6 +10,7 @@ from lever_lm.data.example import (
     VqaData,
     image_digest,
     image_digests,
+    image_size,
     open_image,
     undecodable,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "StoredImage",
     "VqaData",
     "image_digest",
+    "image_size",
     "in_both",
     "in_parquet",
     "load_dataset",

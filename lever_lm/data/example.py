@@ -2,14 +2,14 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from io import BytesIO
 from typing import BinaryIO
 
-from lever_lm.data.image_decode import Undecodable, decoded
+from lever_lm.data.image_decode import Undecodable, decoded, size_of
 from lever_lm.utils.atomic_io import open_regular
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.file_hashes import DIGESTS
@@ -112,11 +112,22 @@ def to_dataset(examples: Sequence[Example]):
 
 def open_image(image: Image):
     """An image as upright RGB `PIL.Image`, transparency on white. Raises LeverError naming one that does not decode."""
+    return _read(image, decoded)
+
+
+def image_size(image: Image) -> tuple[int, int]:
+    """Return the width and height of `open_image`, without decoding it. Raises LeverError naming one whose header
+    cannot be read."""
+    return _read(image, size_of)
+
+
+def _read(image: Image, read: Callable):
+    """Return read(the image's file)."""
     try:
         if isinstance(image, StoredImage):
-            return decoded(BytesIO(image.read()))
+            return read(BytesIO(image.read()))
         with _opened(image) as file:
-            return decoded(file)
+            return read(file)
     except Undecodable as error:
         raise LeverError(
             f"cannot decode the image {one_line(str(image))}: {one_line(str(error))}. Replace the file, or go on "

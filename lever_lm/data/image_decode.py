@@ -3,6 +3,7 @@
 import logging
 import re
 import warnings
+from collections.abc import Callable
 from typing import BinaryIO
 
 # The formats of photographs (MPO, several in one JPEG, counts as JPEG) that decode without another program and without
@@ -21,13 +22,23 @@ class Undecodable(Exception):
 
 def decoded(file: BinaryIO):
     """Return the first frame of an image file as upright RGB `PIL.Image`, transparency on white. Raises Undecodable."""
+    return _read(file, _upright)
+
+
+def size_of(file: BinaryIO) -> tuple[int, int]:
+    """Return the width and height of `decoded`, from the file's header. Raises Undecodable."""
+    return _read(file, _upright_size)
+
+
+def _read(file: BinaryIO, read: Callable):
+    """Return read(the opened `PIL.Image`). Raises Undecodable."""
     import PIL.Image
 
     _hush()
     try:
         with PIL.Image.open(file, formats=FORMATS) as opened:
             _check_size(opened.width, opened.height)
-            return _upright(opened)
+            return read(opened)
     except Undecodable:
         raise
     except PIL.UnidentifiedImageError as error:
@@ -74,6 +85,13 @@ def _upright(opened):
         upright = upright.convert("RGBA")
         upright = PIL.Image.alpha_composite(PIL.Image.new("RGBA", upright.size, "white"), upright)
     return upright.convert("RGB")
+
+
+def _upright_size(opened) -> tuple[int, int]:
+    from PIL.ExifTags import Base
+
+    lies = opened.getexif().get(Base.Orientation, 1) in (5, 6, 7, 8)
+    return opened.size[::-1] if lies else opened.size
 
 
 def _to_eight_bits(grey):

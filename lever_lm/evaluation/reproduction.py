@@ -12,7 +12,7 @@ from lever_lm.config.schema import Config, keys_of, to_dict
 from lever_lm.data import VqaData
 from lever_lm.evaluation.results import Sample, read_samples, samples_file
 from lever_lm.lvlm import build_prompt
-from lever_lm.lvlm.processor import load_processor
+from lever_lm.lvlm.processor import processor_of
 from lever_lm.lvlm.prompt import in_prompt_order, to_messages
 from lever_lm.selectors.pointer.hub_format import PICKS, PLACES, PROMPTS, RUN_CONFIG, setting_of
 from lever_lm.utils.errors import LeverError
@@ -78,7 +78,7 @@ def prompts_text(samples: list[Sample], config: Config, data: Callable[[], VqaDa
     folder = model_folder(path)
     if folder is None:
         raise LeverError(f"the processor of {path} is not on this machine: `hf download {path}`, then export again")
-    processor, found = load_processor(path, folder), data()
+    processor, found = processor_of(config.lvlm, config.prompt, folder), data()
     if found.fingerprint != fingerprint:
         raise LeverError(
             f"the data here have the fingerprint {found.fingerprint}, those of the run {shown(fingerprint)}: name the "

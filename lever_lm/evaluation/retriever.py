@@ -26,7 +26,7 @@ from lever_lm.data.image_decode import Undecodable, decoded
 from lever_lm.data.rows import unfit
 from lever_lm.evaluation.evaluate import problem_of
 from lever_lm.lvlm import Prompt, build_prompt
-from lever_lm.lvlm.processor import load_processor
+from lever_lm.lvlm.processor import processor_of
 from lever_lm.lvlm.prompt import to_messages
 from lever_lm.selectors.candidate_features import Labelled, candidate_columns
 from lever_lm.selectors.learned import choose
@@ -257,8 +257,8 @@ class Retriever:
 
     @cached_property
     def _processor(self):
-        path = self.config.lvlm.path
-        return load_processor(path, fetch_model(path, "--lvlm, lvlm.path"))
+        lvlm = self.config.lvlm
+        return processor_of(lvlm, self.config.prompt, fetch_model(lvlm.path, "--lvlm, lvlm.path"))
 
 
 # ---------------------------------------------------------------------- examples of your own

@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Protocol
 
 from lever_lm.config.schema import LvlmConfig, PromptConfig
+from lever_lm.lvlm.families import family_of
 from lever_lm.lvlm.prompt import Prompt
 from lever_lm.utils.distributed import Shards
-from lever_lm.utils.errors import LeverError
 from lever_lm.utils.hub import fetch_model
 from lever_lm.utils.progress import Track, untracked
-from lever_lm.utils.safe_parse import read_object
-from lever_lm.utils.terminal import shown
 
 
 class Backend(Protocol):
@@ -54,13 +52,6 @@ def _generic():
 
 # A name of lvlm.family → the class of it: (config, prompt, device, folder of image features, track, shards) → a Family.
 FAMILIES: dict[str, Callable[[], type]] = {"qwen2_5_vl": _qwen2_5_vl, "qwen3_vl": _qwen3_vl, "generic": _generic}
-# model_type of a model's config.json → its family, where that is not `generic`.
-FAST = {
-    "qwen2_vl": "qwen2_5_vl",
-    "qwen2_5_vl": "qwen2_5_vl",
-    "qwen3_vl": "qwen3_vl",
-    "qwen3_vl_moe": "qwen3_vl",
-}
 
 
 def load_local(
@@ -77,19 +68,5 @@ def load_local(
     loaded."""
     from lever_lm.lvlm.local import LocalLvlm
 
-    family = FAMILIES[family_of(config)]()
+    family = FAMILIES[family_of(config, fetch_model(config.path, "--lvlm, lvlm.path"))]()
     return LocalLvlm(family(config, prompt, device, folder, track, shards), config, prompt)
-
-
-def family_of(config: LvlmConfig) -> str:
-    """Return the family that a model is of. Raises LeverError where lvlm.family names a fast path that does not know
-    it: its answers would be of another model."""
-    described = fetch_model(config.path, "--lvlm, lvlm.path") / "config.json"
-    kind = read_object(described).get("model_type") if described.is_file() else None
-    own = FAST.get(kind, "generic")
-    if config.family not in ("auto", "generic", own):
-        raise LeverError(
-            f"lvlm.family={config.family} does not know the model_type {shown(kind)} of {config.path}: "
-            f"--set lvlm.family=auto, which is {own}"
-        )
-    return own if config.family == "auto" else config.family

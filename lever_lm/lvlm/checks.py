@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lever_lm.config.schema import LvlmConfig
+from lever_lm.config.schema import LvlmConfig, PromptConfig
 from lever_lm.lvlm.openai_client import NO_LOG_PROBS, ServerError
 from lever_lm.lvlm.openai_servers import check_server, scores_prompts
-from lever_lm.lvlm.processor import load_processor
+from lever_lm.lvlm.processor import processor_of
 from lever_lm.utils.checks import GIB, Check, check_model
 from lever_lm.utils.device import resolve_device
 from lever_lm.utils.errors import LeverError, MendableError
@@ -18,7 +18,9 @@ from lever_lm.utils.hub import model_folder, parameter_count
 _ACTIVATIONS = 2 * GIB  # beside the weights, in the smallest batches of 16-bit numbers
 
 
-def check_lvlm(config: LvlmConfig, *, scored: bool, wait: float, say: Callable[[str], None]) -> Iterator[Check]:
+def check_lvlm(
+    config: LvlmConfig, prompt: PromptConfig, *, scored: bool, wait: float, say: Callable[[str], None]
+) -> Iterator[Check]:
     """Check the LVLM of a config, in this process or on servers.
 
     scored: reference answers are to be scored, too. wait: seconds to give a server that is still starting; `say` is
@@ -31,7 +33,7 @@ def check_lvlm(config: LvlmConfig, *, scored: bool, wait: float, say: Callable[[
     check = check_model("lvlm.path", config.path)
     try:
         if check.status == "ok":
-            load_processor(config.path, model_folder(config.path))
+            processor_of(config, prompt, model_folder(config.path))
     except MendableError as error:
         check = Check("lvlm.path", "missing", error.found, error.mend)
     yield check
@@ -62,14 +64,14 @@ def _server(config: LvlmConfig, scored: bool, wait: float, say: Callable[[str], 
             yield Check("log-probs", "warning", found, mend)
 
 
-def check_answer_lengths(config: LvlmConfig, answers: Sequence[str]) -> Iterator[Check]:
+def check_answer_lengths(config: LvlmConfig, prompt: PromptConfig, answers: Sequence[str]) -> Iterator[Check]:
     """Warn of reference answers (each annotator's counted) that are longer in the model's own tokens than what it may
     write. Without its tokenizer nothing is checked."""
     folder = model_folder(config.path)
     if folder is None or not answers:
         return
     try:
-        tokenizer = load_processor(config.path, folder).tokenizer
+        tokenizer = processor_of(config, prompt, folder).tokenizer
     except LeverError:  # a check of its own where the model runs here
         return
     counts = Counter(answers)

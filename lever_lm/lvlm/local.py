@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -9,12 +11,12 @@ from torch import Tensor
 
 from lever_lm.config.schema import LvlmConfig, PromptConfig, keys_of
 from lever_lm.lvlm.decoding import NotFinite, Process
-from lever_lm.lvlm.processor import load_processor
+from lever_lm.lvlm.families import family_of
 from lever_lm.lvlm.prompt import Prompt, wording
 from lever_lm.utils.device import resolve_device
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.fingerprint import CODE, fingerprint
-from lever_lm.utils.hub import content_digests, fetch_model, model_folder
+from lever_lm.utils.hub import content_digests, model_folder
 from lever_lm.utils.terminal import shown
 from lever_lm.utils.transformers_compat import first_line, import_transformers, load_whole
 
@@ -25,10 +27,14 @@ class Family(Protocol):
     """A loaded model and what is its family's own; one prompt's numbers do not depend on the rest of its batch.
 
     `vision` encodes images that are new (`see`, and `see_together` where a job shares them) and counts the `tokens` of
-    an image that it has seen.
+    an image that it has seen. shorter, leaner: what makes a prompt shorter, and what needs less memory; for messages.
     """
 
+    shorter: str
+    leaner: str
+    config: LvlmConfig
     model: torch.nn.Module
+    processor: Any
     tokenizer: Any
     vision: Any
     device: torch.device
@@ -49,6 +55,7 @@ class LocalLvlm:
     def __init__(self, family: Family, config: LvlmConfig, prompt: PromptConfig):
         self.family, self.config, self.prompt = family, config, prompt
         self.eos = torch.tensor(_end_tokens(family, config), device=family.device)
+        self._lead, self._closing = _answer_turn(family, self.eos.tolist())
         self._budget = config.batch_tokens
         self._process = None
         if config.repetition_penalty != 1:
@@ -67,7 +74,7 @@ class LocalLvlm:
         for prompt, target in zip(prompts, targets, strict=True):
             if not target:
                 raise LeverError(f"question {prompt.query.question_id}: cannot score an empty answer")
-        closing = [self.family.tokenizer.eos_token_id] if end else []
+        closing = [self._closing] if end else []
 
         def score(batch: list[Prompt], targets: list[list[int]]) -> list[float]:
             sums = self.family.score(batch, [[*target, *closing] for target in targets])
@@ -86,7 +93,8 @@ class LocalLvlm:
         return self.family.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
     def _tokens(self, answers: Sequence[str]) -> list[list[int]]:
-        return self.family.tokenizer(list(answers), add_special_tokens=False).input_ids if answers else []
+        texts = [answer and f"{self._lead}{answer}" for answer in answers]
+        return self.family.tokenizer(texts, add_special_tokens=False).input_ids if texts else []
 
     # ------------------------------------------------------------------ batches
 
@@ -124,8 +132,8 @@ class LocalLvlm:
                     prompt = prompts[batch[0]]
                     raise LeverError(
                         f"question {prompt.query.question_id}: its prompt of {len(prompt.images)} images, about "
-                        f"{longest} tokens, does not fit into the memory of {self.family.device}: fewer --shots, or a "
-                        f"smaller lvlm.max_pixels or lvlm.bank_memory ({first_line(error)})"
+                        f"{longest} tokens, does not fit into the memory of {self.family.device}: fewer --shots, or "
+                        f"{self.family.leaner} ({first_line(error)})"
                     ) from error
                 self._budget = len(batch) // 2 * longest
                 continue
@@ -157,20 +165,18 @@ class LocalLvlm:
 # ---------------------------------------------------------------------- loading
 
 
-def load_model(config: LvlmConfig, device: torch.device, dtype: torch.dtype):
-    """Return the processor and the model of `lvlm.path`. Raises LeverError where they cannot be loaded."""
-    loader = import_transformers().AutoModelForImageTextToText
-    where = fetch_model(config.path, "--lvlm, lvlm.path")
-    processor = load_processor(config.path, where)
+def load_model(config: LvlmConfig, folder: Path, device: torch.device, dtype: torch.dtype):
+    """Return the model of `lvlm.path`, whose files are in a folder. Raises LeverError where it cannot be loaded."""
     attention = {} if config.attention == "auto" else {"attn_implementation": config.attention}
     try:
-        model = load_whole(loader, str(where), dtype, **attention)
+        loader = import_transformers().AutoModelForImageTextToText
+        model = load_whole(loader, str(folder), dtype, trust_remote_code=False, **attention)
     except Exception as error:  # the library can fail in any way on a directory that is not such a model
         raise LeverError(
             f"cannot load the LVLM {config.path}: {first_line(error)} (--lvlm, lvlm.path: a cached hub id or a "
             "directory of a vision-language model of transformers)"
         ) from error
-    return processor, model.to(device)
+    return model.to(device)
 
 
 def _end_tokens(family: Family, config: LvlmConfig) -> list[int]:
@@ -187,6 +193,36 @@ def _end_tokens(family: Family, config: LvlmConfig) -> list[int]:
     return eos
 
 
+def _answer_turn(family: Family, eos: list[int]) -> tuple[str, int]:
+    """Return what the chat template writes between its generation prompt and an answer (a blank, where turns begin with
+    `Assistant: `), and the token that ends the turn: of `eos`, or the tokenizer's."""
+    tokenizer, answer, asked = family.tokenizer, "yes", [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
+    answered = [*asked, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+    try:
+        render = partial(family.processor.apply_chat_template, tokenize=False)
+        before, whole = render(asked, add_generation_prompt=True), render(answered)
+    except Exception:  # a template is a program, and need not know turns of the assistant
+        before = whole = ""
+    lead, found, tail = whole.removeprefix(before).partition(answer)
+    if not (found and whole.startswith(before)) or lead.strip():
+        lead = tail = ""
+    after = tokenizer(tail.lstrip(), add_special_tokens=False).input_ids[:1]
+    ends = [token for token in (tokenizer.eos_token_id, *eos) if token is not None]
+    return lead, after[0] if after and after[0] in ends else ends[0]
+
+
+def check_context(family: Family, prompts: Sequence[Prompt], lengths: Sequence[int]) -> None:
+    """Raise LeverError for a prompt of so many tokens that the model's context has no room for it and an answer."""
+    most = getattr(family.model.config.get_text_config(), "max_position_embeddings", None)
+    room = math.inf if most is None else most - family.config.max_new_tokens
+    for prompt, length in zip(prompts, lengths, strict=True):
+        if length > room:
+            raise LeverError(
+                f"question {prompt.query.question_id}: its prompt of {len(prompt.images)} images has {length} tokens, "
+                f"the context of {family.config.path} has room for {room}: fewer --shots, or {family.shorter}"
+            )
+
+
 def dtype_of(config: LvlmConfig, device: torch.device) -> torch.dtype:
     """Return the precision of the weights (lvlm.dtype) on a device."""
     if config.dtype == "auto":
@@ -200,8 +236,12 @@ def dtype_of(config: LvlmConfig, device: torch.device) -> torch.dtype:
 def local_fingerprint(config: LvlmConfig, prompt: PromptConfig, device: str) -> str:
     """Return a fingerprint of everything an answer depends on but the question: weights, precision, decoding, image
     budget, prompt style. Needs no model loaded."""
-    left_out = {"path", "dtype", *(key[-1] for key in keys_of("speed") if key[0] == "lvlm")}
+    left_out = {"path", "dtype", "family", *(key[-1] for key in keys_of("speed") if key[0] == "lvlm")}
     settings = {name: value for name, value in vars(config).items() if name not in left_out}
+    if family_of(config, model_folder(config.path)) == "generic":
+        settings["family"] = "generic"
+    else:  # it takes no options, and of before there were any families all answers are of a fast path
+        del settings["processor"]
     precision = str(dtype_of(config, resolve_device(device)))
     return fingerprint(CODE["answers"], CODE["vision"], _weights(config.path), settings, precision, wording(prompt))
 

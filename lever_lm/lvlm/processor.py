@@ -1,7 +1,10 @@
-"""The processor of a Qwen2.5-VL: tokenizer, chat template and image processor, refused where one of them is missing."""
+"""The processor of a model: tokenizer, chat template and image processor, refused where one of them is missing."""
 
 from pathlib import Path
 
+from lever_lm.config.schema import LvlmConfig, PromptConfig
+from lever_lm.lvlm.families import family_of
+from lever_lm.lvlm.generic_processor import load_generic_processor
 from lever_lm.utils.errors import MendableError
 from lever_lm.utils.hub import is_hub_id
 from lever_lm.utils.safe_parse import read_object
@@ -11,15 +14,22 @@ _FILES = "tokenizer.json, tokenizer_config.json, chat_template.jinja, processor_
 _PROBE = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
 
 
+def processor_of(config: LvlmConfig, prompt: PromptConfig, folder: Path):
+    """Return the processor of the model in a folder, checked for what its family needs. Raises MendableError."""
+    if family_of(config, folder) == "generic":
+        return load_generic_processor(config, prompt, folder)[0]
+    return load_processor(config.path, folder)
+
+
 def load_processor(path: str, folder: Path):
-    """Return the processor of the model `path`, whose files are in `folder`, with a chat template that shows images.
+    """Return the processor of the Qwen `path`, whose files are in `folder`, with a chat template that shows images.
 
     A template that stands in the tokenizer's config alone is used too. Raises MendableError, naming the files to fetch
     again, where the library knows no such processor, or where its parts are missing or of different models.
     """
     transformers = import_transformers()
     try:
-        processor = transformers.AutoProcessor.from_pretrained(str(folder))
+        processor = transformers.AutoProcessor.from_pretrained(str(folder), trust_remote_code=False)
         if not hasattr(getattr(processor, "image_processor", None), "merge_size"):
             raise ValueError(f"transformers {transformers.__version__} finds no class of it that a Qwen2.5-VL has")
         token = read_object(folder / "config.json").get("image_token_id", getattr(processor, "image_token_id", None))

@@ -47,8 +47,9 @@ def in_prompt_order(picks: Sequence, config: PromptConfig) -> list:
 
 
 def wording(config: PromptConfig) -> dict:
-    """Return the options that change what a model is asked: all but the rule that cuts its answer."""
-    return {name: value for name, value in vars(config).items() if name != "cut"}
+    """Return the options that change what a model is asked: all but the rule that cuts its answer. No system text is
+    None: before 0.2 it was a turn without text, whose answers are others."""
+    return {name: value for name, value in vars(config).items() if name != "cut"} | {"system": config.system or None}
 
 
 def holder(prompt: Prompt, token: str) -> str:
@@ -74,7 +75,7 @@ def to_messages(prompt: Prompt, config: PromptConfig, show: Callable[[Image], di
             text = example.question if prompt.bare and example is prompt.query else text.rstrip()
         return [*image, _text(text + (after or ""))]
 
-    messages = [{"role": "system", "content": [_text(config.system)]}]
+    messages = [{"role": "system", "content": [_text(config.system)]}] if config.system else []
     if config.style == "interleaved":
         demonstrations = [part for icd in prompt.icds for part in shown(icd, icd.answer + config.separator)]
         return [*messages, {"role": "user", "content": [*demonstrations, *shown(prompt.query)]}]

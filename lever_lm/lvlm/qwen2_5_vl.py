@@ -13,13 +13,15 @@ from torch import Tensor
 
 from lever_lm.config.schema import LvlmConfig, PromptConfig
 from lever_lm.lvlm.decoding import Prefilled, Process, beam_search, float32_logits, greedy, repeatable_attention
-from lever_lm.lvlm.local import dtype_of, load_model
+from lever_lm.lvlm.local import check_context, dtype_of, load_model
+from lever_lm.lvlm.processor import load_processor
 from lever_lm.lvlm.prompt import Prompt, holder, to_messages
 from lever_lm.lvlm.qwen_kernels import compile_parts, speed_up_vision
 from lever_lm.lvlm.qwen_vision import Vision
 from lever_lm.utils.device import resolve_device
 from lever_lm.utils.distributed import Shards
 from lever_lm.utils.errors import LeverError
+from lever_lm.utils.hub import fetch_model
 from lever_lm.utils.progress import Track
 
 IMAGE_TOKEN = "<|image_pad|>"
@@ -43,12 +45,17 @@ class Qwen2_5_VL:
     """The `local.Family` of a directory or hub id of a Qwen2-VL or Qwen2.5-VL. `folder`: of the image features on
     disk."""
 
+    shorter = "a smaller lvlm.max_pixels"
+    leaner = "a smaller lvlm.max_pixels or lvlm.bank_memory"
+
     def __init__(
         self, config: LvlmConfig, prompt: PromptConfig, device: str, folder: Path | None, track: Track, shards: Shards
     ):
         self.config, self.prompt, self.device = config, prompt, resolve_device(device)
         self.dtype = dtype_of(config, self.device)
-        self.processor, self.model = load_model(config, self.device, self.dtype)
+        where = fetch_model(config.path, "--lvlm, lvlm.path")
+        self.processor = load_processor(config.path, where)
+        self.model = load_model(config, where, self.device, self.dtype)
         if self.device.type == "cuda" and self.dtype != torch.float32 and config.attention == "auto":
             speed_up_vision(self.model.model.visual)
         if config.compile and self.device.type == "cuda":
@@ -109,7 +116,7 @@ class Qwen2_5_VL:
 
     def _inputs(self, prompts: Sequence[Prompt], targets: Sequence[Sequence[int]]) -> Inputs:
         rows = [[*self.token_ids(prompt), *target] for prompt, target in zip(prompts, targets, strict=True)]
-        self._check_context(prompts, rows)
+        check_context(self, prompts, list(map(len, rows)))
         images = [image for prompt in prompts for image in prompt.images]
         lengths = torch.tensor([len(row) for row in rows])
         ids = torch.full((len(rows), int(lengths.max())), self.pad)
@@ -155,13 +162,3 @@ class Qwen2_5_VL:
         for token in short:
             ids += [token] * (next(counts) if token == self.image_token_id else 1)
         return ids
-
-    def _check_context(self, prompts: Sequence[Prompt], rows: list[list[int]]) -> None:
-        most = self.model.config.text_config.max_position_embeddings - self.config.max_new_tokens
-        for prompt, row in zip(prompts, rows, strict=True):
-            if len(row) > most:
-                raise LeverError(
-                    f"question {prompt.query.question_id}: its prompt of {len(prompt.images)} images has {len(row)} "
-                    f"tokens, the context of {self.config.path} has room for {most}: fewer --shots, or a smaller "
-                    "lvlm.max_pixels"
-                )

@@ -111,8 +111,11 @@ class Vision:
             middle = int(grids[:half].prod(-1).sum())
             first = self._tower(images[:half], pixels[:middle], grids[:half])
             return first + self._tower(images[half:], pixels[middle:], grids[half:])
-        layers = [output.pooler_output, *(getattr(output, "deepstack_features", None) or ())]
-        features = [torch.cat(of_image, -1) for of_image in zip(*layers, strict=True)]
+        lengths = [len(feature) for feature in output.pooler_output]
+        deeper = getattr(output, "deepstack_features", None) or ()
+        # In 5.17 a deeper layer is one tensor of all images.
+        layers = [layer.split(lengths) if isinstance(layer, Tensor) else layer for layer in deeper]
+        features = [torch.cat(of_image, -1) for of_image in zip(output.pooler_output, *layers, strict=True)]
         expected = (grids.prod(-1) // self.image_processor.merge_size**2).tolist()
         if [len(feature) for feature in features] != expected:
             raise LeverError(

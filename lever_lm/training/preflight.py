@@ -12,6 +12,7 @@ from lever_lm.data.encoder import check_encoder
 from lever_lm.data.okvqa import OFFICIAL_SIZES
 from lever_lm.data.pools import NEEDS_NO_FEATURES, Candidates
 from lever_lm.lvlm.checks import check_answer_lengths, check_device, check_lvlm
+from lever_lm.lvlm.families import keeps_features
 from lever_lm.selectors.pool_recall import pool_recalls, recall_in_words
 from lever_lm.tasks import TASKS
 from lever_lm.training.run_dir import Layout
@@ -51,14 +52,14 @@ def examine(
     if "encoder" in needs:
         checks.append(check_encoder(config.features.encoder))
     if "lvlm" in needs:
-        checks += check_lvlm(config.lvlm, scored=scored, wait=wait, say=say)
+        checks += check_lvlm(config.lvlm, config.prompt, scored=scored, wait=wait, say=say)
     if count:
         checks += _models_of_digits(config)
         if files and all(check.status == "ok" for check in files):
             splits: dict[str, list[Example]] = {}
             checks += check_examples(config.data, splits)
             answers = [answer for examples in splits.values() for example in examples for answer in example.answers]
-            checks += check_answer_lengths(config.lvlm, answers)
+            checks += check_answer_lengths(config.lvlm, config.prompt, answers)
             if all(splits.get(split) for split in ("train", "val")):
                 checks += _check_pools(config, layout, splits)
     checks += check_device(config.device, config.lvlm if "lvlm" in needs and not config.lvlm.server else None)
@@ -122,7 +123,9 @@ def disk_needed(config: Config) -> dict[str, int]:
     epochs = config.rce.epochs + config.grpo.epochs
     elsewhere = config.lvlm.server or config.lvlm.path.startswith(ASSET_PREFIX)
     return {
-        "vision": 0 if elsewhere else min(int(config.lvlm.bank_disk * GIB), _IMAGE_FEATURES * examples),
+        "vision": 0
+        if elsewhere or not keeps_features(config.lvlm)
+        else min(int(config.lvlm.bank_disk * GIB), _IMAGE_FEATURES * examples),
         "features": 2 * 4 * DEFAULT_WIDTH * examples,
         "answers": 300 * prompts,
         "rollouts": 900 * prompts,

@@ -172,6 +172,27 @@ def test_set_reads_lists_and_mappings_and_refuses_what_has_no_key_or_value():
         set_to("seed=")
 
 
+def test_options_of_a_processor_have_any_name_and_are_flags_numbers_texts_and_mappings_or_lists_of_these():
+    config = set_to(
+        *(
+            "lvlm.processor.do_image_splitting=no",
+            "lvlm.processor.max_patches=1",
+            "lvlm.processor.size.longest_edge=512",
+        ),
+        *("lvlm.processor.scale=0.5", "lvlm.processor.mode=best", "lvlm.processor.pinpoints=[[384, 384], [384, 768]]"),
+    )
+    pinpoints, size = [[384, 384], [384, 768]], {"longest_edge": 512}
+    expected = {"do_image_splitting": False, "max_patches": 1, "size": size, "scale": 0.5, "mode": "best"}
+    assert config.lvlm.processor == {**expected, "pinpoints": pinpoints}
+    assert typed({"lvlm": {"processor": {"size": {"longest_edge": "512"}}}})["lvlm"]["processor"]["size"] == size
+    assert build(to_dict(config)) == config
+    assert set_to("lvlm.processor.a=1", "lvlm.processor={}").lvlm.processor == {}
+    assert set_to("lvlm.processor.a=1", "lvlm.processor.b=2").lvlm.processor == {"a": 1, "b": 2}
+    for value in ("3", "[1]", "text"):
+        with pytest.raises(UsageError, match=r"lvlm\.processor must be of type dict, found"):
+            set_to(f"lvlm.processor={value}")
+
+
 TYPED = ["007", "1.10", "12:30", "no", "null", "2024-01-02", "", " ", "Answer # briefly", "it's: [so", '"a" b']
 QUOTED = [('"\\n"', "\n"), ("' a '", " a "), ("''", "")]
 
@@ -365,6 +386,8 @@ def test_a_variable_that_is_passed_over_is_said(lever, monkeypatch, tmp_path):
         ({"prompt.style": "x"}, "prompt.style is 'x': expected one of interleaved, dialogue"),
         ({"prompt.template": "{answer}"}, "prompt.template must hold {question} once"),
         ({"lvlm.server": "http://a/v1", "lvlm.num_beams": 2}, "answers greedily"),
+        ({"lvlm.server": "http://a/v1", "lvlm.processor.size": 2}, "lvlm.processor is of a model in this process"),
+        ({"lvlm.family": "qwen"}, "lvlm.family is 'qwen': expected one of auto, qwen2_5_vl, qwen3_vl, generic"),
         ({"features.name": "img"}, r"unknown features 'img': expected query_X_icd_Y .*\(--features\)"),
         ({"seed": 2**63}, "seed must lie between"),
     ],

@@ -16,7 +16,7 @@ from hostile import read_in_little_memory
 from pictures import EPS, SVG, gif, picture, png
 from PIL import Image
 
-from lever_lm.data import open_image
+from lever_lm.data import image_size, open_image
 from lever_lm.utils.errors import LeverError
 
 BAD_IMAGES = {
@@ -130,11 +130,27 @@ def test_a_rotated_photograph_opens_upright(tmp_path):
     exif[0x0112] = 6  # to be turned by 90° clockwise: left comes up
     picture.save(tmp_path / "x.jpg", exif=exif, quality=95)
     upright = open_image(str(tmp_path / "x.jpg"))
-    assert upright.size == (20, 40)
+    assert upright.size == image_size(str(tmp_path / "x.jpg")) == (20, 40)
     assert min(upright.getpixel((10, 5))) > 240
     assert max(upright.getpixel((10, 35))) < 15
 
 
-def test_a_missing_image_is_refused_with_the_variable(tmp_path):
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_size_of_an_image_is_that_of_the_opened_one(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (40, 20)).save(tmp_path / "x.jpg", exif=exif)
+    assert image_size(str(tmp_path / "x.jpg")) == open_image(str(tmp_path / "x.jpg")).size
+
+
+def test_the_size_of_what_is_no_image_is_refused_as_the_image_is(tmp_path):
+    (tmp_path / "x.jpg").write_bytes(b"no image")
+    for read in (open_image, image_size):
+        with pytest.raises(LeverError, match=r"cannot decode the image .*x\.jpg: it is none of JPEG"):
+            read(str(tmp_path / "x.jpg"))
+
+
+@pytest.mark.parametrize("read", [open_image, image_size])
+def test_a_missing_image_is_refused_with_the_variable(tmp_path, read):
     with pytest.raises(LeverError, match=r"image not found: .*none\.jpg .*COCO_PATH"):
-        open_image(str(tmp_path / "none.jpg"))
+        read(str(tmp_path / "none.jpg"))

@@ -7,7 +7,7 @@ from lvlm_helpers import FIRST, QUERY, SECOND, VISION
 
 from lever_lm.config.schema import PromptConfig
 from lever_lm.lvlm import build_prompt, cut_answer
-from lever_lm.lvlm.prompt import to_messages
+from lever_lm.lvlm.prompt import to_messages, wording
 from lever_lm.utils.paths import asset_path
 from lever_lm.utils.transformers_compat import import_transformers
 
@@ -86,6 +86,26 @@ def test_a_bare_prompt_asks_the_question_alone(processor, style):
     assert text == rendered(processor, [], style=style).replace(
         "Question: which comes next? Short answer:", "which comes next?"
     )
+
+
+@pytest.mark.parametrize("style", ["interleaved", "dialogue"])
+def test_without_a_system_text_there_is_no_system_turn_and_a_template_may_write_its_own(processor, style):
+    """Qwen2.5-VL's does: an empty text gives what its default gives."""
+    silent = PromptConfig(system="", style=style)
+    prompt = build_prompt([FIRST], QUERY, silent)
+    assert [turn["role"] for turn in to_messages(prompt, silent)][:1] == ["user"]
+    text, usual = (
+        processor.apply_chat_template(to_messages(prompt, config), tokenize=False, add_generation_prompt=True)
+        for config in (silent, PromptConfig(style=style))
+    )
+    assert text == usual
+    assert text.startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n")
+
+
+def test_answers_to_an_empty_system_turn_are_not_taken_for_those_without_one():
+    before = {name: value for name, value in vars(PromptConfig(system="")).items() if name != "cut"}
+    assert wording(PromptConfig(system="")) == {**before, "system": None}
+    assert wording(PromptConfig()) == {**before, "system": PromptConfig.system}
 
 
 def test_the_demonstrated_answer_is_the_commonest_of_the_annotators(processor):

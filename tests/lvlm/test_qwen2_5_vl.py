@@ -153,7 +153,7 @@ def test_batches_of_log_probs_count_the_answers(prompts):
     ours, short = local_lvlm(batch_size=64, batch_tokens=2000), [prompts[0]] * 40
     answers = ["three"] * 39 + ["a blue circle of paper " * 12]
     shapes, inputs, ours.family._inputs = [], ours.family._inputs, None
-    ours.family._inputs = lambda *work: (found := inputs(*work), shapes.append(found[0].shape))[0]
+    ours.family._inputs = lambda *work: (found := inputs(*work), shapes.append(found.ids.shape))[0]
     scored = []
     ours.family.model.lm_head.register_forward_pre_hook(lambda _, args: scored.append(args[0].shape[:-1].numel()))
     ours.answer_log_prob(short, answers)
