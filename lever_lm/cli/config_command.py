@@ -101,10 +101,11 @@ def _run_config(run: RunFolder) -> Config:
 
 
 def flat(values: dict, prefix: str = "") -> dict:
-    """Nested values as dotted key → value."""
+    """Nested values as dotted key → value, which may be a mapping of options."""
     found: dict = {}
     for key, value in values.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        name = f"{prefix}{key}"
+        found |= flat(value, f"{name}.") if isinstance(value, dict) and name not in all_keys() else {name: value}
     return found
 
 
