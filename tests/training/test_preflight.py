@@ -283,10 +283,12 @@ WEIGHTS = {"three": {"a": [3 << 20, 1 << 10], "b": [1 << 29]}, "seven": {"a": [7
             {"bank_memory": 3.0},
             {"weights": 14, "the smallest batches": 2, "image features (lvlm.bank_memory)": 3},
         ),
+        ("gemma3", "BF16", {"bank_memory": 3.0}, {"weights": 7, "the smallest batches": 2}),  # it keeps none
     ],
 )
 def test_memory_is_counted_from_the_shapes_and_the_precision_asked_for(tmp_path, model, stored, settings, expected):
-    folder = sized(tmp_path, WEIGHTS[model], stored)
+    folder = sized(tmp_path, WEIGHTS.get(model, WEIGHTS["three"]), stored)
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen3_vl" if model in WEIGHTS else model}))
     config = LvlmConfig(path=str(folder), **settings)
     assert memory_needed(config, folder, on_gpu=True) == {what: gib * GIB for what, gib in expected.items()}
 
