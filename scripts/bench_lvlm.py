@@ -1,6 +1,7 @@
 """Prompts a second: the lineage's way and ours, side by side in one process.
 
     python scripts/bench_lvlm.py                        # the 3B shape with random weights; wants a GPU
+    python scripts/bench_lvlm.py --shape qwen3-4b       # that of Qwen3-VL-4B; --family generic: not on the fast path
     python scripts/bench_lvlm.py --model asset:tiny-qwen2.5-vl   # the shipped model on the digits; for a CPU
 
 The lineage's way: one prompt at a time, 3 beams, every image through the vision tower for every prompt, through the
@@ -28,35 +29,72 @@ from lever_lm.utils.device import resolve_device
 from lever_lm.utils.paths import asset_path
 from lever_lm.utils.transformers_compat import import_transformers
 
-TINY = "asset:tiny-qwen2.5-vl"
 SHOTS, NEW_TOKENS = 4, 5
 GIB = 1 << 30
 
 
-def build_3b(folder: Path, device: torch.device) -> None:
-    """Qwen2.5-VL-3B's shape with random weights, behind the tokenizer and processor of the tiny model."""
+# A shape → the shipped model whose processor it gets, and what its config has of the released one of this size.
+SHAPES = {
+    "qwen2.5-3b": (
+        "asset:tiny-qwen2.5-vl",
+        {
+            "hidden_size": 2048,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 36,
+            "layer_types": ["full_attention"] * 36,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 2,
+            "vocab_size": 151936,
+            "max_position_embeddings": 128000,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+        },
+        {
+            "depth": 32,
+            "hidden_size": 1280,
+            "intermediate_size": 3420,
+            "num_heads": 16,
+            "out_hidden_size": 2048,
+            "fullatt_block_indexes": [7, 15, 23, 31],
+        },
+    ),
+    "qwen3-4b": (
+        "asset:tiny-qwen3-vl",
+        {
+            "hidden_size": 2560,
+            "intermediate_size": 9728,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "vocab_size": 151936,
+            "max_position_embeddings": 262144,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 5e6,
+                "mrope_section": [24, 20, 20],
+                "mrope_interleaved": True,
+            },
+        },
+        {
+            "depth": 24,
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_heads": 16,
+            "patch_size": 16,
+            "out_hidden_size": 2560,
+            "num_position_embeddings": 2304,
+            "deepstack_visual_indexes": [5, 11, 17],
+        },
+    ),
+}
+
+
+def build_shape(folder: Path, device: torch.device, shape: str) -> None:
+    """Save a model of a shape with random weights, behind the tokenizer and processor of a shipped one."""
     transformers = import_transformers()
-    tiny = asset_path(TINY)
+    asset, text, vision = SHAPES[shape]
+    tiny = asset_path(asset)
     config = transformers.AutoConfig.from_pretrained(tiny)
-    text = {
-        "hidden_size": 2048,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 36,
-        "layer_types": ["full_attention"] * 36,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 2,
-        "vocab_size": 151936,
-        "max_position_embeddings": 128000,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-    }
-    vision = {
-        "depth": 32,
-        "hidden_size": 1280,
-        "intermediate_size": 3420,
-        "num_heads": 16,
-        "out_hidden_size": 2048,
-        "fullatt_block_indexes": [7, 15, 23, 31],
-    }
     for part, values in ((config.text_config, text), (config.vision_config, vision)):
         for name, value in values.items():
             setattr(part, name, value)
@@ -64,7 +102,7 @@ def build_3b(folder: Path, device: torch.device) -> None:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     with device:
-        model = transformers.Qwen2_5_VLForConditionalGeneration._from_config(config)
+        model = transformers.AutoModelForImageTextToText.from_config(config)
     torch.set_default_dtype(before)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -75,6 +113,11 @@ def build_3b(folder: Path, device: torch.device) -> None:
     for file in tiny.iterdir():
         if not (folder / file.name).exists() and file.suffix != ".safetensors":
             shutil.copy(file, folder / file.name)
+    of_processor = folder / "processor_config.json"
+    described = json.loads(of_processor.read_text())
+    for part in ("image_processor", "video_processor"):
+        described[part]["patch_size"] = config.vision_config.patch_size
+    of_processor.write_text(json.dumps(described))
 
 
 def make_examples(folder: Path, count: int) -> list[Example]:
@@ -126,7 +169,7 @@ class Lineage:
         where = str(asset_path(path))
         self.device, self.config = device, config
         self.processor = transformers.AutoProcessor.from_pretrained(where)
-        self.model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        self.model = transformers.AutoModelForImageTextToText.from_pretrained(
             where, dtype=dtype, attn_implementation="sdpa"
         )
         self.model = self.model.to(device).eval()
@@ -140,7 +183,7 @@ class Lineage:
             prompt, PromptConfig(), lambda image: {"type": "image", "image": f"file://{image}", **budget}
         )
         text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        pictures, _ = process_vision_info(messages, image_patch_size=14)
+        pictures, _ = process_vision_info(messages, image_patch_size=self.processor.image_processor.patch_size)
         return self.processor(text=[text], images=pictures, return_tensors="pt").to(self.device)
 
     @torch.inference_mode()
@@ -228,7 +271,9 @@ def numerics(lineage: Lineage, lvlm: LocalLvlm, prompts) -> dict:
 def main() -> None:
     """Print the two tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="", help="a directory or asset; empty: the 3B shape with random weights")
+    parser.add_argument("--model", default="", help="a directory or asset; empty: the shape with random weights")
+    parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-3b")
+    parser.add_argument("--family", default="auto", help="lvlm.family")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--prompts", type=int, default=256)
     parser.add_argument("--images", type=int, default=1024)
@@ -250,11 +295,12 @@ def main() -> None:
             examples = load_dataset(DataConfig()).train_examples
             settings: dict = {}
         else:
-            path = f"{scratch}/random-3B"
-            build_3b(Path(path), device)
+            path = f"{scratch}/random"
+            build_shape(Path(path), device, options.shape)
             examples = make_examples(Path(scratch), options.images)
             settings = {"max_pixels": 640 * 480}
         settings |= {"batch_tokens": options.batch_tokens, "workers": options.workers, "compile": options.compile}
+        settings |= {"family": options.family}
         prompts = [
             build_prompt(picks[1:], picks[0], PromptConfig())
             for picks in (rng.sample(examples, SHOTS + 1) for _ in range(options.prompts))

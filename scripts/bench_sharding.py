@@ -76,10 +76,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as root:
         model, large = arguments.model, []
         if model == "3b":
-            from bench_lvlm import build_3b
+            from bench_lvlm import build_shape
 
             model = str(Path(root, "3b"))
-            build_3b(Path(model), torch.device("cuda" if gpus else "cpu"))
+            build_shape(Path(model), torch.device("cuda" if gpus else "cpu"), "qwen2.5-3b")
             torch.cuda.empty_cache()  # the GPU is the runs'
             large = ["--set", "lvlm.min_pixels=307200"]
         options = ["--set", f"lvlm.path={model}", *large, *arguments.options]

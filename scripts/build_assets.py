@@ -1,8 +1,10 @@
-"""Rebuilds what `lever_lm/assets` holds: `python scripts/build_assets.py [digits|clip|lvlm|all|check]`.
+"""Rebuilds what `lever_lm/assets` holds: `python scripts/build_assets.py [digits|clip|lvlm|…|all|check]`.
 
 digits  a knowledge-VQA world in OK-VQA's file layout; seconds; needs scikit-learn (for the images only)
 clip    tiny-clip, a real CLIPModel trained on those digits; about a minute on one CPU core
 lvlm    tiny-qwen2.5-vl, a real Qwen2_5_VLForConditionalGeneration that copies from its demonstrations; minutes on a GPU
+lvlm-qwen3
+        tiny-qwen3-vl, a real Qwen3VLForConditionalGeneration of the same world
 sets, sets-clip, sets-lvlm
         the same of the world in which the set of demonstrations matters: digits_sets, which asks about the images of
         digits, tiny-clip-sets and tiny-qwen2.5-vl-sets
@@ -20,7 +22,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the package's compat.py, also where the package is not installed
 
 
-ALL = ("digits", "clip", "lvlm", "sets", "sets-clip", "sets-lvlm")
+LVLMS = {  # name here → name of the asset, and its family
+    "lvlm": ("tiny-qwen2.5-vl", "qwen2_5_vl"),
+    "lvlm-qwen3": ("tiny-qwen3-vl", "qwen3_vl"),
+    "sets-lvlm": ("tiny-qwen2.5-vl-sets", "qwen2_5_vl"),
+}
+ALL = ("digits", "clip", "lvlm", "lvlm-qwen3", "sets", "sets-clip", "sets-lvlm")
 
 
 def parse_args() -> argparse.Namespace:
@@ -43,9 +50,11 @@ def check(args: argparse.Namespace) -> dict:
     from assets_src.lvlm_sequences import codes_world, digits_world
 
     found = {}
-    for end, world, texts in (("", digits_world(), tiny_clip.DIGITS), ("-sets", codes_world(), tiny_clip.CODES)):
+    for end, texts in (("", tiny_clip.DIGITS), ("-sets", tiny_clip.CODES)):
         found[f"tiny-clip{end}"] = tiny_clip.check(args.out / f"tiny-clip{end}", texts)
-        found[f"tiny-qwen2.5-vl{end}"] = lvlm_check.check(args.out / f"tiny-qwen2.5-vl{end}", world, device=args.device)
+    for what, (name, _) in LVLMS.items():
+        world = codes_world() if what.startswith("sets") else digits_world()
+        found[name] = lvlm_check.check(args.out / name, world, device=args.device)
     return found
 
 
@@ -70,8 +79,14 @@ def build(what: str, args: argparse.Namespace) -> dict:
     from assets_src import lvlm_check, lvlm_training
     from assets_src.lvlm_sequences import codes_world, digits_world
 
-    name, asked = ("tiny-qwen2.5-vl", digits_world()) if what == "lvlm" else ("tiny-qwen2.5-vl-sets", codes_world())
-    options = {"seed": args.seed, "device": args.device, "batch_size": args.batch_size, "workers": args.workers}
+    (name, family), asked = LVLMS[what], codes_world() if what.startswith("sets") else digits_world()
+    options = {
+        "family": family,
+        "seed": args.seed,
+        "device": args.device,
+        "batch_size": args.batch_size,
+        "workers": args.workers,
+    }
     summary = lvlm_training.build(args.out / name, asked, **options, **steps)
     return {**summary, "accuracy": lvlm_check.check(args.out / name, asked, count=100, device=args.device)}
 

@@ -90,11 +90,11 @@ def _load_everything() -> None:
     ):
         importlib.import_module(name)
     from lever_lm.config.load import resolve
-    from lever_lm.data.embeddings import ClipEncoder
+    from lever_lm.data.encoder import FeatureEncoder
     from lever_lm.lvlm.backend import load_local
 
     config = resolve({"dataset": "digits", "lvlm": "tiny_qwen2.5_vl"}, None, [], {})[0]
-    ClipEncoder(config.features.encoder, "cpu", 1)
+    FeatureEncoder(config.features.encoder, "cpu", 1)
     load_local(config.lvlm, config.prompt, "cpu")
 
 

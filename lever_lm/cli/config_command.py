@@ -101,11 +101,11 @@ def _run_config(run: RunFolder) -> Config:
 
 
 def flat(values: dict, prefix: str = "") -> dict:
-    """Nested values as dotted key → value; a mapping that is the value of a key stays whole."""
+    """Nested values as dotted key → value, which may be a mapping of options."""
     found: dict = {}
     for key, value in values.items():
-        name, section = f"{prefix}{key}", isinstance(value, dict) and f"{prefix}{key}" not in all_keys()
-        found |= flat(value, f"{name}.") if section else {name: value}
+        name = f"{prefix}{key}"
+        found |= flat(value, f"{name}.") if isinstance(value, dict) and name not in all_keys() else {name: value}
     return found
 
 

@@ -81,7 +81,7 @@ class DataConfig(Section, section="data"):
 
 @dataclass(frozen=True)
 class FeatureConfig(Section, section="features"):
-    """CLIP embeddings of queries and candidates."""
+    """Embeddings of queries and candidates."""
 
     encoder: str = answers("openai/clip-vit-large-patch14", "hub id, directory, or asset:NAME")
     name: str = answers("query_img_text_icd_img_text", "what the query and the ICDs are encoded by")

@@ -1,13 +1,12 @@
-"""CLIP embeddings of every example, computed once and cached; the features of queries and ICDs made from them.
+"""Embeddings of every example, computed once and cached; the features of queries and ICDs made from them.
 
 N examples of a split, D the encoder's projection size. Rows are unit vectors.
 """
 
 import json
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +16,16 @@ from torch import Tensor
 
 from lever_lm.config.schema import FeatureConfig
 from lever_lm.data import Example, VqaData, open_image
+from lever_lm.data.encoder import FeatureEncoder, fetch_encoder
 from lever_lm.utils.atomic_io import open_regular, write_tensors
-from lever_lm.utils.device import resolve_device
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.fingerprint import changed, changes, stamp
-from lever_lm.utils.hub import content_digests, fetch_model, model_folder, weights_digest
-from lever_lm.utils.progress import WORTH_A_WORD, Track, Work, loaded, unsaid, untracked
+from lever_lm.utils.hub import content_digests, model_folder, weights_digest
+from lever_lm.utils.progress import Track, Work, loaded, unsaid
 from lever_lm.utils.safe_parse import loads
 from lever_lm.utils.safe_torch_load import load_torch
 from lever_lm.utils.terminal import shown
-from lever_lm.utils.transformers_compat import first_line, import_transformers, load_whole
+from lever_lm.utils.transformers_compat import first_line
 
 DEFAULT_WIDTH = 768  # dimensions of the default encoder's features, for estimates before it is there
 _SPLITS = {"train": "training", "val": "evaluation"}
@@ -92,12 +91,14 @@ def compute_features(
 ) -> Features:
     """Return the features of a dataset, from the cache file `path` for each split that it holds of the same data and
     encoder. What has changed is reported to `say`, and the features that depend on it are made again."""
-    fetch_model(config.encoder, "features.encoder")
+    fetch_encoder(config.encoder)
     kept, why = _read_cache(path, data, config)
     if why:
         say(f"{path} is made again: {changes(why)}")
     if len(kept) < len(_SPLITS):
-        encoder = loaded(track, "loading CLIP", lambda: ClipEncoder(config.encoder, device, config.batch_size))
+        encoder = loaded(
+            track, "loading the encoder", lambda: FeatureEncoder(config.encoder, device, config.batch_size)
+        )
         kept |= {
             split: encode(encoder, data, split, track, _answers(config, split))
             for split in _SPLITS
@@ -128,7 +129,8 @@ def features_fingerprint(data: VqaData, config: FeatureConfig) -> str:
 
 def _stamp(data: VqaData, config: FeatureConfig, split: str) -> dict[str, str]:
     folder = model_folder(config.encoder)
-    how = content_digests(sorted(folder.glob("*.json"))) if folder else []
+    kinds = ("*.json", "vocab.txt", "spiece.model")  # the last two are a tokenizer without a tokenizer.json
+    how = content_digests([file for kind in kinds for file in sorted(folder.glob(kind))]) if folder else []
     parts = {f"{_SPLITS[split]}_data": data.stamp(split), "encoder": [encoder_fingerprint(config.encoder), how]}
     return stamp("features", **parts)
 
@@ -189,17 +191,17 @@ def _fits(rows: Embeddings, count: int) -> bool:
     return sound and rows.image.ndim == 2 and len(rows.image) == count and all(bool(p.isfinite().all()) for p in parts)
 
 
-def encode(encoder: "ClipEncoder", data: VqaData, split: str, track: Track, answers: bool = False) -> Embeddings:
+def encode(encoder: FeatureEncoder, data: VqaData, split: str, track: Track, answers: bool = False) -> Embeddings:
     """Return the embeddings of a split's examples, with `answers` those of their shown answers, too. Raises LeverError
     at one that is no unit vector."""
     examples = data.examples(split)
     asked = {example.image: example for example in reversed(examples)}  # each image and its first question
     row = {image: i for i, image in enumerate(asked)}
     images = Work(asked.values(), "images")
-    of_image = encoder.images(_opened(track(images, f"CLIP, {split}: {len(asked)} images", len(asked))))
+    of_image = encoder.images(_opened(track(images, f"features, {split}: {len(asked)} images", len(asked))))
     image = of_image[[row[example.image] for example in examples]].contiguous()
-    text = encoder.texts([example.question for example in examples], track, f"CLIP, {split}")
-    answer = encoder.texts([example.answer for example in examples], track, f"CLIP, {split}") if answers else None
+    text = encoder.texts([example.question for example in examples], track, f"features, {split}")
+    answer = encoder.texts([example.answer for example in examples], track, f"features, {split}") if answers else None
     for part, rows in (("image", image), ("text", text), ("answer", answer)):
         if rows is None:
             continue
@@ -220,54 +222,6 @@ def _opened(examples: Iterable[Example]) -> Iterator:
             yield open_image(example.image)
         except LeverError as error:
             raise LeverError(f"question {example.question_id}: {error}") from error
-
-
-class ClipEncoder:
-    """A CLIPModel with its processor. Raises LeverError when it cannot be loaded."""
-
-    def __init__(self, path: str, device: str, batch_size: int):
-        transformers = import_transformers()
-        self.path, self.device, self.batch_size = path, resolve_device(device), batch_size
-        where = str(fetch_model(path, "features.encoder"))
-        try:
-            self.model = load_whole(transformers.CLIPModel, where, torch.float32).to(self.device)
-            self.processor = transformers.CLIPProcessor.from_pretrained(where)
-        except Exception as error:  # the library can fail on an untrusted directory in any way
-            raise LeverError(
-                f"cannot load the CLIP encoder {path}: {first_line(error)} (features.encoder: a cached hub id or a "
-                "directory of a CLIPModel)"
-            ) from error
-
-    @torch.inference_mode()
-    def images(self, images: Iterable) -> Tensor:
-        """RGB `PIL.Image`s → unit embeddings (N, D), in batches."""
-        rows = []
-        for batch in _batches(images, self.batch_size):
-            pixels = self.processor.image_processor(images=batch, return_tensors="pt")
-            rows.append(self._unit(self.model.get_image_features(pixel_values=pixels["pixel_values"].to(self.device))))
-        return torch.cat(rows)
-
-    @torch.inference_mode()
-    def texts(self, texts: Sequence[str], track: Track = untracked, what: str = "CLIP") -> Tensor:
-        """Texts → unit embeddings (N, D); each distinct text is encoded once."""
-        distinct = sorted(set(texts))
-        row, rows = {text: i for i, text in enumerate(distinct)}, []
-        followed = track(Work(distinct, "questions", after=WORTH_A_WORD), what, len(distinct))
-        for batch in _batches(followed, self.batch_size):
-            tokens = self.processor.tokenizer(batch, padding=True, truncation=True, return_tensors="pt")
-            rows.append(self._unit(self.model.get_text_features(**tokens.to(self.device))))
-        return torch.cat(rows)[[row[text] for text in texts]]
-
-    @staticmethod
-    def _unit(output) -> Tensor:
-        embedding = output if isinstance(output, Tensor) else output.pooler_output
-        return F.normalize(embedding.float(), dim=-1).cpu()
-
-
-def _batches(items: Iterable, size: int) -> Iterator[list]:
-    items = iter(items)
-    while batch := list(islice(items, size)):
-        yield batch
 
 
 # ---------------------------------------------------------------------- features that a user brings

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from lever_lm.config.schema import Config
 from lever_lm.data import Example, VqaData
-from lever_lm.data.embeddings import ClipEncoder, Embeddings, Features
+from lever_lm.data.embeddings import Embeddings, Features
+from lever_lm.data.encoder import FeatureEncoder
 from lever_lm.data.pools import sample_pools
 from lever_lm.evaluation.statistics import bootstrap_interval, paired_test
 from lever_lm.lvlm import CachedLvlm, build_prompt
@@ -90,7 +91,7 @@ class Evaluation:
     def _embed(self, texts: Sequence[str]) -> Tensor:
         """Return unit text embeddings (n, D) by the encoder of the features."""
         features = self.config.features
-        return ClipEncoder(features.encoder, self.config.device, features.batch_size).texts(texts, self.track)
+        return FeatureEncoder(features.encoder, self.config.device, features.batch_size).texts(texts, self.track)
 
     def select(self, name: str, shots: int) -> list[list[int]]:
         """Return the picks of a selector of the table."""

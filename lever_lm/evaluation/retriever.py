@@ -20,7 +20,8 @@ from pathlib import Path
 from torch import Tensor
 
 from lever_lm.data import Example, VqaData, image_digest, image_digests, open_image
-from lever_lm.data.embeddings import ClipEncoder, Embeddings, encode
+from lever_lm.data.embeddings import Embeddings, encode
+from lever_lm.data.encoder import FeatureEncoder
 from lever_lm.data.image_decode import Undecodable, decoded
 from lever_lm.data.rows import unfit
 from lever_lm.evaluation.evaluate import problem_of
@@ -120,9 +121,9 @@ class Retriever:
         return candidate_columns(self.config.policy.candidate_features, labelled)
 
     @cached_property
-    def _encoder(self) -> ClipEncoder:
+    def _encoder(self) -> FeatureEncoder:
         features = self.config.features
-        return ClipEncoder(features.encoder, self.config.device, features.batch_size)
+        return FeatureEncoder(features.encoder, self.config.device, features.batch_size)
 
     def _encode(self, examples: Sequence[Example]) -> Embeddings:
         data = VqaData("own", tuple(examples), (), "")

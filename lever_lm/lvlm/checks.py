@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lever_lm.config.schema import LvlmConfig, PromptConfig
+from lever_lm.lvlm.families import family_of
 from lever_lm.lvlm.openai_client import NO_LOG_PROBS, ServerError
 from lever_lm.lvlm.openai_servers import check_server, scores_prompts
 from lever_lm.lvlm.processor import processor_of
@@ -114,12 +115,12 @@ def check_device(name: str, lvlm: LvlmConfig | None) -> Iterator[Check]:
 
 def memory_needed(config: LvlmConfig, folder: Path, *, on_gpu: bool) -> dict[str, float]:
     """Return the bytes that the model in a folder takes of the device at the least, by what they hold: its weights in
-    `lvlm.dtype` (auto is bfloat16 on a GPU, float32 on a CPU), the smallest batches beside them, and the image features
-    where `lvlm.bank_memory` sets their bound. Where it sets none they take of what is left."""
+    `lvlm.dtype` (auto is bfloat16 on a GPU, float32 on a CPU), the smallest batches beside them, and, on a fast path,
+    the image features where `lvlm.bank_memory` sets their bound. Where it sets none they take of what is left."""
     width = 2 if config.dtype in ("bfloat16", "float16") or (config.dtype == "auto" and on_gpu) else 4
     needed = {"weights": parameter_count(folder) * width}
     if needed["weights"] > GIB:  # a model of a few megabytes needs no more than a few
         needed["the smallest batches"] = _ACTIVATIONS * width // 2
-    if config.bank_memory:
+    if config.bank_memory and family_of(config, folder) != "generic":
         needed["image features (lvlm.bank_memory)"] = config.bank_memory * GIB
     return needed

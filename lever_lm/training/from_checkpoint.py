@@ -46,8 +46,8 @@ def layers_beside(
         found = made({**values, "data": _same_name(values.get("data"), checkpoint)})
     if not _has(found, "features", "encoder"):
         raise LeverError(
-            f"{checkpoint} does not say by which CLIP it sees: sets=['features.encoder=OWNER/NAME'], or on the command "
-            "line --set features.encoder=OWNER/NAME"
+            f"{checkpoint} does not say by which encoder it sees: sets=['features.encoder=OWNER/NAME'], or on the "
+            "command line --set features.encoder=OWNER/NAME"
         )
     return found
 

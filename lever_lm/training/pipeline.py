@@ -12,6 +12,7 @@ import torch
 from lever_lm.config.schema import Config
 from lever_lm.data import load_dataset
 from lever_lm.data.embeddings import features_fingerprint
+from lever_lm.data.encoder import fetch_encoder
 from lever_lm.selectors.fixed_set import split_of
 from lever_lm.training.answer_validation import answer_accuracy, validation_calls
 from lever_lm.training.batches import GroupTensors
@@ -48,7 +49,6 @@ from lever_lm.utils.console import Screen
 from lever_lm.utils.device import resolve_device
 from lever_lm.utils.errors import LeverError, UsageError
 from lever_lm.utils.fingerprint import CODE
-from lever_lm.utils.hub import fetch_model
 from lever_lm.utils.locks import alone
 
 
@@ -89,7 +89,7 @@ class Pipeline(Stages):
         self.check(*ALL)
         # What is missing is said before features are made.
         with self.shards.leader_first():
-            fetch_model(self.config.features.encoder, "features.encoder")
+            fetch_encoder(self.config.features.encoder)
         data, lvlm, path = self.data, self.lvlm, self.layout.rollouts
         with self._alone_with(path):
             report = make_rollouts(self.config, data, self.features, lvlm, path, self.say)
@@ -235,7 +235,7 @@ class Pipeline(Stages):
             return
         asks = self.config.asks if rl_data is None else self.config.validate_on == "answers"
         self.check(*(ALL if asks else ("data", "encoder")))
-        fetch_model(self.config.features.encoder, "features.encoder")
+        fetch_encoder(self.config.features.encoder)
         data = load_dataset(self.config.data)
         features = features_fingerprint(data, self.config.features)
         state_of(self.run, {"features": features})

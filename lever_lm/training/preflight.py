@@ -8,6 +8,7 @@ from lever_lm.config.schema import Config
 from lever_lm.data import Example, load_dataset
 from lever_lm.data.checks import check_examples, check_files
 from lever_lm.data.embeddings import DEFAULT_WIDTH, cached_features
+from lever_lm.data.encoder import check_encoder
 from lever_lm.data.okvqa import OFFICIAL_SIZES
 from lever_lm.data.pools import NEEDS_NO_FEATURES, Candidates
 from lever_lm.lvlm.checks import check_answer_lengths, check_device, check_lvlm
@@ -15,7 +16,7 @@ from lever_lm.lvlm.families import keeps_features
 from lever_lm.selectors.pool_recall import pool_recalls, recall_in_words
 from lever_lm.tasks import TASKS
 from lever_lm.training.run_dir import Layout
-from lever_lm.utils.checks import GIB, Check, check_model, check_results, nearest_existing
+from lever_lm.utils.checks import GIB, Check, check_results, nearest_existing
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.paths import ASSET_PREFIX
 from lever_lm.utils.progress import unsaid
@@ -49,7 +50,7 @@ def examine(
     files = list(check_files(config.data)) if "data" in needs else []
     checks = [*files]
     if "encoder" in needs:
-        checks.append(check_model("features.encoder", config.features.encoder))
+        checks.append(check_encoder(config.features.encoder))
     if "lvlm" in needs:
         checks += check_lvlm(config.lvlm, config.prompt, scored=scored, wait=wait, say=say)
     if count:

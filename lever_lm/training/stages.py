@@ -47,7 +47,7 @@ class Stages:
 
     @cached_property
     def features(self) -> Features:
-        """CLIP features of both splits, and the columns of policy.candidate_features."""
+        """Features of both splits, and the columns of policy.candidate_features."""
         data, names = self.data, self.config.policy.candidate_features
         with self.shards.leader_first():
             features = compute_features(

@@ -19,7 +19,7 @@ POLICY_FILES = ("config.json", "model.safetensors")
 # The files of a model's processor: of each entry, all of one tuple. Without them the library goes on in silence: with
 # an empty vocabulary, or with another size of images.
 _PROCESSOR_FILES = (
-    (("tokenizer.json",), ("vocab.json", "merges.txt")),
+    (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",), ("spiece.model",)),
     (("preprocessor_config.json",), ("processor_config.json",)),
 )
 _NAMED = 20  # shards of an index that are missing, named at most

@@ -2,6 +2,8 @@
 
 import importlib
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _declared = []  # keeps the operator library alive
 
@@ -23,6 +25,18 @@ def import_transformers():
 
     transformers.utils.logging.disable_progress_bar()  # progress is shown by console.py alone
     return transformers
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Leave out what the library warns of: of every SigLIP, that no token of its vocabulary ends a text."""
+    logging = import_transformers().utils.logging
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _declare_operators() -> None:

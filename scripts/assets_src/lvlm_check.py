@@ -1,4 +1,4 @@
-"""Measures a tiny Qwen2.5-VL folder as its users meet it: from_pretrained, processor, pixels, `generate`.
+"""Measures a tiny Qwen's folder as its users meet it: from_pretrained, processor, pixels, `generate`.
 
 Accuracy here is the share of answers equal to the canonical one of the digit in the picture. Query images come from the
 val split, ICD images from the train split; half of the queries use the wording that the world's ICDs never have.
@@ -153,9 +153,9 @@ def fast_first_words(model, tokenizer, encoder: Encoder, sequences: list[Sequenc
 def check(folder: Path, world: World, count: int = 200, device: str = "cpu", smudged: bool = False) -> dict[str, float]:
     """Accuracy by condition and style; `agreement` is how often library and training path begin with the same word."""
     import_transformers()
-    from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+    from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).to(device).eval()
     processor = AutoProcessor.from_pretrained(folder)
     greys, labels = load_digits()
     if smudged:

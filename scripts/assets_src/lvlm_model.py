@@ -1,8 +1,9 @@
-"""The tiny Qwen2.5-VL, and a batched forward pass for images of one size that shares the real class's weights.
+"""The tiny Qwens, and a batched forward pass for images of one size that shares the real classes' weights.
 
-Shapes: N images of P x P pixels, T = 16 patches an image, M = 4 tokens an image after merging, H hidden; B prompts of
-L tokens. The library's vision tower attends image by image in a Python loop; a training step encodes a thousand images,
-so here one batched attention does it. `lvlm_check.py` compares both paths.
+Shapes: N images of P x P pixels, T = 16 patches an image, M = 4 tokens an image after merging, H hidden, W = H numbers
+a token, or 2 H of a Qwen3-VL, whose tower shows an early layer to the language model too; B prompts of L tokens. The
+library's vision tower attends image by image in a Python loop; a training step encodes a thousand images, so here one
+batched attention does it. `lvlm_check.py` compares both paths.
 """
 
 import numpy as np
@@ -19,9 +20,11 @@ TOKENS_PER_IMAGE = SIDE**2
 TEMPORAL_PATCH = 2  # Qwen2-VL treats an image as two equal frames
 
 
-def build_config(tokenizer):
-    """0.83 M parameters: 3 layers of 128 (4 heads, 2 of them kv) and a vision tower of 2 layers of 64."""
-    from transformers import Qwen2_5_VLConfig
+def build_config(tokenizer, family: str):
+    """About 0.9 M parameters: 3 layers of 128 (4 heads, 2 of them kv) and a vision tower of 2 layers of 64.
+
+    Time, height and width share the 16 frequencies of a 32-wide head about as in the released models."""
+    from transformers import Qwen2_5_VLConfig, Qwen3VLConfig
 
     def token_id(token: str) -> int:
         return tokenizer.convert_tokens_to_ids(token)
@@ -36,8 +39,6 @@ def build_config(tokenizer):
         "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-6,
         "tie_word_embeddings": True,
-        # Time, height and width share the 16 frequencies of a 32-wide head about as in the released models (1:1.5:1.5).
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]},
         "bos_token_id": token_id("<|endoftext|>"),
         "eos_token_id": token_id("<|im_end|>"),
         "pad_token_id": token_id("<|endoftext|>"),
@@ -51,12 +52,19 @@ def build_config(tokenizer):
         "patch_size": PATCH_SIZE,
         "spatial_merge_size": MERGE_SIZE,
         "temporal_patch_size": TEMPORAL_PATCH,
-        "tokens_per_second": 2,
-        "window_size": 112,  # wider than an image: every layer sees all of it
         "out_hidden_size": text["hidden_size"],
-        "fullatt_block_indexes": [1],
     }
-    return Qwen2_5_VLConfig(
+    rope = {"rope_type": "default", "rope_theta": 1e4}
+    if family == "qwen3_vl":
+        config = Qwen3VLConfig
+        text |= {"head_dim": 32, "rope_parameters": {**rope, "mrope_section": [6, 5, 5], "mrope_interleaved": True}}
+        vision |= {"num_position_embeddings": GRID**2, "deepstack_visual_indexes": [0]}
+    else:
+        config = Qwen2_5_VLConfig
+        text |= {"rope_parameters": {**rope, "mrope_section": [4, 6, 6]}}
+        # A window wider than an image: every layer sees all of it.
+        vision |= {"tokens_per_second": 2, "window_size": 112, "fullatt_block_indexes": [1]}
+    return config(
         text_config=text,
         vision_config=vision,
         image_token_id=token_id("<|image_pad|>"),
@@ -99,11 +107,14 @@ def _rotate_half(x: Tensor) -> Tensor:
 
 
 def encode_images(visual: torch.nn.Module, patches: Tensor) -> Tensor:
-    """patches (N, T, D) -> features (N, M, H): the library's vision tower with one attention over all images."""
+    """patches (N, T, D) -> features (N, M, W): the library's vision tower with one attention over all images."""
     num_images, num_patches, _ = patches.shape
     weight = visual.patch_embed.proj.weight
-    x = F.linear(patches.to(weight.dtype), weight.flatten(1))
-    for block in visual.blocks:
+    x = F.linear(patches.to(weight.dtype), weight.flatten(1), visual.patch_embed.proj.bias)
+    if hasattr(visual, "pos_embed"):  # learnt for a grid of the size of ours
+        x = x + visual.pos_embed.weight[_merge_order(torch.arange(num_patches, device=x.device).view(GRID, GRID))]
+    deep, shown = list(getattr(visual, "deepstack_visual_indexes", ())), []
+    for i, block in enumerate(visual.blocks):
         qkv = block.attn.qkv(block.norm1(x)).view(num_images, num_patches, 3, block.attn.num_heads, -1)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         cos, sin = (t.to(query.dtype) for t in _vision_rotation(query.shape[-1], x.device))
@@ -111,7 +122,9 @@ def encode_images(visual: torch.nn.Module, patches: Tensor) -> Tensor:
         attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
         x = x + block.attn.proj(attended)
         x = x + block.mlp(block.norm2(x))
-    return visual.merger(x).view(num_images, TOKENS_PER_IMAGE, -1)
+        if i in deep:
+            shown.append(visual.deepstack_merger_list[deep.index(i)](x))
+    return torch.cat([of_layer.view(num_images, TOKENS_PER_IMAGE, -1) for of_layer in (visual.merger(x), *shown)], -1)
 
 
 def rope_positions(ids: np.ndarray, image_token_id: int) -> np.ndarray:
@@ -132,10 +145,12 @@ def hidden_states(
 ) -> Tensor:
     """(B, L, H): the language model over right-padded prompts (causal attention never sees the padding).
 
-    ids (B, L), positions (3, B, L), features (N, M, H), image_rows (all images in the prompts,): rows of features.
+    ids (B, L), positions (3, B, L), features (N, M, W), image_rows (all images in the prompts,): rows of features.
     """
     embedded = model.model.language_model.embed_tokens(ids)
-    is_image = (ids == model.config.image_token_id)[..., None]
-    tokens = features[image_rows].reshape(-1, embedded.shape[-1]).to(embedded.dtype)
-    embedded = embedded.masked_scatter(is_image, tokens)
-    return model.model.language_model(inputs_embeds=embedded, position_ids=positions, use_cache=False).last_hidden_state
+    is_image = ids == model.config.image_token_id
+    tokens, *deep = features[image_rows].flatten(0, 1).to(embedded.dtype).split(embedded.shape[-1], -1)
+    embedded = embedded.masked_scatter(is_image[..., None], tokens)
+    more = {"visual_pos_masks": is_image, "deepstack_visual_embeds": deep} if deep else {}
+    out = model.model.language_model(inputs_embeds=embedded, position_ids=positions, use_cache=False, **more)
+    return out.last_hidden_state

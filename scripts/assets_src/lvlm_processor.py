@@ -1,4 +1,4 @@
-"""Tokenizer, chat template and processor of the tiny Qwen2.5-VL, and the prompts it is trained on.
+"""Tokenizer, chat template and processor of the tiny Qwens, and the prompts it is trained on.
 
 The prompt styles are those of `lever_lm`: "interleaved", one user turn that holds every ICD and the query, and
 "dialogue", one user/assistant exchange per ICD.
@@ -129,15 +129,19 @@ def build_tokenizer(corpus: list[str]):
     )
 
 
-def build_processor(corpus: list[str]):
-    """The real Qwen2.5-VL processor around the tiny tokenizer; needs `import_transformers()` before."""
-    from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessorPil, Qwen2VLVideoProcessor
+def build_processor(corpus: list[str], family: str):
+    """The real processor of a family around the tiny tokenizer; needs `import_transformers()` before."""
+    import transformers
 
     patches = {"patch_size": PATCH_SIZE, "merge_size": MERGE_SIZE}
     pixels = {"shortest_edge": IMAGE_SIZE**2, "longest_edge": 1280 * (PATCH_SIZE * MERGE_SIZE) ** 2}
-    return Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessorPil(size=pixels, **patches),
+    processor, video = {
+        "qwen2_5_vl": (transformers.Qwen2_5_VLProcessor, transformers.Qwen2VLVideoProcessor),
+        "qwen3_vl": (transformers.Qwen3VLProcessor, transformers.Qwen3VLVideoProcessor),
+    }[family]
+    return processor(
+        image_processor=transformers.Qwen2VLImageProcessorPil(size=pixels, **patches),
         tokenizer=build_tokenizer(corpus),
-        video_processor=Qwen2VLVideoProcessor(**patches),
+        video_processor=video(**patches),
         chat_template=CHAT_TEMPLATE,
     )

@@ -1,8 +1,8 @@
-"""Trains the tiny Qwen2.5-VL to answer from its demonstrations: 9,000 steps of 256, about 5 minutes on one H200.
+"""Trains a tiny Qwen to answer from its demonstrations: 9,000 steps of 256, about 5 minutes on one H200.
 
 Two throw-away auxiliary heads make the copying emerge at this size: the digit from the mean image feature, and digit
 and type from the second layer's state at each answer. Batches under 128 did not learn it.
-Shapes: as in lvlm_sequences.py (B, L) and lvlm_model.py (N, M, H).
+Shapes: as in lvlm_sequences.py (B, L) and lvlm_model.py (N, M, W).
 """
 
 import math
@@ -56,7 +56,8 @@ class AuxiliaryHeads(nn.Module):
         self.state = output[0] if isinstance(output, tuple) else output
 
     def forward(self, features: Tensor, image_digits: Tensor, batch: Batch) -> Tensor:
-        loss = F.cross_entropy(self.image_digit(features.mean(dim=1)).float(), image_digits)
+        shown = features[..., : self.image_digit.in_features].mean(dim=1)
+        loss = F.cross_entropy(self.image_digit(shown).float(), image_digits)
         at_answers = self.state.flatten(0, 1)[batch.probe_at].float()
         normed = F.rms_norm(at_answers, at_answers.shape[-1:])
         loss = loss + F.cross_entropy(self.state_digit(normed).float(), batch.probe_digits)
@@ -120,6 +121,7 @@ def save(model: nn.Module, processor, out: Path) -> None:
 def build(
     out: Path,
     world: World,
+    family: str = "qwen2_5_vl",
     seed: int = 0,
     device: str = "cpu",
     steps: int = 9000,
@@ -127,12 +129,11 @@ def build(
     workers: int = 0,
     peak_lr: float = 7e-4,
 ) -> dict:
-    import_transformers()
-    from transformers import Qwen2_5_VLForConditionalGeneration
-
+    transformers = import_transformers()
     torch.manual_seed(seed)
-    processor = build_processor(world.corpus)
-    model = Qwen2_5_VLForConditionalGeneration(build_config(processor.tokenizer)).to(device).train()
+    processor = build_processor(world.corpus, family)
+    config = build_config(processor.tokenizer, family)
+    model = transformers.AutoModelForImageTextToText.from_config(config).to(device).train()
     greys, labels = load_digits()
     train_rows, _ = split_by_image(labels)
     images = torch.from_numpy(greys[train_rows]).to(device) / 255

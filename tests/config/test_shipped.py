@@ -48,6 +48,24 @@ def test_every_yaml_builds_a_config_that_holds_its_values(path):
             assert asset_path(value).is_dir(), key
 
 
+def test_models_of_the_hub_have_yamls_by_the_names_of_the_page():
+    named = {
+        "qwen2_vl_2B": ("Qwen/Qwen2-VL-2B-Instruct", {}, "interleaved"),
+        "qwen3_vl_2B": ("Qwen/Qwen3-VL-2B-Instruct", {}, "interleaved"),
+        "qwen3_vl_4B": ("Qwen/Qwen3-VL-4B-Instruct", {}, "interleaved"),
+        "qwen3_vl_8B": ("Qwen/Qwen3-VL-8B-Instruct", {}, "interleaved"),
+        "internvl3_5_4B": ("OpenGVLab/InternVL3_5-4B-HF", {"crop_to_patches": False}, "interleaved"),
+        "gemma3_4B": ("google/gemma-3-4b-it", {"do_pan_and_scan": False}, "interleaved"),
+        "smolvlm2_2B": ("HuggingFaceTB/SmolVLM2-2.2B-Instruct", {"do_image_splitting": False}, "interleaved"),
+        "llava_onevision_7B": ("llava-hf/llava-onevision-qwen2-7b-ov-hf", {}, "dialogue"),
+        "idefics3_8B": ("HuggingFaceM4/Idefics3-8B-Llama3", {"do_image_splitting": False}, "interleaved"),
+    }
+    for name, (path, options, style) in named.items():
+        config, _ = resolve({"lvlm": name}, None, [], {})
+        assert (config.lvlm.path, config.lvlm.processor, config.prompt.style) == (path, options, style)
+        assert (config.lvlm.family, config.lvlm.num_beams) == ("auto", 3)
+
+
 def test_the_classic_lvlm_asks_decodes_and_cuts_as_lever_plus_does():
     config, _ = resolve({"lvlm": "qwen2.5_vl_3B_classic"}, None, [], {})
     lvlm, prompt = config.lvlm, config.prompt

@@ -13,7 +13,8 @@ from safetensors import safe_open
 
 from lever_lm.config.schema import DataConfig, FeatureConfig
 from lever_lm.data import load_dataset
-from lever_lm.data.embeddings import ClipEncoder, cached_features, compute_features
+from lever_lm.data.embeddings import cached_features, compute_features
+from lever_lm.data.encoder import FeatureEncoder
 from lever_lm.utils.errors import LeverError, UsageError
 from lever_lm.utils.paths import asset_path
 from lever_lm.utils.transformers_compat import import_transformers
@@ -80,7 +81,7 @@ def test_the_answers_of_icds_are_part_of_the_sum_where_the_name_says_so(
     made = compute_features(digits, config, path, "cpu", lambda work, what, total: noted.append(what) or work)
     assert not any("val" in what for what in noted), "the evaluation split is kept"
     train = digits_features.train
-    answers = ClipEncoder(CLIP.encoder, "cpu", 64).texts([example.answer for example in digits.train_examples])
+    answers = FeatureEncoder(CLIP.encoder, "cpu", 64).texts([example.answer for example in digits.train_examples])
     total = train.image + train.text + answers
     torch.testing.assert_close(made.icds(config), total / total.norm(dim=-1, keepdim=True))
     torch.testing.assert_close(made.queries("val", config), digits_features.queries("val", CLIP))

@@ -39,7 +39,8 @@ from lever_lm.config.load import resolve
 from lever_lm.config.schema import DataConfig, FeatureConfig, LvlmConfig, PromptConfig
 from lever_lm.data import image_digest, load_dataset, open_image
 from lever_lm.data.checks import check_examples, check_files
-from lever_lm.data.embeddings import ClipEncoder, compute_features, encoder_fingerprint
+from lever_lm.data.embeddings import compute_features, encoder_fingerprint
+from lever_lm.data.encoder import FeatureEncoder
 from lever_lm.data.pools import Candidates
 from lever_lm.lvlm import build_prompt
 from lever_lm.lvlm.backend import load_local
@@ -107,8 +108,8 @@ def lvlm() -> LocalLvlm:
 
 
 @pytest.fixture(scope="module")
-def clip() -> ClipEncoder:
-    return ClipEncoder("asset:tiny-clip", "cpu", 16)
+def clip() -> FeatureEncoder:
+    return FeatureEncoder("asset:tiny-clip", "cpu", 16)
 
 
 def load(folder: Path | str, coco: Path | str = "", **how):

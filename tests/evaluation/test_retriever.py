@@ -237,7 +237,7 @@ def test_a_checkpoint_alone_does_not_say_what_it_needs(home, tmp_path):
     assert results_beside(tmp_path / "alone.pt") == Path("results")
     with pytest.raises(LeverError, match=r"alone\.pt names no dataset: say which \(dataset=NAME\)"):
         Retriever(tmp_path / "alone.pt")
-    with pytest.raises(LeverError, match="by which CLIP it sees"):
+    with pytest.raises(LeverError, match="by which encoder it sees"):
         Retriever(tmp_path / "alone.pt", examples=[(IMAGE, QUESTION, "a")])
     told = Retriever(tmp_path / "alone.pt", dataset="digits", lvlm="tiny_qwen2.5_vl", results=home / "results")
     assert len(told.pick(IMAGE, QUESTION)) == 4

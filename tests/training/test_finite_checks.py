@@ -20,7 +20,8 @@ from worlds import GRPO, RCE, assert_same_run, data, journal_in, make, same_stat
 
 from lever_lm.config.schema import DataConfig, FeatureConfig, GrpoConfig, RceConfig
 from lever_lm.data import load_dataset
-from lever_lm.data.embeddings import ClipEncoder, compute_features
+from lever_lm.data.embeddings import compute_features
+from lever_lm.data.encoder import FeatureEncoder
 from lever_lm.evaluation.evaluate import Evaluation
 from lever_lm.selectors.learned import choose
 from lever_lm.selectors.pointer.model import PointerSelector
@@ -377,17 +378,14 @@ def test_features_of_zeros_train_and_stay_finite(tmp_path):
 def test_an_encoder_that_gives_no_unit_vector_is_named_with_the_question(tmp_path, monkeypatch, part, value):
     folder = str(small_digits(tmp_path / "digits"))
     few = load_dataset(DataConfig(okvqa_path=folder, coco_path=folder))
-    whole = ClipEncoder._unit
-    calls = []
+    whole = getattr(FeatureEncoder, f"{part}s")
 
-    def broken(output):
-        rows = whole(output)
-        calls.append(rows)
-        if len(calls) == (1 if part == "image" else 2):
-            rows[0] = value
+    def broken(self, items, *told):
+        rows = whole(self, items, *told).clone()
+        rows[0] = value
         return rows
 
-    monkeypatch.setattr(ClipEncoder, "_unit", staticmethod(broken))
+    monkeypatch.setattr(FeatureEncoder, f"{part}s", broken)
     path = tmp_path / "features.safetensors"
     text = message(compute_features, few, FeatureConfig(encoder="asset:tiny-clip"), path, "cpu", track)
     named = int(re.match(r"question (\d+): asset:tiny-clip gives its", text)[1])

@@ -12,7 +12,7 @@ from official import build_official, image_path, read_official
 
 from lever_lm.config.load import resolve
 from lever_lm.config.schema import LvlmConfig
-from lever_lm.data.embeddings import ClipEncoder
+from lever_lm.data.encoder import FeatureEncoder
 from lever_lm.lvlm.checks import check_device, memory_needed
 from lever_lm.utils.checks import GIB
 from lever_lm.utils.errors import LeverError
@@ -178,7 +178,7 @@ def test_an_encoder_without_a_part_of_its_processor_is_named(lever, tmp_path, na
     found = missing(lever("doctor", "--set", f"features.encoder={tmp_path / 'clip'}", "--json"))
     assert f"lacks {usual}" in found["features.encoder"]["found"]
     with pytest.raises(LeverError, match=f"lacks {usual}: fetch these files again"):
-        ClipEncoder(str(tmp_path / "clip"), "cpu", 8)
+        FeatureEncoder(str(tmp_path / "clip"), "cpu", 8)
 
 
 def test_reference_answers_that_are_too_long_to_write_are_counted(lever, official):
@@ -283,10 +283,12 @@ WEIGHTS = {"three": {"a": [3 << 20, 1 << 10], "b": [1 << 29]}, "seven": {"a": [7
             {"bank_memory": 3.0},
             {"weights": 14, "the smallest batches": 2, "image features (lvlm.bank_memory)": 3},
         ),
+        ("gemma3", "BF16", {"bank_memory": 3.0}, {"weights": 7, "the smallest batches": 2}),  # it keeps none
     ],
 )
 def test_memory_is_counted_from_the_shapes_and_the_precision_asked_for(tmp_path, model, stored, settings, expected):
-    folder = sized(tmp_path, WEIGHTS[model], stored)
+    folder = sized(tmp_path, WEIGHTS.get(model, WEIGHTS["three"]), stored)
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen3_vl" if model in WEIGHTS else model}))
     config = LvlmConfig(path=str(folder), **settings)
     assert memory_needed(config, folder, on_gpu=True) == {what: gib * GIB for what, gib in expected.items()}
 

@@ -12,7 +12,7 @@ from hostile import Executed
 from lvlm_helpers import local_lvlm
 from safetensors.torch import load_file
 
-from lever_lm.data.embeddings import ClipEncoder
+from lever_lm.data.encoder import FeatureEncoder
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.paths import asset_path
 
@@ -28,7 +28,7 @@ def pickled_clip(tmp_path_factory) -> Path:
 
 
 def encode(folder: Path):
-    return ClipEncoder(str(folder), "cpu", 4)
+    return FeatureEncoder(str(folder), "cpu", 4)
 
 
 def test_a_model_whose_weights_are_a_pickle_is_loaded_without_executing_any(pickled_clip, tmp_path):
@@ -36,7 +36,7 @@ def test_a_model_whose_weights_are_a_pickle_is_loaded_without_executing_any(pick
     folder, trap = tmp_path / "evil", tmp_path / "executed"
     shutil.copytree(pickled_clip, folder)
     torch.save({**torch.load(folder / "pytorch_model.bin"), "extra": Executed(trap)}, folder / "pytorch_model.bin")
-    with pytest.raises(LeverError, match=r"cannot load the CLIP encoder [^\n]*evil[^\n]*$"):
+    with pytest.raises(LeverError, match=r"cannot load the encoder [^\n]*evil[^\n]*$"):
         encode(folder)
     assert not trap.exists()
     with open(folder / "pytorch_model.bin", "rb") as file:
