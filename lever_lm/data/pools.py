@@ -92,7 +92,10 @@ def _similarities(queries: Embeddings, train: Embeddings, pairs: Pairs, start: i
 def nearest(scores: np.ndarray, rows: np.ndarray, count: int, rng: np.random.Generator, exclude=()) -> list[int]:
     """Return the `count` rows of highest score, best first; ties in random order. scores (N,), rows distinct ones of
     0..N−1, exclude likewise."""
-    rows = np.setdiff1d(rows, exclude, assume_unique=True) if len(exclude) else rows
+    if len(exclude):
+        left = np.ones(len(scores), dtype=bool)
+        left[exclude] = False
+        rows = rows[left[rows]]
     noisy = scores[rows] + _JITTER * rng.random(rows.size)
     count = min(count, rows.size)
     top = np.argpartition(-noisy, count - 1)[:count] if count < rows.size else np.arange(rows.size)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -111,20 +112,20 @@ class MatchGroups:
         embeddings = self.features.train.take(rows), self.features.train
         pools = sample_pools(self.config.sampler, queries, self.train, embeddings, size=size, seed=seed)
         longest = max(map(len, pools))
-        found = [
-            [self._score(self.train[icd].answer, row) for icd in pool] for row, pool in zip(rows, pools, strict=True)
-        ]
-        scores = torch.tensor([[*row, *[0.0] * (longest - len(row))] for row in found])
-        mask = torch.tensor([[True] * len(pool) + [False] * (longest - len(pool)) for pool in pools])
+        placed, scores = np.zeros((len(rows), longest), dtype=np.int64), np.zeros((len(rows), longest), np.float32)
+        for place, (row, pool) in enumerate(zip(rows, pools, strict=True)):
+            placed[place, : len(pool)] = pool
+            scores[place, : len(pool)] = [self._score(self.train[icd].answer, row) for icd in pool]
+        mask = torch.arange(longest) < torch.tensor([len(pool) for pool in pools])[:, None]
         return GroupTensors(
             queries=self._matrices[0],
             icds=self._matrices[1],
             rows=torch.tensor(rows),
-            pools=torch.tensor([[*pool, *[0] * (longest - len(pool))] for pool in pools]),
+            pools=torch.from_numpy(placed),
             pool_mask=None if mask.all() else mask,
             sequences=torch.arange(longest).expand(len(rows), -1).unsqueeze(-1).clone(),
             mask=mask,
-            rewards=scores,
+            rewards=torch.from_numpy(scores),
         )
 
     def density(self, rows: list[int]) -> str:
