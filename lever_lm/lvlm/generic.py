@@ -5,7 +5,6 @@ B prompts, L the longest one, N beams, V vocabulary. Nothing is encoded beforeha
 tower with every prompt that shows it, and a prompt's prefill is repeated for each beam.
 """
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property, lru_cache
@@ -28,7 +27,7 @@ from lever_lm.utils.distributed import Shards
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.hub import fetch_model
 from lever_lm.utils.progress import Track
-from lever_lm.utils.transformers_compat import first_line, import_transformers
+from lever_lm.utils.transformers_compat import first_line
 
 # What is kept of a model's generation config: ids of tokens. How to decode is said by the config of ours alone.
 _KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens", "bad_words_ids")
@@ -73,7 +72,6 @@ class Generic:
         self._head = head = self.model.get_output_embeddings()
         if self.dtype != torch.float32 and type(head) is torch.nn.Linear and head.bias is None:
             head.forward = lambda hidden: float32_logits(head, hidden)
-        self._check_beams()
 
     # ------------------------------------------------------------------ answers
 
@@ -178,22 +176,6 @@ class Generic:
         """Return the length of the probe's prompt with these images."""
         text = rendered(self.processor, PROBE if images else without_images(PROBE), self.prompt)
         return processed(self.processor, [text], [images], self.options)["input_ids"].shape[1]
-
-    def _check_beams(self) -> None:
-        """Raise LeverError where the library would give the images of a prompt to its beams in a wrong order: older
-        versions repeat each image, and not all of a prompt in turn, where a model lacks what orders them."""
-        library, model = import_transformers(), type(self.model)
-        ordered = "mm_encoder_outputs" in inspect.signature(model.forward).parameters
-        name = "_expand_inputs_for_generation"
-        if self.config.num_beams == 1 or ordered or getattr(model, name) is not getattr(library.GenerationMixin, name):
-            return
-        text = rendered(self.processor, PROBE, self.prompt)
-        made = processed(self.processor, [text], [[blank((64, 48))] * len(PROBE.images)], self.options)
-        if any(len(tensor) != 1 for tensor in made.values()):  # not one row for the prompt
-            raise LeverError(
-                f"lvlm.num_beams={self.config.num_beams}: transformers {library.__version__} mixes up the images that "
-                f"the beams of {self.config.path} are shown: pip install -U transformers, or --set lvlm.num_beams=1"
-            )
 
 
 class Watch:

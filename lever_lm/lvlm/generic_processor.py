@@ -2,6 +2,7 @@
 tried on a prompt of two demonstrations before any weights are loaded."""
 
 import difflib
+import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -47,7 +48,7 @@ def load_generic_processor(config: LvlmConfig, prompt: PromptConfig, folder: Pat
         processor.chat_template = processor.chat_template or tokenizer.chat_template
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         _check_template(config.path, processor, prompt)
-        _check_pixels(processor, prompt, options)
+        _check_beams(config, model_type(folder), _try_pixels(processor, prompt, options))
     except MendableError:
         raise
     except Exception as error:
@@ -160,11 +161,26 @@ def _images_in_place(processor, config: PromptConfig) -> int:
     return sum(shown > bare for shown, bare in zip(*before, strict=True))
 
 
-def _check_pixels(processor, config: PromptConfig, options: dict) -> None:
-    """Show the processor three images of different sizes in one prompt, and one in another: it may fail in any way."""
+def _try_pixels(processor, config: PromptConfig, options: dict):
+    """Return what the model is given of two prompts, of three images of different sizes and of one. The processor may
+    fail in any way."""
     alone = replace(PROBE, icds=())
     texts = [rendered(processor, prompt, config) for prompt in (PROBE, alone)]
-    processed(processor, texts, [list(map(blank, _SIZES)), [blank(_SIZES[0])]], options)
+    return processed(processor, texts, [list(map(blank, _SIZES)), [blank(_SIZES[0])]], options)
+
+
+def _check_beams(config: LvlmConfig, kind: str, made) -> None:
+    """Raise MendableError where the library would show the beams of two prompts, `made`, images in a wrong order: older
+    versions repeat each image, and not all of a prompt in turn, where a model lacks what orders them."""
+    library, name = import_transformers(), "_expand_inputs_for_generation"
+    model = library.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[library.CONFIG_MAPPING[kind]]
+    ordered = "mm_encoder_outputs" in inspect.signature(model.forward).parameters
+    repeats = not ordered and getattr(model, name) is getattr(library.GenerationMixin, name)
+    if config.num_beams > 1 and repeats and any(len(tensor) != 2 for tensor in made.values()):  # not a row a prompt
+        found = (
+            f"lvlm.num_beams={config.num_beams}: transformers {library.__version__} mixes up the images that its beams"
+        )
+        raise _unfit(config.path, f"{found} are shown", "pip install -U transformers, or --set lvlm.num_beams=1")
 
 
 def _unfit(path: str, found: str, mend: str) -> MendableError:
