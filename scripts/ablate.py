@@ -19,6 +19,7 @@ RESULTS/ablation/curve_DATASET/, table and figure to curve_DATASET.md, .json and
 import argparse
 import multiprocessing
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -31,6 +32,7 @@ import ablation_curve
 import ablation_report
 import synthetic
 import torch
+from assets_src import codes
 
 from lever_lm.config.schema import Config
 from lever_lm.config.values import build, configs_root, dotted, merge, named_yaml, read_yaml
@@ -205,7 +207,22 @@ def run_dataset(world: str, row: str, seed: int, folder: Path, results: Path) ->
     outcomes = evaluation.run(choices, SHOTS, pipeline.lvlm)
     accuracy = {f"{outcome.method}@{outcome.shots}": outcome.summary()["accuracy"] for outcome in outcomes}
     signal = signals(pipeline.layout.rollouts) if config.needs_rollouts else {}
-    return {"rows": rows, "accuracy": accuracy, "asked": pipeline.lvlm.asked, "signals": signal}
+    found = {"rows": rows, "accuracy": accuracy, "asked": pipeline.lvlm.asked, "signals": signal}
+    if world == "digits_sets":
+        found["of_style"] = {name: of_style(evaluation, picks) for name, picks in choices.items()}
+    return found
+
+
+def of_style(evaluation: Evaluation, picks: list[list[int]]) -> list[float]:
+    """Return the shares of queries of which none, one and both of the first two picks are of their own style."""
+    styles = {style: re.compile(rf"\b{style}\b") for style in codes.STYLES}
+    named = lambda example: next(s for s, word in styles.items() if word.search(example.question))  # noqa: E731
+    train = [named(example) for example in evaluation.data.train_examples]
+    counts = [
+        sum(train[row] == named(query) for row in rows[:2])
+        for query, rows in zip(evaluation.data.val_examples, picks, strict=True)
+    ]
+    return [counts.count(number) / len(counts) for number in range(3)]
 
 
 @contextmanager

@@ -226,6 +226,18 @@ def accuracy_table(runs: dict, world: str, most: int) -> list[str]:
     return lines
 
 
+def style_table(runs: dict) -> list[str]:
+    """How many of the first two picks are of the query's own style: one is what a query of digits_sets needs."""
+    lines = ["| row | policy | none | one | both |", "| --- | --- | --- | --- | --- |"]
+    for (_, row), seeds in runs.items():
+        found = [run["of_style"] for run in seeds.values() if "of_style" in run]
+        for policy in ("rce", "grpo_best"):
+            if found and policy in found[0]:
+                shares = np.mean([one[policy] for one in found], axis=0)
+                lines.append(f"| {row} | {policy} | {' | '.join(f'{share:.3f}' for share in shares)} |")
+    return lines
+
+
 # ---------------------------------------------------------------------- claims
 
 
@@ -369,6 +381,7 @@ def write(results: Path, rows: dict[str, dict]) -> Path:
         "Which metric to select by: rank correlation with true reward over checkpoints": correlation_table(runs),
         "Digits: accuracy on the 500 evaluation queries": accuracy_table(runs, "digits", 1),
         "Digits sets: accuracy on the 500 evaluation queries": accuracy_table(runs, "digits_sets", 2),
+        "Digits sets: queries by how many of the first two picks are of their style": style_table(runs),
         "Digits: share of the gap from image+text similarity to the oracle that is closed": gap_closed(runs),
         "Adv Std: what keeping the best rollouts alone leaves, ties counted 0": tie_table(runs),
         "What the groups had to teach": signal_table(runs),

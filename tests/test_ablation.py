@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 from helpers import ROLLOUTS
@@ -154,6 +155,15 @@ def test_a_claim_about_two_rows_is_paired_by_seed(report, tmp_path):
     page = report.write(tmp_path, {"digits_sets": found}).read_text()
     assert "## Digits sets" in page
     assert "## Digits: " not in page
+
+
+def test_picks_of_the_own_style_are_counted_among_the_first_two(ablate):
+    styles = ablate.codes.STYLES[:3]
+    wording = ablate.codes.WORDINGS[0]
+    asked = [SimpleNamespace(question=wording.format(style)) for style in styles]
+    evaluation = SimpleNamespace(data=SimpleNamespace(train_examples=asked, val_examples=[asked[0]] * 4))
+    picks = [[0, 1, 0], [0, 0], [1, 2, 0], [2, 0]]  # one, both, none, one
+    assert ablate.of_style(evaluation, picks) == [0.25, 0.5, 0.25]
 
 
 def test_of_sparse_matches_the_same_are_hidden_in_every_epoch(ablate, digits_config, digits, digits_features):

@@ -21,6 +21,7 @@ LANGUAGE = {
     "max_position_embeddings": 4096,
 }
 TOWER = {"hidden_size": HIDDEN, "intermediate_size": 2 * HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 2}
+SIGLIP = {"model_type": "siglip_vision_model", "image_size": 56, "patch_size": 14, "vision_use_head": False, **TOWER}
 SPREAD = 1.5  # of activations and logits: enough that answers vary
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
@@ -273,13 +274,7 @@ def llava_onevision() -> Parts:
         "image_token_index": "<image>",
         "video_token_index": "<video>",
         "text_config": {"model_type": "qwen2", **LANGUAGE},
-        "vision_config": {
-            "model_type": "siglip_vision_model",
-            **TOWER,
-            "image_size": 56,
-            "patch_size": 14,
-            "vision_use_head": False,
-        },
+        "vision_config": SIGLIP,
     }
 
     def processor(library, tokenizer, template):
@@ -355,13 +350,7 @@ def aya_vision() -> Parts:
         "text_config": language,
         "tie_word_embeddings": False,
         "image_token_index": "<|IMG_PATCH|>",
-        "vision_config": {
-            "model_type": "siglip_vision_model",
-            **TOWER,
-            "image_size": 56,
-            "patch_size": 14,
-            "vision_use_head": False,
-        },
+        "vision_config": SIGLIP,
     }
 
     def processor(library, tokenizer, template):
