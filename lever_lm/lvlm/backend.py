@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from lever_lm.config.schema import LvlmConfig, PromptConfig
-from lever_lm.lvlm.families import family_of
+from lever_lm.lvlm.families import family_of, refuse_other_kinds
 from lever_lm.lvlm.prompt import Prompt
 from lever_lm.utils.distributed import Shards
 from lever_lm.utils.hub import fetch_model
@@ -68,5 +68,6 @@ def load_local(
     loaded."""
     from lever_lm.lvlm.local import LocalLvlm
 
+    refuse_other_kinds(config.path)
     family = FAMILIES[family_of(config, fetch_model(config.path, "--lvlm, lvlm.path"))]()
     return LocalLvlm(family(config, prompt, device, folder, track, shards), config, prompt)

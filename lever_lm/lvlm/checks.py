@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lever_lm.config.schema import LvlmConfig, PromptConfig
-from lever_lm.lvlm.families import family_of
+from lever_lm.lvlm.families import family_of, refuse_other_kinds
 from lever_lm.lvlm.openai_client import NO_LOG_PROBS, ServerError
 from lever_lm.lvlm.openai_servers import check_server, scores_prompts
 from lever_lm.lvlm.processor import processor_of
@@ -31,8 +31,9 @@ def check_lvlm(
         yield from _server(replace(config, server=url), scored, wait, say)
     if config.server:
         return
-    check = check_model("lvlm.path", config.path)
     try:
+        refuse_other_kinds(config.path)
+        check = check_model("lvlm.path", config.path)
         if check.status == "ok":
             processor_of(config, prompt, model_folder(config.path))
     except MendableError as error:

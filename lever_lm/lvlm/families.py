@@ -47,6 +47,14 @@ def keeps_features(config: LvlmConfig) -> bool:
     return folder is None or (config.family != "generic" and model_type(folder) in FAST)
 
 
+def refuse_other_kinds(path: str) -> None:
+    """Raise MendableError where the model is here and is none of images and text: before its files are looked for, as
+    it lacks none of its own."""
+    folder = model_folder(path)
+    if model_type(folder) is not None:
+        check_model_type(path, folder)
+
+
 def check_model_type(path: str, folder: Path) -> None:
     """Raise MendableError unless the library has a class of images and text for a model, and that is all it needs: code
     that a model brings along is never run."""

@@ -23,6 +23,7 @@ from lever_lm.lvlm.families import family_of
 from lever_lm.lvlm.generic import Watch
 from lever_lm.lvlm.local import local_fingerprint
 from lever_lm.utils.errors import LeverError, UsageError
+from lever_lm.utils.paths import asset_path
 from lever_lm.utils.transformers_compat import import_transformers
 
 ONE_IMAGE = "{% for m in messages %}{% for p in m.content if p.type == 'image' %}"
@@ -106,6 +107,23 @@ def refusal(folder, prompt: PromptConfig = PromptConfig(), **settings) -> str:
 def test_a_model_that_the_library_has_no_class_of_images_and_text_for_is_refused(spoilt, config, words):
     said = refusal(edited(spoilt(), "config.json", **config))
     assert all(word in said for word in words), said
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"model_type": "llama"}, "no model of images and text for its model_type 'llama'"),
+        ({"model_type": "my_vlm", "auto_map": {"AutoModel": "mine.Mine"}}, "needs code of its own"),
+    ],
+)
+def test_a_model_of_another_kind_is_not_said_to_lack_an_image_processor(tmp_path, config, words):
+    """A text-only model as it is on a disk: whole, and without what no such model has."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((asset_path("asset:tiny-qwen2.5-vl") / name).read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    said = refusal(tmp_path)
+    assert words in said
+    assert "lacks" not in said
 
 
 def test_code_that_comes_with_a_model_is_not_run_where_the_library_has_its_class(spoilt, prompts):
