@@ -45,7 +45,7 @@ def main(app: typer.Typer) -> None:
 
 def wait_asleep(environment: MutableMapping[str, str]) -> None:
     """Have the threads of OpenMP, which torch computes with, sleep after a short wait, unless the user said how long.
-    They spin otherwise: beside one other busy process the policy learns five times as slowly on two cores."""
+    They spin otherwise: on two cores beside one other busy process the policy learns half as fast."""
     if "OMP_WAIT_POLICY" not in environment:
         environment.setdefault("GOMP_SPINCOUNT", "1000")
 
