@@ -140,7 +140,7 @@ class LvlmConfig(Section, section="lvlm"):
     attention: str = machine("auto", "auto: the library's choice", "auto | sdpa | eager | flash_attention_2")
     batch_size: int = speed(64, "prompts in a batch, at most", "> 0")
     batch_tokens: int = speed(65536, "tokens in a batch, at most; padding and the answers that are scored count", "> 0")
-    compile: bool = speed(False, "fuse small operations on a GPU: a tenth faster, after 15 seconds")
+    compile: bool = speed(False, "fuse small operations on a GPU: up to a quarter faster, after 15 seconds")
     workers: int = speed(-1, "processes that decode images for the model; -1: eight with a GPU, none without", ">= -1")
     bank_memory: float = speed(0.0, "GiB of the device for image features; 0: a quarter of what is free", ">= 0")
     bank_disk: float = speed(64.0, "GiB in the cache folder for image features; 0: none is written", ">= 0")

@@ -127,18 +127,19 @@ class Qwen2_5_VL:
         positions, _ = self.model.model.get_rope_index(  # on the CPU, while the GPU has the batch before
             ids,
             mm_token_type_ids=is_image.int(),
-            image_grid_thw=torch.tensor([self.vision.cache.grid(image) for image in images]),
+            image_grid_thw=torch.tensor([self.vision.cache.grid(image) for image in images]) if images else None,
             attention_mask=mask.long(),
         )
-        features = torch.cat(self.vision.features(images))
-        if int(is_image.sum()) != len(features):
-            raise LeverError(f"{int(is_image.sum())} image tokens for {len(features)} image features in one batch")
+        features = self.vision.features(images)
+        if int(is_image.sum()) != sum(map(len, features)):
+            raise LeverError(f"{int(is_image.sum())} image tokens for {sum(map(len, features))} features in one batch")
         ids, mask, lengths, is_image, positions = (
             tensor.to(self.device) for tensor in (ids, mask.long(), lengths, is_image, positions)
         )
-        embeddings = self.model.get_input_embeddings()(ids)
-        features, more = self._shown(features.to(embeddings.dtype), is_image)
-        embeddings = embeddings.masked_scatter(is_image[..., None], features)
+        embeddings, more = self.model.get_input_embeddings()(ids), {}
+        if images:
+            shown, more = self._shown(torch.cat(features).to(embeddings.dtype), is_image)
+            embeddings = embeddings.masked_scatter(is_image[..., None], shown)
         return Inputs(ids, mask, lengths, embeddings, positions, more)
 
     def _shown(self, features: Tensor, is_image: Tensor) -> tuple[Tensor, dict]:

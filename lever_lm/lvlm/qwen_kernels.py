@@ -5,6 +5,10 @@ each window unless the implementation's name holds `flash`: 18 images a second o
 is torch's own (FlashAttention, arXiv:2307.08691), so nothing is to be installed.
 """
 
+import sys
+from collections.abc import Callable
+from functools import wraps
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -27,10 +31,20 @@ def speed_up_vision(visual) -> None:
 def compile_parts(model) -> None:
     """Fuse the small operations between the matrix products, in both towers. Takes 15 seconds once, and a C compiler;
     lengths may change freely."""
-    for block in (*model.model.visual.blocks, *model.model.language_model.layers):
-        for name, part in block.named_children():
-            if "norm" in name or name == "mlp":
-                part.compile(dynamic=True)
+    for name, part in model.model.named_modules():
+        last = name.rpartition(".")[-1]
+        if "norm" in last or last == "mlp":
+            part.compile(dynamic=True)
+    library = sys.modules[type(model).__module__]
+    for name in ("apply_rotary_pos_emb", "apply_rotary_pos_emb_vision"):
+        rotate = getattr(library, name)
+        if not hasattr(rotate, "__wrapped__"):  # once in a process
+            setattr(library, name, _fused_on_a_gpu(rotate))
+
+
+def _fused_on_a_gpu(rotate: Callable) -> Callable:
+    fused = torch.compile(rotate, dynamic=True)
+    return wraps(rotate)(lambda query, *rest, **more: (fused if query.is_cuda else rotate)(query, *rest, **more))
 
 
 def _varlen(module, query: Tensor, key: Tensor, value: Tensor, attention_mask, **options) -> tuple[Tensor, None]:

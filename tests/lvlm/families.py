@@ -149,6 +149,15 @@ def qwen3_vl_moe() -> Parts:
     return _qwen("qwen3_vl_moe", _DEEP, {"mrope_section": [2, 1, 1], "mrope_interleaved": True}, 16, experts)
 
 
+def qwen3_5() -> Parts:
+    """The second layer is linear attention; its tower has no deeper features."""
+    vision = {name: value for name, value in _DEEP.items() if name != "deepstack_visual_indexes"}
+    linear = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2}
+    linear |= {"linear_num_value_heads": 4, "layer_types": ["full_attention", "linear_attention"]}
+    rope = {"mrope_section": [2, 1, 1], "mrope_interleaved": True, "partial_rotary_factor": 1.0}
+    return _qwen("qwen3_5", vision, rope, 16, linear)
+
+
 def internvl() -> Parts:
     named = {
         "start_image_token": "<img>",
@@ -400,7 +409,7 @@ def paddleocr_vl() -> Parts:
 FAMILIES = {
     made.__name__: made
     for made in (
-        *(qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_vl_moe, internvl, gemma3, smolvlm, idefics3, idefics2),
+        *(qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_vl_moe, qwen3_5, internvl, gemma3, smolvlm, idefics3, idefics2),
         *(llava_onevision, llava, llava_next, mistral3, aya_vision, paddleocr_vl),
     )
 }

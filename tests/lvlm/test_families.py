@@ -23,9 +23,9 @@ from lever_lm.utils.transformers_compat import import_transformers
 PROMPTS, FEWER = 60, 20
 SHORT = {"max_new_tokens": 4}
 OWN = {"do_sample": False, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}  # over the generation config's
-QWEN = [name for name in FAMILIES if name.startswith("qwen")]
+QWEN = [name for name in FAMILIES if name.startswith("qwen") and name != "qwen3_5"]  # the fast path's
 SPOKEN = ("smolvlm", "idefics2", "idefics3", "llava", "llava_next")  # an answer begins after `Assistant: `
-FURTHER = ("idefics2", "llava_next", "mistral3", "aya_vision", "paddleocr_vl")  # fewer prompts, for the time's sake
+FURTHER = ("qwen3_5", "idefics2", "llava_next", "mistral3", "aya_vision", "paddleocr_vl")  # with fewer prompts
 ANSWERS = ("three", "a blue circle of paper", "1")
 
 
@@ -158,7 +158,8 @@ def test_answers_and_log_probs_are_the_librarys_own(name, made, plain, prompts):
     assert searched == [written(library, one, 3) for one in inputs]
     assert searched != answers
 
-    texts, close = [ANSWERS[i % 3] for i in range(count)], partial(pytest.approx, rel=1e-6, abs=1e-5)
+    rel = 1e-5 if name == "qwen3_5" else 1e-6  # its linear attention sums in chunks, which padding moves
+    texts, close = [ANSWERS[i % 3] for i in range(count)], partial(pytest.approx, rel=rel, abs=1e-5)
     ends = {"gemma3": "<end_of_turn>", "idefics2": "<end_of_utterance>"}.get(name, greedy.family.tokenizer.eos_token)
     lead = " " if name in SPOKEN else ""
     found = [log_probs(library, one, lead + text, ends) for one, text in zip(inputs, texts, strict=True)]
@@ -180,8 +181,7 @@ def test_prompts_with_fewer_images_than_examples_or_none_share_a_batch_with_othe
     mixed = [none, prompts[4], blind, *prompts[:3]]
     found = [written(library, plain_inputs(library.processor, prompt, name), 1) for prompt in mixed]
     assert ours.generate(mixed) == found
-    if name not in QWEN:  # of whose prompts each shows an image, the query's
-        assert ours.generate([none]) == found[:1]
+    assert ours.generate([none]) == found[:1]
 
 
 @pytest.mark.parametrize("name", ["gemma3", "idefics3", "llava_onevision"])
