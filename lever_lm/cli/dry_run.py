@@ -8,12 +8,12 @@ from pathlib import Path
 import yaml
 
 from lever_lm.config.schema import Config, to_dict
-from lever_lm.data import VqaData, load_dataset
+from lever_lm.data import VqaData
 from lever_lm.data.embeddings import Features, cached_features
 from lever_lm.data.okvqa import OFFICIAL_SIZES
 from lever_lm.lvlm import CachedLvlm, load_lvlm
 from lever_lm.selectors import BASELINES, SELECTORS, ZERO_SHOT
-from lever_lm.tasks import TASKS
+from lever_lm.tasks import load_data, task_of
 from lever_lm.training.answer_validation import MOST
 from lever_lm.training.environment import own_files
 from lever_lm.training.preflight import ALL, disk_needed, examine, group_size
@@ -131,7 +131,7 @@ class _Planner:
         self.lvlm: CachedLvlm | None = None
         self.queries = OFFICIAL_SIZES.get(config.data.name, OFFICIAL_SIZES["okvqa"])[1]
         with contextlib.suppress(LeverError):  # among what is missing; the plan is then an upper bound
-            self.data = load_dataset(config.data)
+            self.data = load_data(config.data)
             self.queries = len(self.data.val_examples)
             self.known = cached_features(self.data, config.features, layout.features)
             if layout.answers.is_file() and (config.lvlm.server or model_folder(config.lvlm.path)):
@@ -163,7 +163,7 @@ class _Planner:
         if not scored:
             return len(rows)
         train = self.data.train_examples if self.data else ()
-        known = [len(TASKS[self.data.task].references(train[row])) for row in rows if row < len(train)]
+        known = [len(task_of(self.data).references(train[row])) for row in rows if row < len(train)]
         return len(rows) + sum(known) + _REFERENCES * (len(rows) - len(known))
 
     def training(self, run: RunFolder, rl_data: Path | None) -> list[Stage]:

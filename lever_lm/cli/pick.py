@@ -4,7 +4,6 @@ from collections import Counter
 
 from lever_lm.data import Example
 from lever_lm.evaluation.retriever import Pick, Retriever
-from lever_lm.tasks import TASKS
 from lever_lm.utils.console import Screen
 from lever_lm.utils.errors import UsageError
 
@@ -42,7 +41,7 @@ def pick_for(retriever: Retriever, query: Example, shots: int, *, answer: bool, 
     if query.answers:
         result["references"] = list(query.answers)
     if answer and query.answers:
-        scores = TASKS[retriever.stages.data.task].metrics(result["answer"], query, result["answer"])
+        scores = retriever.task.metrics(result["answer"], query, result["answer"])
         result |= {name: scores[name] for name in ("accuracy", "normalized_accuracy")}
     if prompt:
         result["prompt"] = retriever.prompt(query, picks=picks, form="text")
@@ -50,7 +49,7 @@ def pick_for(retriever: Retriever, query: Example, shots: int, *, answer: bool, 
 
 
 def _described(example: Example) -> dict:
-    return {"question_id": example.question_id, "question": example.question, "image": str(example.image)}
+    return {"question_id": example.question_id, "question": example.question, "image": str(example.image or "no image")}
 
 
 def _row(pick: Pick) -> dict:

@@ -73,7 +73,17 @@ class DataConfig(Section, section="data"):
     okvqa_path: str = place("asset:digits", "folder of questions and annotations, or of parquet files; or hub:REPO")
     coco_path: str = place("asset:digits", "folder of train2014/ and val2014/, with or without mscoco2014/ above them")
     train_path: str = place("", "where the training split is, if not in okvqa_path")
-    task: str = answers("vqa", "how an answer is scored: a name of TASKS in lever_lm/tasks")
+    file: str = place("", "a table of your own (--data): .jsonl .csv .tsv .parquet, a folder of these, hub:OWNER/NAME")
+    val_file: str = place("", "the table of the evaluation split (--val), if `file` holds the training split alone")
+    val_share: float = answers(0.2, "share of the images that is evaluated on, where one table holds both", "(0, 1)")
+    split_seed: int = answers(0, "seed of this split", ">= 0")
+    image_table: str = place("", "table of the images, where the rows name them by an id alone")
+    columns: dict = place({}, "what the table calls image, question, answer, answers, answer_index, options, id, split")
+    question: str = answers("", "what is asked where a row has no question; {name} is what the row has in that column")
+    options: tuple[str, ...] = answers((), "choice: the options of a row that has none")
+    task: str = answers("vqa", "how it is asked and scored: vqa, short_answer, choice, number, caption")
+    show: str = answers("letter", "choice: what a demonstration's answer is, its letter or its text", "letter | text")
+    scale: float = answers(0.0, "number: the error that scores 0; 0: the range of the training answers", ">= 0")
     file_prefix: str = answers("", "what stands before the official files' names: v2_ for VQAv2")
     skip_bad_examples: bool = setting(False, "go on without examples that cannot be read, and count them")
     allow_remote: bool = length(False, "fetch images that a table names by http(s) address; each once, into a cache")
@@ -319,6 +329,7 @@ class InferConfig(Section, section="infer"):
 
     pool_size: int = answers(256, "candidates of a query at inference; 0: of all the nearest, at most 1,024", ">= 0")
     num_queries: int = command(0, "queries that are answered; 0: all of the evaluation split")
+    auc: bool = command(False, "choice of two: also score the log-probs of both, for the ROC-AUC")
     okvqa_stem: bool = command(False, "reduce predictions as OK-VQA reduced its `answer`s, before they are scored")
 
 

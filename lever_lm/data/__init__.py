@@ -16,7 +16,7 @@ from lever_lm.data.example import (
 )
 from lever_lm.data.okvqa import SPLITS, load_official, questions_file
 from lever_lm.data.parquet import load_parquet
-from lever_lm.data.rows import BadExamples
+from lever_lm.data.rows import BadExamples, Pose, as_it_is
 from lever_lm.data.split_files import parquet_files
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.fingerprint import fingerprint
@@ -52,16 +52,17 @@ def in_parquet(config: DataConfig, split: str) -> bool:
     return not os.path.isfile(questions_file(root, split, config.file_prefix)) and bool(parquet_files(root))
 
 
-def load_split(config: DataConfig, split: str, bad: BadExamples) -> tuple[list[Example], str]:
+def load_split(config: DataConfig, split: str, bad: BadExamples, pose: Pose = as_it_is) -> tuple[list[Example], str]:
     """Load the examples of a split (`train`, `val`), and its fingerprint; images are not opened. Examples that cannot
     be used go to `bad`. Raises LeverError with file, id and what was expected."""
     load = load_parquet if in_parquet(config, split) else load_official
-    return load(source_of(config, split), config, split, bad)
+    return load(source_of(config, split), config, split, bad, pose)
 
 
-def load_dataset(config: DataConfig) -> VqaData:
+def load_dataset(config: DataConfig, pose: Pose = as_it_is) -> VqaData:
     """Load both splits of a dataset. The embedded digits are shipped in OK-VQA's own layout and come the same way.
 
+    pose: makes of an example, as its row has it, the one that is asked and shown, or raises rows.Unusable.
     Raises LeverError with file, id and what was expected; with skip_bad_examples such examples are left out and
     listed in `skipped`.
     """
@@ -69,7 +70,7 @@ def load_dataset(config: DataConfig) -> VqaData:
     bad = BadExamples(config.skip_bad_examples)
     splits, stamps, digests = {}, {}, {}
     for split in SPLITS:
-        splits[split], stamps[split] = load_split(config, split, bad)
+        splits[split], stamps[split] = load_split(config, split, bad, pose)
         if bad.skip:
             splits[split] = _decodable(splits[split], bad)
         digests[split] = _digests(splits[split])
@@ -87,7 +88,9 @@ def load_dataset(config: DataConfig) -> VqaData:
     # Named where it is not the first task: fingerprints of data sets from before there were others stay as they are.
     of_task = [] if config.task == "vqa" else [config.task]
     whole = fingerprint(*stamps.values(), *of_task)
-    return VqaData(config.name, train, val, whole, tuple(bad.problems), tuple(stamps.values()), config.task)
+    return VqaData(
+        config.name, train, val, whole, tuple(bad.problems), tuple(stamps.values()), config.task, config.scale
+    )
 
 
 def in_both(config: DataConfig, train: list[Example], val: list[Example]) -> dict[int, str]:
@@ -110,16 +113,17 @@ def in_both(config: DataConfig, train: list[Example], val: list[Example]) -> dic
 def _digests(examples: list[Example]) -> list[str]:
     """Return what identifies the content of each example's image. Raises LeverError with the question of an image that
     cannot be read."""
-    images = [example.image for example in examples]
+    images = [example.image for example in examples if example.image is not None]
     try:
-        return image_digests(images)
+        found = iter(image_digests(images))
+        return ["" if example.image is None else next(found) for example in examples]
     except LeverError as error:
-        question = examples[images.index(error.__cause__.filename)].question_id
+        question = next(e for e in examples if e.image == error.__cause__.filename).question_id
         raise LeverError(f"question {question}: {error}") from error
 
 
 def _decodable(examples: list[Example], bad: BadExamples) -> list[Example]:
-    broken = undecodable(example.image for example in examples)
+    broken = undecodable(example.image for example in examples if example.image is not None)
     for example in examples:
         if example.image in broken:
             bad.add(f"question {example.question_id}: {broken[example.image]}")

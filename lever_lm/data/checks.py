@@ -7,7 +7,7 @@ from lever_lm.config.schema import DataConfig
 from lever_lm.data import in_both, in_parquet, load_split, source_of
 from lever_lm.data.example import Example
 from lever_lm.data.okvqa import OFFICIAL_SIZES, SPLITS, annotations_file, images_folder, questions_file
-from lever_lm.data.rows import BadExamples
+from lever_lm.data.rows import BadExamples, Pose, as_it_is
 from lever_lm.data.split_files import files_of
 from lever_lm.utils.checks import Check, check_file
 from lever_lm.utils.errors import LeverError
@@ -60,13 +60,13 @@ def _official_files(config: DataConfig, split: str) -> Iterator[Check]:
         yield Check(f"{split} images", "missing", found, mend)
 
 
-def check_examples(config: DataConfig, splits: dict[str, list[Example]]) -> Iterator[Check]:
+def check_examples(config: DataConfig, splits: dict[str, list[Example]], pose: Pose = as_it_is) -> Iterator[Check]:
     """Count the examples of each split that can be used and those that cannot. Images are looked up, not decoded. Those
     that can be used are added to `splits`."""
     for split, expected in zip(SPLITS, OFFICIAL_SIZES.get(config.name, (None, None)), strict=True):
         bad = BadExamples(skip=True)
         try:
-            examples, _ = load_split(config, split, bad)
+            examples, _ = load_split(config, split, bad, pose)
         except LeverError as error:
             found, _, mend = str(error).partition("; ")
             yield Check(f"{split} examples", "missing", found, mend or "replace the file")

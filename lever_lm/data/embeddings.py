@@ -33,7 +33,8 @@ _SPLITS = {"train": "training", "val": "evaluation"}
 
 @dataclass(frozen=True)
 class Embeddings:
-    """One split: image (N, D) and text (N, D); answer (N, D), that of the shown answers, where it is asked for."""
+    """One split: image (N, D), zero where there is none, and text (N, D); answer (N, D), that of the shown answers, where
+    it is asked for."""
 
     image: Tensor
     text: Tensor
@@ -196,16 +197,21 @@ def encode(encoder: FeatureEncoder, data: VqaData, split: str, track: Track, ans
     at one that is no unit vector."""
     examples = data.examples(split)
     asked = {example.image: example for example in reversed(examples)}  # each image and its first question
+    asked.pop(None, None)
     row = {image: i for i, image in enumerate(asked)}
     images = Work(asked.values(), "images")
     of_image = encoder.images(_opened(track(images, f"features, {split}: {len(asked)} images", len(asked))))
-    image = of_image[[row[example.image] for example in examples]].contiguous()
     text = encoder.texts([example.question for example in examples], track, f"features, {split}")
+    nothing = text.new_zeros(1, text.shape[1])  # the last row, of examples without an image
+    of_image = torch.cat([of_image, nothing]) if asked else nothing
+    image = of_image[[row.get(example.image, -1) for example in examples]].contiguous()
+    shown = torch.tensor([example.image is not None for example in examples])
     answer = encoder.texts([example.answer for example in examples], track, f"features, {split}") if answers else None
     for part, rows in (("image", image), ("text", text), ("answer", answer)):
         if rows is None:
             continue
-        bad = (~(rows.norm(dim=-1) > 0.5)).nonzero()  # NaN, infinite or zero
+        bad = ~(rows.norm(dim=-1) > 0.5)  # NaN, infinite or zero
+        bad = (bad & shown if part == "image" else bad).nonzero()
         if len(bad):
             question = examples[int(bad[0])].question_id
             raise LeverError(

@@ -37,27 +37,33 @@ Image = str | StoredImage  # a path, or where in a table
 
 @dataclass(frozen=True)
 class Example:
-    """One question about one image. `answers` are the reduced forms that accuracy is scored against, `raw_answers`
-    what the annotators typed; ten of each in OK-VQA."""
+    """One question about one image, or about none. `answers` are the reduced forms that accuracy is scored against,
+    `raw_answers` what the annotators typed; ten of each in OK-VQA. options: of a multiple choice, `answers` is one of
+    them. shown: the answer as it stands where the example is an ICD, if that is none of `answers`. Ids are texts where
+    they are no whole numbers."""
 
-    question_id: int
-    image_id: int
+    question_id: int | str
+    image_id: int | str | None
     question: str
     answers: tuple[str, ...]
     raw_answers: tuple[str, ...]
-    image: Image | None  # None only for a demonstration whose image is left out
+    image: Image | None
+    options: tuple[str, ...] = ()
+    shown: str = ""
 
     @cached_property
     def answer(self) -> str:
-        """The answer shown where the example is an ICD: the commonest that is not blank, the first of equals; "" if
-        there is none."""
+        """The answer shown where the example is an ICD: `shown`, or the commonest of `answers` that is not blank, the
+        first of equals; "" if there is none."""
+        if self.shown:
+            return self.shown
         given = Counter(filter(str.strip, self.answers))
         return given.most_common(1)[0][0] if given else ""
 
     @cached_property
     def content(self) -> str:
-        """The digest of the image's content. Raises LeverError when the image is missing."""
-        return image_digest(self.image)
+        """The digest of the image's content; "" where there is no image. Raises LeverError when its file is missing."""
+        return "" if self.image is None else image_digest(self.image)
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,7 @@ class VqaData:
     skipped: tuple[str, ...] = ()
     stamps: tuple[str, ...] = ()  # the fingerprint of each split
     task: str = "vqa"  # how answers are scored: a name of tasks.TASKS
+    scale: float = 0.0  # of the task `number`, see DataConfig
 
     def examples(self, split: str) -> tuple[Example, ...]:
         """Return the examples of a split, `train` or `val`."""
@@ -102,7 +109,8 @@ def to_dataset(examples: Sequence[Example]):
         pictures = images[0].table.select([image.row for image in images])
     else:
         places = [(i.read(), None) if isinstance(i, StoredImage) else (None, i) for i in images]
-        pictures = datasets.Dataset.from_dict({"image": [dict(zip(("bytes", "path"), p, strict=True)) for p in places]})
+        named = [dict(zip(("bytes", "path"), p, strict=True)) if any(p) else None for p in places]
+        pictures = datasets.Dataset.from_dict({"image": named})
     pictures = pictures.cast_column("image", datasets.Image())
     return datasets.concatenate_datasets([datasets.Dataset.from_dict(columns), pictures], axis=1)
 

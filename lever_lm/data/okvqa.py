@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lever_lm.config.schema import DataConfig
 from lever_lm.data.example import Example
-from lever_lm.data.rows import BadExamples, Unusable, example_of, whole_id
+from lever_lm.data.rows import BadExamples, Pose, Unusable, as_it_is, example_of, whole_id
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.paths import asset_path
 from lever_lm.utils.safe_parse import loads, read_bytes
@@ -41,7 +41,9 @@ def images_folder(root: Path, split: str) -> Path:
     )
 
 
-def load_official(source: str, config: DataConfig, split: str, bad: BadExamples) -> tuple[list[Example], str]:
+def load_official(
+    source: str, config: DataConfig, split: str, bad: BadExamples, pose: Pose = as_it_is
+) -> tuple[list[Example], str]:
     """Load one split (`train` or `val`) from the official files in the folder `source`, and its fingerprint.
 
     Raises LeverError with file, id and what was expected; examples that cannot be used go to `bad`. Images are looked
@@ -66,7 +68,7 @@ def load_official(source: str, config: DataConfig, split: str, bad: BadExamples)
             if annotation["image_id"] != item["image_id"]:
                 raise Unusable(f"it is about image {item['image_id']} here, about {annotation['image_id']} there")
             row = {key: item.get(key) for key in (*_IDS, "question")}
-            example = example_of({**row, "answers": annotation.get("answers")}, str(folder / name))
+            example = pose(example_of({**row, "answers": annotation.get("answers")}, str(folder / name)))
         except Unusable as error:
             bad.add(f"{paths[0]} and {paths[1].name}, question {question_id}: {error}")
             continue

@@ -13,7 +13,7 @@ from pathlib import Path
 from lever_lm.config.schema import DataConfig
 from lever_lm.data.example import Example, StoredImage
 from lever_lm.data.image_download import find_images
-from lever_lm.data.rows import BadExamples, Unusable, example_of
+from lever_lm.data.rows import BadExamples, Pose, Unusable, as_it_is, example_of
 from lever_lm.data.split_files import files_of, parquet_files, splits_named
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.fingerprint import fingerprint
@@ -27,7 +27,9 @@ _OPTIONAL = ("image_id", "raw_answers")
 Files = list[tuple[str, int]]  # of a table, with the number of rows of each
 
 
-def load_parquet(source: str, config: DataConfig, split: str, bad: BadExamples) -> tuple[list[Example], str]:
+def load_parquet(
+    source: str, config: DataConfig, split: str, bad: BadExamples, pose: Pose = as_it_is
+) -> tuple[list[Example], str]:
     """Load one split (`train` or `val`) from a folder of parquet files or from `hub:REPO`, and its fingerprint.
 
     The hub's copy is taken from the local cache where there is one. Raises LeverError with source, row and what was
@@ -64,7 +66,7 @@ def load_parquet(source: str, config: DataConfig, split: str, bad: BadExamples) 
         try:
             if not digest and place not in paths:
                 raise Unusable(problems.get(place, "its image holds neither bytes nor a path"))
-            example = example_of(row, StoredImage(digest, number, images) if digest else paths[place])
+            example = pose(example_of(row, StoredImage(digest, number, images) if digest else paths[place]))
             if example.question_id in examples:
                 raise Unusable("an earlier row has this question_id")
             examples[example.question_id] = example

@@ -5,6 +5,7 @@ and the query alone, never on the order of calls. Neither a query nor its image 
 decided in `Candidates`, and only there.
 """
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,13 @@ NEAREST = 1024  # candidates of a pool that is to hold the whole split: a policy
 
 def query_rng(seed: int, query: Example) -> np.random.Generator:
     """Return the query's own generator: a function of the seed and the question alone."""
-    return np.random.default_rng([seed, query.question_id])
+    return np.random.default_rng([seed, seed_of(query)])
+
+
+def seed_of(query: Example) -> int:
+    """Return the number of a question by which its draws are seeded: its id, or one made of the text that its id is."""
+    number = query.question_id
+    return number if isinstance(number, int) else int.from_bytes(hashlib.sha256(number.encode()).digest()[:8])
 
 
 class Candidates:
@@ -40,13 +47,15 @@ class Candidates:
         self._by_content = by_content
         self._images = [self._names(example) for example in train]
         self._about: dict[int | str, list[int]] = defaultdict(list)  # image_id or content → rows
-        self._asked: dict[int, list[int]] = defaultdict(list)  # question_id → rows
+        self._asked: dict[int | str, list[int]] = defaultdict(list)  # question_id → rows
         for row, example in enumerate(train):
             self._asked[example.question_id].append(row)
             for name in self._images[row]:
                 self._about[name].append(row)
 
     def _names(self, example: Example) -> tuple[int | str, ...]:
+        if example.image is None:
+            return ()
         return (example.image_id, example.content) if self._by_content else (example.image_id,)
 
     def withheld(self, query: Example) -> set[int]:

@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from lever_lm.data.example import Example, Image, image_digest
@@ -19,6 +19,14 @@ _AN_ID = "must be a whole number of 0 to 2**63 - 1"
 
 class Unusable(Exception):
     """A row makes no example; says why."""
+
+
+Pose = Callable[[Example], Example]  # what a row makes → what is asked and shown; raises Unusable
+
+
+def as_it_is(example: Example) -> Example:
+    """Return an example whose task asks and shows it as its row has it."""
+    return example
 
 
 @dataclass

@@ -17,7 +17,6 @@ from lever_lm.evaluation.evaluate import Evaluation
 from lever_lm.evaluation.report.phrasing import percent, points
 from lever_lm.evaluation.statistics import bootstrap_interval, paired_test
 from lever_lm.lvlm import CachedLvlm, Prompt, build_prompt
-from lever_lm.tasks import TASKS
 
 ORDERS = 10
 _ALPHA = 0.05
@@ -66,7 +65,7 @@ class Diagnosis:
     ):
         self.evaluation, self.lvlm, self.other = evaluation, lvlm, other
         self.config, self.train = evaluation.config, evaluation.data.train_examples
-        self.task, self.queries = TASKS[evaluation.data.task], evaluation.queries
+        self.task, self.queries = evaluation.task, evaluation.queries
         self.picks = [list(rows[:shots]) for rows in picks]
         self.shown = [[self.train[row] for row in rows] for rows in self.picks]
 
@@ -220,7 +219,7 @@ class Diagnosis:
 
     def _in_context(self) -> Iterator[Finding]:
         pairs = zip(self.shown, self.queries, strict=True)
-        right = [any(self.task.score(icd.answer, query) > 0 for icd in icds) for icds, query in pairs]
+        right = [any(self.task.fits(icd.answer, query) for icd in icds) for icds, query in pairs]
         scores = np.array(self.own.scores)
         mask = np.array(right)
         with_ = float(scores[mask].mean()) if mask.any() else None

@@ -21,7 +21,7 @@ from lever_lm.lvlm import CachedLvlm, build_prompt
 from lever_lm.selectors import ZERO_SHOT, select
 from lever_lm.selectors.pool_recall import pool_recalls
 from lever_lm.selectors.problem import Problem
-from lever_lm.tasks import TASKS
+from lever_lm.tasks import Task, task_of
 from lever_lm.utils.progress import Track, untracked
 
 
@@ -63,6 +63,7 @@ class Evaluation:
         lvlm: Callable[[], CachedLvlm] | None = None,
     ):
         self.config, self.data, self.features, self.track, self._lvlm = config, data, features, track, lvlm
+        self.task = task_of(data)
         total = len(data.val_examples)
         count = min(config.infer.num_queries or total, total)
         # A subset of a larger one, and in the order of the file.
@@ -73,14 +74,14 @@ class Evaluation:
     def problem(self) -> Problem:
         """The queries with their pools, features and what may be shown before them."""
         embeddings = (self.features.val.take(self.rows), self.features.train)
-        examples = (self.queries, self.data.train_examples, self.data.task)
+        examples = (self.queries, self.data.train_examples, self.task)
         problem = problem_of(self.config, *examples, embeddings, self.features.columns, self.track)
         return replace(problem, answer=self._answer, embed=self._embed)
 
     def pool_recall(self) -> dict[int, float]:
         """Return the recall of the pools of training and of inference, as `pool_recalls` does."""
         embeddings = (self.features.val.take(self.rows), self.features.train)
-        return pool_recalls(self.config, self.queries, self.data.train_examples, TASKS[self.data.task], embeddings)
+        return pool_recalls(self.config, self.queries, self.data.train_examples, self.task, embeddings)
 
     def _answer(self, shown: Sequence[Sequence[int]]) -> list[str]:
         """Return what the LVLM answers to each query after these training rows, first pick first."""
@@ -100,7 +101,7 @@ class Evaluation:
     def run(self, choices: dict[str, list[list[int]]], shots: Sequence[int], lvlm: CachedLvlm) -> list[Outcome]:
         """Answer and score every method at every number of shots, as one list of work; zero_shot once. The task reduces
         answers before it scores them only with infer.okvqa_stem."""
-        train, task = self.data.train_examples, TASKS[self.data.task]
+        train, task = self.data.train_examples, self.task
         reduce = task.reducer((*train, *self.data.val_examples)) if self.config.infer.okvqa_stem else str
         names = ("accuracy", "raw_accuracy", "normalized_accuracy")
         jobs = [(m, k) for m in choices for k in ([0] if m == ZERO_SHOT else shots)]
@@ -122,7 +123,7 @@ def problem_of(
     config: Config,
     queries: Sequence[Example],
     train: Sequence[Example],
-    task: str,
+    task: Task,
     embeddings: tuple[Embeddings, Embeddings],
     columns: Tensor | None = None,
     track: Track = untracked,
@@ -133,7 +134,7 @@ def problem_of(
     pools = sample_pools(config.sampler, queries, train, embeddings, size=size, seed=seed, track=track)
     of_query, of_icd = config.features.parts()
     features = (embeddings[0].combine(of_query), embeddings[1].combine(of_icd))
-    return Problem(queries, train, embeddings, features, pools, seed, TASKS[task], columns=columns)
+    return Problem(queries, train, embeddings, features, pools, seed, task, columns=columns)
 
 
 def compare(ours: str, outcomes: Sequence[Outcome]) -> list[dict]:

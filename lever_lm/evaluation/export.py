@@ -12,7 +12,7 @@ import yaml
 from lever_lm import __version__
 from lever_lm.config.schema import Config, to_dict
 from lever_lm.config.values import build
-from lever_lm.data import VqaData, load_dataset
+from lever_lm.data import VqaData
 from lever_lm.evaluation.reproduction import reproduction_kit
 from lever_lm.evaluation.results import evaluations, read_metrics, table
 from lever_lm.evaluation.templates import render
@@ -29,6 +29,7 @@ from lever_lm.selectors.pointer.hub_format import (
     write_exported,
 )
 from lever_lm.selectors.pointer.model import PointerSelector
+from lever_lm.tasks import load_data
 from lever_lm.training.environment import PACKAGES, recorded
 from lever_lm.training.run_dir import RunFolder, inference_folder
 from lever_lm.utils.errors import LeverError, UsageError
@@ -93,7 +94,7 @@ def export(
     }
     kit, left_out = {}, {}
     if config is not None:
-        data, stamp = data or partial(load_dataset, config.data), recorded(run, "fingerprints").get("data")
+        data, stamp = data or partial(load_data, config.data), recorded(run, "fingerprints").get("data")
         kit, left_out = reproduction_kit(config, known, evaluated, data, stamp)
     card = _card(folder.resolve().name, license_, config if known else None, config, shared, evaluated, kit)
     return {

@@ -32,7 +32,7 @@ from lever_lm.selectors.candidate_features import Labelled, candidate_columns
 from lever_lm.selectors.learned import choose
 from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.selectors.problem import Problem
-from lever_lm.tasks import TASKS
+from lever_lm.tasks import TASKS, Task, task_of
 from lever_lm.training.find_checkpoint import load_for, locate
 from lever_lm.training.from_checkpoint import config_beside, results_beside
 from lever_lm.training.run_dir import Layout
@@ -108,6 +108,14 @@ class Retriever:
         return self.stages.data.train_examples if self._own is None else self._own
 
     @cached_property
+    def task(self) -> Task:
+        """How answers are scored: by the task of the config, over the demonstrations that there are."""
+        if self._own is None:
+            return task_of(self.stages.data)
+        data = self.config.data
+        return TASKS[data.task].of(VqaData("own", self._own, self._own, "", task=data.task, scale=data.scale))
+
+    @cached_property
     def _embeddings(self) -> Embeddings:
         """The embeddings of `examples`."""
         return self.stages.features.train if self._own is None else self._encode(self.examples)
@@ -117,7 +125,7 @@ class Retriever:
         """What the policy is told of `examples` beside their embeddings."""
         if self._own is None:
             return self.stages.features.columns
-        labelled = Labelled(self._own, self._embeddings, TASKS[VqaData.task], self.stages.track)
+        labelled = Labelled(self._own, self._embeddings, self.task, self.stages.track)
         return candidate_columns(self.config.policy.candidate_features, labelled)
 
     @cached_property
@@ -177,8 +185,7 @@ class Retriever:
 
     def _problem(self, queries: list[Example]) -> Problem:
         embeddings = (self._of_queries(queries), self._embeddings)
-        task = self.stages.data.task if self._own is None else VqaData.task
-        return problem_of(self.config, queries, self.examples, task, embeddings, self._columns)
+        return problem_of(self.config, queries, self.examples, self.task, embeddings, self._columns)
 
     def query(self, image: str | Path | Example, question: str | None = None) -> Example:
         """Return the query that an image and a question make, without answers. Its number, and so its pool, follows

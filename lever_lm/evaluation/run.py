@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lever_lm.data import VqaData, load_dataset
+from lever_lm.data import VqaData
 from lever_lm.data.embeddings import encoder_fingerprint
 from lever_lm.evaluation.arena import (
     Cost,
@@ -38,6 +38,7 @@ from lever_lm.selectors.learned import choose
 from lever_lm.selectors.pointer.checkpoint import policy_digest
 from lever_lm.selectors.pointer.model import PointerSelector
 from lever_lm.selectors.pool_recall import recall_in_words
+from lever_lm.tasks import load_data
 from lever_lm.training.environment import command_line, recorded
 from lever_lm.training.find_checkpoint import find_checkpoint, load_for
 from lever_lm.training.from_checkpoint import change_lines, changes, changes_of_run
@@ -240,7 +241,7 @@ def planned_folder(pipeline: Pipeline, icds: Path | None) -> Path:
     if icds is not None or pipeline.checkpoint is not None:
         with contextlib.suppress(LeverError):
             checkpoint = pipeline.checkpoint[0] if icds is None else None
-            return _destination(pipeline, load_dataset(pipeline.config.data), checkpoint, icds)[0]
+            return _destination(pipeline, load_data(pipeline.config.data), checkpoint, icds)[0]
     return pipeline.inference
 
 

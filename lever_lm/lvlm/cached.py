@@ -149,7 +149,7 @@ class CachedLvlm:
 
     def _key(self, kind: str, prompt: Prompt) -> str:
         icds = [[icd.question, icd.answer, icd.image and image_digest(icd.image)] for icd in prompt.icds]
-        query = [prompt.query.question, image_digest(prompt.query.image)]
+        query = [prompt.query.question, prompt.query.image and image_digest(prompt.query.image)]
         kind = f"bare {kind}" if prompt.bare else kind
         return hashlib.sha256(json.dumps([self.fingerprint, kind, icds, query]).encode()).hexdigest()
 

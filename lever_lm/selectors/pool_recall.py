@@ -16,7 +16,7 @@ LOOKED_AT = 1000  # queries; the share of a random subset of this size is off by
 def pool_recall(task: Task, queries: Sequence[Example], train: Sequence[Example], pools: Sequence[list[int]]) -> float:
     """Return the share of queries whose pool holds a candidate whose own answer scores above 0 for the query."""
     hits = [
-        any(task.score(answer, query) > 0 for answer in dict.fromkeys(train[row].answer for row in pool))
+        any(task.fits(answer, query) for answer in dict.fromkeys(train[row].answer for row in pool))
         for query, pool in zip(queries, pools, strict=True)
     ]
     return float(np.mean(hits))

@@ -1,39 +1,21 @@
-"""Tasks: how an answer is scored; one module a task, and the table of them.
+"""Tasks: how an example is asked and an answer is scored; one module a task, and the table of them.
 
 To add a task, write a class with the methods of Task in a module of its own and name it in TASKS.
 """
 
-from collections.abc import Callable, Iterable
-from typing import Protocol
+from collections.abc import Callable
+from dataclasses import replace
 
+from lever_lm.config.schema import DataConfig
+from lever_lm.data import VqaData, load_dataset
 from lever_lm.data.example import Example
+from lever_lm.data.rows import Unusable
+from lever_lm.tasks.task import Task
 from lever_lm.tasks.vqa import Vqa
 from lever_lm.utils.errors import UsageError
 from lever_lm.utils.terminal import shown
 
-
-class Task(Protocol):
-    """The scores of a text that an LVLM wrote about an example; texts are cut, see `lvlm.prompt.cut_answer`."""
-
-    def score(self, prediction: str, example: Example) -> float:
-        """Return the score in [0, 1] of which a reward is made; above 0, a demonstration's answer fits a query."""
-
-    def relevance(self, prediction: str, example: Example) -> tuple[float, float]:
-        """Return how near a prediction comes to the references: (best token F1, best edit similarity), in [0, 1]."""
-
-    def metrics(self, prediction: str, example: Example, written: str) -> dict[str, float]:
-        """Return every score that is reported, by its name in metrics.json, the headline first. written: the prediction
-        before a `reducer`."""
-
-    def references(self, example: Example) -> dict[str, float]:
-        """Return the distinct reference answers and their weights in gt_prob."""
-
-    def normalized_references(self, example: Example) -> list[str]:
-        """Return the reference answers in the form in which they are compared."""
-
-    def reducer(self, examples: Iterable[Example]) -> Callable[[str], str]:
-        """Return a function from a written answer to the form of the references, learnt from annotated examples."""
-
+__all__ = ["TASKS", "Task", "check_task", "load_data", "pose_of", "task_of"]
 
 TASKS: dict[str, Task] = {"vqa": Vqa()}  # by the config's data.task
 
@@ -41,4 +23,31 @@ TASKS: dict[str, Task] = {"vqa": Vqa()}  # by the config's data.task
 def check_task(name: str) -> None:
     """Raise UsageError for a name that is not in TASKS."""
     if name not in TASKS:
-        raise UsageError(f"unknown task {shown(name)}: one of {', '.join(TASKS)} (data.task)")
+        raise UsageError(f"unknown task {shown(name)}: one of {', '.join(TASKS)} (--task, data.task)")
+
+
+def task_of(data: VqaData) -> Task:
+    """Return the task of a data set, with what it takes from it."""
+    return TASKS[data.task].of(data)
+
+
+def pose_of(config: DataConfig) -> Callable[[Example], Example]:
+    """Return the function from an example, as its row has it, to the example as it is asked and shown. That raises
+    Unusable for one that cannot be."""
+    task = TASKS[config.task]
+
+    def pose(example: Example) -> Example:
+        if problem := task.problem(example):
+            raise Unusable(problem)
+        question, answer = task.question(example), task.answer(example)
+        if (question, answer) == (example.question, example.answer):
+            return example
+        return replace(example, question=question, shown=answer)
+
+    return pose
+
+
+def load_data(config: DataConfig) -> VqaData:
+    """Load a data set as its task asks it. Raises LeverError as `data.load_dataset` does."""
+    check_task(config.task)
+    return load_dataset(config, pose_of(config))

@@ -6,20 +6,17 @@ from collections.abc import Callable, Iterable
 
 from lever_lm.data.example import Example
 from lever_lm.tasks.answer_stems import learn_stems
-from lever_lm.tasks.vqa_metrics import normalize_answer, relevance, vqa_accuracy
+from lever_lm.tasks.task import Task
+from lever_lm.tasks.vqa_metrics import vqa_accuracy
 
 
-class Vqa:
+class Vqa(Task):
     """The VQA accuracy: official where it is reported, always normalised where it is learnt from."""
 
     def score(self, prediction: str, example: Example) -> float:
         """Return the accuracy with answers always normalised: that `Yes` is worth nothing where all ten annotators
         wrote `yes` is a rule of the official scorer, and no lesson."""
         return vqa_accuracy(prediction, example.answers, always_normalize=True)
-
-    def relevance(self, prediction: str, example: Example) -> tuple[float, float]:
-        """Return (best token F1, best edit similarity) to the references."""
-        return relevance(prediction, example.answers)
 
     def metrics(self, prediction: str, example: Example, written: str) -> dict[str, float]:
         """Return the official accuracy, the always normalised one, and that of the answer as written against what the
@@ -35,10 +32,6 @@ class Vqa:
         answer, whichever way it was typed. Blank answers are left out: they are no text to be probable."""
         counts = Counter(unicodedata.normalize("NFC", text) for text in example.answers if text.strip())
         return {text: min(count / 3, 1.0) for text, count in counts.items()}
-
-    def normalized_references(self, example: Example) -> list[str]:
-        """Return the annotators' answers as the official evaluator compares them."""
-        return [normalize_answer(answer) for answer in example.answers]
 
     def reducer(self, examples: Iterable[Example]) -> Callable[[str], str]:
         """Return the reduction of OK-VQA's answers, learnt from (typed, reduced) pairs; see answer_stems.py."""

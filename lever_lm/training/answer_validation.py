@@ -9,7 +9,7 @@ from lever_lm.config.schema import Config
 from lever_lm.data import VqaData
 from lever_lm.lvlm import CachedLvlm, build_prompt
 from lever_lm.selectors.pointer.model import PointerSelector
-from lever_lm.tasks import TASKS
+from lever_lm.tasks import task_of
 from lever_lm.training.batches import EVAL_BATCH, GroupTensors
 from lever_lm.training.finite_checks import At
 from lever_lm.training.metrics import MEASURED
@@ -27,7 +27,7 @@ def validation_calls(config: Config, queries: int) -> int:
 def answer_accuracy(config: Config, data: VqaData, val: GroupTensors, lvlm: CachedLvlm) -> Validate:
     """Return the function that measures a policy: val_accuracy, the mean score of the LVLM's answers to the first MOST
     validation queries after rollout.shots greedy picks from their pools. It draws nothing."""
-    train, task, shots = data.train_examples, TASKS[data.task], config.rollout.shots
+    train, task, shots = data.train_examples, task_of(data), config.rollout.shots
     val = val.only(torch.arange(len(val), device=val.rows.device) < MOST)
 
     @torch.no_grad()

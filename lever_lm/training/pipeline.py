@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 from lever_lm.config.schema import Config
-from lever_lm.data import load_dataset
 from lever_lm.data.embeddings import features_fingerprint
 from lever_lm.data.encoder import fetch_encoder
 from lever_lm.selectors.fixed_set import split_of
+from lever_lm.tasks import load_data
 from lever_lm.training.answer_validation import answer_accuracy, validation_calls
 from lever_lm.training.batches import GroupTensors
 from lever_lm.training.convert import convert
@@ -236,7 +236,7 @@ class Pipeline(Stages):
         asks = self.config.asks if rl_data is None else self.config.validate_on == "answers"
         self.check(*(ALL if asks else ("data", "encoder")))
         fetch_encoder(self.config.features.encoder)
-        data = load_dataset(self.config.data)
+        data = load_data(self.config.data)
         features = features_fingerprint(data, self.config.features)
         state_of(self.run, {"features": features})
         path = self.layout.rollouts

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from lever_lm.config.schema import Config
-from lever_lm.data import Example, load_dataset
+from lever_lm.data import Example, VqaData
 from lever_lm.data.checks import check_examples, check_files
 from lever_lm.data.embeddings import DEFAULT_WIDTH, cached_features
 from lever_lm.data.encoder import check_encoder
@@ -14,7 +14,7 @@ from lever_lm.data.pools import NEEDS_NO_FEATURES, Candidates
 from lever_lm.lvlm.checks import check_answer_lengths, check_device, check_lvlm
 from lever_lm.lvlm.families import keeps_features
 from lever_lm.selectors.pool_recall import pool_recalls, recall_in_words
-from lever_lm.tasks import TASKS
+from lever_lm.tasks import load_data, pose_of, task_of
 from lever_lm.training.run_dir import Layout
 from lever_lm.utils.checks import GIB, Check, check_results, nearest_existing
 from lever_lm.utils.errors import LeverError
@@ -57,7 +57,7 @@ def examine(
         checks += _models_of_digits(config)
         if files and all(check.status == "ok" for check in files):
             splits: dict[str, list[Example]] = {}
-            checks += check_examples(config.data, splits)
+            checks += check_examples(config.data, splits, pose_of(config.data))
             answers = [answer for examples in splits.values() for example in examples for answer in example.answers]
             checks += check_answer_lengths(config.lvlm, config.prompt, answers)
             if all(splits.get(split) for split in ("train", "val")):
@@ -74,14 +74,15 @@ def _check_pools(config: Config, layout: Layout, splits: dict[str, Sequence[Exam
         features = None
         if layout.features.is_file():
             with contextlib.suppress(LeverError):  # told by the other checks
-                data = load_dataset(config.data)
+                data = load_data(config.data)
                 features = cached_features(data, config.features, layout.features)
         if features is None:
             found = f"drawn by features that are not in {layout.features} yet"
             yield Check("pools", "ok", f"{found}; `lever infer` tells how many hold a right answer")
             return
         train, val, embeddings = data.train_examples, data.val_examples, (features.val, features.train)
-    task, candidates = TASKS[config.data.task], Candidates(train, by_content=False)
+    task = task_of(VqaData(config.data.name, train, val, "", task=config.data.task, scale=config.data.scale))
+    candidates = Candidates(train, by_content=False)
     recalls = pool_recalls(config, val, train, task, embeddings, candidates)
     if recalls:
         yield Check("pools", "ok", recall_in_words(config, recalls))

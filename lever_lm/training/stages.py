@@ -5,12 +5,12 @@ from dataclasses import replace
 from functools import cached_property
 
 from lever_lm.config.schema import Config
-from lever_lm.data import VqaData, load_dataset
+from lever_lm.data import VqaData
 from lever_lm.data.embeddings import Features, compute_features
 from lever_lm.data.pools import check_sampler
 from lever_lm.lvlm import CachedLvlm, check_pixel_budget, load_lvlm
 from lever_lm.selectors.candidate_features import Labelled, candidate_columns, check_candidate_features
-from lever_lm.tasks import TASKS, check_task
+from lever_lm.tasks import check_task, load_data, task_of
 from lever_lm.training.losses import LOSSES
 from lever_lm.training.rollouts.propose import new_policy
 from lever_lm.training.rollouts.scores import check_reward_mode
@@ -38,7 +38,7 @@ class Stages:
         """The dataset; examples that were left out are counted aloud."""
         # The leader first: `datasets` makes a cache of its own from parquet files.
         with self.shards.leader_first():
-            data = load_dataset(self.config.data)
+            data = load_data(self.config.data)
         counts = f"{len(data.train_examples)} training and {len(data.val_examples)} evaluation examples"
         self.say(f"data: {data.name}, {counts}")
         if data.skipped:
@@ -55,7 +55,7 @@ class Stages:
             )
         if not names:
             return features
-        labelled = Labelled(data.train_examples, features.train, TASKS[data.task], self.track)
+        labelled = Labelled(data.train_examples, features.train, task_of(data), self.track)
         return replace(features, columns=candidate_columns(names, labelled))
 
     @cached_property

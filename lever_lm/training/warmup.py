@@ -23,7 +23,7 @@ from lever_lm.selectors.pointer.checkpoint import Policy
 from lever_lm.selectors.pointer.decoding import gather_rows
 from lever_lm.selectors.pointer.encoder import Noise
 from lever_lm.selectors.pointer.model import PointerSelector
-from lever_lm.tasks import TASKS
+from lever_lm.tasks import task_of
 from lever_lm.training.batches import Batch, GroupTensors
 from lever_lm.training.losses import epr_loss, match_loss, rce_loss
 from lever_lm.training.rewards import normalize_group
@@ -70,7 +70,7 @@ class MatchGroups:
 
     def __init__(self, config: Config, data: VqaData, features: Features):
         self.config, self.train, self.features = config, data.train_examples, features
-        task = TASKS[data.task]
+        task = task_of(data)
         self._score = cache(lambda answer, row: task.score(answer, self.train[row]))
         self._matrices = features.learnt_from(config.features)
 
@@ -141,11 +141,11 @@ _PAYS = 0.5  # share of queries with a match from which answer match is worth a 
 def match_hint(groups: GroupTensors, data: VqaData, most: int = 256) -> str:
     """Return the density of matches in the pools of logged groups, of the first `most` of them, and where answer match
     would pay the option."""
-    train, task = data.train_examples, TASKS[data.task]
+    train, task = data.train_examples, task_of(data)
     rows, pools = groups.rows[:most].tolist(), groups.pools[:most].tolist()
     real = groups.pool_mask[:most].tolist() if groups.pool_mask is not None else [[True] * len(pool) for pool in pools]
     counts = [
-        sum(task.score(train[icd].answer, train[row]) > 0 for icd, there in zip(pool, mask, strict=True) if there)
+        sum(task.fits(train[icd].answer, train[row]) for icd, there in zip(pool, mask, strict=True) if there)
         for row, pool, mask in zip(rows, pools, real, strict=True)
     ]
     told = density_line(counts)

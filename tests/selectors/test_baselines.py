@@ -12,6 +12,7 @@ from lever_lm.selectors import BASELINES, CONTRASTS, LEARNED, RIVALS, SELECTORS,
 from lever_lm.selectors.learned import choose
 from lever_lm.selectors.pointer.checkpoint import load_policy, save_torch, to_v2, v3_content
 from lever_lm.selectors.pointer.model import PointerSelector
+from lever_lm.tasks import TASKS
 from lever_lm.tasks.vqa_metrics import vqa_accuracy
 from lever_lm.training.rollouts.propose import new_policy
 from lever_lm.utils.errors import LeverError
@@ -23,7 +24,7 @@ def first_queries(config, digits, features, train=None, queries=None):
     """The problem of the first evaluation questions, over the training split or another one."""
     embeddings = (features.val.take(slice(QUERIES)), features.train)
     return problem_of(
-        config, (queries or digits.val_examples)[:QUERIES], train or digits.train_examples, "vqa", embeddings
+        config, (queries or digits.val_examples)[:QUERIES], train or digits.train_examples, TASKS["vqa"], embeddings
     )
 
 

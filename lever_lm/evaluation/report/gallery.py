@@ -13,7 +13,7 @@ import numpy as np
 from lever_lm.data import Example, Image, VqaData, open_image
 from lever_lm.evaluation.results import Sample, method_of, read_samples, samples_file
 from lever_lm.selectors import CONTRASTS, RANDOM, ZERO_SHOT
-from lever_lm.tasks import TASKS
+from lever_lm.tasks import task_of
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.terminal import shown
 
@@ -73,13 +73,13 @@ class Gallery:
     """What the page shows of the samples of an evaluation, over the data that was evaluated."""
 
     def __init__(self, found: Shown, data: VqaData):
-        self.found, self.data = found, data
+        self.found, self.data, self.task = found, data, task_of(data)
         self.train = {example.question_id: example for example in data.train_examples}
         self.val = {example.question_id: example for example in data.val_examples}
         self._picture = cache(image_data_url)
 
     def _fits(self, icd: Example, query: Example) -> bool:
-        return TASKS[self.data.task].score(icd.answer, query) > 0
+        return self.task.fits(icd.answer, query)
 
     def labels(self) -> list[dict]:
         """Return for each method, as shares of its queries: the `first` pick's own answer would be right, that of `any`
@@ -147,9 +147,11 @@ class Gallery:
         return examples[question_id]
 
 
-def image_data_url(image: Image, size: int) -> str:
-    """Return an image as the data URL of a JPEG, not larger than it is shown. Raises LeverError where it cannot be
+def image_data_url(image: Image | None, size: int) -> str:
+    """Return an image as the data URL of a JPEG, not larger than it is shown; "" of none. Raises LeverError where it cannot be
     read."""
+    if image is None:
+        return ""
     picture, file = open_image(image), BytesIO()
     picture.thumbnail((size, size))
     picture.save(file, "JPEG", quality=82)

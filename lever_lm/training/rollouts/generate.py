@@ -15,7 +15,7 @@ from lever_lm.config.schema import Config, RolloutConfig
 from lever_lm.data import Example, VqaData
 from lever_lm.data.embeddings import Features
 from lever_lm.lvlm import CachedLvlm, Prompt, build_prompt, cut_answer
-from lever_lm.tasks import TASKS, Task
+from lever_lm.tasks import Task, task_of
 from lever_lm.training.rollouts.file_format import (
     group_report,
     is_query,
@@ -95,7 +95,7 @@ def make_rollouts(
     if shards.from_leader(lambda: _is_up_to_date(path, here, say)):
         return shards.from_leader(lambda: group_report(path))
     before = lvlm.prompts
-    proposals, train, task = propose_groups(config, data, features, lvlm.track), data.train_examples, TASKS[data.task]
+    proposals, train, task = propose_groups(config, data, features, lvlm.track), data.train_examples, task_of(data)
     if config.rollout.infoscore:
         add_infoscore(proposals, config, train, lvlm)
     answers = _answer_groups(proposals, config, train, task, lvlm, say)
@@ -129,7 +129,7 @@ def online_rewards(
     """Return the function that answers the rollouts of a policy while it learns: sequences (n, G, S) of pool positions,
     −1 where one is shorter, for the queries `rows` (n,) with `pools` (n, K) of training rows → rewards (n, G), by
     reward.mode."""
-    train, task = data.train_examples, TASKS[data.task]
+    train, task = data.train_examples, task_of(data)
 
     def rewards(sequences: Tensor) -> Tensor:
         prompts = [

@@ -11,6 +11,7 @@ import numpy as np
 
 from lever_lm.config.schema import Config
 from lever_lm.data import Example
+from lever_lm.data.pools import seed_of
 from lever_lm.lvlm import CachedLvlm, build_prompt
 from lever_lm.training.rollouts.propose import Proposals, identity
 
@@ -51,7 +52,7 @@ def add_infoscore(proposals: Proposals, config: Config, train: Sequence[Example]
     tried = []
     for query, pool in zip(proposals.queries, proposals.pools, strict=True):
         count = min(rollout.infoscore_candidates or len(pool), len(pool))
-        rng = np.random.default_rng([config.seed, 3, query.question_id])
+        rng = np.random.default_rng([config.seed, 3, seed_of(query)])
         tried.append(rng.permutation(len(pool))[:count].tolist())
     for start in range(0, len(tried), _CHUNK):
 
