@@ -33,8 +33,8 @@ _SPLITS = {"train": "training", "val": "evaluation"}
 
 @dataclass(frozen=True)
 class Embeddings:
-    """One split: image (N, D), zero where there is none, and text (N, D); answer (N, D), that of the shown answers, where
-    it is asked for."""
+    """One split: image (N, D), zero where there is none, and text (N, D); answer (N, D), that of the shown answers,
+    where it is asked for."""
 
     image: Tensor
     text: Tensor

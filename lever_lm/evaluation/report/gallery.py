@@ -148,8 +148,8 @@ class Gallery:
 
 
 def image_data_url(image: Image | None, size: int) -> str:
-    """Return an image as the data URL of a JPEG, not larger than it is shown; "" of none. Raises LeverError where it cannot be
-    read."""
+    """Return an image as the data URL of a JPEG, not larger than it is shown; "" of none. Raises LeverError where it
+    cannot be read."""
     if image is None:
         return ""
     picture, file = open_image(image), BytesIO()
