@@ -111,7 +111,8 @@ def train(
     refuse_resuming(common, pipeline)
     pipeline.detect_anomaly, pipeline.tracker = detect_anomaly, tracker
     # A dataset that nothing names is the embedded one.
-    named = common.dataset is not None or pipeline.config.data.okvqa_path != DataConfig.okvqa_path
+    data = pipeline.config.data
+    named = common.dataset is not None or bool(data.file) or data.okvqa_path != DataConfig.okvqa_path
     emit(common, pipeline.train(**own, overwrite=common.overwrite, dataset_named=named))
 
 
