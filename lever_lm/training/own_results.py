@@ -14,7 +14,7 @@ from lever_lm.utils.paths import HUB_PREFIX
 from lever_lm.utils.safe_parse import read_object
 
 SOURCE = "source.json"
-TABLES = (".jsonl", ".csv", ".tsv", ".parquet")
+TABLES = (".jsonl", ".csv", ".tsv", ".parquet", ".json")
 _LIMIT = 1 << 16  # bytes of source.json: a path
 _LONGEST = 80  # bytes of a name, so that a digest has room behind it
 
@@ -52,14 +52,21 @@ def keep_source(folder: Path, file: str) -> None:
 
 
 def _stem(file: str) -> str:
-    """Return the name of a table, of a folder or of a repository without its ending, fit to be a folder's name."""
-    path = Path(identity(file).removeprefix(HUB_PREFIX))
-    if path.suffix.lower() not in TABLES and not file.startswith(HUB_PREFIX):
-        typed = Path(file)  # a link may lead to a file without an ending, as in the hub's cache
-        path = typed if typed.suffix.lower() in TABLES else path
-    name = path.stem if path.suffix.lower() in TABLES and not os.path.isdir(path) else path.name
+    """Return the name of a table without its ending, of a folder, or of a repository of the hub, fit to be a folder's
+    name."""
+    if file.startswith(HUB_PREFIX):
+        name = [*file.removeprefix(HUB_PREFIX).split("/"), ""][1]  # of OWNER/NAME, or of OWNER/NAME/PART
+    else:
+        # A link may lead to a file without an ending, as in the hub's cache.
+        path = next((one for one in (Path(identity(file)), Path(file)) if _ending(one)), Path(identity(file)))
+        name = path.stem if _ending(path) else path.name
     plain = re.sub(r"[^\w.-]+", "_", os.fsencode(name).decode("utf-8", "replace")).lstrip("._-")
     return plain.encode()[:_LONGEST].decode("utf-8", "ignore") or "data"
+
+
+def _ending(path: Path) -> bool:
+    """Return whether a path has the ending of a table, and is no folder."""
+    return path.suffix.lower() in TABLES and not os.path.isdir(path)
 
 
 def _shipped() -> set[str]:
