@@ -1,4 +1,4 @@
-"""How `lever doctor` shows a table of the user's own: what was read, by which columns and as which task, what is odd."""
+"""How `lever doctor` shows a table of the user's own: what was read, by which columns, as which task, what is odd."""
 
 from dataclasses import asdict, dataclass, field
 
