@@ -81,7 +81,7 @@ def _check_pools(config: Config, layout: Layout, splits: dict[str, Sequence[Exam
             yield Check("pools", "ok", f"{found}; `lever infer` tells how many hold a right answer")
             return
         train, val, embeddings = data.train_examples, data.val_examples, (features.val, features.train)
-    task = task_of(VqaData(config.data.name, train, val, "", task=config.data.task, scale=config.data.scale))
+    task = task_of(VqaData(config.data.name, train, val, "", task=config.data.task, settings=config.data))
     candidates = Candidates(train, by_content=False)
     recalls = pool_recalls(config, val, train, task, embeddings, candidates)
     if recalls:
