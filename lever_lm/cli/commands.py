@@ -111,7 +111,8 @@ def train(
     refuse_resuming(common, pipeline)
     pipeline.detect_anomaly, pipeline.tracker = detect_anomaly, tracker
     # A dataset that nothing names is the embedded one.
-    named = common.dataset is not None or pipeline.config.data.okvqa_path != DataConfig.okvqa_path
+    data = pipeline.config.data
+    named = common.dataset is not None or bool(data.file) or data.okvqa_path != DataConfig.okvqa_path
     emit(common, pipeline.train(**own, overwrite=common.overwrite, dataset_named=named))
 
 
@@ -332,15 +333,19 @@ def export(
 @command(app, "doctor")
 def doctor(common: Common) -> None:
     """What is missing for a config, before any model is loaded: files, counts, models, GPU, disk; and what mends it."""
-    from lever_lm.training.preflight import examine
+    from lever_lm.cli.table_view import look_at
+    from lever_lm.training.preflight import ALL, examine
 
     pipeline = (pipeline_of_run if common.run_name else make_pipeline)(common)
     plan_only(common, pipeline)
-    checks = examine(pipeline.config, pipeline.layout, count=True)
+    table = look_at(pipeline.config.data)
+    # What cannot be read is told once, and not by the stages as well.
+    needs = [stage for stage in ALL if stage != "data" or not table.missing]
+    checks = [*table.missing, *examine(pipeline.config, pipeline.layout, needs, count=True)]
     missing = sum(check.status == "missing" for check in checks)
-    for check in checks:
-        pipeline.screen.result(check.line())
-    emit(common, {"ok": not missing, "checks": [vars(check) for check in checks]})
+    for line in (*table.lines, *(check.line() for check in checks)):
+        pipeline.screen.result(line)
+    emit(common, {"ok": not missing, **table.json, "checks": [vars(check) for check in checks]})
     if missing:
         raise LeverError(f"{missing} missing: the lines above say what mends {'them' if missing > 1 else 'it'}")
     pipeline.screen.result("nothing is missing")

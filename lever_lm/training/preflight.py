@@ -90,7 +90,7 @@ def _check_pools(config: Config, layout: Layout, splits: dict[str, Sequence[Exam
 
 def _models_of_digits(config: Config) -> Iterator[Check]:
     """Warn of each shipped model that is to look at other data: these models know the digits alone."""
-    if config.data.okvqa_path.startswith(ASSET_PREFIX):
+    if config.data.okvqa_path.startswith(ASSET_PREFIX) and not config.data.file:
         return
     for key, path, other in (
         ("features.encoder", config.features.encoder, "--set features.encoder=openai/clip-vit-large-patch14"),
