@@ -58,7 +58,8 @@ def examine(
         if files and all(check.status == "ok" for check in files):
             splits: dict[str, list[Example]] = {}
             checks += check_examples(config.data, splits, pose_of(config.data))
-            answers = [answer for examples in splits.values() for example in examples for answer in example.answers]
+            written = (e.answers if not e.shown else (e.shown,) for examples in splits.values() for e in examples)
+            answers = [answer for texts in written for answer in texts]
             checks += check_answer_lengths(config.lvlm, config.prompt, answers)
             if all(splits.get(split) for split in ("train", "val")):
                 checks += _check_pools(config, layout, splits)
