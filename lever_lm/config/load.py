@@ -94,8 +94,8 @@ def environment_values(
 def _paths_of_others(values: dict, environ) -> tuple[str, ...]:
     """Return the variables that name folders of other datasets than this one, or of any where it is a table."""
     data = _section(values, "data")
-    if data.get("file"):
-        return _PLACES
+    if data.get("file") or data.get("val_file"):  # images named by path may be COCO's
+        return ("OKVQA_PATH", "VQAV2_PATH")
     if str(data.get("okvqa_path", DataConfig.okvqa_path)).startswith((ASSET_PREFIX, HUB_PREFIX)):
         return _PLACES
     if data.get("file_prefix", DataConfig.file_prefix) != "v2_":

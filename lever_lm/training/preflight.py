@@ -27,7 +27,7 @@ _DOWNLOAD = {  # GiB
     "Qwen/Qwen2.5-VL-3B-Instruct": 7.0,
     "Qwen/Qwen2.5-VL-7B-Instruct": 15.5,
     "openai/clip-vit-large-patch14": 1.6,
-    "lmms-lab/OK-VQA": 0.8,
+    "lmms-lab-encoder/OK-VQA": 0.8,
     "Multimodal-Fatima/OK-VQA_train": 1.5,
 }
 
