@@ -205,9 +205,10 @@ def infer(
     rivals = {"against": names, "named": "all" not in against.split(",")} if against else {}
     result = evaluation.infer(pipeline, numbers, ckpt=ckpt, icds=icds, baselines=baselines, **rivals)
     if against:
-        show_arena(pipeline.screen, result["arena"])
+        show_arena(pipeline.screen, result["arena"], result["score"])
     else:
-        show_results(pipeline.screen, result["results"], result["tests"], stemmed=result["okvqa_stem"])
+        told = {"stemmed": result["okvqa_stem"], "score": result["score"]}
+        show_results(pipeline.screen, result["results"], result["tests"], **told)
     emit(common, result)
 
 
@@ -374,7 +375,7 @@ def report(
 
     result = make_report(pipeline, others, output, png)
     if result.get("seeds"):
-        show_seeds(pipeline.screen, result["seeds"])
+        show_seeds(pipeline.screen, result["seeds"], result["score"])
     pipeline.screen.result(f"report: {result['report']}")
     for figure in result.get("figures", ()):
         pipeline.screen.result(f"figure: {figure}")

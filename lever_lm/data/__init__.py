@@ -1,4 +1,4 @@
-"""Data: examples read from the official VQA files and from parquet copies."""
+"""Data: examples read from the official VQA files, from parquet copies, and from tables of the user's own."""
 
 import os
 
@@ -18,6 +18,7 @@ from lever_lm.data.okvqa import SPLITS, load_official, questions_file
 from lever_lm.data.parquet import load_parquet
 from lever_lm.data.rows import BadExamples, Pose, as_it_is
 from lever_lm.data.split_files import parquet_files
+from lever_lm.data.table import is_table, load_tables
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.fingerprint import fingerprint
 from lever_lm.utils.paths import HUB_PREFIX, asset_path
@@ -31,6 +32,7 @@ __all__ = [
     "image_size",
     "in_both",
     "in_parquet",
+    "is_table",
     "load_dataset",
     "load_split",
     "open_image",
@@ -40,11 +42,16 @@ __all__ = [
 
 def source_of(config: DataConfig, split: str) -> str:
     """Return where the config says that a split (`train`, `val`) is."""
+    if is_table(config):
+        return (split == "val" and config.val_file) or config.file
     return (split == "train" and config.train_path) or config.okvqa_path
 
 
 def in_parquet(config: DataConfig, split: str) -> bool:
-    """Return whether a split comes from parquet files: a hub id, or a folder that holds such and no official files."""
+    """Return whether a split comes from parquet files: a hub id, or a folder that holds such and no official files. One
+    that comes from a table does not."""
+    if is_table(config):
+        return False
     source = source_of(config, split)
     if source.startswith(HUB_PREFIX):
         return True
@@ -55,6 +62,9 @@ def in_parquet(config: DataConfig, split: str) -> bool:
 def load_split(config: DataConfig, split: str, bad: BadExamples, pose: Pose = as_it_is) -> tuple[list[Example], str]:
     """Load the examples of a split (`train`, `val`), and its fingerprint; images are not opened. Examples that cannot
     be used go to `bad`. Raises LeverError with file, id and what was expected."""
+    if is_table(config):
+        of_others = {name: BadExamples(skip=True) for name in SPLITS if name != split}
+        return load_tables(config, {split: bad, **of_others}, pose)[split]
     load = load_parquet if in_parquet(config, split) else load_official
     return load(source_of(config, split), config, split, bad, pose)
 
@@ -69,8 +79,9 @@ def load_dataset(config: DataConfig, pose: Pose = as_it_is) -> VqaData:
     image_digest.cache_clear()  # what was read before may have changed
     bad = BadExamples(config.skip_bad_examples)
     splits, stamps, digests = {}, {}, {}
+    tables = load_tables(config, dict.fromkeys(SPLITS, bad), pose) if is_table(config) else {}
     for split in SPLITS:
-        splits[split], stamps[split] = load_split(config, split, bad, pose)
+        splits[split], stamps[split] = tables.get(split) or load_split(config, split, bad, pose)
         if bad.skip:
             splits[split] = _decodable(splits[split], bad)
         digests[split] = _digests(splits[split])
@@ -88,9 +99,7 @@ def load_dataset(config: DataConfig, pose: Pose = as_it_is) -> VqaData:
     # Named where it is not the first task: fingerprints of data sets from before there were others stay as they are.
     of_task = [] if config.task == "vqa" else [config.task]
     whole = fingerprint(*stamps.values(), *of_task)
-    return VqaData(
-        config.name, train, val, whole, tuple(bad.problems), tuple(stamps.values()), config.task, config.scale
-    )
+    return VqaData(config.name, train, val, whole, tuple(bad.problems), tuple(stamps.values()), config.task, config)
 
 
 def in_both(config: DataConfig, train: list[Example], val: list[Example]) -> dict[int, str]:
@@ -104,7 +113,7 @@ def in_both(config: DataConfig, train: list[Example], val: list[Example]) -> dic
         row: (
             f"{source_of(config, 'train')}: {len(found)} of {len(train)} training questions are in the evaluation "
             f"split, too ({source_of(config, 'val')}): question {train[row].question_id} is question "
-            f"{example.question_id} there, about the same image"
+            f"{example.question_id} there, {'about the same image' if example.image else 'both without an image'}"
         )
         for row, example in found.items()
     }

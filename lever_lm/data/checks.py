@@ -1,24 +1,50 @@
 """Checks of a dataset before it is used: its files, how many examples it has, and how many of them cannot be used."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from lever_lm.config.schema import DataConfig
-from lever_lm.data import in_both, in_parquet, load_split, source_of
+from lever_lm.data import in_both, in_parquet, is_table, load_split, source_of
 from lever_lm.data.example import Example
 from lever_lm.data.okvqa import OFFICIAL_SIZES, SPLITS, annotations_file, images_folder, questions_file
+from lever_lm.data.parquet_files import in_datasets_cache
 from lever_lm.data.rows import BadExamples, Pose, as_it_is
 from lever_lm.data.split_files import files_of
+from lever_lm.data.table.files import find_files, hub_address
 from lever_lm.utils.checks import Check, check_file
 from lever_lm.utils.errors import LeverError
-from lever_lm.utils.hub import cached_snapshot
+from lever_lm.utils.hub import addresses, cached_dataset
 from lever_lm.utils.paths import HUB_PREFIX, asset_path
 
 
 def check_files(config: DataConfig) -> Iterator[Check]:
     """Check that the files and folders of both splits are there."""
+    if is_table(config):
+        yield from _tables(config)
+        return
     for split in SPLITS:
         yield from _parquet_files(config, split) if in_parquet(config, split) else _official_files(config, split)
+
+
+def _tables(config: DataConfig) -> Iterator[Check]:
+    named = {"train data": (config.file, "--data, data.file"), "val data": (config.val_file, "--val, data.val_file")}
+    for what, (source, option) in named.items():
+        if not source and what == "val data":
+            yield Check(what, "ok", f"a part of {config.file}")
+        elif not source:
+            yield Check(what, "missing", f"{config.val_file} is an evaluation split alone", "--data FILE, data.file")
+        else:
+            yield _table(what, source, option)
+
+
+def _table(what: str, source: str, option: str) -> Check:
+    try:
+        _, files = find_files(source, option)
+        if files:
+            return Check(what, "ok", f"{len(files)} files of {source}" if len(files) > 1 else source)
+        return _in_cache(what, hub_address(source)[0], f"or another table: {option}")
+    except LeverError as error:
+        found, _, mend = str(error).partition("; ")
+        return Check(what, "missing", found, mend)
 
 
 def _parquet_files(config: DataConfig, split: str) -> Iterator[Check]:
@@ -35,16 +61,19 @@ def _parquet_files(config: DataConfig, split: str) -> Iterator[Check]:
 
 
 def _hub_dataset(repository: str, split: str) -> Check:
-    snapshot = cached_snapshot(repository, "dataset")
+    snapshot = cached_dataset(repository)
     if snapshot and files_of(snapshot, split):
         return Check(f"{split} data", "ok", f"{repository} in the hub's cache")
-    import datasets
+    mend = "or a folder of its parquet files: --dataset okvqa_local with OKVQA_PATH"
+    return _in_cache(f"{split} data", repository, mend)
 
-    if any(Path(datasets.config.HF_DATASETS_CACHE).glob(f"{repository.replace('/', '___').lower()}*")):
-        return Check(f"{split} data", "ok", f"{repository} in the cache of `datasets`")
-    fetch = f"hf download --repo-type dataset {repository}"
-    mend = f"{fetch}, or a folder of its parquet files: --dataset okvqa_local with OKVQA_PATH"
-    return Check(f"{split} data", "missing", f"{repository} is not in the hub's cache", mend, fetched=True)
+
+def _in_cache(what: str, repository: str, mend: str) -> Check:
+    """Check that `datasets` has prepared a data set that is not in the hub's cache."""
+    if any(map(in_datasets_cache, addresses(repository))):
+        return Check(what, "ok", f"{repository} in the cache of `datasets`")
+    fetch = f"hf download --repo-type dataset {repository}, {mend}"
+    return Check(what, "missing", f"{repository} is not in the hub's cache", fetch, fetched=True)
 
 
 def _official_files(config: DataConfig, split: str) -> Iterator[Check]:

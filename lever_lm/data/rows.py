@@ -61,14 +61,19 @@ def example_of(row: dict, image: Image) -> Example:
     if question_id is None:
         raise Unusable(f"question_id {_AN_ID}")
     answers, raw_answers = _answers(row)
-    if problem := _problem_of(row["question"], answers, raw_answers):
+    if problem := problem_of(row["question"], answers, raw_answers):
         raise Unusable(problem)
-    number = int(image_digest(image)[:15], 16) if image_id is None else whole_id(image_id)
+    number = id_of_content(image_digest(image)) if image_id is None else whole_id(image_id)
     if number is None:
         raise Unusable(f"image_id {_AN_ID}, found {shown(image_id)}")
     # Equal texts are kept once in memory.
     answers, raw_answers = (tuple(map(sys.intern, texts)) for texts in (answers, raw_answers))
     return Example(question_id, number, row["question"], answers, raw_answers, image)
+
+
+def id_of_content(digest: str) -> int:
+    """Return the id of an image that has none of its own, by the digest of its content."""
+    return int(digest[:15], 16)
 
 
 def _answers(row: dict) -> tuple:
@@ -83,7 +88,8 @@ def _answers(row: dict) -> tuple:
     return answers, raw_answers or [a if raw is None else raw for raw, a in zip(typed, answers, strict=True)]
 
 
-def _problem_of(question, answers, raw_answers) -> str | None:
+def problem_of(question, answers, raw_answers) -> str | None:
+    """Return what is wrong with the texts of an example, for a message; None if nothing is."""
     if not isinstance(question, str) or not question.strip():
         return f"it has no text, found {shown(question)}"
     for name, texts in (("answers", answers), ("raw_answers", raw_answers)):

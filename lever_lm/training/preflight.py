@@ -27,7 +27,7 @@ _DOWNLOAD = {  # GiB
     "Qwen/Qwen2.5-VL-3B-Instruct": 7.0,
     "Qwen/Qwen2.5-VL-7B-Instruct": 15.5,
     "openai/clip-vit-large-patch14": 1.6,
-    "lmms-lab/OK-VQA": 0.8,
+    "lmms-lab-encoder/OK-VQA": 0.8,
     "Multimodal-Fatima/OK-VQA_train": 1.5,
 }
 
@@ -58,7 +58,8 @@ def examine(
         if files and all(check.status == "ok" for check in files):
             splits: dict[str, list[Example]] = {}
             checks += check_examples(config.data, splits, pose_of(config.data))
-            answers = [answer for examples in splits.values() for example in examples for answer in example.answers]
+            written = (e.answers if not e.shown else (e.shown,) for examples in splits.values() for e in examples)
+            answers = [answer for texts in written for answer in texts]
             checks += check_answer_lengths(config.lvlm, config.prompt, answers)
             if all(splits.get(split) for split in ("train", "val")):
                 checks += _check_pools(config, layout, splits)
@@ -81,7 +82,7 @@ def _check_pools(config: Config, layout: Layout, splits: dict[str, Sequence[Exam
             yield Check("pools", "ok", f"{found}; `lever infer` tells how many hold a right answer")
             return
         train, val, embeddings = data.train_examples, data.val_examples, (features.val, features.train)
-    task = task_of(VqaData(config.data.name, train, val, "", task=config.data.task, scale=config.data.scale))
+    task = task_of(VqaData(config.data.name, train, val, "", task=config.data.task, settings=config.data))
     candidates = Candidates(train, by_content=False)
     recalls = pool_recalls(config, val, train, task, embeddings, candidates)
     if recalls:

@@ -26,6 +26,8 @@ _NAMED = 20  # shards of an index that are missing, named at most
 # What makes a snapshot complete here. It may lack other files of its repository, and the hub's client refuses it then.
 _NEEDED = {"model": _MODEL_FILES, "dataset": ("*.parquet",)}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+# Owner of data sets → who had them before, under the same names: a copy that was fetched then is as good.
+_MOVED = {"lmms-lab-encoder": "lmms-lab"}
 
 
 def is_hub_id(path: str) -> bool:
@@ -44,6 +46,18 @@ def cached_snapshot(repository: str, kind: str, needed: Sequence[str] | None = N
         return Path(huggingface_hub.snapshot_download(repository, repo_type=kind, **options))
     except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError):
         return None
+
+
+def addresses(repository: str) -> list[str]:
+    """Return the address of a data set, and the one that it had before it was moved."""
+    owner, _, name = repository.partition("/")
+    return [repository, *(f"{before}/{name}" for now, before in _MOVED.items() if now == owner)]
+
+
+def cached_dataset(repository: str, needed: Sequence[str] | None = None) -> Path | None:
+    """Return the folder of a data set in the hub's cache, as `cached_snapshot` does, by any of its addresses."""
+    found = (cached_snapshot(address, "dataset", needed) for address in addresses(repository))
+    return next((folder for folder in found if folder is not None), None)
 
 
 def model_folder(path: str) -> Path | None:

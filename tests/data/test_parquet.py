@@ -51,7 +51,7 @@ from lever_lm.utils.paths import asset_path
 
 CLIP, QWEN = "openai/clip-vit-large-patch14", "Qwen/Qwen2.5-VL-3B-Instruct"
 TINY_CLIP, TINY_QWEN = asset_path("asset:tiny-clip"), asset_path("asset:tiny-qwen2.5-vl")
-TRAIN_HUB, VAL_HUB = "Multimodal-Fatima/OK-VQA_train", "lmms-lab/OK-VQA"
+TRAIN_HUB, VAL_HUB = "Multimodal-Fatima/OK-VQA_train", "lmms-lab-encoder/OK-VQA"
 ROLLOUT = ("rollout", "--dataset", "okvqa_local", "--set", "features.encoder=asset:tiny-clip", "--limit", "4")
 TRAIN_QUESTIONS, TRAIN_ANNOTATIONS = QUESTIONS.format("train2014"), ANNOTATIONS.format("train2014")
 
