@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import yaml
+from helpers import files_in, run_here
 
 from lever_lm.config.load import Layer, layers
 from lever_lm.config.schema import Config, to_dict
@@ -260,6 +262,9 @@ def test_another_lvlm_answers_the_task_of_the_run():
     found = on_run(run, lvlm="qwen3_vl_2B")
     assert (found["lvlm"]["path"], found["lvlm"]["max_new_tokens"]) == ("Qwen/Qwen3-VL-2B-Instruct", 30)
     assert on_run(run_config(), lvlm="qwen3_vl_2B")["lvlm"]["max_new_tokens"] == 5
+    assert on_run(run, lvlm="qwen2.5_vl_3B_classic")["prompt"]["template"] == "{question} Caption: {answer}"
+    run = run_config("lvlm.max_new_tokens=17", task="caption", lvlm="qwen3_vl_2B")
+    assert on_run(run, lvlm="qwen3_vl_2B") == run
 
 
 def test_a_dataset_takes_the_place_of_the_table_of_a_run():
@@ -336,3 +341,121 @@ def test_a_run_of_a_table_is_trained_by_the_default_warm_up_and_its_rollouts_are
     plan = lever("train", "--data", "a.csv", "--dry-run", "--json")
     assert (plan.status, plan.json["config"]["warmup"]) == (0, "rce")
     assert [stage["name"] for stage in plan.json["stages"]] == ["features", "rollouts", "rce", "grpo"]
+
+
+# ---------------------------------------------------------------------- the whole way
+
+SMALL = ("--rce-epochs", "1", "--grpo-epochs", "2")
+QUESTION = "How do you say this number in Spanish?"
+
+
+def write_table(folder, examples) -> None:
+    """photos/ and labels.csv."""
+    (folder / "photos").mkdir(parents=True)
+    rows = ["image,question,answer"]
+    for number, example in enumerate(examples):
+        shutil.copy(example.image, folder / f"photos/{number}.jpg")
+        rows.append(f"photos/{number}.jpg,{QUESTION},{example.answer}")
+    (folder / "labels.csv").write_text("\n".join(rows))
+
+
+@pytest.fixture(scope="module")
+def own_once(tmp_path_factory, digits):
+    """A folder with photos/ and labels.csv, 60 rows of the digits; another one of that name; a run on the first."""
+    folder = tmp_path_factory.mktemp("own")
+    examples = [example for example in digits.train_examples if example.question == QUESTION]
+    write_table(folder, examples[:60])
+    write_table(folder / "other", examples[60:80])
+    done = run_here("train", "--data", "labels.csv", *SMALL, "--json", cwd=folder)
+    assert done.status == 0, done.err
+    (folder / "said.txt").write_text(done.err)
+    return folder
+
+
+@pytest.fixture
+def own(own_once, tmp_path):
+    """A copy of it, with the run's results where they were made for the copy."""
+    shutil.copytree(own_once, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "results/labels" / SOURCE).write_text(json.dumps({"file": str(tmp_path / "labels.csv")}))
+    return tmp_path
+
+
+def well(folder, *words) -> dict:
+    done = run_here(*words, "--json", cwd=folder)
+    assert done.status == 0, done.err
+    return done.json
+
+
+def test_training_on_a_table_says_its_task_and_keeps_whose_results_these_are(own_once):
+    assert "task: short_answer (--task names another)\n" in (own_once / "said.txt").read_text()
+    assert source_of(own_once / "results/labels") == str((own_once / "labels.csv").resolve())
+    assert [path.name for path in (own_once / "results").iterdir()] == ["labels"]
+    (config,) = own_once.glob("results/labels/model_cpk/*/config.yaml")
+    data = yaml.safe_load(config.read_text())["data"]
+    assert (data["file"], data["name"], data["task"]) == ("labels.csv", "labels", "short_answer")
+
+
+def test_a_run_on_a_table_is_used_by_every_command(own):
+    (name,) = (path.name for path in own.glob("results/labels/model_cpk/*"))
+    by_data = well(own, "infer", "--data", "./labels.csv", "--shots", "1,2")
+    assert {(row["shots"], row["n"]) for row in by_data["results"]} == {(1, 12), (2, 12)}
+    assert 0 < by_data["results"][-1]["accuracy"] <= 1
+    by_name = well(own, "infer", "--run-name", name, "--shots", "1,2")
+    assert by_name["results"] == by_data["results"]
+    assert well(own, "report", "--data", "labels.csv")["report"].startswith("results/labels/")
+    assert len(well(own, "pick", "--data", "labels.csv", "--shots", "2")["icds"]) == 2
+    assert well(own, "status", "--data", "labels.csv")["phases"]
+    assert [path.name for path in (own / "results").iterdir()] == ["labels"]
+
+
+def test_a_second_file_of_the_name_has_results_of_its_own(own):
+    plan = well(own, "rollout", "--data", "other/labels.csv", "--dry-run")
+    assert sorted(path.name for path in (own / "results").iterdir()) == ["labels"]
+    well(own, "rollout", "--data", "other/labels.csv", "--limit", "8")
+    other = plan["config"]["data"]["name"]
+    assert sorted(path.name for path in (own / "results").iterdir()) == ["labels", other]
+    assert other.startswith("labels-")
+    assert source_of(own / "results" / other) == str(own / "other/labels.csv")
+
+
+def test_a_look_at_a_table_writes_nothing(own):
+    shutil.rmtree(own / "results")
+    before = files_in(own)
+    found = well(own, "doctor", "--data", "labels.csv")
+    assert found["data"]["files"] == ["labels.csv"]
+    assert found["data"]["rows"] == 60
+    assert found["data"]["columns"] == {"image": "image", "question": "question", "answer": "answer"}
+    assert (found["data"]["task"], len(found["data"]["first"]), found["data"]["odd"]) == ("short_answer", 5, [])
+    said = run_here("doctor", "--data", "labels.csv", cwd=own).out.splitlines()
+    assert "   data  labels.csv, 60 rows" in said
+    assert "columns  image: image, question: question, answer: answer" in said
+    assert "   task  short_answer: its answers are a few words, of fewer than ten people" in said
+    assert len([line for line in said if line.startswith("  row ")]) == 5
+    said = run_here("doctor", "--data", "labels.csv", "--task", "number", cwd=own).out
+    assert "number, but its answers are a few words, of fewer than ten people: --task short_answer\n" in said
+    well(own, "train", "--data", "labels.csv", "--dry-run")
+    assert files_in(own) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("nowhere.csv", None, ("nowhere.csv is not there", "--data")),
+        ("empty.csv", "", ("empty.csv", "columns")),
+        ("wrong.csv", "a,b\n1,2\n", ("wrong.csv", "a, b")),
+        ("notes.txt", "x", ("notes.txt", "'.txt'", "--data")),
+    ],
+)
+def test_a_table_that_cannot_be_read_is_one_missing_line_with_its_mend(lever, tmp_path, name, content, told):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    done = lever("doctor", "--data", name)
+    assert done.status == 1
+    missing = [line for line in done.out.splitlines() if line.startswith("missing")]
+    assert len(missing) == 1, done.out
+    assert " → " in missing[0]
+    assert all(word in missing[0] for word in told), missing
+    trained = lever("train", "--data", name, "--json")
+    assert (trained.status, trained.out) == (1, "")
+    assert "Traceback" not in trained.err
+    assert not (tmp_path / "results").exists()
