@@ -64,7 +64,9 @@ def results(evaluation, tmp_path):
 
 
 def write(evaluation, folder, other: str) -> dict:
-    outcomes = [Outcome(name, 1, ["two"] * 3, *[[0.0, 0.3, 1.0]] * 3) for name in (other, "grpo")]
+    scores = [0.0, 0.3, 1.0]
+    others = dict.fromkeys(("raw_accuracy", "normalized_accuracy"), scores)
+    outcomes = [Outcome(name, 1, ["two"] * 3, scores, others) for name in (other, "grpo")]
     choices = {outcome.method: [[0], [1], [2]] for outcome in outcomes}
     test = {"method": "grpo", "against": other, "shots": 1, "difference": 0.1, "low": 0.0, "high": 0.2, "p": 0.5}
     facts = {"setting": "s", "checkpoint": "c", "tests": [test]}

@@ -17,8 +17,10 @@ LEVEL = {name: level for level, name in enumerate(PACKAGES)}
 FACES = ["errors", "policy", "losses", "rewards", "rollouts", "metrics", "checkpoint"]
 FACES += ["settings", "console", "pipeline", "evaluating"]
 # What pure modules may use of the standard library and beyond: no files, no processes, no clocks.
-PURE = ["tasks.vqa_metrics", "tasks.answer_stems", "selectors.pointer.variants", "selectors.pointer.encoder"]
+PURE = ["tasks.vqa_metrics", "tasks.answer_stems", "tasks.cider"]
 PURE += [
+    "selectors.pointer.variants",
+    "selectors.pointer.encoder",
     "selectors.pointer.decoding",
     "selectors.pointer.model",
     "training.losses",

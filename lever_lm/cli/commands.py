@@ -111,7 +111,8 @@ def train(
     refuse_resuming(common, pipeline)
     pipeline.detect_anomaly, pipeline.tracker = detect_anomaly, tracker
     # A dataset that nothing names is the embedded one.
-    named = common.dataset is not None or pipeline.config.data.okvqa_path != DataConfig.okvqa_path
+    data = pipeline.config.data
+    named = common.dataset is not None or bool(data.file) or data.okvqa_path != DataConfig.okvqa_path
     emit(common, pipeline.train(**own, overwrite=common.overwrite, dataset_named=named))
 
 
@@ -204,9 +205,10 @@ def infer(
     rivals = {"against": names, "named": "all" not in against.split(",")} if against else {}
     result = evaluation.infer(pipeline, numbers, ckpt=ckpt, icds=icds, baselines=baselines, **rivals)
     if against:
-        show_arena(pipeline.screen, result["arena"])
+        show_arena(pipeline.screen, result["arena"], result["score"])
     else:
-        show_results(pipeline.screen, result["results"], result["tests"], stemmed=result["okvqa_stem"])
+        told = {"stemmed": result["okvqa_stem"], "score": result["score"]}
+        show_results(pipeline.screen, result["results"], result["tests"], **told)
     emit(common, result)
 
 
@@ -331,15 +333,19 @@ def export(
 @command(app, "doctor")
 def doctor(common: Common) -> None:
     """What is missing for a config, before any model is loaded: files, counts, models, GPU, disk; and what mends it."""
-    from lever_lm.training.preflight import examine
+    from lever_lm.cli.table_view import look_at
+    from lever_lm.training.preflight import ALL, examine
 
     pipeline = (pipeline_of_run if common.run_name else make_pipeline)(common)
     plan_only(common, pipeline)
-    checks = examine(pipeline.config, pipeline.layout, count=True)
+    table = look_at(pipeline.config.data)
+    # What cannot be read is told once, and not by the stages as well.
+    needs = [stage for stage in ALL if stage != "data" or not table.missing]
+    checks = [*table.missing, *examine(pipeline.config, pipeline.layout, needs, count=True)]
     missing = sum(check.status == "missing" for check in checks)
-    for check in checks:
-        pipeline.screen.result(check.line())
-    emit(common, {"ok": not missing, "checks": [vars(check) for check in checks]})
+    for line in (*table.lines, *(check.line() for check in checks)):
+        pipeline.screen.result(line)
+    emit(common, {"ok": not missing, **table.json, "checks": [vars(check) for check in checks]})
     if missing:
         raise LeverError(f"{missing} missing: the lines above say what mends {'them' if missing > 1 else 'it'}")
     pipeline.screen.result("nothing is missing")
@@ -369,7 +375,7 @@ def report(
 
     result = make_report(pipeline, others, output, png)
     if result.get("seeds"):
-        show_seeds(pipeline.screen, result["seeds"])
+        show_seeds(pipeline.screen, result["seeds"], result["score"])
     pipeline.screen.result(f"report: {result['report']}")
     for figure in result.get("figures", ()):
         pipeline.screen.result(f"figure: {figure}")

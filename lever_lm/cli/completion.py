@@ -13,6 +13,7 @@ import typer
 from lever_lm.config.schema import all_keys, key_docs
 from lever_lm.config.values import configs_root
 from lever_lm.training.metrics import STRATEGIES
+from lever_lm.training.own_results import TABLES
 from lever_lm.training.tensorboard import TRACKERS
 
 _PLAIN = re.compile(r"[\w.,+=@/-]+")
@@ -52,6 +53,14 @@ def _runs(ctx: typer.Context) -> list[Path]:
 def named(kind: str) -> Complete:
     """Offer the YAMLs of a kind."""
     return _offered(lambda ctx: _bare(yaml_names(kind)))
+
+
+def tables(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
+    """Offer the tables and the folders below the folder that is typed."""
+    typed = incomplete[: incomplete.rfind("/") + 1]
+    there = [entry for entry in islice(Path(typed or ".").glob("*"), _MOST) if not entry.name.startswith(".")]
+    found = (f"{typed}{one.name}{'/' * one.is_dir()}" for one in there if one.is_dir() or one.suffix in TABLES)
+    return _offered(lambda ctx: _bare(sorted(found)))(ctx, incomplete)
 
 
 _PARTS = ("img", "text", "img_text")

@@ -7,8 +7,9 @@ import typer
 import yaml
 
 from lever_lm.cli import completion
-from lever_lm.cli.options import Common, command, emit, named_yamls, option_values
-from lever_lm.cli.run_config import refuse_options
+from lever_lm.cli.options import Common, command, emit, option_values
+from lever_lm.cli.own_data import check_val, fresh_layers
+from lever_lm.cli.run_config import NO_CONFIG, refuse_options
 from lever_lm.config.load import Layer, combined, file_layer, layers
 from lever_lm.config.schema import Config, key_docs, to_dict
 from lever_lm.config.values import all_keys, build
@@ -71,23 +72,25 @@ class View:
 def _view(common: Common, what: str | None, alone: bool = False) -> View:
     """The config of a run folder, or of a recipe or YAML file among the options; of the options alone for None. Over a
     run folder's config count --set and options, with `alone` nothing. Raises UsageError for another name."""
-    names, sets, options = named_yamls(common), common.set_ or [], option_values(common)
+    sets, options = common.set_ or [], option_values(common)
     recipes, path = completion.yaml_names("recipe"), Path(what or "")
     if what is None or what in recipes:
-        names["recipe"] = what or common.recipe
-        found = layers(names, file_layer(common.config), sets, options)
+        found = fresh_layers(common, file_layer(common.config), options, recipe=what or common.recipe)
     elif path.is_dir():
         if not alone:
-            refuse_options(common, f"{what} brings its own config", "dataset", "lvlm", "sampler", "recipe", "config")
+            refuse_options(common, f"{what} brings its own config", *NO_CONFIG)
         run = Layer(str(path / "config.yaml"), to_dict(_run_config(RunFolder(path))))
         found = layers({}, None, [] if alone else sets, {} if alone else options, base=run)
     elif path.exists():
         refuse_options(common, f"{what} stands in the place of --config", "config")
-        found = layers(names, file_layer(path), sets, options)
+        found = fresh_layers(common, file_layer(path), options)
     else:
         kinds = f"a run folder, a YAML file or a recipe ({', '.join(recipes)})"
         raise UsageError(f"no config {shown(what, 200)}: expected {kinds}")
-    return View(what or "the options", found.found)
+    view = View(what or "the options", found.found)
+    if what is None or not path.is_dir():
+        check_val(common, view.config)
+    return view
 
 
 def _run_config(run: RunFolder) -> Config:

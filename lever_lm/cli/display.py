@@ -7,16 +7,22 @@ from lever_lm.utils.console import Screen
 _ACROSS = 3
 
 
-def show_results(screen: Screen, results: list[dict], tests: list[dict], *, stemmed: bool = False) -> None:
-    """Show accuracies with 95 % intervals: methods down and shots across, or a row each where those are too wide."""
+VQA = "VQA accuracy"  # the headline of the task vqa
+
+
+def show_results(
+    screen: Screen, results: list[dict], tests: list[dict], *, stemmed: bool = False, score: str = VQA
+) -> None:
+    """Show scores with 95 % intervals: methods down and shots across, or a row each where those are too wide. score:
+    what the task calls its score."""
     from lever_lm.selectors import RIVALS  # loads torch, which a choice among epochs does not need
 
     shots = sorted({row["shots"] for row in results if row["shots"]}) or [0]
-    scored = "reduced predictions against `answer`" if stemmed else "against `answer`"
-    title = f"Official VQA accuracy on {results[0]['n']} queries, {scored}, with 95 % intervals"
+    scored = f", {'reduced predictions ' * stemmed}against `answer`" if score == VQA else ""
+    title = f"{_titled(score)} on {results[0]['n']} queries{scored}, with 95 % intervals"
     if len(shots) > _ACROSS:
         rows = [[row["method"], count_shots(row["shots"]), _cell(row)] for row in results]
-        screen.table(title, ["method", "shots", "accuracy"], rows)
+        screen.table(title, ["method", "shots", "accuracy" if score == VQA else score], rows)
     else:
         cells = {(row["method"], row["shots"] or shots[0]): _cell(row) for row in results}
         methods = dict.fromkeys(row["method"] for row in results)
@@ -25,7 +31,8 @@ def show_results(screen: Screen, results: list[dict], tests: list[dict], *, stem
     ours = tests[0]["method"] if tests else results[-1]["method"]
     for row in results:
         if row["method"] == ours:
-            screen.result(f"{row['method']} at {count_shots(row['shots'])}: {_accuracies(row)}")
+            told = _accuracies(row) if score == VQA else _metrics(row)
+            screen.result(f"{row['method']} at {count_shots(row['shots'])}: {told}")
     for test in tests:
         if test["against"] in RIVALS:
             screen.result(
@@ -34,14 +41,14 @@ def show_results(screen: Screen, results: list[dict], tests: list[dict], *, stem
             )
 
 
-def show_arena(screen: Screen, rows: list[dict]) -> None:
+def show_arena(screen: Screen, rows: list[dict], score: str = VQA) -> None:
     """Show the table of `--against`: a line a method, sorted; its costs, its accuracies, and at the most shots the
     difference to the best simple selector with the p-value that is adjusted for all tests of the table."""
     shots = sorted({row["shots"] for row in rows if row["shots"]}) or [0]
     by_method: dict[str, dict[int, dict]] = {}
     for row in rows:
         by_method.setdefault(row["method"], {})[row["shots"]] = row
-    title = f"Official VQA accuracy on {rows[0]['n']} queries with 95 % intervals, sorted; calls are those of the LVLM"
+    title = f"{_titled(score)} on {rows[0]['n']} queries with 95 % intervals, sorted; calls are those of the LVLM"
     header = ["method", "chooses from", "calls to train", "a query", "seconds", *map(count_shots, shots), "vs simple"]
     lines = []
     for method, found in by_method.items():
@@ -60,9 +67,9 @@ def show_arena(screen: Screen, rows: list[dict]) -> None:
         )
 
 
-def show_seeds(screen: Screen, rows: list[dict]) -> None:
+def show_seeds(screen: Screen, rows: list[dict], score: str = VQA) -> None:
     """Show what runs of several seeds reach together, a line for each method and number of shots."""
-    title = f"Official VQA accuracy over {rows[0]['seeds']} seeds, with 95 % intervals over seeds and queries"
+    title = f"{_titled(score)} over {rows[0]['seeds']} seeds, with 95 % intervals over seeds and queries"
     header = ["method", "shots", "mean", "interval", "std over seeds", "queries"]
     lines = []
     for row in rows:
@@ -103,6 +110,22 @@ def _accuracies(row: dict) -> str:
     if row["raw_accuracy"] != row["accuracy"]:
         said.append(f"{row['raw_accuracy']:.3f} official against `raw_answer`")
     return ", ".join(said)
+
+
+def _metrics(row: dict) -> str:
+    """`mae 0.812 [0.700, 0.930], rmse …`: what the task reports of all queries together, with intervals."""
+
+    def told(one: dict) -> str:
+        numbers = [one["value"], one["low"], one["high"]]
+        if None in numbers:
+            return "none"
+        return "{:.3f} [{:.3f}, {:.3f}]".format(*numbers)
+
+    return ", ".join(f"{name} {told(one)}" for name, one in row.get("metrics", {}).items())
+
+
+def _titled(score: str) -> str:
+    return "Official VQA accuracy" if score == VQA else score[0].upper() + score[1:]
 
 
 def _cell(row: dict) -> str:

@@ -40,6 +40,16 @@ class Common:
     config: Path | None = _option(
         "YAML of config keys, over the named ones; folders that it names win over the environment."
     )
+    data: str | None = _option(
+        "Data of your own: a .jsonl, .csv, .tsv or .parquet file, a folder of these, or hub:OWNER/NAME.",
+        complete=completion.tables,
+    )
+    val: str | None = _option(
+        "The evaluation split, where --data holds the training alone.", complete=completion.tables
+    )
+    task: str | None = _option(
+        "How it is asked and scored: vqa, short_answer, choice, number, caption", complete=named("task")
+    )
     dataset: str | None = _option("configs/dataset/NAME.yaml: digits, okvqa_local", complete=named("dataset"))
     lvlm: str | None = _option("configs/lvlm/NAME.yaml: tiny_qwen2.5_vl, qwen2.5_vl_3B, …", complete=named("lvlm"))
     server: str | None = _option("URL[,URL…] of OpenAI-compatible servers that answer as the LVLM: http://HOST:8000/v1")
@@ -71,6 +81,8 @@ class Common:
 
 # Common option → the config keys that it sets.
 _KEYS = {
+    "data": ["data.file"],
+    "val": ["data.val_file"],
     "server": ["lvlm.server"],
     "features": ["features.name"],
     "seed": ["seed"],
@@ -153,12 +165,15 @@ def parse_shots(text: str) -> list[int]:
     return sorted(numbers)
 
 
-def named_yamls(common: Common) -> dict[str, str | None]:
-    """Kind → the name of its YAML in configs/, the default dataset where none is named, and the default LVLM unless the
-    dataset brings its own; None for no YAML."""
-    dataset = common.dataset or DEFAULT_DATASET
-    lvlm = common.lvlm or (None if "lvlm" in named_yaml("dataset", dataset) else DEFAULT_LVLM)
-    return {"dataset": dataset, "lvlm": lvlm, "sampler": common.sampler, "recipe": common.recipe}
+def named_yamls(common: Common, *, table: bool = False) -> dict[str, str | None]:
+    """Kind → the name of its YAML in configs/; None for no YAML. Where none is named: the default dataset, unless the
+    data are a `table` of the user's own, and the default LVLM, unless the dataset brings its own."""
+    dataset = common.dataset or (None if table else DEFAULT_DATASET)
+    brings = dataset is not None and "lvlm" in named_yaml("dataset", dataset)
+    lvlm = common.lvlm or (None if brings else DEFAULT_LVLM)
+    names = {"dataset": dataset, "lvlm": lvlm, "sampler": common.sampler}
+    # A task says how long its answers are, which an LVLM's YAML may say of all; a recipe may choose another reward.
+    return {**names, "task": common.task, "recipe": common.recipe}
 
 
 def nested(values: dict[str, Any]) -> dict:

@@ -42,7 +42,8 @@ def pick_for(retriever: Retriever, query: Example, shots: int, *, answer: bool, 
         result["references"] = list(query.answers)
     if answer and query.answers:
         scores = retriever.task.metrics(result["answer"], query, result["answer"])
-        result |= {name: scores[name] for name in ("accuracy", "normalized_accuracy")}
+        result |= {name: value for name, value in scores.items() if name != "raw_accuracy"}
+        result["read"] = retriever.task.read(result["answer"], query)
     if prompt:
         result["prompt"] = retriever.prompt(query, picks=picks, form="text")
     return result
@@ -80,6 +81,8 @@ def show_picks(screen: Screen, result: dict, source: str) -> None:
     if "answer" in result:
         scored = ""
         if "accuracy" in result:
-            always = f"{result['normalized_accuracy']:.2f} with answers always normalised"
-            scored = f" (VQA accuracy: {result['accuracy']:.2f} official, {always})"
+            scored = f" (score {result['accuracy']:.2f}, read as {result['read'] or 'nothing'})"
+            if "normalized_accuracy" in result:
+                always = f"{result['normalized_accuracy']:.2f} with answers always normalised"
+                scored = f" (VQA accuracy: {result['accuracy']:.2f} official, {always})"
         screen.result(f"answer: {result['answer']}{scored}")

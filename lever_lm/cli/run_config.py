@@ -7,14 +7,16 @@ from typing import Any
 
 from typer import Exit
 
-from lever_lm.cli.options import Common, emit, named_yamls, nested, option_values
+from lever_lm.cli.options import Common, emit, nested, option_values
+from lever_lm.cli.own_data import check_val, fresh_layers, layers_on_run, task_line
 from lever_lm.config.load import Layer, Layers, file_layer, layers
 from lever_lm.config.schema import Config, DataConfig
 from lever_lm.training.metrics import PHASES
 from lever_lm.training.run_dir import Layout, RunFolder
 from lever_lm.utils.errors import LeverError, UsageError
 
-_KINDS = ("dataset", "lvlm", "sampler", "recipe")
+_KINDS = ("dataset", "lvlm", "sampler", "task", "recipe")  # of which a later one's values count
+NO_CONFIG = (*_KINDS, "config", "data", "val")  # options that a config in their place leaves no room for
 
 
 def make_pipeline(
@@ -37,7 +39,7 @@ def make_pipeline(
     run_name, sets, options = common.run_name, common.set_ or [], _options(common, flags)
     _check_selector(selector)
     if from_run is None:
-        made = layers({**named_yamls(common), "selector": selector}, file_layer(common.config), sets, options)
+        made = fresh_layers(common, file_layer(common.config), options, selector=selector)
         own_data = common.dataset is None and made.config().data.okvqa_path != DataConfig.okvqa_path
         if own_features or own_data:
             _own_warmup(made.found, "--embeddings" if own_features else "data.okvqa_path")
@@ -47,7 +49,7 @@ def make_pipeline(
 
         if selector:
             raise UsageError("--from-run brings its own config: leave --selector out")
-        refuse_options(common, "--from-run brings its own config", *_KINDS, "config")
+        refuse_options(common, "--from-run brings its own config", *NO_CONFIG)
         made = layers({}, None, sets, options, base=Layer("base", config_of(RunFolder(from_run))))
         run_name = run_name or f"{from_run.resolve().name}_repeat"
     if not common.overwrite:
@@ -105,6 +107,7 @@ def pipeline_of_run(
         named = checkpoint[0] if checkpoint else run.path
         names = {kind: getattr(common, kind) for kind in _KINDS}
         made = layers_beside(values, named, names, file, common.set_ or [], _options(common, flags))
+        made = layers_on_run(common, made)
     pipeline = _pipeline(common, made, common.run_name, run_dir, run)
     pipeline.checkpoint = checkpoint
     if lacking:
@@ -131,9 +134,9 @@ def _named_run(common: Common, flags: dict | None = None) -> tuple[Any, Any, Any
     such a run. Raises UsageError where several have."""
     _check_run_name(common.run_name)
     file = file_layer(common.config)
-    made = layers(named_yamls(common), file, common.set_ or [], _options(common, flags))
+    made = fresh_layers(common, file, _options(common, flags))
     layout = Layout(made.config(), common.results, common.run_name)
-    named = common.dataset or (file and "data" in file.values)
+    named = common.dataset or common.data or (file and "data" in file.values)
     named = named or any(item.startswith(("data.", "data=")) for item in common.set_ or [])
     if common.run_name is None or named or layout.run.is_dir():
         return made, file, layout, layout.run
@@ -158,10 +161,13 @@ def _pipeline(common: Common, made, run_name: str | None, run_dir: Path | None, 
 
     quiet = common.quiet and not common.dry_run  # a plan is what was asked for
     screen, config = Screen(to_stderr=common.json_, quiet=quiet, verbose=common.verbose), made.config()
+    check_val(common, config)
     for variable in made.in_effect:
         screen.say(f"from the environment: {variable}")
     for variable in made.passed_over:
         screen.say(f"passed over: {variable}")
+    if line := task_line(common, made):
+        screen.say(line)
     pipeline = Pipeline(config, screen, results=common.results, run_name=run_name, run_dir=run_dir)
     pipeline.run = run or pipeline.run
     if common.verbose and not common.dry_run:

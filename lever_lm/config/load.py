@@ -12,7 +12,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lever_lm.config.schema import Config, DataConfig, to_dict
-from lever_lm.config.values import FLAGS, LONGEST, build, dotted, merge, named_yaml, parse_set, read_yaml
+from lever_lm.config.values import (
+    FLAGS,
+    LONGEST,
+    build,
+    configs_root,
+    dotted,
+    merge,
+    named_yaml,
+    parse_set,
+    read_yaml,
+    typed,
+)
 from lever_lm.utils.errors import UsageError
 from lever_lm.utils.paths import ASSET_PREFIX, HUB_PREFIX
 from lever_lm.utils.terminal import shown
@@ -81,7 +92,7 @@ def environment_values(
 
 
 def _paths_of_others(values: dict, environ) -> tuple[str, ...]:
-    """Return the variables that name folders of other datasets than this one."""
+    """Return the variables that name folders of other datasets than this one, or of any where it is a table."""
     data = _section(values, "data")
     if data.get("file") or data.get("val_file"):  # images named by path may be COCO's
         return ("OKVQA_PATH", "VQAV2_PATH")
@@ -182,8 +193,10 @@ _KINDS = {"dataset": (("data",), "name"), "lvlm": (("lvlm", "prompt"), "path"), 
 
 def _of_kind(kind: str, values: dict, run: dict) -> dict:
     """Return what a named YAML changes about a run's config: the sections of its kind alone, so that --dataset leaves
-    the sampler as it is. One that names another dataset or LVLM than the run's brings that section whole. A recipe is
-    about the training and comes as it is."""
+    the sampler as it is. One that names another dataset or LVLM than the run's brings that section whole, but for what
+    the run's task says of the LVLM. A recipe is about the training and comes as it is."""
+    if kind == "task":
+        return _other_task(values, run)
     if kind not in _KINDS:
         return values
     sections, identity = _KINDS[kind]
@@ -192,9 +205,34 @@ def _of_kind(kind: str, values: dict, run: dict) -> dict:
         kept["features"] = values.get("features", {})
     first = sections[0]
     there, here = _section(run, first), kept.get(first)
-    if isinstance(here, dict) and there.get(identity) != here.get(identity):
-        kept[first] = {**to_dict(Config())[first], **here}
+    if isinstance(here, dict) and (there.get(identity) != here.get(identity) or _is_table(kind, there, here)):
+        of_task = _section(_task_of(run), first) if kind == "lvlm" else {}
+        kept[first] = {**to_dict(Config())[first], **here, **of_task}
     return kept
+
+
+def _is_table(kind: str, there: dict, here: dict) -> bool:
+    """Return whether the data of a run are a table, and those of a dataset's YAML are not."""
+    return kind == "dataset" and bool(there.get("file")) and not here.get("file")
+
+
+def _task_of(run: dict) -> dict:
+    """Return what the YAML of a run's task says; {} for a task without one."""
+    name = str(_section(run, "data").get("task", DataConfig.task))
+    return named_yaml("task", name) if (configs_root() / "task" / f"{name}.yaml").is_file() else {}
+
+
+def _other_task(values: dict, run: dict) -> dict:
+    """Return what the YAML of a task changes about a run's config: nothing where it is the run's own, which may have
+    been given other values. What the YAML of the run's task set, and the run has from there, is the default again."""
+    if _section(values, "data").get("task") == _section(run, "data").get("task", DataConfig.task):
+        return {}
+    undone, defaults = {}, to_dict(Config())
+    for section, keys in _task_of(run).items():
+        there = typed({section: keys})[section]
+        same = [key for key, value in there.items() if _section(run, section).get(key) == value]
+        undone[section] = {key: defaults[section][key] for key in same}
+    return merge(undone, values)
 
 
 def combined(found: list[Layer]) -> dict:

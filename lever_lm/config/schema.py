@@ -83,6 +83,7 @@ class DataConfig(Section, section="data"):
     options: tuple[str, ...] = answers((), "choice: the options of a row that has none")
     task: str = answers("vqa", "how it is asked and scored: vqa, short_answer, choice, number, caption")
     show: str = answers("letter", "choice: what a demonstration's answer is, its letter or its text", "letter | text")
+    number_words: dict = answers({}, "number: words that are numbers, beside zero to ten: {uno: 1, dos: 2}")
     scale: float = answers(0.0, "number: the error that scores 0; 0: the range of the training answers", ">= 0")
     file_prefix: str = answers("", "what stands before the official files' names: v2_ for VQAv2")
     skip_bad_examples: bool = setting(False, "go on without examples that cannot be read, and count them")
@@ -126,7 +127,7 @@ class PromptConfig(Section, section="prompt"):
     separator: str = answers("\n", "text between one ICD and the next image, within one turn")
     order: str = answers("first_pick_last", "where the first pick stands", "first_pick_last | first_pick_first")
     system: str = answers("You are a helpful assistant.", "text of the system turn; empty: no such turn")
-    cut: str = answers("turn", "an answer ends at line, comma, turn; classic: at Short in Shorts too", "turn | classic")
+    cut: str = answers("turn", "an answer ends at line, comma, turn; line: not at a comma", "turn | line | classic")
 
     def __post_init__(self):
         super().__post_init__()

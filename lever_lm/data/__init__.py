@@ -99,9 +99,7 @@ def load_dataset(config: DataConfig, pose: Pose = as_it_is) -> VqaData:
     # Named where it is not the first task: fingerprints of data sets from before there were others stay as they are.
     of_task = [] if config.task == "vqa" else [config.task]
     whole = fingerprint(*stamps.values(), *of_task)
-    return VqaData(
-        config.name, train, val, whole, tuple(bad.problems), tuple(stamps.values()), config.task, config.scale
-    )
+    return VqaData(config.name, train, val, whole, tuple(bad.problems), tuple(stamps.values()), config.task, config)
 
 
 def in_both(config: DataConfig, train: list[Example], val: list[Example]) -> dict[int, str]:

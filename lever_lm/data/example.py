@@ -9,6 +9,7 @@ from functools import cached_property, lru_cache
 from io import BytesIO
 from typing import BinaryIO
 
+from lever_lm.config.schema import DataConfig
 from lever_lm.data.image_decode import Undecodable, decoded, size_of
 from lever_lm.utils.atomic_io import open_regular
 from lever_lm.utils.errors import LeverError
@@ -77,7 +78,7 @@ class VqaData:
     skipped: tuple[str, ...] = ()
     stamps: tuple[str, ...] = ()  # the fingerprint of each split
     task: str = "vqa"  # how answers are scored: a name of tasks.TASKS
-    scale: float = 0.0  # of the task `number`, see DataConfig
+    settings: DataConfig = field(default_factory=DataConfig)  # what the task takes from a config
 
     def examples(self, split: str) -> tuple[Example, ...]:
         """Return the examples of a split, `train` or `val`."""

@@ -103,8 +103,10 @@ class Diagnosis:
 
     def _says(self, prediction: str, answer: str) -> bool:
         """Return whether a prediction is an answer, as the task compares them."""
-        asked = replace(self.queries[0], answers=(answer,) * 10, raw_answers=(answer,) * 10)
-        return bool(prediction.strip()) and self.task.score(prediction, asked) == 1
+        said, meant = (
+            self.task.normalized_references(replace(self.queries[0], answers=(text,))) for text in (prediction, answer)
+        )
+        return bool(prediction.strip()) and said == meant
 
     @cached_property
     def own(self) -> _Answered:
@@ -186,10 +188,8 @@ class Diagnosis:
             ),
             ("answers_replaced", "answers replaced by others", other, "That these are the answers is"),
         ):
-            shown = [
-                [replace(icd, answers=given.answers) for icd, given in zip(icds, change(icds, rng), strict=True)]
-                for icds, rng in self._with_generators()
-            ]
+            pairs = (zip(icds, change(icds, rng), strict=True) for icds, rng in self._with_generators())
+            shown = [[replace(icd, answers=one.answers, shown=one.shown) for icd, one in part] for part in pairs]
             found = self._ask(shown, label)
             yield self._accuracy(key, label, found, lambda gap, says=says: f"{says} worth {gap}.")
 

@@ -167,13 +167,20 @@ def _card(
     ours, shots, methods, tests = "", [], [], []
     if known:
         # Hub ids where the data came from the hub, else the dataset's name; no paths of this machine.
-        paths = [path for path in (known.data.train_path, known.data.okvqa_path) if path.startswith(HUB_PREFIX)]
+        paths = [
+            path
+            for path in (known.data.train_path, known.data.okvqa_path, known.data.file)
+            if path.startswith(HUB_PREFIX)
+        ]
         models = [shared["setting"]["features"]["encoder"], shared["setting"]["lvlm"]["path"]]
         front |= {"base_model": bases} if (bases := list(filter(is_hub_id, models))) else {}
         front["datasets"] = [path.removeprefix(HUB_PREFIX) for path in paths] or [known.data.name]
     if evaluated:
         ours = evaluated["method"]
-        front |= {"metrics": ["accuracy"], "model-index": [_indexed(name, front["datasets"][-1], known, shared)]}
+        front |= {
+            "metrics": ["accuracy"],
+            "model-index": [_indexed(name, front["datasets"][-1], known, shared, evaluated["score"])],
+        }
         shots, methods = table(evaluated["results"])
         compared = [test for test in evaluated["tests"] if test["method"] == ours]
         most = max((test["shots"] for test in compared), default=0)
@@ -199,8 +206,8 @@ def _card(
     return text.rstrip() + "\n"
 
 
-def _indexed(name: str, dataset: str, config: Config, shared: dict) -> dict:
-    """Return an entry of the hub's model index: the accuracies of a policy."""
+def _indexed(name: str, dataset: str, config: Config, shared: dict, score: str) -> dict:
+    """Return an entry of the hub's model index: the scores of a policy."""
     plural = {row["shots"]: "s" * (row["shots"] != 1) for row in shared["results"]}
     result = {
         "task": {"type": "visual-question-answering", "name": "Visual question answering"},
@@ -208,7 +215,7 @@ def _indexed(name: str, dataset: str, config: Config, shared: dict) -> dict:
         "metrics": [
             {
                 "type": "accuracy",
-                "name": f"VQA accuracy, {row['shots']} shot{plural[row['shots']]}",
+                "name": f"{score}, {row['shots']} shot{plural[row['shots']]}",
                 "value": round(row["accuracy"], 4),
             }
             for row in shared["results"]

@@ -42,16 +42,39 @@ def is_method(value) -> bool:
     return type(value) is str and Path(value).name == value and "\0" not in value
 
 
-_SCORES = ("accuracy", "raw_accuracy", "normalized_accuracy")
-_RESULT = {"method": is_method, "shots": int, **dict.fromkeys(_SCORES, _is_number), "n": int}
-_RESULT |= {"ci": (_is_number, _is_number)}
+def _is_told(value) -> bool:
+    """Return whether a value is a number, or none because nothing can be said."""
+    return value is None or _is_number(value)
+
+
+_PLAIN = {"method": is_method, "shots": int, "accuracy": _is_number, "n": int, "ci": (_is_number, _is_number)}
+_SCORES = {"raw_accuracy": _is_number, "normalized_accuracy": _is_number}  # of the task vqa
+
+
+def _is_result(row) -> bool:
+    """Return whether a JSON value is the result of a method. What 0.1 wrote has neither metrics nor a normalised
+    accuracy, and is none."""
+    if not fits(row, _PLAIN) or (not fits(row, _SCORES) and "metrics" not in row):
+        return False
+    told = row.get("metrics", {})
+    named = dict.fromkeys(("value", "low", "high"), _is_told)
+    return type(told) is dict and all(fits(one, named) for one in told.values())
+
+
 _TEST = {"method": str, "against": str, "shots": int}
 _TEST |= dict.fromkeys(("difference", "low", "high", "p"), _is_number)
-_READ = {"results": [_RESULT], "tests": [_TEST], "policies": dict, "okvqa_stem": bool}
-_READ |= {"checkpoint": str, "lvlm": str, "order": str}
+_READ = {"results": [_is_result], "tests": [_TEST], "policies": dict, "okvqa_stem": bool}
+_READ |= {"checkpoint": str, "lvlm": str, "order": str, "task": str, "score": str}
 NOTHING = {"results": [], "tests": [], "policies": {}, "okvqa_stem": False, "checkpoint": "", "lvlm": "", "order": ""}
-_SAMPLE = {"question_id": int, "answer": str, "accuracy": is_finite, "references": [str], "icds": [int]}
-_SAMPLE |= {"probabilities": [is_share], "considered": [(int, is_share)]}
+NOTHING |= {"task": "vqa", "score": "VQA accuracy"}
+
+
+def _is_id(value) -> bool:
+    return type(value) in (int, str)
+
+
+_SAMPLE = {"question_id": _is_id, "answer": str, "accuracy": is_finite, "references": [str], "icds": [_is_id]}
+_SAMPLE |= {"probabilities": [is_share], "considered": [(_is_id, is_share)]}
 
 
 def fits(value, kind) -> bool:
@@ -129,7 +152,7 @@ def _write_metrics(path: Path, results: list[dict], facts: dict, say: Callable[[
     if earlier.get("setting") == facts.get("setting"):
         before, policies = ({**part} if type(part := each.get("policies")) is dict else {} for each in (earlier, facts))
         other = {method for method in before if policies.get(method, before[method]) != before[method]}
-        results = _others(rows, _RESULT, results, ("method", "shots"), other) + results
+        results = _others(rows, _is_result, results, ("method", "shots"), other) + results
         tests = _others(earlier.get("tests"), _TEST, tests, ("method", "against", "shots"), other) + tests
         kept = {"arena": earlier["arena"]} if "arena" in earlier and not other else {}
         others = {method: digest for method, digest in before.items() if method not in policies}
@@ -142,7 +165,7 @@ def _write_metrics(path: Path, results: list[dict], facts: dict, say: Callable[[
     return metrics
 
 
-def _others(rows, kind: dict, new: list[dict], names: Sequence[str], without: set[str]) -> list[dict]:
+def _others(rows, kind, new: list[dict], names: Sequence[str], without: set[str]) -> list[dict]:
     """Return the sound ones among `rows` that differ from all new ones in some of the named values, and name no method
     of `without`."""
     replaced = [[row[name] for name in names] for row in new]

@@ -113,7 +113,7 @@ class Retriever:
         if self._own is None:
             return task_of(self.stages.data)
         data = self.config.data
-        return TASKS[data.task].of(VqaData("own", self._own, self._own, "", task=data.task, scale=data.scale))
+        return TASKS[data.task].of(VqaData("own", self._own, self._own, "", task=data.task, settings=data))
 
     @cached_property
     def _embeddings(self) -> Embeddings:

@@ -171,13 +171,14 @@ def evaluate_methods(
     config, ours = pipeline.config, chosen[-1].method
     outcomes = evaluation.run(choices, shots, pipeline.lvlm)
     pipeline.screen.detail(pipeline.lvlm.tally)
+    infer = {name: value for name, value in vars(config.infer).items() if name != "auc" or value}  # a key since 0.2
     # What results must share to stand in one table: data, features, model, pools, prompt.
     setting = fingerprint(
         pipeline.data.fingerprint,
         encoder_fingerprint(config.features.encoder),
         config.features.name,
         pipeline.lvlm.fingerprint,
-        *(config.sampler, config.seed, config.infer, config.prompt.cut, CODE["inference"]),
+        *(config.sampler, config.seed, infer, config.prompt.cut, CODE["inference"]),
     )
     if any(SELECTORS[method].pool for method in choices if method in SELECTORS):
         recalls = evaluation.pool_recall()
@@ -189,6 +190,8 @@ def evaluate_methods(
         "tests": compare(ours, outcomes),
         **({"arena": arena_rows(outcomes, costs)} if costs else {}),
         "okvqa_stem": config.infer.okvqa_stem,
+        "task": evaluation.data.task,
+        "score": evaluation.task.headline,
         "setting": f"{setting}-{chosen[-1].digest}",
         "lvlm": lvlm_name(config.lvlm.path),
         "order": config.prompt.order,
@@ -304,7 +307,7 @@ def report(
         pipeline.screen.say(note)
     laid_over = {"others": beside, "seeds": found}
     page = write_report(pipeline.run, main.inference, data, **laid_over, output=output, command=command_line())
-    made = {"report": str(page), **({"seeds": found.rows} if beside else {})}
+    made = {"report": str(page), **({"seeds": found.rows, "score": main.metrics["score"]} if beside else {})}
     if figures is not None:
         made["figures"] = [str(path) for path in write_plots([main, *beside], figures)]
     return made

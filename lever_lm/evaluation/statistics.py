@@ -1,6 +1,6 @@
 """Interval and test for accuracies of the same queries under different choices of demonstrations. Pure, seeded."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -54,6 +54,72 @@ def paired_test(ours: Sequence[float], theirs: Sequence[float], *, seed: int = 0
         signs = rng.integers(0, 2, (min(_BLOCK, RESAMPLES - start), gap.size), dtype=np.int8) * 2 - 1
         extreme += int((np.abs((signs * gap).mean(1)) >= observed - 1e-12).sum())
     return {"difference": float(gap.mean()), "low": low, "high": high, "p": (extreme + 1) / (RESAMPLES + 1)}
+
+
+Summarize = Callable[[np.ndarray], dict[str, np.ndarray]]  # (…, Q, k) → (…) of each metric
+_MEANS = ("accuracy", "normalized_accuracy", "exact_match", "score")  # of scores, which have a test of their own
+
+
+def _resampled(measured: np.ndarray, summarize: Summarize, seed: int) -> dict[str, np.ndarray]:
+    """Return each metric of 2,000 resamples of the queries, those of `bootstrap_interval`."""
+    rng, count, blocks = np.random.default_rng(seed), len(measured), []
+    for start in range(0, RESAMPLES, _BLOCK):
+        rows = rng.integers(0, count, (min(_BLOCK, RESAMPLES - start), count))
+        blocks.append(summarize(measured[rows]))
+    return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+
+
+def _spread(values: np.ndarray) -> tuple[float | None, float | None]:
+    """Return the ends of the middle 95 % of a metric's resamples; None where nothing can be said of any."""
+    sound = values[np.isfinite(values)]
+    return _middle(sound, 0.95) if len(sound) else (None, None)
+
+
+def corpus_metrics(measured: np.ndarray, summarize: Summarize, *, seed: int = 0) -> dict[str, dict]:
+    """Return what a task reports of all queries together, {name: {value, low, high}}, with 95 % percentile bootstrap
+    intervals over the queries. measured (Q, k): of each query; None stands where nothing can be said, as of R² where
+    all right numbers are equal."""
+    resampled = _resampled(measured, summarize, seed)
+    whole = {name: float(value) for name, value in summarize(measured).items()}
+    ends = {name: _spread(resampled[name]) for name in whole}
+    return {
+        name: {"value": value if np.isfinite(value) else None, "low": ends[name][0], "high": ends[name][1]}
+        for name, value in whole.items()
+    }
+
+
+def corpus_differences(
+    ours: np.ndarray | None, theirs: np.ndarray | None, summarize: Summarize | None, *, seed: int = 0
+) -> dict[str, dict]:
+    """Return {"metrics": {name: {difference, low, high}}} of two methods over the same queries: metrics that are no
+    means of scores have no sign-flip test, but a bootstrap in which both are made of the same resampled queries."""
+    if ours is None or theirs is None or summarize is None:
+        return {}
+    names = [name for name in summarize(ours) if name not in (*_MEANS, "unparsed")]
+    if not names:
+        return {}
+    one, other = (_resampled(measured, summarize, seed) for measured in (ours, theirs))
+    whole = {name: float(summarize(ours)[name] - summarize(theirs)[name]) for name in names}
+    ends = {name: _spread(one[name] - other[name]) for name in names}
+    told = {
+        name: {"difference": gap if np.isfinite(gap) else None, "low": ends[name][0], "high": ends[name][1]}
+        for name, gap in whole.items()
+    }
+    return {"metrics": told}
+
+
+def roc_auc(margins: np.ndarray, positive: np.ndarray) -> np.ndarray:
+    """Return P(a positive's margin exceeds a negative's) + P(they are equal) / 2: (…, n) → (…). NaN where one class is
+    missing. Source: Hanley & McNeil, Radiology 143 (1982)."""
+    shape = margins.shape[:-1]
+    rows = zip(margins.reshape(-1, margins.shape[-1]), positive.reshape(-1, positive.shape[-1]) > 0.5, strict=True)
+    found = []
+    for values, is_positive in rows:
+        ours, theirs = values[is_positive], np.sort(values[~is_positive])
+        below, up_to = (np.searchsorted(theirs, ours, side=side) for side in ("left", "right"))
+        pairs = len(ours) * len(theirs)
+        found.append((below + up_to).sum() / (2 * pairs) if pairs else np.nan)
+    return np.array(found).reshape(shape)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

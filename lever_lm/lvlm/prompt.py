@@ -89,14 +89,14 @@ def _text(text: str) -> dict:
     return {"type": "text", "text": text}
 
 
-def cut_answer(text: str, rule: str = PromptConfig.cut, *, comma: bool = True) -> str:
+def cut_answer(text: str, rule: str = PromptConfig.cut) -> str:
     """Return the answer in what the model wrote, stripped.
 
     rule `turn`: a heading `Answer:` or `Short answer:` is dropped; the answer ends at a line break, where the model
-    goes on with the next turn (`Question:`, `Answer:`, `Short answer:`), and, if `comma`, at `, `, which no answer of
-    VQA holds. `classic`, the rule of Lever-Plus: it ends at a line break, at `, `, and at Question, Answer or Short
-    with a capital, even within a word: nothing is left of `Shorts`.
+    goes on with the next turn (`Question:`, `Answer:`, `Short answer:`), and at `, `, which no answer of VQA holds.
+    `line` is the same without the comma. `classic`, the rule of Lever-Plus: it ends at a line break, at `, `, and at
+    Question, Answer or Short with a capital, even within a word: nothing is left of `Shorts`.
     """
     if rule == "classic":
         return _CLASSIC_END.split(text.lstrip(), maxsplit=1)[0].strip()
-    return _END[comma].split(text[_HEADING.match(text).end() :], maxsplit=1)[0].strip()
+    return _END[rule == "turn"].split(text[_HEADING.match(text).end() :], maxsplit=1)[0].strip()

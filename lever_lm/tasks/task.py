@@ -5,6 +5,7 @@ from typing import Protocol
 
 import numpy as np
 
+from lever_lm.config.schema import DataConfig
 from lever_lm.data.example import Example, VqaData
 from lever_lm.tasks.vqa_metrics import normalize_answer, relevance
 
@@ -12,15 +13,18 @@ from lever_lm.tasks.vqa_metrics import normalize_answer, relevance
 class Task(Protocol):
     """One way to ask and to score. Texts that an LVLM wrote are cut before (`lvlm.prompt.cut_answer`).
 
-    headline: what the mean of `score` is called. comma: whether a comma and a blank end an answer.
+    headline: what the mean of `score` is called.
     """
 
     headline: str = "accuracy"
-    comma: bool = True
+
+    def told(self, config: DataConfig) -> "Task":
+        """Return the task with what it takes from a config."""
+        return self
 
     def of(self, data: VqaData) -> "Task":
-        """Return the task with what it takes from a data set, as a scale or document frequencies."""
-        return self
+        """Return the task with what it takes from a data set, as a scale or document frequencies, and its config."""
+        return self.told(data.settings)
 
     # ------------------------------------------------------------------ asking
 

@@ -42,7 +42,7 @@ def layers_beside(
         return layers(names, file, list(sets), options or {}, run=Layer("the run", run))
 
     found = made(values)
-    if not own and not _has(found, "data", "okvqa_path"):
+    if not own and not _has(found, "data", "okvqa_path") and not _has(found, "data", "file"):
         found = made({**values, "data": _same_name(values.get("data"), checkpoint)})
     if not _has(found, "features", "encoder"):
         raise LeverError(
@@ -76,7 +76,7 @@ def _same_name(data, checkpoint) -> dict:
     what = f"was trained on {one_line(str(name))!r}, which is none of configs/dataset" if name else "names no dataset"
     raise LeverError(
         f"{checkpoint} {what}: say which (dataset=NAME), or bring ICDs of your own (examples=…); on the command line "
-        "--dataset NAME"
+        "--dataset NAME or --data FILE"
     )
 
 

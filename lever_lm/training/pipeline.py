@@ -160,6 +160,7 @@ class Pipeline(Stages):
         made_from = {**inputs, "training code": str(CODE["training"])}
         if not overwrite and self.run.state.is_file():
             state_of(self.run, made_from, policy)  # a run that is refused stays as it was
+        self.keep_source()
         self.run.open(self.config, overwrite=overwrite)
         record(self.run, environment(self.config, inputs, source.made_of, source.files), self.say)
         also, asked = self._measure(val)

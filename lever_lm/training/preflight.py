@@ -58,7 +58,8 @@ def examine(
         if files and all(check.status == "ok" for check in files):
             splits: dict[str, list[Example]] = {}
             checks += check_examples(config.data, splits, pose_of(config.data))
-            answers = [answer for examples in splits.values() for example in examples for answer in example.answers]
+            written = (e.answers if not e.shown else (e.shown,) for examples in splits.values() for e in examples)
+            answers = [answer for texts in written for answer in texts]
             checks += check_answer_lengths(config.lvlm, config.prompt, answers)
             if all(splits.get(split) for split in ("train", "val")):
                 checks += _check_pools(config, layout, splits)
@@ -81,7 +82,7 @@ def _check_pools(config: Config, layout: Layout, splits: dict[str, Sequence[Exam
             yield Check("pools", "ok", f"{found}; `lever infer` tells how many hold a right answer")
             return
         train, val, embeddings = data.train_examples, data.val_examples, (features.val, features.train)
-    task = task_of(VqaData(config.data.name, train, val, "", task=config.data.task, scale=config.data.scale))
+    task = task_of(VqaData(config.data.name, train, val, "", task=config.data.task, settings=config.data))
     candidates = Candidates(train, by_content=False)
     recalls = pool_recalls(config, val, train, task, embeddings, candidates)
     if recalls:
@@ -90,7 +91,7 @@ def _check_pools(config: Config, layout: Layout, splits: dict[str, Sequence[Exam
 
 def _models_of_digits(config: Config) -> Iterator[Check]:
     """Warn of each shipped model that is to look at other data: these models know the digits alone."""
-    if config.data.okvqa_path.startswith(ASSET_PREFIX):
+    if config.data.okvqa_path.startswith(ASSET_PREFIX) and not config.data.file:
         return
     for key, path, other in (
         ("features.encoder", config.features.encoder, "--set features.encoder=openai/clip-vit-large-patch14"),

@@ -53,6 +53,7 @@ REWARD_MODES: dict[str, RewardMode] = {
         lambda s: s.hard_weight * s.correct + s.soft_weight * s.gt_prob + s.rel_weight * (1 - s.correct) * s.relevance,
     ),
     "infoscore": RewardMode(("infoscore",), lambda s: s.infoscore),
+    "task": RewardMode(("accuracy",), lambda s: s.soft_weight * s.accuracy),  # `accuracy` is the task's score
 }
 
 

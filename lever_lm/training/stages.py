@@ -12,6 +12,7 @@ from lever_lm.lvlm import CachedLvlm, check_pixel_budget, load_lvlm
 from lever_lm.selectors.candidate_features import Labelled, candidate_columns, check_candidate_features
 from lever_lm.tasks import check_task, load_data, task_of
 from lever_lm.training.losses import LOSSES
+from lever_lm.training.own_results import keep_source
 from lever_lm.training.rollouts.propose import new_policy
 from lever_lm.training.rollouts.scores import check_reward_mode
 from lever_lm.training.run_dir import Layout
@@ -45,10 +46,16 @@ class Stages:
             self.say(f"data: {len(data.skipped)} bad examples left out, the first: {data.skipped[0]}")
         return data
 
+    def keep_source(self) -> None:
+        """Write beside the results, before the first of them, which table of the user's own they are of, if any."""
+        if self.config.data.file and self.shards.leader:
+            keep_source(self.layout.dataset, self.config.data.file)
+
     @cached_property
     def features(self) -> Features:
         """Features of both splits, and the columns of policy.candidate_features."""
         data, names = self.data, self.config.policy.candidate_features
+        self.keep_source()
         with self.shards.leader_first():
             features = compute_features(
                 data, self.config.features, self.layout.features, self.config.device, self.track, self.say
@@ -61,6 +68,7 @@ class Stages:
     @cached_property
     def lvlm(self) -> CachedLvlm:
         """The LVLM behind the answer cache."""
+        self.keep_source()
         return load_lvlm(
             self.config.lvlm,
             self.config.prompt,

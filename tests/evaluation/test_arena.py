@@ -14,7 +14,7 @@ from lever_lm.utils.errors import UsageError
 
 
 def outcome(method, scores, shots=1):
-    return Outcome(method, shots, [""] * len(scores), scores, scores, scores)
+    return Outcome(method, shots, [""] * len(scores), scores)
 
 
 def test_names_come_in_the_order_of_the_table_each_once():

@@ -166,5 +166,5 @@ def test_the_classic_rule_ends_an_answer_within_a_word(written, answer):
 
 
 def test_a_comma_ends_no_answer_where_answers_hold_one():
-    assert cut_answer("red, white, and blue Question: what", comma=False) == "red, white, and blue"
-    assert cut_answer("red, white", comma=True) == "red"
+    assert cut_answer("red, white, and blue Question: what", "line") == "red, white, and blue"
+    assert cut_answer("red, white", "turn") == "red"

@@ -36,7 +36,7 @@ def arguments(row):
 # ---------------------------------------------------------------------- rewards
 
 
-OURS = {"infoscore"}  # the lineage has no such mode
+OURS = {"infoscore", "task"}  # the lineage has no such modes
 
 
 @pytest.mark.parametrize("mode", sorted({*REWARD_MODES, "legacy"} - OURS))
@@ -71,6 +71,7 @@ def test_golden_errors(row):
         ("hard01_plus_gtprob", 2.0 + 3.0 * 0.5),
         ("hard01_plus_gtprob_separated", 5.0),
         ("hard_plus_gtprob_plus_rel", 2.0 + 3.0 * 0.5),
+        ("task", 3.0 * 0.6),
     ],
 )
 def test_rewards_by_hand(mode, expected):

@@ -8,9 +8,9 @@ from lever_lm.utils.terminal import printable
 _ALPHA = 0.05
 
 
-def arena(rows: list[dict], ours: str | None) -> dict | None:
+def arena(rows: list[dict], ours: str | None, score: str = "VQA accuracy") -> dict | None:
     """Return what the page shows of the rows of read_arena: shots, a line for each method, the best first, all tests,
-    that of `ours` at the most shots, and a chart; None where there are no rows."""
+    that of `ours` at the most shots, and a chart of the task's `score`; None where there are no rows."""
     if not rows:
         return None
     shots, methods = table(rows)
@@ -27,8 +27,8 @@ def arena(rows: list[dict], ours: str | None) -> dict | None:
         "ours": next(({**row, "p": row["p_holm"]} for row in at_most if row["method"] == ours), None),
         "chart": dot_chart(
             [_dot(line["last"], line["method"] == ours) for line in lines],
-            title=f"VQA accuracy in percent with {shots[-1]} demonstrations",
-            across="VQA accuracy (%)",
+            title=f"{score} in percent with {shots[-1]} demonstrations",
+            across=f"{score} (%)",
             show="{:.1f}".format,
             mark=next((100 * line["last"]["accuracy"] for line in lines if line["method"] == simple), None),
         ),

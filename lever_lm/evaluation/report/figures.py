@@ -43,7 +43,7 @@ def write_plots(runs: Sequence[Evaluated], directory: Path) -> list[Path]:
     check_plots(directory)
     import matplotlib
 
-    _, series, curves = charts_of(runs)
+    (_, series, curves), score = charts_of(runs), runs[0].metrics["score"]
     style = Path(lever_lm.__file__).with_name("templates") / "figures.mplstyle"
     written = []
     with matplotlib.rc_context(), warnings.catch_warnings():
@@ -51,7 +51,7 @@ def write_plots(runs: Sequence[Evaluated], directory: Path) -> list[Path]:
         matplotlib.rcdefaults()
         matplotlib.rc_file(style, use_default_template=False)
         if series:
-            written += _save(_accuracy(series), directory / "accuracy")
+            written += _save(_accuracy(series, score), directory / "accuracy")
         for phase, panels in curves.items():
             written += _save(_training(panels), directory / f"training_{phase}")
     return written
@@ -68,8 +68,8 @@ def _save(figure, stem: Path) -> list[Path]:
     return paths
 
 
-def _accuracy(series: Sequence[Series]):
-    """Return accuracy in percent by the number of demonstrations: a line with whiskers for each method, side by side
+def _accuracy(series: Sequence[Series], score: str = "VQA accuracy"):
+    """Return the score in percent by the number of demonstrations: a line with whiskers for each method, side by side
     where they meet; zero-shot is one grey line."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -96,7 +96,7 @@ def _accuracy(series: Sequence[Series]):
             **_look(_COLOURS.get(one.colour, len(_COLOURS) + i)),
         )
     axes.set_xticks(range(len(shots)), [f"{x:g}" for x in shots])
-    axes.set(xlabel="demonstrations", ylabel="VQA accuracy (%)")
+    axes.set(xlabel="demonstrations", ylabel=f"{score} (%)")
     axes.yaxis.set_major_locator(MaxNLocator(6))
     axes.grid(axis="x", visible=False)
     figure.legend(loc="outside lower center", ncols=2, handlelength=2.6, columnspacing=1.2)

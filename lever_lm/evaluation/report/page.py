@@ -71,7 +71,9 @@ def _page(main: Evaluated, data: VqaData | None, others: list[Evaluated]) -> dic
         "results": metrics["results"],
         **_by_shots(metrics),
         "checkpoint": metrics["checkpoint"],
-        "chart": _accuracy_chart(series) if any(one.points for one in series) else "",
+        "chart": _accuracy_chart(series, metrics["score"]) if any(one.points for one in series) else "",
+        "score": metrics["score"],
+        "corpus": _corpus(metrics),
         "nearest": metrics["order"] == "first_pick_last",
         "stale": _is_stale(main.run, metrics),
         **_chosen(main, data),
@@ -95,11 +97,16 @@ def _page(main: Evaluated, data: VqaData | None, others: list[Evaluated]) -> dic
     }
 
 
-def _accuracy_chart(series: list[Series]) -> str:
+def _corpus(metrics: dict) -> list[dict]:
+    """Return the results whose task reports more than means of scores: none of the task vqa, which has columns."""
+    return [row for row in metrics["results"] if row.get("metrics")] if metrics["task"] != "vqa" else []
+
+
+def _accuracy_chart(series: list[Series], score: str) -> str:
     room = 20 + min(150, 7 * max((len(one.label) for one in series), default=0))
     return line_chart(
         series,
-        title="VQA accuracy in percent by number of demonstrations",
+        title=f"{score} in percent by number of demonstrations",
         across="demonstrations (shots)",
         ticks=sorted({x for one in series if not one.flat for x, _ in one.points}),
         show="{:.1f}".format,
@@ -151,7 +158,7 @@ def _chosen(main: Evaluated, data: VqaData | None) -> dict:
     tests, free = {test["against"]: test for test in tests}, _free(metrics, found.shots)
     against = dict.fromkeys((*CONTRASTS, free))
     return {
-        "sentence": (results[0], [tests[name] for name in against if name in tests], free, lvlm),
+        "sentence": (results[0], [tests[name] for name in against if name in tests], free, lvlm, metrics["score"]),
         "learned": found.method in first
         and (first[found.method], [first[name] for name in reversed(CONTRASTS) if name in first]),
         "labels": labels,
@@ -175,7 +182,7 @@ def _contenders(main: Evaluated) -> dict:
     if "arena" not in metrics and os.path.isfile(own / METRICS_FILE):
         folder, metrics = own, read_metrics(own)
     return {
-        "arena": contenders.arena(read_arena(folder, metrics), method_of(metrics)),
+        "arena": contenders.arena(read_arena(folder, metrics), method_of(metrics), metrics["score"]),
         "arena_is_stale": folder == own and _is_stale(main.run, metrics),
         "diagnosis": contenders.diagnosis(found),
         "diagnosis_is_stale": found is not None and _is_stale(main.run, found),

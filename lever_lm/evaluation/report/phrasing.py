@@ -19,7 +19,17 @@ def points(value: float) -> str:
     return f"{100 * value:+.1f}".replace("-", "−")
 
 
-FILTERS = {"percent": percent, "points": points, "named": named}  # of the templates
+def capitalize_first(text: str) -> str:
+    """Return a text with a capital at its beginning, and the rest as it is."""
+    return text[:1].upper() + text[1:]
+
+
+FILTERS = {
+    "percent": percent,
+    "points": points,
+    "named": named,
+    "capitalize_first": capitalize_first,
+}  # of the templates
 
 
 def strategies(rows: Sequence[dict]) -> list[dict]:

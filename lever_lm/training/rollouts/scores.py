@@ -28,7 +28,7 @@ def score_entry(answer: str, gt_prob: float | None, query: Example, task: Task) 
     accuracy = round(task.score(answer, query), 6)
     f1, edit = task.relevance(answer, query)
     return {
-        "vqa_correct": int(accuracy > 0),
+        "vqa_correct": int(task.fits(answer, query)),
         "vqa_acc_score": accuracy,
         **({} if gt_prob is None else {"vqa_gt_prob": round(gt_prob, 6)}),
         "vqa_rel_token_f1": round(f1, 6),
