@@ -92,7 +92,7 @@ def environment_values(
 
 
 def _paths_of_others(values: dict, environ) -> tuple[str, ...]:
-    """Return the variables that name folders of other datasets than this one, or of any where it is a table."""
+    """Return the variables that name folders of other datasets than this one."""
     data = _section(values, "data")
     if data.get("file") or data.get("val_file"):  # images named by path may be COCO's
         return ("OKVQA_PATH", "VQAV2_PATH")

@@ -120,11 +120,17 @@ def test_an_evaluation_split_belongs_to_a_table_of_a_config_too(shown, tmp_path)
     assert (config["data"]["val_file"], origin["data.val_file"]) == ("v.csv", "--val")
 
 
-@pytest.mark.parametrize("variable", ["OKVQA_PATH", "VQAV2_PATH", "COCO_PATH"])
+@pytest.mark.parametrize("variable", ["OKVQA_PATH", "VQAV2_PATH"])
 def test_the_folders_of_other_data_leave_a_table_alone(shown, monkeypatch, variable):
     plain = shown("--data", "labels.csv")
     monkeypatch.setenv(variable, "/elsewhere")
     assert shown("--data", "labels.csv") == plain
+
+
+def test_the_folder_of_cocos_images_serves_a_table_too(shown, monkeypatch):
+    monkeypatch.setenv("COCO_PATH", "/elsewhere")
+    config, origin = shown("--data", "labels.csv")
+    assert (config["data"]["coco_path"], origin["data.coco_path"]) == ("/elsewhere", "COCO_PATH")
 
 
 # ---------------------------------------------------------------------- its folder below results/
@@ -266,14 +272,67 @@ def test_a_dataset_takes_the_place_of_the_table_of_a_run():
 
 @pytest.fixture
 def a_run(tmp_path):
-    """A folder with the config of a run on a.csv."""
+    """The folder of a run on a.csv, with its config: a name of its own for a column, and a task."""
+    run = tmp_path / "results/a/model_cpk/mine"
+    run.mkdir(parents=True)
+    values = run_config("data.columns={question: ask}", "data.scale=2", task="number", lvlm="tiny_qwen2.5_vl")
+    (run / "config.yaml").write_text(yaml.safe_dump(values))
+    keep_source(tmp_path / "results/a", str(tmp_path / "a.csv"))
+    return run
 
-    def make(**data) -> None:
-        values = run_config(task="number", lvlm="tiny_qwen2.5_vl")
-        values["data"] |= data
-        folder = tmp_path / "results/a/model_cpk/mine"
-        folder.mkdir(parents=True)
-        (folder / "config.yaml").write_text(yaml.safe_dump(values))
-        keep_source(tmp_path / "results/a", str(tmp_path / "a.csv"))
 
-    return make
+def planned(lever, *words) -> dict:
+    done = lever("convert", *words, "--dry-run", "--json")
+    assert done.status == 0, done.err
+    return done.json
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--run-name", "mine"),
+        ("--run-name", "mine", "--data", "./a.csv"),
+        ("--run-name", "mine", "--task", "number"),
+        ("--run-name", "mine", "--data", "a.csv", "--task", "number"),
+    ],
+    ids=" ".join,
+)
+def test_a_run_brings_its_table(lever, a_run, words):
+    found = planned(lever, *words)
+    assert found["paths"]["run"] == "results/a/model_cpk/mine"
+    values = yaml.safe_load((a_run / "config.yaml").read_text())
+    assert {**found["config"]["data"], "file": "a.csv"} == values["data"]
+    assert found["config"]["reward"] == values["reward"]
+
+
+def test_another_table_takes_the_place_of_a_runs_and_is_asked_as_that_was(lever, a_run):
+    command = ("report", str(a_run), "--data", "b.csv", "--val", "v.csv", "--dry-run", "--json")
+    found = lever(*command).json["config"]["data"]
+    changed = {"file": "b.csv", "val_file": "v.csv", "name": "b"}
+    assert found == {**to_dict(Config())["data"], **changed, "task": "number", "scale": 2.0}
+    assert lever(*command, "--task", "caption").json["config"]["data"]["task"] == "caption"
+    values = to_dict(layers({"dataset": "digits", "lvlm": "tiny_qwen2.5_vl"}, None, [], {}).config())
+    (a_run / "config.yaml").write_text(yaml.safe_dump(values))
+    found = lever(*command)
+    assert found.json["config"]["data"] == {**to_dict(Config())["data"], **changed, "task": "short_answer"}
+    assert "task: short_answer (--task names another)" in found.err
+
+
+def test_a_split_of_its_own_is_given_to_the_table_of_a_run(lever, a_run):
+    found = planned(lever, "--run-name", "mine", "--val", "v.csv")["config"]["data"]
+    assert (found["file"], found["val_file"], found["columns"]) == ("a.csv", "v.csv", {"question": "ask"})
+    (a_run / "config.yaml").write_text(yaml.safe_dump(to_dict(Config())))
+    refused(lever("convert", "--run-name", "mine", "--val", "v.csv", "--json"), "--val v.csv", "--data")
+
+
+@pytest.mark.parametrize("words", [("--data", "a.csv"), ("--val", "v.csv"), ("--task", "number")], ids=" ".join)
+def test_a_run_that_is_repeated_or_shown_is_of_its_own_data(lever, a_run, words):
+    (a_run / "env.json").write_text("{}")
+    refused(lever("train", "--from-run", str(a_run), *words, "--json"), words[0], "brings its own config")
+    refused(lever("config", "show", str(a_run), *words, "--json"), words[0], "brings its own config")
+
+
+def test_a_run_of_a_table_is_trained_by_the_default_warm_up_and_its_rollouts_are_of_the_table(lever):
+    plan = lever("train", "--data", "a.csv", "--dry-run", "--json")
+    assert (plan.status, plan.json["config"]["warmup"]) == (0, "rce")
+    assert [stage["name"] for stage in plan.json["stages"]] == ["features", "rollouts", "rce", "grpo"]
