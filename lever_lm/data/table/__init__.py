@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from lever_lm.config.schema import DataConfig
-from lever_lm.data.example import Example
+from lever_lm.data.example import Example, image_digest
 from lever_lm.data.rows import BadExamples, Pose, Unusable, as_it_is
 from lever_lm.data.table.cells import Cells
 from lever_lm.data.table.images import ImageTable, PlacedImages
@@ -96,7 +96,9 @@ class _Loading:
         self.ids[example.question_id] = source.table.source
         self.found[split].append(posed)
         if split == SHARED:
-            self.about.append(example.content or f"without an image: {example.question}")
+            # Not `content`, which each example would keep: a million rows are about a thousand images.
+            image = example.image
+            self.about.append(f"without an image: {example.question}" if image is None else image_digest(image))
 
     def splits(self) -> dict[str, list[Example]]:
         """Return the examples of each split."""
