@@ -122,10 +122,10 @@ def in_both(config: DataConfig, train: list[Example], val: list[Example]) -> dic
 def _digests(examples: list[Example]) -> list[str]:
     """Return what identifies the content of each example's image. Raises LeverError with the question of an image that
     cannot be read."""
-    images = [example.image for example in examples if example.image is not None]
+    images = list(dict.fromkeys(example.image for example in examples if example.image is not None))
     try:
-        found = iter(image_digests(images))
-        return ["" if example.image is None else next(found) for example in examples]
+        found = dict(zip(images, image_digests(images), strict=True))
+        return [found.get(example.image, "") for example in examples]
     except LeverError as error:
         question = next(e for e in examples if e.image == error.__cause__.filename).question_id
         raise LeverError(f"question {question}: {error}") from error

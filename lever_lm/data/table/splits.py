@@ -27,11 +27,14 @@ class Source:
     how: str
 
     def rows(self) -> Iterator[tuple[Part, Row, str]]:
-        """Yield the rows, each with its part and its split."""
+        """Yield the rows, each with its part and its split. Raises LeverError where there are none."""
         wanted, image = list(dict.fromkeys(self.columns.values())), self.columns.get("image")
+        row = None
         for part in self.table.parts:
             for row in part.rows([name for name in part.columns if name in wanted], image):
                 yield part, row, self.split_of(part, row)
+        if row is None:
+            raise LeverError(f"{self.table.source} holds no row below the names of its columns; name another table")
 
 
 def open_sources(config: DataConfig) -> list[Source]:
