@@ -19,11 +19,11 @@ from lever_lm.data.pools import Candidates
 
 @pytest.fixture(scope="module")
 def mine(tmp_path_factory) -> Path:
-    """A folder in which the page's own Python block was run and its YAML written."""
+    """A folder in which the page's Python block of the official layout was run and its YAML written."""
     folder = tmp_path_factory.mktemp("mine")
-    code, config = (
-        next(b for b in pages.blocks("docs/own-data.md") if b.language == name) for name in ("python", "yaml")
-    )
+    here = pages.blocks("docs/own-data.md")
+    code = next(block for block in here if block.language == "python" and "val2014" in block.text)
+    config = next(block for block in here if block.language == "yaml")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         exec(compile(code.text, str(code), "exec"), {"__name__": "example"})
