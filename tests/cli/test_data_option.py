@@ -4,10 +4,12 @@ import json
 import os
 import shutil
 
+import click
 import pytest
 import yaml
 from helpers import files_in, run_here
 
+from lever_lm.cli import completion
 from lever_lm.config.load import Layer, layers
 from lever_lm.config.schema import Config, to_dict
 from lever_lm.training.own_results import SOURCE, folder_name, identity, keep_source, source_of
@@ -98,6 +100,17 @@ def test_a_task_is_named_for_a_shipped_dataset_as_well(shown):
 
 def test_the_five_tasks_have_a_yaml_each(lever):
     refused(lever("train", "--task", "vqaa", "--json"), "--task", "'vqa'", "caption, choice, number, short_answer, vqa")
+
+
+def test_a_shell_is_offered_the_tasks_and_the_tables_below_what_is_typed(tmp_path, monkeypatch):
+    (tmp_path / "set").mkdir()
+    for name in ("a.csv", "b.jsonl", "notes.txt", ".hidden.csv", "set/c.parquet", "odd;name.csv"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    context = click.Context(click.Command("x"))
+    offered = {typed: [value for value, _ in completion.tables(context, typed)] for typed in ("", "b", "set/", "no/")}
+    assert offered == {"": ["a.csv", "b.jsonl", "set/"], "b": ["b.jsonl"], "set/": ["set/c.parquet"], "no/": []}
+    assert [value for value, _ in completion.named("task")(context, "c")] == ["caption", "choice"]
 
 
 @pytest.mark.parametrize(
