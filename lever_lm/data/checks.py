@@ -1,6 +1,7 @@
 """Checks of a dataset before it is used: its files, how many examples it has, and how many of them cannot be used."""
 
 from collections.abc import Iterator
+from functools import cache
 
 from lever_lm.config.schema import DataConfig
 from lever_lm.data import in_both, in_parquet, is_table, load_split, source_of
@@ -9,6 +10,7 @@ from lever_lm.data.okvqa import OFFICIAL_SIZES, SPLITS, annotations_file, images
 from lever_lm.data.parquet_files import in_datasets_cache
 from lever_lm.data.rows import BadExamples, Pose, as_it_is
 from lever_lm.data.split_files import files_of
+from lever_lm.data.table import load_tables
 from lever_lm.data.table.files import find_files, hub_address
 from lever_lm.utils.checks import Check, check_file
 from lever_lm.utils.errors import LeverError
@@ -26,6 +28,9 @@ def check_files(config: DataConfig) -> Iterator[Check]:
 
 
 def _tables(config: DataConfig) -> Iterator[Check]:
+    for split in SPLITS if config.image_table else ():
+        images = config.image_table.replace("{split}", split)
+        yield _table(f"{split} images", images, "data.image_table")
     named = {"train data": (config.file, "--data, data.file"), "val data": (config.val_file, "--val, data.val_file")}
     for what, (source, option) in named.items():
         if not source and what == "val data":
@@ -92,10 +97,12 @@ def _official_files(config: DataConfig, split: str) -> Iterator[Check]:
 def check_examples(config: DataConfig, splits: dict[str, list[Example]], pose: Pose = as_it_is) -> Iterator[Check]:
     """Count the examples of each split that can be used and those that cannot. Images are looked up, not decoded. Those
     that can be used are added to `splits`."""
+    bads = {split: BadExamples(skip=True) for split in SPLITS}
+    tables = cache(lambda: load_tables(config, bads, pose))  # both splits are read at once
     for split, expected in zip(SPLITS, OFFICIAL_SIZES.get(config.name, (None, None)), strict=True):
-        bad = BadExamples(skip=True)
+        bad = bads[split]
         try:
-            examples, _ = load_split(config, split, bad, pose)
+            examples, _ = tables()[split] if is_table(config) else load_split(config, split, bad, pose)
         except LeverError as error:
             found, _, mend = str(error).partition("; ")
             yield Check(f"{split} examples", "missing", found, mend or "replace the file")

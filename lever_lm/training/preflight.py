@@ -29,6 +29,7 @@ _DOWNLOAD = {  # GiB
     "openai/clip-vit-large-patch14": 1.6,
     "lmms-lab-encoder/OK-VQA": 0.8,
     "Multimodal-Fatima/OK-VQA_train": 1.5,
+    "derek-thomas/ScienceQA": 0.6,
 }
 
 

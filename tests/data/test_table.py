@@ -6,6 +6,7 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
+from loopback import Loopback, Reply
 from official import photo, write_parquet
 
 from lever_lm.config.load import resolve
@@ -302,6 +303,20 @@ def test_a_line_that_is_no_object_stops_with_its_number(photos):
     data = load(str(photos / "t.jsonl"), skip_bad_examples=True)
     assert (len(both(data)), len(data.skipped)) == (5, 1)
     assert "line 5: it is longer than 1 MiB" in data.skipped[0]
+
+
+def test_an_image_at_an_address_is_fetched_where_that_is_allowed_and_in_no_view(photos, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with Loopback(lambda request: Reply(body=photo(3))).running() as server:
+        rows = [{**row, "image": f"{server.url}/{row['image']}"} if i == 2 else row for i, row in enumerate(rows_of(6))]
+        file = write(photos / "t.csv", rows)
+        assert view(DataConfig(file=file, allow_remote=True)).odd == ()
+        assert server.requests == []
+        examples = {e.question_id: e for e in both(load(file, allow_remote=True))}
+        assert len(server.requests) == 1
+    assert Path(examples[2].image).read_bytes() == photo(3)
+    assert examples[2].image_id == examples[3].image_id
 
 
 # ---------------------------------------------------------------------- ids

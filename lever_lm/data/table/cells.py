@@ -82,7 +82,7 @@ def _list_in(text: str) -> list:
 
 
 class Cells:
-    """How the rows of a table become examples. columns: role → column. typed: see files.Part. Equal texts and lists are
+    """How the rows of a table become examples. columns: role → column. typed: see parts.Part. Equal texts and lists are
     kept once while it lives."""
 
     def __init__(self, config: DataConfig, columns: Mapping[str, str], *, typed: bool):
@@ -94,8 +94,12 @@ class Cells:
         question_id = id_of(cells.get(self._columns["id"])) if "id" in self._columns else row_id
         question = self._question(cells)
         choice = self._config.task == "choice"
-        options = self._options(cells) if choice or self._answered_by_index(cells) else ()
-        answers, raw_answers = self._answers(cells, options)
+        if choice or self._answered_by_index(cells):
+            options = self._options(cells)
+            answers = raw_answers = [self._right_option(cells, options)]
+        else:
+            options = ()
+            answers, raw_answers = self._answers(cells)
         if problem := problem_of(question, answers, raw_answers) or unfit(options):
             raise Unusable(problem)
         kept = [
@@ -108,8 +112,9 @@ class Cells:
 
     def cell(self, cells: Mapping, role: str):
         """Return what a row has for a role; None where it has nothing."""
-        value = cells.get(self._columns[role]) if role in self._columns else None
-        return None if holds_nothing(value) else value
+        column = self._columns.get(role)
+        value = None if column is None else cells.get(column)
+        return None if value is None or holds_nothing(value) else value
 
     def _image_id(self, cells: Mapping, image: Image | None) -> int | str | None:
         if image is None:
@@ -132,29 +137,21 @@ class Cells:
 
     # ------------------------------------------------------------------ answers
 
-    def _answers(self, cells: Mapping, options: tuple[str, ...]) -> tuple[list, list]:
-        """Return the answers and raw answers of a row, not checked yet."""
-        if self._config.task == "choice" or self._answered_by_index(cells):
-            right = [self._right_option(cells, options)]
-            return right, right
-        given = self.cell(cells, "answers")
-        given = self.cell(cells, "answer") if given is None else given
+    def _answers(self, cells: Mapping) -> tuple[list, list]:
+        """Return the answers and raw answers of a row, not checked yet. Bars part those of a list alone."""
+        given, single = self.cell(cells, "answers"), self.cell(cells, "answer")
+        given, bars = (single, False) if given is None else (given, True)
         if given is None:
             raise Unusable(f"it has no answer ({' or '.join(self._columns.get(r, r) for r in ('answer', 'answers'))})")
-        entries = self._entries(given, bars=self.cell(cells, "answers") is not None)
+        entries = [given] if isinstance(given, str) and not bars else listed(given, typed=self._typed)
         answers = [_answer_text(entry) for entry in entries]
         typed = [text_of(entry.get("raw_answer")) if isinstance(entry, dict) else None for entry in entries]
         return answers, [answer if raw is None else raw for raw, answer in zip(typed, answers, strict=True)]
 
-    def _entries(self, given, *, bars: bool) -> list:
-        """Return the entries of a cell of answers; one of a single answer is split in no way."""
-        if isinstance(given, str) and not bars:
-            return [given]
-        return listed(given, typed=self._typed)
-
     def _answered_by_index(self, cells: Mapping) -> bool:
-        named = any(self.cell(cells, role) is not None for role in ("answer", "answers"))
-        return not named and self.cell(cells, "answer_index") is not None
+        if self.cell(cells, "answer_index") is None:
+            return False
+        return self.cell(cells, "answer") is None and self.cell(cells, "answers") is None
 
     # ------------------------------------------------------------------ choices
 

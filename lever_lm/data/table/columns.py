@@ -6,7 +6,7 @@ from difflib import get_close_matches
 
 from lever_lm.config.schema import DataConfig
 from lever_lm.config.values import FLAGS
-from lever_lm.data.table.files import Table
+from lever_lm.data.table.parts import Table
 from lever_lm.utils.errors import LeverError, UsageError
 from lever_lm.utils.terminal import one_line, shown
 

@@ -10,7 +10,8 @@ from lever_lm.data.parquet_files import image_folders
 from lever_lm.data.rows import Unusable
 from lever_lm.data.table.cells import holds_nothing, id_of
 from lever_lm.data.table.columns import ROLES, there
-from lever_lm.data.table.files import Part, Table, open_table
+from lever_lm.data.table.files import open_table
+from lever_lm.data.table.parts import Part, Table
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.paths import HUB_PREFIX
 from lever_lm.utils.terminal import one_line, shown

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from lever_lm.config.schema import DataConfig
 from lever_lm.data.split_files import splits_named
 from lever_lm.data.table.columns import fields_of, find_columns
-from lever_lm.data.table.files import Part, Row, Table, open_table
+from lever_lm.data.table.files import open_table
+from lever_lm.data.table.parts import Part, Row, Table
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.terminal import one_line
 

@@ -9,8 +9,9 @@ from lever_lm.data.example import Example, Image
 from lever_lm.data.rows import Unusable
 from lever_lm.data.table.cells import Cells
 from lever_lm.data.table.columns import ROLES, candidates
-from lever_lm.data.table.files import Part, Row, find_files, label_of
+from lever_lm.data.table.files import find_files
 from lever_lm.data.table.images import ImageTable, PlacedImages
+from lever_lm.data.table.parts import Part, Row
 from lever_lm.data.table.splits import SHARED, Source, open_sources
 from lever_lm.utils.terminal import one_line, shown
 
@@ -67,9 +68,8 @@ def view(config: DataConfig, rows: int = 5) -> TableView:
 
 def _files(source: Source) -> list[str]:
     root, files = find_files(source.table.source, "")
-    return [label_of(file, root) for file in files if str(file.relative_to(root)) not in source.table.left_out] or [
-        source.table.source
-    ]
+    taken = [str(file) for file in files if str(file.relative_to(root)) not in source.table.left_out]
+    return taken or [source.table.source]
 
 
 def _split_in_words(sources: list[Source], counts: Mapping[str, int]) -> str:
@@ -126,7 +126,8 @@ class _Look:
                 if row.problem:
                     raise Unusable(row.problem)
                 image = images.of(part, row.cells)
-                self._take(cells[part.typed].example(row.cells, image, number), image, part, row)
+                # Without the image, whose content would be read.
+                self._take(cells[part.typed].example(row.cells, None, number), image, part, row)
             except Unusable as error:
                 self.bad += 1
                 if not self.problems:

@@ -37,7 +37,8 @@ _WHAT = "a policy as `lever export` writes it"
 _SECTIONS = ("data", "features", "sampler", "policy", "infer", "prompt", "lvlm")  # in the order of the file
 SETTING = sorted(keys_of("answers", "place"), key=lambda key: _SECTIONS.index(key[0]))
 PLACES = set(keys_of("place"))
-_EVERYWHERE = rf"{ASSET_PREFIX}[\w-][\w.-]*|{HUB_PREFIX}[\w-][\w.-]*/[\w-][\w.-]*"  # no way out of the assets
+# No way out of the assets; of a repository, perhaps a folder or a file, where `{split}` may stand.
+_EVERYWHERE = rf"{ASSET_PREFIX}[\w-][\w.-]*|{HUB_PREFIX}[\w-][\w.-]*/[\w-][\w.-]*(?:/[\w{{}}-][\w.{{}}-]*)*"
 _MODELS = {("features", "encoder"), ("lvlm", "path")}
 
 
