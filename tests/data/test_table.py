@@ -609,6 +609,8 @@ def test_a_hub_copy_that_is_not_here_is_to_be_fetched():
     (check, _) = check_files(DataConfig(file="hub:owner/name/part"))
     assert (check.status, check.fetched) == ("missing", True)
     assert "hf download --repo-type dataset owner/name" in check.mend
+    with pytest.raises(LeverError, match=r"not in the hub's cache; hf download --repo-type dataset owner/name"):
+        view(DataConfig(file="hub:owner/name/part"))
 
 
 @pytest.mark.parametrize(
