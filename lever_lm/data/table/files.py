@@ -10,7 +10,7 @@ from lever_lm.data.split_files import splits_named
 from lever_lm.data.table.parts import KINDS, SUFFIXES, Part, Row, Table
 from lever_lm.data.table.texts import text_part
 from lever_lm.utils.errors import LeverError
-from lever_lm.utils.hub import addresses, cached_dataset
+from lever_lm.utils.hub import addresses, cached_dataset, download_command, fetch_dataset
 from lever_lm.utils.paths import HUB_PREFIX, asset_path
 from lever_lm.utils.terminal import one_line, shown
 
@@ -23,7 +23,15 @@ def open_table(source: str, option: str, *, fetch: bool = True) -> Table:
     quiet()
     root, files = find_files(source, option)
     if not files:
-        return _from_datasets(source, option, fetch)
+        repository, within = hub_address(source)
+        if not fetch and (within or not any(map(in_datasets_cache, addresses(repository)))):
+            raise LeverError(f"{source} is not in the hub's cache; {download_command(repository, within)}")
+        if not within:
+            return _from_datasets(source, option)
+        fetch_dataset(repository, within, f"or another table: {option}")
+        root, files = find_files(source, option)
+        if not files:
+            raise LeverError(f"{source} holds no table; name {KINDS} ({option})")
     labels = [str(file.relative_to(root)) for file in files]
     named = splits_named(labels, str(root)) if len(files) > 1 or root != files[0].parent else {}
     if not any(named.values()):
@@ -102,11 +110,8 @@ def _of_one_kind(folder: Path, source: str, option: str) -> list[Path]:
 # ---------------------------------------------------------------------- parquet
 
 
-def _from_datasets(source: str, option: str, fetch: bool) -> Table:
-    repository, within = hub_address(source)
-    if not fetch and not any(map(in_datasets_cache, addresses(repository))):
-        raise LeverError(f"{source} is not in the hub's cache; hf download --repo-type dataset {repository}")
-    splits = hub_splits(repository, f"or name a file or folder of it ({option})", within)
+def _from_datasets(source: str, option: str) -> Table:
+    splits = hub_splits(hub_address(source)[0], f"or name a file or folder of it ({option})")
     named = splits_named(list(splits), source)
     if not any(named.values()):
         named = {"": list(splits)}

@@ -39,7 +39,7 @@ class TableView:
 
 
 def view(config: DataConfig, rows: int = 5) -> TableView:
-    """Return what the tables of a config hold, the first `rows` rows of it as texts. Fetches nothing and decodes no image.
+    """Return what the tables of a config hold, the first `rows` rows of it as texts. Fetches nothing, decodes no image.
     Raises LeverError as load_tables does for a table that cannot be read at all; bad rows are counted."""
     sources = open_sources(config, fetch=False)
     first = sources[0]
