@@ -6,6 +6,7 @@ the right names. The rest, commands of others, is checked as OTHERS says. Nothin
 
 import ast
 import contextlib
+import csv
 import functools
 import inspect
 import io
@@ -31,8 +32,9 @@ from pages import CHECKOUT, PAGES, Part
 from lever_lm.cli.commands import app
 from lever_lm.cli.entrypoint import run as run_command
 from lever_lm.config.load import ENVIRONMENT
-from lever_lm.config.schema import LvlmConfig, all_keys
+from lever_lm.config.schema import DataConfig, LvlmConfig, all_keys
 from lever_lm.config.values import build
+from lever_lm.data import load_dataset
 from lever_lm.utils.paths import asset_path
 
 DEMO = RUN.with_name("demo")
@@ -47,6 +49,7 @@ STANDS_FOR = {
     r"diff A B$": "diff classic demo",
     r"diff DIR DIR$": f"diff {DEMO} {RUN}",
     r"--icds (FILE|文件)": "--icds icds.jsonl",
+    r"--data (FILE|文件)": "--data table.csv",
     r"…/grpo_epoch25\.pt|\bX\.pt": f"{DEMO}/grpo_epoch15.pt",
     r"--selector NAME": "--selector fixed_set",
     r"--against NAME(S|,NAME)": "--against mmr,dpp",
@@ -78,6 +81,14 @@ def hub(tmp_path_factory) -> Path:
     return home
 
 
+def write_table(folder: Path, data: DataConfig) -> None:
+    """The training questions of a data set as a table, table.csv."""
+    with open(folder / "table.csv", "w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(["image", "question", "answer"])
+        rows.writerows([e.image, e.question, e.answer] for e in load_dataset(data).train_examples)
+
+
 @pytest.fixture(scope="module")
 def reader(trained_once, tmp_path_factory) -> Path:
     """A folder as a reader has it who ran the demo, `lever train` and `lever infer`, both small; in it the checkout's
@@ -87,6 +98,7 @@ def reader(trained_once, tmp_path_factory) -> Path:
     for name in ("lever_lm", "scripts", "constraints.txt"):
         (folder / name).symlink_to(CHECKOUT / name)
     small_digits(folder / "data", train=24, val=8)
+    write_table(folder, DataConfig("data", str(folder / "data"), str(folder / "data")))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for name in os.environ.keys() - clean_environment().keys():

@@ -16,7 +16,7 @@ DEFAULT_TASK = "short_answer"  # a table has one answer a row, for which the rul
 # Sections of configs/dataset/digits.yaml that suit the shipped models and as little data as a laptop takes.
 _SMALL = ("features", "sampler", "policy", "rce", "grpo")
 # How an example is asked and scored: what a run on a table is used with on another one.
-_ASKED = ("task", "question", "options", "show", "scale")
+_ASKED = ("task", "question", "options", "show", "number_words", "scale")
 _SOURCE = "--data"
 
 

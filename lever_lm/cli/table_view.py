@@ -8,6 +8,13 @@ from lever_lm.utils.errors import LeverError
 from lever_lm.utils.terminal import one_line
 
 _LONGEST = 60  # characters of a cell that is shown
+_WHY = {  # task → what of a table speaks for it
+    "vqa": "each row has the answers of ten people or more",
+    "short_answer": "its answers are a few words, of fewer than ten people",
+    "choice": "its rows have options",
+    "number": "every answer is a number",
+    "caption": "its answers are sentences",
+}
 
 
 @dataclass(frozen=True)
@@ -39,18 +46,21 @@ def _lines(seen, task: str) -> list[str]:
     more = f" and {len(files) - 1} more" if len(files) > 1 else ""
     columns = ", ".join(f"{role}: {name}" for role, name in seen.columns.items())
     unused = f"; unused: {', '.join(seen.unused)}" if seen.unused else ""
-    fits = "the one that its columns are for"
-    if seen.task != task:
-        fits = f"its columns are for {seen.task}: --task {seen.task}"
     lines = [
         ("data", f"{''.join(files[:1])}{more}, {seen.rows:,} rows"),
         ("columns", f"{columns}{unused}"),
         ("split", seen.split),
-        ("task", f"{task}, {fits}"),
+        ("task", _task(task, seen.task)),
         *((f"row {number}", _row(row)) for number, row in enumerate(seen.first, 1)),
         *(("odd", odd) for odd in seen.odd),
     ]
     return [f"{what:>7}  {one_line(found)}" for what, found in lines]
+
+
+def _task(taken: str, fits: str) -> str:
+    """Return the task that is taken, and why that one or another fits."""
+    why = _WHY.get(fits, "by its columns")
+    return f"{taken}: {why}" if taken == fits else f"{taken}, but {why}: --task {fits}"
 
 
 def _row(row: dict) -> str:

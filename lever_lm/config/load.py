@@ -92,7 +92,7 @@ def environment_values(
 
 
 def _paths_of_others(values: dict, environ) -> tuple[str, ...]:
-    """Return the variables that name folders of other datasets than this one, or of any where it is a table."""
+    """Return the variables that name folders of other datasets than this one."""
     data = _section(values, "data")
     if data.get("file") or data.get("val_file"):  # images named by path may be COCO's
         return ("OKVQA_PATH", "VQAV2_PATH")
@@ -193,8 +193,8 @@ _KINDS = {"dataset": (("data",), "name"), "lvlm": (("lvlm", "prompt"), "path"), 
 
 def _of_kind(kind: str, values: dict, run: dict) -> dict:
     """Return what a named YAML changes about a run's config: the sections of its kind alone, so that --dataset leaves
-    the sampler as it is. One that names another dataset or LVLM than the run's brings that section whole, but for what
-    the run's task says of the LVLM. A recipe is about the training and comes as it is."""
+    the sampler as it is. One that names another dataset or LVLM than the run's brings that section whole. A recipe
+    is about the training and comes as it is."""
     if kind == "task":
         return _other_task(values, run)
     if kind not in _KINDS:
@@ -205,10 +205,21 @@ def _of_kind(kind: str, values: dict, run: dict) -> dict:
         kept["features"] = values.get("features", {})
     first = sections[0]
     there, here = _section(run, first), kept.get(first)
-    if isinstance(here, dict) and (there.get(identity) != here.get(identity) or _is_table(kind, there, here)):
-        of_task = _section(_task_of(run), first) if kind == "lvlm" else {}
-        kept[first] = {**to_dict(Config())[first], **here, **of_task}
-    return kept
+    whole = isinstance(here, dict) and (there.get(identity) != here.get(identity) or _is_table(kind, there, here))
+    if whole:
+        kept[first] = {**to_dict(Config())[first], **here}
+    return _asked_as_the_run(kept, run) if kind == "lvlm" else kept
+
+
+def _asked_as_the_run(values: dict, run: dict) -> dict:
+    """Return what the YAML of an LVLM changes, but for what the run's task says of the same keys: it comes after."""
+    task = _task_of(run)
+    return {
+        section: {key: _section(task, section).get(key, value) for key, value in keys.items()}
+        if isinstance(keys, dict)
+        else keys
+        for section, keys in values.items()
+    }
 
 
 def _is_table(kind: str, there: dict, here: dict) -> bool:

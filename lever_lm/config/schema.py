@@ -82,7 +82,11 @@ class DataConfig(Section, section="data"):
     question: str = answers("", "what is asked where a row has no question; {name} is what the row has in that column")
     options: tuple[str, ...] = answers((), "choice: the options of a row that has none")
     task: str = answers("vqa", "how it is asked and scored: vqa, short_answer, choice, number, caption")
-    show: str = answers("letter", "choice: what a demonstration's answer is, its letter or its text", "letter | text")
+    show: str = answers(
+        "letter",
+        "choice: an answer is shown as its letter or text; hidden: no options, texts",
+        "letter | text | hidden",
+    )
     number_words: dict = answers({}, "number: words that are numbers, beside zero to ten: {uno: 1, dos: 2}")
     scale: float = answers(0.0, "number: the error that scores 0; 0: the range of the training answers", ">= 0")
     file_prefix: str = answers("", "what stands before the official files' names: v2_ for VQAv2")

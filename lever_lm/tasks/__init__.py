@@ -51,7 +51,7 @@ def pose_of(config: DataConfig) -> Callable[[Example], Example]:
     def pose(example: Example) -> Example:
         if problem := task.problem(example):
             raise Unusable(problem)
-        question = task.question(example)
+        question = example.question if config.show == "hidden" else task.question(example)
         answer = task.answer(example) if config.show == "letter" else example.answer
         shown = "" if answer == example.answer else answer
         return (

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -15,15 +16,17 @@ from lever_lm.config.schema import DataConfig
 from lever_lm.data import image_digest, load_dataset
 from lever_lm.data.checks import check_examples
 from lever_lm.data.pools import Candidates
+from lever_lm.data.table.columns import ROLES
+from lever_lm.tasks import load_data
 
 
 @pytest.fixture(scope="module")
 def mine(tmp_path_factory) -> Path:
-    """A folder in which the page's own Python block was run and its YAML written."""
+    """A folder in which the page's Python block of the official layout was run and its YAML written."""
     folder = tmp_path_factory.mktemp("mine")
-    code, config = (
-        next(b for b in pages.blocks("docs/own-data.md") if b.language == name) for name in ("python", "yaml")
-    )
+    here = pages.blocks("docs/own-data.md")
+    code = next(block for block in here if block.language == "python" and "val2014" in block.text)
+    config = next(block for block in here if block.language == "yaml")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         exec(compile(code.text, str(code), "exec"), {"__name__": "example"})
@@ -89,3 +92,16 @@ def test_the_numbers_of_official_questions_are_those_the_doctor_expects(tmp_path
     said = [check.found for check in check_examples(DataConfig("okvqa", str(tmp_path), str(tmp_path)), {})]
     assert [number for number in ("9009", "5046") if not any(number in line for line in said)] == []
     assert "9,009 and 5,046 questions" in pages.text_of("docs/okvqa.md")
+
+
+def test_the_page_names_the_usual_columns_of_every_role():
+    rows = re.findall(r"^\| `(\w+)` \| (`.+`) \|$", pages.text_of("docs/own-data.md"), re.MULTILINE)
+    assert {role: tuple(names.strip("`").split("`, `")) for role, names in rows} == ROLES
+
+
+def test_the_pages_table_has_sixty_rows_of_which_twelve_are_evaluated_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = next(block for block in pages.blocks("docs/own-data.md") if block.language == "python")
+    exec(compile(code.text, str(code), "exec"), {"__name__": "example"})
+    data = load_data(DataConfig("labels", file="labels.csv", task="short_answer"))
+    assert (len(data.train_examples), len(data.val_examples)) == (48, 12)

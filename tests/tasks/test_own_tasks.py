@@ -58,6 +58,9 @@ def test_a_choice_letters_its_options_in_the_question_and_shows_the_letter():
     assert (one.answer, one.answers) == ("C", ("blue",))
     shown = posed(example("blue", question="Which colour?", options=COLOURS), show="text")
     assert (shown.question, shown.answer) == (one.question, "blue")
+    hidden = posed(example("blue", question="Which colour?", options=COLOURS), show="hidden")
+    assert (hidden.question, hidden.answer) == ("Which colour?", "blue")
+    assert [CHOICE.read(said, hidden) for said in ("Blue", "red", "green")] == ["blue", "red", None]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,165 @@
+"""Each task from a table of 60 rows over real images: train, infer, report and pick by the command line, and the
+numbers made again by hand from the predictions."""
+
+import csv
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+
+ROWS, SEED = 60, 0
+SPANISH = ["cero", "uno", "dos", "tres", "cuatro", "cinco", "seis", "siete", "ocho", "nueve"]
+QUESTIONS = {"short_answer": "How do you say this number in Spanish?", "vqa": "Which polygon has this number of sides?"}
+WORDS = "data.number_words={" + ", ".join(f"{word}: {n}" for n, word in enumerate(SPANISH)) + "}"
+ASKED = f"data.question={QUESTIONS['short_answer']}"
+TEMPLATE = "prompt.template=Question: {question} Short answer: {answer}"
+SMALL = ("--limit", "16", "--rce-epochs", "1", "--grpo-epochs", "2", "--set", "rollout.random=3")
+
+
+def rows_of(task: str, digits) -> list[dict]:
+    """60 rows of a task over the shipped digits; the model knows the words of their answers."""
+    asked = QUESTIONS.get(task, QUESTIONS["short_answer"])
+    examples = [e for e in digits.train_examples if e.question == asked][:ROWS]
+    rows = [{"photo": str(e.image), "question": e.question, "answer": e.answer} for e in examples]
+    for i, row in enumerate(rows):
+        if task == "vqa":
+            row["answers"] = [row.pop("answer")] * 10
+        if task == "choice":  # the right one and three others, the right one at a place that varies
+            right = SPANISH.index(row["answer"])
+            options = [SPANISH[(right + step) % 10] for step in (1, 4, 7)]
+            row["options"] = [*options[: i % 4], row["answer"], *options[i % 4 :]]
+        if task == "caption":
+            row["captions"] = [row["answer"], f"el {row.pop('answer')}"]
+            del row["question"]
+    return rows
+
+
+@pytest.fixture
+def table(digits, tmp_path):
+    """A function from a task to the command line of its table: photographs in a folder beside the file."""
+
+    def write(task: str) -> list[str]:
+        rows = rows_of(task, digits)
+        (tmp_path / "photos").mkdir()
+        for i, row in enumerate(rows):
+            shutil.copy(row["photo"], tmp_path / f"photos/{i}.jpg")
+            row["photo"] = f"photos/{i}.jpg"
+        if task in ("short_answer", "number", "choice"):
+            name = f"own_{task}.csv"
+            with open(tmp_path / name, "w", newline="", encoding="utf-8") as file:
+                out = csv.DictWriter(file, rows[0])
+                out.writeheader()
+                joined = ({k: "|".join(v) if isinstance(v, list) else v for k, v in row.items()} for row in rows)
+                out.writerows(joined)
+        else:
+            name = f"own_{task}.jsonl"
+            (tmp_path / name).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        # The model knows no options, no captions and no numerals: it is asked as it was taught.
+        more = {"number": [WORDS], "choice": ["data.show=hidden"], "caption": [ASKED, TEMPLATE]}.get(task, [])
+        return ["--data", name, "--task", task, *(word for item in more for word in ("--set", item))]
+
+    return write
+
+
+METRICS = {
+    "vqa": {"accuracy", "normalized_accuracy", "unparsed"},
+    "short_answer": {"exact_match", "unparsed"},
+    "choice": {"accuracy", "unparsed"},
+    "number": {"score", "mae", "rmse", "r2", "unparsed"},
+    "caption": {"cider_d", "unparsed"},
+}
+
+
+def by_hand(task: str, said: list[str], right: list[list[str]]) -> dict[str, float]:
+    """What is reported of predictions, written anew."""
+    pairs = list(zip(said, right, strict=True))
+    if task in ("short_answer", "vqa"):
+        name = "exact_match" if task == "short_answer" else "accuracy"
+        return {name: sum(text == answers[0] for text, answers in pairs) / len(pairs)}
+    if task == "number":
+        values = {word: n for n, word in enumerate(SPANISH)}
+        errors = [values[text] - values[answers[0]] for text, answers in pairs if text in values]
+        mean = [values[answers[0]] for text, answers in pairs if text in values]
+        around = sum((v - sum(mean) / len(mean)) ** 2 for v in mean)
+        return {
+            "mae": sum(map(abs, errors)) / len(errors),
+            "rmse": math.sqrt(sum(e * e for e in errors) / len(errors)),
+            "r2": 1 - sum(e * e for e in errors) / around,
+            "unparsed": 1 - len(errors) / len(pairs),
+        }
+    return {}
+
+
+@pytest.mark.parametrize("task", METRICS)
+def test_a_table_is_trained_on_answered_shown_and_asked(task, table, lever, tmp_path):
+    own = table(task)
+    trained = lever("train", *own, *SMALL, "--json")
+    assert trained.status == 0, trained.err
+    folder = tmp_path / f"results/own_{task}"
+    rollouts = json.loads(next(folder.rglob("rl_data*.json")).read_text())
+    assert len(rollouts) > 10
+
+    done = lever("infer", *own, "--shots", "1,2,4", "--baselines", "--json")
+    assert done.status == 0, done.err
+    found = done.json
+    assert (found["task"], {row["shots"] for row in found["results"]}) == (task, {0, 1, 2, 4})
+    assert all(row["metrics"].keys() == METRICS[task] and row["n"] == 12 for row in found["results"])
+    for row in found["results"]:
+        file = Path(found["folder"], f"samples_{row['method']}_{row['shots']}shot.jsonl")
+        samples = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        assert row["accuracy"] == pytest.approx(sum(sample["accuracy"] for sample in samples) / 12, abs=1e-6)
+        said, right = ([sample[key] for sample in samples] for key in ("answer", "references"))
+        told = {name: one["value"] for name, one in row["metrics"].items()}
+        for name, value in by_hand(task, said, right).items():
+            assert told[name] == pytest.approx(value, abs=1e-9), (row["method"], name)
+        for name, one in row["metrics"].items():
+            if one["value"] is not None and one["low"] is not None:
+                assert one["low"] - 1e-9 <= one["high"], name
+    of = {(row["method"], row["shots"]): row["accuracy"] for row in found["results"]}
+    assert of["oracle", 4] > of["random", 4]
+    assert all("metrics" in test for test in found["tests"]) == (task in ("number", "caption"))
+
+    page = lever("report", *own)
+    assert page.status == 0, page.err
+    assert (text := next(folder.rglob("report.html")).read_text(encoding="utf-8"))
+    assert ("VQA accuracy" in text) == (task == "vqa")
+    assert all(name in text for name in METRICS[task]) or task == "vqa"
+
+    picked = lever("pick", *own, "--shots", "2", "--json")
+    assert picked.status == 0, picked.err
+    assert len(picked.json["icds"]) == 2
+    assert {"answer", "accuracy", "references"} <= picked.json.keys()
+
+
+def test_letters_are_shown_where_options_have_them(table, lever):
+    own = table("choice")[:-2]
+    found = lever("doctor", *own, "--json")
+    assert found.status == 0, found.err
+    assert lever("train", *own, "--selector", "answer_match", "--rce-epochs", "1", "--limit", "8").status == 0
+    picked = lever("pick", *own, "--run-name", "answer_match", "--shots", "2", "--json", "--prompt", "--no-answer").json
+    assert all(icd["answer"] in "ABCD" for icd in picked["icds"])
+    assert all(f"({letter}) " in icd["question"] for icd in picked["icds"] for letter in "ABCD")
+    assert f"{picked['icds'][0]['question']} Short answer: {picked['icds'][0]['answer']}\n" in picked["prompt"]
+
+
+def test_the_area_under_the_curve_is_of_the_log_probs_of_both_options(lever, digits, tmp_path):
+    examples = [e for e in digits.train_examples if e.answer in ("uno", "dos")][:ROWS]
+    rows = [
+        {"image": str(e.image), "question": e.question, "label": int(e.answer == "dos"), "id": f"row {i}"}
+        for i, e in enumerate(examples)
+    ]
+    (tmp_path / "two.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keys = ("options=[uno, dos]", "show=hidden", "columns={answer_index: label}", "coco_path=/")
+    own = ["--data", "two.jsonl", "--task", "choice", *(part for key in keys for part in ("--set", f"data.{key}"))]
+    assert (done := lever("train", *own, *SMALL)).status == 0, done.err
+    done = lever("infer", *own, "--shots", "2", "--set", "infer.auc=true", "--baselines", "--json")
+    assert done.status == 0, done.err
+    found = {row["method"]: row["metrics"] for row in done.json["results"]}
+    assert all({"accuracy", "unparsed", "roc_auc"} == metrics.keys() for metrics in found.values())
+    assert found["oracle"]["roc_auc"]["value"] > 0.9, "the model copies what is right"
+    assert all("roc_auc" in test["metrics"] for test in done.json["tests"])
+    refused = lever("infer", *own, "--set", "data.options=[uno, dos, tres]", "--shots", "2", "--set", "infer.auc=true")
+    assert refused.status == 2
+    assert "infer.auc" in refused.err
