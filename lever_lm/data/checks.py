@@ -14,7 +14,7 @@ from lever_lm.data.table import load_tables
 from lever_lm.data.table.files import find_files, hub_address
 from lever_lm.utils.checks import Check, check_file
 from lever_lm.utils.errors import LeverError
-from lever_lm.utils.hub import addresses, cached_dataset
+from lever_lm.utils.hub import addresses, cached_dataset, download_command
 from lever_lm.utils.paths import HUB_PREFIX, asset_path
 
 
@@ -46,7 +46,7 @@ def _table(what: str, source: str, option: str) -> Check:
         _, files = find_files(source, option)
         if files:
             return Check(what, "ok", f"{len(files)} files of {source}" if len(files) > 1 else source)
-        return _in_cache(what, hub_address(source)[0], f"or another table: {option}")
+        return _in_cache(what, *hub_address(source), f"or another table: {option}")
     except LeverError as error:
         found, _, mend = str(error).partition("; ")
         return Check(what, "missing", found, mend)
@@ -70,15 +70,16 @@ def _hub_dataset(repository: str, split: str) -> Check:
     if snapshot and files_of(snapshot, split):
         return Check(f"{split} data", "ok", f"{repository} in the hub's cache")
     mend = "or a folder of its parquet files: --dataset okvqa_local with OKVQA_PATH"
-    return _in_cache(f"{split} data", repository, mend)
+    return _in_cache(f"{split} data", repository, "", mend)
 
 
-def _in_cache(what: str, repository: str, mend: str) -> Check:
+def _in_cache(what: str, repository: str, within: str, mend: str) -> Check:
     """Check that `datasets` has prepared a data set that is not in the hub's cache."""
-    if any(map(in_datasets_cache, addresses(repository))):
+    if not within and any(map(in_datasets_cache, addresses(repository))):
         return Check(what, "ok", f"{repository} in the cache of `datasets`")
-    fetch = f"hf download --repo-type dataset {repository}, {mend}"
-    return Check(what, "missing", f"{repository} is not in the hub's cache", fetch, fetched=True)
+    fetch = f"{download_command(repository, within)}, {mend}"
+    found = f"{f'{repository}/{within}' if within else repository} is not in the hub's cache"
+    return Check(what, "missing", found, fetch, fetched=True)
 
 
 def _official_files(config: DataConfig, split: str) -> Iterator[Check]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lever_lm.data.split_files import files_of, parquet_files, splits_named
 from lever_lm.utils.errors import LeverError
-from lever_lm.utils.hub import addresses, cached_dataset
+from lever_lm.utils.hub import addresses, cached_dataset, download_command
 from lever_lm.utils.paths import HUB_PREFIX, asset_path
 from lever_lm.utils.terminal import one_line
 from lever_lm.utils.transformers_compat import first_line
@@ -111,16 +111,15 @@ def from_hub(source: str, split: str) -> tuple["datasets.Dataset", Files]:  # no
     return splits[named[0]], []
 
 
-def hub_splits(repository: str, mend: str, within: str = "") -> dict[str, "datasets.Dataset"]:  # noqa: F821
-    """Return the splits of a data set of the hub through `datasets`: from its cache, or downloaded. within: a folder or
-    a file of the repository. Raises LeverError with the command that fetches it, and `mend`."""
+def hub_splits(repository: str, mend: str) -> dict[str, "datasets.Dataset"]:  # noqa: F821
+    """Return the splits of a data set of the hub through `datasets`: from its cache, or downloaded. Raises LeverError
+    with the command that fetches it, and `mend`."""
     import datasets
 
     address = next((name for name in addresses(repository) if in_datasets_cache(name)), repository)
-    fetch = f"hf download --repo-type dataset {repository}"
-    part = {"data_files" if Path(within).suffix else "data_dir": within} if within else {}
+    fetch = download_command(repository)
     with readable(f"{HUB_PREFIX}{repository}, not in the local cache, from the hub ({fetch}, {mend})"):
-        return datasets.load_dataset(address, **part)
+        return datasets.load_dataset(address)
 
 
 def in_datasets_cache(repository: str) -> bool:

@@ -60,6 +60,28 @@ def cached_dataset(repository: str, needed: Sequence[str] | None = None) -> Path
     return next((folder for folder in found if folder is not None), None)
 
 
+def download_command(repository: str, within: str = "") -> str:
+    """Return the command that fetches a data set into the hub's cache, or of it a folder. Of a file the whole is
+    fetched, as what it names lies beside it."""
+    part = f" --include '{within}/*'" if within and not Path(within).suffix else ""
+    return f"hf download --repo-type dataset {repository}{part}"
+
+
+def fetch_dataset(repository: str, within: str, mend: str) -> None:
+    """Fetch a folder or a file of a data set into the hub's cache. Raises LeverError with the command that does, and
+    `mend`."""
+    import huggingface_hub
+
+    try:
+        patterns = [within if Path(within).suffix else f"{within}/*"]
+        huggingface_hub.snapshot_download(repository, repo_type="dataset", allow_patterns=patterns)
+    except Exception as error:  # no network, offline mode, no such repository, no space
+        raise LeverError(
+            f"{within} of {repository} is not in the hub's cache, and not to be had from the hub: "
+            f"{first_line(error).rstrip('.')}; {download_command(repository, within)}, {mend}"
+        ) from error
+
+
 def model_folder(path: str) -> Path | None:
     """Return the folder of a model: a directory, a shipped asset, or a hub id in the cache; None if there is none."""
     folder = asset_path(path)

@@ -39,11 +39,11 @@ def load(dataset: str, *sets: str):
     return load_dataset(config_of(dataset, *sets).data)
 
 
-def cached(home: Path, folder: Path, repository: str, files: dict[str, list[dict]]) -> Path:
+def cached(home: Path, folder: Path, repository: str, files: dict[str, list[dict]], **how) -> Path:
     """Files of a repository of the hub, in the hub's cache."""
     for name, rows in files.items():
         write_parquet(folder / name, rows)
-    return hub_cache(home, repository, "dataset", folder)
+    return hub_cache(home, repository, "dataset", folder, **how)
 
 
 def a_okvqa(split: str, start: int, count: int) -> list[dict]:
@@ -183,7 +183,8 @@ def test_gqa_joins_questions_and_images(home, tmp_path):
         files[f"{split}_balanced_instructions/{split}-00000-of-00001.parquet"] = asked
         files[f"{split}_balanced_images/{split}-00000-of-00002.parquet"] = images[:1]
         files[f"{split}_balanced_images/{split}-00001-of-00002.parquet"] = images[1:]
-    cached(home, tmp_path / "copy", "lmms-lab-encoder/GQA", files)
+    others = ("testdev_balanced_images/testdev-00000-of-00001.parquet", "README.md")
+    cached(home, tmp_path / "copy", "lmms-lab-encoder/GQA", files, left_out=others)
     data = load("gqa")
     assert [(e.question_id, e.image_id) for e in data.val_examples] == [
         (29301570, "n107"), (29301571, "n107"), (29301580, "n108"), (29301581, "n108")

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import tracemalloc
 from pathlib import Path
 
@@ -605,10 +606,17 @@ def test_checks_and_sources_of_tables(photos):
     assert (missing.status, missing.mend[:6]) == ("missing", "name a")
 
 
-def test_a_hub_copy_that_is_not_here_is_to_be_fetched():
+def test_a_folder_of_a_hub_copy_that_is_not_here_is_to_be_fetched(monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     (check, _) = check_files(DataConfig(file="hub:owner/name/part"))
     assert (check.status, check.fetched) == ("missing", True)
-    assert "hf download --repo-type dataset owner/name" in check.mend
+    fetch = "hf download --repo-type dataset owner/name --include 'part/*'"
+    assert fetch in check.mend
+    for look in (view, load_dataset):
+        with pytest.raises(LeverError, match=rf"not in the hub's cache.*; {re.escape(fetch)}"):
+            look(DataConfig(file="hub:owner/name/part"))
 
 
 @pytest.mark.parametrize(

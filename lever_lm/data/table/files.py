@@ -5,25 +5,33 @@ from functools import partial
 from pathlib import Path
 
 from lever_lm.data.example import StoredImage
-from lever_lm.data.parquet_files import hub_splits, images_of, place, quiet, read_parquet, readable
+from lever_lm.data.parquet_files import hub_splits, images_of, in_datasets_cache, place, quiet, read_parquet, readable
 from lever_lm.data.split_files import splits_named
 from lever_lm.data.table.parts import KINDS, SUFFIXES, Part, Row, Table
 from lever_lm.data.table.texts import text_part
 from lever_lm.utils.errors import LeverError
-from lever_lm.utils.hub import cached_dataset
+from lever_lm.utils.hub import addresses, cached_dataset, download_command, fetch_dataset
 from lever_lm.utils.paths import HUB_PREFIX, asset_path
 from lever_lm.utils.terminal import one_line, shown
 
 _BATCH = 1000  # rows of parquet that are made Python values at once
 
 
-def open_table(source: str, option: str) -> Table:
-    """Open a table. option: what names it, for messages. Raises LeverError with the file, what was found and the
-    mend."""
+def open_table(source: str, option: str, *, fetch: bool = True) -> Table:
+    """Open a table. option: what names it, for messages. fetch: whether a copy on the hub that is not on this machine
+    is downloaded. Raises LeverError with the file, what was found and the mend."""
     quiet()
     root, files = find_files(source, option)
     if not files:
-        return _from_datasets(source, option)
+        repository, within = hub_address(source)
+        if not fetch and (within or not any(map(in_datasets_cache, addresses(repository)))):
+            raise LeverError(f"{source} is not in the hub's cache; {download_command(repository, within)}")
+        if not within:
+            return _from_datasets(source, option)
+        fetch_dataset(repository, within, f"or another table: {option}")
+        root, files = find_files(source, option)
+        if not files:
+            raise LeverError(f"{source} holds no table; name {KINDS} ({option})")
     labels = [str(file.relative_to(root)) for file in files]
     named = splits_named(labels, str(root)) if len(files) > 1 or root != files[0].parent else {}
     if not any(named.values()):
@@ -73,32 +81,37 @@ def _cached(source: str) -> tuple[Path, list[Path]]:
         return (snapshot / within).parent if found else Path(), [snapshot / within] if found else []
     for suffix in SUFFIXES[:-1]:  # the .json files of a repository are about it
         snapshot = cached_dataset(repository, [f"{within}/*{suffix}" if within else f"*{suffix}"])
-        if snapshot is not None and (files := _listed(snapshot / within, suffix)):
+        if snapshot is not None and (files := _tables(snapshot / within).get(suffix)):
             return snapshot / within, files
     return Path(), []
 
 
-def _listed(folder: Path, suffix: str) -> list[Path]:
-    found = (path for path in folder.rglob("*") if path.suffix.lower() == suffix and not path.is_dir())
-    return sorted(path for path in found if not any(p.startswith(".") for p in path.relative_to(folder).parts))
+def _tables(folder: Path) -> dict[str, list[Path]]:
+    """Return suffix → the tables of that kind below a folder, hidden ones aside."""
+    found: dict[str, list[Path]] = {suffix: [] for suffix in SUFFIXES}
+    for path in folder.rglob("*"):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.suffix.lower() in found and not hidden and not path.is_dir():
+            found[path.suffix.lower()].append(path)
+    return {suffix: sorted(files) for suffix, files in found.items() if files}
 
 
 def _of_one_kind(folder: Path, source: str, option: str) -> list[Path]:
-    kinds = [files for suffix in SUFFIXES if (files := _listed(folder, suffix))]
+    kinds = _tables(folder)
     if not kinds:
         raise LeverError(f"{source} holds no table; name {KINDS} ({option})")
-    if len(kinds) > 1 and kinds[1][0].suffix != ".json":
-        names = " and ".join(one_line(str(files[0].relative_to(folder))) for files in kinds)
+    first, *others = kinds
+    if [suffix for suffix in others if suffix != ".json"]:  # such a file may be about the others
+        names = " and ".join(one_line(str(files[0].relative_to(folder))) for files in kinds.values())
         raise LeverError(f"{source} holds tables of several kinds, {names}; name the file that is meant ({option})")
-    return kinds[0]
+    return kinds[first]
 
 
 # ---------------------------------------------------------------------- parquet
 
 
 def _from_datasets(source: str, option: str) -> Table:
-    repository, within = hub_address(source)
-    splits = hub_splits(repository, f"or name a file or folder of it ({option})", within)
+    splits = hub_splits(hub_address(source)[0], f"or name a file or folder of it ({option})")
     named = splits_named(list(splits), source)
     if not any(named.values()):
         named = {"": list(splits)}

@@ -63,7 +63,7 @@ class PlacedImages:
 
 class ImageTable:
     """The images of `data.image_table` by id, for rows that name theirs by the id alone. In its address, `{split}`
-    stands for `train` or `val`."""
+    stands for `train` or `val`. remote: False to fetch nothing now, neither a table nor an image."""
 
     def __init__(self, config: DataConfig, split: str, column: str, *, stop_early: bool, remote: bool = True):
         if not column:
@@ -71,7 +71,7 @@ class ImageTable:
                 "data.image_table has images by id, but the rows have no column of image ids; name it: --set "
                 "data.columns.image_id=NAME"
             )
-        table = open_table(config.image_table.replace("{split}", split), "data.image_table")
+        table = open_table(config.image_table.replace("{split}", split), "data.image_table", fetch=remote)
         lower = {name.strip().lower(): name for name in reversed(table.columns)}
         image, own_id = (next((lower[name] for name in ROLES[role] if name in lower), "") for role in ("image", "id"))
         own_id = own_id or lower.get("image_id", "")

@@ -38,15 +38,15 @@ class Source:
             raise LeverError(f"{self.table.source} holds no row below the names of its columns; name another table")
 
 
-def open_sources(config: DataConfig) -> list[Source]:
-    """Open the tables of a data set: that of `data.file`, and that of `data.val_file` where it has its own. Raises
-    LeverError."""
+def open_sources(config: DataConfig, *, fetch: bool = True) -> list[Source]:
+    """Open the tables of a data set: that of `data.file`, and that of `data.val_file` where it has its own. fetch: as
+    of open_table. Raises LeverError."""
     if not config.file:
         raise LeverError(_NO_TRAIN)
-    first = open_table(config.file, "--data, data.file")
+    first = open_table(config.file, "--data, data.file", fetch=fetch)
     if not config.val_file:
         return [_one_table(first, config)]
-    second = open_table(config.val_file, "--val, data.val_file")
+    second = open_table(config.val_file, "--val, data.val_file", fetch=fetch)
     return [_whole(first.of_split("train"), config, "train"), _whole(second.of_split("val"), config, "val")]
 
 

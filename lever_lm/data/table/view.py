@@ -39,9 +39,9 @@ class TableView:
 
 
 def view(config: DataConfig, rows: int = 5) -> TableView:
-    """Return what the tables of a config hold, the first `rows` rows of it as texts. Fetches and decodes no image.
+    """Return what the tables of a config hold, the first `rows` rows of it as texts. Fetches nothing, decodes no image.
     Raises LeverError as load_tables does for a table that cannot be read at all; bad rows are counted."""
-    sources = open_sources(config)
+    sources = open_sources(config, fetch=False)
     first = sources[0]
     columns = {role: name for role, name in first.columns.items() if role in ROLES}
     looked = _Look(config, "options" in columns or bool(config.options), rows)
