@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from lever_lm import __version__
-from lever_lm.config.schema import Config, to_dict
+from lever_lm.config.schema import Config, DataConfig, to_dict
 from lever_lm.config.values import build
 from lever_lm.data import VqaData
 from lever_lm.evaluation.reproduction import reproduction_kit
@@ -195,7 +195,7 @@ def _card(
         known=known is not None,
         shared=shared,
         lvlm=shared["setting"]["lvlm"]["path"] if config else "",
-        data_license=_DATA_LICENSES.get(known.data.okvqa_path, "see the dataset's own terms") if known else "",
+        data_license=_license_of(known.data) if known else "",
         evaluated=evaluated,
         ours=ours,
         shots=shots,
@@ -204,6 +204,11 @@ def _card(
         kit=kit,
     )
     return text.rstrip() + "\n"
+
+
+def _license_of(data: DataConfig) -> str:
+    """Return the license of the data, where it is known."""
+    return _DATA_LICENSES.get(data.okvqa_path if not data.file else data.file, "see the dataset's own terms")
 
 
 def _indexed(name: str, dataset: str, config: Config, shared: dict, score: str) -> dict:

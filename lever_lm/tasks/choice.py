@@ -21,7 +21,7 @@ class Choice(Task):
         options = example.options
         if not 2 <= len(options) <= len(ascii_uppercase):
             return f"it has {len(options)} options, a choice is of 2 to 26 (data.columns, data.options)"
-        if len({option.strip().casefold() for option in options}) < len(options):
+        if len({option.strip() for option in options}) < len(options):
             return f"two of its options are the same: {', '.join(options)}"
         if example.answers[0] not in options:
             return f"its answer {example.answers[0]!r} is none of its options: {', '.join(options)}"
@@ -70,8 +70,12 @@ def _by_letter(text: str, options: tuple[str, ...]) -> int | None:
 
 
 def _by_text(text: str, options: tuple[str, ...]) -> int | None:
+    """Return the option that a text is: to the letter, or else the only one when both are normalised."""
+    if text.strip() in options:
+        return options.index(text.strip())
     said = _normal(text)
-    return next((place for place, option in enumerate(options) if said and _normal(option) == said), None)
+    alike = [place for place, option in enumerate(options) if said and _normal(option) == said]
+    return alike[0] if len(alike) == 1 else None
 
 
 def _within(text: str, options: tuple[str, ...]) -> int | None:

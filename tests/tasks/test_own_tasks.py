@@ -87,6 +87,11 @@ def test_with_texts_shown_the_text_is_read_first_and_the_letter_else():
     assert CHOICE.score("A", lettered) == 1
 
 
+def test_options_that_differ_by_capitals_alone_are_told_apart_to_the_letter():
+    one = posed(example("The Cat", options=("the cat", "The Cat", "a dog")))
+    assert [CHOICE.read(said, one) for said in ("the cat", "The Cat", "THE CAT", "Dog")] == ["A", "B", None, "C"]
+
+
 @given(st.integers(2, 26), st.data())
 def test_what_was_read_is_read_as_itself(count, data):
     options = tuple(f"thing {i}" for i in range(count))
@@ -104,7 +109,7 @@ def test_what_was_read_is_read_as_itself(count, data):
         ("blue", ("red",), "1 options"),
         ("blue", (), "0 options"),
         ("blue", tuple(map(str, range(27))), "27 options"),
-        ("blue", ("blue", "Blue "), "the same"),
+        ("blue", ("blue", "blue "), "the same"),
         ("green", COLOURS, "'green' is none of its options: red, dark blue, blue"),
     ],
 )
