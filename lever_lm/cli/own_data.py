@@ -6,7 +6,7 @@ scored, and for the shipped models the settings of small data.
 
 from lever_lm.cli.options import Common, named_yamls
 from lever_lm.config.load import Layer, Layers, combined, layers
-from lever_lm.config.schema import Config, to_dict
+from lever_lm.config.schema import Config, DataConfig, to_dict
 from lever_lm.config.values import named_yaml
 from lever_lm.training.own_results import folder_name, identity
 from lever_lm.utils.errors import UsageError
@@ -40,13 +40,15 @@ def fresh_layers(common: Common, file: Layer | None, options: dict[str, dict], *
 
 def layers_on_run(common: Common, made: Layers) -> Layers:
     """Return the layers of a command on a run, the first of which is the run's own. A table that is not the run's takes
-    the place of the run's data as a whole; how it is asked and scored stays, if those were a table, too."""
+    the place of the run's data as a whole; how it is asked and scored stays, unless as `vqa` of what was no table."""
     run, file = made.found[0].values.get("data"), _file_of(combined(made.found))
     run = run if isinstance(run, dict) else {}
     before = _file_of({"data": run})
     if common.dataset is not None or not file or (before and identity(before) == identity(file)):
         return made
-    asked = {key: run[key] for key in _ASKED if key in run} if before else {"task": DEFAULT_TASK}
+    asked = {key: run[key] for key in _ASKED if key in run}
+    if not before and asked.get("task", DataConfig.task) == DataConfig.task:  # that of all data but tables
+        asked = {"task": DEFAULT_TASK}
     name = folder_name(file, common.results)
     other = Layer(_SOURCE, {"data": {**to_dict(Config())["data"], **asked, "name": name}})
     return made._replace(found=[made.found[0], other, *made.found[1:]])

@@ -334,6 +334,9 @@ def test_another_table_takes_the_place_of_a_runs_and_is_asked_as_that_was(lever,
     found = lever(*command)
     assert found.json["config"]["data"] == {**to_dict(Config())["data"], **changed, "task": "short_answer"}
     assert "task: short_answer (--task names another)" in found.err
+    values["data"]["task"] = "caption"  # as a shared policy says it, without the file that it learnt from
+    (a_run / "config.yaml").write_text(yaml.safe_dump(values))
+    assert lever(*command).json["config"]["data"]["task"] == "caption"
 
 
 def test_a_split_of_its_own_is_given_to_the_table_of_a_run(lever, a_run):
