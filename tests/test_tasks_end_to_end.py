@@ -163,3 +163,41 @@ def test_the_area_under_the_curve_is_of_the_log_probs_of_both_options(lever, dig
     refused = lever("infer", *own, "--set", "data.options=[uno, dos, tres]", "--shots", "2", "--set", "infer.auc=true")
     assert refused.status == 2
     assert "infer.auc" in refused.err
+
+
+def test_ids_of_text_are_named_everywhere_and_another_task_takes_the_same_features(lever, digits, tmp_path):
+    examples = [e for e in digits.train_examples if e.question == QUESTIONS["short_answer"]][:ROWS]
+    (tmp_path / "named.jsonl").write_text(
+        "".join(
+            json.dumps({"id": f"img-{i:03}", "image": str(e.image), "question": e.question, "answer": e.answer}) + "\n"
+            for i, e in enumerate(examples)
+        )
+    )
+    own = ["--data", "named.jsonl", "--set", "data.coco_path=/"]
+    first = lever("train", *own, *SMALL)
+    assert first.status == 0, first.err
+    done = lever("infer", *own, "--shots", "2", "--json").json
+    picks = [json.loads(line) for line in Path(done["folder"], "icds.jsonl").read_text().splitlines()]
+    assert all(name.startswith("img-") for row in picks for name in (row["question_id"], *row["icds"]))
+    again = lever("infer", *own, "--shots", "2", "--icds", f"{done['folder']}/icds.jsonl", "--json")
+    assert again.status == 0, again.err
+    assert again.json["results"][0]["accuracy"] == done["results"][0]["accuracy"]
+    asked = lever("pick", *own, "--example", picks[3]["question_id"], "--json", "--no-answer")
+    assert asked.status == 0, asked.err
+    assert asked.json["query"]["question_id"] == picks[3]["question_id"]
+
+    numbers = ["--task", "number", "--set", WORDS, "--run-name", "number"]
+    other = lever("train", *own, *numbers, *SMALL)
+    assert other.status == 0, other.err
+    assert "features" not in other.err, "they are made of what is asked, not of how it is scored"
+    scored = lever("infer", "--run-name", "number", "--shots", "2", "--json").json
+    assert scored["results"][0]["metrics"].keys() == METRICS["number"]
+
+
+def test_a_plan_says_what_is_wrong_with_a_row(lever, tmp_path):
+    (tmp_path / "bad.csv").write_text("image,question,answer\nno.jpg,What?,one\n")
+    done = lever("train", "--data", "bad.csv", "--dry-run", "--json")
+    assert done.status == 0
+    (told,) = [check for check in done.json["missing"] if check["what"] == "data"]
+    assert "bad.csv, line 2: its image 'no.jpg' is no file" in told["found"]
+    assert "--set data.coco_path=DIR" in told["mend"]

@@ -247,7 +247,7 @@ def pick(
     image: Annotated[Path | None, Option(help="An image of yours: JPEG, PNG, WEBP, BMP or GIF.")] = None,
     question: Annotated[str | None, Option(help="What is asked about it.")] = None,
     example: Annotated[
-        int | None, Option(help="A question_id of the evaluation split in place of both; by default the first.")
+        str | None, Option(help="A question_id of the evaluation split in place of both; by default the first.")
     ] = None,
     shots: Annotated[int, Option(min=1, help="Number of demonstrations.")] = 4,
     ckpt: Ckpt = None,

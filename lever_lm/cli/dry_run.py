@@ -22,6 +22,7 @@ from lever_lm.training.rollouts.generate import rollout_stamp
 from lever_lm.training.rollouts.infoscore import infoscore_calls
 from lever_lm.training.rollouts.propose import propose_groups, query_rows
 from lever_lm.training.run_dir import Layout, RunFolder
+from lever_lm.utils.checks import Check
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.file_hashes import DIGESTS
 from lever_lm.utils.hub import model_folder
@@ -66,6 +67,9 @@ def show_plan(
     if command != "infer" and asks and rl_data is None and made_of(layout.rollouts) == {}:
         rl_data = layout.rollouts
     planner, stages = _Planner(config, layout), []
+    if planner.lacking and "data" in needs and not any("data" in check.what for check in missing):
+        found, _, mend = planner.lacking.partition("; ")
+        missing.append(Check("data", "missing", found, mend))
     if rl_data is None or not (embeddings or layout.exported.is_file()):
         made = "there" if planner.known is not None else "to be made"
         stages.append(Stage("features", made, str(layout.features)))
@@ -129,9 +133,14 @@ class _Planner:
         self.data: VqaData | None = None
         self.known: Features | None = None
         self.lvlm: CachedLvlm | None = None
+        self.lacking = ""  # why the data cannot be read
         self.queries = OFFICIAL_SIZES.get(config.data.name, OFFICIAL_SIZES["okvqa"])[1]
         with contextlib.suppress(LeverError):  # among what is missing; the plan is then an upper bound
-            self.data = load_data(config.data)
+            try:
+                self.data = load_data(config.data)
+            except LeverError as error:
+                self.lacking = str(error)
+                raise
             self.queries = len(self.data.val_examples)
             self.known = cached_features(self.data, config.features, layout.features)
             if layout.answers.is_file() and (config.lvlm.server or model_folder(config.lvlm.path)):

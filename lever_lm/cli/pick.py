@@ -3,13 +3,14 @@
 from collections import Counter
 
 from lever_lm.data import Example
+from lever_lm.data.rows import any_id
 from lever_lm.evaluation.retriever import Pick, Retriever
 from lever_lm.utils.console import Screen
 from lever_lm.utils.errors import UsageError
 
 
 def the_query(
-    retriever: Retriever, image: str | None, question: str | None, example: int | None
+    retriever: Retriever, image: str | None, question: str | None, example: str | None
 ) -> tuple[Example, str]:
     """Return the query and its source: an image and a question, or an evaluation question, by default the first."""
     if image is not None:
@@ -18,7 +19,7 @@ def the_query(
     if example is None:
         return evaluation[0], f"question {evaluation[0].question_id}, the first of the evaluation split"
     for query in evaluation:
-        if query.question_id == example:
+        if query.question_id == any_id(example):
             return query, f"question {example} of the evaluation split"
     first = ", ".join(str(query.question_id) for query in evaluation[:3])
     split = f"the evaluation split of {retriever.config.data.name}, which begins with {first}"

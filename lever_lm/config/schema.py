@@ -78,7 +78,9 @@ class DataConfig(Section, section="data"):
     val_share: float = answers(0.2, "share of the images that is evaluated on, where one table holds both", "(0, 1)")
     split_seed: int = answers(0, "seed of this split", ">= 0")
     image_table: str = place("", "table of the images, where the rows name them by an id alone")
-    columns: dict = place({}, "what the table calls image, question, answer, answers, answer_index, options, id, split")
+    columns: dict = place(
+        {}, "what the table calls image, image_id, question, answer, answers, answer_index, options, id, split"
+    )
     question: str = answers("", "what is asked where a row has no question; {name} is what the row has in that column")
     options: tuple[str, ...] = answers((), "choice: the options of a row that has none")
     task: str = answers("vqa", "how it is asked and scored: vqa, short_answer, choice, number, caption")

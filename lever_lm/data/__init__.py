@@ -1,6 +1,7 @@
 """Data: examples read from the official VQA files, from parquet copies, and from tables of the user's own."""
 
 import os
+from dataclasses import replace
 
 from lever_lm.config.schema import DataConfig
 from lever_lm.data.example import (
@@ -96,10 +97,8 @@ def load_dataset(config: DataConfig, pose: Pose = as_it_is) -> VqaData:
             raise LeverError(f"{source_of(config, split)}: the {split} split holds no usable example: `lever doctor`")
         stamps[split] = fingerprint(stamps[split], [e.question_id for e in examples], digests[split])
     train, val = (tuple(splits[split]) for split in SPLITS)
-    # Named where it is not the first task: fingerprints of data sets from before there were others stay as they are.
-    of_task = [] if config.task == "vqa" else [config.task]
-    whole = fingerprint(*stamps.values(), *of_task)
-    return VqaData(config.name, train, val, whole, tuple(bad.problems), tuple(stamps.values()), config.task, config)
+    data = VqaData(config.name, train, val, "", tuple(bad.problems), tuple(stamps.values()), config.task, config)
+    return replace(data, fingerprint=fingerprint(*stamps.values(), *data.scoring))
 
 
 def in_both(config: DataConfig, train: list[Example], val: list[Example]) -> dict[int, str]:

@@ -80,6 +80,12 @@ class VqaData:
     task: str = "vqa"  # how answers are scored: a name of tasks.TASKS
     settings: DataConfig = field(default_factory=DataConfig)  # what the task takes from a config
 
+    @property
+    def scoring(self) -> list:
+        """What of the config scores depend on, for fingerprints; nothing for the task vqa, which was the only one."""
+        own = [self.settings.scale, self.settings.number_words] if self.task == "number" else []
+        return [] if self.task == "vqa" else [self.task, *own]
+
     def examples(self, split: str) -> tuple[Example, ...]:
         """Return the examples of a split, `train` or `val`."""
         return {"train": self.train_examples, "val": self.val_examples}[split]

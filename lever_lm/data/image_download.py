@@ -57,7 +57,7 @@ def find_images(
             else:
                 problems[place] = (
                     f"its image {one_line(place)!r:.200} is no file in the folder of the data or in that of COCO_PATH "
-                    "(data.coco_path); name the folder that holds it there"
+                    "(data.coco_path); name the folder that holds it: --set data.coco_path=DIR"
                 )
         elif not _FETCHABLE.fullmatch(place):
             problems[place] = f"its image is at {shown(place, 80)}, which is never followed"

@@ -53,6 +53,12 @@ def whole_id(value) -> int | None:
     return int(text) if sound and int(text) < 2**63 else None
 
 
+def any_id(value) -> int | str | None:
+    """Return an id as examples have it: a whole number, or another text, without blanks around it; None for neither."""
+    number = whole_id(value)
+    return number if number is not None else (value.strip() or None) if isinstance(value, str) else None
+
+
 def example_of(row: dict, image: Image) -> Example:
     """Return the example of a row: question_id, question, answers (texts, or objects that hold one as `answer` and, as
     `raw_answer`, what was typed), and perhaps image_id and raw_answers. Without an id of its own, an image has that of
@@ -91,7 +97,7 @@ def _answers(row: dict) -> tuple:
 def problem_of(question, answers, raw_answers) -> str | None:
     """Return what is wrong with the texts of an example, for a message; None if nothing is."""
     if not isinstance(question, str) or not question.strip():
-        return f"it has no text, found {shown(question)}"
+        return f"it has no question, found {shown(question)}"
     for name, texts in (("answers", answers), ("raw_answers", raw_answers)):
         if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
             return f"its {name} must be a list of texts, found {shown(texts)}"

@@ -32,6 +32,7 @@ from lever_lm.utils.errors import LeverError, UsageError
 from lever_lm.utils.terminal import shown
 
 ALL = "all"
+_SAID_BY_TABLE = [("data", key) for key in ("name", "file", "val_file", "task")]  # --data, --val and --task
 _OF_RIVAL = [*SETTING, ("rollout", "pool_size")]  # keys that a run beside another one shares with it
 
 
@@ -118,13 +119,19 @@ def training_command(pipeline: Pipeline, name: str) -> str:
     """Return the command that trains a learnt selector beside a run, on the same data, features, pools and LVLM: the
     named YAMLs that are nearest to the config, and what of it they do not say."""
     here, run = to_dict(pipeline.config), pipeline.run.path
+    table = here["data"]["file"]
     stems = [sorted(file.stem for file in (configs_root() / kind).glob("*.yaml")) for kind in ("dataset", "lvlm")]
     found = []
-    for dataset, lvlm in product(*stems):
-        made = to_dict(layers({"dataset": dataset, "lvlm": lvlm, "selector": name}, None, [], {}).config())
-        found.append((dataset, lvlm, [key for key in _OF_RIVAL if made[key[0]][key[1]] != here[key[0]][key[1]]]))
+    for dataset, lvlm in product(["digits"] if table else stems[0], stems[1]):
+        task = here["data"]["task"] if table else None
+        names = {"dataset": dataset, "lvlm": lvlm, "task": task, "selector": name}
+        made = to_dict(layers(names, None, [], {}).config())
+        others = [key for key in _OF_RIVAL if made[key[0]][key[1]] != here[key[0]][key[1]]]
+        found.append((dataset, lvlm, [key for key in others if not (table and key in _SAID_BY_TABLE)]))
     dataset, lvlm, others = min(found, key=lambda one: len(one[2]))
-    words = ["lever", "train", "--selector", name, "--dataset", dataset, "--lvlm", lvlm]
+    data = ["--data", table, "--task", here["data"]["task"]] if table else ["--dataset", dataset]
+    data += ["--val", here["data"]["val_file"]] if here["data"]["val_file"] else []
+    words = ["lever", "train", "--selector", name, *data, "--lvlm", lvlm]
     words += [f"--set={'.'.join(key)}={json.dumps(here[key[0]][key[1]], ensure_ascii=False)}" for key in others]
     for option, value, default in (
         ("--server", here["lvlm"]["server"], ""),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lever_lm.data import Example
 from lever_lm.data.pools import Candidates
-from lever_lm.data.rows import whole_id
+from lever_lm.data.rows import any_id
 from lever_lm.utils.atomic_io import write_text
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.safe_parse import loads, read_bytes
@@ -75,7 +75,7 @@ def _content(path: Path):
     return rows
 
 
-def _by_question(content, path: Path) -> dict[int, list[int]]:
+def _by_question(content, path: Path) -> dict[int | str, list[int | str]]:
     if isinstance(content, dict) and "icds" not in content:
         pairs = list(content.items())
     else:
@@ -83,13 +83,13 @@ def _by_question(content, path: Path) -> dict[int, list[int]]:
         if not all(isinstance(row, dict) and "question_id" in row for row in rows):
             raise LeverError(f"{path}: {_FORMAT} (--icds)")
         pairs = [(row["question_id"], row.get("icds")) for row in rows]
-    chosen: dict[int, list[int]] = {}
+    chosen: dict[int | str, list[int | str]] = {}
     for question, icds in pairs:
-        if whole_id(question) is None or not isinstance(icds, list) or any(whole_id(icd) is None for icd in icds):
+        if any_id(question) is None or not isinstance(icds, list) or any(any_id(icd) is None for icd in icds):
             raise LeverError(f"{path}, question {shown(question, 40)}: {_FORMAT}; found {shown(icds)} (--icds)")
-        if whole_id(question) in chosen:
+        if any_id(question) in chosen:
             raise LeverError(f"{path}: question {question} appears twice (--icds)")
-        chosen[whole_id(question)] = [whole_id(icd) for icd in icds]
+        chosen[any_id(question)] = [any_id(icd) for icd in icds]
     if not chosen:
         raise LeverError(f"{path} is empty: {_FORMAT} (--icds)")
     return chosen

@@ -5,7 +5,8 @@ from string import ascii_uppercase
 
 from lever_lm.data.example import Example
 from lever_lm.tasks.task import Task
-from lever_lm.tasks.vqa_metrics import normalize_answer, relevance
+from lever_lm.tasks.texts import bare, plain
+from lever_lm.tasks.vqa_metrics import relevance
 
 # `B`, `(b)`, `B.`, `B: blue`, `the answer is (B)`: a letter alone, or marked as one.
 _LETTER = re.compile(r"(?:the )?(?:answer|option)?(?: is)?:?\s*(?:\(([a-z])\)|([a-z])(?:[.):]|$))", re.IGNORECASE)
@@ -70,22 +71,19 @@ def _by_letter(text: str, options: tuple[str, ...]) -> int | None:
 
 
 def _by_text(text: str, options: tuple[str, ...]) -> int | None:
-    """Return the option that a text is: to the letter, or else the only one when both are normalised."""
+    """Return the option that a text is: to the letter, or else the only one when both are without case, articles and
+    punctuation around words."""
     if text.strip() in options:
         return options.index(text.strip())
-    said = _normal(text)
-    alike = [place for place, option in enumerate(options) if said and _normal(option) == said]
+    said = bare(text)
+    alike = [place for place, option in enumerate(options) if said and bare(option) == said]
     return alike[0] if len(alike) == 1 else None
 
 
 def _within(text: str, options: tuple[str, ...]) -> int | None:
     """Return the only option that stands in a text; one within another, as `blue` in `dark blue`, is not meant."""
-    said = f" {_normal(text)} "
-    there = {place: f" {words} " for place, option in enumerate(options) if (words := _normal(option))}
-    there = {place: words for place, words in there.items() if words in said}
+    said = f" {plain(text)} "
+    there = {place: f" {plain(option)} " for place, option in enumerate(options)}
+    there = {place: words for place, words in there.items() if words.strip() and words in said}
     meant = [p for p, words in there.items() if not any(words in other and q != p for q, other in there.items())]
     return meant[0] if len(meant) == 1 else None
-
-
-def _normal(text: str) -> str:
-    return normalize_answer(text) or text.strip().lower()

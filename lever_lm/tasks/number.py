@@ -12,10 +12,18 @@ from lever_lm.tasks.task import Task
 from lever_lm.tasks.vqa_metrics import NUMBER_WORDS
 from lever_lm.utils.errors import UsageError
 
-_NUMBER = r"[-+−]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d)\.?)(?:[eE][-+]?\d+)?"
-_WRITTEN = re.compile(rf"(?<![\w.]){_NUMBER}")
-_WORD = re.compile(r"[^\W\d_]+")
-_ALONE = re.compile(rf"\s*{_NUMBER}\s*%?\s*")
+# A number in a text, as far as its digits go, and whether they are one: `3,5` is neither 3 nor 35.
+_TOKEN = re.compile(r"(?<![\w.])[-+−]?(?:\d[\d.,]*|\.\d[\d.,]*)(?:[eE][-+]?\d+)?|[^\W\d_]+")
+_NUMBER = re.compile(r"[-+−]?(?:[1-9]\d{0,2}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][-+]?\d+)?")
+_TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+_TEENS = ["eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]
+_WORDS = {
+    **{word: float(number) for word, number in NUMBER_WORDS.items()},
+    **{word: float(number) for number, word in enumerate(_TEENS, 11)},
+    **{word: 10.0 * tens for tens, word in enumerate(_TENS, 2)},
+}
+_MORE = ("hundred", "thousand", "million", "billion", "dozen")  # behind a number, which is then another
+_BELOW_ZERO = ("minus", "negative")
 _NEAR = 0.9 - 1e-9  # of the score: a demonstration's answer that counts as right
 
 
@@ -25,7 +33,7 @@ class Number(Task):
     training answers. words: those that are numbers, in lower case."""
 
     scale: float = 1.0
-    words: dict[str, float] = field(default_factory=lambda: {word: float(n) for word, n in NUMBER_WORDS.items()})
+    words: dict[str, float] = field(default_factory=lambda: dict(_WORDS))
     headline = "score"
 
     def told(self, config: DataConfig) -> "Number":
@@ -51,25 +59,30 @@ class Number(Task):
         return f"its answer {found!r} is no number, as task number needs (words: data.number_words)"
 
     def number(self, text: str) -> float | None:
-        """Return the number that a text is, thousands by commas and a percent sign allowed, or the one that its word
-        means; None for any other text."""
-        if _ALONE.fullmatch(text):
-            return _finite(text.replace("%", ""))
-        return self.words.get(text.strip().lower())
+        """Return the number that a text is and nothing else, a percent sign allowed, or that its word means."""
+        said = text.replace("%", "").strip()
+        return self.words[said.lower()] if said.lower() in self.words else _parsed(said)
 
     def read(self, text: str, example: Example) -> str | None:
-        """Return the first number of a text: `3`, `1,250`, `-2.5e3`, `40 %`, or a word from zero to ten."""
+        """Return the first number of a text: `3`, `1,250`, `-2.5e3`, `40 %`, `minus two`, `twenty one`. None where it
+        has none, and where it is not sure what it means: `3,5`, `one hundred`."""
         value = self._first(text)
         return None if value is None else f"{value:.12g}"
 
     def _first(self, text: str) -> float | None:
-        written = _WRITTEN.search(text)
-        for word in _WORD.finditer(text):
-            if written and written.start() < word.start():
-                break
-            if word[0].lower() in self.words:
-                return self.words[word[0].lower()]
-        return _finite(written[0]) if written else None
+        tokens = _TOKEN.findall(text.lower())
+        for place, token in enumerate(tokens):
+            before, after = (tokens[i] if 0 <= i < len(tokens) else "" for i in (place - 1, place + 1))
+            digits = not token.isalpha()
+            if not digits and (token not in self.words or (token == "one" and before == "no")):
+                continue
+            value = _parsed(token.rstrip(".,")) if digits else self.words[token]
+            if token in _TENS and 0 < self.words.get(after, 0) < 10:
+                value, after = value + self.words[after], "".join(tokens[place + 2 : place + 3])
+            if value is None or after in _MORE:
+                return None
+            return -value if before in _BELOW_ZERO else value
+        return None
 
     def score(self, prediction: str, example: Example) -> float:
         """Return 1 − min(1, |error| / scale); 0 where no number was written."""
@@ -105,6 +118,9 @@ class Number(Task):
             }
 
 
-def _finite(text: str) -> float | None:
-    value = float(text.strip().replace(",", "").replace("−", "-"))
+def _parsed(text: str) -> float | None:
+    """Return the number of a text of digits; None where it is none, or beyond what a float holds."""
+    if not any(map(str.isdigit, text)) or not _NUMBER.fullmatch(text):
+        return None
+    value = float(text.replace(",", "").replace("−", "-"))
     return value if math.isfinite(value) else None

@@ -666,7 +666,7 @@ BAD_PARQUET = {
     "answers that are one text": (_every("answers", lambda i: "cat"), ["91", "answers"]),
     "objects without answer": (_every("answers", lambda i: [{"text": "cat"}]), ["91", "answers"]),
     "raw answers that are null": (_every("raw_answers", lambda i: ["cat", None]), ["91", "raw_answers"]),
-    "a question that is blank": (_row(question=" "), ["19401", "no text"]),
+    "a question that is blank": (_row(question=" "), ["19401", "no question"]),
     "an image that is null": (_row(image=None), ["19401", "image"]),
     "addresses for images": (_every("image", lambda i: URL["path"]), ["91", "row 0", "--allow-remote"]),
     "an image of another type": (_every("image", lambda i: 7), ["train"]),

@@ -105,14 +105,21 @@ def test_kinds_of_files_have_one_fingerprint_and_no_place_in_it(photos, tmp_path
     assert len(stamps) == 1
 
 
+def test_what_is_asked_otherwise_has_another_fingerprint(photos):
+    rows = [{name: cell for name, cell in row.items() if name != "question"} for row in rows_of()]
+    file = write(photos / "t.csv", rows)
+    one, other = (load(file, question=question) for question in ("What?", "Well?"))
+    assert all(a != b for a, b in zip(one.stamps, other.stamps, strict=True))
+
+
 @pytest.mark.parametrize(
-    "how", [{"task": "short_answer"}, {"show": "text"}, {"options": ("blue", "red")}, {"question": "Well?"}]
+    ("one", "other"), [({}, {"task": "short_answer"}), ({"task": "number"}, {"task": "number", "scale": 4.0})]
 )
-def test_what_is_asked_otherwise_has_another_fingerprint(photos, how):
+def test_what_is_scored_otherwise_is_other_data_and_has_the_same_features(photos, one, other):
     file = write(photos / "t.csv", rows_of())
-    before, after = load(file), load(file, **how)
-    assert before.stamps[0] != after.stamps[0]
-    assert before.stamps[1] != after.stamps[1]
+    before, after = load(file, **one), load(file, **other)
+    assert before.stamps == after.stamps
+    assert before.fingerprint != after.fingerprint
 
 
 def test_images_inside_parquet_are_not_decoded_and_are_read_as_they_were(photos):
@@ -267,7 +274,7 @@ BAD_CELLS = {
     "a list of nothing": ({"answer": [None]}, "its answers must be a list of texts"),
     "numpy's list": ({"answers": "['a' 'b']"}, "begins and ends as a list and is none"),
     "an object": ({"question": {"a": 1}}, "a text or a number is needed"),
-    "no question": ({"question": " "}, "it has no text"),
+    "no question": ({"question": " "}, "it has no question"),
     "the LVLM's own token": ({"answer": "<|im_end|>"}, "a token of the LVLM's own"),
     "no file": ({"image": "9.jpg"}, r"its image '9\.jpg' is no file .*data\.coco_path"),
     "a path to elsewhere": ({"image": "/etc/hostname"}, "is no file in the folder of the data"),

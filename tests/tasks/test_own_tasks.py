@@ -31,7 +31,22 @@ def posed(one: Example, task: str = "choice", **settings) -> Example:
 
 @pytest.mark.parametrize(
     ("said", "score"),
-    [("cat", 1), ("The Cat.", 1), ("two", 1), ("2", 1), ("dog", 0), ("cats", 0), ("", 0), ("  ", 0), ("the", 0)],
+    [
+        ("cat", 1),
+        ("The Cat.", 1),
+        ("a-cat", 1),
+        ("(cat)", 1),
+        ("-2", 0),
+        ("+2", 0),
+        ("cat+", 0),
+        ("two", 1),
+        ("2", 1),
+        ("dog", 0),
+        ("cats", 0),
+        ("", 0),
+        ("  ", 0),
+        ("the", 0),
+    ],
 )
 def test_a_short_answer_is_right_where_it_is_one_of_the_accepted_ones(said, score):
     assert SHORT.score(said, example("a cat", "Two")) == score
@@ -79,9 +94,20 @@ def test_the_letter_or_the_text_of_an_option_is_read(said, read):
     assert CHOICE.score(said, one) == (read == "C")
 
 
+def test_signs_and_letters_among_the_options_are_no_noise():
+    numbers = posed(example("1", options=("1", "2", "10")))
+    assert [CHOICE.read(said, numbers) for said in ("1", "one", "-1", "1.5", "10%", "-10", "10.")] == [
+        *("A", "A", None, None, None, None, "C")
+    ]
+    letters = posed(example("a", options=("a", "b", "c")), show="text")
+    assert [CHOICE.read(said, letters) for said in ("A", "b", "A or B", "A and B", "it is c")] == [
+        *("a", "b", None, None, "c")
+    ]
+
+
 def test_with_texts_shown_the_text_is_read_first_and_the_letter_else():
     one = posed(example("B", options=("B", "A")), show="text")
-    assert [CHOICE.read(said, one) for said in ("B", "A", "(A)")] == ["B", "A", "B"]
+    assert [CHOICE.read(said, one) for said in ("B", "A", "(A)", "b.")] == ["B", "A", "A", "B"]
     lettered = posed(example("B", options=("B", "A")))
     assert [CHOICE.read(said, lettered) for said in ("B", "A", "(A)")] == ["B", "A", "A"]
     assert CHOICE.score("A", lettered) == 1
@@ -133,8 +159,11 @@ def test_choices_are_reported_by_accuracy_and_the_share_that_names_no_option():
     [
         *[("3", "3"), ("3.0", "3"), ("-2.5", "-2.5"), ("−4", "-4"), (".5", "0.5"), ("7.", "7"), ("1,250", "1250")],
         *[("2e3", "2000"), ("40 %", "40"), ("about 12 cats", "12"), ("three", "3"), ("Zero", "0"), ("$5", "5")],
-        *[("two of 5", "2"), ("5 of two", "5"), ("none", "0"), ("12,345,678.5", "12345678.5")],
-        *[(text, None) for text in ("", "many", "v2", "e5", "1e999", "-")],
+        *[("two of 5", "2"), ("5 of two", "5"), ("none", "0"), ("12,345,678.5", "12345678.5"), ("10:30", "10")],
+        *[("minus 5", "-5"), ("negative two", "-2"), ("twenty one", "21"), ("Forty-two.", "42"), ("eleven", "11")],
+        # A comma that stands before no three digits is none of ours, and `one hundred` is more than 1.
+        *[(text, None) for text in ("0,250", "12,3456", "3,5", "1,25", "1.250,5", "1.2.3", "one hundred", "1 million")],
+        *[(text, None) for text in ("", "many", "v2", "e5", "1e999", "-", "no one")],
     ],
 )
 def test_the_first_number_of_a_text_is_read(said, number):
@@ -157,7 +186,9 @@ def test_the_scale_is_that_of_the_config_or_the_range_of_the_training_answers():
     assert task_of(replace(data, train_examples=train[:1])).scale == 1
 
 
-@pytest.mark.parametrize("answer", ["abc", "3 cats", "", "1,2", "nan", "inf", "1e999", "3-4"])
+@pytest.mark.parametrize(
+    "answer", ["abc", "3 cats", "", "1,2", "0,250", "twenty cats", "one hundred", "nan", "inf", "1e999", "3-4"]
+)
 def test_a_reference_that_is_no_number_is_refused(answer):
     with pytest.raises(Unusable, match="is no number"):
         posed(example(answer), task="number")

@@ -40,7 +40,7 @@ def rollout_stamp(config: Config, data: VqaData, features: str, lvlm: CachedLvlm
     policy = {name: value for name, value in vars(config.policy).items() if name != "candidate_features"}
     return stamp(
         "rollouts",
-        training_data=data.stamp("train"),
+        training_data=[data.stamp("train"), *data.scoring] if data.scoring else data.stamp("train"),
         features=[features, config.features.name],
         sampler=config.sampler,
         LVLM=lvlm.model,
