@@ -8,7 +8,7 @@ from helpers import track
 from models import TINY
 
 from lever_lm.config.schema import LvlmConfig, PromptConfig
-from lever_lm.data import Example, image_digest
+from lever_lm.data import Example, forget_digests
 from lever_lm.lvlm import CachedLvlm, Prompt
 from lever_lm.lvlm.answer_cache import AnswerCache
 from lever_lm.lvlm.backend import load_local
@@ -68,7 +68,7 @@ def no_model():
 
 def opened(path, backend=None, fingerprint="model-1", track=track) -> CachedLvlm:
     """The cache as a new process would open it."""
-    image_digest.cache_clear()
+    forget_digests()
     return CachedLvlm((lambda: backend) if backend else no_model, fingerprint, AnswerCache(path), track)
 
 

@@ -9,6 +9,7 @@ from lever_lm.data.example import (
     Image,
     StoredImage,
     VqaData,
+    forget_digests,
     image_digest,
     image_digests,
     image_size,
@@ -29,6 +30,7 @@ __all__ = [
     "Image",
     "StoredImage",
     "VqaData",
+    "forget_digests",
     "image_digest",
     "image_size",
     "in_both",
@@ -77,7 +79,7 @@ def load_dataset(config: DataConfig, pose: Pose = as_it_is) -> VqaData:
     Raises LeverError with file, id and what was expected; with skip_bad_examples such examples are left out and
     listed in `skipped`.
     """
-    image_digest.cache_clear()  # what was read before may have changed
+    forget_digests()
     bad = BadExamples(config.skip_bad_examples)
     splits, stamps, digests = {}, {}, {}
     tables = load_tables(config, dict.fromkeys(SPLITS, bad), pose) if is_table(config) else {}

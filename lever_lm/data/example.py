@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from io import BytesIO
 from typing import BinaryIO
 
@@ -159,19 +159,28 @@ def _opened(image: str) -> BinaryIO:
         raise
 
 
-@lru_cache(maxsize=200_000)
+_SEEN: dict[str, str] = {}  # digests of image files, by path, until they are forgotten
+
+
 def image_digest(image: Image) -> str:
     """Return what identifies an image's content, in a file or in a table. Raises LeverError when it is missing."""
-    return image_digests([image])[0]
+    return _SEEN.get(image) or image_digests([image])[0] if isinstance(image, str) else image.digest
+
+
+def forget_digests() -> None:
+    """Look at image files anew when their digests are asked for next: they may have changed."""
+    _SEEN.clear()
 
 
 def image_digests(images: Sequence[Image]) -> list[str]:
-    """Return what identifies the content of each image. Raises LeverError when one is missing."""
+    """Return what identifies the content of each image, read anew where a file has changed. Raises LeverError when one
+    is missing."""
     files = [image for image in images if not isinstance(image, StoredImage)]
     try:
         of_file = dict(zip(files, DIGESTS.of(files), strict=True))
     except OSError as error:
         raise LeverError(f"cannot read the image {error.filename}: {error.strerror}") from error
+    _SEEN.update(of_file)
     return [image.digest if isinstance(image, StoredImage) else of_file[image] for image in images]
 
 

@@ -11,7 +11,6 @@ import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 
 from lever_lm.config.load import layers
@@ -32,6 +31,7 @@ from lever_lm.utils.errors import LeverError, UsageError
 from lever_lm.utils.terminal import shown
 
 ALL = "all"
+_NAMED = ("dataset", "lvlm")  # kinds of YAMLs by whose names a config is told
 _SAID_BY_TABLE = [("data", key) for key in ("name", "file", "val_file", "task")]  # --data, --val and --task
 _OF_RIVAL = [*SETTING, ("rollout", "pool_size")]  # keys that a run beside another one shares with it
 
@@ -120,19 +120,24 @@ def training_command(pipeline: Pipeline, name: str) -> str:
     named YAMLs that are nearest to the config, and what of it they do not say."""
     here, run = to_dict(pipeline.config), pipeline.run.path
     table = here["data"]["file"]
-    stems = [sorted(file.stem for file in (configs_root() / kind).glob("*.yaml")) for kind in ("dataset", "lvlm")]
-    found = []
-    for dataset, lvlm in product(["digits"] if table else stems[0], stems[1]):
-        task = here["data"]["task"] if table else None
+    task = here["data"]["task"] if table else None
+
+    def others(dataset: str, lvlm: str) -> list[tuple[str, str]]:
+        """Return the keys that the YAMLs of these names do not say as the config does."""
         names = {"dataset": dataset, "lvlm": lvlm, "task": task, "selector": name}
         made = to_dict(layers(names, None, [], {}).config())
-        others = [key for key in _OF_RIVAL if made[key[0]][key[1]] != here[key[0]][key[1]]]
-        found.append((dataset, lvlm, [key for key in others if not (table and key in _SAID_BY_TABLE)]))
-    dataset, lvlm, others = min(found, key=lambda one: len(one[2]))
+        found = [key for key in _OF_RIVAL if made[key[0]][key[1]] != here[key[0]][key[1]]]
+        return [key for key in found if not (table and key in _SAID_BY_TABLE)]
+
+    datasets, lvlms = (sorted(file.stem for file in (configs_root() / kind).glob("*.yaml")) for kind in _NAMED)
+    dataset = "digits" if table else min(datasets, key=lambda dataset: len(others(dataset, lvlms[0])))
+    lvlm = min(lvlms, key=lambda lvlm: len(others(dataset, lvlm)))
     data = ["--data", table, "--task", here["data"]["task"]] if table else ["--dataset", dataset]
     data += ["--val", here["data"]["val_file"]] if here["data"]["val_file"] else []
     words = ["lever", "train", "--selector", name, *data, "--lvlm", lvlm]
-    words += [f"--set={'.'.join(key)}={json.dumps(here[key[0]][key[1]], ensure_ascii=False)}" for key in others]
+    words += [
+        f"--set={'.'.join(key)}={json.dumps(here[key[0]][key[1]], ensure_ascii=False)}" for key in others(dataset, lvlm)
+    ]
     for option, value, default in (
         ("--server", here["lvlm"]["server"], ""),
         ("--seed", str(here["seed"]), "0"),

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lever_lm.data import Example, VqaData, image_digest, image_digests, open_image
+from lever_lm.data import Example, VqaData, forget_digests, image_digests, open_image
 from lever_lm.data.embeddings import Embeddings, encode
 from lever_lm.data.encoder import FeatureEncoder
 from lever_lm.data.image_decode import Undecodable, decoded
@@ -200,7 +200,7 @@ class Retriever:
             raise UsageError(f"a question about {image} is needed: {problem}")
         path = os.fsdecode(image)
         _check_image(path)
-        image_digest.cache_clear()  # the file may have changed
+        forget_digests()
         return self._numbered(Example(0, 0, question, (), (), path))
 
     def _numbered(self, query: Example) -> Example:
