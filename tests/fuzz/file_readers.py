@@ -2,6 +2,7 @@
 datasets, the answers of a server over HTTP."""
 
 import base64
+import contextlib
 import io
 import json
 import shutil
@@ -9,6 +10,7 @@ import socket
 import sqlite3
 import ssl
 import threading
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -28,6 +30,7 @@ from lever_lm.config.schema import DataConfig, FeatureConfig, LvlmConfig, Prompt
 from lever_lm.data import VqaData, image_digest, load_dataset, open_image
 from lever_lm.data.embeddings import _stamp, cached_features, read_embeddings
 from lever_lm.data.okvqa import SPLITS, annotations_file, questions_file
+from lever_lm.data.table import view
 from lever_lm.evaluation.export import export
 from lever_lm.lvlm import CachedLvlm, build_prompt
 from lever_lm.lvlm.answer_cache import AnswerCache
@@ -38,6 +41,7 @@ from lever_lm.selectors.fixed_set import FixedSet
 from lever_lm.selectors.lever_lm import LeverLM
 from lever_lm.selectors.pointer.checkpoint import load_policy, own_config, save_torch, to_v2, to_v3, v3_content
 from lever_lm.selectors.pointer.model import PointerSelector
+from lever_lm.tasks import load_data
 from lever_lm.training.find_checkpoint import locate
 from lever_lm.training.from_checkpoint import config_beside
 from lever_lm.training.run_dir import RunFolder
@@ -413,6 +417,61 @@ def parquet(folder: Path) -> Target:
 
     second = written([{**row, "answers": [{"answer": "cat"}], "image_id": 5} for row in rows], "none")
     return Target([written(rows), second], spoil, parse)
+
+
+def _table(folder: Path, name: str, seeds: list[bytes], spoil, known: list[bytes], **config) -> Target:
+    """Return the target of a table of the user's own, read as its task asks it, and looked at as by `lever doctor`."""
+    for i in range(4):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(folder / f"{i}.png")
+    file = folder / name
+    where = DataConfig("x", coco_path=str(folder), file=str(file), **config)
+
+    def parse(content: bytes) -> None:
+        file.write_bytes(content)
+        with contextlib.suppress(LeverError):  # what is odd is for loading to refuse
+            " ".join(view(where).odd).encode()
+        load_data(replace(where, skip_bad_examples=True))
+        for example in load_data(where).train_examples:
+            " ".join([example.question, example.answer, *example.options]).encode()
+
+    return Target(seeds, spoil, parse, known)
+
+
+@reader("table_csv")
+def table_csv(folder: Path) -> Target:
+    """A CSV of the user's own, of multiple choice."""
+    rows = [f'{i}.png,"Which, then?",{"ab"[i % 2]},a|b,{i}' for i in range(4)]
+    seed = "\n".join(["image,question,answer,options,id", *rows]).encode()
+    known = [
+        b"",
+        b"image,answer",
+        b"\xff\xfe" + seed,
+        seed.replace(b"\n", b"\r"),
+        seed.replace(b",", b";"),
+        b'"' * 99_999,
+    ]
+    words = ["image", "answer", "options", '"', '""', "a|b|a", "|", "C", "0.png", "../0.png", ",", ",,,"]
+    return _table(folder, "t.csv", [seed], lines_spoiler(words), known, task="choice")
+
+
+@reader("table_jsonl")
+def table_jsonl(folder: Path) -> Target:
+    """JSON lines of the user's own, of numbers."""
+    rows = [
+        {"image": f"{i}.png", "question": "How many?", "answer": i, "id": f"row {i}", "split": "train"}
+        for i in range(4)
+    ]
+    rows[3]["split"] = "val"
+    seed = b"\n".join(map(dumped, rows))
+
+    def spoil(rng: Random, content: bytes) -> bytes:
+        lines = content.split(b"\n")
+        place = rng.randrange(len(lines))
+        lines[place] = spoil_json(rng, lines[place])
+        return b"\n".join(lines)
+
+    known = [DEEP, b"[]", b"{}", seed + b"\n" + b"{" * 99_999, seed.replace(b"val", b"test")]
+    return _table(folder, "t.jsonl", [seed], spoil, known, task="number")
 
 
 # ---------------------------------------------------------------------- a server
