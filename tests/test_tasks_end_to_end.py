@@ -201,3 +201,30 @@ def test_a_plan_says_what_is_wrong_with_a_row(lever, tmp_path):
     (told,) = [check for check in done.json["missing"] if check["what"] == "data"]
     assert "bad.csv, line 2: its image 'no.jpg' is no file" in told["found"]
     assert "--set data.coco_path=DIR" in told["mend"]
+
+
+def test_rows_without_an_image_go_the_whole_way_beside_others(lever, digits, tmp_path):
+    examples = [e for e in digits.train_examples if e.question == QUESTIONS["short_answer"]][:ROWS]
+    rows = [{"question": f"{e.question} {i}", "answer": e.answer} for i, e in enumerate(examples)]
+    rows = [
+        row | ({"image": str(e.image)} if i % 2 else {}) for i, (row, e) in enumerate(zip(rows, examples, strict=True))
+    ]
+    (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = ["--data", "mixed.jsonl", "--set", "data.coco_path=/"]
+    for words in (
+        ["train", *SMALL],
+        ["infer", "--shots", "2", "--baselines"],
+        ["diagnose", "--shots", "2"],
+        ["report"],
+    ):
+        done = lever(*words, *own)
+        assert done.status == 0, done.err
+    samples = next((tmp_path / "results").rglob("samples_random_2shot.jsonl")).read_text().splitlines()
+    asked = {json.loads(line)["question_id"]: json.loads(line)["image_id"] for line in samples}
+    assert {i % 2 for i in asked} == {0, 1}
+    assert all((image is None) == (i % 2 == 0) for i, image in asked.items())
+    page = next((tmp_path / "results").rglob("report.html")).read_text(encoding="utf-8")
+    assert 'src=""' not in page
+    picked = lever("pick", *own, "--shots", "4", "--example", str(next(i for i in asked if i % 2 == 0)), "--json")
+    assert picked.status == 0, picked.err
+    assert picked.json["query"]["image"] == "no image"
