@@ -206,6 +206,13 @@ def _card(
     return text.rstrip() + "\n"
 
 
+def _metric(score: str) -> str:
+    """Return the hub's name of what a task calls its score."""
+    return (
+        "accuracy" if score.endswith("accuracy") else score.split(" /")[0].lower().replace(" ", "_").replace("-", "_")
+    )
+
+
 def _license_of(data: DataConfig) -> str:
     """Return the license of the data, where it is known."""
     return _DATA_LICENSES.get(data.okvqa_path if not data.file else data.file, "see the dataset's own terms")
@@ -219,7 +226,7 @@ def _indexed(name: str, dataset: str, config: Config, shared: dict, score: str) 
         "dataset": {"type": dataset, "name": config.data.name, "split": "validation"},
         "metrics": [
             {
-                "type": "accuracy",
+                "type": _metric(score),
                 "name": f"{score}, {row['shots']} shot{plural[row['shots']]}",
                 "value": round(row["accuracy"], 4),
             }
