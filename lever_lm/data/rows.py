@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 
 from lever_lm.data.example import Example, Image, image_digest
 from lever_lm.utils.errors import LeverError
-from lever_lm.utils.terminal import shown
+from lever_lm.utils.terminal import one_line, shown
 
 # What Qwen2.5-VL's tokenizer takes for the end of a turn or the place of an image wherever it stands, and half
 # characters, which no tokenizer takes.
 _UNFIT = re.compile(
     r"<\|(?:im_start|im_end|vision_start|vision_end|vision_pad|image_pad|video_pad|endoftext)\|>|[\ud800-\udfff]"
 )
+LONGEST_ID = 200  # characters
 _AN_ID = "must be a whole number of 0 to 2**63 - 1"
 
 
@@ -54,9 +55,12 @@ def whole_id(value) -> int | None:
 
 
 def any_id(value) -> int | str | None:
-    """Return an id as examples have it: a whole number, or another text, without blanks around it; None for neither."""
-    number = whole_id(value)
-    return number if number is not None else (value.strip() or None) if isinstance(value, str) else None
+    """Return an id as examples have it: a whole number, or another text of one line and at most 200 characters, without
+    blanks around it. None for anything else."""
+    if (number := whole_id(value)) is not None or not isinstance(value, str):
+        return number
+    text = value.strip()
+    return text if text and len(text) <= LONGEST_ID and one_line(text) == text else None
 
 
 def example_of(row: dict, image: Image) -> Example:

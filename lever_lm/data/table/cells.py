@@ -7,13 +7,12 @@ from string import ascii_uppercase
 
 from lever_lm.config.schema import DataConfig
 from lever_lm.data.example import Example, Image, image_digest
-from lever_lm.data.rows import Unusable, id_of_content, problem_of, unfit, whole_id
+from lever_lm.data.rows import LONGEST_ID, Unusable, any_id, id_of_content, problem_of, unfit, whole_id
 from lever_lm.data.table.columns import FIELD
 from lever_lm.utils.safe_parse import loads
 from lever_lm.utils.terminal import one_line, shown
 
 _LONGEST_LIST = 1 << 16  # characters of a list that is written as a text
-_LONGEST_ID = 200
 _TEXTS = ("answer", "raw", "caption")  # where an object of an answer has its text
 _OPTIONS_OF_ALL = "--set 'data.options=[NAME, NAME]'"
 _AS_INDEX = "if it counts the options from 0: --set data.columns.answer_index"
@@ -38,15 +37,12 @@ def holds_nothing(cell) -> bool:
 
 def id_of(cell) -> int | str:
     """Return an id: a whole number as such, any other text as it stands. Raises Unusable."""
-    number = whole_id(cell.strip() if isinstance(cell, str) else cell)
-    if number is not None:
-        return number
-    text = (text_of(cell) or "").strip()
+    text = text_of(cell) or ""
     if problem := unfit([text]):
         raise Unusable(problem)
-    if not text or len(text) > _LONGEST_ID or one_line(text) != text:
-        raise Unusable(f"its id must be a text of one line and 1 to {_LONGEST_ID} characters, found {shown(text)}")
-    return text
+    if (found := any_id(text.strip())) is None:
+        raise Unusable(f"its id must be a text of one line and 1 to {LONGEST_ID} characters, found {shown(text)}")
+    return found
 
 
 def listed(cell, *, typed: bool) -> list:
