@@ -40,7 +40,9 @@ class Number(Task):
         """Return the task with the words of a config beside its own."""
         try:
             further = {str(word).lower(): float(value) for word, value in config.number_words.items()}
-        except (TypeError, ValueError) as error:
+            if not all(map(math.isfinite, further.values())):
+                raise ValueError("NaN or infinite")
+        except (TypeError, ValueError, OverflowError) as error:
             raise UsageError(f"data.number_words must name numbers, as {{uno: 1}}: {error}") from error
         return replace(self, words={**self.words, **further}, scale=config.scale or self.scale)
 

@@ -205,8 +205,9 @@ def test_words_of_another_language_are_numbers_where_the_config_says_so():
     assert task.score("seis", one) == 0
     with pytest.raises(Unusable, match="is no number"):
         posed(example("cinco"), task="number")
-    with pytest.raises(UsageError, match=r"data\.number_words"):
-        pose_of(DataConfig(task="number", number_words={"uno": "one"}))
+    for value in ("one", float("nan"), [1], 10**400):
+        with pytest.raises(UsageError, match=r"data\.number_words"):
+            pose_of(DataConfig(task="number", number_words={"uno": value}))
 
 
 def test_numbers_are_reported_by_mae_rmse_and_r2_of_those_that_were_written():
