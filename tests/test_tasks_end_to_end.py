@@ -165,6 +165,25 @@ def test_the_area_under_the_curve_is_of_the_log_probs_of_both_options(lever, dig
     assert "infer.auc" in refused.err
 
 
+def test_an_area_of_options_that_change_from_row_to_row_is_refused_and_another_tasks_rival_says_so(table, lever):
+    own = table("short_answer")
+    assert lever("train", *own, *SMALL).status == 0
+    rival = ["--selector", "answer_match", "--rce-epochs", "1", "--limit", "16", "--task", "number", "--set", WORDS]
+    assert (done := lever("train", *own[:2], *rival)).status == 0, done.err
+    told = lever("infer", *own, "--shots", "1", "--against", "answer_match", "--json")
+    assert told.status == 0, told.err
+    assert "answer_match: data.task: number in the run, short_answer here" in told.err
+    choice = [
+        "--task",
+        "choice",
+        "--set",
+        "data.options=[cero, uno, dos, tres, cuatro, cinco, seis, siete, ocho, nueve]",
+    ]
+    refused = lever("infer", *own[:2], *choice, "--shots", "1", "--set", "infer.auc=true")
+    assert refused.status == 2
+    assert "the same two options" in refused.err
+
+
 def test_ids_of_text_are_named_everywhere_and_another_task_takes_the_same_features(lever, digits, tmp_path):
     examples = [e for e in digits.train_examples if e.question == QUESTIONS["short_answer"]][:ROWS]
     (tmp_path / "named.jsonl").write_text(

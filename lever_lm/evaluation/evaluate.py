@@ -73,8 +73,9 @@ class Evaluation:
     ):
         self.config, self.data, self.features, self.track, self._lvlm = config, data, features, track, lvlm
         self.task = task_of(data)
-        if config.infer.auc and any(len(query.options) != 2 for query in data.val_examples):
-            raise UsageError("infer.auc is of choices between two options: --set infer.auc=false")
+        asked = {query.options for query in data.val_examples} if config.infer.auc else {("no", "yes")}
+        if len(asked) > 1 or len(*asked) != 2:
+            raise UsageError("infer.auc is of a choice between the same two options in each row: --set infer.auc=false")
         total = len(data.val_examples)
         count = min(config.infer.num_queries or total, total)
         # A subset of a larger one, and in the order of the file.

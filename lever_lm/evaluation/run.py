@@ -144,6 +144,8 @@ def _contender(
     if path is None:
         pipeline.screen.say(f"left out: {missing(pipeline, name)}")
         return None
+    for line in change_lines(changes(path, pipeline.config)):
+        pipeline.screen.say(f"{name}: {line}")
     policy = load_for(path, pipeline.config, pipeline.screen.say)
     chosen, seconds = timed(lambda: chosen_by(policy, evaluation, shots, name, path))
     return (chosen.picks, [chosen]), cost_of(name, path, seconds, evaluation)

@@ -1,5 +1,6 @@
 """What a task says: how an example is asked, how an answer is shown, read and scored, and what is told of many."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
@@ -46,9 +47,9 @@ class Task(Protocol):
         """Return the prediction that a text makes; None where it cannot be read. What was read is read as itself."""
         return text.strip() or None
 
+    @abstractmethod
     def score(self, prediction: str, example: Example) -> float:
         """Return the score in [0, 1] of which a reward is made."""
-        raise NotImplementedError
 
     def fits(self, prediction: str, example: Example) -> bool:
         """Return whether a demonstration's answer counts as right for a query."""
