@@ -1,7 +1,16 @@
 """From image files to the patches that a Qwen vision tower reads: decoded and resized ahead of it, on other cores."""
 
-from collections.abc import Iterator, Sequence
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -10,9 +19,9 @@ from lever_lm.config.schema import LvlmConfig
 from lever_lm.data import Image, open_image
 from lever_lm.lvlm.images import fitted
 from lever_lm.utils.errors import LeverError
-from lever_lm.utils.transformers_compat import first_line
 
 CHUNK = 16  # images that go through the vision tower together
+_AHEAD = 2  # chunks of each process that are made before they are asked for
 
 
 def patches(images: Sequence[Image], image_processor, config: LvlmConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -42,30 +51,45 @@ def chunked_patches(
     images: Sequence[Image], image_processor, config: LvlmConfig, dtype: torch.dtype, *, workers: int, pin: bool
 ) -> Iterator[tuple[list[Image], Tensor, Tensor]]:
     """Yield (images, patches, grids) of one chunk after another. With workers, chunks are made in as many processes
-    while the caller uses the chunks before."""
+    while the caller uses the chunks before. pin: the patches lie where a GPU can fetch them by itself."""
+    chunks, make = chunked(images), partial(_made, work=(image_processor, config, dtype))
+    workers = min(workers, len(chunks))
+    done = _in_processes(make, chunks, workers) if workers > 0 else map(make, chunks)
+    for chunk, made in zip(chunks, done, strict=True):
+        if isinstance(made, LeverError):
+            raise made
+        pixels, grids = made
+        yield chunk, pixels.pin_memory() if pin else pixels, grids
+
+
+def _in_processes(make: Callable, chunks: Sequence[list[Image]], workers: int) -> Iterator:
+    """Yield make(chunk) of each in order, some chunks ahead. Raises LeverError where a process dies."""
     import qwen_vl_utils  # noqa: F401 - once, and not in every worker
 
-    chunks = chunked(images)
-    loader = torch.utils.data.DataLoader(
-        chunks,
-        batch_size=None,
-        collate_fn=partial(_made, work=(image_processor, config, dtype)),
-        num_workers=min(workers, len(chunks)),
-        pin_memory=pin,
-        generator=torch.Generator(),  # the loader draws a seed, and not from the generator that a policy trains with
-    )
-    done = iter(loader)
-    for chunk in chunks:
-        try:
-            ready = next(done)
-        except RuntimeError as error:
-            if not loader.num_workers:
-                raise
-            # a worker was killed: the memory that it shares with this process is often too small
-            raise LeverError(
-                f"a process that decodes images died ({first_line(error)}): more shared memory (docker run "
-                "--shm-size=8g), or --set lvlm.workers=0"
-            ) from error
-        if isinstance(ready, LeverError):
-            raise ready
-        yield chunk, *ready
+    context = torch.multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+    pool, rest = ProcessPoolExecutor(workers, context, _as_worker), iter(chunks)
+    try:
+        ahead = deque(pool.submit(make, chunk) for chunk in islice(rest, _AHEAD * workers))
+        while ahead:
+            made = ahead.popleft().result()
+            ahead.extend(pool.submit(make, chunk) for chunk in islice(rest, 1))
+            yield made
+    except BrokenProcessPool as error:  # the memory that it shares with this process is often too small
+        raise LeverError(
+            "a process that decodes images died: more shared memory (docker run --shm-size=8g), or --set lvlm.workers=0"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _as_worker() -> None:
+    """Use one core, leave Ctrl-C to the process that started this one, and end when that does, even if killed."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)

@@ -6,9 +6,13 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
@@ -314,13 +318,61 @@ class Deadly:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_worker_that_is_killed_is_one_message(images, monkeypatch):
+def test_a_worker_that_is_killed_is_one_message(images):
     import_transformers()  # qwen_vl_utils needs torchvision
-    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)  # seconds that the end waits for it
     made = chunked_patches(images, Deadly(), LvlmConfig(**SMALL), torch.float32, workers=2, pin=False)
     with pytest.raises(LeverError, match=r"shm-size.*lvlm\.workers=0") as caught:
         list(made)
     assert "\n" not in str(caught.value)
+
+
+class Endless:
+    """An image processor that never comes to an end. `patch_size`, `merge_size`: of no use."""
+
+    patch_size, merge_size = 14, 2
+
+    def __call__(self, **_):
+        time.sleep(600)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="children are listed by the kernel")
+def test_workers_end_with_the_process_that_is_killed(images):
+    """As the system does where memory runs out."""
+    code = """if True:
+        import sys
+        from test_feature_cache import *
+
+        import_transformers()  # qwen_vl_utils needs torchvision
+        next(chunked_patches(sys.argv[1:], Endless(), LvlmConfig(**SMALL), torch.float32, workers=2, pin=False))
+    """
+    where = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    parent = subprocess.Popen([sys.executable, "-c", code, *images], env={**os.environ, **where})
+    try:
+        workers = until(lambda: children(parent.pid))
+        assert workers, "none was started"
+    finally:
+        parent.kill()
+        parent.wait(30)
+    assert until(lambda: not any(running(worker) for worker in workers))
+
+
+def until(found, seconds: float = 100.0):
+    deadline = time.monotonic() + seconds
+    while not (value := found()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return value
+
+
+def children(pid: int) -> list[int]:
+    listed = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(child) for child in listed.read_text().split()] if listed.exists() else []
+
+
+def running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 # ---------------------------------------------------------------------- what does not fit

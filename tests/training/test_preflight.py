@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from helpers import DATA, SMALL, answers_in, files_in, small_digits
@@ -357,10 +358,14 @@ def test_a_finished_run_leaves_nothing_to_do(trained, lever):
     assert plan["lvlm_calls"] == plan["seconds"] == 0
 
 
-def test_a_plan_says_what_is_missing_and_ends_well(lever):
+@pytest.mark.parametrize(("free", "also"), [(1 << 40, []), (1 << 30, ["disk"])])
+def test_a_plan_says_what_is_missing_and_ends_well(free, also, lever, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
     done = lever("train", *REAL, "--dry-run", "--json")
     assert done.status == 0
-    assert len(done.json["missing"]) == 8
+    files = ["train data", "train data", "train images", "val data", "val data", "val images"]
+    missing = [check["what"] for check in done.json["missing"]]
+    assert missing == [*files, "features.encoder", "lvlm.path", *also]
     assert done.json["seconds"] is None
 
 
