@@ -218,7 +218,7 @@ def tokens_of(lvlm: LocalLvlm, prompt) -> int:
     """Return the length of a prompt."""
     of_family = lvlm.family
     return (
-        of_family._inputs([prompt])["input_ids"].shape[1]
+        of_family.prepare([prompt])["input_ids"].shape[1]
         if isinstance(of_family, Generic)
         else len(of_family.token_ids(prompt))
     )
@@ -242,16 +242,8 @@ def ours(path: str, prompts, beams: int, device: str, settings: dict, repeats: i
     vision, _ = timed(lvlm.family.device, lambda: lvlm.family.vision.see(images[32:]))
     vision_peak = peak_gib(lvlm.family.device, reset=True)
     batches = lvlm.batches(prompts)
-
-    def answer() -> list[str]:
-        answers = [""] * len(prompts)
-        for batch in batches:
-            for i, text in zip(batch, lvlm.generate([prompts[i] for i in batch]), strict=True):
-                answers[i] = text
-        return answers
-
     timed(lvlm.family.device, lambda: lvlm.generate([prompts[i] for i in batches[0]]))
-    runs = [timed(lvlm.family.device, answer) for _ in range(repeats)]
+    runs = [timed(lvlm.family.device, lambda: lvlm.generate(prompts)) for _ in range(repeats)]
     tokens = tokens_of(lvlm, prompts[0])
     row = {
         "beams": beams,
@@ -271,7 +263,7 @@ def numerics(lineage: Lineage, lvlm: LocalLvlm, prompts) -> dict:
     """Relative error of the first new token's logits against float32: the library's and ours, the mean over prompts."""
     lineage.model.to(lineage.device)
     with torch.inference_mode():
-        mine = lvlm.family.prefill(prompts).logits.float()
+        mine = lvlm.family.prefill(lvlm.family.prepare(prompts)).logits.float()
     library = torch.stack([lineage.logits(prompt) for prompt in prompts])
     lineage.model.float()
     exact = torch.stack([lineage.logits(prompt) for prompt in prompts])

@@ -33,15 +33,12 @@ def log_asked(path: Path) -> None:
         def __getattr__(self, name):
             return getattr(self._backend, name)
 
-        def generate(self, prompts):
-            self._log([self._lvlm._key("answer", prompt) for prompt in prompts])
-            return self._backend.generate(prompts)
-
-        def answer_log_prob(self, prompts, answers, *, end=False):
-            kind = "log_prob_end" if end else "log_prob"
-            pairs = zip(prompts, answers, strict=True)
-            self._log([self._lvlm._key(f"{kind}:{answer}", prompt) for prompt, answer in pairs])
-            return self._backend.answer_log_prob(prompts, answers, end=end)
+        def ask(self, prompts, batches, answers=None, *, end=False):
+            kind = "answer" if answers is None else "log_prob_end" if end else "log_prob"
+            kinds = [kind] * len(prompts) if answers is None else [f"{kind}:{answer}" for answer in answers]
+            for batch in batches:
+                self._log([self._lvlm._key(kinds[i], prompts[i]) for i in batch])
+                yield from self._backend.ask(prompts, [batch], answers, end=end)
 
         def _log(self, keys):
             batch = next(batches)

@@ -33,7 +33,22 @@ class Stopped(Exception):
     """The backend died."""
 
 
-class Counting:
+class ByLists:
+    """A backend that is asked batch by batch, through `generate` and `answer_log_prob`."""
+
+    def batches(self, prompts, answers=None):
+        return [list(range(len(prompts)))]
+
+    def ask(self, prompts, batches, answers=None, *, end=False):
+        for batch in batches:
+            asked = [prompts[i] for i in batch]
+            if answers is None:
+                yield batch, self.generate(asked)
+            else:
+                yield batch, self.answer_log_prob(asked, [answers[i] for i in batch], end=end)
+
+
+class Counting(ByLists):
     """Answers with the question and how often it was asked; dies at batch `dies_at`."""
 
     def __init__(self, batch_size: int = 4, dies_at: int | None = None):

@@ -121,12 +121,13 @@ def _by_name(folder: Path) -> dict:
 
 
 def asked_again(log: Path) -> tuple[int, int]:
-    """How many prompts were asked more than once: in all, and beyond the batch in which a kill fell."""
+    """How many prompts were asked more than once: in all, and beyond the two batches that are under way in each process
+    that was killed, one being asked and one stored."""
     if not log.exists():
         return 0, 0
     lines = [line.split() for line in log.read_text().splitlines()]
-    last = {process: batch for process, batch, _ in lines}
+    last = {process: int(batch) for process, batch, _ in lines}
     latest = list(last)[-1] if last else None
     times = Counter(key for _, _, key in lines)
-    kept = Counter(key for process, batch, key in lines if process == latest or batch != last[process])
+    kept = Counter(key for process, batch, key in lines if process == latest or int(batch) < last[process] - 1)
     return sum(n - 1 for n in times.values()), sum(n - 1 for n in kept.values() if n > 1)

@@ -151,11 +151,11 @@ def test_a_fault_of_each_kind_is_found(bench, tmp_path, kind):
 @pytest.mark.parametrize(
     ("lines", "again", "beyond"),
     [
-        ("1 0 a\n1 0 b\n1 1 c\n2 0 c\n2 1 d\n", 1, 0),  # the batch in which process 1 was killed
-        ("1 0 a\n1 0 b\n1 1 c\n2 0 a\n2 0 c\n", 2, 1),  # a was answered, and is asked once more
+        ("1 0 a\n1 1 b\n1 2 c\n2 0 b\n2 0 c\n2 1 d\n", 2, 0),  # the two batches that process 1 was killed with
+        ("1 0 a\n1 1 b\n1 2 c\n2 0 a\n2 0 c\n", 2, 1),  # a was answered, and is asked once more
         ("1 0 a\n1 1 a\n", 1, 1),  # twice in one process
     ],
 )
-def test_prompts_asked_again_are_told_from_those_of_the_batch_of_the_kill(tmp_path, lines, again, beyond):
+def test_prompts_asked_again_are_told_from_those_of_the_batches_of_the_kill(tmp_path, lines, again, beyond):
     (tmp_path / "asked").write_text(lines)
     assert asked_again(tmp_path / "asked") == (again, beyond)

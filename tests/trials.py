@@ -92,7 +92,7 @@ class Bench:
         problems["left over"] += left_overs(cwd)
         problems["lost"] += differences(self.reference, cwd)
         _, again = asked_again(cwd.with_name(f"{cwd.name}.asked"))
-        problems["asked again"] += [f"{again} prompts beyond the batch of the kill"] if again else []
+        problems["asked again"] += [f"{again} prompts beyond the batches of the kill"] if again else []
         found = {kind: what for kind, what in problems.items() if what}
         if not found:
             shutil.rmtree(cwd)

@@ -21,7 +21,8 @@ _LOOK = 1.0  # seconds, where a file that is in use can be left to its user
 
 
 class AnswerCache:
-    """A table key → text in one SQLite file. What was put is on disk once `put` returns.
+    """A table key → text in one SQLite file. What was put is on disk once `put` returns. Any thread may call, one at a
+    time.
 
     The processes of a job put into `<stem>.rank<r>.sqlite` beside it, which `collect` brings together. `get` and
     `collect` are calls of the whole job.
@@ -115,7 +116,7 @@ def _open(path: Path, *, alone: bool = False, patience: float = _PATIENCE) -> sq
     """Open a cache file, or make it. `alone`: until it is closed, no other process can read it."""
     with sqlite_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        db = sqlite3.connect(path, timeout=patience)
+        db = sqlite3.connect(path, timeout=patience, check_same_thread=False)
         try:
             db.execute("PRAGMA synchronous=EXTRA")  # what was put outlasts a power failure
             if alone:

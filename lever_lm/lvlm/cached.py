@@ -1,4 +1,4 @@
-"""An LVLM behind its answer cache: only unknown prompts go to the model, in batches that are stored whole."""
+"""An LVLM behind its answer cache: only unknown prompts go to the model, and its answers are stored as they come."""
 
 import contextlib
 import hashlib
@@ -6,13 +6,14 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from lever_lm.config.schema import PromptConfig
 from lever_lm.data import image_digest
 from lever_lm.lvlm.answer_cache import AnswerCache, sqlite_errors
 from lever_lm.lvlm.backend import Backend
 from lever_lm.lvlm.prompt import Prompt, cut_answer
-from lever_lm.utils.errors import LeverError, Unfinished
+from lever_lm.utils.errors import LeverError
 from lever_lm.utils.progress import Track, Work, loaded
 from lever_lm.utils.terminal import shown
 
@@ -23,8 +24,8 @@ class CachedLvlm:
     `load` makes the backend; `fingerprint` is that of model, decoding and prompt style, `model` the same for the
     default prompt style. Keys also hold texts and image contents, so changed data is asked anew. Answers are kept as
     they were written; `cut` is the rule by which they end (prompt.cut). Batches are cut from the list of unknown
-    prompts and committed whole: what a killed job left is the same batches again. The processes of a job deal them
-    among themselves; each makes the same calls with the same prompts and gets all answers.
+    prompts and committed whole, while the model has the next one: what a killed job left is the same batches again. The
+    processes of a job deal them among themselves; each makes the same calls with the same prompts and gets all answers.
     """
 
     def __init__(
@@ -52,11 +53,7 @@ class CachedLvlm:
 
     def generate(self, prompts: Sequence[Prompt], what: str = "answers") -> list[str]:
         """Return what the model writes after each prompt, uncut. `what` names the job on the progress bar."""
-
-        def ask(rows: list[int]) -> list[str]:
-            return self.backend.generate([prompts[i] for i in rows])
-
-        return self._through_cache([self._key("answer", prompt) for prompt in prompts], ask, what, prompts)
+        return self._through_cache([self._key("answer", prompt) for prompt in prompts], what, prompts)
 
     def answer(self, prompts: Sequence[Prompt], what: str = "answers") -> list[str]:
         """Return the answer to each prompt, cut at its end."""
@@ -68,11 +65,7 @@ class CachedLvlm:
         """Return log P(answer | prompt), rounded to 6 decimals. `end`: and that the turn ends after it."""
         kind = "log_prob_end" if end else "log_prob"
         keys = [self._key(f"{kind}:{answer}", prompt) for prompt, answer in zip(prompts, answers, strict=True)]
-
-        def ask(rows: list[int]) -> list[float]:
-            return self.backend.answer_log_prob([prompts[i] for i in rows], [answers[i] for i in rows], end=end)
-
-        found = self._through_cache(keys, ask, what, prompts, answers)
+        found = self._through_cache(keys, what, prompts, answers, end=end)
         with sqlite_errors(self.cache.path):
             return [_finite(value) for value in found]
 
@@ -98,9 +91,9 @@ class CachedLvlm:
     def _speed_key(self) -> str:
         return f"speed:{self.fingerprint}"  # of one process
 
-    def _through_cache(self, keys: list[str], ask: Callable[[list[int]], list], what: str, *work) -> list[str]:
-        """Return the stored text for each key, after ask(rows) gave the answers of the unknown ones. work: the prompts,
-        and the answers that are scored."""
+    def _through_cache(self, keys: list[str], what: str, *work: Sequence, **options) -> list[str]:
+        """Return the stored text for each key, after the model was asked for the unknown ones. work: the prompts, and
+        the answers that are scored; options: of `Backend.ask`."""
         row_of: dict[str, int] = {}
         for row, key in enumerate(keys):
             row_of.setdefault(key, row)
@@ -109,7 +102,9 @@ class CachedLvlm:
         self.known += len(known)
         self.prompts += len(row_of)
         if pending := {key: row for key, row in row_of.items() if key not in known}:
-            self._ask(pending, ask, f"{what}: {len(pending)} prompts to ask, {len(known)} known", len(known), work)
+            label = f"{what}: {len(pending)} prompts to ask, {len(known)} known"
+            chosen = [[part[row] for row in pending.values()] for part in work]
+            self._ask(list(pending), chosen, label, len(known), options)
             new = self.cache.get(list(pending))
             if lost := len(pending) - len(new):
                 raise LeverError(
@@ -119,24 +114,24 @@ class CachedLvlm:
             known |= new
         return [known[key] for key in keys]
 
-    def _ask(self, pending: dict[str, int], ask: Callable, label: str, known: int, work: tuple[Sequence, ...]) -> None:
-        """Have the rows of unknown keys answered, by this process its share of the batches, and stored. `known`: the
-        number of keys that need not be asked."""
-        backend, keys, rows = self.backend, list(pending), list(pending.values())
+    def _ask(self, keys: list[str], work: list[list], label: str, known: int, options: dict) -> None:
+        """Have unknown keys answered, by this process its share of the batches, and stored. `known`: the number of keys
+        that need not be asked."""
+        backend, (prompts, *answers) = self.backend, work
         self.shards.wait()  # until every rank has its model: the time taken is that of answering
         started = time.monotonic()
-        batches = backend.batches(*([part[row] for row in rows] for part in work))
+        batches = backend.batches(prompts, *answers)
         mine = self.shards.share(self.shards.from_leader(lambda: batches))
         share = sum(map(len, mine))
         if self.shards.world > 1:
             label += f"; the share of rank 0 of {self.shards.world}: {share}"
-        for batch in self.track(Work(mine, "prompts", len, known=known), label, share):
-            try:
-                answers = ask([rows[i] for i in batch])
-            except Unfinished as error:
-                self._keep({keys[batch[i]]: answer for i, answer in error.answered.items()})
-                raise
-            self._keep(dict(zip([keys[i] for i in batch], answers, strict=True)))
+        parts = Work(backend.ask(prompts, mine, *answers, **options), "prompts", lambda part: len(part[0]), known=known)
+        with ThreadPoolExecutor(1, "answers") as thread:
+            stored: Future = thread.submit(int)
+            for rows, found in self.track(parts, label, share):
+                stored.result()  # at most one part is on its way to the disk
+                stored = thread.submit(self._keep, dict(zip([keys[i] for i in rows], found, strict=True)))
+            stored.result()
         self.shards.wait()
         if self.shards.leader:
             seconds = max(time.monotonic() - started, 1e-6)

@@ -75,9 +75,9 @@ class Generic:
 
     # ------------------------------------------------------------------ answers
 
-    def write(self, prompts: Sequence[Prompt], eos: Tensor, process: Process | None) -> Tensor:
+    def write(self, prepared: dict[str, Tensor], eos: Tensor, process: Process | None) -> Tensor:
         """See `local.Family`."""
-        made, beams = self._inputs(prompts), self.config.num_beams
+        made, beams = prepared, self.config.num_beams
         watch = Watch(made["input_ids"], made["attention_mask"], beams, eos, process)
         decoding = {"num_beams": beams, "length_penalty": self.config.length_penalty} if beams > 1 else {}
         ends = {"eos_token_id": eos.tolist(), "pad_token_id": self.pad, "max_new_tokens": self.config.max_new_tokens}
@@ -86,10 +86,10 @@ class Generic:
         watch.check()
         return written[:, made["input_ids"].shape[1] :]
 
-    def score(self, prompts: Sequence[Prompt], targets: Sequence[list[int]]) -> list[float]:
+    def score(self, prepared: dict[str, Tensor], counts: Sequence[int]) -> list[float]:
         """See `local.Family`. Padding stands on the right, so that places are those of each prompt alone, and only the
         places before the targets' tokens go through the vocabulary-wide head."""
-        made, counts = self._inputs(prompts, targets), [len(target) for target in targets]
+        made = prepared
         ids, ends = made["input_ids"], made["attention_mask"].sum(1, keepdim=True)
         place, starts = torch.arange(ids.shape[1], device=self.device), ends - torch.tensor(counts)[:, None].to(ends)
         rows, places = ((place < ends) & (place >= starts)).nonzero().T
@@ -99,7 +99,7 @@ class Generic:
             logits = self.model(**made, use_cache=False).logits
         logits = logits[0] if alone else logits[before]
         of_tokens = -F.cross_entropy(logits.float(), ids[rows, places], reduction="none")
-        return [float(part.sum()) for part in of_tokens.cpu().split(counts)]
+        return [float(part.sum()) for part in of_tokens.cpu().split(list(counts))]
 
     @contextmanager
     def _named(self) -> Iterator[None]:
@@ -117,8 +117,8 @@ class Generic:
 
     # ------------------------------------------------------------------ inputs
 
-    def _inputs(self, prompts: Sequence[Prompt], targets: Sequence[list[int]] | None = None) -> dict[str, Tensor]:
-        """Return what the model is given of prompts, padded on the left; or of each with its target, on the right."""
+    def prepare(self, prompts: Sequence[Prompt], targets: Sequence[list[int]] | None = None) -> dict[str, Tensor]:
+        """See `local.Family`. Prompts are padded on the left; each with its target, on the right."""
         texts = [self._text(prompt) for prompt in prompts]
         opened = {image: open_image(image) for image in dict.fromkeys(i for prompt in prompts for i in prompt.images)}
         images = [[opened[image] for image in prompt.images] for prompt in prompts]
@@ -130,7 +130,7 @@ class Generic:
                 found = f"the processor of {self.config.path} does not take its prompt: {first_line(error)}"
                 raise LeverError(f"question {question}: {found}") from error
             for prompt in prompts:  # one of them is named
-                self._inputs([prompt])
+                self.prepare([prompt])
             raise
         mask, tails = made["attention_mask"], [()] * len(prompts) if targets is None else targets
         lengths = [length + len(tail) for length, tail in zip(mask.sum(1).tolist(), tails, strict=True)]

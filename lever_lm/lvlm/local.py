@@ -1,7 +1,9 @@
 """A model of `transformers` in this process, of any family: prompts in batches that fit, decoding, fingerprints."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,10 +12,11 @@ import torch
 from torch import Tensor
 
 from lever_lm.config.schema import LvlmConfig, PromptConfig, keys_of
+from lever_lm.lvlm.backend import Backend
 from lever_lm.lvlm.decoding import NotFinite, Process
 from lever_lm.lvlm.families import family_of
 from lever_lm.lvlm.prompt import Prompt, wording
-from lever_lm.utils.device import resolve_device
+from lever_lm.utils.device import resolve_device, use_device
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.fingerprint import CODE, fingerprint
 from lever_lm.utils.hub import content_digests, model_folder
@@ -40,16 +43,20 @@ class Family(Protocol):
     device: torch.device
     dtype: torch.dtype
 
-    def write(self, prompts: Sequence[Prompt], eos: Tensor, process: Process | None) -> Tensor:
-        """Return the tokens of the model's answers to prompts whose images have been seen: (B, T) int64, at most
-        lvlm.max_new_tokens, each up to one of `eos` (E,), by lvlm.num_beams beams. process: changes the scores of each
-        step. Raises decoding.NotFinite."""
+    def prepare(self, prompts: Sequence[Prompt], targets: Sequence[Sequence[int]] | None = None) -> Any:
+        """Return what the model is given of prompts whose images have been seen, each with its target (token ids)
+        behind it, if any. Runs in a thread of its own, while the model has the batch before."""
 
-    def score(self, prompts: Sequence[Prompt], targets: Sequence[list[int]]) -> list[float]:
-        """Return the log-prob of each target (token ids) after its prompt."""
+    def write(self, prepared: Any, eos: Tensor, process: Process | None) -> Tensor:
+        """Return the tokens of the model's answers to prompts: (B, T) int64, at most lvlm.max_new_tokens, each up to
+        one of `eos` (E,), by lvlm.num_beams beams. process: changes the scores of each step. Raises
+        decoding.NotFinite."""
+
+    def score(self, prepared: Any, counts: Sequence[int]) -> list[float]:
+        """Return the log-prob of each target, of so many tokens, after its prompt."""
 
 
-class LocalLvlm:
+class LocalLvlm(Backend):
     """The `Backend` around a loaded model of a family. Raises LeverError where no token ends the model's answers."""
 
     def __init__(self, family: Family, config: LvlmConfig, prompt: PromptConfig):
@@ -63,34 +70,64 @@ class LocalLvlm:
             self._process = import_transformers().RepetitionPenaltyLogitsProcessor(penalty)
 
     @torch.inference_mode()
-    def generate(self, prompts: Sequence[Prompt]) -> list[str]:
-        """See `Backend`. Raises LeverError for a prompt too long for the model's context or the device's memory."""
-        return self._in_batches(prompts, [None] * len(prompts), self._write)
+    def ask(
+        self,
+        prompts: Sequence[Prompt],
+        batches: Sequence[list[int]],
+        answers: Sequence[str] | None = None,
+        *,
+        end: bool = False,
+    ) -> Iterator[tuple[list[int], list]]:
+        """See `Backend`. A batch that does not fit into memory is halved, and those after it are cut as small. Raises
+        LeverError for a prompt too long for the model's context or the device's memory, and an answer without tokens.
+        """
+        targets = None if answers is None else self._tokens(answers)
+        if targets is not None and not all(targets):
+            raise LeverError(f"question {prompts[targets.index([])].query.question_id}: cannot score an empty answer")
+        self.family.vision.see([image for prompt in prompts for image in prompt.images])
+        lengths, todo, ahead = self._lengths(prompts, targets), deque(batches), deque()
+        closing = [self._closing] if end else []
+        with ThreadPoolExecutor(1, "prepare", use_device, (self.family.device,)) as thread:
+            while todo or ahead:
+                while todo and len(ahead) < 2:  # the one that is asked now, and the next
+                    batch, *rest = self._cut({i: lengths[i] for i in todo.popleft()}, self._budget)
+                    todo.extendleft(reversed(rest))
+                    tails = targets and [[*targets[i], *closing] for i in batch]
+                    ahead.append((batch, thread.submit(self._prepare, [prompts[i] for i in batch], tails)))
+                batch, prepared = ahead.popleft()
+                asked = [prompts[i] for i in batch]
+                try:
+                    if targets is None:
+                        found = self._write(asked, prepared.result())
+                    else:
+                        found = self._score(asked, prepared.result(), [len(targets[i]) + end for i in batch])
+                except torch.OutOfMemoryError as error:
+                    self._halve(asked, lengths[batch[0]], error)
+                    wait(other for _, other in ahead)
+                    todo.extendleft([*reversed([other for other, _ in ahead]), batch])
+                    ahead.clear()
+                    continue
+                finally:
+                    del prepared
+                yield batch, found
 
     @torch.inference_mode()
-    def answer_log_prob(self, prompts: Sequence[Prompt], answers: Sequence[str], *, end: bool = False) -> list[float]:
-        """See `Backend`. Raises LeverError for an answer without tokens, and as `generate`."""
-        targets = self._tokens(answers)
-        for prompt, target in zip(prompts, targets, strict=True):
-            if not target:
-                raise LeverError(f"question {prompt.query.question_id}: cannot score an empty answer")
-        closing = [self._closing] if end else []
+    def _prepare(self, prompts: list[Prompt], targets: list[list[int]] | None) -> Any:
+        return self.family.prepare(prompts, targets)
 
-        def score(batch: list[Prompt], targets: list[list[int]]) -> list[float]:
-            sums = self.family.score(batch, [[*target, *closing] for target in targets])
-            for prompt, value in zip(batch, sums, strict=True):
-                if not math.isfinite(value):
-                    raise self._broken(prompt, "log-probs")
-            return [round(value, 6) for value in sums]
-
-        return self._in_batches(prompts, targets, score)
-
-    def _write(self, batch: list[Prompt], _: list[None]) -> list[str]:
+    def _write(self, asked: list[Prompt], prepared: Any) -> list[str]:
         try:
-            tokens = self.family.write(batch, self.eos, self._process)
+            tokens = self.family.write(prepared, self.eos, self._process)
         except NotFinite as error:
-            raise self._broken(batch[error.places[0]], "logits") from error
+            raise self._broken(asked[error.places[0]], "logits") from error
         return self.family.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+
+    def _score(self, asked: list[Prompt], prepared: Any, counts: list[int]) -> list[float]:
+        sums = self.family.score(prepared, counts)
+        for prompt, value in zip(asked, sums, strict=True):
+            if not math.isfinite(value):
+                raise self._broken(prompt, "log-probs")
+        return [round(value, 6) for value in sums]
 
     def _tokens(self, answers: Sequence[str]) -> list[list[int]]:
         texts = [answer and f"{self._lead}{answer}" for answer in answers]
@@ -105,8 +142,8 @@ class LocalLvlm:
         done is cut as before.
         """
         self.family.vision.see_together([image for prompt in prompts for image in prompt.images])
-        targets = [None] * len(prompts) if answers is None else self._tokens(answers)
-        return self._cut(dict(enumerate(map(self._length, prompts, targets))), self.config.batch_tokens)
+        targets = None if answers is None else self._tokens(answers)
+        return self._cut(self._lengths(prompts, targets), self.config.batch_tokens)
 
     def _cut(self, lengths: dict[int, int], budget: int) -> list[list[int]]:
         """Return the keys of `lengths` in batches, the longest first: what may not fit into memory fails at once."""
@@ -117,30 +154,18 @@ class LocalLvlm:
             order = order[size:]
         return batches
 
-    def _in_batches(self, prompts: Sequence[Prompt], targets: list[list[int] | None], ask: Callable) -> list:
-        """Return ask(prompts, targets) of all, in the order of the prompts. A batch that does not fit into memory is
-        halved, and the batches after it are cut as small."""
-        self.family.vision.see([image for prompt in prompts for image in prompt.images])
-        lengths, results = dict(enumerate(map(self._length, prompts, targets))), [None] * len(prompts)
-        while lengths:
-            batch = self._cut(lengths, self._budget)[0]
-            longest = lengths[batch[0]]
-            try:
-                done = ask([prompts[i] for i in batch], [targets[i] for i in batch])
-            except torch.OutOfMemoryError as error:
-                if len(batch) == 1:
-                    prompt = prompts[batch[0]]
-                    raise LeverError(
-                        f"question {prompt.query.question_id}: its prompt of {len(prompt.images)} images, about "
-                        f"{longest} tokens, does not fit into the memory of {self.family.device}: fewer --shots, or "
-                        f"{self.family.leaner} ({first_line(error)})"
-                    ) from error
-                self._budget = len(batch) // 2 * longest
-                continue
-            for i, result in zip(batch, done, strict=True):
-                results[i] = result
-                del lengths[i]
-        return results
+    def _halve(self, asked: list[Prompt], longest: int, error: Exception) -> None:
+        """Cut what is asked from now on to half of what did not fit into memory."""
+        if len(asked) == 1:
+            raise LeverError(
+                f"question {asked[0].query.question_id}: its prompt of {len(asked[0].images)} images, about {longest} "
+                f"tokens, does not fit into the memory of {self.family.device}: fewer --shots, or "
+                f"{self.family.leaner} ({first_line(error)})"
+            ) from error
+        self._budget = len(asked) // 2 * longest
+
+    def _lengths(self, prompts: Sequence[Prompt], targets: Sequence[list[int]] | None) -> dict[int, int]:
+        return dict(enumerate(map(self._length, prompts, targets or [None] * len(prompts))))
 
     def _length(self, prompt: Prompt, target: list[int] | None) -> int:
         """Return about how many tokens a prompt has: those of images, of its target and the end of the turn counted,

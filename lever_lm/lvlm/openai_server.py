@@ -4,33 +4,35 @@ What the server does itself: chat template, tokenizer, vision tower, batching. O
 budget and greedy decoding. Log-probs of an answer need a server that scores a prompt's tokens; vLLM does.
 """
 
-import asyncio
 import json
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
+from queue import Empty, SimpleQueue
 
 from lever_lm.config.schema import LvlmConfig, PromptConfig
 from lever_lm.data import open_image
+from lever_lm.lvlm.backend import Backend
 from lever_lm.lvlm.images import TOKEN_EDGE, DataUrls, image_tokens
 from lever_lm.lvlm.openai_client import NO_LOG_PROBS, SCORING, SEE_LOG, TOO_LONG, ServerError, served_name
-from lever_lm.lvlm.openai_servers import Servers, check_server
+from lever_lm.lvlm.openai_servers import Servers, check_server, in_background
 from lever_lm.lvlm.prompt import Prompt, holder, to_messages, wording
-from lever_lm.utils.errors import LeverError, Unfinished
+from lever_lm.utils.errors import LeverError
 from lever_lm.utils.fingerprint import CODE, fingerprint
 from lever_lm.utils.progress import unsaid
 from lever_lm.utils.transformers_compat import import_transformers
 
-_ROUNDS = 8  # prompts in a batch for each request under way: what a killed job may have to ask again
+_ROUNDS = 8  # prompts in a batch for each request under way: the processes of a job are dealt neighbours
 _CHARACTERS = 6  # of text in a token: more than there are, so that no prompt is refused that fits
 _BROKEN_OFF = ("abort", "error", "content_filter")  # a finish_reason of these leaves half an answer
 _IMAGE_TOKEN, _END_OF_TURN = "<|image_pad|>", "<|im_end|>"
 
 
-class ServerLvlm:
+class ServerLvlm(Backend):
     """The `Backend` of the model `config.path` at `config.server`. Raises LeverError when no server is there, or one of
     another model.
 
@@ -59,18 +61,30 @@ class ServerLvlm:
                 "--set lvlm.repetition_penalty=1, or drop --server to answer in this process",
             )
 
-    def generate(self, prompts: Sequence[Prompt]) -> list[str]:
-        """See `Backend`. Raises Unfinished."""
+    def ask(
+        self,
+        prompts: Sequence[Prompt],
+        batches: Sequence[list[int]],
+        answers: Sequence[str] | None = None,
+        *,
+        end: bool = False,
+    ) -> Iterator[tuple[list[int], list]]:
+        """See `Backend`. Raises LeverError for an empty answer, and with a server that scores no prompt, once what came
+        before has been yielded."""
+        self._check_room(prompts)
+        request, read = self._writing(prompts) if answers is None else self._scoring(prompts, answers, end)
+        yield from self._asked([i for batch in batches for i in batch], request, read)
+
+    def _writing(self, prompts: Sequence[Prompt]) -> tuple[Callable, Callable]:
+        """Return how the i-th prompt is asked for an answer, and how that is read."""
 
         def request(i: int) -> dict:
             return {"messages": self._messages(prompts[i]), "max_tokens": self.config.max_new_tokens}
 
-        self._check_room(prompts)
-        return self._ask(len(prompts), request, lambda i, answer: self._text(prompts[i], answer))
+        return request, lambda i, answer: self._text(prompts[i], answer)
 
-    def answer_log_prob(self, prompts: Sequence[Prompt], answers: Sequence[str], *, end: bool = False) -> list[float]:
-        """See `Backend`. Raises LeverError for an empty answer, Unfinished otherwise, as with a server that scores no
-        prompt.
+    def _scoring(self, prompts: Sequence[Prompt], answers: Sequence[str], end: bool) -> tuple[Callable, Callable]:
+        """Return how the i-th answer's log-prob is asked for, and how it is read.
 
         The answer is sent as the assistant's turn, left open or with `end` closed; vLLM then gives a log-prob for every
         token of the prompt, and the answer's are those at its end that spell it.
@@ -98,7 +112,7 @@ class ServerLvlm:
                 )
             return round(score, 6)
 
-        return self._ask(len(prompts), request, read)
+        return request, read
 
     def batches(self, prompts: Sequence[Prompt], answers: Sequence[str] | None = None) -> list[list[int]]:
         """See `Backend`: in the order of the prompts, as rollouts of one query share images. Raises LeverError for a
@@ -127,22 +141,28 @@ class ServerLvlm:
 
     # ------------------------------------------------------------------ asking
 
-    def _ask(self, count: int, request: Callable[[int], dict], read: Callable[[int, dict], object]) -> list:
-        """Return read(i, a server's answer to request(i)) for i < count, `lvlm.concurrency` of them at each server at
-        once."""
-        answered: dict[int, object] = {}
-
-        def body(i: int) -> bytes:
-            return json.dumps({**self._decoding, **request(i)}).encode()
-
-        def keep(i: int, answer: dict) -> None:
-            answered[i] = read(i, answer)
-
-        try:
-            asyncio.run(Servers(self.config, self.servers, self.say).ask(count, body, keep))
-        except LeverError as error:
-            raise Unfinished(str(error), answered) from error
-        return [answered[i] for i in range(count)]
+    def _asked(
+        self, order: Sequence[int], request: Callable[[int], dict], read: Callable[[int, dict], object]
+    ) -> Iterator[tuple[list[int], list]]:
+        """Yield (some i of `order`, read(i, a server's answer to request(i)) of each) as they come, `lvlm.concurrency`
+        of them at each server at once. The requests go on while the caller has what came."""
+        arrived: SimpleQueue = SimpleQueue()
+        asking = Servers(self.config, self.servers, self.say).ask(
+            order,
+            lambda i: json.dumps({**self._decoding, **request(i)}).encode(),
+            lambda i, answer: arrived.put((i, read(i, answer))),
+        )
+        with in_background(asking, at_end=lambda: arrived.put(None)) as asked:
+            more = True
+            while more:
+                found = [arrived.get()]
+                with suppress(Empty):
+                    while True:
+                        found.append(arrived.get_nowait())
+                more = None not in found
+                if pairs := [pair for pair in found if pair is not None]:
+                    yield tuple(map(list, zip(*pairs, strict=True)))
+            asked.result()
 
     def _messages(self, prompt: Prompt) -> list[dict]:
         """Return the conversation with its images in it; turns of text alone are plain strings, which every server

@@ -6,7 +6,8 @@ import functools
 import json
 import random
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 from urllib.parse import urlsplit, urlunsplit
@@ -141,21 +142,21 @@ class Servers:
         self.config, self._say = config, functools.cache(say)  # once, and not for every request
         self._places = [_Place(Client(config, url), asyncio.Semaphore(config.concurrency)) for url in urls]
 
-    async def ask(self, count: int, body: Callable[[int], bytes], read: Callable[[int, dict], None]) -> None:
-        """Give each answer to body(i), a request for a chat completion in JSON, to read(i, answer), for i < count: as
-        many at once as the servers take. Raises ServerError, and what `body` and `read` raise."""
-        room = asyncio.Semaphore(self.config.concurrency * len(self._places))
-        patience = {"retries": self.config.retries, "wait": self.config.wait}
+    async def ask(self, order: Iterable[int], body: Callable[[int], bytes], read: Callable[[int, dict], None]) -> None:
+        """Give each answer to body(i), a request for a chat completion in JSON, to read(i, answer), for each i in
+        order: as many at once as the servers take. Raises ServerError, and what `body` and `read` raise."""
+        rest, patience = iter(order), {"retries": self.config.retries, "wait": self.config.wait}
 
-        async def ask(i: int) -> None:
-            async with room:
+        async def ask() -> None:
+            for i in rest:
                 content = await asyncio.to_thread(body, i)
-                read(i, await repeated(lambda: self._complete(content), self._say, **patience))
+                read(i, await repeated(lambda content=content: self._complete(content), self._say, **patience))
 
         async with contextlib.AsyncExitStack() as stack:
             for place in self._places:
                 await stack.enter_async_context(place.client)
-            tasks = [asyncio.create_task(ask(i)) for i in range(count)]
+            at_once = self.config.concurrency * len(self._places)
+            tasks = [asyncio.create_task(ask()) for _ in range(at_once)]
             try:
                 await asyncio.gather(*tasks)
             finally:  # the first failure, or Ctrl-C, ends the others
@@ -179,3 +180,24 @@ class Servers:
             place.asked -= 1
         place.rests_until = 0.0
         return answer
+
+
+@contextlib.contextmanager
+def in_background(work: Coroutine, at_end: Callable[[], None]) -> Iterator[Future]:
+    """Run `work` in a thread, and call at_end() there when it has ended. Yields the future of it; leaving the block
+    before it is done cancels it."""
+    begun: Future = Future()
+
+    async def run() -> None:
+        begun.set_result((asyncio.get_running_loop(), asyncio.current_task()))
+        await work
+
+    with ThreadPoolExecutor(1, "servers") as thread:
+        done = thread.submit(asyncio.run, run())
+        done.add_done_callback(lambda _: at_end())
+        try:
+            yield done
+        finally:
+            loop, task = begun.result()
+            with contextlib.suppress(RuntimeError):  # the loop is closed: it has come to its end
+                loop.call_soon_threadsafe(task.cancel)

@@ -67,17 +67,16 @@ class Qwen2_5_VL:
         self.image_token_id = self.model.config.image_token_id
         self.vision = Vision(self.model, image_processor, config, folder, track, shards)
 
-    def write(self, prompts: Sequence[Prompt], eos: Tensor, process: Process | None) -> Tensor:
+    def write(self, prepared: Inputs, eos: Tensor, process: Process | None) -> Tensor:
         """See `local.Family`."""
-        prefilled, common = self.prefill(prompts), (self.config.max_new_tokens, eos, self.pad)
+        prefilled, common = self.prefill(prepared), (self.config.max_new_tokens, eos, self.pad)
         if self.config.num_beams == 1:
             return greedy(prefilled, *common, process)
         return beam_search(prefilled, self.config.num_beams, *common, self.config.length_penalty, process)
 
-    def prefill(self, prompts: Sequence[Prompt]) -> Prefilled:
+    def prefill(self, given: Inputs) -> Prefilled:
         """Run prompts through the language model. Padding stands on the right, where no token of a prompt looks:
         attention needs no mask but the causal one, and so takes its fast kernel."""
-        given = self._inputs(prompts, [()] * len(prompts))
         decoder, head = self.model.model.language_model, self.model.lm_head
         out = decoder(inputs_embeds=given.embeddings, position_ids=given.positions, use_cache=True, **given.more)
         cache = out.past_key_values
@@ -94,17 +93,17 @@ class Qwen2_5_VL:
             return float32_logits(head, out.last_hidden_state[:, -1])
 
         ids, mask = given.ids, given.mask
-        last = out.last_hidden_state[torch.arange(len(prompts), device=self.device), given.lengths - 1]
+        last = out.last_hidden_state[torch.arange(len(given.ids), device=self.device), given.lengths - 1]
         following = given.positions.masked_fill(mask == 0, 0).amax((0, 2)) + 1
         return Prefilled(float32_logits(head, last), cache, mask, following, step, ids.where(mask == 1, ids[:, :1]))
 
-    def score(self, prompts: Sequence[Prompt], targets: Sequence[list[int]]) -> list[float]:
+    def score(self, prepared: Inputs, counts: Sequence[int]) -> list[float]:
         """See `local.Family`. Only the places before the targets' tokens go through the vocabulary-wide head, some at a
         time."""
-        given = self._inputs(prompts, targets)
+        given = prepared
         decoder, shown = self.model.model.language_model, {"inputs_embeds": given.embeddings, **given.more}
         hidden = decoder(position_ids=given.positions, use_cache=False, **shown).last_hidden_state
-        counts, ids = [len(target) for target in targets], given.ids
+        ids = given.ids
         place = torch.arange(ids.shape[1], device=self.device)
         ends = given.lengths[:, None]
         starts = ends - torch.tensor(counts, device=self.device)[:, None]
@@ -112,9 +111,11 @@ class Qwen2_5_VL:
         before, wanted = hidden[rows, places - 1].split(_SCORED), ids[rows, places].split(_SCORED)
         head, loss = self.model.lm_head, torch.nn.functional.cross_entropy
         of_tokens = [-loss(float32_logits(head, h), w, reduction="none") for h, w in zip(before, wanted, strict=True)]
-        return [float(part.sum()) for part in torch.cat(of_tokens).cpu().split(counts)]
+        return [float(part.sum()) for part in torch.cat(of_tokens).cpu().split(list(counts))]
 
-    def _inputs(self, prompts: Sequence[Prompt], targets: Sequence[Sequence[int]]) -> Inputs:
+    def prepare(self, prompts: Sequence[Prompt], targets: Sequence[Sequence[int]] | None = None) -> Inputs:
+        """See `local.Family`."""
+        targets = targets or [()] * len(prompts)
         rows = [[*self.token_ids(prompt), *target] for prompt, target in zip(prompts, targets, strict=True)]
         check_context(self, prompts, list(map(len, rows)))
         images = [image for prompt in prompts for image in prompt.images]

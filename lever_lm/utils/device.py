@@ -28,7 +28,7 @@ def resolve_device(name: str):
         if job.world == 1:
             return torch.device("cuda")
         device = torch.device("cuda", job.local % torch.cuda.device_count())
-        torch.cuda.set_device(device)
+        use_device(device)
         return device
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -37,3 +37,11 @@ def resolve_device(name: str):
         count = torch.cuda.device_count()
         raise LeverError(f"the device is {name!r}, but torch sees {count} GPUs, counted from 0 (--device)")
     return device
+
+
+def use_device(device) -> None:
+    """Make a GPU that has a number torch's current one, in this thread alone."""
+    import torch
+
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)

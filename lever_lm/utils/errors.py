@@ -15,11 +15,3 @@ class MendableError(LeverError):
     def __init__(self, found: str, mend: str):
         super().__init__(f"{found}: {mend}")
         self.found, self.mend = found, mend
-
-
-class Unfinished(LeverError):
-    """A batch of questions ended early. answered: position of a question → its answer, which is worth keeping."""
-
-    def __init__(self, message: str, answered: dict):
-        super().__init__(message)
-        self.answered = answered

@@ -7,7 +7,7 @@ from pathlib import Path
 import lever_lm
 
 ROOT = Path(lever_lm.__file__).parent
-ERRORS = {"LeverError", "UsageError", "Unfinished", "_fail"}
+ERRORS = {"LeverError", "UsageError", "_fail"}
 
 
 def template(node) -> str | None:

@@ -239,8 +239,9 @@ def answers(folder: Path) -> Target:
     (query,) = examples(1, str(image))
     prompt = build_prompt([query], query, PromptConfig())
     model = SimpleNamespace(  # answers what the cache lacks
-        generate=lambda prompts: ["no"] * len(prompts),
-        answer_log_prob=lambda prompts, answers, *, end=False: [-1.0] * len(prompts),
+        ask=lambda prompts, batches, answers=None, **_: [
+            (batch, ["no" if answers is None else -1.0] * len(batch)) for batch in batches
+        ],
         batches=lambda prompts, answers=None: [list(range(len(prompts)))],
     )
 

@@ -6,6 +6,7 @@ The backend here is a stand-in that counts: it is the thing outside the cache. T
 import contextlib
 import dataclasses
 import sqlite3
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,7 @@ from lever_lm.lvlm import CachedLvlm, Prompt
 from lever_lm.lvlm import answer_cache as cache
 from lever_lm.lvlm.answer_cache import AnswerCache
 from lever_lm.utils.distributed import Shards
-from lever_lm.utils.errors import LeverError, Unfinished
+from lever_lm.utils.errors import LeverError
 
 
 @pytest.fixture
@@ -196,20 +197,40 @@ def test_batches_are_kept_whole_and_a_rerun_asks_the_rest_in_the_same_batches(fi
     assert dying.work + rest.work == whole.work
 
 
+def test_answers_are_stored_while_the_next_are_asked_and_no_more_than_one_batch_waits(file, prompts):
+    class Asked(Counting):
+        def generate(self, prompts):
+            begun.release()
+            return super().generate(prompts)
+
+    begun, stored, lvlm = threading.Semaphore(0), [], opened(file, Asked(batch_size=2))
+    put = lvlm.cache.put
+
+    def waiting(items):
+        for _ in range(2 if not stored else len(stored) < 4):  # of these themselves, and the ones after
+            assert begun.acquire(timeout=60)
+        put(items)
+        stored.append(begun.acquire(blocking=False))
+
+    lvlm.cache.put = waiting
+    assert len(lvlm.generate(prompts[:10])) == 10
+    assert len(stored) == 6, "five batches and the speed"
+    assert not any(stored[:5]), "the third is not asked before the first is stored"
+
+
 def test_what_came_back_before_a_batch_broke_off_is_kept(file, prompts):
     class Dropping(Counting):
         """Answers the first of a batch last, and not at all."""
 
-        def generate(self, prompts):
-            raise Unfinished("no line", dict(enumerate(super().generate(prompts)[1:], 1)))
-
-        def answer_log_prob(self, prompts, answers, *, end=False):
-            raise Unfinished("no line", dict(enumerate(super().answer_log_prob(prompts, answers)[1:], 1)))
+        def ask(self, prompts, batches, answers=None, *, end=False):
+            for batch, found in super().ask(prompts, batches, answers, end=end):
+                yield batch[1:], found[1:]
+                raise LeverError("no line")
 
     broken_off = opened(file, Dropping())
-    with pytest.raises(Unfinished):
+    with pytest.raises(LeverError, match="no line"):
         broken_off.generate(prompts[:3])
-    with pytest.raises(Unfinished):
+    with pytest.raises(LeverError, match="no line"):
         broken_off.answer_log_prob(prompts[:3], ["yes"] * 3)
     assert broken_off.asked == 4
     rest = Counting()
@@ -224,9 +245,12 @@ def test_progress_counts_the_prompts_that_are_left(file, prompts):
     seen = []
 
     def track(items, what, total):
+        sizes = []
+        for item in items:
+            sizes.append(items.size(item))
+            yield item
         if total > 1:  # not the loading of the model
-            seen.append((what, total, items.known, [items.size(batch) for batch in items]))
-        return items
+            seen.append((what, total, items.known, sizes))
 
     opened(file, Counting(batch_size=4), track=track).generate(prompts, "rollouts")
     left = len(prompts) - 2

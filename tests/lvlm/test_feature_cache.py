@@ -383,20 +383,25 @@ def cramped(tokens: int = 10**9, images: int = 10**9) -> LocalLvlm:
     tokens of each batch."""
     lvlm = make()
     family, lvlm.tried = lvlm.family, []
-    tower, inner = family.model.get_image_features, family.prefill
+    tower, make_inputs, inner = family.model.get_image_features, family.prepare, family.prefill
 
     def get_image_features(pixels, grids):
         if len(grids) > images:
             raise torch.OutOfMemoryError("no room for images")
         return tower(pixels, grids)
 
-    def prefill(prompts):
-        lvlm.tried.append(len(prompts) * max(lvlm._length(prompt, None) for prompt in prompts))
-        if lvlm.tried[-1] > tokens:
-            raise torch.OutOfMemoryError("no room for prompts")
-        return inner(prompts)
+    def prepare(prompts, targets=None):
+        given = make_inputs(prompts, targets)
+        given.tokens = len(prompts) * max(lvlm._length(prompt, None) for prompt in prompts)
+        return given
 
-    family.model.get_image_features, family.prefill = get_image_features, prefill
+    def prefill(given):
+        lvlm.tried.append(given.tokens)
+        if given.tokens > tokens:
+            raise torch.OutOfMemoryError("no room for prompts")
+        return inner(given)
+
+    family.model.get_image_features, family.prepare, family.prefill = get_image_features, prepare, prefill
     return lvlm
 
 

@@ -82,13 +82,18 @@ def prompts(digits):
 @pytest.mark.parametrize(("beams", "dtype"), [(1, "float32"), (3, "bfloat16")])
 def test_a_generation_that_is_not_finite_names_the_question(monkeypatch, prompts, beams, dtype):
     ours = local_lvlm(num_beams=beams, dtype=dtype)
-    inner, broken = ours.family.prefill, prompts[2]
+    prepare, inner, broken, rows = ours.family.prepare, ours.family.prefill, prompts[2], []
 
-    def prefill(batch):
-        prefilled = inner(batch)
-        prefilled.logits[batch.index(broken)] = math.nan
+    def noted(batch, targets):
+        rows[:] = batch
+        return prepare(batch, targets)
+
+    def prefill(given):
+        prefilled = inner(given)
+        prefilled.logits[rows.index(broken)] = math.nan
         return prefilled
 
+    monkeypatch.setattr(ours.family, "prepare", noted)
     monkeypatch.setattr(ours.family, "prefill", prefill)
     text = message(ours.generate, prompts)
     assert text.startswith(

@@ -5,6 +5,7 @@ import json
 import math
 import random
 import shutil
+import threading
 
 import PIL.Image
 import pytest
@@ -96,6 +97,25 @@ def test_the_batch_size_changes_no_answer(prompts, beams):
     assert one.generate(prompts) == other.generate(prompts)
 
 
+def test_the_next_batch_is_prepared_while_the_model_has_the_one_before(prompts):
+    ours = local_lvlm(batch_size=4)
+    prepare, write, begun, written = ours.family.prepare, ours.family.write, threading.Semaphore(0), []
+
+    def noted(*work):
+        begun.release()
+        return prepare(*work)
+
+    def waiting(*work):
+        for _ in range((2, 1, 0)[len(written)]):  # of the batch itself, and the one after it
+            assert begun.acquire(timeout=60)
+        written.append(write(*work))
+        return written[-1]
+
+    ours.family.prepare, ours.family.write = noted, waiting
+    few = prompts[:12]
+    assert [len(rows) for rows, _ in ours.ask(few, ours.batches(few))] == [4, 4, 4]
+
+
 def test_batches_hold_every_prompt_once_and_no_more_than_the_batch_size(lvlm, prompts):
     batches = lvlm.batches(prompts)
     assert sorted(i for batch in batches for i in batch) == list(range(len(prompts)))
@@ -152,8 +172,8 @@ def test_batches_of_log_probs_count_the_answers(prompts):
     """64 short prompts and one long answer: the batch of that one is padded to it, and so holds fewer."""
     ours, short = local_lvlm(batch_size=64, batch_tokens=2000), [prompts[0]] * 40
     answers = ["three"] * 39 + ["a blue circle of paper " * 12]
-    shapes, inputs, ours.family._inputs = [], ours.family._inputs, None
-    ours.family._inputs = lambda *work: (found := inputs(*work), shapes.append(found.ids.shape))[0]
+    shapes, inputs = [], ours.family.prepare
+    ours.family.prepare = lambda *work: (found := inputs(*work), shapes.append(found.ids.shape))[0]
     scored = []
     ours.family.model.lm_head.register_forward_pre_hook(lambda _, args: scored.append(args[0].shape[:-1].numel()))
     ours.answer_log_prob(short, answers)
@@ -274,7 +294,7 @@ def test_beam_search_is_that_of_generate_under_every_length_penalty(several_ends
     ours = flatten(local_lvlm(path=several_ends))
     chosen = prompts[:12]
     ours.batches(chosen)
-    prefilled = ours.family.prefill(chosen)
+    prefilled = ours.family.prefill(ours.family.prepare(chosen))
     found = beam_search(prefilled, 3, 6, ours.eos, ours.family.pad, penalty).tolist()
     for row, prompt in zip(found, chosen, strict=True):
         plain = plain_tokens(ours, prompt, num_beams=3, max_new_tokens=6, length_penalty=penalty)

@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 from helpers import track
+from lvlm_helpers import ByLists
 
 from lever_lm.config.schema import RolloutConfig
 from lever_lm.lvlm import CachedLvlm
@@ -21,7 +22,7 @@ from lever_lm.utils.fingerprint import fingerprint
 QUERIES, PROBE = 12, 4
 
 
-class Knowing:
+class Knowing(ByLists):
     """An LVLM that knows some queries by heart, never knows others, and answers those of an even id rightly where the
     last demonstration is of an even id, too. Dies once it has answered `dies_after` batches."""
 

@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 import torch
 from helpers import small_digits, track
+from lvlm_helpers import ByLists
 
 from lever_lm.config.schema import PromptConfig
 from lever_lm.lvlm import CachedLvlm, build_prompt, cut_answer
@@ -54,11 +55,12 @@ class Halting(LocalLvlm):
     dies_at = None
     asked = 0
 
-    def generate(self, prompts):
-        if self.dies_at is not None and self.asked // self.config.batch_size + 1 == self.dies_at:
-            raise KeyboardInterrupt
-        self.asked += len(prompts)
-        return super().generate(prompts)
+    def ask(self, prompts, batches, answers=None, *, end=False):
+        for part in super().ask(prompts, batches, answers, end=end):
+            if self.dies_at is not None and self.asked // self.config.batch_size + 1 == self.dies_at:
+                raise KeyboardInterrupt
+            self.asked += len(part[0])
+            yield part
 
 
 @pytest.fixture(scope="module")
@@ -305,11 +307,8 @@ def test_the_windows_of_retrieval_reach_the_least_similar_candidates(digits, con
 # ---------------------------------------------------------------------- where an answer is cut
 
 
-class Dressed:
+class Dressed(ByLists):
     """An LVLM that sees the same thing everywhere."""
-
-    def batches(self, prompts, answers=None):
-        return [list(range(len(prompts)))]
 
     def generate(self, prompts):
         return ["Shorts Question: what"] * len(prompts)
