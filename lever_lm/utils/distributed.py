@@ -49,8 +49,10 @@ class Shards:
         return self.rank == 0
 
     def share(self, items: Sequence) -> Sequence:
-        """Return this process's part of the work, dealt like cards: neighbours in a sorted list go to several ranks."""
-        return items[self.rank :: self.world]
+        """Return this process's part of the work, dealt in turns there and back: of a list with the longest first, all
+        have about as much to do."""
+        turns = {self.rank, 2 * self.world - 1 - self.rank}
+        return [item for i, item in enumerate(items) if i % (2 * self.world) in turns]
 
     def wait(self) -> None:
         """Return once every process has come here."""

@@ -9,7 +9,6 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -41,7 +40,8 @@ INFER = ("infer", "--limit", "8", "--shots", "2", "--baselines")
 
 def torchrun(*command, cwd: Path, timeout: int = 200) -> Done:
     """A job of two processes: `-m lever_lm …`, or a script with its arguments."""
-    job = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *map(str, command)]
+    job = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    job += map(str, command)
     path = os.pathsep.join([str(CHECKOUT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = clean_environment(PYTHONPATH=path)
     done = subprocess.run(job, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
@@ -80,12 +80,15 @@ def test_leaked_variables_and_such_that_make_no_sense_are_no_job(odd):
     assert Shards.from_environment({**JOB, **odd}) == Shards()
 
 
-@pytest.mark.parametrize(("world", "count"), [(1, 5), (2, 5), (3, 9), (4, 2), (2, 0)])
-def test_work_is_dealt_like_cards(world, count):
-    shares = [Shards(rank, world).share(list(range(count))) for rank in range(world)]
-    assert sorted(item for share in shares for item in share) == list(range(count))
+@pytest.mark.parametrize(("world", "count"), [(1, 5), (2, 5), (3, 9), (4, 2), (2, 0), (2, 8), (4, 40), (8, 96)])
+def test_work_is_dealt_so_that_all_have_as_much_to_do(world, count):
+    sizes = list(range(count, 0, -1))
+    shares = [Shards(rank, world).share(sizes) for rank in range(world)]
+    assert sorted((size for share in shares for size in share), reverse=True) == sizes
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
-    assert all(b - a == world for share in shares for a, b in pairwise(share))
+    assert all(share == sorted(share, reverse=True) for share in shares)
+    if count % (2 * world) == 0:
+        assert len({sum(share) for share in shares}) == 1
 
 
 def test_alone_nothing_is_waited_for():
@@ -232,15 +235,75 @@ def test_two_processes_deal_the_batches_and_both_have_all_answers(tmp_path):
         assert facts["all"][0] == answers + answers[:3]
         assert facts["known"][0] == answers[::-1]
         assert facts["log-probs"][0] == [-3.123456] * 6
-    one, two = ([f"q{i:02}" for i in numbers] for numbers in ([0, 1, 2, 3, 4, 5, 10], [6, 7, 8, 9]))
+    one, two = ([f"q{i:02}" for i in numbers] for numbers in ([0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10]))
     assert leader["one batch"][1] == one[:2]
     assert other["one batch"][1] == [], "there was one batch for two processes"
-    assert (leader["all"][1:], other["all"][1:]) == ([one, 7, 2], [two, 4, 2])
+    assert (leader["all"][1:], other["all"][1:]) == ([one, 6, 2], [two, 5, 2])
     assert (leader["known"][1], other["known"][1]) == (one, two), "nothing is asked again"
     assert (leader["log-probs"][1], other["log-probs"][1]) == ([*one, *one[:4]], [*two, "q04", "q05"])
     assert leader["speed"] == other["speed"] > 0
     assert "others" not in leader
     assert "rank 1 would ask other prompts" in other["others"]
+    assert {path.name for path in tmp_path.glob("answers*")} == {"answers.sqlite"}
+
+
+MANY = """
+import os, socket, sys
+from pathlib import Path
+import torch.distributed  # once, and not in every process
+from lever_lm.data import Example
+from lever_lm.lvlm import CachedLvlm, Prompt
+from lever_lm.lvlm.answer_cache import AnswerCache
+from lever_lm.lvlm.backend import Backend
+from lever_lm.utils.distributed import Shards
+
+class Echo(Backend):
+    def batches(self, prompts, answers=None):
+        return [list(range(start, min(start + 3, len(prompts)))) for start in range(0, len(prompts), 3)]
+
+    def ask(self, prompts, batches, answers=None, *, end=False):
+        for batch in batches:
+            (folder / f"batch{batch[0]}").open("x").close()
+            yield batch, [prompts[i].query.question for i in batch]
+
+def work():
+    job = Shards.from_environment()
+    prompts = [Prompt((), Example(i, i, f"q{i}", ("a",), ("a",), None)) for i in range(100)]
+    lvlm = CachedLvlm(Echo, "model-1", AnswerCache(folder / "answers.sqlite", job), lambda items, what, total: items)
+    assert lvlm.generate(prompts) == [f"q{i}" for i in range(100)]
+    (folder / f"asked{job.rank}").write_text(str(lvlm.asked))
+    job.wait()
+    job.leave()
+
+folder, world = Path(sys.argv[1]), sys.argv[2]
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = str(free.getsockname()[1])
+os.environ |= {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+started = []
+for rank in range(int(world)):  # each has what torchrun would give it
+    if not (child := os.fork()):
+        os.environ["RANK"] = str(rank)
+        try:
+            work()
+        except BaseException as error:
+            print(rank, repr(error), file=sys.stderr)
+            os._exit(1)
+        os._exit(0)
+    started.append(child)
+sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in started))
+"""
+
+
+@pytest.mark.parametrize("processes", [4, 8])
+def test_any_number_of_processes_deal_the_batches_among_themselves(tmp_path, processes):
+    command = [sys.executable, "-c", MANY, str(tmp_path), str(processes)]
+    done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    asked = [int((tmp_path / f"asked{rank}").read_text()) for rank in range(processes)]
+    assert sum(asked) == 100
+    assert max(asked) - min(asked) <= 3, "a batch"
+    assert len(list(tmp_path.glob("batch*"))) == 34, "each once, as a second would find the file"
     assert {path.name for path in tmp_path.glob("answers*")} == {"answers.sqlite"}
 
 
