@@ -506,6 +506,9 @@ def test_the_noise_is_what_a_pass_would_have_drawn(variant):
     assert torch.equal(policy.log_prob(query, candidates, sequences, noise=noise), drawn)
     for mask, p in ((noise.attention[1], 0.3), (noise.query, 0.4), (noise.candidates, 0.4)):
         assert sorted(set(mask.flatten().tolist())) == [0.0, pytest.approx(1 / (1 - p))]
+    torch.manual_seed(5)  # seeded numbers are printed: they are bernoulli_'s
+    for mask, p in ((noise.attention[0], 0.3), (noise.attention[1], 0.3), (noise.query, 0.4), (noise.candidates, 0.4)):
+        assert torch.equal(mask > 0, torch.empty(mask.shape).bernoulli_(1 - p) > 0)
 
     policy.eval()
     nothing = policy.draw_noise(query, candidates)

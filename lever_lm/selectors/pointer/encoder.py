@@ -59,7 +59,12 @@ class Encoder(nn.Module):
         batch, pool = candidates.shape[:2]
 
         def draw(p: float, *shape: int) -> Tensor | None:
-            return query.new_empty(shape).bernoulli_(1 - p).div_(1 - p) if self.training and p else None
+            if not self.training or not p:
+                return None
+            if query.is_cuda:
+                return query.new_empty(shape).bernoulli_(1 - p).div_(1 - p)
+            # On a CPU bernoulli_ draws and compares these same numbers, but takes twice as long.
+            return (torch.rand(shape, dtype=torch.float64) < 1 - p).to(query).div_(1 - p)
 
         attention = [draw(self.attn_dropout, batch, self.num_heads, pool) for _ in self.cross_attn_layers]
         query_mask = draw(self.dropout, batch, self.hidden_dim)
