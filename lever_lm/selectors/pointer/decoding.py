@@ -20,14 +20,13 @@ MASKED_LOGIT = -100.0
 class Decoding:
     """M sequences per query; one stands for all before the first pick.
 
-    policy: the PointerSelector that decodes; cands (B, O, H) and their lengths (B, O); state (B, M, H), or (B, 1, H)
-    where picks do not change it; scores (B, M or 1, O) of that state; closest (B, M, O), likeness to the nearest pick,
-    None before there is one or where it does not matter; taken (B, M, O), True on what may not be picked.
+    policy: the PointerSelector that decodes; cands (B, O, H); state (B, M, H), or (B, 1, H) where picks do not change
+    it; scores (B, M or 1, O) of that state; closest (B, M, O), likeness to the nearest pick, None before there is one
+    or where it does not matter; taken (B, M, O), True on what may not be picked.
     """
 
     policy: nn.Module
     cands: Tensor
-    lengths: Tensor
     state: Tensor
     scores: Tensor
     closest: Tensor | None
@@ -44,9 +43,8 @@ class Decoding:
         if policy.stop:
             cands = torch.cat([cands, policy.stop_embedding.expand(batch, 1, -1)], 1)
             taken = F.pad(taken, (0, 1), value=True)
-        lengths = cands.norm(dim=-1).clamp(min=1e-12)
         state = state.unsqueeze(1)
-        return cls(policy, cands, lengths, state, _scores(policy, state, cands, lengths), None, taken.unsqueeze(1))
+        return cls(policy, cands, state, _scores(policy, state, cands), None, taken.unsqueeze(1))
 
     def logits(self) -> Tensor:
         """Logits of the next pick, (B, M, O)."""
@@ -57,8 +55,7 @@ class Decoding:
 
     def advance(self, pick: Tensor, real: Tensor | None = None) -> "Decoding":
         """The sequences after one more pick, (B, M) of options; where `real` (B, M) is False nothing was picked."""
-        policy, cands, lengths = self.policy, self.cands, self.lengths
-        state, scores, closest = self.state, self.scores, self.closest
+        policy, cands, state, scores, closest = self.policy, self.cands, self.state, self.scores, self.closest
         pool, real = cands.shape[1] - policy.stop, torch.ones_like(pick, dtype=torch.bool) if real is None else real
         taken = self.taken | (F.one_hot(pick, cands.shape[1]).bool() & real.unsqueeze(-1))
         if policy.stop:  # allowed from now on, and the only way on once it was chosen
@@ -67,9 +64,9 @@ class Decoding:
         if (update := policy.part("state_update")) is not None:
             picked = _unit_rows(cands, pick)
             state = torch.where(real.unsqueeze(-1), update(state.expand_as(picked), picked), state)
-            scores = _scores(policy, state, cands, lengths)
+            scores = _scores(policy, state, cands)
         if policy.part("diversity") is not None:
-            likeness = _cosine(_unit_rows(cands, pick), cands[:, :pool], lengths[:, :pool])
+            likeness = _Cosine.apply(_unit_rows(cands, pick), cands[:, :pool])
             likeness = F.pad(likeness, (0, int(policy.stop)))  # the stop option has similarity 0 to every candidate
             if closest is not None:
                 likeness = torch.where(real.unsqueeze(-1), closest.maximum(likeness), closest)
@@ -89,16 +86,30 @@ def gather_rows(rows: Tensor, index: Tensor) -> Tensor:
     return rows.gather(1, index.unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
 
 
-def _scores(policy: nn.Module, state: Tensor, cands: Tensor, lengths: Tensor) -> Tensor:
+def _scores(policy: nn.Module, state: Tensor, cands: Tensor) -> Tensor:
     scorer = policy.part("scorer")
-    return _cosine(state, cands, lengths) if scorer is None else scorer(state, cands / lengths.unsqueeze(-1))
+    return _Cosine.apply(state, cands) if scorer is None else scorer(state, F.normalize(cands, dim=-1))
 
 
 def _unit_rows(rows: Tensor, index: Tensor) -> Tensor:
     return F.normalize(gather_rows(rows, index), dim=-1)
 
 
-def _cosine(units: Tensor, rows: Tensor, lengths: Tensor) -> Tensor:
-    """units (B, M, H), rows (B, K, H) of these lengths (B, K) → (B, M, K). Dividing the products by the lengths costs
-    less than dividing the rows, and in the backward pass far less."""
-    return units @ rows.transpose(1, 2) / lengths.unsqueeze(1)
+class _Cosine(torch.autograd.Function):
+    """units (B, M, H), rows (B, K, H) at their own lengths → (B, M, K). The backward pass by hand makes one array of
+    (B, K, H), and autograd's makes six."""
+
+    @staticmethod
+    def forward(ctx, units: Tensor, rows: Tensor) -> Tensor:
+        lengths = rows.norm(dim=-1).clamp(min=1e-12).unsqueeze(1)
+        cosines = units @ rows.transpose(1, 2) / lengths
+        ctx.save_for_backward(units, rows, lengths, cosines)
+        return cosines
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        units, rows, lengths, cosines = ctx.saved_tensors
+        grad = grad / lengths
+        along = (grad * cosines).sum(1, keepdim=True) / lengths  # longer rows have the same cosines
+        of_rows = grad.transpose(1, 2) @ units
+        return grad @ rows, of_rows.addcmul_(along.transpose(1, 2), rows, value=-1)
