@@ -7,6 +7,8 @@ pick is the decision to stop, and does count. Deviation from the lineage: candid
 once per rollout, so training-mode dropout is drawn once per query.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -235,9 +237,10 @@ class PointerSelector(Encoder):
 def _normalised(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Log-probs of a step, (…, O): as `sample` draws, a masked candidate has no share in the sum. Its own stays finite,
     so that a logged sequence with a repeated pick has a log-prob and a gradient."""
-    logits, masked = logits / temperature, logits == MASKED_LOGIT
-    masked = masked & ~masked.all(-1, keepdim=True)  # a pool that is used up: nothing to choose, and nothing infinite
-    return logits - logits.masked_fill(masked, torch.finfo(logits.dtype).min).logsumexp(-1, keepdim=True)
+    logits, masked, least = logits / temperature, logits == MASKED_LOGIT, torch.finfo(logits.dtype).min
+    total = logits.masked_fill(masked, least).logsumexp(-1, keepdim=True)
+    # A pool that is used up: nothing to choose, and nothing infinite.
+    return logits - total.masked_fill(total == least, MASKED_LOGIT / temperature + math.log(logits.shape[-1]))
 
 
 def _check_shots(shots: int, candidates: Tensor, pool_mask: Tensor | None) -> None:
