@@ -86,7 +86,8 @@ def _found(at: At, groups: Batch | GroupTensors, values: dict[str, Tensor], said
 def not_finite(tree, name: str = "") -> str | None:
     """Return the name of the first number or tensor of nested dicts and lists that is not finite, None if all are."""
     if isinstance(tree, Tensor):
-        return None if bool(torch.isfinite(tree).all()) else name
+        # The sum of finite numbers may overflow, but that of others is never finite; it is far cheaper to look at.
+        return None if bool(tree.sum().isfinite() or tree.isfinite().all()) else name
     if isinstance(tree, float):
         return None if math.isfinite(tree) else name
     items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, (list, tuple)) else ()
