@@ -328,6 +328,10 @@ def test_no_epoch_is_committed_with_a_weight_or_moment_that_is_not_finite(tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
+def test_finite_numbers_whose_sum_overflows_are_finite():
+    assert not_finite({"weight": torch.full((2,), 3e38)}) is None
+
+
 # ---------------------------------------------------------------------- validation, frozen policies, online rollouts
 
 
