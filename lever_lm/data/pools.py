@@ -101,14 +101,20 @@ def _similarities(queries: Embeddings, train: Embeddings, pairs: Pairs, start: i
 def nearest(scores: np.ndarray, rows: np.ndarray, count: int, rng: np.random.Generator, exclude=()) -> list[int]:
     """Return the `count` rows of highest score, best first; ties in random order. scores (N,), rows distinct ones of
     0..N−1, exclude likewise."""
-    if len(exclude):
-        left = np.ones(len(scores), dtype=bool)
-        left[exclude] = False
-        rows = rows[left[rows]]
+    rows = _without(rows, exclude, len(scores))
     noisy = scores[rows] + _JITTER * rng.random(rows.size)
     count = min(count, rows.size)
     top = np.argpartition(-noisy, count - 1)[:count] if count < rows.size else np.arange(rows.size)
     return rows[top[np.argsort(-noisy[top], kind="stable")]].tolist()
+
+
+def _without(rows: np.ndarray, exclude: Sequence[int], total: int) -> np.ndarray:
+    """Return the rows of 0..total−1 that are not among `exclude`, in their order."""
+    if not len(exclude):
+        return rows
+    left = np.ones(total, dtype=bool)
+    left[exclude] = False
+    return rows[left[rows]]
 
 
 # ---------------------------------------------------------------------- samplers
@@ -195,7 +201,6 @@ def sample_pools(
             raise LeverError(f"question {query.question_id}: no training example is left to show before it")
         draw = Draw(rows, size, rng, lambda part, i=i: chunk(part, i - i % _CHUNK)[i % _CHUNK])
         pool = sampler(draw)
-        rest = np.setdiff1d(rows, pool, assume_unique=True) if pool else rows
-        pool += rng.permutation(rest)[: size - len(pool)].tolist()
+        pool += rng.permutation(_without(rows, pool, len(train)))[: size - len(pool)].tolist()
         pools.append([pool[i] for i in rng.permutation(len(pool))])
     return pools

@@ -7,7 +7,7 @@ because published scores contain it: nothing is normalised for a question on whi
 import difflib
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 ARTICLES = frozenset({"a", "an", "the"})
@@ -82,16 +82,22 @@ def vqa_accuracy(prediction: str, answers: Sequence[str], *, always_normalize: b
     string, outer blanks aside, the evaluator normalises neither them nor the prediction: `Yes` scores 0 against ten
     `yes`. always_normalize: normalise there too, as rewards do; the accuracy is then not the official one.
     """
-    if not answers:
+    compared, references = _references(tuple(answers), always_normalize)
+    prediction = compared(prediction)
+    if prediction not in references:
         return 0.0
-    prediction = _clean(prediction)
-    references = [_clean(answer) for answer in answers]
-    if always_normalize or len(set(references)) > 1:
-        prediction = normalize_answer(prediction)
-        references = [normalize_answer(answer) for answer in references]
     hits = [reference == prediction for reference in references]
     total = sum(hits)
     return sum(min(1.0, (total - hit) / 3) for hit in hits) / len(hits)
+
+
+@lru_cache(maxsize=1 << 16)
+def _references(answers: tuple[str, ...], always_normalize: bool) -> tuple[Callable[[str], str], list[str]]:
+    """Return how answers to a question are compared, and the references in that form."""
+    references = [_clean(answer) for answer in answers]
+    if always_normalize or len(set(references)) > 1:
+        return normalize_answer, [normalize_answer(answer) for answer in references]
+    return _clean, references
 
 
 def relevance(prediction: str, answers: Sequence[str]) -> tuple[float, float]:

@@ -5,7 +5,7 @@ rce.batch_size: a checkpoint `rce_epochN.pt` is that of the warm-up, whichever i
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor
 from lever_lm.config.schema import Config, RceConfig
 from lever_lm.data import VqaData
 from lever_lm.data.embeddings import Features
-from lever_lm.data.pools import sample_pools
+from lever_lm.data.pools import Candidates, sample_pools
 from lever_lm.selectors.fixed_set import FixedSet
 from lever_lm.selectors.lever_lm import LeverLM
 from lever_lm.selectors.pointer.checkpoint import Policy
@@ -73,6 +73,8 @@ class MatchGroups:
         task = task_of(data)
         self._score = cache(lambda answer, row: task.score(answer, self.train[row]))
         self._matrices = features.learnt_from(config.features)
+        self._candidates = Candidates(self.train)
+        self._drawn = lru_cache(maxsize=2)(self._draw)  # epoch 0 is told of, and validates, before any is learnt from
 
     def split(self, rollouts: Path | None = None) -> tuple[list[int], list[int]]:
         """Return the rows of the queries that are learnt from, and of those held out: by the split of the queries of a
@@ -107,10 +109,14 @@ class MatchGroups:
 
     def all(self, rows: list[int], epoch: int) -> GroupTensors:
         """Return the groups of all queries in these rows with the pools of an epoch."""
+        return self._drawn(tuple(rows), epoch)
+
+    def _draw(self, rows: tuple[int, ...], epoch: int) -> GroupTensors:
         seed, size = self.config.seed + _FRESH * epoch, self.config.infer.pool_size
         queries = [self.train[row] for row in rows]
-        embeddings = self.features.train.take(rows), self.features.train
-        pools = sample_pools(self.config.sampler, queries, self.train, embeddings, size=size, seed=seed)
+        embeddings = self.features.train.take(list(rows)), self.features.train
+        options = {"size": size, "seed": seed, "candidates": self._candidates}
+        pools = sample_pools(self.config.sampler, queries, self.train, embeddings, **options)
         longest = max(map(len, pools))
         placed, scores = np.zeros((len(rows), longest), dtype=np.int64), np.zeros((len(rows), longest), np.float32)
         for place, (row, pool) in enumerate(zip(rows, pools, strict=True)):
