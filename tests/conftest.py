@@ -1,6 +1,10 @@
 """Shared by all tests: the fixtures of helpers.py, one thread, the same drawn examples on every machine."""
 
+import gc
+import os
+import shutil
 import signal
+from pathlib import Path
 
 import torch
 from hypothesis import settings
@@ -11,8 +15,16 @@ settings.register_profile("repeatable", derandomize=True, deadline=None, databas
 settings.load_profile("repeatable")
 
 
+MEMORY = Path("/dev/shm")
+ROOM = 4 << 30  # bytes that must be free there; the tests of a process have under 1 GB of files at a time
+
+
 def pytest_configure(config):
     torch.set_num_threads(1)
+    gc.freeze()  # the modules of torch and transformers: not to be looked through at each collection
+    # What a command writes is synced: on a disk that is milliseconds a file, and twenty for each batch of answers.
+    if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ROOM:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
     # A shell without job control starts what runs in its background deaf to Ctrl-C, and children inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
