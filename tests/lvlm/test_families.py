@@ -25,7 +25,8 @@ SHORT = {"max_new_tokens": 4}
 OWN = {"do_sample": False, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}  # over the generation config's
 QWEN = [name for name in FAMILIES if name.startswith("qwen") and name != "qwen3_5"]  # the fast path's
 SPOKEN = ("smolvlm", "idefics2", "idefics3", "llava", "llava_next")  # an answer begins after `Assistant: `
-FURTHER = ("qwen3_5", "idefics2", "llava_next", "mistral3", "aya_vision", "paddleocr_vl")  # with fewer prompts
+FURTHER = ("qwen3_5", "idefics2", "llava_next", "mistral3", "aya_vision", "paddleocr_vl")  # never with all prompts
+ALL = [pytest.param(name, PROMPTS, marks=pytest.mark.slow) for name in FAMILIES if name not in FURTHER]
 ANSWERS = ("three", "a blue circle of paper", "1")
 
 
@@ -100,17 +101,19 @@ def conversation(prompt, name: str) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def plain(made, prompts):
-    """A function from a family's name to the library's model of it, its processor, and the inputs of each prompt."""
+    """A function from a family's name to the library's model of it, its processor, and the inputs of the first prompts,
+    FEWER or so many."""
     library, found = import_transformers(), {}
 
-    def of(name: str):
+    def of(name: str, count: int = FEWER):
         if name not in found:
             folder = made(name)
             processor = library.AutoProcessor.from_pretrained(folder)
             model = library.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-            inputs = [plain_inputs(processor, prompt, name) for prompt in prompts]
-            found[name] = SimpleNamespace(model=model, processor=processor, inputs=inputs)
-        return found[name]
+            found[name] = SimpleNamespace(model=model, processor=processor, inputs=[])
+        one = found[name]
+        one.inputs += [plain_inputs(one.processor, prompt, name) for prompt in prompts[len(one.inputs) : count]]
+        return one
 
     return of
 
@@ -144,12 +147,11 @@ def log_probs(plain, inputs, answer: str, ends: str) -> tuple[float, float]:
 # ---------------------------------------------------------------------- every family
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_answers_and_log_probs_are_the_librarys_own(name, made, plain, prompts):
-    library, greedy = plain(name), load(name, made(name))
+@pytest.mark.parametrize(("name", "count"), [*((name, FEWER) for name in FAMILIES), *ALL])
+def test_answers_and_log_probs_are_the_librarys_own(name, count, made, plain, prompts):
+    library, greedy = plain(name, count), load(name, made(name))
     beams = changed(greedy, num_beams=3)
     assert isinstance(greedy.family, Generic) == (name not in QWEN)
-    count = FEWER if name in FURTHER else PROMPTS
     asked, inputs = prompts[:count], library.inputs[:count]
     answers = greedy.generate(asked)
     assert answers == [written(library, one, 1) for one in inputs]
@@ -213,7 +215,7 @@ def test_a_repetition_penalty_is_that_of_plain_generate_and_knows_no_padding(
 
 
 def test_a_length_penalty_is_that_of_plain_generate(made, plain, prompts):
-    library, asked = plain("idefics2"), slice(0, 30)
+    library, asked = plain("idefics2"), slice(0, FEWER)
     ours = load("idefics2", made("idefics2"), num_beams=3)
     short, long = (changed(ours, length_penalty=penalty).generate(prompts[asked]) for penalty in (-3.0, 3.0))
     assert short == [written(library, one, 3, length_penalty=-3.0) for one in library.inputs[asked]]
@@ -226,7 +228,7 @@ def test_a_length_penalty_is_that_of_plain_generate(made, plain, prompts):
 def test_the_generic_path_answers_as_a_fast_one(digits):
     """Of images that need no resizing: the fast path resizes by PIL, as qwen_vl_utils does, the processor by torch."""
     rng = random.Random(3)
-    picks = [(rng.sample(digits.train_examples, i % 5), rng.choice(digits.val_examples)) for i in range(PROMPTS // 2)]
+    picks = [(rng.sample(digits.train_examples, i % 5), rng.choice(digits.val_examples)) for i in range(FEWER)]
     prompts = [build_prompt(icds, query, PromptConfig()) for icds, query in picks]
     for beams in (1, 3):
         fast, generic = local_lvlm(num_beams=beams), local_lvlm(num_beams=beams, family="generic")
@@ -238,7 +240,7 @@ def test_the_generic_path_answers_as_a_fast_one(digits):
 
 
 def test_deeper_features_are_a_part_of_what_qwen3_vl_is_shown(made, prompts, monkeypatch):
-    ours = load("qwen3_vl", made("qwen3_vl"))
-    answers, shown = ours.generate(prompts), Qwen3VL._shown
+    ours, asked = load("qwen3_vl", made("qwen3_vl")), prompts[:FEWER]
+    answers, shown = ours.generate(asked), Qwen3VL._shown
     monkeypatch.setattr(Qwen3VL, "_shown", lambda *args: (shown(*args)[0], {}))
-    assert sum(a != b for a, b in zip(ours.generate(prompts), answers, strict=True)) > PROMPTS / 2
+    assert sum(a != b for a, b in zip(ours.generate(asked), answers, strict=True)) > FEWER / 2
