@@ -4,6 +4,7 @@ Everything is made once a session from the shipped assets; a test that writes ge
 """
 
 import contextlib
+import functools
 import importlib
 import io
 import json
@@ -127,6 +128,28 @@ def script(monkeypatch):
 def _own_environment(monkeypatch):
     for name in os.environ.keys() - clean_environment().keys():
         monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _read_once():
+    """The shipped data sets, which stay as they are, and the command line are made once and not for each command."""
+    import typer
+
+    from lever_lm import data
+
+    load, made = data.load_official, {}
+
+    def load_once(source, config, split, bad, pose=data.as_it_is):
+        if not (source.startswith("asset:") and config.coco_path.startswith("asset:") and pose is data.as_it_is):
+            return load(source, config, split, bad, pose)
+        key = (source, config.coco_path, config.file_prefix, split)
+        examples, digest = made.get(key) or made.setdefault(key, load(source, config, split, bad, pose))
+        return [*examples], digest
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "load_official", load_once)
+        patch.setattr(typer.main, "get_command", functools.cache(typer.main.get_command))
+        yield
 
 
 @pytest.fixture(scope="session")

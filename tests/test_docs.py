@@ -144,10 +144,13 @@ def words_of(command: str) -> list[str]:
     training = {"--limit": "24", "--rce-epochs": "2", "--grpo-epochs": "4"}  # as helpers.SMALL: what is there is kept
     held = {"infer": {"--limit": "4"}, "diagnose": {"--limit": "4"}, "rollout": {"--limit": "24"}, "train": training}
     missing = held.get(words[0], {})
-    if "--config" in words or "--from-run" in words or "--rl-data" in words:
+    if "--config" in words or "--from-run" in words or "--embeddings" in words:
         missing = {}
+    elif "--rl-data" in words:
+        missing = dict(zip(HELD[::2], HELD[1::2], strict=True))
     elif "--selector" in words:
         missing = {"--limit": "8", "--rce-epochs": "1"}
+        words += ["--set", "rollout.infoscore_candidates=4"] if "lever_lm" in words else []
     elif words[0] == "train" and "--run-name" in words:
         missing = {"--limit": "8", "--rce-epochs": "1", "--grpo-epochs": "1"}
     return [*words, *(word for pair in missing.items() if pair[0] not in words for word in pair)]

@@ -28,6 +28,7 @@ from lever_lm.utils.transformers_compat import import_transformers
 
 EMBEDDINGS = DATA / "small_embeddings.safetensors"
 QUICK = ("--rce-epochs", "1", "--grpo-epochs", "1", "--set", "policy.hidden_dim=8", "--json")
+FEW = ("--limit", "8", *QUICK)  # answer match learns from these alone, not from the whole training split
 
 
 def refused(done, *words, status=1):
@@ -115,7 +116,7 @@ def test_rollouts_of_no_dataset_without_features_are_refused(lever, tmp_path):
     path = dumped(tmp_path / "rl_data.json", without_queries())
     refused(lever("train", "--rl-data", path, *QUICK), "no query.question_id", "--embeddings FILE", "--dataset NAME")
     assert not list(tmp_path.rglob("*.pt"))
-    named = lever("train", "--rl-data", path, "--dataset", "digits", *QUICK)
+    named = lever("train", "--rl-data", path, "--dataset", "digits", *FEW)
     assert named.status == 0, named.err
     config = load_torch(named.json["recommended"]["checkpoint"])["config"]
     assert (config["dataset"], "encoder" in config, "embeddings" in config) == ("digits", True, False)
@@ -230,7 +231,7 @@ def test_rollouts_of_another_dataset_are_refused_with_both_ids(theirs, lever, wa
     assert files_in(warm) == before
     content[key]["query"]["question_id"] = str(there)
     dumped(theirs, content)
-    assert lever("train", *QUICK).status == 0, "an id may be text"
+    assert lever("train", *FEW).status == 0, "an id may be text"
 
 
 def test_rows_beyond_the_training_split_are_refused(theirs, lever, digits):
@@ -240,20 +241,20 @@ def test_rows_beyond_the_training_split_are_refused(theirs, lever, digits):
     refused(lever("train", *QUICK), "query 99999", f"{len(digits.train_examples)} rows")
     content[key]["candidate_pool_ids"][5] = 99_999
     dumped(theirs, content)
-    refused(lever("train", *QUICK), f"query {key}", "99999")
+    refused(lever("train", "--set", "warmup=rce", *QUICK), f"query {key}", "99999")
 
 
 def test_the_variable_names_their_rollouts_too(theirs, warm, lever, monkeypatch, digits):
     theirs.rename(warm / "mine.json")
     monkeypatch.setenv("RL_DATA_PATH", "mine.json")
-    done = lever("train", *QUICK)
+    done = lever("train", *FEW)
     assert done.status == 0, done.err
     assert "from the environment: RL_DATA_PATH=mine.json" in done.err
     assert load_policy(done.json["recommended"]["checkpoint"]).d_model == 64
     content = json.loads((warm / "mine.json").read_text())
     content[next(filter(is_query, content))]["query"]["question_id"] = 12345
     dumped(warm / "mine.json", content)
-    refused(lever("train", "--overwrite", *QUICK), "mine.json", "question 12345")
+    refused(lever("train", "--overwrite", *FEW), "mine.json", "question 12345")
 
 
 def test_rollout_refuses_to_replace_a_file_made_elsewhere(theirs, lever, warm):
