@@ -21,7 +21,7 @@ ROOM = 4 << 30  # bytes that must be free there; the tests of a process have und
 
 def pytest_configure(config):
     torch.set_num_threads(1)
-    gc.freeze()  # the modules of torch and transformers: not to be looked through at each collection
+    gc.set_threshold(100_000)  # as in a `lever` process
     # What a command writes is synced: on a disk that is milliseconds a file, and twenty for each batch of answers.
     if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ROOM:
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))

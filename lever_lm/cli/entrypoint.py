@@ -1,5 +1,6 @@
 """One command as a process: its streams, its signals, its exit status, and one message where it failed."""
 
+import gc
 import io
 import os
 import re
@@ -28,6 +29,7 @@ def main(app: typer.Typer) -> None:
     if sys.getfilesystemencoding() != "utf-8":  # a question on the command line would be read as other characters
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     wait_asleep(os.environ)
+    gc.set_threshold(100_000)  # at 700 objects, a fifth of the import of torch and transformers is the search for cycles
     _open_streams()
     for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character of ours shows a question mark
         stream.reconfigure(errors="replace")
