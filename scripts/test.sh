@@ -4,4 +4,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec .venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile "$@"
+# Files are begun in the order of tests/conftest.py, not by their number of tests.
+exec .venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"

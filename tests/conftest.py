@@ -30,7 +30,9 @@ def pytest_configure(config):
 
 
 # Files that take longest, in this order: begun first, none of them is what the other processes wait for at the end.
-_LONG = ("test_docs", "test_distributed", "test_end_to_end", "test_commands", "test_seed_document", "test_crashes")
+_LONG = ("test_docs", "test_families", "test_distributed", "test_commands", "test_openai_server", "test_selectors")
+_LONG += ("test_preflight", "test_their_files", "test_fuzz", "test_retriever", "test_end_to_end", "test_seed_document")
+_LONG += ("test_crashes", "test_warmups", "test_online", "test_grpo", "test_qwen2_5_vl", "test_tasks_end_to_end")
 
 
 def pytest_collection_modifyitems(items):

@@ -531,7 +531,7 @@ def test_closed_streams_change_no_result(trained):
 
 
 def test_a_reader_that_goes_away_does_not_end_a_training(warm):
-    done = in_shell("set -o pipefail; LEVER train --limit 24 --rce-epochs 1 --grpo-epochs 2 | head -1", warm)
+    done = in_shell("set -o pipefail; LEVER train --limit 8 --rce-epochs 1 --grpo-epochs 2 | head -1", warm)
     assert (done.returncode, done.stderr) == (0, "")
     assert (warm / RUN / "grpo_epoch2.pt").is_file()
 
