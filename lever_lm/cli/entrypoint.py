@@ -29,7 +29,7 @@ def main(app: typer.Typer) -> None:
     if sys.getfilesystemencoding() != "utf-8":  # a question on the command line would be read as other characters
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     wait_asleep(os.environ)
-    gc.set_threshold(100_000)  # at 700 objects, a fifth of the import of torch and transformers is the search for cycles
+    gc.set_threshold(100_000)  # the search for cycles takes a fifth of the import of torch and transformers at 700
     _open_streams()
     for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character of ours shows a question mark
         stream.reconfigure(errors="replace")

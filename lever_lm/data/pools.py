@@ -200,7 +200,7 @@ def sample_pools(
         if rows.size == 0:
             raise LeverError(f"question {query.question_id}: no training example is left to show before it")
         draw = Draw(rows, size, rng, lambda part, i=i: chunk(part, i - i % _CHUNK)[i % _CHUNK])
-        pool = sampler(draw)
-        pool += rng.permutation(_without(rows, pool, len(train)))[: size - len(pool)].tolist()
-        pools.append([pool[i] for i in rng.permutation(len(pool))])
+        pool = np.array(sampler(draw), dtype=np.int64)
+        pool = np.concatenate([pool, rng.permutation(_without(rows, pool, len(train)))[: size - len(pool)]])
+        pools.append(pool[rng.permutation(len(pool))].tolist())
     return pools

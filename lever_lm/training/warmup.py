@@ -71,7 +71,10 @@ class MatchGroups:
     def __init__(self, config: Config, data: VqaData, features: Features):
         self.config, self.train, self.features = config, data.train_examples, features
         task = task_of(data)
-        self._score = cache(lambda answer, row: task.score(answer, self.train[row]))
+        self._answers = list(dict.fromkeys(icd.answer for icd in self.train))
+        number = {answer: i for i, answer in enumerate(self._answers)}
+        self._answer_of = np.array([number[icd.answer] for icd in self.train])
+        self._score = cache(lambda answer, row: task.score(self._answers[answer], self.train[row]))
         self._matrices = features.learnt_from(config.features)
         self._candidates = Candidates(self.train)
         self._drawn = lru_cache(maxsize=2)(self._draw)  # epoch 0 is told of, and validates, before any is learnt from
@@ -121,7 +124,8 @@ class MatchGroups:
         placed, scores = np.zeros((len(rows), longest), dtype=np.int64), np.zeros((len(rows), longest), np.float32)
         for place, (row, pool) in enumerate(zip(rows, pools, strict=True)):
             placed[place, : len(pool)] = pool
-            scores[place, : len(pool)] = [self._score(self.train[icd].answer, row) for icd in pool]
+            answers, of = np.unique(self._answer_of[pool], return_inverse=True)  # each is scored once
+            scores[place, : len(pool)] = np.array([self._score(answer, row) for answer in answers.tolist()])[of]
         mask = torch.arange(longest) < torch.tensor([len(pool) for pool in pools])[:, None]
         return GroupTensors(
             queries=self._matrices[0],

@@ -1,5 +1,6 @@
 """Warm-ups of `lever train` on a small world: answer match, and it before RCE; and validation by answers."""
 
+import functools
 import shutil
 
 import pytest
@@ -100,11 +101,25 @@ def pipeline_in(folder) -> Pipeline:
     return Pipeline(config, Screen(quiet=True), results=folder / "results", run_name="run")
 
 
+@pytest.fixture(scope="module")
+def unbroken(world_once, tmp_path_factory):
+    """A function from a command to a folder in which it has been run, its run set aside as `whole`."""
+
+    @functools.cache
+    def of(command):
+        folder = tmp_path_factory.mktemp("unbroken")
+        shutil.copytree(world_once, folder, dirs_exist_ok=True)
+        done(command, folder)
+        shutil.move(folder / RUN, folder / "whole")
+        return folder
+
+    return of
+
+
 @pytest.mark.parametrize("command", [CHAIN, ANSWERED], ids=["match+rce", "validated by answers"])
 @pytest.mark.parametrize("at", [("rce", 2), ("rce", 3), ("grpo", 1)], ids=str)
-def test_a_killed_run_goes_on_to_the_same_weights_and_rows(world, command, at, monkeypatch):
-    done(command, world)
-    shutil.move(world / RUN, world / "whole")
+def test_a_killed_run_goes_on_to_the_same_weights_and_rows(unbroken, tmp_path, command, at, monkeypatch):
+    world = shutil.copytree(unbroken(command), tmp_path, dirs_exist_ok=True)
     published = RunFolder.checkpoint
 
     def dies(self, phase, epoch):
