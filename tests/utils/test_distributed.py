@@ -214,16 +214,35 @@ except LeverError as error:
     facts["others"] = str(error)
 (folder / f"facts{job.rank}.json").write_text(json.dumps(facts))
 job.wait()
-job.leave()
+"""
+COMMANDS = """
+from lever_lm.cli import commands
+
+leave, Shards.leave = Shards.leave, lambda job: None
+for words in json.loads(sys.argv[2]):
+    sys.argv[1:] = words
+    try:
+        commands.main()
+    except SystemExit as ended:
+        assert ended.code == 0
+leave(job)
 """
 
 
-def test_two_processes_deal_the_batches_and_both_have_all_answers(tmp_path):
-    script = tmp_path / "parts.py"
-    script.write_text(PARTS)
-    done = torchrun(script, tmp_path, cwd=tmp_path)
+@pytest.fixture(scope="module")
+def job(trained_once, tmp_path_factory) -> tuple[Done, Path, Path]:
+    """One job that does first PARTS and then the commands: what it said, and the folders of the two."""
+    parts, two = (tmp_path_factory.mktemp(name) for name in ("parts", "two"))
+    shutil.copytree(trained_once / "results", two / "results")
+    (parts / "job.py").write_text(PARTS + COMMANDS)
+    commands = json.dumps([[*words, "--json"] for words in (ROLLOUT, PROBED, INFER)])
+    return torchrun(parts / "job.py", parts, commands, cwd=two), parts, two
+
+
+def test_two_processes_deal_the_batches_and_both_have_all_answers(job):
+    done, parts, _ = job
     assert done.status == 0, done.err
-    leader, other = (json.loads((tmp_path / f"facts{rank}.json").read_text()) for rank in range(2))
+    leader, other = (json.loads((parts / f"facts{rank}.json").read_text()) for rank in range(2))
     assert (leader["job"], other["job"]) == ([0, 2, 0], [1, 2, 1])
     assert (leader["left by the leader"], other["left by the leader"]) == (False, True)
     answers = [f"q{i:02} a, and more" for i in range(11)]
@@ -244,7 +263,7 @@ def test_two_processes_deal_the_batches_and_both_have_all_answers(tmp_path):
     assert leader["speed"] == other["speed"] > 0
     assert "others" not in leader
     assert "rank 1 would ask other prompts" in other["others"]
-    assert {path.name for path in tmp_path.glob("answers*")} == {"answers.sqlite"}
+    assert {path.name for path in parts.glob("answers*")} == {"answers.sqlite"}
 
 
 MANY = """
@@ -319,37 +338,18 @@ def test_a_process_that_fails_says_who_it_is(lever, digits_folder, monkeypatch, 
 
 # ---------------------------------------------------------------------- the commands
 
-COMMANDS = """
-import json, sys
-from lever_lm.cli import commands
-from lever_lm.utils.distributed import Shards
 
-leave, Shards.leave = Shards.leave, lambda job: None
-for words in json.loads(sys.argv[1]):
-    sys.argv[1:] = words
-    try:
-        commands.main()
-    except SystemExit as ended:
-        assert ended.code == 0
-leave(Shards.from_environment())
-"""
-
-
-def test_rollouts_and_inference_of_two_processes_are_those_of_one(lever, trained, tmp_path_factory):
-    two = tmp_path_factory.mktemp("two")
-    shutil.copytree(trained / "results", two / "results")
-    (two / "commands.py").write_text(COMMANDS)
+def test_rollouts_and_inference_of_two_processes_are_those_of_one(job, lever, trained):
+    done, _, two = job
     alone = [lever(*words, "--json") for words in (ROLLOUT, PROBED, INFER)]
-    assert [done.status for done in alone] == [0, 0, 0], "".join(done.err for done in alone)
-    commands = [[*words, "--json"] for words in (ROLLOUT, PROBED, INFER)]
-    done = torchrun("commands.py", json.dumps(commands), cwd=two)
+    assert [one.status for one in alone] == [0, 0, 0], "".join(one.err for one in alone)
     assert done.status == 0, done.err
     assert done.out == "".join(one.out for one in alone), "a line each, of the leader"
     made = {name for name in files_in(trained) if name.startswith(str(INFERENCE))}
     made |= {str(ROLLOUTS), str(ROLLOUTS.with_stem(f"{ROLLOUTS.stem}_probed"))}
     assert len(made) == 2 * 7 + 2 + 2
     assert all((two / name).read_bytes() == (trained / name).read_bytes() for name in made)
-    assert made_in(two) - {"commands.py"} == made_in(trained)
+    assert made_in(two) == made_in(trained)
     assert answers_in(two) == answers_in(trained)
     assert done.err.count("data: digits") == 3
     assert done.err.count("(rollout.probe)") == alone[1].err.count("(rollout.probe)") == 1
