@@ -210,19 +210,19 @@ def test_what_a_kill_between_two_files_left_out_is_made_up_for(chain, copied, lo
 # ---------------------------------------------------------------------- demo
 
 
-def test_demo_ends_in_the_table_of_the_spec_and_a_report(digits_folder):
-    few = ("--limit", "40", "--rce-epochs", "1", "--grpo-epochs", "2")
-    result = done_json("demo", *few, "--shots", "1", cwd=digits_folder)
+def test_demo_ends_in_the_table_of_the_spec_and_a_report(warm):
+    few = ("--limit", "24", "--rce-epochs", "1", "--grpo-epochs", "2")
+    result = done_json("demo", *few, "--shots", "1", cwd=warm)
     jobs = [(row["method"], row["shots"]) for row in result["table"]]
     assert sorted(jobs) == sorted([("zero_shot", 0), *((name, 1) for name in METHODS[1:])])
     for row in result["table"]:
-        assert row["n"] == 40
+        assert row["n"] == 24
         low, high = row["ci"]
         assert 0 <= low <= row["accuracy"] <= high <= 1
     accuracy = {(row["method"], row["shots"]): row["accuracy"] for row in result["table"]}
     assert accuracy["oracle", 1] >= 0.8 > accuracy["random", 1]
-    page = (digits_folder / result["report"]).read_text(encoding="utf-8")
+    page = (warm / result["report"]).read_text(encoding="utf-8")
     assert all(word in page for word in (*METHODS, "data:image/jpeg;base64,"))
     assert not any(word in page for word in ("<script", "http://", "https://"))
     assert result["report"] == "results/digits/model_cpk/demo/report.html"
-    assert (digits_folder / "results/digits/model_cpk/demo/grpo_epoch1.pt").is_file()
+    assert (warm / "results/digits/model_cpk/demo/grpo_epoch1.pt").is_file()
