@@ -10,6 +10,8 @@ import os
 import stat
 from collections import Counter
 from collections.abc import Iterator
+from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -153,10 +155,15 @@ def load_yaml(content: bytes | str):
     """Return a YAML text as lists and mappings of texts, and None for what is empty or null. Raises ValueError for what
     is no YAML or holds more than that: tags, anchors and aliases, a key twice in one mapping, deep nesting."""
     try:
-        return yaml.load(content if isinstance(content, str) else content.decode("utf-8"), _TextLoader)
+        return deepcopy(_parsed(content if isinstance(content, str) else content.decode("utf-8")))
     except (yaml.YAMLError, ValueError, OverflowError) as error:
         words = " ".join(str(error).replace('in "<unicode string>",', "at").split())
         raise ValueError(words if len(words) <= _WORDS else f"{words[:_WORDS]}…") from None
+
+
+@lru_cache(maxsize=16)  # a command reads the config of its run several times
+def _parsed(text: str):
+    return yaml.load(text, _TextLoader)
 
 
 class _TextLoader(yaml.BaseLoader):
