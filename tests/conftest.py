@@ -30,10 +30,16 @@ def pytest_configure(config):
 
 
 # Files that take longest, in this order: begun first, none of them is what the other processes wait for at the end.
-_LONG = ("test_docs", "test_families", "test_distributed", "test_commands", "test_openai_server", "test_selectors")
-_LONG += ("test_preflight", "test_their_files", "test_fuzz", "test_retriever", "test_end_to_end", "test_seed_document")
-_LONG += ("test_crashes", "test_warmups", "test_online", "test_grpo", "test_qwen2_5_vl", "test_tasks_end_to_end")
+# test_fuzz forks for each input, which costs less while the process is small.
+_LONG = ("test_fuzz", "test_docs", "test_families", "test_distributed", "test_commands", "test_openai_server")
+_LONG += ("test_selectors", "test_preflight", "test_their_files", "test_retriever", "test_end_to_end")
+_LONG += ("test_seed_document", "test_crashes", "test_warmups", "test_online", "test_grpo", "test_qwen2_5_vl")
+_LONG += ("test_tasks_end_to_end",)
 
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: _LONG.index(item.path.stem) if item.path.stem in _LONG else len(_LONG))
+
+
+def pytest_collection_finish():
+    gc.freeze()  # modules and tests: not to be looked through at each collection of garbage
