@@ -179,7 +179,8 @@ class Pipeline(Stages):
         grpo = {"val_temperature": self.config.rce.temperature_end, "answer": answer, "also": also}
         with detecting(policy, self.say) if self.detect_anomaly else contextlib.nullcontext():
             matches = self._matches if "match" in self.config.warmups else None
-            warm_up(policy, train, val, self.config, journal, matches=matches, rl_data=rl_data, also=also)
+            given = source.rollouts if "rl_data" in source.files else None
+            warm_up(policy, train, val, self.config, journal, matches=matches, rl_data=given, also=also)
             if train is not None:
                 train_grpo(policy, initial, train, val, self.config.grpo, journal, **grpo)
         recommended = self.recommend()

@@ -1,6 +1,7 @@
 """Warm-ups of `lever train` on a small world: answer match, and it before RCE; and validation by answers."""
 
 import functools
+import json
 import shutil
 
 import pytest
@@ -60,6 +61,19 @@ def features_of(pipeline) -> tuple[torch.Tensor, torch.Tensor]:
 def same_weights(one, other) -> bool:
     one, other = (load_torch(path)["model_state_dict"] for path in (one, other))
     return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_matches_hold_out_the_queries_that_rollouts_from_elsewhere_hold_out(world):
+    """Named by --rl-data, or found where `lever rollout` would have written them."""
+    done(("rollout", *SETS, "--run-name", "run", "--seed", "5"), world)
+    content = {key: value for key, value in read_rollouts(world / ROLLOUTS).items() if key != "_meta"}
+    (world / ROLLOUTS).write_text(json.dumps(content))
+    said = done(CHAIN, world)
+    assert "is taken as it is" in said.err
+    (world / ROLLOUTS).rename(world / "rl.json")
+    (world / RUN).rename(world / "found")
+    done((*CHAIN, "--rl-data", "rl.json"), world)
+    assert same_weights(world / "found/rce_epoch2.pt", world / RUN / "rce_epoch2.pt")
 
 
 def test_of_two_losses_each_has_its_epochs_and_the_run_says_which(world):
