@@ -11,8 +11,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from lever_lm.config.schema import PromptConfig
 from lever_lm.data import image_digest
 from lever_lm.lvlm.answer_cache import AnswerCache, sqlite_errors
-from lever_lm.lvlm.backend import Backend
 from lever_lm.lvlm.prompt import Prompt, cut_answer
+from lever_lm.lvlm.protocol import Backend
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.progress import Track, Work, loaded
 from lever_lm.utils.terminal import shown

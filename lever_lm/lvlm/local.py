@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from lever_lm.config.schema import LvlmConfig, PromptConfig, keys_of
-from lever_lm.lvlm.backend import Backend
 from lever_lm.lvlm.decoding import NotFinite, Process
 from lever_lm.lvlm.families import family_of
 from lever_lm.lvlm.prompt import Prompt, wording
+from lever_lm.lvlm.protocol import Backend
 from lever_lm.utils.device import resolve_device, use_device
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.fingerprint import CODE, fingerprint

@@ -16,11 +16,11 @@ from queue import Empty, SimpleQueue
 
 from lever_lm.config.schema import LvlmConfig, PromptConfig
 from lever_lm.data import open_image
-from lever_lm.lvlm.backend import Backend
 from lever_lm.lvlm.images import TOKEN_EDGE, DataUrls, image_tokens
 from lever_lm.lvlm.openai_client import NO_LOG_PROBS, SCORING, SEE_LOG, TOO_LONG, ServerError, served_name
 from lever_lm.lvlm.openai_servers import Servers, check_server, in_background
 from lever_lm.lvlm.prompt import Prompt, holder, to_messages, wording
+from lever_lm.lvlm.protocol import Backend
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.fingerprint import CODE, fingerprint
 from lever_lm.utils.progress import unsaid

@@ -41,18 +41,18 @@ def world(trained_small, lever, tmp_path, monkeypatch):
     source, prompts = trained_small
     shutil.copytree(source, tmp_path, dirs_exist_ok=True)
     encoded, asked = [], []
-    encode, generate = lever_lm.data.embeddings.encode, LocalLvlm.generate
+    encode, ask = lever_lm.data.embeddings.encode, LocalLvlm.ask
 
     def counted_encode(encoder, data, split, *options):
         encoded.append(split)
         return encode(encoder, data, split, *options)
 
-    def counted_generate(self, prompts):
-        asked.extend(prompts)
-        return generate(self, prompts)
+    def counted_ask(self, prompts, batches, *more, **options):
+        asked.extend(prompts[i] for batch in batches for i in batch)
+        return ask(self, prompts, batches, *more, **options)
 
     monkeypatch.setattr(lever_lm.data.embeddings, "encode", counted_encode)
-    monkeypatch.setattr(LocalLvlm, "generate", counted_generate)
+    monkeypatch.setattr(LocalLvlm, "ask", counted_ask)
 
     def train(*options, command="train", status=0):
         encoded.clear()

@@ -273,7 +273,7 @@ import torch.distributed  # once, and not in every process
 from lever_lm.data import Example
 from lever_lm.lvlm import CachedLvlm, Prompt
 from lever_lm.lvlm.answer_cache import AnswerCache
-from lever_lm.lvlm.backend import Backend
+from lever_lm.lvlm.protocol import Backend
 from lever_lm.utils.distributed import Shards
 
 class Echo(Backend):
