@@ -130,6 +130,16 @@ def _own_environment(monkeypatch):
         monkeypatch.delenv(name)
 
 
+@pytest.fixture(autouse=True)
+def _own_digests():
+    """A process of its own would not know the files of other tests, nor write them down with its own."""
+    from lever_lm.utils.file_hashes import DIGESTS
+
+    DIGESTS.keep_in(None)
+    for name in [name for name in DIGESTS._known if not name.startswith(str(CHECKOUT))]:
+        del DIGESTS._known[name]
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _read_once():
     """The shipped data sets, which stay as they are, and the command line are made once and not for each command."""

@@ -24,10 +24,15 @@ KINDS = {"test", "measured", "why_not"}
 
 
 @functools.cache
+def listed() -> dict[str, list[dict]]:
+    return yaml.safe_load(LIST.read_text(encoding="utf-8"))
+
+
+@functools.cache
 def entries(page: str) -> list[dict]:
     """The entries of a page, each value as a list."""
-    listed = yaml.safe_load(LIST.read_text(encoding="utf-8"))[page]
-    return [{key: [value] if isinstance(value, str) else value for key, value in entry.items()} for entry in listed]
+    of_page = listed()[page]
+    return [{key: [value] if isinstance(value, str) else value for key, value in entry.items()} for entry in of_page]
 
 
 def plain(text: str) -> str:
