@@ -125,10 +125,11 @@ class CachedLvlm:
         share = sum(map(len, mine))
         if self.shards.world > 1:
             label += f"; the share of rank 0 of {self.shards.world}: {share}"
-        parts = Work(backend.ask(prompts, mine, *answers, **options), "prompts", lambda part: len(part[0]), known=known)
-        with ThreadPoolExecutor(1, "answers") as thread:
+        parts = backend.ask(prompts, mine, *answers, **options)
+        followed = Work(parts, "prompts", lambda part: len(part[0]), known=known)
+        with ThreadPoolExecutor(1, "answers") as thread, contextlib.closing(parts):
             stored: Future = thread.submit(int)
-            for rows, found in self.track(parts, label, share):
+            for rows, found in self.track(followed, label, share):
                 stored.result()  # at most one part is on its way to the disk
                 stored = thread.submit(self._keep, dict(zip([keys[i] for i in rows], found, strict=True)))
             stored.result()

@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from lever_lm.config.schema import LvlmConfig, PromptConfig, keys_of
 from lever_lm.lvlm.decoding import NotFinite, Process
 from lever_lm.lvlm.families import family_of
 from lever_lm.lvlm.prompt import Prompt, wording
-from lever_lm.lvlm.protocol import Backend
+from lever_lm.lvlm.protocol import Answers, Backend, Batches, Parts, Prompts
 from lever_lm.utils.device import resolve_device, use_device
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.fingerprint import CODE, fingerprint
@@ -70,14 +70,7 @@ class LocalLvlm(Backend):
             self._process = import_transformers().RepetitionPenaltyLogitsProcessor(penalty)
 
     @torch.inference_mode()
-    def ask(
-        self,
-        prompts: Sequence[Prompt],
-        batches: Sequence[list[int]],
-        answers: Sequence[str] | None = None,
-        *,
-        end: bool = False,
-    ) -> Iterator[tuple[list[int], list]]:
+    def ask(self, prompts: Prompts, batches: Batches, answers: Answers = None, *, end: bool = False) -> Parts:
         """See `Backend`. A batch that does not fit into memory is halved, and those after it are cut as small. Raises
         LeverError for a prompt too long for the model's context or the device's memory, and an answer without tokens.
         """

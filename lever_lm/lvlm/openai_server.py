@@ -20,7 +20,7 @@ from lever_lm.lvlm.images import TOKEN_EDGE, DataUrls, image_tokens
 from lever_lm.lvlm.openai_client import NO_LOG_PROBS, SCORING, SEE_LOG, TOO_LONG, ServerError, served_name
 from lever_lm.lvlm.openai_servers import Servers, check_server, in_background
 from lever_lm.lvlm.prompt import Prompt, holder, to_messages, wording
-from lever_lm.lvlm.protocol import Backend
+from lever_lm.lvlm.protocol import Answers, Backend, Batches, Parts, Prompts
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.fingerprint import CODE, fingerprint
 from lever_lm.utils.progress import unsaid
@@ -61,14 +61,7 @@ class ServerLvlm(Backend):
                 "--set lvlm.repetition_penalty=1, or drop --server to answer in this process",
             )
 
-    def ask(
-        self,
-        prompts: Sequence[Prompt],
-        batches: Sequence[list[int]],
-        answers: Sequence[str] | None = None,
-        *,
-        end: bool = False,
-    ) -> Iterator[tuple[list[int], list]]:
+    def ask(self, prompts: Prompts, batches: Batches, answers: Answers = None, *, end: bool = False) -> Parts:
         """See `Backend`. Raises LeverError for an empty answer, and with a server that scores no prompt, once what came
         before has been yielded."""
         self._check_room(prompts)

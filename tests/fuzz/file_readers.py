@@ -239,9 +239,9 @@ def answers(folder: Path) -> Target:
     (query,) = examples(1, str(image))
     prompt = build_prompt([query], query, PromptConfig())
     model = SimpleNamespace(  # answers what the cache lacks
-        ask=lambda prompts, batches, answers=None, **_: [
+        ask=lambda prompts, batches, answers=None, **_: (
             (batch, ["no" if answers is None else -1.0] * len(batch)) for batch in batches
-        ],
+        ),
         batches=lambda prompts, answers=None: [list(range(len(prompts)))],
     )
 

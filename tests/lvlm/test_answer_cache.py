@@ -218,6 +218,25 @@ def test_answers_are_stored_while_the_next_are_asked_and_no_more_than_one_batch_
     assert not any(stored[:5]), "the third is not asked before the first is stored"
 
 
+def test_no_more_is_asked_once_an_answer_cannot_be_stored(file, prompts):
+    class Ending(Counting):
+        ended = False
+
+        def ask(self, *work, **options):
+            try:
+                yield from super().ask(*work, **options)
+            finally:
+                self.ended = True
+
+    backend = Ending(batch_size=2)
+    lvlm = opened(file, backend)
+    lvlm.cache.put = lambda items: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        lvlm.generate(prompts)
+    assert backend.ended, "while the error, and what it holds, is still there"
+    assert len(backend.work) <= 2
+
+
 def test_what_came_back_before_a_batch_broke_off_is_kept(file, prompts):
     class Dropping(Counting):
         """Answers the first of a batch last, and not at all."""
