@@ -4,9 +4,10 @@ B prompts, L prompt length, H hidden. What is the library's stays the library's:
 positions, language model, cache.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from lever_lm.config.schema import LvlmConfig, PromptConfig
 from lever_lm.lvlm.decoding import Prefilled, Process, beam_search, float32_logits, greedy, repeatable_attention
 from lever_lm.lvlm.local import check_context, dtype_of, load_model
+from lever_lm.lvlm.packed import Packed
 from lever_lm.lvlm.processor import load_processor
 from lever_lm.lvlm.prompt import Prompt, holder, to_messages
 from lever_lm.lvlm.qwen_kernels import compile_parts, speed_up_vision
@@ -30,12 +32,16 @@ _SCORED = 512  # tokens of answers that go through the vocabulary-wide head at o
 
 @dataclass
 class Inputs:
-    """Prompts, each followed by its target, padded on the right: ids and mask (B, L), lengths (B,), embeddings
-    (B, L, H), positions (3, B, L). more: what else the language model is given of the images."""
+    """Prompts, each followed by its target: ids and mask (B, L), padded on the right; following (B,), the position
+    after each. As the language model is given them: embeddings (B, L, H) with the padding, or (1, T, H) of the prompts
+    alone, positions (3, …) of the same; starts, ends (B,): where each prompt begins and ends in the one or the other;
+    more: what else it is given of the images."""
 
     ids: Tensor
     mask: Tensor
-    lengths: Tensor
+    following: Tensor
+    starts: Tensor
+    ends: Tensor
     embeddings: Tensor
     positions: Tensor
     more: dict
@@ -56,8 +62,10 @@ class Qwen2_5_VL:
         where = fetch_model(config.path, "--lvlm, lvlm.path")
         self.processor = load_processor(config.path, where)
         self.model = load_model(config, where, self.device, self.dtype)
+        self.packed = None
         if self.device.type == "cuda" and self.dtype != torch.float32 and config.attention == "auto":
             speed_up_vision(self.model.model.visual)
+            self.packed = Packed(self.model, config.batch_size, config.num_beams, config.max_new_tokens)
         if config.compile and self.device.type == "cuda":
             compile_parts(self.model)
         self.tokenizer, image_processor = self.processor.tokenizer, self.processor.image_processor
@@ -77,38 +85,41 @@ class Qwen2_5_VL:
     def prefill(self, given: Inputs) -> Prefilled:
         """Run prompts through the language model. Padding stands on the right, where no token of a prompt looks:
         attention needs no mask but the causal one, and so takes its fast kernel."""
-        decoder, head = self.model.model.language_model, self.model.lm_head
-        out = decoder(inputs_embeds=given.embeddings, position_ids=given.positions, use_cache=True, **given.more)
-        cache = out.past_key_values
+        hidden, cache, step = self._packed(given) if self.packed else self._padded(given)
+        ids, mask, logits = given.ids, given.mask, float32_logits(self.model.lm_head, hidden[given.ends - 1])
+        return Prefilled(logits, cache, mask, given.following, step, ids.where(mask == 1, ids[:, :1]))
+
+    def _packed(self, given: Inputs, keep: bool = True) -> tuple[Tensor, Packed, Callable]:
+        """Return the last hidden states of all places, the cache of keys, and what makes a step on it."""
+        hidden = self.packed.hidden(given.embeddings, given.positions, given.ends, given.ids.shape[1], given.more, keep)
+        return hidden, self.packed, self.packed.step
+
+    def _padded(self, given: Inputs, keep: bool = True) -> tuple[Tensor, Any, Callable]:
+        decoder, head, shown = self.model.model.language_model, self.model.lm_head, {"position_ids": given.positions}
+        out = decoder(inputs_embeds=given.embeddings, use_cache=keep, **shown, **given.more)
 
         def step(tokens: Tensor, position: Tensor, mask: Tensor) -> Tensor:
             with repeatable_attention():
-                out = decoder(
+                out_of_step = decoder(
                     inputs_embeds=self.model.get_input_embeddings()(tokens),
                     attention_mask=mask,
                     position_ids=position.expand(3, -1, -1),
-                    past_key_values=cache,
+                    past_key_values=out.past_key_values,
                     use_cache=True,
                 )
-            return float32_logits(head, out.last_hidden_state[:, -1])
+            return float32_logits(head, out_of_step.last_hidden_state[:, -1])
 
-        ids, mask = given.ids, given.mask
-        last = out.last_hidden_state[torch.arange(len(given.ids), device=self.device), given.lengths - 1]
-        following = given.positions.masked_fill(mask == 0, 0).amax((0, 2)) + 1
-        return Prefilled(float32_logits(head, last), cache, mask, following, step, ids.where(mask == 1, ids[:, :1]))
+        return out.last_hidden_state.flatten(0, 1), out.past_key_values, step
 
     def score(self, prepared: Inputs, counts: Sequence[int]) -> list[float]:
         """See `local.Family`. Only the places before the targets' tokens go through the vocabulary-wide head, some at a
         time."""
         given = prepared
-        decoder, shown = self.model.model.language_model, {"inputs_embeds": given.embeddings, **given.more}
-        hidden = decoder(position_ids=given.positions, use_cache=False, **shown).last_hidden_state
-        ids = given.ids
-        place = torch.arange(ids.shape[1], device=self.device)
-        ends = given.lengths[:, None]
-        starts = ends - torch.tensor(counts, device=self.device)[:, None]
-        rows, places = ((place < ends) & (place >= starts)).nonzero().T
-        before, wanted = hidden[rows, places - 1].split(_SCORED), ids[rows, places].split(_SCORED)
+        hidden, *_ = self._packed(given, keep=False) if self.packed else self._padded(given, keep=False)
+        counted = torch.tensor(counts, device=self.device)
+        place, lengths = torch.arange(given.ids.shape[1], device=self.device), (given.ends - given.starts)[:, None]
+        rows, places = ((place < lengths) & (place >= lengths - counted[:, None])).nonzero().T
+        before, wanted = hidden[given.starts[rows] + places - 1].split(_SCORED), given.ids[rows, places].split(_SCORED)
         head, loss = self.model.lm_head, torch.nn.functional.cross_entropy
         of_tokens = [-loss(float32_logits(head, h), w, reduction="none") for h, w in zip(before, wanted, strict=True)]
         return [float(part.sum()) for part in torch.cat(of_tokens).cpu().split(list(counts))]
@@ -134,18 +145,29 @@ class Qwen2_5_VL:
         features = self.vision.features(images)
         if int(is_image.sum()) != sum(map(len, features)):
             raise LeverError(f"{int(is_image.sum())} image tokens for {sum(map(len, features))} features in one batch")
-        ids, mask, lengths, is_image, positions = (
-            tensor.to(self.device) for tensor in (ids, mask.long(), lengths, is_image, positions)
-        )
-        embeddings, more = self.model.get_input_embeddings()(ids), {}
+        following = positions.masked_fill(~mask, 0).amax((0, 2)) + 1
+        starts, shown = torch.arange(len(ids)) * ids.shape[1], (ids, is_image, positions)
+        if self.packed:
+            starts = lengths.cumsum(0) - lengths
+            shown = (ids[mask][None], is_image[mask][None], positions[:, mask][:, None])
+        ends = starts + lengths
+        ids, mask, following, starts, ends = map(self._moved, (ids, mask.long(), following, starts, ends))
+        shown_ids, is_image, positions = map(self._moved, shown)
+        embeddings, more = self.model.get_input_embeddings()(shown_ids), {}
         if images:
-            shown, more = self._shown(torch.cat(features).to(embeddings.dtype), is_image)
-            embeddings = embeddings.masked_scatter(is_image[..., None], shown)
-        return Inputs(ids, mask, lengths, embeddings, positions, more)
+            seen, more = self._shown(torch.cat(features).to(embeddings.dtype), is_image)
+            embeddings = embeddings.masked_scatter(is_image[..., None], seen)
+        return Inputs(ids, mask, following, starts, ends, embeddings, positions, more)
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        """Return a tensor on the device; the GPU fetches it when it has come so far."""
+        if self.device.type != "cuda":
+            return tensor.to(self.device)
+        return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def _shown(self, features: Tensor, is_image: Tensor) -> tuple[Tensor, dict]:
         """Return what of the features (ΣT, ·) stands at the places of the images, (ΣT, H), and what else the language
-        model is given. is_image: (B, L)."""
+        model is given. is_image: (B, L) or (1, T)."""
         return features, {}
 
     def token_ids(self, prompt: Prompt) -> list[int]:

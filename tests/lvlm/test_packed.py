@@ -1,0 +1,107 @@
+"""Prompts packed one behind the other, as on a GPU, against the padded way: attention written out, in float32."""
+
+import random
+
+import pytest
+import torch
+from families import write_family
+from lvlm_helpers import local_lvlm, plain_answer
+
+from lever_lm.config.schema import PromptConfig
+from lever_lm.lvlm import build_prompt, packed
+from lever_lm.lvlm.local import LocalLvlm
+from lever_lm.lvlm.packed import Packed
+
+
+@pytest.fixture(autouse=True)
+def _attention(monkeypatch):
+    """Softmax of products, sequence by sequence, as a CPU has no kernel for several; and room for keys that grows."""
+
+    def attention(query, key, value, ends, longest, *, scale, is_causal=False):
+        assert all(int(e.diff().max()) <= most for e, most in zip(ends, longest, strict=True))
+        out, log_sums = torch.zeros_like(query), torch.full((query.shape[1], len(query)), torch.inf)
+        repeats = query.shape[1] // key.shape[1]
+        spans = zip(*(zip(e[:-1].tolist(), e[1:].tolist(), strict=True) for e in ends), strict=True)
+        for (a, b), (c, d) in spans:
+            if c == d:
+                continue
+            keys, values = (t[c:d].repeat_interleave(repeats, 1) for t in (key, value))
+            scores = torch.einsum("qhd,khd->hqk", query[a:b], keys) * scale
+            if is_causal:
+                scores = scores.masked_fill(torch.ones(b - a, d - c, dtype=torch.bool).triu(1), -torch.inf)
+            out[a:b] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values)
+            log_sums[:, a:b] = scores.logsumexp(-1)
+        return out, log_sums
+
+    monkeypatch.setattr(packed, "attention", attention)
+    monkeypatch.setattr(packed, "_ROUND", 64)
+
+
+@pytest.fixture(scope="module")
+def prompts(digits):
+    """Of 0 to 5 shots."""
+    rng, train = random.Random(3), digits.train_examples
+    return [build_prompt(rng.sample(train, i % 6), digits.val_examples[i], PromptConfig()) for i in range(18)]
+
+
+def packs(**settings) -> LocalLvlm:
+    """The shipped model, as if it were on a GPU."""
+    lvlm = local_lvlm(**settings)
+    config, family = lvlm.config, lvlm.family
+    family.packed = Packed(family.model, config.batch_size, config.num_beams, config.max_new_tokens)
+    return lvlm
+
+
+SETTINGS = [{}, {"num_beams": 3}, {"num_beams": 3, "length_penalty": -2.0}, {"repetition_penalty": 20.0}]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_packed_prompts_have_the_answers_of_the_library(prompts, settings):
+    assert packs(**settings).generate(prompts) == local_lvlm(**settings).generate(prompts)
+    plain = local_lvlm(**settings)
+    for prompt in prompts[:6]:
+        assert packs(**settings).generate([prompt]) == [plain_answer(plain, prompt, **settings)]
+
+
+@pytest.mark.parametrize("end", [False, True])
+def test_packed_prompts_have_the_log_probs_of_the_padded(prompts, end):
+    answers = [("three", "no", "a rather long answer")[i % 3] for i in range(len(prompts))]
+    found, expected = (lvlm.answer_log_prob(prompts, answers, end=end) for lvlm in (packs(), local_lvlm()))
+    assert found == pytest.approx(expected, rel=1e-6, abs=1e-5)
+
+
+@torch.inference_mode()
+def test_each_step_has_the_logits_of_the_padded_way(prompts):
+    """Rows that go on from other rows, prompts of other lengths in the same place, and fewer of them."""
+    ours, padded = packs(num_beams=2, max_new_tokens=4), local_lvlm(num_beams=2, max_new_tokens=4)
+    for some in (prompts[:8], prompts[8:13], prompts[5:6]):
+        states = []
+        for lvlm in (ours, padded):
+            lvlm.family.vision.see([image for prompt in some for image in prompt.images])
+            states.append(lvlm.family.prefill(lvlm.family.prepare(some)))
+        assert torch.allclose(states[0].logits, states[1].logits, atol=1e-4)
+        rows = 2 * len(some)
+        order = torch.tensor([i + (i % 2 == 0) * (i // 2 % 2) for i in range(rows)])
+        for t in range(3):
+            tokens = (torch.arange(rows)[:, None] * 7 + t) % 50 + 10
+            found = []
+            for state in states:
+                if t == 0:
+                    state.cache.batch_repeat_interleave(2)
+                else:
+                    state.cache.reorder_cache(order)
+                mask = torch.cat([state.mask, state.mask.new_ones(len(some), t + 1)], 1).repeat_interleave(2, 0)
+                position = state.position.repeat_interleave(2, 0)[:, None] + t
+                found.append(state.step(tokens, position, mask))
+            assert torch.allclose(*found, atol=1e-4)
+    assert ours.family.packed.past.shape[2] % 64 == 0
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl", "qwen3_vl_moe"])
+def test_other_qwens_are_packed_alike(prompts, family, tmp_path):
+    settings = {"path": write_family(family, tmp_path / family), "num_beams": 3, "max_new_tokens": 4}
+    assert packs(**settings).generate(prompts) == local_lvlm(**settings).generate(prompts)
+    scores = [
+        lvlm.answer_log_prob(prompts, ["three"] * len(prompts)) for lvlm in (packs(**settings), local_lvlm(**settings))
+    ]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-6, abs=1e-5)
