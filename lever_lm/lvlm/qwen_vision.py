@@ -44,7 +44,7 @@ class Vision:
         gone = [image for image, f in found.items() if f is None or len(f) != self.tokens(image)]
         for chunk in chunked(gone):
             pixels, grids = patches(chunk, self.image_processor, self.config, self.model.dtype)
-            found |= dict(zip(chunk, self._through(chunk, pixels, grids), strict=True))
+            found |= dict(zip(chunk, self._kept(chunk, self._tower(chunk, pixels, grids), grids), strict=True))
         return [found[image] for image in images]
 
     def see_together(self, images: Sequence[Image]) -> None:
@@ -72,19 +72,23 @@ class Vision:
         chunks = chunked_patches(
             images, self.image_processor, self.config, self.model.dtype, workers=workers, pin=on_gpu
         )
+        before = None  # looked at and kept while the tower has the next
         try:
             what = f"vision: {len(images)} images"
             if self.shards.world > 1:
                 what += f"; the share of rank {self.shards.rank} of {self.shards.world}"
             followed = Work(chunks, "images", lambda item: len(item[0]))
             for chunk, pixels, grids in self.track(followed, what, len(images)):
-                self._through(chunk, pixels, grids)
+                before, done = (chunk, self._tower(chunk, pixels, grids), grids), before
+                if done:
+                    self._kept(*done)
         finally:
+            if before:
+                self._kept(*before)
             self.cache.flush()
 
-    def _through(self, images: Sequence[Image], pixels: Tensor, grids: Tensor) -> list[Tensor]:
+    def _kept(self, images: Sequence[Image], features: list[Tensor], grids: Tensor) -> list[Tensor]:
         """Return the features of images, which the cache is given as well."""
-        features = self._tower(images, pixels, grids)
         if not torch.stack([feature.isfinite().all() for feature in features]).all():
             broken = next(image for image, f in zip(images, features, strict=True) if not f.isfinite().all())
             raise LeverError(
@@ -98,7 +102,9 @@ class Vision:
         """Return the features of images from their patches (ΣP, C) and grids (n, 3), in halves where they do not fit
         into memory."""
         try:
-            output = self.model.get_image_features(pixels.to(self.model.device), grids.to(self.model.device))
+            output = self.model.get_image_features(
+                pixels.to(self.model.device, non_blocking=True), grids.to(self.model.device)
+            )
         except torch.OutOfMemoryError as error:
             if len(images) == 1:
                 raise LeverError(
