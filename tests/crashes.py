@@ -23,7 +23,7 @@ def log_asked(path: Path) -> None:
     """From now on each prompt that goes to the LVLM is a line of `path` before it does: process, batch, key."""
     from lever_lm.lvlm import CachedLvlm
 
-    inner = CachedLvlm.backend.fget
+    inner = CachedLvlm.backend
     batches = iter(range(1 << 30))
 
     class Logged:
@@ -45,7 +45,7 @@ def log_asked(path: Path) -> None:
             with open(path, "a") as file:
                 file.write("".join(f"{os.getpid()} {batch} {key}\n" for key in keys))
 
-    CachedLvlm.backend = property(lambda lvlm: Logged(lvlm, inner(lvlm)))
+    CachedLvlm.backend = lambda lvlm, prompts: Logged(lvlm, inner(lvlm, prompts))
 
 
 def run_command(arguments: list[str], log: str | None) -> None:

@@ -77,14 +77,14 @@ class Counting(ByLists):
         return [question for batch in self.work for question in batch]
 
 
-def no_model():
+def no_model(prompts):
     raise AssertionError("everything is known: the model must not be loaded")
 
 
 def opened(path, backend=None, fingerprint="model-1", track=track) -> CachedLvlm:
     """The cache as a new process would open it."""
     forget_digests()
-    return CachedLvlm((lambda: backend) if backend else no_model, fingerprint, AnswerCache(path), track)
+    return CachedLvlm((lambda prompts: backend) if backend else no_model, fingerprint, AnswerCache(path), track)
 
 
 @pytest.fixture

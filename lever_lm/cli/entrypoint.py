@@ -17,6 +17,7 @@ from lever_lm.cli.options import debugging
 from lever_lm.utils.distributed import Shards
 from lever_lm.utils.errors import LeverError, UsageError
 from lever_lm.utils.terminal import one_line, printable, shown
+from lever_lm.utils.transformers_compat import left_out
 
 INTERRUPTED, TERMINATED = 130, 128 + signal.SIGTERM
 # The error of a wrong command line. Typer has its own copy of click in some versions and imports click in others.
@@ -29,6 +30,7 @@ def main(app: typer.Typer) -> None:
     if sys.getfilesystemencoding() != "utf-8":  # a question on the command line would be read as other characters
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     wait_asleep(os.environ)
+    left_out.update(("sklearn", "scipy"))  # assisted generation, losses of detectors: a second, and not for us
     gc.set_threshold(100_000)  # the search for cycles takes a fifth of the import of torch and transformers at 700
     _open_streams()
     for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character of ours shows a question mark

@@ -5,6 +5,7 @@ N images or texts, B of them in a batch, D numbers in a vector.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from lever_lm.utils.checks import Check, check_model
 from lever_lm.utils.device import resolve_device
 from lever_lm.utils.errors import LeverError, MendableError
-from lever_lm.utils.hub import fetch_model, model_folder
+from lever_lm.utils.hub import fetch_model, model_folder, state_of
 from lever_lm.utils.progress import WORTH_A_WORD, Track, Work, untracked
 from lever_lm.utils.safe_parse import read_object
 from lever_lm.utils.terminal import shown
@@ -53,12 +54,15 @@ def fetch_encoder(path: str) -> Path:
     return folder
 
 
-@quiet()
 def _encoder_class(path: str, folder: Path) -> type | None:
     """Return the library's class of the model in a folder, None without a config.json. Raises MendableError where it
     has not both functions."""
-    if not (folder / "config.json").is_file():
-        return None
+    return _class_of(path, folder, state_of(folder)) if (folder / "config.json").is_file() else None
+
+
+@lru_cache(2)  # it is checked before any work, and again when it is loaded
+@quiet()
+def _class_of(path: str, folder: Path, state: tuple) -> type:
     transformers = import_transformers()
     try:
         config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
@@ -76,9 +80,14 @@ def _encoder_class(path: str, folder: Path) -> type | None:
     return made
 
 
-@quiet()
 def _load_processors(path: str, folder: Path) -> tuple:
     """Return an encoder's tokenizer and its image processor. Raises MendableError where one cannot be loaded."""
+    return _processors_of(path, folder, state_of(folder))
+
+
+@lru_cache(2)
+@quiet()
+def _processors_of(path: str, folder: Path, state: tuple) -> tuple:
     transformers = import_transformers()
     loaders = {"tokenizer": transformers.AutoTokenizer, "image processor": transformers.AutoImageProcessor}
     loaded = {}

@@ -1,6 +1,6 @@
 """The frozen vision-language model: prompts in, answers and log-probs out, nothing asked twice."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lever_lm.config.schema import LvlmConfig, PromptConfig
@@ -33,7 +33,7 @@ def load_lvlm(
 
         fingerprints = [server_fingerprint(config, style) for style in (prompt, PromptConfig())]
 
-        def load():
+        def load(prompts: Sequence[Prompt]):
             return ServerLvlm(config, prompt, say)
 
     else:
@@ -45,8 +45,9 @@ def load_lvlm(
         stem = cache.stem.replace("answers", "vision", 1)
         folder = cache.with_name(f"{stem}_{vision_fingerprint(config, device)}")
 
-        def load():
-            return load_local(config, prompt, device, folder=folder, track=track, shards=shards)
+        def load(prompts: Sequence[Prompt]):
+            ahead = [image for prompt in prompts for image in prompt.images]
+            return load_local(config, prompt, device, folder=folder, track=track, shards=shards, ahead=ahead)
 
     fingerprint, model = fingerprints
     return CachedLvlm(load, fingerprint, AnswerCache(cache, shards), track, model, prompt.cut)

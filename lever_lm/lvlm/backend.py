@@ -1,10 +1,11 @@
 """The families of models that run in this process: each has one function here and one module, around which
 `local.LocalLvlm` does what all share. A model behind a server is `openai_server.ServerLvlm`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lever_lm.config.schema import LvlmConfig, PromptConfig
+from lever_lm.data import Image
 from lever_lm.lvlm.families import family_of, refuse_other_kinds
 from lever_lm.lvlm.protocol import Backend
 from lever_lm.utils.distributed import Shards
@@ -30,7 +31,8 @@ def _generic():
     return Generic
 
 
-# A name of lvlm.family → the class of it: (config, prompt, device, folder of image features, track, shards) → a Family.
+# A name of lvlm.family → the class of it: (config, prompt, device, folder of image features, track, shards, images that
+# are asked about first) → a Family.
 FAMILIES: dict[str, Callable[[], type]] = {"qwen2_5_vl": _qwen2_5_vl, "qwen3_vl": _qwen3_vl, "generic": _generic}
 
 
@@ -42,12 +44,13 @@ def load_local(
     folder: Path | None = None,
     track: Track = untracked,
     shards: Shards = Shards(),
+    ahead: Sequence[Image] = (),
 ) -> Backend:
     """Return the backend of a model's directory or hub id, of the family that its config.json names. Image features go
-    to `folder`, where it is given, and stay there for the next command. Raises LeverError where the model cannot be
-    loaded."""
+    to `folder`, where it is given, and stay there for the next command. The images `ahead` will be asked about first:
+    they are decoded while the weights are loaded. Raises LeverError where the model cannot be loaded."""
     from lever_lm.lvlm.local import LocalLvlm
 
     refuse_other_kinds(config.path)
     family = FAMILIES[family_of(config, fetch_model(config.path, "--lvlm, lvlm.path"))]()
-    return LocalLvlm(family(config, prompt, device, folder, track, shards), config, prompt)
+    return LocalLvlm(family(config, prompt, device, folder, track, shards, ahead), config, prompt)

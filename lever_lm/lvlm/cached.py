@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 from lever_lm.config.schema import PromptConfig
 from lever_lm.data import image_digest
@@ -21,16 +22,17 @@ from lever_lm.utils.terminal import shown
 class CachedLvlm:
     """An LVLM behind its cache. The model is loaded when the first unknown question comes.
 
-    `load` makes the backend; `fingerprint` is that of model, decoding and prompt style, `model` the same for the
-    default prompt style. Keys also hold texts and image contents, so changed data is asked anew. Answers are kept as
-    they were written; `cut` is the rule by which they end (prompt.cut). Batches are cut from the list of unknown
-    prompts and committed whole, while the model has the next one: what a killed job left is the same batches again. The
-    processes of a job deal them among themselves; each makes the same calls with the same prompts and gets all answers.
+    `load` makes the backend, for the prompts that it will be asked first; `fingerprint` is that of model, decoding and
+    prompt style, `model` the same for the default prompt style. Keys also hold texts and image contents, so changed
+    data is asked anew. Answers are kept as they were written; `cut` is the rule by which they end (prompt.cut). Batches
+    are cut from the list of unknown prompts and committed whole, while the model has the next one: what a killed job
+    left is the same batches again. The processes of a job deal them among themselves; each makes the same calls with
+    the same prompts and gets all answers.
     """
 
     def __init__(
         self,
-        load: Callable[[], Backend],
+        load: Callable[[Sequence[Prompt]], Backend],
         fingerprint: str,
         cache: AnswerCache,
         track: Track,
@@ -44,11 +46,10 @@ class CachedLvlm:
         self.known = 0  # prompts answered from the cache
         self.prompts = 0  # different prompts of all calls so far, asked now or known, by whichever process
 
-    @property
-    def backend(self) -> Backend:
-        """The model itself, loaded on first use."""
+    def backend(self, prompts: Sequence[Prompt] = ()) -> Backend:
+        """Return the model itself, loaded on first use, for prompts that it will be asked first."""
         if self._backend is None:
-            self._backend = loaded(self.track, "loading the LVLM", self._load)
+            self._backend = loaded(self.track, "loading the LVLM", partial(self._load, prompts))
         return self._backend
 
     def generate(self, prompts: Sequence[Prompt], what: str = "answers") -> list[str]:
@@ -117,7 +118,8 @@ class CachedLvlm:
     def _ask(self, keys: list[str], work: list[list], label: str, known: int, options: dict) -> None:
         """Have unknown keys answered, by this process its share of the batches, and stored. `known`: the number of keys
         that need not be asked."""
-        backend, (prompts, *answers) = self.backend, work
+        prompts, *answers = work
+        backend = self.backend(prompts)
         self.shards.wait()  # until every rank has its model: the time taken is that of answering
         started = time.monotonic()
         batches = backend.batches(prompts, *answers)

@@ -34,7 +34,7 @@ class FeatureCache:
     `processes` that write to the folder. Without a folder, or with `disk` 0, nothing is written."""
 
     def __init__(self, folder: Path | None, *, memory: int, disk: int, processes: int = 1):
-        self.folder, self._most_memory = folder if disk > 0 else None, memory
+        self.folder, self.memory = folder if disk > 0 else None, memory
         self._grids: dict[str, Grid] = {}
         self._memory: OrderedDict[str, Tensor] = OrderedDict()
         self.in_memory = 0  # bytes
@@ -132,7 +132,7 @@ class FeatureCache:
         """Hold features in memory, in place of the least recently used."""
         self.in_memory += _size(feature) - _size(self._memory.pop(digest, None))
         self._memory[digest] = feature
-        while self.in_memory > self._most_memory:
+        while self.in_memory > self.memory:
             self.in_memory -= _size(self._memory.popitem(last=False)[1])
 
 

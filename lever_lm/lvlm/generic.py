@@ -56,9 +56,17 @@ class Generic:
 
     shorter = "images of fewer tokens (lvlm.processor)"
     leaner = shorter
+    batch_tokens = 65536
 
     def __init__(
-        self, config: LvlmConfig, prompt: PromptConfig, device: str, folder: Path | None, track: Track, shards: Shards
+        self,
+        config: LvlmConfig,
+        prompt: PromptConfig,
+        device: str,
+        folder: Path | None,
+        track: Track,
+        shards: Shards,
+        ahead: Sequence[Image] = (),
     ):
         self.config, self.prompt, self.device = config, prompt, resolve_device(device)
         self.dtype = dtype_of(config, self.device)

@@ -31,10 +31,13 @@ class Family(Protocol):
 
     `vision` encodes images that are new (`see`, and `see_together` where a job shares them) and counts the `tokens` of
     an image that it has seen. shorter, leaner: what makes a prompt shorter, and what needs less memory; for messages.
+    batch_tokens: tokens in a batch, at most, padding and the answers that are scored counted, unless lvlm.batch_tokens
+    says so.
     """
 
     shorter: str
     leaner: str
+    batch_tokens: int
     config: LvlmConfig
     model: torch.nn.Module
     processor: Any
@@ -63,7 +66,7 @@ class LocalLvlm(Backend):
         self.family, self.config, self.prompt = family, config, prompt
         self.eos = torch.tensor(_end_tokens(family, config), device=family.device)
         self._lead, self._closing = _answer_turn(family, self.eos.tolist())
-        self._budget = config.batch_tokens
+        self._most = self._budget = config.batch_tokens or family.batch_tokens
         self._process = None
         if config.repetition_penalty != 1:
             penalty = float(config.repetition_penalty)
@@ -136,7 +139,7 @@ class LocalLvlm(Backend):
         """
         self.family.vision.see_together([image for prompt in prompts for image in prompt.images])
         targets = None if answers is None else self._tokens(answers)
-        return self._cut(self._lengths(prompts, targets), self.config.batch_tokens)
+        return self._cut(self._lengths(prompts, targets), self._most)
 
     def _cut(self, lengths: dict[int, int], budget: int) -> list[list[int]]:
         """Return the keys of `lengths` in batches, the longest first: what may not fit into memory fails at once."""

@@ -11,6 +11,7 @@ decoding is one CUDA graph.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,7 +20,6 @@ from torch.nn import functional as F
 from lever_lm.lvlm.decoding import float32_logits
 
 NAME = "lever_packed"
-_MOST = 1e4  # in place of infinity, where a row is of no prompt: what is not finite would stay
 _ROUND = 8192  # the room for keys grows by this many tokens
 
 
@@ -27,16 +27,40 @@ def attention(
     query: Tensor, key: Tensor, value: Tensor, ends: tuple[Tensor, Tensor], longest: tuple[int, int], **options
 ) -> tuple[Tensor, Tensor]:
     """Return FlashAttention (arXiv:2307.08691) of several sequences at once, (ΣQ, heads, D), and the logarithms of its
-    sums of exponentials, (heads, ΣQ). query: (ΣQ, heads, D); key, value: (ΣK, K, D), where K divides heads; ends: int32
-    of queries and of keys, 0 first; options: `scale`, `is_causal`."""
-    causal, scale = options.get("is_causal", False), options["scale"]
-    out = torch.ops.aten._flash_attention_forward(query, key, value, *ends, *longest, 0.0, causal, False, scale=scale)
+    sums of exponentials, (heads, ΣQ), infinite where a sequence has no keys. query: (ΣQ, heads, D); key, value:
+    (ΣK, K, D), where K divides heads; ends: int32 of queries and of keys, 0 first; options: `scale`, `is_causal`, and
+    `used`, how many keys of each sequence there are yet, int32."""
+    causal, more = options.get("is_causal", False), {"scale": options["scale"], "seqused_k": options.get("used")}
+    out = torch.ops.aten._flash_attention_forward(query, key, value, *ends, *longest, 0.0, causal, False, **more)
     return out[0], out[1]
 
 
 def _attend(module, query: Tensor, key: Tensor, value: Tensor, mask, *, attend: Callable, scaling: float, **_):
     """Attention by the library's signature: (B, heads, L, D) of queries → (B, L, heads, D)."""
     return attend(module.layer_idx, query, key, value, scaling), None
+
+
+class _Places:
+    """What the last layer adds behind its attention matters at the places that are asked for alone: hooks that let its
+    other half see these, and have 0 elsewhere."""
+
+    def __init__(self, mlp):
+        self.asked: Tensor | None = None
+        mlp.register_forward_pre_hook(self._before)
+        mlp.register_forward_hook(self._after)
+
+    def _before(self, mlp, given: tuple[Tensor]) -> tuple[Tensor] | None:
+        if self.asked is None:
+            return None
+        (self._whole,) = given
+        return (self._whole[:, self.asked],)
+
+    def _after(self, mlp, given: tuple[Tensor], out: Tensor) -> Tensor | None:
+        if self.asked is None:
+            return None
+        whole = torch.zeros_like(self._whole).index_copy_(1, self.asked, out)
+        self._whole = self.asked = None
+        return whole
 
 
 class Packed:
@@ -55,22 +79,31 @@ class Packed:
         self.size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         self.layers, self.prompts, self.beams = text.num_hidden_layers, prompts, beams
         rows = prompts * beams
-        # Room for the keys and values of prompts comes with the first batch.
-        self.past = model.lm_head.weight.new_empty(2, self.layers, 0, self.heads, self.size)
-        self.own = self.past.new_zeros(2, self.layers, rows, new, self.heads, self.size)
+        self.own = model.lm_head.weight.new_zeros(2, self.layers, rows, new, self.heads, self.size)
+        self.past = self._room(0)  # of the keys and values of prompts: made with the first batch
         self.tokens, self.positions = torch.zeros(2, rows, 1, dtype=torch.long, device=device)
         self.at = torch.zeros(1, dtype=torch.long, device=device)
         self.ends = torch.zeros(prompts + 1, dtype=torch.int32, device=device)
         self.asked = torch.arange(prompts + 1, dtype=torch.int32, device=device) * beams * self.groups
-        self._graph, self._logits = None, None
+        each = torch.arange(rows + 1, dtype=torch.int32, device=device)
+        self.own_ends = each * self.groups, each * new
+        self._graph, self._logits, self._places = None, None, _Places(self.decoder.layers[-1].mlp)
         # Experts are chosen on the host, which a graph has no part for.
         self._in_graph = device.type == "cuda" and not hasattr(text, "num_experts")
 
     def hidden(
-        self, embeddings: Tensor, positions: Tensor, ends: Tensor, longest: int, more: dict, keep: bool
+        self,
+        embeddings: Tensor,
+        positions: Tensor,
+        ends: Tensor,
+        longest: int,
+        more: dict,
+        places: Tensor,
+        keep: bool,
     ) -> Tensor:
-        """Return the last hidden states (T, H) of prompts, and keep their keys, if that is asked for. embeddings:
-        (1, T, H); positions: (3, 1, T); ends: (B,); longest: tokens of the longest; more: for the language model."""
+        """Return the last hidden states (n, H) of prompts at some places (n,), and keep their keys, if that is asked
+        for. embeddings: (1, T, H); positions: (3, 1, T); ends: (B,); longest: tokens of the longest; more: for the
+        language model."""
         total, stops = embeddings.shape[1], F.pad(ends, (1, 0)).int()
         if keep:
             self._make_room(total)
@@ -85,14 +118,17 @@ class Packed:
             both = (stops, stops), (longest, longest)
             return attention(query, key, value, *both, scale=scale, is_causal=True)[0][None]
 
-        return self._run(embeddings, positions, attend, more)[0]
+        self._places.asked = places
+        return self._run(embeddings, positions, attend, more)[0, places]
 
     def _make_room(self, tokens: int) -> None:
         if tokens > self.past.shape[2]:
             self._graph, self._logits = None, None
-            self.past = self.past.new_empty(0)  # the old room is given back first
-            room = -(-tokens // _ROUND) * _ROUND
-            self.past = self.past.new_zeros(2, self.layers, room, self.heads, self.size)
+            self.past = self._room(0)  # the old one is given back first, and this one stands where there is no other
+            self.past = self._room(-(-tokens // _ROUND) * _ROUND)
+
+    def _room(self, tokens: int) -> Tensor:
+        return self.own.new_zeros(2, self.layers, tokens, self.heads, self.size)
 
     def step(self, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         """Return the logits (R, V) after one more token of each row. tokens, positions: (R, 1)."""
@@ -116,28 +152,27 @@ class Packed:
     # ------------------------------------------------------------------ one step
 
     def _step(self) -> Tensor:
-        positions = self.positions.expand(3, -1, -1)
-        hidden = self._run(self.embed(self.tokens), positions, self._attend_one, {})
+        attend = partial(self._attend_one, (self.at + 1).int().repeat(len(self.tokens)))
+        hidden = self._run(self.embed(self.tokens), self.positions.expand(3, -1, -1), attend, {})
         return float32_logits(self.head, hidden[:, -1])
 
-    def _attend_one(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def _attend_one(self, used: Tensor, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Attention of one token a row, (R, heads, 1, D), to its prompt and to the row's own tokens."""
-        rows, size = len(query), self.size
         for whole, new in zip(self.own[:, layer], (key, value), strict=True):
             whole.index_copy_(1, self.at, new.transpose(1, 2))
-        # queries of a prompt's beams, and of the heads that share keys, follow each other: (B, N, G, K, D)
-        by_prompt = query.view(self.prompts, self.beams, self.heads, self.groups, size).transpose(2, 3)
-        flat = by_prompt.reshape(-1, self.heads, size)
-        longest = (self.beams * self.groups, self.past.shape[2])
-        seen, log_sum = attention(flat, *self.past[:, layer], (self.asked, self.ends), longest, scale=scale)
-        seen = seen.view(rows, self.groups, self.heads, size).transpose(1, 2).float()
-        log_sum = log_sum.T.reshape(rows, self.groups, self.heads).transpose(1, 2)[..., None].clamp(max=_MOST)
-        keys, values = self.own[:, layer].float()  # (R, S, K, D)
-        scores = torch.einsum("rkgd,rskd->rkgs", query.view(rows, self.heads, self.groups, size).float(), keys) * scale
-        scores = scores.masked_fill(torch.arange(scores.shape[-1], device=scores.device) > self.at, -torch.inf)
-        weights = torch.cat([log_sum, scores], -1).softmax(-1)
-        joined = weights[..., :1] * seen + torch.einsum("rkgs,rskd->rkgd", weights[..., 1:], values)
-        return joined.to(query.dtype).view(rows, 1, -1, size)
+        # the queries of a prompt's beams, and of the heads that share keys, follow each other
+        flat = (
+            query.view(len(query), self.heads, self.groups, self.size)
+            .transpose(1, 2)
+            .reshape(-1, self.heads, self.size)
+        )
+        own, past, new = self.own[:, layer].flatten(1, 2), self.past[:, layer], self.own.shape[3]
+        longest = self.beams * self.groups, past.shape[1]
+        seen, of_seen = attention(flat, *past, (self.asked, self.ends), longest, scale=scale)
+        said, of_said = attention(flat, *own, self.own_ends, (self.groups, new), scale=scale, used=used)
+        joined = torch.lerp(seen.float(), said.float(), (of_said - of_seen).sigmoid().T[..., None])
+        by_head = joined.to(query.dtype).view(len(query), self.groups, self.heads, self.size).transpose(1, 2)
+        return by_head.reshape(len(query), 1, -1, self.size)
 
     def _capture(self) -> None:
         """Record a step. The step that it is called for runs in its replay."""
@@ -147,10 +182,11 @@ class Packed:
             for _ in range(2):
                 self._step()
         torch.cuda.current_stream().wait_stream(warm)
-        self._graph = torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph()
         # the thread that prepares the next batch goes on meanwhile
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._logits = self._step()
+        self._graph = graph
 
     def _run(self, embeddings: Tensor, positions: Tensor, attend: Callable, more: dict) -> Tensor:
         out = self.decoder(inputs_embeds=embeddings, position_ids=positions, use_cache=False, attend=attend, **more)

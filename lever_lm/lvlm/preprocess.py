@@ -50,11 +50,18 @@ def chunked(images: Sequence[Image]) -> list[list[Image]]:
 def chunked_patches(
     images: Sequence[Image], image_processor, config: LvlmConfig, dtype: torch.dtype, *, workers: int, pin: bool
 ) -> Iterator[tuple[list[Image], Tensor, Tensor]]:
-    """Yield (images, patches, grids) of one chunk after another. With workers, chunks are made in as many processes
-    while the caller uses the chunks before. pin: the patches lie where a GPU can fetch them by itself."""
+    """Return an iterator of (images, patches, grids), one chunk after another. With workers, chunks are made in as many
+    processes from now on. pin: the patches lie where a GPU can fetch them by itself."""
     chunks, make = chunked(images), partial(_made, work=(image_processor, config, dtype))
     workers = min(workers, len(chunks))
-    done = _in_processes(make, chunks, workers) if workers > 0 else map(make, chunks)
+    if workers <= 0:
+        return _whole(chunks, map(make, chunks), pin)
+    done = _in_processes(make, chunks, workers)
+    next(done)  # until the processes are at work
+    return _whole(chunks, done, pin)
+
+
+def _whole(chunks: Sequence[list[Image]], done: Iterator, pin: bool) -> Iterator[tuple[list[Image], Tensor, Tensor]]:
     for chunk, made in zip(chunks, done, strict=True):
         if isinstance(made, LeverError):
             raise made
@@ -63,13 +70,13 @@ def chunked_patches(
 
 
 def _in_processes(make: Callable, chunks: Sequence[list[Image]], workers: int) -> Iterator:
-    """Yield make(chunk) of each in order, some chunks ahead. Raises LeverError where a process dies."""
-    import qwen_vl_utils  # noqa: F401 - once, and not in every worker
-
+    """Yield None once the processes are at work, and then make(chunk) of each in order, some chunks ahead. Raises
+    LeverError where a process dies."""
     context = torch.multiprocessing.get_context("fork" if sys.platform == "linux" else None)
     pool, rest = ProcessPoolExecutor(workers, context, _as_worker), iter(chunks)
     try:
         ahead = deque(pool.submit(make, chunk) for chunk in islice(rest, _AHEAD * workers))
+        yield None
         while ahead:
             made = ahead.popleft().result()
             ahead.extend(pool.submit(make, chunk) for chunk in islice(rest, 1))

@@ -1,12 +1,14 @@
 """The processor of a model: tokenizer, chat template and image processor, refused where one of them is missing."""
 
+from copy import copy
+from functools import lru_cache
 from pathlib import Path
 
 from lever_lm.config.schema import LvlmConfig, PromptConfig
 from lever_lm.lvlm.families import family_of
 from lever_lm.lvlm.generic_processor import load_generic_processor
 from lever_lm.utils.errors import MendableError
-from lever_lm.utils.hub import is_hub_id
+from lever_lm.utils.hub import is_hub_id, state_of
 from lever_lm.utils.safe_parse import read_object
 from lever_lm.utils.transformers_compat import first_line, import_transformers
 
@@ -27,6 +29,13 @@ def load_processor(path: str, folder: Path):
     A template that stands in the tokenizer's config alone is used too. Raises MendableError, naming the files to fetch
     again, where the library knows no such processor, or where its parts are missing or of different models.
     """
+    made = copy(_load_processor(path, folder, state_of(folder)))
+    made.image_processor = copy(made.image_processor)  # whose sizes are the caller's to set
+    return made
+
+
+@lru_cache(2)  # it is checked before any work, and loaded with the model
+def _load_processor(path: str, folder: Path, state: tuple):
     transformers = import_transformers()
     try:
         processor = transformers.AutoProcessor.from_pretrained(str(folder), trust_remote_code=False)

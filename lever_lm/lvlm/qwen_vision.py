@@ -6,7 +6,7 @@ tower that is shown to it as well.
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -26,13 +26,35 @@ _WORKERS = 8
 
 class Vision:
     """The vision side of a Qwen, with its feature cache in `folder`. Images are shown within the config's budget
-    of pixels. Raises LeverError naming an image that cannot be decoded or does not fit into memory."""
+    of pixels. Until `give_tower` it can `expect` images alone. Raises LeverError naming an image that cannot be decoded
+    or does not fit into memory."""
 
-    def __init__(self, model, image_processor, config: LvlmConfig, folder: Path | None, track: Track, shards: Shards):
-        self.model, self.image_processor, self.config = model, image_processor, config
+    def __init__(
+        self,
+        image_processor,
+        config: LvlmConfig,
+        folder: Path | None,
+        track: Track,
+        shards: Shards,
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
+        import qwen_vl_utils  # noqa: F401 - once, and not in every process that decodes images
+
+        self.image_processor, self.config, self.device, self.dtype = image_processor, config, device, dtype
         self.track, self.shards = track, shards
         disk = int(config.bank_disk * GIB)
-        self.cache = FeatureCache(folder, memory=self._memory(), disk=disk, processes=shards.world)
+        self.cache = FeatureCache(folder, memory=0, disk=disk, processes=shards.world)
+        self._begun: tuple[list[Image], Iterator] | None = None
+
+    def expect(self, images: Sequence[Image]) -> None:
+        """Begin to decode, in processes of their own, what `see_together` of these images will encode first."""
+        if self._workers > 0 and (mine := self._share(images)):
+            self._begun = mine, self._decoded(mine)
+
+    def give_tower(self, model) -> None:
+        """Encode by a model, in what memory it has left."""
+        self.model, self.cache.memory = model, self._memory()
 
     def tokens(self, image: Image) -> int:
         """Return T of an image that has been seen."""
@@ -40,10 +62,10 @@ class Vision:
 
     def features(self, images: Sequence[Image]) -> list[Tensor]:
         """Return (T, W) of each image: from the cache, or made again where the cache has no whole features of it."""
-        found = {image: self.cache.get(image, self.model.device) for image in dict.fromkeys(images)}
+        found = {image: self.cache.get(image, self.device) for image in dict.fromkeys(images)}
         gone = [image for image, f in found.items() if f is None or len(f) != self.tokens(image)]
         for chunk in chunked(gone):
-            pixels, grids = patches(chunk, self.image_processor, self.config, self.model.dtype)
+            pixels, grids = patches(chunk, self.image_processor, self.config, self.dtype)
             found |= dict(zip(chunk, self._kept(chunk, self._tower(chunk, pixels, grids), grids), strict=True))
         return [found[image] for image in images]
 
@@ -52,7 +74,7 @@ class Vision:
         may be written there, each process encodes all. A call of the whole job."""
         self.shards.wait()
         self.cache.find_written()
-        self._encode([image for chunk in self.shards.share(chunked(self.cache.missing(images))) for image in chunk])
+        self._encode(self._share(images))
         self.shards.wait()
         self.cache.find_written()
         self.see(images)
@@ -61,17 +83,26 @@ class Vision:
         """Encode what is new into the cache."""
         self._encode(self.cache.missing(images))
 
+    def _share(self, images: Sequence[Image]) -> list[Image]:
+        return [image for chunk in self.shards.share(chunked(self.cache.missing(images))) for image in chunk]
+
+    @property
+    def _workers(self) -> int:
+        cores = (os.cpu_count() or 1) // self.shards.neighbours
+        if self.config.workers < 0:
+            return min(_WORKERS, max(1, cores - 1)) if self.device.type == "cuda" else 0
+        return min(self.config.workers, cores)
+
+    def _decoded(self, images: Sequence[Image]) -> Iterator:
+        on_gpu = self.device.type == "cuda"
+        return chunked_patches(images, self.image_processor, self.config, self.dtype, workers=self._workers, pin=on_gpu)
+
     @torch.inference_mode()
     def _encode(self, images: Sequence[Image]) -> None:
+        begun, self._begun = self._begun, None
         if not images:
             return
-        on_gpu, cores = self.model.device.type == "cuda", (os.cpu_count() or 1) // self.shards.neighbours
-        workers = min(self.config.workers, cores)
-        if workers < 0:
-            workers = min(_WORKERS, max(1, cores - 1)) if on_gpu else 0
-        chunks = chunked_patches(
-            images, self.image_processor, self.config, self.model.dtype, workers=workers, pin=on_gpu
-        )
+        chunks = begun[1] if begun and begun[0] == images else self._decoded(images)
         before = None  # looked at and kept while the tower has the next
         try:
             what = f"vision: {len(images)} images"
@@ -102,14 +133,12 @@ class Vision:
         """Return the features of images from their patches (ΣP, C) and grids (n, 3), in halves where they do not fit
         into memory."""
         try:
-            output = self.model.get_image_features(
-                pixels.to(self.model.device, non_blocking=True), grids.to(self.model.device)
-            )
+            output = self.model.get_image_features(pixels.to(self.device, non_blocking=True), grids.to(self.device))
         except torch.OutOfMemoryError as error:
             if len(images) == 1:
                 raise LeverError(
                     f"the image {images[0]} of {len(pixels)} patches does not fit into the memory of "
-                    f"{self.model.device}: a smaller lvlm.max_pixels or lvlm.bank_memory ({first_line(error)})"
+                    f"{self.device}: a smaller lvlm.max_pixels or lvlm.bank_memory ({first_line(error)})"
                 ) from error
             output = None
         if output is None:  # only here has the error let go of its tensors
@@ -134,6 +163,6 @@ class Vision:
         """Return the bytes of the device that the cache may take: as set, or a quarter of what is free."""
         if self.config.bank_memory > 0:
             return int(self.config.bank_memory * GIB)
-        if self.model.device.type == "cuda":
-            return torch.cuda.mem_get_info(self.model.device)[0] // 4
+        if self.device.type == "cuda":
+            return torch.cuda.mem_get_info(self.device)[0] // 4
         return 4 * GIB

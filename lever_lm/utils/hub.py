@@ -1,7 +1,9 @@
 """Models and datasets of the hub on this machine: in the hub's own cache, which `hf download` fills too."""
 
+import os
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from math import prod
 from pathlib import Path
 
@@ -88,6 +90,17 @@ def model_folder(path: str) -> Path | None:
     if folder.is_dir():
         return folder
     return cached_snapshot(path, "model") if is_hub_id(path) else None
+
+
+def state_of(folder: Path) -> tuple:
+    """Return what changes where a file of a folder does: their names, sizes and times. What was made of them before
+    holds as long as it is the same."""
+    found = {}
+    for entry in os.scandir(folder):
+        with suppress(OSError):  # a link to nowhere
+            stat = entry.stat()
+            found[entry.name] = stat.st_size, stat.st_mtime_ns
+    return tuple(sorted(found.items()))
 
 
 def missing_files(folder: Path) -> list[str]:

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+left_out: set[str] = set()  # packages that transformers need not see: for a command, as other programs may need them
 _declared = []  # keeps the operator library alive
 
 
@@ -21,10 +22,24 @@ def import_transformers():
         if "torchvision::" not in str(error):
             raise
         _declare_operators()
-    import transformers
+    with _unseen(set() if "transformers" in sys.modules else left_out - set(sys.modules)):
+        import transformers
 
     transformers.utils.logging.disable_progress_bar()  # progress is shown by console.py alone
     return transformers
+
+
+@contextmanager
+def _unseen(names: set[str]) -> Iterator[None]:
+    """Hide packages from the import of transformers, which is slower for each that it finds. It asks once."""
+    sys.modules |= dict.fromkeys(names)
+    try:
+        yield
+        for name in names:
+            getattr(sys.modules["transformers"].utils, f"is_{name}_available")()
+    finally:
+        for name in names:
+            del sys.modules[name]
 
 
 @contextmanager

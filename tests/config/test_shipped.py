@@ -88,7 +88,7 @@ def test_the_defaults_are_those_that_the_pages_name():
         "infer.pool_size": 256,
         "rollout.shots": 2,
         "reward.mode": "hard_plus_soft",
-        "reward.missing": "refuse", "lvlm.bank_disk": 64.0, "lvlm.batch_tokens": 65536, "lvlm.concurrency": 32,
+        "reward.missing": "refuse", "lvlm.bank_disk": 64.0, "lvlm.batch_tokens": 0, "lvlm.concurrency": 32,
         "lvlm.retries": 5, "lvlm.timeout": 120.0, "lvlm.wait": 0.0, "lvlm.max_new_tokens": 5, "lvlm.num_beams": 1,
     }  # fmt: skip
     found = values(Config())

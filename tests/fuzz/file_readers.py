@@ -246,7 +246,7 @@ def answers(folder: Path) -> Target:
     )
 
     def lvlm(cache: AnswerCache) -> CachedLvlm:
-        return CachedLvlm(lambda: model, "fingerprint", cache, lambda items, what, total: items)
+        return CachedLvlm(lambda prompts: model, "fingerprint", cache, lambda items, what, total: items)
 
     cache = AnswerCache(path)
     made = lvlm(cache)

@@ -332,7 +332,7 @@ class Pair(Shards):
 def test_a_speed_is_kept_for_one_process_and_told_for_as_many_as_there_are(tmp_path, numbered_prompts, monkeypatch):
     path, clock = tmp_path / "answers.sqlite", iter([0.0, 5.0])
     monkeypatch.setattr("lever_lm.lvlm.cached.time", SimpleNamespace(monotonic=lambda: next(clock)))
-    job = CachedLvlm(Counting, "model-1", AnswerCache(path, Pair(world=2)), track)
+    job = CachedLvlm(lambda prompts: Counting(), "model-1", AnswerCache(path, Pair(world=2)), track)
     job.generate(numbered_prompts)  # 10 prompts in 5 seconds
     assert job.speed == pytest.approx(2.0)
     assert opened(path).speed == pytest.approx(1.0)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -19,8 +20,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from lever_lm import lvlm as lvlm_package
 from lever_lm.config.schema import LvlmConfig, PromptConfig
-from lever_lm.lvlm import build_prompt
+from lever_lm.lvlm import build_prompt, qwen2_5_vl, qwen_vision
 from lever_lm.lvlm.backend import load_local
 from lever_lm.lvlm.feature_cache import FeatureCache
 from lever_lm.lvlm.local import LocalLvlm, vision_fingerprint
@@ -29,6 +31,7 @@ from lever_lm.lvlm.qwen_kernels import _align
 from lever_lm.utils.atomic_io import TEMPORARY_PREFIX
 from lever_lm.utils.distributed import Shards
 from lever_lm.utils.errors import LeverError
+from lever_lm.utils.progress import untracked
 from lever_lm.utils.transformers_compat import import_transformers
 
 TINY = "asset:tiny-qwen2.5-vl"
@@ -441,6 +444,16 @@ def test_more_images_than_the_context_has_room_for_are_refused_by_number(digits)
 # ---------------------------------------------------------------------- budgets
 
 
+def test_the_budget_of_tokens_is_the_familys_unless_it_is_set(prompts):
+    lvlm = make(batch_size=1000)
+    assert lvlm.family.batch_tokens == 65536
+    assert len(lvlm.batches(prompts)) == 1
+    lvlm.family.batch_tokens = 600
+    few = LocalLvlm(lvlm.family, lvlm.config, lvlm.prompt).batches(prompts)
+    assert few == make(batch_size=1000, batch_tokens=600).batches(prompts)
+    assert len(few) > 1
+
+
 def test_batches_stay_within_the_budget_of_tokens(prompts):
     lvlm = make(batch_tokens=600)
     for batch in lvlm.batches(prompts):
@@ -466,10 +479,8 @@ def test_padding_the_inner_width_changes_nothing():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.filterwarnings("ignore")  # those of torch's own compiler
-@pytest.mark.parametrize("compile_", [False, True])
-def test_on_a_gpu_the_answers_are_those_of_the_cpu(prompts, expected, tmp_path, compile_):
-    config = LvlmConfig(path=TINY, dtype="float32", workers=2, compile=compile_)
+def test_on_a_gpu_the_answers_are_those_of_the_cpu(prompts, expected, tmp_path):
+    config = LvlmConfig(path=TINY, dtype="float32", workers=2)
     assert load_local(config, PromptConfig(), "cuda", folder=tmp_path).generate(prompts) == expected
 
 
@@ -482,6 +493,47 @@ def test_on_a_gpu_one_kernel_gives_the_tower_s_features(images):
     for image in images:
         a, b = (lvlm.family.vision.cache.get(image, "cuda").float() for lvlm in (fast, slow))
         assert float((a - b).norm() / b.norm()) < 0.02
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_expected_images_are_decoded_before_the_model_is_there_and_once(images, monkeypatch, other):
+    """Others than those that are asked about in the end are dropped, and their processes ended."""
+    before = set(multiprocessing.active_children())
+    begun, begin, plain = [], qwen_vision.chunked_patches, make()
+    plain.family.vision.see(images)
+
+    def counted(images, *work, **more):
+        begun.append(list(images))
+        return begin(images, *work, **more)
+
+    def load_model(*work):
+        assert len(begun) == 1, "the weights are loaded meanwhile"
+        return loading(*work)
+
+    loading = qwen2_5_vl.load_model
+    monkeypatch.setattr(qwen_vision, "chunked_patches", counted)
+    monkeypatch.setattr(qwen2_5_vl, "load_model", load_model)
+    expected = images[:5] if other else images
+    lvlm = load_local(LvlmConfig(**{**SMALL, "workers": 2}), PromptConfig(), "cpu", ahead=expected)
+    seen = towers(lvlm)
+    lvlm.family.vision.see_together(images)
+    assert begun == ([expected, images] if other else [images])
+    assert sum(seen) == len(images)
+    for image in images:
+        assert torch.equal(*(one.family.vision.cache.get(image, "cpu") for one in (lvlm, plain)))
+    assert set(multiprocessing.active_children()) <= before
+
+
+def test_a_model_is_told_of_the_images_that_it_is_asked_about_first(prompts, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(lvlm_package, "load_local", lambda *a, ahead, **k: told.append(ahead) or make())
+    config = LvlmConfig(**SMALL)
+    job = lvlm_package.load_lvlm(
+        config, PromptConfig(), device="cpu", cache=tmp_path / "answers.sqlite", track=untracked
+    )
+    job.generate(prompts[:2])
+    job.generate(prompts[2:4])
+    assert told == [[image for prompt in prompts[:2] for image in prompt.images]]
 
 
 def test_workers_are_none_on_a_cpu_unless_asked_for(images, monkeypatch):

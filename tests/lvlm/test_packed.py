@@ -1,6 +1,8 @@
 """Prompts packed one behind the other, as on a GPU, against the padded way: attention written out, in float32."""
 
+import gc
 import random
+import weakref
 
 import pytest
 import torch
@@ -17,12 +19,13 @@ from lever_lm.lvlm.packed import Packed
 def _attention(monkeypatch):
     """Softmax of products, sequence by sequence, as a CPU has no kernel for several; and room for keys that grows."""
 
-    def attention(query, key, value, ends, longest, *, scale, is_causal=False):
+    def attention(query, key, value, ends, longest, *, scale, is_causal=False, used=None):
         assert all(int(e.diff().max()) <= most for e, most in zip(ends, longest, strict=True))
         out, log_sums = torch.zeros_like(query), torch.full((query.shape[1], len(query)), torch.inf)
         repeats = query.shape[1] // key.shape[1]
         spans = zip(*(zip(e[:-1].tolist(), e[1:].tolist(), strict=True) for e in ends), strict=True)
-        for (a, b), (c, d) in spans:
+        for i, ((a, b), (c, d)) in enumerate(spans):
+            d = d if used is None else c + int(used[i])
             if c == d:
                 continue
             keys, values = (t[c:d].repeat_interleave(repeats, 1) for t in (key, value))
@@ -57,10 +60,10 @@ SETTINGS = [{}, {"num_beams": 3}, {"num_beams": 3, "length_penalty": -2.0}, {"re
 
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_packed_prompts_have_the_answers_of_the_library(prompts, settings):
-    assert packs(**settings).generate(prompts) == local_lvlm(**settings).generate(prompts)
-    plain = local_lvlm(**settings)
+    ours, padded = packs(**settings), local_lvlm(**settings)
+    assert ours.generate(prompts) == padded.generate(prompts)
     for prompt in prompts[:6]:
-        assert packs(**settings).generate([prompt]) == [plain_answer(plain, prompt, **settings)]
+        assert ours.generate([prompt]) == [plain_answer(padded, prompt, **settings)]
 
 
 @pytest.mark.parametrize("end", [False, True])
@@ -105,3 +108,35 @@ def test_other_qwens_are_packed_alike(prompts, family, tmp_path):
         lvlm.answer_log_prob(prompts, ["three"] * len(prompts)) for lvlm in (packs(**settings), local_lvlm(**settings))
     ]
     assert scores[0] == pytest.approx(scores[1], rel=1e-6, abs=1e-5)
+
+
+def test_a_model_s_memory_is_free_once_nobody_has_it(prompts):
+    """Hooks and graphs of a GPU hold no circle, which would keep gigabytes until the garbage is collected."""
+    lvlm = packs()
+    lvlm.generate(prompts[:2])
+    gc.collect()
+    gc.disable()
+    try:
+        weights = weakref.ref(lvlm.family.model.lm_head.weight)
+        del lvlm
+        assert weights() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("fails", [1, 2])
+def test_a_batch_whose_keys_do_not_fit_is_halved(prompts, monkeypatch, fails):
+    expected, lvlm, left = local_lvlm(num_beams=2).generate(prompts), packs(num_beams=2), [fails]
+    lvlm.generate(prompts[-1:])  # there is some room before
+    make = lvlm.family.packed._room
+
+    def full(tokens):
+        if tokens > 500 and left[0]:
+            left[0] -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return make(tokens)
+
+    monkeypatch.setattr(lvlm.family.packed, "_room", full)
+    assert lvlm.generate(prompts) == expected
+    assert not left[0]
+    assert lvlm.generate(prompts) == expected

@@ -20,6 +20,7 @@ from lever_lm.lvlm.backend import load_local
 from lever_lm.lvlm.decoding import beam_search, float32_logits, repeatable_attention
 from lever_lm.lvlm.images import check_pixel_budget, fitted
 from lever_lm.lvlm.local import LocalLvlm, local_fingerprint
+from lever_lm.lvlm.processor import load_processor
 from lever_lm.utils.errors import LeverError, UsageError
 from lever_lm.utils.paths import asset_path
 from lever_lm.utils.transformers_compat import import_transformers
@@ -465,3 +466,17 @@ def test_a_model_whose_answers_no_token_ends_is_refused_with_the_file_to_fetch(t
     with pytest.raises(LeverError, match=r"damaged: no token ends its answers, .*generation_config\.json .*lvlm\.eos"):
         local_lvlm(path=folder)
     assert local_lvlm(path=folder, eos="tokenizer").eos.tolist()
+
+
+def test_a_processor_is_loaded_once_while_its_files_are_the_same(tmp_path):
+    """It is checked before any work and loaded with the model; whose image sizes are set is one's own."""
+    folder = copied(tmp_path / "model")
+    first, second = (load_processor("model", folder) for _ in range(2))
+    assert first.tokenizer is second.tokenizer
+    first.image_processor.size = {"shortest_edge": 1, "longest_edge": 2}
+    assert second.image_processor.size != first.image_processor.size
+    edited(folder, "tokenizer_config.json", extra="changed")
+    assert load_processor("model", folder).tokenizer is not first.tokenizer
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(LeverError, match="cannot load the processor"):
+        load_processor("model", folder)

@@ -138,7 +138,9 @@ def model(config):
 @pytest.fixture(scope="module")
 def cached(config, model, tmp_path_factory):
     stamp = local_fingerprint(config.lvlm, config.prompt, "cpu")
-    return CachedLvlm(lambda: model, stamp, AnswerCache(tmp_path_factory.mktemp("infoscore") / "a.sqlite"), track)
+    return CachedLvlm(
+        lambda prompts: model, stamp, AnswerCache(tmp_path_factory.mktemp("infoscore") / "a.sqlite"), track
+    )
 
 
 @pytest.fixture(scope="module")

@@ -57,7 +57,7 @@ def make(digits, digits_features, digits_config, tmp_path):
     def run(changes, model, name="rl_data", cache=None):
         options = {"num_queries": QUERIES, "pool_size": 16, **changes}
         config = dataclasses.replace(digits_config, rollout=dataclasses.replace(digits_config.rollout, **options))
-        lvlm = CachedLvlm(lambda: model, "knowing", AnswerCache(tmp_path / f"{cache or name}.sqlite"), track)
+        lvlm = CachedLvlm(lambda prompts: model, "knowing", AnswerCache(tmp_path / f"{cache or name}.sqlite"), track)
         said = []
         make_rollouts(config, digits, digits_features, lvlm, tmp_path / f"{name}.json", said.append)
         content = json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8"))

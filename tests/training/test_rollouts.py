@@ -78,7 +78,7 @@ def make(digits, digits_features, config, tmp_path):
         model.dies_at = dies_at
         stamp = local_fingerprint(changed.lvlm, changed.prompt, "cpu")
         asks = local_fingerprint(changed.lvlm, PromptConfig(), "cpu")
-        lvlm = CachedLvlm(lambda: model, stamp, AnswerCache(tmp_path / "answers.sqlite"), track, asks)
+        lvlm = CachedLvlm(lambda prompts: model, stamp, AnswerCache(tmp_path / "answers.sqlite"), track, asks)
         say = (lambda text: None) if said is None else said.append
         return make_rollouts(changed, digits, digits_features, lvlm, path, say), model
 
@@ -91,7 +91,7 @@ def made(digits, digits_features, config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("rollouts")
     stamp = local_fingerprint(config.lvlm, config.prompt, "cpu")
     cache = AnswerCache(folder / "answers.sqlite")
-    lvlm = CachedLvlm(lambda: load_local(config.lvlm, config.prompt, "cpu"), stamp, cache, track)
+    lvlm = CachedLvlm(lambda prompts: load_local(config.lvlm, config.prompt, "cpu"), stamp, cache, track)
     make_rollouts(config, digits, digits_features, lvlm, folder / "rl_data.json", lambda text: None)
     return folder / "rl_data.json"
 
@@ -317,7 +317,7 @@ class Dressed(ByLists):
 def test_an_answer_is_cut_by_the_rule_of_the_config_and_asked_once(digits, digits_features, config, tmp_path):
     def cut(rule, backend):
         prompt = dataclasses.replace(config.prompt, cut=rule)
-        lvlm = CachedLvlm(lambda: backend, "dressed", AnswerCache(tmp_path / "answers.sqlite"), track)
+        lvlm = CachedLvlm(lambda prompts: backend, "dressed", AnswerCache(tmp_path / "answers.sqlite"), track)
         few = dataclasses.replace(config, prompt=prompt, rollout=dataclasses.replace(config.rollout, num_queries=3))
         make_rollouts(few, digits, digits_features, lvlm, tmp_path / "rl_data.json", said.append)
         entries = json.loads((tmp_path / "rl_data.json").read_text(encoding="utf-8"))
@@ -401,7 +401,7 @@ def test_pools_and_proposals_are_followed_as_the_answers_are(digits, digits_feat
 
     stamp = local_fingerprint(config.lvlm, config.prompt, "cpu")
     cache = AnswerCache(tmp_path / "answers.sqlite")
-    lvlm = CachedLvlm(lambda: load_local(config.lvlm, config.prompt, "cpu"), stamp, cache, follow)
+    lvlm = CachedLvlm(lambda prompts: load_local(config.lvlm, config.prompt, "cpu"), stamp, cache, follow)
     make_rollouts(config, digits, digits_features, lvlm, tmp_path / "rl_data.json", lambda text: None)
     assert followed[:2] == [("pools", QUERIES), ("proposals", QUERIES)]
     assert followed[-1][0] == "rollouts"

@@ -196,13 +196,13 @@ def test_a_table_is_whole_on_any_terminal(width):
 
 
 def test_training_on_a_real_terminal(warm):
-    status, seen = through_terminal(["train", *SMALL[:4], "--grpo-epochs", "2000"], warm, stop_after="  200  ")
+    status, seen = through_terminal(["train", *SMALL[:4], "--grpo-epochs", "1000"], warm, stop_after="  100  ")
     assert status == 130
     assert seen.rstrip().endswith("lever: interrupted; run the same command again to go on")
     assert seen.count("\x1b[?25l") == seen.count("\x1b[?25h") > 0
     lines = re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen))
     bars = [line for line in lines if re.match("GRPO +━", line)]
-    assert any(re.search(r"\d+ of 2,000 epochs, .*(/s|/epoch), .* left", bar) for bar in bars), bars
+    assert any(re.search(r"\d+ of 1,000 epochs, .*(/s|/epoch), .* left", bar) for bar in bars), bars
     assert any(line.startswith("  train_loss ") and "val_reward" in line for line in lines)
     table = (warm / RUN / "train.log").read_text(encoding="utf-8").splitlines()
     assert [line for line in lines if line in table][: len(table) - 1] == table[: len(table) - 1]

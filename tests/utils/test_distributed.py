@@ -198,7 +198,7 @@ class Backend(Counting):
 
 prompts = [Prompt((), Example(i, i, f"q{i:02}", ("a",), ("a",), str(image))) for i in range(11)]
 made = []
-def load():
+def load(prompts):
     made.append(Backend())
     return made[-1]
 lvlm = CachedLvlm(load, "model-1", AnswerCache(folder / "answers.sqlite", job), lambda items, what, total: items)
@@ -275,6 +275,7 @@ from lever_lm.lvlm import CachedLvlm, Prompt
 from lever_lm.lvlm.answer_cache import AnswerCache
 from lever_lm.lvlm.protocol import Backend
 from lever_lm.utils.distributed import Shards
+from lever_lm.utils.progress import untracked
 
 class Echo(Backend):
     def batches(self, prompts, answers=None):
@@ -288,7 +289,7 @@ class Echo(Backend):
 def work():
     job = Shards.from_environment()
     prompts = [Prompt((), Example(i, i, f"q{i}", ("a",), ("a",), None)) for i in range(100)]
-    lvlm = CachedLvlm(Echo, "model-1", AnswerCache(folder / "answers.sqlite", job), lambda items, what, total: items)
+    lvlm = CachedLvlm(lambda prompts: Echo(), "model-1", AnswerCache(folder / "answers.sqlite", job), untracked)
     assert lvlm.generate(prompts) == [f"q{i}" for i in range(100)]
     (folder / f"asked{job.rank}").write_text(str(lvlm.asked))
     job.wait()

@@ -1,10 +1,12 @@
 """Folders of models: no code of theirs is executed."""
 
 import contextlib
+import importlib.util
 import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from safetensors.torch import load_file
 from lever_lm.data.encoder import FeatureEncoder
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.paths import asset_path
+from lever_lm.utils.transformers_compat import _unseen
 
 
 @pytest.fixture(scope="module")
@@ -61,3 +64,20 @@ def test_code_that_comes_with_a_model_is_not_imported(tmp_path, asset):
             local_lvlm(path=folder)
     assert not trap.exists()
     assert "own" not in sys.modules
+
+
+def test_a_package_that_no_command_needs_is_hidden_from_the_import_alone(tmp_path, monkeypatch):
+    """The library asks once what there is, and keeps the answer."""
+    (tmp_path / "sklearn.py").write_text("there = True")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "sklearn", raising=False)
+    found = []
+    utils = SimpleNamespace(is_sklearn_available=lambda: found.append(importlib.util.find_spec("sklearn")))
+    monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(utils=utils))
+    with _unseen({"sklearn"}):
+        pass
+    assert found == [None]
+    assert importlib.import_module("sklearn").there
+    with pytest.raises(RuntimeError, match="half way"), _unseen({"sklearn"}):
+        raise RuntimeError("half way")
+    assert "sklearn" not in sys.modules
