@@ -15,6 +15,7 @@ from functools import lru_cache
 from math import prod
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from lever_lm.data import Image, image_digest
@@ -123,7 +124,8 @@ class FeatureCache:
             feature = self._open(self._files[digest]).get_tensor(digest)
         except (OSError, SafetensorError):
             feature = None
-        if feature is None or not bool(feature.isfinite().all()):
+        # the ends tell of NaN and infinity too, in a tenth of the time
+        if feature is None or not bool(torch.stack(feature.aminmax()).isfinite().all()):
             del self._files[digest]
             return None
         return feature
