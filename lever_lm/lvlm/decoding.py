@@ -1,8 +1,8 @@
 """Greedy and beam decoding over a language model's own layers and cache, one prefill per prompt.
 
-B prompts, N beams, L prompt length, V vocabulary. Prompts are padded on the left. Both equal the library's
-`generate` for the same logits; beams share their prompt's prefill instead of repeating it N times. Logits that are not
-finite would pass for the first or the last token: a flag on the device notes them, and is looked at once a batch.
+B prompts, N beams, L prompt length, V vocabulary. Both equal the library's `generate` for the same logits; beams share
+their prompt's prefill instead of repeating it N times. Logits that are not finite would pass for the first or the last
+token: a flag on the device notes them, and is looked at once a batch.
 """
 
 from collections.abc import Callable

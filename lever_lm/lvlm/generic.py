@@ -125,6 +125,9 @@ class Generic:
 
     # ------------------------------------------------------------------ inputs
 
+    def give_back(self) -> None:
+        """See `local.Family`: nothing is kept."""
+
     def prepare(self, prompts: Sequence[Prompt], targets: Sequence[list[int]] | None = None) -> dict[str, Tensor]:
         """See `local.Family`. Prompts are padded on the left; each with its target, on the right."""
         texts = [self._text(prompt) for prompt in prompts]

@@ -55,6 +55,9 @@ class Family(Protocol):
         one of `eos` (E,), by lvlm.num_beams beams. process: changes the scores of each step. Raises
         decoding.NotFinite."""
 
+    def give_back(self) -> None:
+        """Let go of memory that is kept for the next batch: it has run out, and the next batches are smaller."""
+
     def score(self, prepared: Any, counts: Sequence[int]) -> list[float]:
         """Return the log-prob of each target, of so many tokens, after its prompt."""
 
@@ -80,6 +83,7 @@ class LocalLvlm(Backend):
         targets = None if answers is None else self._tokens(answers)
         if targets is not None and not all(targets):
             raise LeverError(f"question {prompts[targets.index([])].query.question_id}: cannot score an empty answer")
+        use_device(self.family.device)  # kernels of ours and graphs take the current one
         self.family.vision.see([image for prompt in prompts for image in prompt.images])
         lengths, todo, ahead = self._lengths(prompts, targets), deque(batches), deque()
         closing = [self._closing] if end else []
@@ -98,6 +102,7 @@ class LocalLvlm(Backend):
                     else:
                         found = self._score(asked, prepared.result(), [len(targets[i]) + end for i in batch])
                 except torch.OutOfMemoryError as error:
+                    self.family.give_back()
                     self._halve(asked, lengths[batch[0]], error)
                     wait(other for _, other in ahead)
                     todo.extendleft([*reversed([other for other, _ in ahead]), batch])

@@ -45,7 +45,7 @@ class _Places:
     other half see these, and have 0 elsewhere."""
 
     def __init__(self, mlp):
-        self.asked: Tensor | None = None
+        self.forget()
         mlp.register_forward_pre_hook(self._before)
         mlp.register_forward_hook(self._after)
 
@@ -59,8 +59,12 @@ class _Places:
         if self.asked is None:
             return None
         whole = torch.zeros_like(self._whole).index_copy_(1, self.asked, out)
-        self._whole = self.asked = None
+        self.forget()
         return whole
+
+    def forget(self) -> None:
+        """Hold nothing."""
+        self._whole = self.asked = None
 
 
 class Packed:
@@ -88,8 +92,9 @@ class Packed:
         each = torch.arange(rows + 1, dtype=torch.int32, device=device)
         self.own_ends = each * self.groups, each * new
         self._graph, self._logits, self._places = None, None, _Places(self.decoder.layers[-1].mlp)
-        # Experts are chosen on the host, which a graph has no part for.
-        self._in_graph = device.type == "cuda" and not hasattr(text, "num_experts")
+        # Experts may be chosen on the host, and positions scaled by how far they go: a graph has no part for either.
+        scaled = text.rope_parameters.get("rope_type") in ("dynamic", "longrope")
+        self._in_graph = device.type == "cuda" and not scaled and not hasattr(text, "num_experts")
 
     def hidden(
         self,
@@ -126,6 +131,11 @@ class Packed:
             self._graph, self._logits = None, None
             self.past = self._room(0)  # the old one is given back first, and this one stands where there is no other
             self.past = self._room(-(-tokens // _ROUND) * _ROUND)
+
+    def give_back(self) -> None:
+        """Let go of the room for keys, where memory has run out: a smaller batch makes a smaller one."""
+        self._graph, self._logits, self.past = None, None, self._room(0)
+        self._places.forget()
 
     def _room(self, tokens: int) -> Tensor:
         return self.own.new_zeros(2, self.layers, tokens, self.heads, self.size)

@@ -21,6 +21,11 @@ NAME = "lever_flash_varlen"
 _ALIGNED = 8  # bf16 matrix products are fast where every side is a multiple of this
 
 
+def has_fast_kernels(device: torch.device) -> bool:
+    """Return whether attention over several sequences at once runs on a device: on GPUs since Ampere."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def load_kernels(device: torch.device, dtype: torch.dtype, fuse: bool) -> Callable[[], Exception | None]:
     """Return what loads, in another thread if that is wanted, what takes a GPU a second at its first use: a matrix
     product, a norm, attention, and where that is asked for (lvlm.compile) the kernels of ours. It returns why these

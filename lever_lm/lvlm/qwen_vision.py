@@ -103,6 +103,7 @@ class Vision:
         if not images:
             return
         chunks = begun[1] if begun and begun[0] == images else self._decoded(images)
+        del begun  # others that were expected are dropped
         before = None  # looked at and kept while the tower has the next
         try:
             what = f"vision: {len(images)} images"

@@ -1,6 +1,7 @@
 """Prompts packed one behind the other, as on a GPU, against the padded way: attention written out, in float32."""
 
 import gc
+import json
 import random
 import weakref
 
@@ -10,9 +11,10 @@ from families import write_family
 from lvlm_helpers import local_lvlm, plain_answer
 
 from lever_lm.config.schema import PromptConfig
-from lever_lm.lvlm import build_prompt, packed
+from lever_lm.lvlm import build_prompt, packed, qwen2_5_vl
 from lever_lm.lvlm.local import LocalLvlm
 from lever_lm.lvlm.packed import Packed
+from lever_lm.utils.errors import LeverError
 
 
 @pytest.fixture(autouse=True)
@@ -108,6 +110,53 @@ def test_other_qwens_are_packed_alike(prompts, family, tmp_path):
         lvlm.answer_log_prob(prompts, ["three"] * len(prompts)) for lvlm in (packs(**settings), local_lvlm(**settings))
     ]
     assert scores[0] == pytest.approx(scores[1], rel=1e-6, abs=1e-5)
+
+
+@pytest.mark.parametrize("scored", [False, True])
+def test_what_a_batch_that_does_not_fit_has_taken_is_given_back(prompts, monkeypatch, scored):
+    lvlm, left, attend = packs(num_beams=2, batch_size=20), [2], packed.attention
+    ask = (
+        (lambda: lvlm.answer_log_prob(prompts, ["three"] * len(prompts))) if scored else lambda: lvlm.generate(prompts)
+    )
+    expected, rooms = ask(), []
+
+    def full(query, *rest, **more):
+        rooms.append(lvlm.family.packed.past.shape[2])
+        if len(query) > 1000 and left[0]:
+            left[0] -= 1
+            if not left[0]:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+        return attend(query, *rest, **more)
+
+    monkeypatch.setattr(packed, "attention", full)
+    assert ask() == expected
+    assert not left[0]
+    if not scored:
+        assert 0 < rooms[-1] < max(rooms)
+    places = lvlm.family.packed._places
+    assert (places.asked, places._whole) == (None, None)
+
+
+@pytest.mark.parametrize("window", [False, True])
+def test_on_a_gpu_a_model_is_packed_unless_its_attention_has_a_window(tmp_path, monkeypatch, window):
+    folder = write_family("qwen2_5_vl", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["use_sliding_window"] = window
+    (folder / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(qwen2_5_vl, "has_fast_kernels", lambda device: True)
+    monkeypatch.setattr(qwen2_5_vl, "load_kernels", lambda *work: lambda: None)
+    monkeypatch.setattr(qwen2_5_vl, "speed_up", lambda *work: None)
+    family = local_lvlm(path=folder, dtype="bfloat16").family
+    assert (family.packed is None) == window
+    assert family.batch_tokens == (65536 if window else 131072)
+    monkeypatch.setattr(qwen2_5_vl, "Packed", no_room)
+    if not window:
+        with pytest.raises(LeverError, match=r"the answers to 8 prompts do not fit .*lvlm\.batch_size"):
+            local_lvlm(path=folder, dtype="bfloat16")
+
+
+def no_room(*work):
+    raise torch.OutOfMemoryError("CUDA out of memory.")
 
 
 def test_a_model_s_memory_is_free_once_nobody_has_it(prompts):

@@ -67,6 +67,13 @@ def test_on_a_gpu_fused_kernels_give_the_answers_of_the_eager_way(digits, num_be
     assert scores == pytest.approx(expected, abs=0.15)
 
 
+@pytest.mark.parametrize(("capability", "fast"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_gpus_before_ampere_go_the_padded_way(monkeypatch, capability, fast):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert qwen_kernels.has_fast_kernels(torch.device("cuda", 1)) == fast
+    assert not qwen_kernels.has_fast_kernels(torch.device("cpu"))
+
+
 def test_norms_are_those_of_the_library():
     model = local_lvlm().family.model
     norms = [part for part in model.modules() if hasattr(part, "variance_epsilon")]
