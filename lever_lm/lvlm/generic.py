@@ -8,7 +8,6 @@ tower with every prompt that shows it, and a prompt's prefill is repeated for ea
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property, lru_cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,10 +22,8 @@ from lever_lm.lvlm.generic_processor import PROBE, blank, load_generic_processor
 from lever_lm.lvlm.local import check_context, dtype_of, load_model
 from lever_lm.lvlm.prompt import Prompt, holder
 from lever_lm.utils.device import resolve_device
-from lever_lm.utils.distributed import Shards
 from lever_lm.utils.errors import LeverError
 from lever_lm.utils.hub import fetch_model
-from lever_lm.utils.progress import Track
 from lever_lm.utils.transformers_compat import first_line
 
 # What is kept of a model's generation config: ids of tokens. How to decode is said by the config of ours alone.
@@ -51,23 +48,14 @@ class Sizes:
 
 
 class Generic:
-    """The `local.Family` of a directory or hub id of any such model. Raises LeverError for one that is not, before its
-    weights are loaded."""
+    """The `local.Family` of a directory or hub id of any such model. What a family is given for features of images is
+    not used: none are kept. Raises LeverError for a model that is no such one, before its weights are loaded."""
 
     shorter = "images of fewer tokens (lvlm.processor)"
     leaner = shorter
     batch_tokens = 65536
 
-    def __init__(
-        self,
-        config: LvlmConfig,
-        prompt: PromptConfig,
-        device: str,
-        folder: Path | None,
-        track: Track,
-        shards: Shards,
-        ahead: Sequence[Image] = (),
-    ):
+    def __init__(self, config: LvlmConfig, prompt: PromptConfig, device: str, *of_features: object):
         self.config, self.prompt, self.device = config, prompt, resolve_device(device)
         self.dtype = dtype_of(config, self.device)
         where = fetch_model(config.path, "--lvlm, lvlm.path")

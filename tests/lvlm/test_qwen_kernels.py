@@ -1,6 +1,7 @@
 """The fast ways of a Qwen on a GPU: what stands in place of the library's layers, and what is compiled."""
 
 import sys
+import threading
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from lvlm_helpers import TINY, local_lvlm
 from torch.nn import functional as F
 
 from lever_lm.config.schema import LvlmConfig, PromptConfig
-from lever_lm.lvlm import build_prompt, qwen_kernels
+from lever_lm.lvlm import build_prompt, local, qwen2_5_vl, qwen_kernels
 from lever_lm.lvlm.backend import load_local
 
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -72,6 +73,18 @@ def test_gpus_before_ampere_go_the_padded_way(monkeypatch, capability, fast):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert qwen_kernels.has_fast_kernels(torch.device("cuda", 1)) == fast
     assert not qwen_kernels.has_fast_kernels(torch.device("cpu"))
+
+
+def test_the_device_of_a_model_is_the_current_one_where_it_is_loaded_and_asked(digits, monkeypatch):
+    """With --device cuda:1 Triton and graphs would else be on the first."""
+    told = []
+    for module in (qwen2_5_vl, local):
+        monkeypatch.setattr(module, "use_device", lambda device: told.append((device, threading.current_thread())))
+    lvlm, here = local_lvlm(), threading.main_thread()
+    assert (lvlm.family.device, here) in told
+    told.clear()
+    lvlm.generate([build_prompt([], digits.val_examples[0], PromptConfig())])
+    assert told[0] == (lvlm.family.device, here)
 
 
 def test_norms_are_those_of_the_library():
